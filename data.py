@@ -1,0 +1,437 @@
+"""Everything that comes in: command-line flags, text files and, from texts, batches of token ids.
+
+This module is light on purpose (numpy only), so that `--help`, a typo or a missing file answers at once;
+paddlenlp is imported by `load_tokenizer` alone.
+"""
+
+import argparse
+import contextlib
+import difflib
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import IO, Any
+
+import numpy as np
+
+DEFAULT_MODEL = "rocketqa-zh-base-query-encoder"
+DEFAULT_PARAMS = "checkpoints/model_20000/model_state.pdparams"
+README_TEXT = "国有企业引入非国有资本对创新绩效的影响——基于制造业国有上市公司的经验证据"
+RECALL_KS = (1, 5, 10, 20, 50)
+
+# The tokenizers of PaddleNLP that are BERT WordPiece.
+WORDPIECE_CLASSES = ("ErnieTokenizer", "BertTokenizer")
+# Texts tokenized and sorted by length at a time: enough to make batches of even length, little enough to stream.
+WINDOW = 16384
+
+
+class InputError(Exception):
+    """A mistake in a flag or an input file: reported in one line, exit code 2, no traceback."""
+
+
+def log(message: str) -> None:
+    """Print one line to stderr; stdout is for results."""
+    print(message, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------- command line
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with defaults in every help text, no abbreviations, and usage errors in one line."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(
+            description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+
+    def error(self, message: str) -> None:
+        known = [flag for action in self._actions for flag in action.option_strings]
+        for word in re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []:
+            close = difflib.get_close_matches(word, known, n=1)
+            message += f" (did you mean {close[0]}?)" if close else ""
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _number(kind: Callable[[str], Any], accepts: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not accepts(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return parse
+
+
+positive_int = _number(int, lambda v: v >= 1, "a whole number from 1 up")
+natural_int = _number(int, lambda v: v >= 0, "a whole number from 0 up")
+probability = _number(float, lambda v: 0 <= v < 1, "a number from 0 up to, not including, 1")
+proportion = _number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+positive_float = _number(float, lambda v: 0 < v < math.inf, "a number above 0")
+natural_float = _number(float, lambda v: 0 <= v < math.inf, "a number from 0 up")
+hnsw_links = _number(int, lambda v: v >= 2, "a whole number from 2 up")
+sequence_length = _number(int, lambda v: v >= 3, "a whole number from 3 up ([CLS], a token, [SEP])")
+
+
+def boolean(text: str) -> bool:
+    """Parse True/False, yes/no, on/off, 1/0 in any case; argparse reports anything else."""
+    for value, names in ((True, ("true", "yes", "on", "1")), (False, ("false", "no", "off", "0"))):
+        if text.lower() in names:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def readable_file(path: str) -> str:
+    """Check, before anything heavy is imported, that `path` is a file that can be opened."""
+    try:
+        with open(path, "rb"):
+            return path
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+
+
+def folder(path: str) -> str:
+    """Check that `path` is a folder."""
+    if not os.path.isdir(path):
+        raise argparse.ArgumentTypeError(f"{path}: no such folder")
+    return path
+
+
+def model_name(text: str) -> str:
+    """A hub name, or a folder that exists: a mistyped folder must not be looked up on the hub."""
+    looks_local = text.startswith((".", "/", "~")) or text.endswith("/") or os.path.isdir(os.path.dirname(text))
+    if looks_local and not os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"{text}: no such folder")
+    if os.path.isfile(os.path.join(text, "simcse_config.json")):
+        raise argparse.ArgumentTypeError(f"{text} is a SimCSE checkpoint, not an encoder; give it as a checkpoint")
+    return text
+
+
+def checkpoint_file(path: str) -> str:
+    """The `.pdparams` file named by `path`, which may also be the folder that holds it."""
+    return readable_file(os.path.join(path, "model_state.pdparams") if os.path.isdir(path) else path)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, params_path: str | None = None) -> None:
+    """The flags by which every later stage finds a trained checkpoint."""
+    parser.add_argument("--params_path", type=checkpoint_file, default=params_path, required=params_path is None,
+                        help="checkpoint to load: model_state.pdparams or the folder that holds it")
+    parser.add_argument("--model_name_or_path", type=model_name, default=None,
+                        help="encoder (hub name or folder) of a checkpoint that has no simcse_config.json beside it; "
+                        f"None: what the checkpoint records, else {DEFAULT_MODEL}")
+    parser.add_argument("--output_emb_size", type=natural_int, default=None,
+                        help="size of the embedding; None: read off the checkpoint. A value that contradicts the "
+                        "checkpoint is an error")
+
+
+def add_encode_arguments(parser: argparse.ArgumentParser, batch_size: int = 32, max_seq_length: int = 64) -> None:
+    """The flags of every stage that turns texts into embeddings."""
+    parser.add_argument("--max_seq_length", type=sequence_length, default=max_seq_length,
+                        help="tokens per text, [CLS] and [SEP] included; longer texts are cut")
+    parser.add_argument("--batch_size", type=positive_int, default=batch_size, help="texts per batch")
+    add_strict_argument(parser)
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of what extracts embeddings: which texts, and where to."""
+    parser.add_argument("--text", action="append", type=_text, default=[],
+                        help=f"a text; may be given several times. Without --text and --input_file: {README_TEXT}")
+    parser.add_argument("--input_file", type=readable_file, default=None, help="texts, one a line")
+    parser.add_argument("--output_file", type=_npy_file, default=None,
+                        help="write the embeddings there, .npy, float32 [texts, embedding size]; None: print them")
+
+
+def _text(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("an empty text")
+    return text
+
+
+def _npy_file(path: str) -> str:
+    if not path.endswith(".npy"):
+        raise argparse.ArgumentTypeError(f"{path}: the name has to end in .npy")
+    return path
+
+
+def given_texts(args: argparse.Namespace) -> list[str]:
+    """The texts that `add_text_arguments` was given, --text first; the README's where there are none."""
+    texts = args.text + (read_texts(args.input_file, "--input_file", args.strict_data) if args.input_file else [])
+    return texts or [README_TEXT]
+
+
+def save_embeddings(path: str, embeddings: np.ndarray) -> None:
+    """Write embeddings as .npy, complete or not at all."""
+    with new_file(path, "wb") as file:
+        np.save(file, embeddings)
+    log(f"wrote {embeddings.shape[0]} x {embeddings.shape[1]} float32 to {path}")
+
+
+def add_device_argument(parser: argparse.ArgumentParser, choices: Sequence[str] = ("cpu", "gpu")) -> None:
+    parser.add_argument("--device", choices=choices, default="gpu", help="device to run on")
+
+
+def add_strict_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--strict_data", action="store_true",
+                        help="stop at the first malformed line instead of skipping and reporting it")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's `main`: input errors become one line and exit code 2, Ctrl-C exit code 130."""
+    program = os.path.basename(sys.argv[0])
+    try:
+        main()
+        sys.stdout.flush()
+    except InputError as error:
+        log(f"{program}: error: {error}")
+        sys.exit(2)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # the reader of stdout (head, less) has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
+        log(f"{program}: error: {error}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        log(f"{program}: interrupted")
+        sys.exit(130)
+
+
+# ------------------------------------------------------------------------------------------------ text files
+@contextlib.contextmanager
+def new_file(path: str, mode: str = "w") -> Iterator[IO]:
+    """Open a temporary file that takes the place of `path` when all is written; on an error `path` stays as it was."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def _decode(line: bytes, where: str) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if line[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            cause = "it looks like UTF-16; convert it: iconv -f UTF-16 -t UTF-8"
+        else:
+            try:
+                line.decode("gb18030")
+                cause = "it looks like GBK; convert it: iconv -f GB18030 -t UTF-8"
+            except UnicodeDecodeError:
+                cause = "the file is damaged or not text"
+        raise InputError(f"{where}: not UTF-8 at byte {error.start + 1} of the line; {cause}") from None
+
+
+def _lines(path: str, flag: str) -> Iterator[tuple[str, str]]:
+    """Yield (file:line, line) of a UTF-8 file, BOM and line ends (\\n, \\r\\n or \\r) removed, blank lines left out."""
+    number = 0
+    with open(path, "rb") as file:
+        for chunk in file:
+            for line in chunk.splitlines():  # of bytes: splits at \n, \r\n and \r, and nowhere else
+                number += 1
+                where = f"{path}:{number}"
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                text = _decode(line, f"{flag} {where}")
+                if text.strip():
+                    yield where, text
+
+
+def read_rows(path: str, columns: int, flag: str, strict: bool = False,
+              check: Callable[[list[str]], str | None] | None = None) -> Iterator[list[str]]:
+    """Stream the rows of a tab-separated text file.
+
+    Every field loses the white space around it and keeps what is inside. Blank lines are skipped. A row with
+    another number of columns, an empty field, or for which `check(row)` returns a complaint is skipped, counted,
+    and reported on stderr with file:line of the first three.
+
+    Args:
+        path: a UTF-8 file, with or without BOM, lines ending in \\n, \\r\\n or \\r.
+        columns: how many fields a good row has.
+        flag: the flag that named the file, for messages.
+        strict: raise at the first bad row.
+
+    Raises:
+        InputError: not UTF-8; a bad row where `strict`; more than half of the rows bad; no good row.
+    """
+    good, bad, first_bad = 0, 0, []
+    for where, line in _lines(path, flag):
+        row = [field.strip() for field in line.split("\t")]
+        if len(row) != columns:
+            complaint = f"{len(row)} column{'s' * (len(row) > 1)} where {columns} {'is' if columns == 1 else 'are'} wanted"
+        elif not all(row):
+            complaint = "an empty field"
+        else:
+            complaint = check(row) if check else None
+        if complaint is None:
+            good += 1
+            yield row
+        elif strict:
+            raise InputError(f"{flag} {where}: {complaint} (--strict_data)")
+        else:
+            bad += 1
+            if bad <= 3:
+                first_bad.append(f"{where} ({complaint})")
+    report = f"{bad} of {good + bad} lines are malformed: {', '.join(first_bad)}"
+    if bad > good or not good:
+        raise InputError(f"{flag} {path}: {report}" if bad else f"{flag} {path}: the file holds no text")
+    if bad:
+        log(f"{flag} {path}: skipped; {report}")
+
+
+def read_texts(path: str, flag: str, strict: bool = False) -> list[str]:
+    """One text a line."""
+    return [row[0] for row in read_rows(path, 1, flag, strict)]
+
+
+def read_text_pairs(path: str, flag: str, strict: bool = False) -> list[tuple[str, str]]:
+    """Two texts a line: query and title."""
+    return [(query, title) for query, title in read_rows(path, 2, flag, strict)]
+
+
+def read_labeled_pairs(path: str, flag: str, strict: bool = False) -> list[tuple[str, str, float]]:
+    """Two texts and a number a line."""
+    def not_a_number(row: list[str]) -> str | None:
+        try:
+            return None if math.isfinite(float(row[2])) else f"label {row[2]!r} is not a finite number"
+        except ValueError:
+            return f"label {row[2]!r} is not a number"
+
+    return [(a, b, float(label)) for a, b, label in read_rows(path, 3, flag, strict, not_a_number)]
+
+
+def count_columns(path: str, flag: str, choices: tuple[int, ...]) -> int:
+    """How many columns the first line has whose number of columns is one of `choices`."""
+    for _, line in _lines(path, flag):
+        if line.count("\t") + 1 in choices:
+            return line.count("\t") + 1
+    raise InputError(f"{flag} {path}: no line has {' or '.join(map(str, choices))} tab-separated columns")
+
+
+# --------------------------------------------------------------------------------------- texts to token ids
+class WordPiece:
+    """BERT WordPiece in Rust, token for token what PaddleNLP's ErnieTokenizer and BertTokenizer give, text being text:
+    a literal "[SEP]" in it is no separator.
+
+    Args:
+        vocab: token to id.
+        lowercase: lower-case and strip accents.
+        kind: PaddleNLP's class name, recorded by `save_pretrained`.
+    """
+
+    # PaddleNLP splits at symbols and at some more code points; BertPreTokenizer only at punctuation.
+    # The last range is missing from the Rust normalizer's han (a typo in its table).
+    _SPLIT = r"[\p{S}\x{AD}\x{B2}\x{B5}\x{BA}\x{D8}\x{14B}\x{1B1}\x{3007}\x{2B820}-\x{2B91F}]"
+
+    def __init__(self, vocab: dict[str, int], lowercase: bool = True, kind: str = "ErnieTokenizer") -> None:
+        from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+        self.vocab, self.lowercase, self.kind = vocab, lowercase, kind
+        self.cls, self.sep, self.pad_token_id = (vocab[token] for token in ("[CLS]", "[SEP]", "[PAD]"))
+        self._rust = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
+        self._rust.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+        self._rust.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Split(Regex(self._SPLIT), "isolated")])
+
+    def __call__(self, texts: Sequence[str], max_seq_length: int) -> list[list[int]]:
+        """Token ids of each text, [CLS] and [SEP] included, cut to `max_seq_length`."""
+        self._rust.enable_truncation(max_seq_length - 2)
+        return [[self.cls, *encoding.ids, self.sep] for encoding in self._rust.encode_batch(list(texts))]
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write vocab.txt and tokenizer_config.json, as PaddleNLP's AutoTokenizer reads them."""
+        with open(os.path.join(folder, "vocab.txt"), "w", encoding="utf-8") as file:
+            file.writelines(token + "\n" for token in sorted(self.vocab, key=self.vocab.get))
+        names = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
+        with open(os.path.join(folder, "tokenizer_config.json"), "w", encoding="utf-8") as file:
+            json.dump({"do_lower_case": self.lowercase, **names, "tokenizer_class": self.kind}, file)
+
+
+class AnyTokenizer:
+    """Any other tokenizer of PaddleNLP behind the interface of `WordPiece`; slower."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._python, self.pad_token_id, self.save_pretrained = (
+            tokenizer, tokenizer.pad_token_id, tokenizer.save_pretrained)
+
+    def __call__(self, texts: Sequence[str], max_seq_length: int) -> list[list[int]]:
+        return self._python(list(texts), max_length=max_seq_length, truncation=True, return_token_type_ids=False,
+                            return_attention_mask=False)["input_ids"]
+
+
+def load_tokenizer(name_or_path: str) -> WordPiece | AnyTokenizer:
+    """The tokenizer of an encoder or of a checkpoint folder, by hub name or path.
+
+    A folder with a vocab.txt is read without importing paddlenlp.
+
+    Raises:
+        InputError: there is none.
+    """
+    if (record := _read_wordpiece(name_or_path)) is not None:
+        return WordPiece(*record)
+    from paddlenlp.transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except Exception as error:  # paddlenlp raises OSError, ValueError, KeyError or its own, for the same reason
+        raise InputError(f"no tokenizer in {name_or_path}: {first_line(error)}") from None
+    kind = type(tokenizer).__name__
+    if kind in WORDPIECE_CLASSES:
+        return WordPiece(dict(tokenizer.vocab.token_to_idx), tokenizer.do_lower_case, kind)
+    return AnyTokenizer(tokenizer)
+
+
+def _read_wordpiece(folder: str) -> tuple[dict[str, int], bool, str] | None:
+    """Vocabulary, lowercase and class name of a folder's WordPiece tokenizer; None where it is another kind."""
+    paths = [os.path.join(folder, name) for name in ("vocab.txt", "tokenizer_config.json")]
+    if not all(map(os.path.isfile, paths)):
+        return None
+    with open(paths[1], encoding="utf-8") as file:
+        config = json.load(file)
+    kind = config.get("tokenizer_class")
+    if kind not in WORDPIECE_CLASSES or config.get("added_tokens_decoder") or config.get("tokenize_chinese_chars") is False:
+        return None
+    with open(paths[0], encoding="utf-8", newline="\n") as file:
+        vocab = {line.rstrip("\r\n"): number for number, line in enumerate(file)}
+    return vocab, config.get("do_lower_case", True), kind
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for one-line reports."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def pad(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pad token ids to the longest: input_ids and token_type_ids (all zero), int64 [batch, length]."""
+    input_ids = np.full((len(sequences), max(map(len, sequences))), pad_id, dtype="int64")
+    for row, sequence in zip(input_ids, sequences):
+        row[: len(sequence)] = sequence
+    return input_ids, np.zeros_like(input_ids)
+
+
+def make_batches(texts: Sequence[str], tokenizer: Any, max_seq_length: int,
+                 batch_size: int) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+    """Batch texts of like length, longest first within each window of WINDOW texts.
+
+    Yields:
+        rows: the positions of the batch's texts in `texts`.
+        input_ids, token_type_ids: int64 [len(rows), longest of the batch].
+    """
+    for start in range(0, len(texts), WINDOW):
+        ids = tokenizer(texts[start : start + WINDOW], max_seq_length)
+        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+        for first in range(0, len(order), batch_size):
+            chosen = order[first : first + batch_size]
+            yield [start + i for i in chosen], *pad([ids[i] for i in chosen], tokenizer.pad_token_id)
+
+
+def distinct(texts: Iterable[str]) -> list[str]:
+    """The different texts, in the order of their first appearance."""
+    return list(dict.fromkeys(texts))

@@ -1,0 +1,116 @@
+"""Embeddings and pair scores from an exported folder, by Paddle Inference.
+
+    python deploy/python/predict.py --model_dir=./output --device cpu
+    python deploy/python/predict.py --model_dir=./output --device cpu --input_file texts.txt --output_file texts.npy
+    python deploy/python/predict.py --model_dir=./output --device cpu --text_pair_file recall/test.csv
+
+Without texts or pairs it takes the README's. Needs the folder that export_model.py wrote, and no checkpoint.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+
+import data  # noqa: E402
+
+README_PAIRS = [("中西方语言与文化的差异", "中西方文化差异以及语言体现中西方文化,差异,语言体现"),
+                ("中西方语言与文化的差异", "飞桨致力于让深度学习技术的创新与应用更简单")]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = data.ArgumentParser(description=__doc__.splitlines()[0])
+    group = parser.add_argument_group("texts")
+    data.add_text_arguments(group)
+    group.add_argument("--text_pair_file", type=data.readable_file, default=None,
+                       help="two texts, tab-separated, a pair a line; prints one cosine a line")
+    group = parser.add_argument_group("model")
+    group.add_argument("--model_dir", type=data.folder, default="./output", help="what export_model.py wrote")
+    data.add_encode_arguments(group, batch_size=15, max_seq_length=128)
+    group = parser.add_argument_group("device")
+    data.add_device_argument(group, choices=("cpu", "gpu", "xpu"))
+    group.add_argument("--use_tensorrt", type=data.boolean, nargs="?", const=True, default=False,
+                       help="run on TensorRT; needs --device gpu")
+    group.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="fp32",
+                       help="fp16 needs --device gpu, int8 --use_tensorrt")
+    group.add_argument("--cpu_threads", type=data.natural_int, default=0, help="math threads on a CPU; 0: all cores")
+    group.add_argument("--enable_mkldnn", type=data.boolean, nargs="?", const=True, default=False,
+                       help="use oneDNN on a CPU")
+    group = parser.add_argument_group("benchmark")
+    group.add_argument("--benchmark", type=data.boolean, nargs="?", const=True, default=False,
+                       help="also measure latency and throughput, at batch 1 and at --batch_size")
+    group.add_argument("--save_log_path", default="./log_output/", help="folder of the benchmark's log")
+    args = parser.parse_args()
+    check_device(parser, args)
+    return args
+
+
+def check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse flags that would do nothing on the device asked for."""
+    if args.use_tensorrt and args.device != "gpu":
+        parser.error("--use_tensorrt needs --device gpu")
+    if args.precision == "fp16" and args.device != "gpu":
+        parser.error("--precision fp16 needs --device gpu")
+    if args.precision == "int8" and not args.use_tensorrt:
+        parser.error("--precision int8 needs --use_tensorrt")
+    if args.device != "cpu" and (args.enable_mkldnn or args.cpu_threads):
+        parser.error("--enable_mkldnn and --cpu_threads need --device cpu")
+
+
+def benchmark(embed_texts, texts: list[str], args: argparse.Namespace) -> None:
+    """Time text to embedding, tokenizing included; figures to stderr and, as JSON, to --save_log_path."""
+    rows = []
+    for batch_size in sorted({1, args.batch_size}):
+        batch = (texts * batch_size)[:batch_size]
+        seconds = []
+        for turn in range(60):
+            start = time.perf_counter()
+            embed_texts(batch)
+            seconds += [time.perf_counter() - start] if turn >= 10 else []  # the first ones warm up
+        seconds.sort()
+        p50, p95, p99 = (1000 * seconds[int(len(seconds) * part)] for part in (0.5, 0.95, 0.99))
+        rows.append({"batch_size": batch_size, "p50_ms": round(p50, 3), "p95_ms": round(p95, 3),
+                     "p99_ms": round(p99, 3), "texts_per_second": round(batch_size * len(seconds) / sum(seconds), 1)})
+        data.log("benchmark: " + ", ".join(f"{key} {value}" for key, value in rows[-1].items()))
+    settings = {key: value for key, value in vars(args).items() if key in (
+        "device", "precision", "cpu_threads", "enable_mkldnn", "use_tensorrt", "max_seq_length")}
+    path = os.path.join(args.save_log_path, f"benchmark_{time.strftime('%Y%m%d_%H%M%S')}.json")
+    with data.new_file(path) as file:
+        json.dump({"machine": platform.platform(), "cores": os.cpu_count(), "settings": settings, "results": rows},
+                  file, indent=2)
+    data.log(f"wrote {path}")
+
+
+def main() -> None:
+    args = parse_args()
+    pairs = data.read_text_pairs(args.text_pair_file, "--text_pair_file", args.strict_data) if args.text_pair_file else []
+    texts = [] if pairs and not (args.text or args.input_file) else data.given_texts(args)
+    bare = not (args.text or args.input_file or args.text_pair_file)
+
+    from model import Predictor, encode, encode_pairs
+
+    predictor = Predictor(args.model_dir, args.device, args.cpu_threads, args.enable_mkldnn, args.use_tensorrt,
+                          args.precision, args.batch_size, args.max_seq_length)
+    tokenizer = data.load_tokenizer(args.model_dir)
+    if texts:
+        embeddings = encode(predictor, tokenizer, texts, args.max_seq_length, args.batch_size)
+        if args.output_file:
+            data.save_embeddings(args.output_file, embeddings)
+        else:
+            print(embeddings.shape)
+            print(embeddings)
+    if pairs or bare:
+        first, second = encode_pairs(predictor, tokenizer, pairs or README_PAIRS, args.max_seq_length, args.batch_size)
+        cosines = (first * second).sum(axis=1).tolist()
+        print(cosines if bare else "\n".join(map(str, cosines)))
+    if args.benchmark:
+        benchmark(lambda batch: encode(predictor, tokenizer, batch, args.max_seq_length, len(batch)),
+                  texts or [text for pair in pairs for text in pair], args)
+
+
+if __name__ == "__main__":
+    data.run(main)

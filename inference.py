@@ -1,0 +1,40 @@
+"""Embeddings of texts.
+
+    python inference.py --device cpu --params_path checkpoints/model_900 --text 一句话 --text 另一句话
+    python inference.py --device cpu --params_path checkpoints/model_900 --input_file texts.txt --output_file texts.npy
+
+Without --output_file prints the shape and the embeddings.
+"""
+
+import argparse
+
+import data
+
+
+def parse_args() -> argparse.Namespace:
+    parser = data.ArgumentParser(description=__doc__.splitlines()[0])
+    data.add_text_arguments(parser)
+    data.add_model_arguments(parser, params_path=data.DEFAULT_PARAMS)
+    data.add_encode_arguments(parser)
+    data.add_device_argument(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    texts = data.given_texts(args)
+
+    from model import encode, load_model, set_device
+
+    set_device(args.device)
+    model, tokenizer, _ = load_model(args.params_path, args.model_name_or_path, args.output_emb_size)
+    embeddings = encode(model, tokenizer, texts, args.max_seq_length, args.batch_size)
+    if args.output_file:
+        data.save_embeddings(args.output_file, embeddings)
+    else:
+        print(list(embeddings.shape))
+        print(embeddings)
+
+
+if __name__ == "__main__":
+    data.run(main)

@@ -1,0 +1,457 @@
+"""The network, its loss, its checkpoints: the one way from token ids to embeddings.
+
+`SimCSE` is the network in dynamic graph, `Predictor` the same network exported and run by Paddle Inference.
+Both have `embed(input_ids, token_type_ids)`, and `encode` turns texts into embeddings with either.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+import warnings
+import zlib  # noqa: F401  paddlepaddle 2.6 dies in inflateReset2 if its own zlib is loaded before Python's
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+warnings.filterwarnings("ignore", message="No ccache found|Setuptools is replacing distutils")
+
+import numpy as np  # noqa: E402
+import paddle  # noqa: E402
+import paddle.nn.functional as F  # noqa: E402
+from paddle import nn  # noqa: E402
+
+from data import DEFAULT_MODEL, InputError, first_line, load_tokenizer, log, make_batches  # noqa: E402
+
+CPU_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CONFIG_FILE = "simcse_config.json"
+PARAMS_FILE = "model_state.pdparams"
+# What `paddle.jit.save` writes: paddle 3 .json, paddle 2 .pdmodel; the last is what the original exported.
+GRAPH_FILES = ("inference.json", "inference.pdmodel", "inference.get_pooled_embedding.pdmodel")
+
+
+def set_device(device: str) -> None:
+    """Make `device` ("cpu", "gpu") the current one.
+
+    Raises:
+        InputError: this paddle, or this machine, has no such device.
+    """
+    if device == "gpu" and not (paddle.device.is_compiled_with_cuda() and paddle.device.cuda.device_count()):
+        raise InputError("--device gpu: no GPU that this paddlepaddle can use; run with --device cpu, "
+                         "or install paddlepaddle-gpu (requirements-gpu.txt)")
+    paddle.set_device(device)
+    # paddle starts with one math thread; ranks on one machine share its cores.
+    paddle.base.core.set_num_threads(max(1, CPU_CORES // paddle.distributed.get_world_size()))
+
+
+# ------------------------------------------------------------------------------------------------- the network
+def contrastive_loss(query: paddle.Tensor, title: paddle.Tensor, margin: float, scale: float) -> paddle.Tensor:
+    """In-batch contrastive loss of SimCSE (Gao et al. 2021, eq. 1), a margin taken off the positives' cosine.
+
+    mean_i -log softmax_j(scale * (cos(q_i, t_j) - margin * [i = j]))[i]
+
+    Args:
+        query, title: L2-normalized embeddings, float [batch, dim]; row i of one is the positive of row i of the other,
+            all other rows are its negatives.
+        margin: how much more similar than a negative a positive has to be, in cosine.
+        scale: the inverse of the temperature.
+
+    Returns:
+        A scalar tensor.
+    """
+    cosine = paddle.matmul(query, title, transpose_y=True)
+    logits = scale * (cosine - margin * paddle.eye(cosine.shape[0], dtype=cosine.dtype))
+    return F.cross_entropy(logits, paddle.arange(cosine.shape[0], dtype="int64"))
+
+
+class SimCSE(nn.Layer):
+    """A dual tower with shared weights: encoder -> first token [-> pooler] [-> fc] -> dropout -> L2 norm.
+
+    Args:
+        pretrained_model: an encoder as AutoModel loads it; (input_ids, token_type_ids, position_ids, attention_mask)
+            to (sequence_output [batch, length, hidden], pooled_output [batch, hidden]).
+        dropout: rate on the output vector; None: 0.1.
+        margin, scale: see `contrastive_loss`.
+        output_emb_size: size of the embedding; None or 0: the encoder's hidden size, without fc.
+    """
+
+    def __init__(self, pretrained_model: nn.Layer, dropout: float | None = None, margin: float = 0.0,
+                 scale: float = 20, output_emb_size: int | None = None) -> None:
+        super().__init__()
+        self.ptm = pretrained_model
+        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
+        self.margin = margin
+        self.scale = scale
+        self.infer_with_pooler = True  # what `embed` and the exported graph do; training always uses the pooler
+        self.output_emb_size = output_emb_size or 0
+        hidden_size = pretrained_model.config.hidden_size
+        self.embedding_size = self.output_emb_size or hidden_size
+        self.max_positions = getattr(pretrained_model.config, "max_position_embeddings", 512)
+        if self.output_emb_size:
+            weight_attr = paddle.ParamAttr(initializer=nn.initializer.TruncatedNormal(std=0.02))
+            self.emb_reduce_linear = nn.Linear(hidden_size, self.output_emb_size, weight_attr=weight_attr)
+
+    def get_pooled_embedding(self, input_ids: paddle.Tensor, token_type_ids: paddle.Tensor | None = None,
+                             position_ids: paddle.Tensor | None = None, attention_mask: paddle.Tensor | None = None,
+                             with_pooler: bool = True) -> paddle.Tensor:
+        """L2-normalized embeddings, float [batch, embedding_size].
+
+        Args:
+            input_ids, token_type_ids, position_ids: int64 [batch, length]; padding has the encoder's pad id.
+            attention_mask: [batch, length], 1 for a token and 0 for padding; None: from the pad id.
+            with_pooler: take the encoder's pooled (tanh) output; otherwise the raw first token.
+        """
+        outputs = self.ptm(input_ids, token_type_ids=token_type_ids, position_ids=position_ids,
+                           attention_mask=attention_mask)
+        embedding = outputs[1] if with_pooler else outputs[0][:, 0]
+        if self.output_emb_size:
+            embedding = self.emb_reduce_linear(embedding)
+        return F.normalize(self.dropout(embedding), p=2, axis=-1)
+
+    def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
+        """Embeddings without dropout or gradient: int64 [batch, length] twice to float32 [batch, embedding_size]."""
+        return next(self.get_semantic_embedding([(input_ids, token_type_ids)])).numpy()
+
+    @paddle.no_grad()
+    def get_semantic_embedding(self, data_loader: Iterable[tuple[Any, Any]]) -> Iterator[paddle.Tensor]:
+        """Yield the embeddings, float [batch, embedding_size], of every (input_ids, token_type_ids) batch."""
+        self.eval()
+        for input_ids, token_type_ids in data_loader:
+            yield self.get_pooled_embedding(paddle.to_tensor(input_ids), paddle.to_tensor(token_type_ids),
+                                            with_pooler=self.infer_with_pooler)
+
+    def _pair(self, query: list, title: list, with_pooler: bool = True) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """Embeddings of both sides; in one pass of twice the rows where the inputs have one shape."""
+        if query[0].shape != title[0].shape or any((q is None) != (t is None) for q, t in zip(query, title)):
+            return (self.get_pooled_embedding(*query, with_pooler=with_pooler),
+                    self.get_pooled_embedding(*title, with_pooler=with_pooler))
+        both = [None if q is None else paddle.concat([q, t]) for q, t in zip(query, title)]
+        return tuple(paddle.split(self.get_pooled_embedding(*both, with_pooler=with_pooler), 2))
+
+    def cosine_sim(self, query_input_ids: paddle.Tensor, title_input_ids: paddle.Tensor, query_token_type_ids=None,
+                   query_position_ids=None, query_attention_mask=None, title_token_type_ids=None,
+                   title_position_ids=None, title_attention_mask=None, with_pooler: bool = True) -> paddle.Tensor:
+        """Cosine of each query with its title, float [batch]; arguments as in `get_pooled_embedding`."""
+        query, title = self._pair(
+            [query_input_ids, query_token_type_ids, query_position_ids, query_attention_mask],
+            [title_input_ids, title_token_type_ids, title_position_ids, title_attention_mask], with_pooler)
+        return (query * title).sum(axis=-1)
+
+    def forward(self, query_input_ids: paddle.Tensor, title_input_ids: paddle.Tensor, query_token_type_ids=None,
+                query_position_ids=None, query_attention_mask=None, title_token_type_ids=None,
+                title_position_ids=None, title_attention_mask=None) -> paddle.Tensor:
+        """The contrastive loss, a scalar. In SimCSE both sides are the same texts under different dropout."""
+        query, title = self._pair(
+            [query_input_ids, query_token_type_ids, query_position_ids, query_attention_mask],
+            [title_input_ids, title_token_type_ids, title_position_ids, title_attention_mask])
+        return contrastive_loss(query, title, self.margin, self.scale)
+
+
+def is_first_rank() -> bool:
+    """Whether this process is rank 0, or the only one."""
+    return paddle.distributed.get_rank() == 0
+
+
+def encode(model: "SimCSE | Predictor", tokenizer: Any, texts: Sequence[str], max_seq_length: int,
+           batch_size: int) -> np.ndarray:
+    """The one way from texts to embeddings: float32 [len(texts), embedding_size], in the order of `texts`."""
+    if max_seq_length > model.max_positions:
+        raise InputError(f"--max_seq_length {max_seq_length}: the encoder has {model.max_positions} positions")
+    embeddings = np.empty((len(texts), model.embedding_size), dtype="float32")
+    for rows, input_ids, token_type_ids in make_batches(texts, tokenizer, max_seq_length, batch_size):
+        embeddings[rows] = model.embed(input_ids, token_type_ids)
+    return embeddings
+
+
+def encode_pairs(model: "SimCSE | Predictor", tokenizer: Any, pairs: Sequence[tuple[str, str]], max_seq_length: int,
+                 batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings of the first and of the second texts, each float32 [len(pairs), embedding_size]."""
+    texts = [text for side in zip(*pairs) for text in side]
+    return tuple(np.split(encode(model, tokenizer, texts, max_seq_length, batch_size), 2))
+
+
+def mean_loss(query: np.ndarray, title: np.ndarray, batch_size: int, margin: float, scale: float) -> float:
+    """`contrastive_loss` of embeddings taken in batches, the mean over all rows."""
+    total = 0.0
+    for start in range(0, len(query), batch_size):
+        q, t = (paddle.to_tensor(side[start : start + batch_size]) for side in (query, title))
+        total += float(contrastive_loss(q, t, margin, scale)) * len(q)
+    return total / len(query)
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints
+class _NewlyInitialized(logging.Handler):
+    """Collects the layers that paddlenlp says it left at random: it only logs them."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.layers: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        named = re.search(r"newly initialized: \[(.*?)\]", record.getMessage())
+        self.layers += re.findall(r"'([^']+)'", named[1]) if named else []
+
+
+def load_encoder(model_name_or_path: str, dropout: float | None = None) -> nn.Layer:
+    """A pretrained encoder by hub name or folder, every layer of it loaded, in float32.
+
+    Args:
+        dropout: hidden and attention dropout rate; None: the encoder's own.
+
+    Raises:
+        InputError: no such encoder, or layers are missing from its weights. Only the pooler may be: encoders
+            pretrained without one get a random one, which is said on stderr, to be trained.
+    """
+    import paddlenlp
+    from paddlenlp.utils.log import logger
+
+    logger.set_level("WARNING")
+    rates = {} if dropout is None else {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    seen = _NewlyInitialized()
+    logger.logger.addHandler(seen)
+    try:
+        encoder = paddlenlp.transformers.AutoModel.from_pretrained(model_name_or_path, **rates)
+    except Exception as error:  # paddlenlp raises OSError, ValueError, KeyError, RuntimeError for the same reasons
+        raise InputError(f"--model_name_or_path {model_name_or_path}: neither a folder with an encoder nor one that "
+                         f"can be fetched by that name: {first_line(error)}") from None
+    finally:
+        logger.logger.removeHandler(seen)
+    if missing := [name for name in seen.layers if "pooler" not in name]:
+        raise InputError(f"--model_name_or_path {model_name_or_path}: its weights lack {_some(missing)}")
+    if seen.layers:
+        log(f"{model_name_or_path} has no trained pooler: {_some(seen.layers)} start at random")
+    return encoder
+
+
+def _encoder_from_record(record: dict, dropout: float | None) -> nn.Layer:
+    """The encoder that a checkpoint describes, with random weights: the checkpoint has them all."""
+    import paddlenlp
+
+    paddlenlp.utils.log.logger.set_level("WARNING")
+    encoder_class = getattr(paddlenlp.transformers, record["encoder_class"])
+    config = encoder_class.config_class.from_dict(record["encoder_config"])
+    if dropout is not None:
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
+    return encoder_class(config)
+
+
+def _some(names: Sequence[str], most: int = 12) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def load_state(model: SimCSE, state: dict, source: str) -> None:
+    """Load every tensor of `state` into `model`, cast to the model's own dtype.
+
+    Raises:
+        InputError: tensors that are missing, unexpected or of another shape, by name.
+    """
+    own = model.state_dict()
+    wrong_shape = [f"{name} {list(state[name].shape)} instead of {list(own[name].shape)}"
+                   for name in own if name in state and list(state[name].shape) != list(own[name].shape)]
+    faults = {"missing": [name for name in own if name not in state],
+              "unexpected": [name for name in state if name not in own], "wrongly shaped": wrong_shape}
+    if any(faults.values()):
+        found = "; ".join(f"{kind}: {_some(names)}" for kind, names in faults.items() if names)
+        raise InputError(f"{source} does not fit the network; {found}")
+    for name, tensor in own.items():
+        tensor.set_value(state[name].astype(tensor.dtype))
+
+
+def read_record(folder: str) -> dict:
+    """What `simcse_config.json` in a checkpoint or exported folder records; {} where there is none."""
+    path = os.path.join(folder, CONFIG_FILE)
+    if not os.path.isfile(path):
+        return {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON: {first_line(error)}") from None
+
+
+def load_model(params_path: str, model_name_or_path: str | None = None, output_emb_size: int | None = None,
+               flag: str = "--params_path", dropout: float | None = None,
+               settings: dict | None = None) -> tuple[SimCSE, Any, dict]:
+    """Load a checkpoint, strictly.
+
+    Args:
+        params_path: the .pdparams file, this project's or the original's (which has no simcse_config.json beside it).
+        model_name_or_path: the encoder; None: what the checkpoint records, else DEFAULT_MODEL.
+        output_emb_size: None, or what the checkpoint must have (0: no fc).
+        flag: the flag that named the file, for messages.
+        dropout: the encoder's dropout rate, for training on.
+        settings: dropout, margin and scale of `SimCSE`; None: margin and scale from the checkpoint's record.
+
+    Returns:
+        The network in evaluation mode, the tokenizer, and the checkpoint's record.
+
+    Raises:
+        InputError: unreadable file; a tensor is missing, unexpected or wrongly shaped; `output_emb_size` contradicts.
+    """
+    folder = os.path.dirname(params_path) or "."
+    try:
+        state = paddle.load(params_path)
+        shape = state["emb_reduce_linear.weight"].shape if "emb_reduce_linear.weight" in state else [0, 0]
+    except Exception as error:  # paddle raises anything from OSError to UnpicklingError on a damaged file
+        raise InputError(f"{flag} {params_path}: not a paddle checkpoint: {first_line(error)}") from None
+    if not any(name.startswith("ptm.") for name in state):
+        raise InputError(f"{flag} {params_path}: not a SimCSE checkpoint (no ptm.* tensors); "
+                         "an encoder without SimCSE training is given by --model_name_or_path")
+    if output_emb_size is not None and output_emb_size != shape[1]:
+        raise InputError(f"--output_emb_size {output_emb_size}: {params_path} has {shape[1] or 'no fc: 0'}")
+
+    record = read_record(folder)
+    if model_name_or_path or not record:
+        name = model_name_or_path or DEFAULT_MODEL
+        encoder = load_encoder(name, dropout)
+    else:
+        name = record["model_name_or_path"]
+        encoder = _encoder_from_record(record, dropout)
+    has_tokenizer = os.path.isfile(os.path.join(folder, "tokenizer_config.json"))
+    tokenizer = load_tokenizer(folder if has_tokenizer else name)
+    settings = settings or {key: record[key] for key in ("margin", "scale") if key in record}
+    model = SimCSE(encoder, output_emb_size=shape[1], **settings)
+    model.infer_with_pooler = record.get("with_pooler", True)
+    load_state(model, state, f"{flag} {params_path}")
+    model.eval()
+    return model, tokenizer, make_record(model, name, record.get("max_seq_length"))
+
+
+def make_record(model: SimCSE, model_name_or_path: str, max_seq_length: int | None) -> dict:
+    """What later stages have to know of a checkpoint: the content of simcse_config.json."""
+    import paddlenlp
+
+    return {"model_name_or_path": model_name_or_path, "output_emb_size": model.output_emb_size,
+            "with_pooler": model.infer_with_pooler, "scale": model.scale, "margin": model.margin,
+            "max_seq_length": max_seq_length, "encoder_class": type(model.ptm).__name__,
+            "encoder_config": model.ptm.config.to_dict(),
+            "versions": {"paddlepaddle": paddle.__version__, "paddlenlp": paddlenlp.__version__}}
+
+
+class new_folder:
+    """`with new_folder(path) as temporary:` fill it, and it becomes `path` when all is written.
+
+    Where `path` exists, the new files take the place of those of the same name, and others stay. On an error the
+    temporary folder is removed, and `path` stays as it was.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = os.path.abspath(path)
+
+    def __enter__(self) -> str:
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        self.temporary = tempfile.mkdtemp(prefix=f".{os.path.basename(self.path)}.", dir=os.path.dirname(self.path))
+        os.chmod(self.temporary, 0o755)
+        return self.temporary
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        if kind is None and os.path.isdir(self.path):
+            for name in os.listdir(self.temporary):
+                os.replace(os.path.join(self.temporary, name), os.path.join(self.path, name))
+        elif kind is None:
+            os.rename(self.temporary, self.path)
+        shutil.rmtree(self.temporary, ignore_errors=True)
+
+
+def write_record(folder: str, record: dict, tokenizer: Any) -> None:
+    """Write simcse_config.json and the tokenizer's files."""
+    tokenizer.save_pretrained(folder)
+    with open(os.path.join(folder, CONFIG_FILE), "w", encoding="utf-8") as file:
+        json.dump(record, file, ensure_ascii=False, indent=2)
+
+
+def save_checkpoint(folder: str, model: SimCSE, tokenizer: Any, record: dict) -> None:
+    """Write weights, tokenizer and simcse_config.json to `folder`, which appears complete or not at all."""
+    with new_folder(folder) as temporary:
+        paddle.save(model.state_dict(), os.path.join(temporary, PARAMS_FILE))
+        write_record(temporary, record, tokenizer)
+
+
+# -------------------------------------------------------------------------------- static graph, Paddle Inference
+class _EmbeddingGraph(nn.Layer):
+    """`get_pooled_embedding` as a layer of its own, which is what `paddle.jit.save` exports."""
+
+    def __init__(self, model: SimCSE) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: paddle.Tensor, token_type_ids: paddle.Tensor) -> paddle.Tensor:
+        return self.model.get_pooled_embedding(input_ids, token_type_ids, with_pooler=self.model.infer_with_pooler)
+
+
+def export_graph(model: SimCSE, folder: str) -> None:
+    """Write the static graph of `get_pooled_embedding`, batch and length dynamic: inference.{json,pdmodel}, .pdiparams."""
+    ids = [paddle.static.InputSpec([None, None], "int64", name) for name in ("input_ids", "token_type_ids")]
+    model.eval()
+    graph = paddle.jit.to_static(_EmbeddingGraph(model), input_spec=ids, full_graph=True)
+    graph.eval()
+    paddle.jit.save(graph, os.path.join(folder, "inference"))
+
+
+class Predictor:
+    """An exported folder run by Paddle Inference.
+
+    Args:
+        model_dir: what export_model.py wrote.
+        device: "cpu", "gpu" or "xpu".
+        cpu_threads: math threads on a CPU; 0: all cores.
+        enable_mkldnn: oneDNN kernels on a CPU.
+        use_tensorrt: TensorRT on a GPU, for up to max_batch_size x max_seq_length tokens.
+        precision: "fp32", "fp16" (GPU) or "int8" (TensorRT).
+
+    Raises:
+        InputError: no exported graph in `model_dir`, or the device is not there.
+    """
+
+    def __init__(self, model_dir: str, device: str = "cpu", cpu_threads: int = 0, enable_mkldnn: bool = False,
+                 use_tensorrt: bool = False, precision: str = "fp32", max_batch_size: int = 32,
+                 max_seq_length: int = 128) -> None:
+        graph = next((path for name in GRAPH_FILES if os.path.isfile(path := os.path.join(model_dir, name))), None)
+        if graph is None or not os.path.isfile(params := os.path.splitext(graph)[0] + ".pdiparams"):
+            raise InputError(f"--model_dir {model_dir}: no exported graph ({GRAPH_FILES[0]} or {GRAPH_FILES[1]}, and "
+                             "inference.pdiparams); make one with export_model.py")
+        if graph.endswith(".json") and paddle.__version__.startswith("2."):
+            raise InputError(f"{graph} was exported by paddle 3; paddle {paddle.__version__} cannot run it: "
+                             "export the checkpoint again here")
+        record = read_record(model_dir)
+        self.max_positions = record.get("encoder_config", {}).get("max_position_embeddings", 512)
+        config = paddle.inference.Config(graph, params)
+        config.disable_glog_info()
+        if device == "gpu":
+            set_device(device)
+            self._use_gpu(config, use_tensorrt, precision, max_batch_size, max_seq_length)
+        elif device == "xpu":
+            if not paddle.device.is_compiled_with_xpu():
+                raise InputError("--device xpu: this paddlepaddle has no XPU support")
+            config.enable_xpu()
+        else:
+            config.disable_gpu()
+            config.set_cpu_math_library_num_threads(cpu_threads or CPU_CORES)
+            if enable_mkldnn:
+                config.set_mkldnn_cache_capacity(10)  # one entry a shape: without a bound memory grows
+                config.enable_mkldnn()
+        self.predictor = paddle.inference.create_predictor(config)
+        self.inputs = [self.predictor.get_input_handle(name) for name in self.predictor.get_input_names()]
+        self.output = self.predictor.get_output_handle(self.predictor.get_output_names()[0])
+        self.embedding_size = self.embed(*[np.ones([1, 1], "int64")] * 2).shape[1]  # known only after a run
+
+    @staticmethod
+    def _use_gpu(config: Any, use_tensorrt: bool, precision: str, max_batch_size: int, max_seq_length: int) -> None:
+        types = paddle.inference.PrecisionType
+        kind = {"fp32": types.Float32, "fp16": types.Half, "int8": types.Int8}[precision]
+        config.enable_use_gpu(100, 0, types.Float32 if use_tensorrt else kind)
+        if use_tensorrt:
+            config.enable_tensorrt_engine(workspace_size=1 << 30, max_batch_size=max_batch_size, min_subgraph_size=5,
+                                          precision_mode=kind, use_static=False, use_calib_mode=False)
+            shapes = [{name: list(shape) for name in ("input_ids", "token_type_ids")}
+                      for shape in ((1, 1), (max_batch_size, max_seq_length), (max_batch_size, max_seq_length))]
+            config.set_trt_dynamic_shape_info(*shapes)
+
+    def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
+        """int64 [batch, length] twice to float32 [batch, embedding_size], L2-normalized."""
+        for handle, array in zip(self.inputs, (input_ids, token_type_ids)):
+            handle.copy_from_cpu(array)
+        self.predictor.run()
+        return self.output.copy_to_cpu().astype("float32", copy=False)

@@ -1,0 +1,43 @@
+"""Cosine similarity of text pairs.
+
+    python predict.py --device cpu --params_path checkpoints/model_900 --text_pair_file recall/test.csv
+
+Prints one cosine a line, in input order, and nothing else, to stdout. The contrastive loss of the pairs, each pair
+against the others of its batch, goes to stderr.
+"""
+
+import argparse
+
+import data
+
+
+def parse_args() -> argparse.Namespace:
+    parser = data.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--text_pair_file", type=data.readable_file, required=True,
+                        help="two texts, tab-separated, a pair a line")
+    data.add_model_arguments(parser)
+    data.add_encode_arguments(parser)
+    parser.add_argument("--margin", type=data.natural_float, default=0.0, help="margin of the loss, in cosine")
+    parser.add_argument("--scale", type=data.positive_float, default=20, help="factor on the cosines in the loss")
+    data.add_device_argument(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    pairs = data.read_text_pairs(args.text_pair_file, "--text_pair_file", args.strict_data)
+
+    from model import encode_pairs, load_model, mean_loss, set_device
+
+    set_device(args.device)
+    model, tokenizer, _ = load_model(args.params_path, args.model_name_or_path, args.output_emb_size)
+    query, title = encode_pairs(model, tokenizer, pairs, args.max_seq_length, args.batch_size)
+    for cosine in (query * title).sum(axis=1).tolist():
+        print(cosine)
+    loss = mean_loss(query, title, args.batch_size, args.margin, args.scale)
+    data.log(f"{len(pairs)} pairs, contrastive loss in batches of {args.batch_size}: {loss:.6f} "
+             f"(margin {args.margin:g}, scale {args.scale:g})")
+
+
+if __name__ == "__main__":
+    data.run(main)

@@ -1,0 +1,40 @@
+# Read by the other scripts, from the project's folder, under dash and bash.
+# Settings come from the environment:
+#   DEVICE    gpu or cpu                      (gpu)
+#   PYTHON    the Python to run               (.venv/bin/python where there is one, else python, else python3)
+#   DATA_DIR  folder of train_unsupervised.csv, dev.csv, corpus.csv and test.csv  (./recall)
+#   SAVE_DIR  folder of the checkpoints       (./checkpoints)
+DEVICE=${DEVICE:-gpu}
+DATA_DIR=${DATA_DIR:-./recall}
+SAVE_DIR=${SAVE_DIR:-./checkpoints}
+if [ -z "${PYTHON:-}" ]; then
+    if [ -x .venv/bin/python ]; then
+        PYTHON=.venv/bin/python
+    elif command -v python >/dev/null 2>&1; then
+        PYTHON=python
+    else
+        PYTHON=python3
+    fi
+fi
+
+# launch GPUS LOG_DIR SCRIPT FLAGS...: through paddle.distributed.launch on GPUs, directly on a CPU.
+launch() {
+    gpus=$1
+    log_dir=$2
+    shift 2
+    if [ "$DEVICE" = gpu ]; then
+        unset CUDA_VISIBLE_DEVICES
+        exec "$PYTHON" -u -m paddle.distributed.launch --gpus "$gpus" --log_dir "$log_dir" "$@"
+    fi
+    exec "$PYTHON" -u "$@"
+}
+
+# The checkpoint of PARAMS_PATH; without it the newest in SAVE_DIR.
+params_path() {
+    if [ -n "${PARAMS_PATH:-}" ]; then
+        echo "$PARAMS_PATH"
+        return
+    fi
+    newest=$(ls -td "$SAVE_DIR"/model_*/ 2>/dev/null | head -n 1)
+    echo "${newest:-$SAVE_DIR/model_20000/}model_state.pdparams"
+}

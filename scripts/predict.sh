@@ -1,0 +1,18 @@
+#!/bin/sh
+# Cosine of text pairs. Further flags are passed on and win over those here.
+#   GPUS         GPU to run on                          (0)
+#   DEVICE       gpu or cpu                             (gpu)
+#   PARAMS_PATH  checkpoint                             (the newest in SAVE_DIR)
+#   DATA_DIR     folder of test.csv                     (./recall)
+#   MODEL        encoder, for a checkpoint that has no simcse_config.json
+#   BATCH_SIZE MAX_SEQ_LENGTH
+# On GPUs the launcher writes what the script prints to LOG_DIR/workerlog.0 (predict_log) as well.
+cd "$(dirname "$0")/.." || exit 1
+. scripts/common.sh
+launch "${GPUS:-0}" "${LOG_DIR:-predict_log}" predict.py \
+    --device "$DEVICE" \
+    --params_path "$(params_path)" \
+    ${MODEL:+--model_name_or_path "$MODEL"} \
+    --batch_size "${BATCH_SIZE:-128}" \
+    --max_seq_length "${MAX_SEQ_LENGTH:-64}" \
+    --text_pair_file "$DATA_DIR/test.csv" "$@"

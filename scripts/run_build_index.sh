@@ -1,0 +1,24 @@
+#!/bin/sh
+# Encode the corpus, build the index, recall. Further flags are passed on and win over those here.
+#   GPUS         GPU to encode on                       (0)
+#   DEVICE       gpu or cpu                             (gpu)
+#   PARAMS_PATH  checkpoint                             (the newest in SAVE_DIR)
+#   DATA_DIR     folder of corpus.csv and dev.csv       (./recall)
+#   MODEL        encoder, for a checkpoint that has no simcse_config.json
+#   RESULT_DIR   folder of recall_result.txt            (recall_result_dir)
+#   BATCH_SIZE MAX_SEQ_LENGTH RECALL_NUM HNSW_M HNSW_EF
+cd "$(dirname "$0")/.." || exit 1
+. scripts/common.sh
+launch "${GPUS:-0}" "${LOG_DIR:-recall_log/}" recall.py \
+    --device "$DEVICE" \
+    --recall_result_dir "${RESULT_DIR:-recall_result_dir}" \
+    --recall_result_file "recall_result.txt" \
+    --params_path "$(params_path)" \
+    ${MODEL:+--model_name_or_path "$MODEL"} \
+    --hnsw_m "${HNSW_M:-100}" \
+    --hnsw_ef "${HNSW_EF:-100}" \
+    --batch_size "${BATCH_SIZE:-64}" \
+    --max_seq_length "${MAX_SEQ_LENGTH:-60}" \
+    --recall_num "${RECALL_NUM:-50}" \
+    --similar_text_pair "$DATA_DIR/dev.csv" \
+    --corpus_file "$DATA_DIR/corpus.csv" "$@"

@@ -1,0 +1,267 @@
+"""Train SimCSE without labels: every text against itself under another dropout, all others of the batch as negatives.
+
+    # a CPU
+    python train.py --device cpu --train_set_file recall/train_unsupervised.csv --test_set_file recall/dev.csv
+    # 4 GPUs
+    python -u -m paddle.distributed.launch --gpus 0,1,2,3 train.py --train_set_file recall/train_unsupervised.csv
+    # an untrained checkpoint, for comparison
+    python train.py --epochs 0 --train_set_file recall/train_unsupervised.csv --test_set_file recall/dev.csv
+
+Saves `model_<step>/` in --save_dir every --save_steps and at the end; Ctrl-C saves too. Evaluations go to stdout.
+"""
+
+import argparse
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+
+import data
+
+
+def parse_args() -> argparse.Namespace:
+    parser = data.ArgumentParser(description=__doc__.splitlines()[0])
+    group = parser.add_argument_group("data")
+    group.add_argument("--train_set_file", type=data.readable_file, required=True, help="training texts, one a line")
+    group.add_argument("--test_set_file", type=data.readable_file, default=None,
+                       help="evaluation set: text, text, label on a line (Spearman's rho), or query, target (Recall@k "
+                       "among all targets, exact search); None: no evaluation")
+    group.add_argument("--max_seq_length", type=data.sequence_length, default=128,
+                       help="tokens per text, [CLS] and [SEP] included; longer texts are cut")
+    data.add_strict_argument(group)
+    group = parser.add_argument_group("model")
+    group.add_argument("--model_name_or_path", type=data.model_name, default=None,
+                       help=f"pretrained encoder, hub name or folder; None: that of --init_from_ckpt, else "
+                       f"{data.DEFAULT_MODEL}")
+    group.add_argument("--init_from_ckpt", type=data.checkpoint_file, default=None,
+                       help="checkpoint to train on from: model_state.pdparams or the folder that holds it")
+    group.add_argument("--output_emb_size", type=data.natural_int, default=None,
+                       help="size of the embedding; 0: the encoder's hidden size, without fc; None: that of "
+                       "--init_from_ckpt, else 0")
+    group.add_argument("--dropout", type=data.probability, default=0.1, help="hidden and attention dropout rate")
+    group.add_argument("--output_dropout", type=data.probability, default=0.1, help="dropout rate of the output vector")
+    group.add_argument("--margin", type=data.natural_float, default=0.0,
+                       help="how much more similar than a negative a positive has to be, in cosine")
+    group.add_argument("--scale", type=data.positive_float, default=20,
+                       help="factor on the cosines before the softmax, the inverse of the temperature")
+    group.add_argument("--infer_with_fc_pooler", action="store_true",
+                       help="evaluation and the later stages go through pooler and fc; without it, the raw first token "
+                       "goes through the fc")
+    group = parser.add_argument_group("optimization")
+    group.add_argument("--batch_size", type=data.positive_int, default=32, help="texts per batch and device")
+    group.add_argument("--learning_rate", type=data.positive_float, default=5e-5, help="highest learning rate of AdamW")
+    group.add_argument("--weight_decay", type=data.natural_float, default=0.0,
+                       help="weight decay of AdamW, not on biases and norms")
+    group.add_argument("--epochs", type=data.natural_int, default=1,
+                       help="passes over the training texts; 0: save and evaluate the untrained network")
+    group.add_argument("--warmup_proportion", type=data.proportion, default=0.0,
+                       help="part of the steps over which the learning rate rises, before it falls linearly to 0")
+    group.add_argument("--warmup_proption", dest="warmup_proportion", type=data.proportion, help=argparse.SUPPRESS)
+    group.add_argument("--seed", type=data.natural_int, default=1000, help="random seed")
+    data.add_device_argument(group)
+    group = parser.add_argument_group("output")
+    group.add_argument("--save_dir", default="./checkpoints", help="folder of the checkpoints")
+    group.add_argument("--save_steps", type=data.positive_int, default=10000, help="steps between checkpoints")
+    group.add_argument("--eval_steps", type=data.positive_int, default=10000, help="steps between evaluations")
+    group.add_argument("--visualdl_dir", default="./log", help="folder of the VisualDL log")
+    return parser.parse_args()
+
+
+def set_seed(seed: int) -> None:
+    import numpy as np
+    import paddle
+
+    random.seed(seed)
+    np.random.seed(seed)
+    paddle.seed(seed)
+
+
+def read_test_set(args: argparse.Namespace) -> Callable | None:
+    """Read --test_set_file; returns `evaluate(embed) -> {measure: value}`, or None without a test set."""
+    if not args.test_set_file:
+        return None
+    flag, strict = "--test_set_file", args.strict_data
+    if data.count_columns(args.test_set_file, flag, (2, 3)) == 3:
+        triples = data.read_labeled_pairs(args.test_set_file, flag, strict)
+        return lambda embed: spearman(embed, triples)
+    pairs = data.read_text_pairs(args.test_set_file, flag, strict)
+    return lambda embed: recall(embed, pairs)
+
+
+def spearman(embed: Callable, triples: list[tuple[str, str, float]]) -> dict[str, float]:
+    """Spearman's rank correlation, in percent, of the cosines with the labels."""
+    from scipy.stats import spearmanr
+
+    first, second, labels = zip(*triples)
+    cosines = (embed(first) * embed(second)).sum(axis=1)
+    return {"spearman": round(100 * float(spearmanr(cosines, labels)[0]), 3)}
+
+
+def recall(embed: Callable, pairs: list[tuple[str, str]]) -> dict[str, float]:
+    """Recall@k, in percent, of each distinct query's targets among all distinct targets, by exact search."""
+    from ann_util import exact_search, first_hits, recall_at
+
+    queries, corpus = (data.distinct(side) for side in zip(*pairs))
+    row_of = {text: row for row, text in enumerate(corpus)}
+    targets: dict[str, set[int]] = {}
+    for query, target in pairs:
+        targets.setdefault(query, set()).add(row_of[target])
+    rows, _ = exact_search(embed(queries), embed(corpus), max(data.RECALL_KS))
+    recalled = recall_at(first_hits(rows, [targets[query] for query in queries]), data.RECALL_KS)
+    return {f"recall@{k}": value for k, value in recalled.items()}
+
+
+def build_model(args: argparse.Namespace):
+    """The network to train, its tokenizer and the record that goes beside its checkpoints."""
+    from model import SimCSE, load_encoder, load_model, make_record
+
+    settings = {"dropout": args.output_dropout, "margin": args.margin, "scale": args.scale}
+    if args.init_from_ckpt:
+        model, tokenizer, record = load_model(args.init_from_ckpt, args.model_name_or_path, args.output_emb_size,
+                                              "--init_from_ckpt", args.dropout, settings)
+        name = record["model_name_or_path"]
+    else:
+        name = args.model_name_or_path or data.DEFAULT_MODEL
+        model = SimCSE(load_encoder(name, args.dropout), output_emb_size=args.output_emb_size, **settings)
+        tokenizer = data.load_tokenizer(name)
+    if args.max_seq_length > model.max_positions:
+        raise data.InputError(f"--max_seq_length {args.max_seq_length}: the encoder has {model.max_positions} positions")
+    model.infer_with_pooler = args.infer_with_fc_pooler
+    return model, tokenizer, make_record(model, name, args.max_seq_length)
+
+
+def build_optimizer(args: argparse.Namespace, model, steps: int):
+    import paddle
+    from paddlenlp.transformers import LinearDecayWithWarmup
+
+    schedule = LinearDecayWithWarmup(args.learning_rate, steps, args.warmup_proportion)
+    decayed = {parameter.name for name, parameter in model.named_parameters()
+               if not any(part in name for part in ("bias", "norm"))}
+    return paddle.optimizer.AdamW(learning_rate=schedule, parameters=model.parameters(),
+                                  weight_decay=args.weight_decay, apply_decay_param_fun=decayed.__contains__)
+
+
+class Stop:
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step at hand; a second one ends at once."""
+
+    signal = None
+
+    def __init__(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._request)
+
+    def _request(self, number: int, _) -> None:
+        self.signal = number
+        data.log(f"{signal.Signals(number).name}: saving after this step; once more to stop without saving")
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+
+
+class Reporter:
+    """What rank 0 does beside the steps: log lines, VisualDL, evaluation, checkpoints. Other ranks do nothing."""
+
+    def __init__(self, args: argparse.Namespace, model, tokenizer, record: dict, evaluate: Callable | None) -> None:
+        from model import is_first_rank
+
+        self.args, self.model, self.tokenizer, self.record, self.test = args, model, tokenizer, record, evaluate
+        self.active = is_first_rank()
+        self.evaluated = self.saved = None
+        self.logged_step, self.logged_at = 0, time.time()
+        if self.active:
+            from visualdl import LogWriter
+
+            self.writer = LogWriter(logdir=args.visualdl_dir)
+
+    def log_step(self, step: int, epoch: int, batch: int, loss, learning_rate: float) -> None:
+        if not self.active:
+            return
+        value = float(loss)  # the only wait for the device
+        speed = (step - self.logged_step) / (time.time() - self.logged_at)
+        data.log(f"global step {step}, epoch: {epoch}, batch: {batch}, loss: {value:.5f}, speed: {speed:.2f} step/s")
+        for name, number in (("loss", value), ("learning_rate", learning_rate), ("speed", speed)):
+            self.writer.add_scalar(f"train/{name}", number, step)
+        self.logged_step, self.logged_at = step, time.time()
+
+    def evaluate(self, step: int) -> None:
+        from model import encode
+
+        if not self.active or not self.test or self.evaluated == step:
+            return
+        measures = self.test(lambda texts: encode(self.model, self.tokenizer, texts, self.args.max_seq_length, 64))
+        print(f"global step {step}, " + ", ".join(f"{name}={value}" for name, value in measures.items()), flush=True)
+        for name, value in measures.items():
+            self.writer.add_scalar(f"eval/{name}", value, step)
+        self.evaluated = step
+
+    def save(self, step: int) -> None:
+        from model import save_checkpoint
+
+        if not self.active or self.saved == step:
+            return
+        folder = os.path.join(self.args.save_dir, f"model_{step}")
+        save_checkpoint(folder, self.model, self.tokenizer, self.record)
+        data.log(f"saved {folder}")
+        self.saved = step
+
+
+def train(args: argparse.Namespace, texts: list[str], evaluate: Callable | None) -> int:
+    """The training loop; returns the exit code: 0, or 128 + the signal that stopped it."""
+    import paddle
+    from paddle.io import DistributedBatchSampler
+
+    set_seed(args.seed)
+    model, tokenizer, record = build_model(args)
+    network = model
+    if paddle.distributed.get_world_size() > 1:
+        paddle.distributed.init_parallel_env()
+        network = paddle.DataParallel(model)
+        paddle.seed(args.seed + paddle.distributed.get_rank())  # another dropout on every rank
+    sampler = DistributedBatchSampler(texts, args.batch_size, shuffle=True)
+    optimizer = build_optimizer(args, model, len(sampler) * args.epochs)
+    reporter = Reporter(args, model, tokenizer, record, evaluate)
+    stop, step = Stop(), 0
+    for epoch in range(1, args.epochs + 1):
+        for batch, rows in enumerate(sampler, start=1):
+            model.train()
+            input_ids, token_type_ids = map(paddle.to_tensor, data.pad(
+                tokenizer([texts[row] for row in rows], args.max_seq_length), tokenizer.pad_token_id))
+            # The same texts twice: two embeddings that differ by dropout alone are a positive pair.
+            loss = network(input_ids, input_ids, token_type_ids, title_token_type_ids=token_type_ids)
+            loss.backward()
+            learning_rate = optimizer.get_lr()
+            optimizer.step()
+            optimizer._learning_rate.step()
+            optimizer.clear_grad()
+            step += 1
+            if step % 10 == 0:
+                reporter.log_step(step, epoch, batch, loss, learning_rate)
+            if step % args.eval_steps == 0:
+                reporter.evaluate(step)
+            if step % args.save_steps == 0:
+                reporter.save(step)
+            if stop.signal:
+                reporter.save(step)
+                return 128 + stop.signal
+    reporter.save(step)
+    reporter.evaluate(step)
+    return 0
+
+
+def main() -> None:
+    args = parse_args()
+    texts = data.read_texts(args.train_set_file, "--train_set_file", args.strict_data)
+    evaluate = read_test_set(args)
+    os.makedirs(args.save_dir, exist_ok=True)
+
+    from model import set_device
+
+    set_device(args.device)
+    started = time.time()
+    code = train(args, texts, evaluate)
+    data.log(f"totally cost {time.time() - started:.1f} s")
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    data.run(main)
