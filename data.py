@@ -265,7 +265,7 @@ def read_rows(path: str, columns: int, flag: str, strict: bool = False,
     for where, line in _lines(path, flag):
         row = [field.strip() for field in line.split("\t")]
         if len(row) != columns:
-            complaint = f"{len(row)} column{'s' * (len(row) > 1)} where {columns} {'is' if columns == 1 else 'are'} wanted"
+            complaint = f"columns: {len(row)} instead of {columns}"
         elif not all(row):
             complaint = "an empty field"
         else:
@@ -396,7 +396,7 @@ def _read_wordpiece(folder: str) -> tuple[dict[str, int], bool, str] | None:
     with open(paths[1], encoding="utf-8") as file:
         config = json.load(file)
     kind = config.get("tokenizer_class")
-    if kind not in WORDPIECE_CLASSES or config.get("added_tokens_decoder") or config.get("tokenize_chinese_chars") is False:
+    if kind not in WORDPIECE_CLASSES or config.get("added_tokens_decoder"):
         return None
     with open(paths[0], encoding="utf-8", newline="\n") as file:
         vocab = {line.rstrip("\r\n"): number for number, line in enumerate(file)}

@@ -19,7 +19,8 @@ TOLERANCE = 1e-5
 def parse_args() -> argparse.Namespace:
     parser = data.ArgumentParser(description=__doc__.splitlines()[0])
     data.add_model_arguments(parser, params_path=data.DEFAULT_PARAMS)
-    parser.add_argument("--output_path", default="./output", help="folder to write; files of the same names are replaced")
+    parser.add_argument("--output_path", default="./output",
+                        help="folder to write; files of the same names are replaced")
     return parser.parse_args()
 
 

@@ -153,11 +153,16 @@ def is_first_rank() -> bool:
     return paddle.distributed.get_rank() == 0
 
 
+def check_length(model: "SimCSE | Predictor", max_seq_length: int) -> None:
+    """Raise InputError where texts of `max_seq_length` tokens have more positions than the encoder."""
+    if max_seq_length > model.max_positions:
+        raise InputError(f"--max_seq_length {max_seq_length}: the encoder has {model.max_positions} positions")
+
+
 def encode(model: "SimCSE | Predictor", tokenizer: Any, texts: Sequence[str], max_seq_length: int,
            batch_size: int) -> np.ndarray:
     """The one way from texts to embeddings: float32 [len(texts), embedding_size], in the order of `texts`."""
-    if max_seq_length > model.max_positions:
-        raise InputError(f"--max_seq_length {max_seq_length}: the encoder has {model.max_positions} positions")
+    check_length(model, max_seq_length)
     embeddings = np.empty((len(texts), model.embedding_size), dtype="float32")
     for rows, input_ids, token_type_ids in make_batches(texts, tokenizer, max_seq_length, batch_size):
         embeddings[rows] = model.embed(input_ids, token_type_ids)
@@ -382,7 +387,7 @@ class _EmbeddingGraph(nn.Layer):
 
 
 def export_graph(model: SimCSE, folder: str) -> None:
-    """Write the static graph of `get_pooled_embedding`, batch and length dynamic: inference.{json,pdmodel}, .pdiparams."""
+    """Write the static graph of `get_pooled_embedding`, batch and length dynamic, and its weights: inference.*."""
     ids = [paddle.static.InputSpec([None, None], "int64", name) for name in ("input_ids", "token_type_ids")]
     model.eval()
     graph = paddle.jit.to_static(_EmbeddingGraph(model), input_spec=ids, full_graph=True)

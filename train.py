@@ -114,7 +114,7 @@ def recall(embed: Callable, pairs: list[tuple[str, str]]) -> dict[str, float]:
 
 def build_model(args: argparse.Namespace):
     """The network to train, its tokenizer and the record that goes beside its checkpoints."""
-    from model import SimCSE, load_encoder, load_model, make_record
+    from model import SimCSE, check_length, load_encoder, load_model, make_record
 
     settings = {"dropout": args.output_dropout, "margin": args.margin, "scale": args.scale}
     if args.init_from_ckpt:
@@ -125,8 +125,7 @@ def build_model(args: argparse.Namespace):
         name = args.model_name_or_path or data.DEFAULT_MODEL
         model = SimCSE(load_encoder(name, args.dropout), output_emb_size=args.output_emb_size, **settings)
         tokenizer = data.load_tokenizer(name)
-    if args.max_seq_length > model.max_positions:
-        raise data.InputError(f"--max_seq_length {args.max_seq_length}: the encoder has {model.max_positions} positions")
+    check_length(model, args.max_seq_length)
     model.infer_with_pooler = args.infer_with_fc_pooler
     return model, tokenizer, make_record(model, name, args.max_seq_length)
 

@@ -16,7 +16,7 @@ import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
-import data  # noqa: E402
+import data
 
 README_PAIRS = [("中西方语言与文化的差异", "中西方文化差异以及语言体现中西方文化,差异,语言体现"),
                 ("中西方语言与文化的差异", "飞桨致力于让深度学习技术的创新与应用更简单")]
@@ -87,9 +87,11 @@ def benchmark(embed_texts, texts: list[str], args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse_args()
-    pairs = data.read_text_pairs(args.text_pair_file, "--text_pair_file", args.strict_data) if args.text_pair_file else []
+    pairs = []
+    if args.text_pair_file:
+        pairs = data.read_text_pairs(args.text_pair_file, "--text_pair_file", args.strict_data)
     texts = [] if pairs and not (args.text or args.input_file) else data.given_texts(args)
-    bare = not (args.text or args.input_file or args.text_pair_file)
+    bare = not (args.text or args.input_file or pairs)
 
     from model import Predictor, encode, encode_pairs
 

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Make a virtual environment, install, check the style and run the tests. Further arguments go to pytest.
+#   STACK   paddle3.3 (default): everything; paddle2.6: the tests of the pipeline and of the original's figures
+#   PYTHON  the Python to make the environment with
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/venv.sh
+case "${STACK:-paddle3.3}" in
+paddle3.3)
+    venv=.venv
+    make_venv "$venv" requirements.txt requirements-dev.txt
+    "$venv/bin/ruff" check .
+    tests=tests
+    ;;
+paddle2.6)
+    # The GPU stack with the CPU build of the same paddle.
+    venv=.venv-paddle2.6
+    mkdir -p "$venv"
+    sed 's/^paddlepaddle-gpu/paddlepaddle/' requirements-gpu.txt >"$venv.requirements.tmp"
+    make_venv "$venv" "$venv.requirements.tmp" requirements-dev.txt
+    tests="tests/test_compat.py tests/test_pipeline.py"
+    ;;
+*)
+    echo "STACK=$STACK: there are paddle3.3 and paddle2.6" >&2
+    exit 2
+    ;;
+esac
+# shellcheck disable=SC2086  # a word a file on purpose
+exec "$venv/bin/python" -m pytest $tests -ra "$@"

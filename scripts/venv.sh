@@ -1,0 +1,28 @@
+# Read by quickstart.sh and run_tests.sh: make a virtual environment and install requirements, once per content.
+#   PYTHON  the Python to make it with  (python3.11 where there is one, else python3)
+make_venv() { # make_venv FOLDER REQUIREMENTS...
+    venv=$1
+    shift
+    wanted=$(cat "$@" | cksum)
+    if [ "$(cat "$venv/installed" 2>/dev/null)" = "$wanted" ]; then
+        return
+    fi
+    base=${PYTHON:-$(command -v python3.11 || command -v python3)}
+    "$base" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' || {
+        echo "Python 3.10 to 3.12 is needed (3.11 is what is tested); set PYTHON. Found: $("$base" --version 2>&1)" >&2
+        return 2
+    }
+    command -v g++ >/dev/null 2>&1 || {
+        echo "g++ is needed to build hnswlib; install it (Debian, Ubuntu: apt-get install g++)" >&2
+        return 2
+    }
+    echo "installing $* into $venv; the first time takes minutes" >&2
+    "$base" -m venv "$venv"
+    options=
+    for file in "$@"; do
+        options="$options -r $file"
+    done
+    # shellcheck disable=SC2086  # one word an option on purpose
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check $options
+    echo "$wanted" >"$venv/installed"
+}
