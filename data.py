@@ -10,7 +10,6 @@ import difflib
 import json
 import math
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, Any
@@ -46,11 +45,16 @@ class ArgumentParser(argparse.ArgumentParser):
             description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
 
+    def parse_known_args(self, args=None, namespace=None):
+        # argparse checks default values, which may name files, before it reports a flag that it does not know.
+        for word in sys.argv[1:] if args is None else args:
+            flag = word.split("=")[0]
+            if flag.startswith("--") and flag not in self._option_string_actions:
+                close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+                self.error(f"no such flag: {flag}" + (f"; did you mean {close[0]}?" if close else ""))
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> None:
-        known = [flag for action in self._actions for flag in action.option_strings]
-        for word in re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []:
-            close = difflib.get_close_matches(word, known, n=1)
-            message += f" (did you mean {close[0]}?)" if close else ""
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 

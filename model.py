@@ -298,14 +298,15 @@ def load_model(params_path: str, model_name_or_path: str | None = None, output_e
     folder = os.path.dirname(params_path) or "."
     try:
         state = paddle.load(params_path)
-        shape = state["emb_reduce_linear.weight"].shape if "emb_reduce_linear.weight" in state else [0, 0]
+        shapes = {name: list(tensor.shape) for name, tensor in state.items()}
     except Exception as error:  # paddle raises anything from OSError to UnpicklingError on a damaged file
         raise InputError(f"{flag} {params_path}: not a paddle checkpoint: {first_line(error)}") from None
-    if not any(name.startswith("ptm.") for name in state):
+    if not any(name.startswith("ptm.") for name in shapes):
         raise InputError(f"{flag} {params_path}: not a SimCSE checkpoint (no ptm.* tensors); "
                          "an encoder without SimCSE training is given by --model_name_or_path")
-    if output_emb_size is not None and output_emb_size != shape[1]:
-        raise InputError(f"--output_emb_size {output_emb_size}: {params_path} has {shape[1] or 'no fc: 0'}")
+    size = shapes.get("emb_reduce_linear.weight", [0])[-1]
+    if output_emb_size is not None and output_emb_size != size:
+        raise InputError(f"--output_emb_size {output_emb_size}: {params_path} has {size or 'no fc: 0'}")
 
     record = read_record(folder)
     if model_name_or_path or not record:
@@ -317,7 +318,7 @@ def load_model(params_path: str, model_name_or_path: str | None = None, output_e
     has_tokenizer = os.path.isfile(os.path.join(folder, "tokenizer_config.json"))
     tokenizer = load_tokenizer(folder if has_tokenizer else name)
     settings = settings or {key: record[key] for key in ("margin", "scale") if key in record}
-    model = SimCSE(encoder, output_emb_size=shape[1], **settings)
+    model = SimCSE(encoder, output_emb_size=size, **settings)
     model.infer_with_pooler = record.get("with_pooler", True)
     load_state(model, state, f"{flag} {params_path}")
     model.eval()

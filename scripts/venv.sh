@@ -1,10 +1,14 @@
-# Read by quickstart.sh and run_tests.sh: make a virtual environment and install requirements, once per content.
+# Read by quickstart.sh and run_tests.sh: make a virtual environment and install requirements
+# files into it, those that it does not have yet as they are now.
 #   PYTHON  the Python to make it with  (python3.11 where there is one, else python3)
 make_venv() { # make_venv FOLDER REQUIREMENTS...
     venv=$1
     shift
-    wanted=$(cat "$@" | cksum)
-    if [ "$(cat "$venv/installed" 2>/dev/null)" = "$wanted" ]; then
+    options=
+    for file in "$@"; do
+        grep -qxF "$file $(cksum <"$file")" "$venv/installed" 2>/dev/null || options="$options -r $file"
+    done
+    if [ -z "$options" ]; then
         return
     fi
     base=${PYTHON:-$(command -v python3.11 || command -v python3)}
@@ -18,11 +22,10 @@ make_venv() { # make_venv FOLDER REQUIREMENTS...
     }
     echo "installing $* into $venv; the first time takes minutes" >&2
     "$base" -m venv "$venv"
-    options=
-    for file in "$@"; do
-        options="$options -r $file"
-    done
     # shellcheck disable=SC2086  # one word an option on purpose
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check $options
-    echo "$wanted" >"$venv/installed"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check $options || return
+    for file in "$@"; do
+        echo "$file $(cksum <"$file")"
+    done >"$venv/installed.tmp"
+    mv "$venv/installed.tmp" "$venv/installed"
 }

@@ -1,0 +1,87 @@
+"""What the tests share: running a script as a user does, a small trained checkpoint, and the recorded figures."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ENCODER = ROOT / "pretrained" / "ernie_mini_zh"
+SHARED = Path(os.environ.get("SIMCSE_SHARED", ROOT.parent / "shared"))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+
+def run_script(script, *args, cwd=None, env=None, timeout=600, python_args=()):
+    """Run a script of the project with this Python; the caller looks at returncode, stdout and stderr."""
+    return subprocess.run([sys.executable, *python_args, str(ROOT / script), *map(str, args)], cwd=cwd, timeout=timeout,
+                          capture_output=True, text=True, encoding="utf-8", env={**os.environ, **(env or {})})
+
+
+def succeed(script, *args, **options):
+    result = run_script(script, *args, **options)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def refuse(script, *args, **options):
+    """Run a script that has to end with exit code 2 and one line on stderr; returns that line."""
+    result = run_script(script, *args, **options)
+    assert result.returncode == 2, (result.returncode, result.stderr)
+    assert "Traceback" not in result.stderr
+    assert not result.stdout
+    return result.stderr.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="session")
+def compat():
+    folder = SHARED / "compat" / "simcse_tiny"
+    if not folder.is_dir():
+        pytest.skip(f"the figures recorded from the original are not here ({folder})")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    folder = SHARED / "data"
+    if not folder.is_dir():
+        pytest.skip(f"the real text is not here ({folder})")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory):
+    """A small part of the generated sample data, in the original's layout."""
+    whole, small = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("sample") / "recall"
+    succeed("scripts/make_sample_data.py", whole)
+    small.mkdir()
+    for name, lines in (("train_unsupervised.csv", 128), ("corpus.csv", 120), ("dev.csv", 60), ("test.csv", 40)):
+        text = (whole / name).read_text(encoding="utf-8").splitlines(keepends=True)
+        (small / name).write_text("".join(text[:lines]), encoding="utf-8")
+    return small
+
+
+@pytest.fixture(scope="session")
+def trained(sample, tmp_path_factory):
+    """A training run by the command line: 4 steps, evaluated every 2, saved every 3. Returns (folder, process)."""
+    folder = tmp_path_factory.mktemp("trained")
+    result = succeed(
+        "train.py", "--device", "cpu", "--model_name_or_path", ENCODER, "--train_set_file",
+        sample / "train_unsupervised.csv", "--test_set_file", sample / "dev.csv", "--max_seq_length", 32,
+        "--output_emb_size", 128, "--infer_with_fc_pooler", "--eval_steps", 2, "--save_steps", 3, "--epochs", 3,
+        cwd=folder)
+    return folder, result
+
+
+@pytest.fixture(scope="session")
+def checkpoint(trained):
+    return trained[0] / "checkpoints" / "model_12"
+
+
+@pytest.fixture(scope="session")
+def exported(checkpoint, tmp_path_factory):
+    """The checkpoint exported by the command line."""
+    folder = tmp_path_factory.mktemp("exported") / "output"
+    succeed("export_model.py", "--params_path", checkpoint, "--output_path", folder)
+    return folder

@@ -1,0 +1,68 @@
+"""Exact and approximate search against numpy's own sorting."""
+
+import numpy as np
+import pytest
+
+from ann_util import HnswIndex, exact_search, first_hits, recall_at
+from data import InputError
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    random = np.random.default_rng(0)
+    vectors = random.standard_normal((700, 32)).astype("float32")
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("k", [1, 10, 600, 900])
+def test_exact_search_is_a_full_sort(vectors, k):
+    queries, corpus = vectors[:100], vectors[100:]
+    rows, cosines = exact_search(queries, corpus, k, block=33)
+    expected = np.argsort(-(queries @ corpus.T), axis=1, kind="stable")[:, :k]
+    assert (rows == expected).all() and rows.shape == (100, min(k, 600))
+    np.testing.assert_allclose(cosines, np.take_along_axis(queries @ corpus.T, expected, axis=1), atol=1e-6)
+
+
+def test_equal_cosines_come_in_row_order():
+    corpus = np.ones((6, 1), "float32")
+    assert exact_search(corpus[:1], corpus, 6)[0].tolist() == [[0, 1, 2, 3, 4, 5]]
+
+
+def test_hnsw_agrees_with_exact_on_a_small_corpus(vectors):
+    index = HnswIndex(32, 600)
+    index.add(vectors[100:400])
+    index.add(vectors[400:])
+    rows, cosines = index.search(vectors[:100], 50)
+    exact_rows, exact_cosines = exact_search(vectors[:100], vectors[100:], 50)
+    assert np.mean([len(set(a) & set(b)) / 50 for a, b in zip(rows, exact_rows)]) > 0.98
+    same = rows == exact_rows
+    np.testing.assert_allclose(cosines[same], exact_cosines[same], atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [400, 600, 5000])
+def test_more_neighbours_than_ef_or_elements(vectors, k):
+    index = HnswIndex(32, 1000, m=16, ef=10)
+    index.add(vectors[100:])
+    rows, cosines = index.search(vectors[:5], k)
+    assert rows.shape == cosines.shape == (5, min(k, 600))
+    assert all(len(set(row)) == len(row) for row in rows.tolist())
+    assert (np.diff(cosines, axis=1) <= 1e-6).all()
+
+
+def test_an_unreachable_graph_is_an_input_error():
+    """1000 copies of two texts with two links a node: hnswlib alone raises RuntimeError."""
+    corpus = np.repeat(np.eye(2, 8, dtype="float32"), 1000, axis=0)
+    index = HnswIndex(8, 2000, m=2, ef=2)
+    index.add(corpus)
+    try:
+        rows, _ = index.search(corpus[:1], 2000)
+    except InputError as error:
+        assert "--hnsw_m" in str(error)
+    else:
+        assert sorted(rows[0].tolist()) == list(range(2000))
+
+
+def test_recall_at_and_first_hits():
+    ranks = first_hits(np.array([[3, 1, 2], [0, 1, 2], [2, 1, 0]]), [{1, 2}, {9}, {2}])
+    assert ranks.tolist() == [1, np.inf, 0]
+    assert recall_at(ranks, (1, 2, 3)) == {1: 33.333, 2: 66.667, 3: 66.667}

@@ -1,0 +1,123 @@
+"""Text files, tokens and batches; nothing here needs paddle."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import ENCODER, SHARED
+
+import data
+
+
+def rows(tmp_path, content, columns=2, **options):
+    path = tmp_path / "file.csv"
+    path.write_bytes(content)
+    return list(data.read_rows(str(path), columns, "--flag", **options))
+
+
+@pytest.mark.parametrize("content", [
+    "a\tb\nc d\te", "a\tb\r\nc d\te\r\n", "\ufeffa\tb\nc d\te\n", "a\tb\rc d\te\r", "\n \na\tb\n\t\n\nc d\te\n",
+    " a\tb \n\u3000c d\te\n"])
+def test_line_ends_bom_blank_lines_and_outer_spaces(tmp_path, content):
+    assert rows(tmp_path, content.encode()) == [["a", "b"], ["c d", "e"]]
+
+
+def test_inner_spaces_stay(tmp_path):
+    assert rows(tmp_path, "a  b\u3000c\t d   e \n".encode()) == [["a  b\u3000c", "d   e"]]
+
+
+def test_unusual_line_breaks_are_text(tmp_path):
+    assert rows(tmp_path, "a\u2028b\x0bc\x85d\te\n".encode()) == [["a\u2028b\x0bc\x85d", "e"]]
+
+
+def test_bad_lines_are_skipped_and_reported(tmp_path, capsys):
+    content = "".join(f"q{i}\tt{i}\n" for i in range(6)) + "one\nx\ty\tz\n\tempty\nlast\n"
+    assert rows(tmp_path, content.encode())[-1] == ["q5", "t5"]
+    report = capsys.readouterr().err
+    assert "4 of 10 lines are malformed" in report
+    assert "file.csv:7 (columns: 1 instead of 2)" in report and "file.csv:8 (columns: 3" in report
+    assert "file.csv:9 (an empty field)" in report and "file.csv:10" not in report
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "holds no text"), (b"\n\n", "holds no text"), (b"a\nb\nc\td\n", "2 of 3 lines are malformed"),
+    (b"a\n", "1 of 1 lines are malformed")])
+def test_no_good_line_or_mostly_bad_is_an_error(tmp_path, content, message):
+    with pytest.raises(data.InputError, match=message):
+        rows(tmp_path, content)
+
+
+def test_half_bad_is_no_error(tmp_path):
+    assert rows(tmp_path, b"a\tb\nc\n") == [["a", "b"]]
+
+
+def test_strict_stops_at_the_first_bad_line(tmp_path):
+    with pytest.raises(data.InputError, match=r"--flag .*file\.csv:2: .*--strict_data"):
+        rows(tmp_path, b"a\tb\nc\nd\te\n", strict=True)
+
+
+@pytest.mark.parametrize("content, cause", [
+    ("a\tb\n中文\t文本\n".encode("gbk"), "GBK"), ("a\tb\n".encode("utf-16"), "UTF-16"),
+    (b"a\tb\n\xff\xff\t\x81\n", "damaged")])
+def test_not_utf8_names_file_line_and_cause(tmp_path, content, cause):
+    with pytest.raises(data.InputError, match=rf"--flag .*file\.csv:\d: not UTF-8.*{cause}"):
+        rows(tmp_path, content)
+
+
+def test_labels_must_be_numbers(tmp_path, capsys):
+    path = tmp_path / "file.csv"
+    path.write_text("a\tb\t1\nc\td\t0.5\ne\tf\tyes\n")
+    assert data.read_labeled_pairs(str(path), "--flag") == [("a", "b", 1.0), ("c", "d", 0.5)]
+    assert "label 'yes' is not a number" in capsys.readouterr().err
+
+
+def test_new_file_is_all_or_nothing(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+    with data.new_file(str(path)) as file:
+        file.write("whole")
+    with pytest.raises(RuntimeError), data.new_file(str(path)) as file:
+        file.write("half")
+        raise RuntimeError
+    assert path.read_text() == "whole" and [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return data.load_tokenizer(str(ENCODER))
+
+
+def test_tokens_agree_with_the_original(tokenizer):
+    path = SHARED / "compat" / "tokenization.jsonl"
+    if not path.is_file():
+        pytest.skip(f"{path} is not here")
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    ids = tokenizer([line["text"] for line in lines], 64)
+    assert [line["text"] for line, got in zip(lines, ids) if got != line["input_ids"]] == []
+
+
+def test_tokens_agree_with_paddlenlp(tokenizer, tmp_path):
+    """On text that no file holds, and after a round trip through save_pretrained."""
+    from paddlenlp.transformers import AutoTokenizer, ErnieTokenizer
+
+    python = ErnieTokenizer(str(ENCODER / "vocab.txt"))
+    texts = ["Ｆｕｌｌ　ｗｉｄｔｈ ①②", "naïve café ÅÉ", "a～b∶c≤d+e=f", "〇零一二 𠮷野家", "한국어 日本語カタカナ ﷺ",
+             "e\u0301\u200b\u00ad", "x" * 300, "😀👍🏽", "", "   ", "[SEP] [CLS]", "1,234.5%", "Größe ΣΑΣ"]
+    expected = [python(text, max_length=20, truncation=True)["input_ids"] for text in texts]
+    assert tokenizer(texts, 20) == expected
+    tokenizer.save_pretrained(str(tmp_path))
+    assert data.load_tokenizer(str(tmp_path))(texts, 20) == expected
+    reloaded = AutoTokenizer.from_pretrained(str(tmp_path))
+    assert type(reloaded).__name__ == "ErnieTokenizer"
+    assert reloaded("国有企业 SimCSE")["input_ids"] == python("国有企业 SimCSE")["input_ids"]
+
+
+def test_batches_cover_every_text_once_in_windows(tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "WINDOW", 7)
+    texts = ["字" * (1 + 7 * i % 11) for i in range(23)]
+    seen = {}
+    for rows_, input_ids, token_type_ids in data.make_batches(texts, tokenizer, 8, 3):
+        assert input_ids.dtype == token_type_ids.dtype == np.int64 and input_ids.shape == token_type_ids.shape
+        assert len(rows_) == len(input_ids) <= 3 and input_ids.shape[1] <= 8 and not token_type_ids.any()
+        assert (input_ids != 0).any(axis=0).all(), "no column of padding alone"
+        seen.update({row: [i for i in ids if i] for row, ids in zip(rows_, input_ids.tolist())})
+    assert [seen[row] for row in range(23)] == tokenizer(texts, 8)

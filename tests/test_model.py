@@ -1,0 +1,220 @@
+"""The network, its loss and its checkpoints, function by function, on a tiny encoder with random weights."""
+
+import json
+import os
+import pickle
+
+import numpy as np
+import paddle
+import pytest
+from conftest import ENCODER
+from paddlenlp.transformers import BertConfig, BertModel, ErnieConfig, ErnieModel
+
+import model as m
+from data import InputError, load_tokenizer
+
+SIZES = {"vocab_size": 200, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "intermediate_size": 32, "max_position_embeddings": 40}
+
+
+def tiny(output_emb_size=8, dropout=0.0, encoder_dropout=0.0, **options):
+    paddle.seed(1)
+    config = ErnieConfig(hidden_dropout_prob=encoder_dropout, attention_probs_dropout_prob=encoder_dropout, **SIZES)
+    return m.SimCSE(ErnieModel(config), dropout=dropout, output_emb_size=output_emb_size, **options)
+
+
+def ids(rows=6, length=9, seed=0):
+    return np.random.default_rng(seed).integers(1, 200, (rows, length))
+
+
+def tensors(*arrays):
+    return [paddle.to_tensor(array) for array in arrays]
+
+
+def test_parameter_names_are_the_originals():
+    names = set(tiny().state_dict())
+    assert {"emb_reduce_linear.weight", "emb_reduce_linear.bias", "ptm.pooler.dense.weight"} <= names
+    assert all(name.startswith(("ptm.", "emb_reduce_linear.")) for name in names)
+    for none in (None, 0):
+        network = tiny(output_emb_size=none)
+        assert not any("emb_reduce_linear" in name for name in network.state_dict())
+        assert network.embed(ids(), np.zeros_like(ids())).shape == (6, 16)
+
+
+@pytest.mark.parametrize("with_pooler", [True, False])
+@pytest.mark.parametrize("size", [0, 8])
+def test_embedding_is_first_token_pooler_fc_norm(with_pooler, size):
+    network = tiny(output_emb_size=size)
+    network.eval()
+    (batch,) = tensors(ids())
+    sequence, pooled = network.ptm(batch)
+    expected = (pooled if with_pooler else sequence[:, 0]).numpy()
+    if size:
+        expected = expected @ network.emb_reduce_linear.weight.numpy() + network.emb_reduce_linear.bias.numpy()
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    got = network.get_pooled_embedding(batch, with_pooler=with_pooler).numpy()
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+    network.infer_with_pooler = with_pooler
+    np.testing.assert_allclose(network.embed(ids(), np.zeros_like(ids())), expected, atol=1e-6)
+
+
+def test_loss_is_equation_1():
+    """Against the formula written out in numpy."""
+    random = np.random.default_rng(0)
+    query, title = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in random.standard_normal((2, 5, 8)))
+    for margin, scale in ((0.0, 20), (0.2, 20), (0.3, 1)):
+        logits = scale * (query @ title.T - margin * np.eye(5))
+        expected = np.mean(np.log(np.exp(logits).sum(axis=1)) - np.diag(logits))
+        assert float(m.contrastive_loss(*tensors(query, title), margin, scale)) == pytest.approx(expected, rel=1e-6)
+        assert m.mean_loss(query, title, 5, margin, scale) == pytest.approx(expected, rel=1e-6)
+        halves = [m.mean_loss(query[part], title[part], 9, margin, scale) for part in (slice(0, 3), slice(3, 5))]
+        assert m.mean_loss(query, title, 3, margin, scale) == pytest.approx(np.dot(halves, [0.6, 0.4]), rel=1e-6)
+
+
+def test_one_pass_of_both_views_equals_two():
+    """Loss and gradients, dropout off: the forward pass of 2B rows against one pass for each side."""
+    gradients, losses = [], []
+    (batch,) = tensors(ids())
+    for together in (True, False):
+        network = tiny(margin=0.1)
+        if together:
+            loss = network(batch, batch)
+        else:
+            loss = m.contrastive_loss(network.get_pooled_embedding(batch), network.get_pooled_embedding(batch), 0.1, 20)
+        loss.backward()
+        losses.append(float(loss))
+        gradients.append({name: p.grad.numpy() for name, p in network.named_parameters() if p.grad is not None})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 20
+    for name, gradient in gradients[0].items():
+        np.testing.assert_allclose(gradient, gradients[1][name], atol=1e-5, err_msg=name)
+
+
+def test_sides_of_other_lengths_and_cosine_sim():
+    network = tiny()
+    network.eval()
+    query, title = ids(length=5), ids(length=9, seed=1)
+    cosine = network.cosine_sim(*tensors(query, title)).numpy()
+    expected = (network.embed(query, query * 0) * network.embed(title, title * 0)).sum(axis=1)
+    np.testing.assert_allclose(cosine, expected, atol=1e-6)
+
+
+def test_dropout_makes_two_views():
+    network = tiny(dropout=0.5)
+    network.train()
+    (batch,) = tensors(ids())
+    a, b = network.get_pooled_embedding(batch), network.get_pooled_embedding(batch)
+    assert float((a * b).sum(axis=-1).mean()) < 0.99
+    assert m.SimCSE(network.ptm).dropout.p == 0.1 and m.SimCSE(network.ptm, dropout=0.0).dropout.p == 0.0
+
+
+def test_padding_and_batching_change_nothing():
+    tokenizer, texts = load_tokenizer(str(ENCODER)), ["语义索引", "召回一批语义相关的文本" * 3, "短", "SimCSE"] * 3
+    network = m.SimCSE(m.load_encoder(str(ENCODER)), output_emb_size=32)
+    one_by_one = m.encode(network, tokenizer, texts, 24, 1)
+    np.testing.assert_allclose(m.encode(network, tokenizer, texts, 24, 5), one_by_one, atol=1e-5)
+    assert one_by_one.shape == (12, 32) and one_by_one.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(one_by_one, axis=1), 1, atol=1e-5)
+    with pytest.raises(InputError, match="--max_seq_length 514.*513 positions"):
+        m.encode(network, tokenizer, texts, 514, 5)
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+@pytest.fixture
+def saved(tmp_path):
+    network = tiny(margin=0.25, scale=7)
+    network.infer_with_pooler = False
+    folder = tmp_path / "model_1"
+    m.save_checkpoint(str(folder), network, load_tokenizer(str(ENCODER)), m.make_record(network, "an encoder", 48))
+    return network, folder
+
+
+def test_round_trip(saved):
+    network, folder = saved
+    loaded, _, record = m.load_model(str(folder / m.PARAMS_FILE))
+    np.testing.assert_array_equal(loaded.embed(ids(), ids() * 0), network.embed(ids(), ids() * 0))
+    assert (loaded.margin, loaded.scale, loaded.infer_with_pooler, loaded.output_emb_size) == (0.25, 7, False, 8)
+    assert record["model_name_or_path"] == "an encoder" and record["max_seq_length"] == 48
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "model_state.pdparams", "simcse_config.json", "tokenizer_config.json", "vocab.txt"]
+    assert [path.name for path in folder.parent.iterdir()] == ["model_1"], "no temporary folder is left"
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda s: s.pop("ptm.pooler.dense.bias"), r"missing: ptm\.pooler\.dense\.bias"),
+    (lambda s: s.update({"ptm.extra": s["ptm.pooler.dense.bias"]}), r"unexpected: ptm\.extra"),
+    (lambda s: s.update({"ptm.pooler.dense.bias": paddle.zeros([3])}),
+     r"wrongly shaped: ptm\.pooler\.dense\.bias \[3\] instead of \[16\]"),
+    (lambda s: s.pop("emb_reduce_linear.bias"), r"missing: emb_reduce_linear\.bias"),
+    (lambda s: [s.pop(name) for name in list(s) if name.startswith("ptm.")], "not a SimCSE checkpoint")])
+def test_loading_is_strict(saved, change, message):
+    path = str(saved[1] / m.PARAMS_FILE)
+    state = paddle.load(path)
+    change(state)
+    paddle.save(state, path)
+    with pytest.raises(InputError, match=message):
+        m.load_model(path)
+
+
+@pytest.mark.parametrize("size", [0, 16])
+def test_a_contradicting_output_emb_size_is_an_error(saved, size):
+    with pytest.raises(InputError, match=f"--output_emb_size {size}.* has 8"):
+        m.load_model(str(saved[1] / m.PARAMS_FILE), output_emb_size=size)
+    assert m.load_model(str(saved[1] / m.PARAMS_FILE), output_emb_size=8)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a pickle", pickle.dumps([1, 2])])
+def test_a_damaged_checkpoint_is_an_input_error(saved, content):
+    path = saved[1] / m.PARAMS_FILE
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="not a .*checkpoint"):
+        m.load_model(str(path))
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(saved, monkeypatch):
+    network, folder = saved
+    before = (folder / m.PARAMS_FILE).read_bytes()
+    monkeypatch.setattr(m, "write_record", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        m.save_checkpoint(str(folder), tiny(), None, {})
+    assert (folder / m.PARAMS_FILE).read_bytes() == before
+    assert [path.name for path in folder.parent.iterdir()] == ["model_1"]
+
+
+def test_another_encoder_of_automodel(tmp_path):
+    """BERT, with vocabulary and config in a folder, as a checkpoint from which later stages need nothing else."""
+    encoder = BertModel(BertConfig(**SIZES))
+    encoder.save_pretrained(str(tmp_path / "bert"))
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(chr, range(0x4E00, 0x4E00 + 195))]
+    (tmp_path / "bert" / "vocab.txt").write_text("\n".join(vocab) + "\n", encoding="utf-8")
+    (tmp_path / "bert" / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    network = m.SimCSE(m.load_encoder(str(tmp_path / "bert"), dropout=0.3), output_emb_size=4)
+    assert network.ptm.config.hidden_dropout_prob == 0.3 and type(network.ptm).__name__ == "BertModel"
+    tokenizer = load_tokenizer(str(tmp_path / "bert"))
+    m.save_checkpoint(str(tmp_path / "ck"), network, tokenizer, m.make_record(network, str(tmp_path / "bert"), 32))
+    os.rename(tmp_path / "bert", tmp_path / "gone")
+    loaded, tokenizer, _ = m.load_model(str(tmp_path / "ck" / m.PARAMS_FILE))
+    texts = ["一丁七", "万"]
+    np.testing.assert_array_equal(m.encode(loaded, tokenizer, texts, 16, 2), m.encode(network, tokenizer, texts, 16, 2))
+
+
+def test_an_encoder_with_missing_layers_is_an_error(tmp_path, capsys):
+    encoder = ErnieModel(ErnieConfig(**SIZES))
+    encoder.save_pretrained(str(tmp_path))
+    path = str(tmp_path / "model_state.pdparams")
+    state = paddle.load(path)
+    no_pooler = {name: value for name, value in state.items() if "pooler" not in name}
+    paddle.save(no_pooler, path)
+    m.load_encoder(str(tmp_path))
+    assert "has no trained pooler" in capsys.readouterr().err
+    paddle.save({name: value for name, value in no_pooler.items() if "layers.1.linear1" not in name}, path)
+    with pytest.raises(InputError, match=r"lack .*layers\.1\.linear1"):
+        m.load_encoder(str(tmp_path))
+
+
+def test_record_is_plain_json(saved):
+    record = json.loads((saved[1] / m.CONFIG_FILE).read_text(encoding="utf-8"))
+    assert record["encoder_class"] == "ErnieModel" and record["versions"]["paddlepaddle"] == paddle.__version__
+    (saved[1] / m.CONFIG_FILE).write_text("{")
+    with pytest.raises(InputError, match="simcse_config.json: not valid JSON"):
+        m.load_model(str(saved[1] / m.PARAMS_FILE))

@@ -1,0 +1,269 @@
+"""Every stage by its command line, one after another, on a small part of the sample data."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ENCODER, ROOT, refuse, succeed
+
+import model as m
+from ann_util import exact_search, first_hits, recall_at
+from data import README_TEXT, read_text_pairs, read_texts
+
+
+def embed(checkpoint, texts, max_seq_length=64):
+    network, tokenizer, _ = m.load_model(str(checkpoint / "model_state.pdparams"))
+    return m.encode(network, tokenizer, texts, max_seq_length, 32)
+
+
+# ------------------------------------------------------------------------------------------------------- training
+def test_training_logs_evaluates_and_saves(trained):
+    folder, result = trained
+    line = r"global step 10, epoch: 3, batch: 2, loss: \d+\.\d{5}, speed: \d+\.\d\d step/s"
+    assert re.search(line, result.stderr)
+    evaluations = [line for line in result.stdout.splitlines() if line]
+    assert [int(re.match(r"global step (\d+), recall@1=", line)[1]) for line in evaluations] == [2, 4, 6, 8, 10, 12]
+    assert sorted(os.listdir(folder / "checkpoints")) == ["model_12", "model_3", "model_6", "model_9"]
+    assert [name for name in os.listdir(folder / "log") if name.startswith("vdlrecords")]
+
+
+def test_visualdl_log_holds_scalars(trained):
+    from visualdl import LogReader
+
+    (log,) = (trained[0] / "log").iterdir()
+    reader = LogReader(file_path=str(log))
+    tags = reader.get_tags()["scalar"]
+    assert {"train/loss", "train/learning_rate", "train/speed", "eval/recall@1", "eval/recall@50"} <= set(tags)
+    assert [record.id for record in reader.get_data("scalar", "eval/recall@50")] == [2, 4, 6, 8, 10, 12]
+
+
+def test_the_last_evaluation_is_what_the_checkpoint_gives(trained, checkpoint, sample):
+    pairs = read_text_pairs(str(sample / "dev.csv"), "--flag")
+    queries, corpus = [list(dict.fromkeys(side)) for side in zip(*pairs)]
+    rows, _ = exact_search(embed(checkpoint, queries, 32), embed(checkpoint, corpus, 32), 50)
+    targets = [{corpus.index(target) for query, target in pairs if query == wanted} for wanted in queries]
+    expected = recall_at(first_hits(rows, targets), (1, 5, 10, 20, 50))
+    assert trained[1].stdout.splitlines()[-1] == "global step 12, " + ", ".join(
+        f"recall@{k}={value}" for k, value in expected.items())
+
+
+def test_record_beside_the_checkpoint(checkpoint):
+    record = json.loads((checkpoint / "simcse_config.json").read_text(encoding="utf-8"))
+    assert record["model_name_or_path"] == str(ENCODER) and record["encoder_config"]["hidden_size"] == 256
+    assert {key: record[key] for key in ("output_emb_size", "with_pooler", "scale", "margin", "max_seq_length")} == {
+        "output_emb_size": 128, "with_pooler": True, "scale": 20, "margin": 0.0, "max_seq_length": 32}
+    assert set(record["versions"]) == {"paddlepaddle", "paddlenlp"}
+
+
+def train_flags(sample, *more):
+    return ["--device", "cpu", "--model_name_or_path", ENCODER, "--train_set_file", sample / "train_unsupervised.csv",
+            "--max_seq_length", 16, "--batch_size", 8, *more]
+
+
+def losses(result):
+    return re.findall(r"loss: (\d+\.\d+)", result.stderr)
+
+
+def test_the_same_seed_gives_the_same_run(sample, tmp_path):
+    runs = [succeed("train.py", *train_flags(sample, "--seed", seed, "--save_dir", tmp_path / name))
+            for name, seed in (("a", 7), ("b", 7), ("c", 8))]
+    assert len(losses(runs[0])) == 1 and losses(runs[0]) == losses(runs[1]) != losses(runs[2])
+    weights = [m.paddle.load(str(tmp_path / name / "model_16" / "model_state.pdparams")) for name in "ab"]
+    for name in weights[0]:
+        np.testing.assert_array_equal(weights[0][name].numpy(), weights[1][name].numpy(), err_msg=name)
+
+
+def test_spearman_on_three_columns_and_training_on(sample, checkpoint, tmp_path):
+    """A labelled test set; --init_from_ckpt without --model_name_or_path; --epochs 0; the misspelt flag."""
+    from scipy.stats import spearmanr
+
+    pairs = read_text_pairs(str(sample / "test.csv"), "--flag")
+    labels = [1 - row % 2 for row in range(len(pairs))]
+    (tmp_path / "labeled.csv").write_text(
+        "".join(f"{a}\t{b}\t{label}\n" for (a, b), label in zip(pairs, labels)), encoding="utf-8")
+    result = succeed("train.py", "--device", "cpu", "--init_from_ckpt", checkpoint, "--epochs", 0, "--train_set_file",
+                     sample / "train_unsupervised.csv", "--test_set_file", tmp_path / "labeled.csv",
+                     "--max_seq_length", 32, "--infer_with_fc_pooler", "--warmup_proption", 0.1, cwd=tmp_path)
+    first, second = (embed(checkpoint, list(side), 32) for side in zip(*pairs))
+    expected = 100 * spearmanr((first * second).sum(axis=1), labels)[0]
+    assert float(re.search(r"global step 0, spearman=(\S+)", result.stdout)[1]) == pytest.approx(expected, abs=2e-3)
+    assert expected > 50, "even the hardly trained network tells matching pairs"
+    assert os.listdir(tmp_path / "checkpoints") == ["model_0"]
+
+
+def test_without_infer_with_fc_pooler_later_stages_take_the_raw_first_token(sample, tmp_path):
+    succeed("train.py", *train_flags(sample, "--epochs", 0, "--output_emb_size", 32, "--save_dir", tmp_path))
+    network, tokenizer, _ = m.load_model(str(tmp_path / "model_0" / "model_state.pdparams"))
+    ids, types = map(m.paddle.to_tensor, m.np.split(np.array([tokenizer(["语义索引"], 16)[0], [0] * 6]), 2))
+    raw = network.get_pooled_embedding(ids, types, with_pooler=False).numpy()
+    np.testing.assert_allclose(embed(tmp_path / "model_0", ["语义索引"]), raw, atol=1e-6)
+
+
+def test_ctrl_c_saves_and_ends_with_130(sample, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *map(str, train_flags(sample, "--epochs", 500, "--save_dir",
+                                                                       tmp_path))],
+        stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if line.startswith("global step 10,"):
+            break
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait(60) == 130 and "Traceback" not in rest
+    (folder,) = tmp_path.iterdir()
+    assert re.fullmatch(r"model_\d+", folder.name)
+    embed(folder, ["语义索引"])
+
+
+def test_two_processes_train_one_model(sample, tmp_path):
+    """paddle.distributed.launch with gloo: both ranks work, rank 0 alone logs, evaluates and saves."""
+    result = subprocess.run(
+        [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--backend", "gloo", "--log_dir",
+         str(tmp_path / "launch"), str(ROOT / "train.py"),
+         *map(str, train_flags(sample, "--test_set_file", sample / "dev.csv", "--save_dir", tmp_path / "ck",
+                               "--batch_size", 4, "--visualdl_dir", tmp_path / "log"))],
+        capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    logs = [(tmp_path / "launch" / f"workerlog.{rank}").read_text() for rank in (0, 1)]
+    assert "global step 10," in logs[0] and "recall@1=" in logs[0]
+    assert "global step" not in logs[1] and "saved" not in logs[1]
+    assert os.listdir(tmp_path / "ck") == ["model_16"], "128 texts in batches of 4 on each of two ranks"
+
+
+# --------------------------------------------------------------------------- recall, prediction, inference, export
+@pytest.fixture(scope="module")
+def recalled(checkpoint, sample, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recalled")
+    succeed("recall.py", "--device", "cpu", "--params_path", checkpoint, "--corpus_file", sample / "corpus.csv",
+            "--similar_text_pair_file", sample / "dev.csv", "--recall_num", 50, cwd=folder)
+    return folder
+
+
+def test_recall_result_is_exact_search_here(recalled, checkpoint, sample):
+    """120 documents, ef 100: the graph finds what the matrix product finds."""
+    lines = (recalled / "recall_result_dir" / "recall_result.txt").read_text(encoding="utf-8").splitlines()
+    got = [line.split("\t") for line in lines]
+    queries = [query for query, _ in read_text_pairs(str(sample / "dev.csv"), "--flag")]
+    corpus = read_texts(str(sample / "corpus.csv"), "--flag")
+    assert [line[0] for line in got] == [query for query in queries for _ in range(50)]
+    rows, cosines = exact_search(embed(checkpoint, queries), embed(checkpoint, corpus), 50)
+    np.testing.assert_allclose([float(line[2]) for line in got], cosines.ravel(), atol=1e-5)
+    agree = np.mean([line[1] == corpus[row] for line, row in zip(got, rows.ravel())])
+    assert agree > 0.98, "neighbours of equal score may change places"
+
+
+def test_evaluate_after_recall(recalled, sample):
+    result = succeed("evaluate.py", "--similar_text_pair", sample / "dev.csv", cwd=recalled)
+    figures = [float(line.split("=")[1]) for line in result.stdout.splitlines()]
+    assert len(figures) == 5 and figures == sorted(figures) and figures[0] > 10 and figures[-1] <= 100
+
+
+@pytest.mark.parametrize("flags, depth", [
+    (["--recall_num", 500], 120), (["--recall_num", 60, "--hnsw_ef", 5, "--hnsw_m", 8], 60),
+    (["--hnsw_max_elements", 1000], 10)])
+def test_recall_num_beyond_corpus_and_ef(checkpoint, sample, tmp_path, flags, depth):
+    succeed("recall.py", "--device", "cpu", "--params_path", checkpoint / "model_state.pdparams", "--corpus_file",
+            sample / "corpus.csv", "--similar_text_pair", sample / "dev.csv", "--recall_result_dir", tmp_path / "new",
+            "--recall_result_file", "r.txt", *flags)
+    assert len((tmp_path / "new" / "r.txt").read_text(encoding="utf-8").splitlines()) == 60 * depth
+    assert os.listdir(tmp_path / "new") == ["r.txt"]
+
+
+def test_a_query_on_several_lines_and_a_corpus_of_one(checkpoint, tmp_path):
+    (tmp_path / "dev.csv").write_text("问题\t甲\n问题\t乙\n", encoding="utf-8")
+    (tmp_path / "corpus.csv").write_text("甲\n", encoding="utf-8")
+    succeed("recall.py", "--device", "cpu", "--params_path", checkpoint, "--corpus_file", "corpus.csv",
+            "--similar_text_pair", "dev.csv", cwd=tmp_path)
+    lines = (tmp_path / "recall_result_dir" / "recall_result.txt").read_text(encoding="utf-8").splitlines()
+    assert [line.split("\t")[:2] for line in lines] == [["问题", "甲"]] * 2
+    assert succeed("evaluate.py", "--similar_text_pair", "dev.csv", cwd=tmp_path).stdout.startswith("recall@1=100.0\n")
+
+
+def test_predict_prints_cosines_alone(checkpoint, sample):
+    result = succeed("predict.py", "--device", "cpu", "--params_path", checkpoint, "--text_pair_file",
+                     sample / "test.csv", "--margin", 0.1, "--scale", 5, "--batch_size", 16)
+    pairs = read_text_pairs(str(sample / "test.csv"), "--flag")
+    first, second = (embed(checkpoint, list(side)) for side in zip(*pairs))
+    np.testing.assert_allclose([float(line) for line in result.stdout.splitlines()], (first * second).sum(axis=1),
+                               atol=1e-5)
+    loss = float(re.search(r"batches of 16: (\S+) \(margin 0.1, scale 5\)", result.stderr)[1])
+    assert loss == pytest.approx(m.mean_loss(first, second, 16, 0.1, 5), abs=1e-4)
+
+
+def test_inference_prints_shape_and_vectors(checkpoint):
+    result = succeed("inference.py", "--device", "cpu", "--params_path", checkpoint)
+    shape, vectors = result.stdout.split("\n", 1)
+    assert shape == "[1, 128]" and vectors.startswith("[[")
+    np.testing.assert_allclose(np.array(vectors.replace("[", "").replace("]", "").split(), float)[:3],
+                               embed(checkpoint, [README_TEXT])[0, :3], atol=1e-6)
+
+
+def test_inference_of_texts_and_files(checkpoint, sample, tmp_path):
+    succeed("inference.py", "--device", "cpu", "--params_path", checkpoint, "--text", "一", "--text", "二 三",
+            "--input_file", sample / "corpus.csv", "--output_file", tmp_path / "v.npy")
+    vectors = np.load(tmp_path / "v.npy")
+    assert vectors.dtype == np.float32
+    texts = ["一", "二 三", *read_texts(str(sample / "corpus.csv"), "--flag")]
+    np.testing.assert_allclose(vectors, embed(checkpoint, texts), atol=1e-5)
+
+
+def test_exported_folder(exported, checkpoint):
+    names = set(os.listdir(exported))
+    graph = "inference.pdmodel" if m.paddle.__version__.startswith("2.") else "inference.json"
+    assert {graph, "inference.pdiparams", "simcse_config.json", "tokenizer_config.json", "vocab.txt"} <= names
+
+
+@pytest.mark.parametrize("flags", [[], ["--enable_mkldnn", "True", "--cpu_threads", 1]])
+def test_deployed_equals_dynamic(exported, checkpoint, sample, tmp_path, flags):
+    succeed("deploy/python/predict.py", "--model_dir", exported, "--device", "cpu", "--input_file",
+            sample / "corpus.csv", "--output_file", tmp_path / "v.npy", *flags)
+    np.testing.assert_allclose(np.load(tmp_path / "v.npy"),
+                               embed(checkpoint, read_texts(str(sample / "corpus.csv"), "--flag"), 128), atol=1e-5)
+
+
+def test_deploy_prints_the_readmes_texts_and_benchmarks(exported, checkpoint, tmp_path):
+    result = succeed("deploy/python/predict.py", f"--model_dir={exported}", "--device", "cpu", "--benchmark", "true",
+                     "--save_log_path", tmp_path / "bench", cwd=tmp_path)
+    lines = result.stdout.splitlines()
+    assert lines[0] == "(1, 128)" and lines[1].startswith("[[")
+    scores = json.loads(lines[-1])
+    a, b, c = embed(checkpoint, ["中西方语言与文化的差异", "中西方文化差异以及语言体现中西方文化,差异,语言体现",
+                                 "飞桨致力于让深度学习技术的创新与应用更简单"])
+    np.testing.assert_allclose(scores, [a @ b, a @ c], atol=1e-5)
+    (log,) = (tmp_path / "bench").iterdir()
+    rows = json.loads(log.read_text())["results"]
+    assert [row["batch_size"] for row in rows] == [1, 15]
+    assert all(0 < row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"] for row in rows)
+
+
+def test_deploy_scores_a_pair_file(exported, checkpoint, sample):
+    result = succeed("deploy/python/predict.py", "--model_dir", exported, "--device", "cpu", "--text_pair_file",
+                     sample / "test.csv")
+    same = succeed("predict.py", "--device", "cpu", "--params_path", checkpoint, "--text_pair_file",
+                   sample / "test.csv")
+    np.testing.assert_allclose(*[[float(line) for line in each.stdout.splitlines()] for each in (result, same)],
+                               atol=1e-5)
+
+
+@pytest.mark.parametrize("script, flags, message", [
+    ("recall.py", ["--output_emb_size", 64], "--output_emb_size 64: .* has 128"),
+    ("recall.py", ["--hnsw_max_elements", 5], "--hnsw_max_elements 5: the corpus has 120 documents"),
+    ("recall.py", ["--max_seq_length", 600], "--max_seq_length 600: the encoder has 513 positions")])
+def test_what_is_found_out_late_is_still_one_line(checkpoint, sample, tmp_path, script, flags, message):
+    line = refuse(script, "--device", "cpu", "--params_path", checkpoint, "--corpus_file", sample / "corpus.csv",
+                  "--similar_text_pair", sample / "dev.csv", *flags, cwd=tmp_path)
+    assert re.search(message, line), line
+
+
+def test_no_gpu_is_one_line(checkpoint):
+    if m.paddle.device.is_compiled_with_cuda():
+        pytest.skip("this paddle can use GPUs")
+    line = refuse("inference.py", "--params_path", checkpoint)
+    assert line.startswith("inference.py: error: --device gpu: no GPU") and "--device cpu" in line
