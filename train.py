@@ -253,12 +253,13 @@ def main() -> None:
     evaluate = read_test_set(args)
     os.makedirs(args.save_dir, exist_ok=True)
 
-    from model import set_device
+    from model import is_first_rank, set_device
 
     set_device(args.device)
     started = time.time()
     code = train(args, texts, evaluate)
-    data.log(f"totally cost {time.time() - started:.1f} s")
+    if is_first_rank():
+        data.log(f"totally cost {time.time() - started:.1f} s")
     raise SystemExit(code)
 
 

@@ -1,0 +1,96 @@
+"""Help and usage errors: one line, exit code 2, before anything heavy is imported."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, refuse, succeed
+
+SCRIPTS = ["train.py", "recall.py", "evaluate.py", "predict.py", "inference.py", "export_model.py",
+           "deploy/python/predict.py"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_lists_flags_with_defaults_in_under_a_second(script):
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        result = succeed(script, "--help")
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 1
+    assert "usage:" in result.stdout and "(default:" in result.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("flags", [["--help"], ["--no_such_flag", "1"], ["--max_seq_length", "x"]])
+def test_nothing_heavy_is_imported_for_them(script, flags):
+    code = (f"import runpy, sys\nsys.argv = [{script!r}, *{flags!r}]\nsys.path.insert(0, {str(ROOT)!r})\n"
+            f"try:\n    runpy.run_path({str(ROOT / script)!r}, run_name='__main__')\nexcept SystemExit:\n    pass\n"
+            "sys.exit(bool({'paddle', 'paddlenlp', 'hnswlib', 'visualdl'} & set(sys.modules)))")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("script, flags, message", [
+    ("evaluate.py", ["--recall_nm", 5], "no such flag: --recall_nm; did you mean --recall_num?"),
+    ("recall.py", ["--corpus", "x"], "no such flag: --corpus"),
+    ("recall.py", ["--corpus_file", "nowhere.csv"], "argument --corpus_file: nowhere.csv: no such file"),
+    ("recall.py", ["--corpus_file", "."], "argument --corpus_file: .: is a directory"),
+    ("predict.py", ["--params_path", "nowhere"], "argument --params_path: nowhere: no such file"),
+    ("inference.py", [], "argument --params_path: checkpoints/model_20000/model_state.pdparams: no such file"),
+    ("inference.py", ["--batch_size", 0], "argument --batch_size: '0' is not a whole number from 1 up"),
+    ("inference.py", ["--max_seq_length", 2], "argument --max_seq_length: '2' is not a whole number from 3 up"),
+    ("inference.py", ["--text", " "], "argument --text: an empty text"),
+    ("inference.py", ["--output_file", "v.txt"], "argument --output_file: v.txt: the name has to end in .npy"),
+    ("train.py", [], "the following arguments are required: --train_set_file"),
+    ("train.py", ["--dropout", 1.5], "argument --dropout: '1.5' is not a number from 0 up to"),
+    ("train.py", ["--scale", "nan"], "argument --scale: 'nan' is not a number above 0"),
+    ("train.py", ["--epochs", -1], "argument --epochs: '-1' is not a whole number from 0 up"),
+    ("train.py", ["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
+    ("train.py", ["--model_name_or_path", "./nowhere"], "argument --model_name_or_path: ./nowhere: no such folder"),
+    ("recall.py", ["--hnsw_m", 1], "argument --hnsw_m: '1' is not a whole number from 2 up"),
+    ("deploy/python/predict.py", ["--model_dir", "nowhere"], "argument --model_dir: nowhere: no such folder"),
+    ("deploy/python/predict.py", ["--model_dir", ".", "--benchmark", "maybe"],
+     "argument --benchmark: 'maybe' is neither true nor false"),
+    ("deploy/python/predict.py", ["--model_dir", ".", "--enable_mkldnn", "__import__('os').getcwd()"],
+     "neither true nor false"),
+    ("deploy/python/predict.py", ["--model_dir", ".", "--device", "cpu", "--precision", "fp16"],
+     "--precision fp16 needs --device gpu"),
+    ("deploy/python/predict.py", ["--model_dir", ".", "--device", "cpu", "--use_tensorrt", "True"],
+     "--use_tensorrt needs --device gpu")])
+def test_usage_errors(tmp_path, script, flags, message):
+    line = refuse(script, *flags, cwd=tmp_path)
+    assert message in line and line.startswith(f"{script.rsplit('/')[-1]}: error: ")
+
+
+def test_folder_without_a_graph(tmp_path):
+    line = refuse("deploy/python/predict.py", "--model_dir", ".", "--device", "cpu", cwd=tmp_path)
+    assert "--model_dir .: no exported graph" in line
+
+
+def test_a_checkpoint_is_no_encoder_and_a_mistyped_folder_is_not_looked_up(tmp_path):
+    (tmp_path / "simcse_config.json").write_text("{}")
+    (tmp_path / "train.csv").write_text("a\n")
+    line = refuse("train.py", "--train_set_file", "train.csv", "--model_name_or_path", str(tmp_path), cwd=tmp_path)
+    assert "is a SimCSE checkpoint, not an encoder" in line
+    line = refuse("train.py", "--train_set_file", "train.csv", "--model_name_or_path", tmp_path / "ernie", cwd=tmp_path)
+    assert "no such folder" in line
+
+
+def test_an_unknown_hub_name_is_one_line(tmp_path):
+    (tmp_path / "train.csv").write_text("a\n")
+    line = refuse("train.py", "--device", "cpu", "--train_set_file", "train.csv", "--model_name_or_path",
+                  "no-such-model-anywhere", cwd=tmp_path)
+    assert "--model_name_or_path no-such-model-anywhere: neither a folder" in line
+
+
+@pytest.mark.parametrize("flag, name", [("--train_set_file", "train.csv"), ("--test_set_file", "test.csv")])
+def test_training_files_in_gbk_or_empty(tmp_path, flag, name):
+    empty = "text" if name == "train.csv" else "no line"
+    for content, message in (("语义\t索引\n".encode("gbk"), "GBK"), (b"", empty)):
+        (tmp_path / "train.csv").write_text("语义索引\n", encoding="utf-8")
+        (tmp_path / "test.csv").write_text("语义\t索引\n", encoding="utf-8")
+        (tmp_path / name).write_bytes(content)
+        line = refuse("train.py", "--device", "cpu", "--train_set_file", "train.csv", "--test_set_file", "test.csv",
+                      cwd=tmp_path)
+        assert flag in line and name in line and message in line

@@ -1,0 +1,207 @@
+"""The README's own commands, the shell scripts, the sample data, the download and the quickstart."""
+
+import filecmp
+import http.server
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import zipfile
+
+import numpy as np
+import pytest
+from conftest import ROOT, succeed
+
+# Stands in for `python` where there is no GPU: runs the same script without the launcher, on the CPU, at a small size.
+SHIM = """#!{python}
+import os, sys
+words = sys.argv[1:]
+if "paddle.distributed.launch" in words:
+    del words[words.index("-m"):next(i for i, word in enumerate(words) if word.endswith(".py"))]
+words = ["cpu" if before == "--device" and word == "gpu" else word for before, word in zip([""] + words, words)]
+script = next(word for word in words if word.endswith(".py"))
+if script == "train.py":
+    words += ["--model_name_or_path", "pretrained/ernie_mini_zh", "--epochs", "1", "--max_seq_length", "16"]
+elif os.path.basename(os.path.dirname(script)) == "python" and "--device" not in words:
+    words += ["--device", "cpu"]
+os.execv({python!r}, [{python!r}, *words])
+"""
+
+
+@pytest.fixture(scope="module")
+def clone(sample, tmp_path_factory):
+    """What a fresh clone has, the small sample data in recall/, and the shim as `python`."""
+    folder = tmp_path_factory.mktemp("clone")
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    for name in listed.stdout.splitlines():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(sample, folder / "recall")
+    shim = folder / "bin" / "python"
+    shim.parent.mkdir()
+    shim.write_text(SHIM.format(python=sys.executable))
+    shim.chmod(0o755)
+    return folder
+
+
+def commands(name):
+    """The ```bash blocks of a README, in order."""
+    return re.findall(r"^```bash\n(.*?)^```$", (ROOT / name).read_text(encoding="utf-8"), re.S | re.M)
+
+
+def shell(clone, command, program="bash", **env):
+    path = f"{clone / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run([program, "-e", "-c", command], cwd=clone, capture_output=True, text=True, timeout=600,
+                          env={**os.environ, "PATH": path, "PYTHON": str(clone / "bin" / "python"), **env})
+
+
+def test_both_readmes_have_the_same_commands():
+    assert commands("README.md") == commands("README_en.md")
+
+
+def test_the_readmes_commands(clone):
+    outputs = {}
+    for command in commands("README.md"):
+        result = shell(clone, command)
+        assert result.returncode == 0, command + result.stdout + result.stderr
+        outputs[command.split("\n")[-2]] = result.stdout
+        if "train.py" in command and not (clone / "checkpoints" / "model_20000").exists():
+            # The README's checkpoint of 20000 steps is here the one of two.
+            shutil.copytree(clone / "checkpoints" / "model_2", clone / "checkpoints" / "model_20000")
+    assert len(outputs) >= 15
+    evaluated = outputs["bash scripts/evaluate.sh"]
+    assert re.fullmatch(r"(recall@\d+=\d+\.\d+\n){5}", evaluated)
+    assert len((clone / "result.tsv").read_text().splitlines()) == 2
+    assert len(outputs["sh scripts/predict.sh"].splitlines()) == 40
+    assert outputs["sh deploy/python/deploy.sh"].startswith("(1, 256)\n")
+    assert np.load(clone / "corpus.npy").shape == (120, 256)
+
+
+def test_scripts_run_under_dash_and_from_elsewhere(clone):
+    """Plain POSIX shell; further flags are passed on; settings from the environment."""
+    if not shutil.which("dash"):
+        pytest.skip("dash is not installed")
+    for script in ("train", "run_build_index", "predict", "export_model"):
+        result = shell(clone, f"cd /; dash {clone}/scripts/{script}.sh --help", "dash", DEVICE="cpu")
+        assert result.returncode == 0 and "usage:" in result.stdout, result.stderr
+    result = shell(clone, "dash scripts/evaluate.sh --recall_num 3", "dash", RESULT_DIR="nowhere")
+    assert result.returncode == 2 and "nowhere/recall_result.txt: no such file" in result.stderr
+
+
+def test_every_script_is_executable_and_parses():
+    scripts = [*ROOT.glob("scripts/*.sh"), *ROOT.glob("deploy/python/*.sh")]
+    names = {path.stem for path in scripts}
+    assert {"train", "run_build_index", "evaluate", "predict", "export_model", "quickstart", "run_tests",
+            "download_data", "deploy"} <= names
+    for path in scripts:
+        strict = "bash" if "bash" in path.read_text().splitlines()[0] else "sh"
+        assert subprocess.run([strict, "-n", path]).returncode == 0
+        assert os.access(path, os.X_OK)
+
+
+def test_sample_data_is_reproducible_and_honest(tmp_path):
+    for name in "ab":
+        succeed("scripts/make_sample_data.py", tmp_path / name)
+    names = ["corpus.csv", "dev.csv", "test.csv", "train_unsupervised.csv"]
+    assert sorted(os.listdir(tmp_path / "a")) == names
+    assert filecmp.cmpfiles(tmp_path / "a", tmp_path / "b", names, shallow=False)[0] == names
+    lines = {name: (tmp_path / "a" / name).read_text(encoding="utf-8").splitlines() for name in names}
+    queries, targets = zip(*(line.split("\t") for line in lines["dev.csv"]))
+    assert set(targets) <= set(lines["corpus.csv"]) and len(set(queries)) == len(queries) == 500
+    assert not set(queries) & set(lines["train_unsupervised.csv"]), "no query is trained on"
+    assert len(lines["train_unsupervised.csv"]) > 2000
+
+
+# ------------------------------------------------------------------------------------------------------- download
+@pytest.fixture
+def archive(tmp_path):
+    path = tmp_path / "data.zip"
+    with zipfile.ZipFile(path, "w") as bundle:
+        bundle.writestr("literature_search_data/recall/corpus.csv", "语义\n" * 20000)
+        bundle.writestr("../../recall/../escaped.txt", "no")
+        bundle.writestr("/recall/dev.csv", "a\tb\n")
+        bundle.writestr("elsewhere/x.csv", "no")
+    return path
+
+
+@pytest.fixture
+def server(archive):
+    """Serves the archive with byte ranges; `requests` lists the ranges asked for."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            body, wanted = archive.read_bytes(), self.headers.get("Range")
+            self.server.ranges.append(wanted)
+            start = int(wanted[6:].rstrip("-")) if wanted else 0
+            self.send_response(206 if wanted else 200)
+            self.send_header("Content-Length", str(len(body) - start))
+            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+            self.end_headers()
+            self.wfile.write(body[start:])
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.ranges = []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def bare_clone(tmp_path):
+    folder = tmp_path / "clone"
+    shutil.copytree(ROOT / "scripts", folder / "scripts")
+    return folder
+
+
+def download(folder, url):
+    return subprocess.run(["sh", "scripts/download_data.sh"], cwd=folder, capture_output=True, text=True,
+                          env={**os.environ, "DATA_URL": url, "PYTHON": sys.executable, "no_proxy": "*"})
+
+
+@pytest.mark.skipif(not (shutil.which("curl") or shutil.which("wget")), reason="neither curl nor wget is installed")
+def test_download_resumes_and_unpacks_only_what_belongs(bare_clone, archive, server, tmp_path):
+    (bare_clone / "literature_search_data.zip.part").write_bytes(archive.read_bytes()[:100])
+    result = download(bare_clone, f"http://127.0.0.1:{server.server_port}/data.zip")
+    assert result.returncode == 0, result.stderr
+    assert server.ranges == ["bytes=100-"]
+    assert (bare_clone / "recall" / "corpus.csv").read_text(encoding="utf-8") == "语义\n" * 20000
+    assert (bare_clone / "recall" / "dev.csv").read_text() == "a\tb\n"
+    assert sorted(os.listdir(bare_clone / "recall")) == ["corpus.csv", "dev.csv"]
+    assert not list(tmp_path.rglob("escaped.txt")) and not (bare_clone / "elsewhere").exists()
+
+
+@pytest.mark.skipif(not (shutil.which("curl") or shutil.which("wget")), reason="neither curl nor wget is installed")
+def test_download_offline_says_what_to_do(bare_clone):
+    result = download(bare_clone, "http://127.0.0.1:9/data.zip")
+    assert result.returncode == 1
+    assert "Run the script again to resume" in result.stderr and "scripts/quickstart.sh" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[: len(b) // 2], lambda b: b.replace(b"\x00", b"\x01", 50), lambda b: b"x"])
+def test_a_damaged_archive_is_not_unpacked(bare_clone, archive, damage):
+    (bare_clone / "literature_search_data.zip").write_bytes(damage(archive.read_bytes()))
+    result = download(bare_clone, "http://127.0.0.1:9/data.zip")
+    assert result.returncode == 1 and "not a whole zip archive" in result.stderr, result.stderr
+    assert not (bare_clone / "recall").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ quickstart
+def test_quickstart(clone):
+    """As a user runs it, with the environment that the tests run in: recall rises by the training."""
+    if not os.path.isfile(os.path.join(sys.prefix, "installed")):
+        pytest.skip("only in the environment that scripts/run_tests.sh makes: it would install packages here")
+    os.symlink(sys.prefix, clone / ".venv")
+    result = subprocess.run(["bash", "scripts/quickstart.sh"], cwd=clone, capture_output=True, text=True, timeout=1800)
+    assert result.returncode == 0, result.stderr
+    before, after = ([float(value) for value in re.search(rf"^ +{when} +(.*)$", result.stdout, re.M)[1].split()]
+                     for when in ("before", "after"))
+    assert len(before) == len(after) == 5
+    assert all(b < a for b, a in zip(before[:3], after[:3])), (before, after)
+    for name in ("scores.txt", "corpus.npy", "output/simcse_config.json", "deploy.txt", "after/recall_result.txt"):
+        assert (clone / "quickstart" / name).stat().st_size > 0
+        assert name.split("/")[0] in result.stdout
