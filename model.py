@@ -15,6 +15,25 @@ import zlib  # noqa: F401  paddlepaddle 2.6 dies in inflateReset2 if its own zli
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+
+def _tell_mkl_the_processor() -> None:
+    """Make paddle's MKL use the vector units of an AMD processor, before it is loaded.
+
+    That MKL, of 2019, runs processors that are not Intel's on SSE unless MKL_DEBUG_CPU_TYPE names a kind:
+    5 for AVX2, 7 for AVX-512. Matrix products are up to five times faster for it.
+    """
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            processor = file.read(4096)
+    except OSError:
+        return
+    if "AuthenticAMD" in processor:
+        wide = all(f" {part}" in processor for part in ("avx512f", "avx512bw", "avx512dq", "avx512vl"))
+        if wide or " avx2" in processor:
+            os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "7" if wide else "5")
+
+
+_tell_mkl_the_processor()
 warnings.filterwarnings("ignore", message="No ccache found|Setuptools is replacing distutils")
 
 import numpy as np  # noqa: E402

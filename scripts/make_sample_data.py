@@ -1,90 +1,57 @@
-"""Generate the quickstart's sample data: paper-like Chinese titles, keywords and paraphrased queries.
+"""Generate the quickstart's sample data: paper-like Chinese titles, abstracts with keywords, paraphrased queries.
 
     python scripts/make_sample_data.py sample_data/recall
 
 Same seed, same files, in the layout of literature_search_data: train_unsupervised.csv (a text a line), corpus.csv
-(title and keywords run together), dev.csv (paraphrased query, its document), test.csv (title, title with keywords;
-every second pair is a mismatch). No training text holds a query's wording, and no query of dev.csv is trained on.
+(abstract and keywords), dev.csv (paraphrased query, its document), test.csv (title, document; every second pair is a
+mismatch). The training texts are titles, sentences of the documents and queries of other papers, each on a line of
+its own in random order: nothing says which belong together, and no query of dev.csv is among them.
 """
 
 import argparse
+import itertools
 import os
 import random
 
-# Per field: what is studied, aspects of it, and methods of the field.
-FIELDS = {
-    "医学": (
-        "2型糖尿病患者 冠心病介入治疗 慢性阻塞性肺疾病 急性脑梗死 老年高血压 儿童哮喘 "
-        "乳腺癌术后 肝硬化腹水 类风湿关节炎 慢性肾衰竭 胃溃疡 缺血性心肌病 抑郁症 骨质疏松 "
-        "新生儿黄疸 重症肺炎",
-        "血清炎症因子 生活质量 临床疗效 危险因素 并发症 护理需求 预后 用药依从性 免疫功能 "
-        "睡眠质量 费用负担 复发率",
-        "随机对照试验 多因素回归分析 中西医结合 延续护理 队列随访 荟萃分析",
-    ),
-    "计算机": (
-        "无线传感器网络 图像检索系统 中文分词 云存储平台 推荐系统 入侵检测 人脸识别 知识图谱 "
-        "语音识别 软件缺陷 分布式数据库 移动边缘计算 虚拟机调度 网页去重 机器翻译 车牌定位",
-        "能耗优化 查询效率 准确率 数据安全 负载均衡 特征提取 实时性 鲁棒性 隐私保护 冗余消除 "
-        "可扩展性 容错能力",
-        "遗传算法 支持向量机 卷积神经网络 粒子群优化 模糊聚类 强化学习",
-    ),
-    "教育": (
-        "高职院校学生 农村小学教师 大学英语课堂 研究生导师 职业教育实训 学前儿童 高中物理实验 "
-        "留守儿童 思想政治理论课 在线课程 体育特长生 民办高校 双语教学 校企合作 特殊教育学校 "
-        "成人教育",
-        "学习动机 心理健康 教学评价 就业能力 职业倦怠 创新意识 阅读兴趣 课程设置 师生关系 "
-        "自主学习 信息素养 激励机制",
-        "问卷调查 翻转课堂 行动研究 案例教学 扎根理论 项目学习",
-    ),
-    "经济": (
-        "国有企业 农村信用社 上市公司高管 中小微企业 房地产市场 跨境电商 商业银行 家族企业 "
-        "产业园区 物流企业 保险公司 新能源汽车产业 制造业集群 旅游景区 地方政府债务 股票市场",
-        "创新绩效 融资约束 股权激励 风险管理 税收负担 社会责任 投资效率 供应链协同 信息披露 "
-        "价格波动 全要素生产率 竞争力",
-        "面板数据 博弈模型 数据包络分析 层次分析法 双重差分 结构方程",
-    ),
-    "农业": (
-        "冬小麦 设施番茄 水稻秧苗 苹果果园 奶牛养殖 玉米秸秆 茶树新梢 棉花黄萎病 淡水鱼塘 "
-        "马铃薯种薯 大豆根瘤 草原牧场 柑橘贮藏 温室黄瓜 生猪饲料 食用菌栽培",
-        "产量构成 土壤养分 病虫害防治 水分利用效率 品质 抗旱性 氮肥用量 保鲜效果 光合特性 "
-        "微生物群落 成活率 重金属积累",
-        "田间试验 正交试验 遥感监测 高通量测序 模型模拟 灰色关联",
-    ),
-    "工程": (
-        "混凝土桥梁 高速铁路路基 深基坑支护 风力发电机叶片 数控机床主轴 煤矿瓦斯 地铁隧道 "
-        "燃气轮机 水库大坝 钢结构厂房 焊接机器人 汽车悬架 输电线路 锂离子电池 空调冷水机组 "
-        "船舶推进轴系",
-        "疲劳寿命 沉降变形 振动控制 故障诊断 结构优化 抗震性能 温度场 能效 可靠性 腐蚀防护 "
-        "施工进度 载荷分布",
-        "有限元分析 模糊控制 小波变换 现场监测 响应面法 蒙特卡罗模拟",
-    ),
-}
-TITLES = ["基于{m}的{o}{a}研究", "{o}{a}的{m}分析", "{m}在{o}{a}中的应用", "{o}{a}影响因素的{m}", "{m}对{o}{a}的影响",
-          "面向{o}的{a}评价方法:{m}视角"]
-# A query says the same in other words, as somebody would who types it into a search box.
-QUERIES = ["用{m}怎样研究{o}的{a}", "{o} {a} {m}", "{a}方面,{o}采用{m}的文献", "关于{o}{a},运用{m}",
-           "{o}的{a}({m})", "利用{m}考察{a}:以{o}为对象"]
-SYNONYMS = {"患者": "病人", "优化": "改进", "影响": "作用", "疗效": "治疗效果", "学生": "学员", "教师": "老师",
-            "企业": "公司", "风险": "隐患", "评价": "评估", "效率": "效能", "故障": "失效", "防治": "防控",
-            "养殖": "饲养", "机制": "机理"}
+# One field, so that the texts resemble each other and all their parts are needed to tell them apart.
+SUBJECTS = """2型糖尿病患者 冠心病介入治疗 慢性阻塞性肺疾病 急性脑梗死 老年高血压 儿童哮喘 乳腺癌术后 肝硬化腹水
+    类风湿关节炎 慢性肾衰竭 胃溃疡 抑郁症""".split()
+ASPECTS = "炎症因子 生活质量 临床疗效 危险因素 并发症 护理需求 预后 用药依从性 免疫功能 睡眠质量".split()
+METHODS = "随机对照试验 多因素回归分析 中西医结合 延续护理 队列随访 荟萃分析".split()
+PLACES = "长三角 西北地区 东北地区 粤港澳大湾区 青藏高原 成渝地区 华北平原 海南岛 京津冀 黄土高原".split()
+TITLES = ["基于{m}的{p}{s}{a}研究", "{m}在{p}{s}{a}中的应用", "{p}{s}{a}影响因素的{m}",
+          "{m}视角下{s}的{a}:来自{p}的证据", "{p}{s}{a}与{b}的{m}", "以{m}探讨{p}{s}的{a}"]
+# The document of a paper: an abstract, of which the common phrases are the larger part, and the keywords.
+ABSTRACTS = [
+    "目的探讨{p}{s}的{a}及其相关因素,为临床工作提供参考。方法采用{m},选取某院收治的{n}例对象进行观察。"
+    "结果两组比较差异有统计学意义,且与{b}有关。",
+    "为了解{p}{s}{a}的现状,对{n}例对象进行了{m}。数据经统计软件处理后作进一步比较。"
+    "结果表明,{b}是其中的重要因素,应引起重视。",
+    "近年来,{a}日益受到关注。本文以{p}的{n}例{s}为对象,运用{m}进行分析。"
+    "研究发现,干预后各项指标均有所改善,{b}也随之变化。",
+    "采用{m}对{p}{n}例{s}的资料进行回顾。重点比较了{a}和{b}两个方面,并讨论其原因。"
+    "结论认为应当结合实际情况制定相应措施。",
+]
+# A query says what a title says in other words, as somebody would who types it into a search box.
+QUERIES = ["{p} {s} {a} {m}", "用{m}考察{p}的{s}:{a}", "{p}{s}的{a}({m})", "{a}方面,{p}{s}采用{m}的文献",
+           "{s}{a},{m},{p}"]
+SYNONYMS = {"患者": "病人", "影响": "作用", "疗效": "治疗效果"}
 
 
-def make_papers(rng: random.Random) -> list[dict[str, str]]:
-    """Every object x aspect of every field once, with a method each, in random order."""
+def make_papers(rng: random.Random, count: int = 1500) -> list[dict[str, str]]:
+    """Papers that differ in at least one of subject, aspect, method and place, as title, document and query."""
+    wholes = rng.sample(list(itertools.product(SUBJECTS, ASPECTS, METHODS, PLACES)), count)
     papers = []
-    for field, words in FIELDS.items():
-        objects, aspects, methods = (part.split() for part in words)
-        for thing in objects:
-            for aspect in aspects:
-                part = {"o": thing, "a": aspect, "m": rng.choice(methods)}
-                keywords = [thing, aspect, part["m"], rng.choice(aspects), field]
-                rng.shuffle(keywords)
-                query = rng.choice(QUERIES).format(**part)
-                for word, synonym in SYNONYMS.items():
-                    query = query.replace(word, synonym)
-                title = rng.choice(TITLES).format(**part)
-                papers.append({"title": title, "document": title + ",".join(keywords), "query": query})
-    rng.shuffle(papers)
+    for subject, aspect, method, place in wholes:
+        other = rng.choice([each for each in ASPECTS if each != aspect])
+        part = {"s": subject, "a": aspect, "m": method, "p": place, "b": other}
+        title = rng.choice(TITLES).format(**part)
+        query = rng.choice(QUERIES).format(**part)
+        for word, synonym in SYNONYMS.items():
+            query = query.replace(word, synonym)
+        abstract = rng.choice(ABSTRACTS).format(n=rng.randrange(60, 400), **part)
+        keywords = rng.sample([subject, aspect, method, place], 4)
+        papers.append({"title": title, "document": abstract + ",".join(keywords), "query": query})
     return papers
 
 
@@ -101,12 +68,15 @@ def main() -> None:
     args = parser.parse_args()
     papers = make_papers(random.Random(args.seed))
     os.makedirs(args.folder, exist_ok=True)
-    train = [text for paper in papers for text in (paper["title"], paper["document"])]
+    asked = papers[:500]
+    sentences = [sentence for paper in papers for sentence in paper["document"].split("。")]
+    train = sorted({paper["title"] for paper in papers} | set(sentences) | {paper["query"] for paper in papers[500:]})
+    random.Random(args.seed).shuffle(train)
     shifted = papers[1:] + papers[:1]
     test = [f"{paper['title']}\t{(other if row % 2 else paper)['document']}"
             for row, (paper, other) in enumerate(zip(papers[:200], shifted))]
     for name, lines in (("train_unsupervised.csv", train), ("corpus.csv", [paper["document"] for paper in papers]),
-                        ("dev.csv", [f"{paper['query']}\t{paper['document']}" for paper in papers[:500]]),
+                        ("dev.csv", [f"{paper['query']}\t{paper['document']}" for paper in asked]),
                         ("test.csv", test)):
         write_lines(os.path.join(args.folder, name), lines)
 

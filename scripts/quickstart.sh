@@ -37,7 +37,7 @@ step "generate sample data" "$DATA_DIR" "$PYTHON" scripts/make_sample_data.py "$
 untrained() { EPOCHS=0 bash scripts/train.sh --visualdl_dir "$out/log_untrained"; }
 step "untrained network" "$SAVE_DIR/model_0" untrained
 step "recall, evaluate before training" "$out/before" recall_and_evaluate before "$SAVE_DIR/model_0"
-trained() { EPOCHS=${EPOCHS:-1} DROPOUT=0.1 bash scripts/train.sh --visualdl_dir "$out/log"; }
+trained() { EPOCHS=${EPOCHS:-1} DROPOUT=0.1 bash scripts/train.sh --warmup_proportion 0.1 --visualdl_dir "$out/log"; }
 step "train" "$SAVE_DIR" trained
 export PARAMS_PATH
 PARAMS_PATH=$(newest)

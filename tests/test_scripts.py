@@ -201,7 +201,7 @@ def test_quickstart(clone):
     before, after = ([float(value) for value in re.search(rf"^ +{when} +(.*)$", result.stdout, re.M)[1].split()]
                      for when in ("before", "after"))
     assert len(before) == len(after) == 5
-    assert all(b < a for b, a in zip(before[:3], after[:3])), (before, after)
+    assert all(b < a for b, a in zip(before, after)), (before, after)
     for name in ("scores.txt", "corpus.npy", "output/simcse_config.json", "deploy.txt", "after/recall_result.txt"):
         assert (clone / "quickstart" / name).stat().st_size > 0
         assert name.split("/")[0] in result.stdout
