@@ -70,10 +70,11 @@ def test_the_readmes_commands(clone):
         if "train.py" in command and not (clone / "checkpoints" / "model_20000").exists():
             # The README's checkpoint of 20000 steps is here the one of two.
             shutil.copytree(clone / "checkpoints" / "model_2", clone / "checkpoints" / "model_20000")
-    assert len(outputs) >= 15
+    assert len(outputs) >= 16
     evaluated = outputs["bash scripts/evaluate.sh"]
     assert re.fullmatch(r"(recall@\d+=\d+\.\d+\n){5}", evaluated)
-    assert len((clone / "result.tsv").read_text().splitlines()) == 2
+    assert outputs["python evaluate.py"] == evaluated
+    assert len((clone / "result.tsv").read_text().splitlines()) == 3
     assert len(outputs["sh scripts/predict.sh"].splitlines()) == 40
     assert outputs["sh deploy/python/deploy.sh"].startswith("(1, 256)\n")
     assert np.load(clone / "corpus.npy").shape == (120, 256)
