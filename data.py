@@ -14,7 +14,11 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, Any
 
-import numpy as np
+HOW_TO_INSTALL = f"is not installed for {sys.executable}; pip install -r requirements.txt, or . .venv/bin/activate"
+try:
+    import numpy as np
+except ModuleNotFoundError:
+    sys.exit(f"numpy {HOW_TO_INSTALL}")
 
 DEFAULT_MODEL = "rocketqa-zh-base-query-encoder"
 DEFAULT_PARAMS = "checkpoints/model_20000/model_state.pdparams"
@@ -197,6 +201,9 @@ def run(main: Callable[[], None]) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
         log(f"{program}: error: {error}")
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        log(f"{program}: error: {error.name} {HOW_TO_INSTALL}")
         sys.exit(2)
     except KeyboardInterrupt:
         log(f"{program}: interrupted")

@@ -63,6 +63,15 @@ def test_usage_errors(tmp_path, script, flags, message):
     assert message in line and line.startswith(f"{script.rsplit('/')[-1]}: error: ")
 
 
+def test_a_missing_package_is_one_line(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['paddle'] = None\n")
+    (tmp_path / "pairs.csv").write_text("a\tb\n")
+    (tmp_path / "model_state.pdparams").write_text("")
+    line = refuse("predict.py", "--params_path", ".", "--text_pair_file", "pairs.csv", cwd=tmp_path,
+                  env={"PYTHONPATH": str(tmp_path)})
+    assert "paddle is not installed" in line and "requirements.txt" in line
+
+
 def test_folder_without_a_graph(tmp_path):
     line = refuse("deploy/python/predict.py", "--model_dir", ".", "--device", "cpu", cwd=tmp_path)
     assert "--model_dir .: no exported graph" in line
