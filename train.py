@@ -131,14 +131,16 @@ def build_model(args: argparse.Namespace):
 
 
 def build_optimizer(args: argparse.Namespace, model, steps: int):
+    """AdamW and its learning-rate schedule over `steps` steps."""
     import paddle
     from paddlenlp.transformers import LinearDecayWithWarmup
 
     schedule = LinearDecayWithWarmup(args.learning_rate, steps, args.warmup_proportion)
     decayed = {parameter.name for name, parameter in model.named_parameters()
                if not any(part in name for part in ("bias", "norm"))}
-    return paddle.optimizer.AdamW(learning_rate=schedule, parameters=model.parameters(),
-                                  weight_decay=args.weight_decay, apply_decay_param_fun=decayed.__contains__)
+    optimizer = paddle.optimizer.AdamW(learning_rate=schedule, parameters=model.parameters(),
+                                       weight_decay=args.weight_decay, apply_decay_param_fun=decayed.__contains__)
+    return optimizer, schedule
 
 
 class Stop:
@@ -217,7 +219,7 @@ def train(args: argparse.Namespace, texts: list[str], evaluate: Callable | None)
         network = paddle.DataParallel(model)
         paddle.seed(args.seed + paddle.distributed.get_rank())  # another dropout on every rank
     sampler = DistributedBatchSampler(texts, args.batch_size, shuffle=True)
-    optimizer = build_optimizer(args, model, len(sampler) * args.epochs)
+    optimizer, schedule = build_optimizer(args, model, len(sampler) * args.epochs)
     reporter = Reporter(args, model, tokenizer, record, evaluate)
     stop, step = Stop(), 0
     for epoch in range(1, args.epochs + 1):
@@ -230,7 +232,7 @@ def train(args: argparse.Namespace, texts: list[str], evaluate: Callable | None)
             loss.backward()
             learning_rate = optimizer.get_lr()
             optimizer.step()
-            optimizer._learning_rate.step()
+            schedule.step()
             optimizer.clear_grad()
             step += 1
             if step % 10 == 0:
