@@ -409,6 +409,8 @@ def _read_wordpiece(folder: str) -> tuple[dict[str, int], bool, str] | None:
     kind = config.get("tokenizer_class")
     if kind not in WORDPIECE_CLASSES or config.get("added_tokens_decoder"):
         return None
+    if config.get("tokenize_chinese_chars") is False:
+        return None
     with open(paths[0], encoding="utf-8", newline="\n") as file:
         vocab = {line.rstrip("\r\n"): number for number, line in enumerate(file)}
     return vocab, config.get("do_lower_case", True), kind
