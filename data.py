@@ -10,9 +10,11 @@ import difflib
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import IO, Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import IO, Any, TypeVar
 
 HOW_TO_INSTALL = f"is not installed for {sys.executable}; pip install -r requirements.txt, or . .venv/bin/activate"
 try:
@@ -29,6 +31,9 @@ RECALL_KS = (1, 5, 10, 20, 50)
 WORDPIECE_CLASSES = ("ErnieTokenizer", "BertTokenizer")
 # Texts tokenized and sorted by length at a time: enough to make batches of even length, little enough to stream.
 WINDOW = 16384
+# Batches are padded to a multiple of this many tokens, so that kernels are made for few shapes.
+LENGTH_MULTIPLE = 4
+Item = TypeVar("Item")
 
 
 class InputError(Exception):
@@ -136,12 +141,29 @@ def add_model_arguments(parser: argparse.ArgumentParser, params_path: str | None
                         "checkpoint is an error")
 
 
-def add_encode_arguments(parser: argparse.ArgumentParser, batch_size: int = 32, max_seq_length: int = 64) -> None:
+def add_encode_arguments(parser: argparse.ArgumentParser, max_seq_length: int = 64,
+                         devices: Sequence[str] = ("cpu", "gpu"),
+                         precisions: Sequence[str] = ("auto", "fp32", "bf16", "fp16")) -> None:
     """The flags of every stage that turns texts into embeddings."""
     parser.add_argument("--max_seq_length", type=sequence_length, default=max_seq_length,
                         help="tokens per text, [CLS] and [SEP] included; longer texts are cut")
-    parser.add_argument("--batch_size", type=positive_int, default=batch_size, help="texts per batch")
+    parser.add_argument("--batch_size", type=positive_int, default=None,
+                        help="texts per batch; None: as many as fill 2,048 tokens on a CPU, 65,536 on a GPU")
     add_strict_argument(parser)
+    add_device_argument(parser, devices)
+    parser.add_argument("--precision", choices=precisions, default="auto",
+                        help="number format of the matrix products; auto: bf16 on a CPU that has it (AVX-512 BF16 or "
+                        "AMX), else fp32. fp16 needs --device gpu")
+    parser.add_argument("--cpu_threads", type=natural_int, default=0, help="math threads on a CPU; 0: all cores")
+
+
+def check_encode_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """Refuse flags of `add_encode_arguments` that would do nothing on the device asked for; returns `args`."""
+    if args.precision == "fp16" and args.device != "gpu":
+        parser.error("--precision fp16 needs --device gpu")
+    if args.cpu_threads and args.device != "cpu":
+        parser.error("--cpu_threads needs --device cpu")
+    return args
 
 
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:
@@ -353,8 +375,12 @@ class WordPiece:
 
     def __call__(self, texts: Sequence[str], max_seq_length: int) -> list[list[int]]:
         """Token ids of each text, [CLS] and [SEP] included, cut to `max_seq_length`."""
-        self._rust.enable_truncation(max_seq_length - 2)
-        return [[self.cls, *encoding.ids, self.sep] for encoding in self._rust.encode_batch(list(texts))]
+        room = max_seq_length - 2
+        self._rust.enable_truncation(room)
+        # A han character is a token and ends the one before it, so what follows the last that has room is cut anyway.
+        enough = re.compile(f"(?:[^\u4e00-\u9fff]*[\u4e00-\u9fff]){{{room}}}").match
+        texts = [found[0] if len(text) > room and (found := enough(text)) else text for text in texts]
+        return [[self.cls, *encoding.ids, self.sep] for encoding in self._rust.encode_batch_fast(texts)]
 
     def save_pretrained(self, folder: str) -> None:
         """Write vocab.txt and tokenizer_config.json, as PaddleNLP's AutoTokenizer reads them."""
@@ -421,28 +447,46 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def pad(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pad token ids to the longest: input_ids and token_type_ids (all zero), int64 [batch, length]."""
-    input_ids = np.full((len(sequences), max(map(len, sequences))), pad_id, dtype="int64")
+def pad(sequences: Sequence[Sequence[int]], pad_id: int, length: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Pad token ids to `length`, or to the longest: input_ids and token_type_ids (all zero), int64 [batch, length]."""
+    input_ids = np.full((len(sequences), length or max(map(len, sequences))), pad_id, dtype="int64")
     for row, sequence in zip(input_ids, sequences):
         row[: len(sequence)] = sequence
     return input_ids, np.zeros_like(input_ids)
 
 
-def make_batches(texts: Sequence[str], tokenizer: Any, max_seq_length: int,
-                 batch_size: int) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-    """Batch texts of like length, longest first within each window of WINDOW texts.
+def prefetch(items: Iterator[Item]) -> Iterator[Item]:
+    """Yield `items`; while one is in use, a thread makes the next."""
+    end = object()
+    with ThreadPoolExecutor(1) as worker:
+        ahead = worker.submit(next, items, end)
+        while (item := ahead.result()) is not end:
+            ahead = worker.submit(next, items, end)
+            yield item
+
+
+def tokenize_windows(texts: Sequence[str], tokenizer: Any, max_seq_length: int) -> Iterator[list[list[int]]]:
+    """Yield the token ids of WINDOW texts at a time, one window ahead of whoever uses them."""
+    return prefetch(tokenizer(texts[start : start + WINDOW], max_seq_length) for start in range(0, len(texts), WINDOW))
+
+
+def make_batches(ids: Sequence[Sequence[int]], pad_id: int, batch_size: int | None = None,
+                 batch_tokens: int = 2048) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+    """Batch token ids of like length, longest first, each batch padded to a multiple of LENGTH_MULTIPLE.
+
+    Args:
+        batch_size: texts per batch; None: as many as fill `batch_tokens`, padding included.
 
     Yields:
-        rows: the positions of the batch's texts in `texts`.
-        input_ids, token_type_ids: int64 [len(rows), longest of the batch].
+        rows: the positions of the batch's texts in `ids`.
+        input_ids, token_type_ids: int64 [len(rows), length].
     """
-    for start in range(0, len(texts), WINDOW):
-        ids = tokenizer(texts[start : start + WINDOW], max_seq_length)
-        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-        for first in range(0, len(order), batch_size):
-            chosen = order[first : first + batch_size]
-            yield [start + i for i in chosen], *pad([ids[i] for i in chosen], tokenizer.pad_token_id)
+    order, longest = sorted(range(len(ids)), key=lambda i: -len(ids[i])), max(map(len, ids), default=0)
+    while order:
+        length = min(longest, -(-len(ids[order[0]]) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
+        size = batch_size or max(1, batch_tokens // length)
+        rows, order = order[:size], order[size:]
+        yield rows, *pad([ids[i] for i in rows], pad_id, length)
 
 
 def distinct(texts: Iterable[str]) -> list[str]:

@@ -29,7 +29,8 @@ def main() -> None:
     if os.path.exists(args.output_path) and not os.path.isdir(args.output_path):
         raise data.InputError(f"--output_path {args.output_path}: exists and is not a folder")
 
-    from model import Predictor, encode, export_graph, load_model, new_folder, set_device, write_record
+    from deploy.python.predictor import Predictor, export_graph
+    from model import encode, load_model, new_folder, set_device, write_record
 
     set_device("cpu")
     model, tokenizer, record = load_model(args.params_path, args.model_name_or_path, args.output_emb_size)

@@ -16,19 +16,18 @@ def parse_args() -> argparse.Namespace:
     data.add_text_arguments(parser)
     data.add_model_arguments(parser, params_path=data.DEFAULT_PARAMS)
     data.add_encode_arguments(parser)
-    data.add_device_argument(parser)
-    return parser.parse_args()
+    return data.check_encode_arguments(parser, parser.parse_args())
 
 
 def main() -> None:
     args = parse_args()
     texts = data.given_texts(args)
 
-    from model import encode, load_model, set_device
+    from deploy.python.predictor import load_engine
+    from model import encode
 
-    set_device(args.device)
-    model, tokenizer, _ = load_model(args.params_path, args.model_name_or_path, args.output_emb_size)
-    embeddings = encode(model, tokenizer, texts, args.max_seq_length, args.batch_size)
+    engine, tokenizer = load_engine(args)
+    embeddings = encode(engine, tokenizer, texts, args.max_seq_length, args.batch_size)
     if args.output_file:
         data.save_embeddings(args.output_file, embeddings)
     else:

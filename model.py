@@ -1,9 +1,11 @@
 """The network, its loss, its checkpoints: the one way from token ids to embeddings.
 
-`SimCSE` is the network in dynamic graph, `Predictor` the same network exported and run by Paddle Inference.
-Both have `embed(input_ids, token_type_ids)`, and `encode` turns texts into embeddings with either.
+`SimCSE` is the network in dynamic graph; the Predictor of deploy/python/predictor.py is the same network as a static
+graph in Paddle Inference. Both have `embed(input_ids, token_type_ids)`, and `encode` turns texts into embeddings with
+either.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -13,27 +15,26 @@ import tempfile
 import warnings
 import zlib  # noqa: F401  paddlepaddle 2.6 dies in inflateReset2 if its own zlib is loaded before Python's
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 
-def _tell_mkl_the_processor() -> None:
-    """Make paddle's MKL use the vector units of an AMD processor, before it is loaded.
-
-    That MKL, of 2019, runs processors that are not Intel's on SSE unless MKL_DEBUG_CPU_TYPE names a kind:
-    5 for AVX2, 7 for AVX-512. Matrix products are up to five times faster for it.
-    """
+def _processor() -> str:
+    """What Linux says of the first processor; empty elsewhere."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            processor = file.read(4096)
+            return file.read(4096)
     except OSError:
-        return
-    if "AuthenticAMD" in processor:
-        wide = all(f" {part}" in processor for part in ("avx512f", "avx512bw", "avx512dq", "avx512vl"))
-        if wide or " avx2" in processor:
-            os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "7" if wide else "5")
+        return ""
 
 
-_tell_mkl_the_processor()
+PROCESSOR = _processor()
+CPU_HAS_BF16 = " avx512_bf16" in PROCESSOR or " amx_bf16" in PROCESSOR
+if "AuthenticAMD" in PROCESSOR and " avx2" in PROCESSOR:
+    # paddle's MKL, of 2019, runs processors that are not Intel's on SSE unless this names a kind before it is loaded:
+    # 5 for AVX2, 7 for AVX-512. Matrix products are up to five times faster for it.
+    wide = all(f" {part}" in PROCESSOR for part in ("avx512f", "avx512bw", "avx512dq", "avx512vl"))
+    os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "7" if wide else "5")
+os.environ.setdefault("GLOG_minloglevel", "2")  # paddle's C++ notes and warnings say nothing that a user can act on
 warnings.filterwarnings("ignore", message="No ccache found|Setuptools is replacing distutils")
 
 import numpy as np  # noqa: E402
@@ -41,17 +42,25 @@ import paddle  # noqa: E402
 import paddle.nn.functional as F  # noqa: E402
 from paddle import nn  # noqa: E402
 
-from data import DEFAULT_MODEL, InputError, first_line, load_tokenizer, log, make_batches  # noqa: E402
+from data import (  # noqa: E402
+    DEFAULT_MODEL,
+    InputError,
+    first_line,
+    load_tokenizer,
+    log,
+    make_batches,
+    tokenize_windows,
+)
 
 CPU_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 CONFIG_FILE = "simcse_config.json"
 PARAMS_FILE = "model_state.pdparams"
-# What `paddle.jit.save` writes: paddle 3 .json, paddle 2 .pdmodel; the last is what the original exported.
-GRAPH_FILES = ("inference.json", "inference.pdmodel", "inference.get_pooled_embedding.pdmodel")
+# Tokens of a batch, padding included, that keep a processor busy, by whether it is a CPU.
+BATCH_TOKENS = {True: 2048, False: 65536}
 
 
-def set_device(device: str) -> None:
-    """Make `device` ("cpu", "gpu") the current one.
+def set_device(device: str, cpu_threads: int = 0) -> None:
+    """Make `device` ("cpu", "gpu") the current one, with `cpu_threads` math threads (0: all cores) on a CPU.
 
     Raises:
         InputError: this paddle, or this machine, has no such device.
@@ -60,8 +69,13 @@ def set_device(device: str) -> None:
         raise InputError("--device gpu: no GPU that this paddlepaddle can use; run with --device cpu, "
                          "or install paddlepaddle-gpu (requirements-gpu.txt)")
     paddle.set_device(device)
-    # paddle starts with one math thread; ranks on one machine share its cores.
-    paddle.base.core.set_num_threads(max(1, CPU_CORES // paddle.distributed.get_world_size()))
+    # paddle starts with one math thread.
+    paddle.base.core.set_num_threads(cpu_threads or default_threads())
+
+
+def default_threads() -> int:
+    """All cores, which ranks on one machine share."""
+    return max(1, CPU_CORES // paddle.distributed.get_world_size())
 
 
 # ------------------------------------------------------------------------------------------------- the network
@@ -84,6 +98,26 @@ def contrastive_loss(query: paddle.Tensor, title: paddle.Tensor, margin: float, 
     return F.cross_entropy(logits, paddle.arange(cosine.shape[0], dtype="int64"))
 
 
+def first_token_only(encoder: nn.Layer) -> None:
+    """Let the last layer of an encoder compute its first token only, the one that becomes the embedding.
+
+    Keys and values come from all tokens, as before, so the first token is the same; its queries, and all that follows
+    them, are one row a text. Where the encoder is no stack of post-norm `nn.TransformerEncoderLayer`, nothing changes.
+    """
+    layers = getattr(getattr(encoder, "encoder", None), "layers", None)
+    layer = layers[-1] if layers else None
+    if type(layer) is not nn.TransformerEncoderLayer or layer.normalize_before:
+        return
+
+    def forward(src, src_mask=None, cache=None, output_attentions=False):
+        first = src[:, :1]
+        first = layer.norm1(first + layer.dropout1(layer.self_attn(first, src, src, src_mask)))
+        hidden = layer.dropout(layer.activation(layer.linear1(first)))
+        return layer.norm2(first + layer.dropout2(layer.linear2(hidden)))
+
+    layer.forward = forward
+
+
 class SimCSE(nn.Layer):
     """A dual tower with shared weights: encoder -> first token [-> pooler] [-> fc] -> dropout -> L2 norm.
 
@@ -98,11 +132,13 @@ class SimCSE(nn.Layer):
     def __init__(self, pretrained_model: nn.Layer, dropout: float | None = None, margin: float = 0.0,
                  scale: float = 20, output_emb_size: int | None = None) -> None:
         super().__init__()
+        first_token_only(pretrained_model)
         self.ptm = pretrained_model
         self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
         self.margin = margin
         self.scale = scale
         self.infer_with_pooler = True  # what `embed` and the exported graph do; training always uses the pooler
+        self.precision = "fp32"  # what `forward` and `embed` compute in; bf16 and fp16 need a GPU
         self.output_emb_size = output_emb_size or 0
         hidden_size = pretrained_model.config.hidden_size
         self.embedding_size = self.output_emb_size or hidden_size
@@ -121,24 +157,41 @@ class SimCSE(nn.Layer):
             attention_mask: [batch, length], 1 for a token and 0 for padding; None: from the pad id.
             with_pooler: take the encoder's pooled (tanh) output; otherwise the raw first token.
         """
-        outputs = self.ptm(input_ids, token_type_ids=token_type_ids, position_ids=position_ids,
-                           attention_mask=attention_mask)
-        embedding = outputs[1] if with_pooler else outputs[0][:, 0]
-        if self.output_emb_size:
-            embedding = self.emb_reduce_linear(embedding)
+        with self.autocast():
+            outputs = self.ptm(input_ids, token_type_ids=token_type_ids, position_ids=position_ids,
+                               attention_mask=attention_mask)
+            embedding = outputs[1] if with_pooler else outputs[0][:, 0]
+            if self.output_emb_size:
+                embedding = self.emb_reduce_linear(embedding)
+        if self.precision != "fp32":
+            embedding = embedding.astype("float32")  # norm, cosines and loss are of full precision
         return F.normalize(self.dropout(embedding), p=2, axis=-1)
 
-    def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
-        """Embeddings without dropout or gradient: int64 [batch, length] twice to float32 [batch, embedding_size]."""
-        return next(self.get_semantic_embedding([(input_ids, token_type_ids)])).numpy()
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The context in which matrix products are computed in `precision`."""
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return paddle.amp.auto_cast(level="O1", dtype={"bf16": "bfloat16", "fp16": "float16"}[self.precision])
 
     @paddle.no_grad()
+    def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> paddle.Tensor:
+        """Embeddings without dropout or gradient: int64 [batch, length] twice to float32 [batch, embedding_size].
+
+        On a GPU the work is only launched; whoever reads the result waits for it.
+        """
+        self.eval()
+        return self.get_pooled_embedding(paddle.to_tensor(input_ids), paddle.to_tensor(token_type_ids),
+                                         with_pooler=self.infer_with_pooler)
+
     def get_semantic_embedding(self, data_loader: Iterable[tuple[Any, Any]]) -> Iterator[paddle.Tensor]:
         """Yield the embeddings, float [batch, embedding_size], of every (input_ids, token_type_ids) batch."""
-        self.eval()
         for input_ids, token_type_ids in data_loader:
-            yield self.get_pooled_embedding(paddle.to_tensor(input_ids), paddle.to_tensor(token_type_ids),
-                                            with_pooler=self.infer_with_pooler)
+            yield self.embed(input_ids, token_type_ids)
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of a batch, padding included, where no batch size is asked for."""
+        return BATCH_TOKENS[paddle.device.get_device() == "cpu"]
 
     def _pair(self, query: list, title: list, with_pooler: bool = True) -> tuple[paddle.Tensor, paddle.Tensor]:
         """Embeddings of both sides; in one pass of twice the rows where the inputs have one shape."""
@@ -167,29 +220,56 @@ class SimCSE(nn.Layer):
         return contrastive_loss(query, title, self.margin, self.scale)
 
 
+class Engine(Protocol):
+    """What `encode` needs: `SimCSE`, or the Predictor of deploy/python/predictor.py."""
+
+    embedding_size: int
+    max_positions: int
+    batch_tokens: int  # tokens of a batch, padding included, where no batch size is asked for
+
+    def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> Any: ...
+
+
 def is_first_rank() -> bool:
     """Whether this process is rank 0, or the only one."""
     return paddle.distributed.get_rank() == 0
 
 
-def check_length(model: "SimCSE | Predictor", max_seq_length: int) -> None:
+def check_length(model: Engine, max_seq_length: int) -> None:
     """Raise InputError where texts of `max_seq_length` tokens have more positions than the encoder."""
     if max_seq_length > model.max_positions:
         raise InputError(f"--max_seq_length {max_seq_length}: the encoder has {model.max_positions} positions")
 
 
-def encode(model: "SimCSE | Predictor", tokenizer: Any, texts: Sequence[str], max_seq_length: int,
-           batch_size: int) -> np.ndarray:
-    """The one way from texts to embeddings: float32 [len(texts), embedding_size], in the order of `texts`."""
+def encode_stream(model: Engine, tokenizer: Any, texts: Sequence[str], max_seq_length: int,
+                  batch_size: int | None = None) -> Iterator[np.ndarray]:
+    """Yield the embeddings of `texts` in their order, float32 [up to WINDOW, embedding_size] at a time.
+
+    A batch is read back when the next one is under way, so that host and GPU work side by side.
+    """
     check_length(model, max_seq_length)
-    embeddings = np.empty((len(texts), model.embedding_size), dtype="float32")
-    for rows, input_ids, token_type_ids in make_batches(texts, tokenizer, max_seq_length, batch_size):
-        embeddings[rows] = model.embed(input_ids, token_type_ids)
+    for ids in tokenize_windows(texts, tokenizer, max_seq_length):
+        embeddings = np.empty((len(ids), model.embedding_size), "float32")
+        rows, under_way = [], embeddings[:0]
+        for next_rows, *batch in make_batches(ids, tokenizer.pad_token_id, batch_size, model.batch_tokens):
+            launched = model.embed(*batch)
+            embeddings[rows] = np.asarray(under_way)
+            rows, under_way = next_rows, launched
+        embeddings[rows] = np.asarray(under_way)
+        yield embeddings
+
+
+def encode(model: Engine, tokenizer: Any, texts: Sequence[str], max_seq_length: int,
+           batch_size: int | None = None) -> np.ndarray:
+    """The one way from texts to embeddings: float32 [len(texts), embedding_size], in the order of `texts`."""
+    embeddings, row = np.empty((len(texts), model.embedding_size), "float32"), 0
+    for block in encode_stream(model, tokenizer, texts, max_seq_length, batch_size):
+        embeddings[row : (row := row + len(block))] = block
     return embeddings
 
 
-def encode_pairs(model: "SimCSE | Predictor", tokenizer: Any, pairs: Sequence[tuple[str, str]], max_seq_length: int,
-                 batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+def encode_pairs(model: Engine, tokenizer: Any, pairs: Sequence[tuple[str, str]],
+                 max_seq_length: int, batch_size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings of the first and of the second texts, each float32 [len(pairs), embedding_size]."""
     texts = [text for side in zip(*pairs) for text in side]
     return tuple(np.split(encode(model, tokenizer, texts, max_seq_length, batch_size), 2))
@@ -392,91 +472,3 @@ def save_checkpoint(folder: str, model: SimCSE, tokenizer: Any, record: dict) ->
     with new_folder(folder) as temporary:
         paddle.save(model.state_dict(), os.path.join(temporary, PARAMS_FILE))
         write_record(temporary, record, tokenizer)
-
-
-# -------------------------------------------------------------------------------- static graph, Paddle Inference
-class _EmbeddingGraph(nn.Layer):
-    """`get_pooled_embedding` as a layer of its own, which is what `paddle.jit.save` exports."""
-
-    def __init__(self, model: SimCSE) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: paddle.Tensor, token_type_ids: paddle.Tensor) -> paddle.Tensor:
-        return self.model.get_pooled_embedding(input_ids, token_type_ids, with_pooler=self.model.infer_with_pooler)
-
-
-def export_graph(model: SimCSE, folder: str) -> None:
-    """Write the static graph of `get_pooled_embedding`, batch and length dynamic, and its weights: inference.*."""
-    ids = [paddle.static.InputSpec([None, None], "int64", name) for name in ("input_ids", "token_type_ids")]
-    model.eval()
-    graph = paddle.jit.to_static(_EmbeddingGraph(model), input_spec=ids, full_graph=True)
-    graph.eval()
-    paddle.jit.save(graph, os.path.join(folder, "inference"))
-
-
-class Predictor:
-    """An exported folder run by Paddle Inference.
-
-    Args:
-        model_dir: what export_model.py wrote.
-        device: "cpu", "gpu" or "xpu".
-        cpu_threads: math threads on a CPU; 0: all cores.
-        enable_mkldnn: oneDNN kernels on a CPU.
-        use_tensorrt: TensorRT on a GPU, for up to max_batch_size x max_seq_length tokens.
-        precision: "fp32", "fp16" (GPU) or "int8" (TensorRT).
-
-    Raises:
-        InputError: no exported graph in `model_dir`, or the device is not there.
-    """
-
-    def __init__(self, model_dir: str, device: str = "cpu", cpu_threads: int = 0, enable_mkldnn: bool = False,
-                 use_tensorrt: bool = False, precision: str = "fp32", max_batch_size: int = 32,
-                 max_seq_length: int = 128) -> None:
-        graph = next((path for name in GRAPH_FILES if os.path.isfile(path := os.path.join(model_dir, name))), None)
-        if graph is None or not os.path.isfile(params := os.path.splitext(graph)[0] + ".pdiparams"):
-            raise InputError(f"--model_dir {model_dir}: no exported graph ({GRAPH_FILES[0]} or {GRAPH_FILES[1]}, and "
-                             "inference.pdiparams); make one with export_model.py")
-        if graph.endswith(".json") and paddle.__version__.startswith("2."):
-            raise InputError(f"{graph} was exported by paddle 3; paddle {paddle.__version__} cannot run it: "
-                             "export the checkpoint again here")
-        record = read_record(model_dir)
-        self.max_positions = record.get("encoder_config", {}).get("max_position_embeddings", 512)
-        config = paddle.inference.Config(graph, params)
-        config.disable_glog_info()
-        if device == "gpu":
-            set_device(device)
-            self._use_gpu(config, use_tensorrt, precision, max_batch_size, max_seq_length)
-        elif device == "xpu":
-            if not paddle.device.is_compiled_with_xpu():
-                raise InputError("--device xpu: this paddlepaddle has no XPU support")
-            config.enable_xpu()
-        else:
-            config.disable_gpu()
-            config.set_cpu_math_library_num_threads(cpu_threads or CPU_CORES)
-            if enable_mkldnn:
-                config.set_mkldnn_cache_capacity(10)  # one entry a shape: without a bound memory grows
-                config.enable_mkldnn()
-        self.predictor = paddle.inference.create_predictor(config)
-        self.inputs = [self.predictor.get_input_handle(name) for name in self.predictor.get_input_names()]
-        self.output = self.predictor.get_output_handle(self.predictor.get_output_names()[0])
-        self.embedding_size = self.embed(*[np.ones([1, 1], "int64")] * 2).shape[1]  # known only after a run
-
-    @staticmethod
-    def _use_gpu(config: Any, use_tensorrt: bool, precision: str, max_batch_size: int, max_seq_length: int) -> None:
-        types = paddle.inference.PrecisionType
-        kind = {"fp32": types.Float32, "fp16": types.Half, "int8": types.Int8}[precision]
-        config.enable_use_gpu(100, 0, types.Float32 if use_tensorrt else kind)
-        if use_tensorrt:
-            config.enable_tensorrt_engine(workspace_size=1 << 30, max_batch_size=max_batch_size, min_subgraph_size=5,
-                                          precision_mode=kind, use_static=False, use_calib_mode=False)
-            shapes = [{name: list(shape) for name in ("input_ids", "token_type_ids")}
-                      for shape in ((1, 1), (max_batch_size, max_seq_length), (max_batch_size, max_seq_length))]
-            config.set_trt_dynamic_shape_info(*shapes)
-
-    def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
-        """int64 [batch, length] twice to float32 [batch, embedding_size], L2-normalized."""
-        for handle, array in zip(self.inputs, (input_ids, token_type_ids)):
-            handle.copy_from_cpu(array)
-        self.predictor.run()
-        return self.output.copy_to_cpu().astype("float32", copy=False)

@@ -19,23 +19,23 @@ def parse_args() -> argparse.Namespace:
     data.add_encode_arguments(parser)
     parser.add_argument("--margin", type=data.natural_float, default=0.0, help="margin of the loss, in cosine")
     parser.add_argument("--scale", type=data.positive_float, default=20, help="factor on the cosines in the loss")
-    data.add_device_argument(parser)
-    return parser.parse_args()
+    return data.check_encode_arguments(parser, parser.parse_args())
 
 
 def main() -> None:
     args = parse_args()
     pairs = data.read_text_pairs(args.text_pair_file, "--text_pair_file", args.strict_data)
 
-    from model import encode_pairs, load_model, mean_loss, set_device
+    from deploy.python.predictor import load_engine
+    from model import encode_pairs, mean_loss
 
-    set_device(args.device)
-    model, tokenizer, _ = load_model(args.params_path, args.model_name_or_path, args.output_emb_size)
-    query, title = encode_pairs(model, tokenizer, pairs, args.max_seq_length, args.batch_size)
+    engine, tokenizer = load_engine(args)
+    query, title = encode_pairs(engine, tokenizer, pairs, args.max_seq_length, args.batch_size)
     for cosine in (query * title).sum(axis=1).tolist():
         print(cosine)
-    loss = mean_loss(query, title, args.batch_size, args.margin, args.scale)
-    data.log(f"{len(pairs)} pairs, contrastive loss in batches of {args.batch_size}: {loss:.6f} "
+    batch_size = args.batch_size or 32
+    loss = mean_loss(query, title, batch_size, args.margin, args.scale)
+    data.log(f"{len(pairs)} pairs, contrastive loss in batches of {batch_size}: {loss:.6f} "
              f"(margin {args.margin:g}, scale {args.scale:g})")
 
 

@@ -15,8 +15,8 @@ launch "${GPUS:-0}" "${LOG_DIR:-recall_log/}" recall.py \
     --recall_result_file "recall_result.txt" \
     --params_path "$(params_path)" \
     ${MODEL:+--model_name_or_path "$MODEL"} \
-    --hnsw_m "${HNSW_M:-100}" \
-    --hnsw_ef "${HNSW_EF:-100}" \
+    ${HNSW_M:+--hnsw_m "$HNSW_M"} \
+    ${HNSW_EF:+--hnsw_ef "$HNSW_EF"} \
     --batch_size "${BATCH_SIZE:-64}" \
     --max_seq_length "${MAX_SEQ_LENGTH:-60}" \
     --recall_num "${RECALL_NUM:-50}" \

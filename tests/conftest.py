@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ENCODER = ROOT / "pretrained" / "ernie_mini_zh"
 SHARED = Path(os.environ.get("SIMCSE_SHARED", ROOT.parent / "shared"))
+FP32 = ["--precision", "fp32"]  # where figures are compared with the dynamic graph's
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 

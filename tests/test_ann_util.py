@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from ann_util import HnswIndex, exact_search, first_hits, recall_at
+import ann_util
+from ann_util import ExactIndex, HnswIndex, ann_recall, exact_search, first_hits, recall_at
 from data import InputError
 
 
@@ -15,9 +16,11 @@ def vectors():
 
 
 @pytest.mark.parametrize("k", [1, 10, 600, 900])
-def test_exact_search_is_a_full_sort(vectors, k):
+def test_exact_search_is_a_full_sort(vectors, k, monkeypatch):
+    monkeypatch.setattr(ann_util, "QUERY_BLOCK", 33)
+    monkeypatch.setattr(ann_util, "CORPUS_BLOCK", 64)
     queries, corpus = vectors[:100], vectors[100:]
-    rows, cosines = exact_search(queries, corpus, k, block=33)
+    rows, cosines = exact_search(queries, corpus, k)
     expected = np.argsort(-(queries @ corpus.T), axis=1, kind="stable")[:, :k]
     assert (rows == expected).all() and rows.shape == (100, min(k, 600))
     np.testing.assert_allclose(cosines, np.take_along_axis(queries @ corpus.T, expected, axis=1), atol=1e-6)
@@ -25,7 +28,27 @@ def test_exact_search_is_a_full_sort(vectors, k):
 
 def test_equal_cosines_come_in_row_order():
     corpus = np.ones((6, 1), "float32")
-    assert exact_search(corpus[:1], corpus, 6)[0].tolist() == [[0, 1, 2, 3, 4, 5]]
+    for blocks in (corpus, [corpus[:2], corpus[2:]]):
+        assert exact_search(corpus[:1], blocks, 6)[0].tolist() == [[0, 1, 2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize("make", [ExactIndex, lambda: HnswIndex(32, 700)])
+def test_an_index_survives_the_disk(vectors, make, tmp_path):
+    index, again = make(), make()
+    index.add(vectors[:400])
+    index.add(vectors[400:])
+    np.testing.assert_allclose(np.concatenate(list(index.blocks())), vectors, atol=1e-6)
+    index.save(str(tmp_path / "index.bin"))
+    again.load(str(tmp_path / "index.bin"))
+    assert len(again) == len(index) == 700
+    for one, other in zip(index.search(vectors[:50], 20), again.search(vectors[:50], 20)):
+        assert (one == other).all()
+
+
+def test_ann_recall_counts_what_is_missing():
+    exact = np.array([[0.9, 0.8, 0.7], [0.5, 0.4, 0.3]])
+    assert ann_recall(exact, exact) == 1
+    assert ann_recall(np.array([[0.9, 0.7, 0.6], [0.5, 0.2, 0.1]]), exact) == 0.5
 
 
 def test_hnsw_agrees_with_exact_on_a_small_corpus(vectors):

@@ -14,7 +14,7 @@ from data import read_text_pairs, read_texts
 @pytest.fixture(scope="module")
 def flags(compat):
     return ["--params_path", compat / "model_state.pdparams", "--model_name_or_path", compat / "ernie",
-            "--device", "cpu"]
+            "--device", "cpu", "--precision", "fp32"]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_vectors(compat, flags, tmp_path):
 def test_exported_vectors(compat, flags, tmp_path):
     succeed("export_model.py", *flags[:4], "--output_path", tmp_path / "output")
     succeed("deploy/python/predict.py", "--model_dir", tmp_path / "output", "--device", "cpu", "--max_seq_length", 60,
-            "--input_file", compat / "titles.txt", "--output_file", tmp_path / "v.npy")
+            "--precision", "fp32", "--input_file", compat / "titles.txt", "--output_file", tmp_path / "v.npy")
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), np.load(compat / "title_embeddings.npy"), atol=1e-5)
 
 

@@ -111,13 +111,54 @@ def test_tokens_agree_with_paddlenlp(tokenizer, tmp_path):
     assert reloaded("国有企业 SimCSE")["input_ids"] == python("国有企业 SimCSE")["input_ids"]
 
 
-def test_batches_cover_every_text_once_in_windows(tokenizer, monkeypatch):
+def test_batches_cover_every_text_once(tokenizer, monkeypatch):
+    """Windows in order; within one, batches of like length, padded to the multiple, by count or by tokens."""
     monkeypatch.setattr(data, "WINDOW", 7)
     texts = ["字" * (1 + 7 * i % 11) for i in range(23)]
-    seen = {}
-    for rows_, input_ids, token_type_ids in data.make_batches(texts, tokenizer, 8, 3):
-        assert input_ids.dtype == token_type_ids.dtype == np.int64 and input_ids.shape == token_type_ids.shape
-        assert len(rows_) == len(input_ids) <= 3 and input_ids.shape[1] <= 8 and not token_type_ids.any()
-        assert (input_ids != 0).any(axis=0).all(), "no column of padding alone"
-        seen.update({row: [i for i in ids if i] for row, ids in zip(rows_, input_ids.tolist())})
-    assert [seen[row] for row in range(23)] == tokenizer(texts, 8)
+    windows = list(data.tokenize_windows(texts, tokenizer, 9))
+    assert [len(ids) for ids in windows] == [7, 7, 7, 2]
+    assert sum(windows, []) == tokenizer(texts, 9)
+    for options, fits in (({"batch_size": 3}, lambda shape: shape[0] <= 3),
+                          ({"batch_tokens": 24}, lambda shape: shape[0] * shape[1] <= 24),
+                          ({"batch_tokens": 1}, lambda shape: shape[0] == 1)):
+        for ids in windows:
+            seen = {}
+            for rows_, input_ids, token_type_ids in data.make_batches(ids, 0, **options):
+                longest = max(len(ids[row]) for row in rows_)
+                assert input_ids.dtype == token_type_ids.dtype == np.int64 and input_ids.shape == token_type_ids.shape
+                assert fits(input_ids.shape) and not token_type_ids.any()
+                assert input_ids.shape[1] == min(-(-longest // 4) * 4, max(map(len, ids)))
+                seen.update({row: [i for i in line if i] for row, line in zip(rows_, input_ids.tolist())})
+            assert [seen[row] for row in range(len(ids))] == ids
+
+
+def test_prefetch_is_one_ahead_and_passes_errors_on():
+    made = []
+
+    def items():
+        for number in range(3):
+            made.append(number)
+            yield number
+        raise data.InputError("broken")
+
+    ahead = data.prefetch(items())
+    assert next(ahead) == 0
+    assert next(ahead) == 1 and made[:2] == [0, 1]
+    assert next(ahead) == 2
+    with pytest.raises(data.InputError, match="broken"):
+        next(ahead)
+
+
+def test_cutting_before_tokenizing_changes_nothing(tokenizer):
+    """What follows the last character that has room is left out, wherever words, marks and symbols lie."""
+    texts = ["語" * 30, "abc def " * 20, "字a\u0301" * 20, "中文abc，" * 9, "a" * 40 + "字" * 20, "①≤x字" * 12]
+    for room in (1, 2, 5, 10):
+        assert tokenizer(texts, room + 2) == [[ids[0], *ids[1:-1][:room], ids[-1]] for ids in tokenizer(texts, 512)]
+
+
+def test_a_tokenizer_that_does_not_split_han_characters_is_paddlenlps(tmp_path):
+    (tmp_path / "vocab.txt").write_bytes((ENCODER / "vocab.txt").read_bytes())
+    config = json.loads((ENCODER / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "tokenize_chinese_chars": False}))
+    assert data._read_wordpiece(str(tmp_path)) is None
+    assert data._read_wordpiece(str(ENCODER)) is not None

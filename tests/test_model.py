@@ -12,6 +12,7 @@ from paddlenlp.transformers import BertConfig, BertModel, ErnieConfig, ErnieMode
 
 import model as m
 from data import InputError, load_tokenizer
+from deploy.python.predictor import make_engine
 
 SIZES = {"vocab_size": 200, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
          "intermediate_size": 32, "max_position_embeddings": 40}
@@ -218,3 +219,69 @@ def test_record_is_plain_json(saved):
     (saved[1] / m.CONFIG_FILE).write_text("{")
     with pytest.raises(InputError, match="simcse_config.json: not valid JSON"):
         m.load_model(str(saved[1] / m.PARAMS_FILE))
+
+
+def test_last_layer_of_first_token_changes_nothing():
+    """Output, gradients and recomputation against the untouched encoder."""
+    network, whole = tiny(), tiny()
+    for layer in whole.ptm.encoder.layers:
+        layer.__dict__.pop("forward", None)
+    batch, types = tensors(ids(), ids() * 0)
+    padded = paddle.concat([batch, paddle.zeros([6, 3], "int64")], axis=1)
+    assert network.ptm(padded)[0].shape == [6, 1, 16] and whole.ptm(padded)[0].shape == [6, 12, 16]
+    results = []
+    for each in (network, whole):
+        loss = each(padded, padded)
+        loss.backward()
+        results.append((float(loss), {name: p.grad.numpy() for name, p in each.named_parameters()}))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    for name, gradient in results[0][1].items():
+        np.testing.assert_allclose(gradient, results[1][1][name], atol=1e-5, err_msg=name)
+
+
+def test_an_encoder_of_another_kind_is_left_alone():
+    class Encoder(paddle.nn.Layer):
+        pass
+
+    m.first_token_only(Encoder())
+    pre_norm = Encoder()
+    pre_norm.encoder = paddle.nn.TransformerEncoder(
+        paddle.nn.TransformerEncoderLayer(16, 2, 32, normalize_before=True), 2)
+    m.first_token_only(pre_norm)
+    assert "forward" not in pre_norm.encoder.layers[-1].__dict__
+
+
+def test_fast_bias_gradients_are_the_same():
+    import train
+
+    gradients = []
+    (batch,) = tensors(ids())
+    for fast in (True, False):
+        network = tiny()
+        if fast:
+            train.train_faster_on_cpu(network)
+            assert sum("forward" in layer.__dict__ for layer in network.sublayers()) > 10
+        network(batch, batch).backward()
+        gradients.append({name: p.grad.numpy() for name, p in network.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        np.testing.assert_allclose(gradient, gradients[1][name], atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["ernie", "bert"])
+def test_engine_is_the_network(kind):
+    """Paddle Inference on float32 against the dynamic graph, dropout left as it was; streamed like encoded."""
+    tokenizer, texts = load_tokenizer(str(ENCODER)), ["语义索引" * n for n in range(1, 30)]
+    sizes = {**SIZES, "vocab_size": 17964}
+    encoder = ErnieModel(ErnieConfig(**sizes)) if kind == "ernie" else BertModel(BertConfig(**sizes))
+    network = m.SimCSE(encoder, output_emb_size=8)
+    engine = make_engine(network, "fp32")
+    assert engine.embedding_size == 8 and engine.max_positions == 40 and network.dropout.p == 0.1
+    assert encoder.encoder.layers[0].dropout1.p == 0.1 and encoder.encoder.layers[0].self_attn.dropout == 0.1
+    expected = m.encode(network, tokenizer, texts, 30)
+    np.testing.assert_allclose(m.encode(engine, tokenizer, texts, 30), expected, atol=1e-5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.WINDOW", 11)
+        blocks = list(m.encode_stream(engine, tokenizer, texts, 30))
+    assert [len(block) for block in blocks] == [11, 11, 7]
+    np.testing.assert_allclose(np.concatenate(blocks), expected, atol=1e-5)
+    assert m.encode(engine, tokenizer, [], 30).shape == (0, 8)

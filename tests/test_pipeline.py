@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,16 +11,24 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ENCODER, ROOT, refuse, succeed
+from conftest import ENCODER, FP32, ROOT, refuse, succeed
 
 import model as m
 from ann_util import exact_search, first_hits, recall_at
 from data import README_TEXT, read_text_pairs, read_texts
+from deploy.python.predictor import make_engine
 
 
 def embed(checkpoint, texts, max_seq_length=64):
+    """By the dynamic graph, in float32."""
     network, tokenizer, _ = m.load_model(str(checkpoint / "model_state.pdparams"))
     return m.encode(network, tokenizer, texts, max_seq_length, 32)
+
+
+def embed_as_stages_do(checkpoint, texts, max_seq_length):
+    """By the engine that stages use where nothing is said of precision."""
+    network, tokenizer, _ = m.load_model(str(checkpoint / "model_state.pdparams"))
+    return m.encode(make_engine(network), tokenizer, texts, max_seq_length)
 
 
 # ------------------------------------------------------------------------------------------------------- training
@@ -46,7 +55,7 @@ def test_visualdl_log_holds_scalars(trained):
 def test_the_last_evaluation_is_what_the_checkpoint_gives(trained, checkpoint, sample):
     pairs = read_text_pairs(str(sample / "dev.csv"), "--flag")
     queries, corpus = [list(dict.fromkeys(side)) for side in zip(*pairs)]
-    rows, _ = exact_search(embed(checkpoint, queries, 32), embed(checkpoint, corpus, 32), 50)
+    rows, _ = exact_search(*[embed_as_stages_do(checkpoint, texts, 32) for texts in (queries, corpus)], 50)
     targets = [{corpus.index(target) for query, target in pairs if query == wanted} for wanted in queries]
     expected = recall_at(first_hits(rows, targets), (1, 5, 10, 20, 50))
     assert trained[1].stdout.splitlines()[-1] == "global step 12, " + ", ".join(
@@ -90,7 +99,7 @@ def test_spearman_on_three_columns_and_training_on(sample, checkpoint, tmp_path)
     result = succeed("train.py", "--device", "cpu", "--init_from_ckpt", checkpoint, "--epochs", 0, "--train_set_file",
                      sample / "train_unsupervised.csv", "--test_set_file", tmp_path / "labeled.csv",
                      "--max_seq_length", 32, "--infer_with_fc_pooler", "--warmup_proption", 0.1, cwd=tmp_path)
-    first, second = (embed(checkpoint, list(side), 32) for side in zip(*pairs))
+    first, second = (embed_as_stages_do(checkpoint, list(side), 32) for side in zip(*pairs))
     expected = 100 * spearmanr((first * second).sum(axis=1), labels)[0]
     assert float(re.search(r"global step 0, spearman=(\S+)", result.stdout)[1]) == pytest.approx(expected, abs=2e-3)
     assert expected > 10, "even the hardly trained network tells matching pairs"
@@ -142,7 +151,7 @@ def test_two_processes_train_one_model(sample, tmp_path):
 def recalled(checkpoint, sample, tmp_path_factory):
     folder = tmp_path_factory.mktemp("recalled")
     succeed("recall.py", "--device", "cpu", "--params_path", checkpoint, "--corpus_file", sample / "corpus.csv",
-            "--similar_text_pair_file", sample / "dev.csv", "--recall_num", 50, cwd=folder)
+            "--similar_text_pair_file", sample / "dev.csv", "--recall_num", 50, *FP32, cwd=folder)
     return folder
 
 
@@ -195,7 +204,7 @@ def test_a_query_on_several_lines_and_a_corpus_of_one(checkpoint, tmp_path):
 
 def test_predict_prints_cosines_alone(checkpoint, sample):
     result = succeed("predict.py", "--device", "cpu", "--params_path", checkpoint, "--text_pair_file",
-                     sample / "test.csv", "--margin", 0.1, "--scale", 5, "--batch_size", 16)
+                     sample / "test.csv", "--margin", 0.1, "--scale", 5, "--batch_size", 16, *FP32)
     pairs = read_text_pairs(str(sample / "test.csv"), "--flag")
     first, second = (embed(checkpoint, list(side)) for side in zip(*pairs))
     np.testing.assert_allclose([float(line) for line in result.stdout.splitlines()], (first * second).sum(axis=1),
@@ -205,7 +214,7 @@ def test_predict_prints_cosines_alone(checkpoint, sample):
 
 
 def test_inference_prints_shape_and_vectors(checkpoint):
-    result = succeed("inference.py", "--device", "cpu", "--params_path", checkpoint)
+    result = succeed("inference.py", "--device", "cpu", "--params_path", checkpoint, *FP32)
     shape, vectors = result.stdout.split("\n", 1)
     assert shape == "[1, 128]" and vectors.startswith("[[")
     np.testing.assert_allclose(np.array(vectors.replace("[", "").replace("]", "").split(), float)[:3],
@@ -214,7 +223,7 @@ def test_inference_prints_shape_and_vectors(checkpoint):
 
 def test_inference_of_texts_and_files(checkpoint, sample, tmp_path):
     succeed("inference.py", "--device", "cpu", "--params_path", checkpoint, "--text", "一", "--text", "二 三",
-            "--input_file", sample / "corpus.csv", "--output_file", tmp_path / "v.npy")
+            "--input_file", sample / "corpus.csv", "--output_file", tmp_path / "v.npy", *FP32)
     vectors = np.load(tmp_path / "v.npy")
     assert vectors.dtype == np.float32
     texts = ["一", "二 三", *read_texts(str(sample / "corpus.csv"), "--flag")]
@@ -227,17 +236,18 @@ def test_exported_folder(exported, checkpoint):
     assert {graph, "inference.pdiparams", "simcse_config.json", "tokenizer_config.json", "vocab.txt"} <= names
 
 
-@pytest.mark.parametrize("flags", [[], ["--enable_mkldnn", "True", "--cpu_threads", 1]])
+@pytest.mark.parametrize("flags", [["--cpu_threads", 1], ["--enable_mkldnn", "False"],
+                                   ["--batch_size", 7]])
 def test_deployed_equals_dynamic(exported, checkpoint, sample, tmp_path, flags):
     succeed("deploy/python/predict.py", "--model_dir", exported, "--device", "cpu", "--input_file",
-            sample / "corpus.csv", "--output_file", tmp_path / "v.npy", *flags)
+            sample / "corpus.csv", "--output_file", tmp_path / "v.npy", *FP32, *flags)
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"),
                                embed(checkpoint, read_texts(str(sample / "corpus.csv"), "--flag"), 128), atol=1e-5)
 
 
 def test_deploy_prints_the_readmes_texts_and_benchmarks(exported, checkpoint, tmp_path):
     result = succeed("deploy/python/predict.py", f"--model_dir={exported}", "--device", "cpu", "--benchmark", "true",
-                     "--save_log_path", tmp_path / "bench", cwd=tmp_path)
+                     "--save_log_path", tmp_path / "bench", *FP32, cwd=tmp_path)
     lines = result.stdout.splitlines()
     assert lines[0] == "(1, 128)" and lines[1].startswith("[[")
     scores = json.loads(lines[-1])
@@ -246,7 +256,7 @@ def test_deploy_prints_the_readmes_texts_and_benchmarks(exported, checkpoint, tm
     np.testing.assert_allclose(scores, [a @ b, a @ c], atol=1e-5)
     (log,) = (tmp_path / "bench").iterdir()
     rows = json.loads(log.read_text())["results"]
-    assert [row["batch_size"] for row in rows] == [1, 15]
+    assert [row["batch_size"] for row in rows] == [1, 32]
     assert all(0 < row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"] for row in rows)
 
 
@@ -274,3 +284,63 @@ def test_no_gpu_is_one_line(checkpoint):
         pytest.skip("this paddle can use GPUs")
     line = refuse("inference.py", "--params_path", checkpoint)
     assert line.startswith("inference.py: error: --device gpu: no GPU") and "--device cpu" in line
+
+
+def test_bfloat16_is_close_and_refused_where_there_is_none(checkpoint, sample, tmp_path):
+    flags = ["--device", "cpu", "--params_path", checkpoint, "--input_file", sample / "corpus.csv", "--output_file",
+             tmp_path / "v.npy", "--precision", "bf16"]
+    if not m.CPU_HAS_BF16:
+        assert "--precision bf16: this processor" in refuse("inference.py", *flags)
+        return
+    succeed("inference.py", *flags)
+    vectors = embed(checkpoint, read_texts(str(sample / "corpus.csv"), "--flag"))
+    cosines = (np.load(tmp_path / "v.npy") * vectors).sum(axis=1)
+    assert cosines.min() > 0.999 and (cosines < 1 - 1e-6).any(), "close, and not float32 under another name"
+
+
+def test_an_index_is_kept_used_again_and_refused_for_anything_else(checkpoint, sample, tmp_path):
+    def flags(*more):
+        return ["--device", "cpu", "--params_path", checkpoint, "--corpus_file", sample / "corpus.csv",
+                "--similar_text_pair", sample / "dev.csv", "--index_path", tmp_path / "index", *more]
+
+    first = succeed("recall.py", *flags("--recall_result_file", "first.txt"), cwd=tmp_path)
+    assert "kept the index" in first.stderr and "encoding" in first.stderr
+    assert re.search(r"ANN recall@10 against exact search, 60 queries: (1\.0|0\.9[89])", first.stderr)
+    again = succeed("recall.py", *flags("--recall_result_file", "again.txt"), cwd=tmp_path)
+    assert "using the index" in again.stderr and "encoding" not in again.stderr
+    results = tmp_path / "recall_result_dir"
+    assert (results / "first.txt").read_bytes() == (results / "again.txt").read_bytes()
+
+    (tmp_path / "other.csv").write_text("另一个语料库\n" * 120, encoding="utf-8")
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    weights = m.paddle.load(str(other / "model_state.pdparams"))
+    m.paddle.save({name: tensor * 1.01 for name, tensor in weights.items()}, str(other / "model_state.pdparams"))
+    for more, what in ((["--corpus_file", tmp_path / "other.csv"], "corpus"), (["--params_path", other], "model"),
+                       (["--max_seq_length", 9], "max_seq_length"), (["--hnsw_ef", 50], "hnsw_ef"),
+                       (["--ann_engine", "exact"], "ann_engine")):
+        assert f"was built with another {what};" in refuse("recall.py", *flags(*more), cwd=tmp_path)
+    (tmp_path / "index" / "index.bin").write_bytes(b"cut off")
+    assert "damaged" in refuse("recall.py", *flags(), cwd=tmp_path)
+
+
+def test_exact_engine(checkpoint, sample, recalled, tmp_path):
+    succeed("recall.py", "--device", "cpu", "--params_path", checkpoint, "--corpus_file", sample / "corpus.csv",
+            "--similar_text_pair", sample / "dev.csv", "--recall_num", 50, "--ann_engine", "exact", *FP32,
+            "--index_path", "index", cwd=tmp_path)
+    exact, graph = [[line.split("\t") for line in (folder / "recall_result_dir" / "recall_result.txt").read_text(
+        encoding="utf-8").splitlines()] for folder in (tmp_path, recalled)]
+    np.testing.assert_allclose([float(line[2]) for line in exact], [float(line[2]) for line in graph], atol=1e-5)
+    assert len(np.load(tmp_path / "index" / "index.bin")) == 120
+
+
+def test_recompute_and_accumulation(sample, tmp_path):
+    """Recomputing changes no loss, dropout included; accumulating takes a step for several batches."""
+    plain, recomputed, accumulated = (
+        succeed("train.py", *train_flags(sample, "--epochs", 2, "--save_dir", tmp_path / name, *more))
+        for name, more in (("a", []), ("b", ["--use_recompute"]), ("c", ["--gradient_accumulation_steps", 3])))
+    np.testing.assert_allclose([float(loss) for loss in losses(plain)], [float(loss) for loss in losses(recomputed)],
+                               atol=2e-5)
+    assert len(losses(plain)) == 3 and os.listdir(tmp_path / "a") == ["model_32"]
+    assert os.listdir(tmp_path / "c") == ["model_12"], "16 batches an epoch, in threes: 6 steps, the last of 1 batch"
+    assert "epoch: 2, batch: 4" in accumulated.stderr

@@ -30,22 +30,19 @@ def parse_args() -> argparse.Namespace:
                        help="two texts, tab-separated, a pair a line; prints one cosine a line")
     group = parser.add_argument_group("model")
     group.add_argument("--model_dir", type=data.folder, default="./output", help="what export_model.py wrote")
-    data.add_encode_arguments(group, batch_size=15, max_seq_length=128)
+    data.add_encode_arguments(group, max_seq_length=128, devices=("cpu", "gpu", "xpu"),
+                              precisions=("auto", "fp32", "bf16", "fp16", "int8"))
     group = parser.add_argument_group("device")
-    data.add_device_argument(group, choices=("cpu", "gpu", "xpu"))
     group.add_argument("--use_tensorrt", type=data.boolean, nargs="?", const=True, default=False,
                        help="run on TensorRT; needs --device gpu")
-    group.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="fp32",
-                       help="fp16 needs --device gpu, int8 --use_tensorrt")
-    group.add_argument("--cpu_threads", type=data.natural_int, default=0, help="math threads on a CPU; 0: all cores")
-    group.add_argument("--enable_mkldnn", type=data.boolean, nargs="?", const=True, default=False,
-                       help="use oneDNN on a CPU")
+    group.add_argument("--enable_mkldnn", type=data.boolean, nargs="?", const=True, default=None,
+                       help="use oneDNN; None: on a CPU")
     group = parser.add_argument_group("benchmark")
     group.add_argument("--benchmark", type=data.boolean, nargs="?", const=True, default=False,
-                       help="also measure latency and throughput, at batch 1 and at --batch_size")
+                       help="also measure latency and throughput, at batch 1 and 32, or --batch_size")
     group.add_argument("--save_log_path", default="./log_output/", help="folder of the benchmark's log")
     args = parser.parse_args()
-    check_device(parser, args)
+    check_device(parser, data.check_encode_arguments(parser, args))
     return args
 
 
@@ -53,18 +50,20 @@ def check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     """Refuse flags that would do nothing on the device asked for."""
     if args.use_tensorrt and args.device != "gpu":
         parser.error("--use_tensorrt needs --device gpu")
-    if args.precision == "fp16" and args.device != "gpu":
-        parser.error("--precision fp16 needs --device gpu")
     if args.precision == "int8" and not args.use_tensorrt:
         parser.error("--precision int8 needs --use_tensorrt")
-    if args.device != "cpu" and (args.enable_mkldnn or args.cpu_threads):
-        parser.error("--enable_mkldnn and --cpu_threads need --device cpu")
+    if args.enable_mkldnn is None:
+        args.enable_mkldnn = args.device == "cpu"
+    if args.enable_mkldnn and args.device != "cpu":
+        parser.error("--enable_mkldnn needs --device cpu")
+    if args.precision == "bf16" and (args.device == "xpu" or args.device == "cpu" and not args.enable_mkldnn):
+        parser.error("--precision bf16 needs --device gpu, or --device cpu with oneDNN (--enable_mkldnn True)")
 
 
 def benchmark(embed_texts, texts: list[str], args: argparse.Namespace) -> None:
     """Time text to embedding, tokenizing included; figures to stderr and, as JSON, to --save_log_path."""
     rows = []
-    for batch_size in sorted({1, args.batch_size}):
+    for batch_size in sorted({1, args.batch_size or 32}):
         batch = (texts * batch_size)[:batch_size]
         seconds = []
         for turn in range(60):
@@ -93,10 +92,11 @@ def main() -> None:
     texts = [] if pairs and not (args.text or args.input_file) else data.given_texts(args)
     bare = not (args.text or args.input_file or pairs)
 
-    from model import Predictor, encode, encode_pairs
+    from deploy.python.predictor import Predictor
+    from model import encode, encode_pairs
 
     predictor = Predictor(args.model_dir, args.device, args.cpu_threads, args.enable_mkldnn, args.use_tensorrt,
-                          args.precision, args.batch_size, args.max_seq_length)
+                          args.precision, args.batch_size or 32, args.max_seq_length)
     tokenizer = data.load_tokenizer(args.model_dir)
     if texts:
         embeddings = encode(predictor, tokenizer, texts, args.max_seq_length, args.batch_size)

@@ -1,0 +1,165 @@
+"""The network as a static graph in Paddle Inference: what every stage encodes with on a CPU, and what is deployed."""
+
+# isort: off
+import argparse
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+# `model` first: it prepares the environment in which paddle is imported.
+from data import InputError
+from model import BATCH_TOKENS, CPU_HAS_BF16, Engine, SimCSE, default_threads, load_model, read_record, set_device
+
+import numpy as np
+import paddle
+from paddle import nn
+# isort: on
+
+# What `paddle.jit.save` writes: paddle 3 .json, paddle 2 .pdmodel; the last is what the original exported.
+GRAPH_FILES = ("inference.json", "inference.pdmodel", "inference.get_pooled_embedding.pdmodel")
+
+
+class _EmbeddingGraph(nn.Layer):
+    """`get_pooled_embedding` as a layer of its own, which is what `paddle.jit.save` exports."""
+
+    def __init__(self, model: SimCSE) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: paddle.Tensor, token_type_ids: paddle.Tensor) -> paddle.Tensor:
+        return self.model.get_pooled_embedding(input_ids, token_type_ids, with_pooler=self.model.infer_with_pooler)
+
+
+@contextlib.contextmanager
+def _without_dropout(model: SimCSE) -> Iterator[None]:
+    """Dropout of rate 0: in evaluation it does nothing either way, but only so it is not an operator of the graph."""
+    rates = [(layer, name, getattr(layer, name)) for layer in model.sublayers() for name, kind in (
+        ("p", nn.Dropout), ("dropout", nn.MultiHeadAttention)) if isinstance(layer, kind)]
+    try:
+        for layer, name, _ in rates:
+            setattr(layer, name, 0.0)
+        yield
+    finally:
+        for layer, name, rate in rates:
+            setattr(layer, name, rate)
+
+
+def export_graph(model: SimCSE, folder: str) -> None:
+    """Write the static graph of `get_pooled_embedding`, batch and length dynamic, and its weights: inference.*."""
+    ids = [paddle.static.InputSpec([None, None], "int64", name) for name in ("input_ids", "token_type_ids")]
+    model.eval()
+    with _without_dropout(model):
+        graph = paddle.jit.to_static(_EmbeddingGraph(model), input_spec=ids, full_graph=True)
+        graph.eval()
+        paddle.jit.save(graph, os.path.join(folder, "inference"))
+
+
+def make_engine(model: SimCSE, precision: str = "auto", cpu_threads: int = 0) -> Engine:
+    """What encodes fastest on the current device: on a CPU a `Predictor` of the weights as they are now, on a GPU the
+    network itself, in `precision`.
+
+    Raises:
+        InputError: the processor or GPU has no such precision.
+    """
+    if paddle.device.get_device() != "cpu":
+        supported = {"bf16": paddle.amp.is_bfloat16_supported, "fp16": paddle.amp.is_float16_supported}
+        model.precision = "fp32" if precision == "auto" else precision
+        if model.precision in supported and not supported[precision]():
+            raise InputError(f"--precision {precision}: this GPU does not have it")
+        return model
+    with tempfile.TemporaryDirectory() as folder:
+        export_graph(model, folder)
+        return Predictor(folder, cpu_threads=cpu_threads, precision=precision, max_positions=model.max_positions)
+
+
+def load_engine(args: argparse.Namespace) -> tuple[Engine, Any]:
+    """The engine and the tokenizer that a stage's flags ask for (`add_model_arguments`, `add_encode_arguments`)."""
+    set_device(args.device, args.cpu_threads)
+    model, tokenizer, _ = load_model(args.params_path, args.model_name_or_path, args.output_emb_size)
+    return make_engine(model, args.precision, args.cpu_threads), tokenizer
+
+
+class Predictor:
+    """An exported folder run by Paddle Inference.
+
+    Args:
+        model_dir: what export_model.py wrote.
+        device: "cpu", "gpu" or "xpu".
+        cpu_threads: math threads on a CPU; 0: all cores.
+        enable_mkldnn: oneDNN kernels on a CPU.
+        use_tensorrt: TensorRT on a GPU, for up to max_batch_size x max_seq_length tokens.
+        precision: "fp32", "bf16", "fp16" (GPU), "int8" (TensorRT), or "auto": bf16 on a CPU that has it and with
+            oneDNN, else fp32.
+        max_positions: positions of the encoder; None: what the folder records.
+
+    Raises:
+        InputError: no exported graph in `model_dir`, or the device or precision is not there.
+    """
+
+    def __init__(self, model_dir: str, device: str = "cpu", cpu_threads: int = 0, enable_mkldnn: bool = True,
+                 use_tensorrt: bool = False, precision: str = "fp32", max_batch_size: int = 32,
+                 max_seq_length: int = 128, max_positions: int | None = None) -> None:
+        config = paddle.inference.Config(*_graph_files(model_dir))
+        config.disable_glog_info()
+        self.max_positions = max_positions or read_record(model_dir).get("encoder_config", {}).get(
+            "max_position_embeddings", 512)
+        self.batch_tokens = BATCH_TOKENS[device == "cpu"]
+        self.precision = precision
+        if precision == "auto":
+            self.precision = "bf16" if device == "cpu" and enable_mkldnn and CPU_HAS_BF16 else "fp32"
+        if device == "gpu":
+            set_device(device)
+            self._use_gpu(config, use_tensorrt, max_batch_size, max_seq_length)
+        elif device == "xpu":
+            if not paddle.device.is_compiled_with_xpu():
+                raise InputError("--device xpu: this paddlepaddle has no XPU support")
+            config.enable_xpu()
+        else:
+            self._use_cpu(config, cpu_threads or default_threads(), enable_mkldnn)
+        self.predictor = paddle.inference.create_predictor(config)
+        self.inputs = [self.predictor.get_input_handle(name) for name in self.predictor.get_input_names()]
+        self.output = self.predictor.get_output_handle(self.predictor.get_output_names()[0])
+        self.embedding_size = self.embed(*[np.ones([1, 1], "int64")] * 2).shape[1]  # known only after a run
+
+    def _use_cpu(self, config: Any, threads: int, enable_mkldnn: bool) -> None:
+        config.disable_gpu()
+        config.set_cpu_math_library_num_threads(threads)
+        if self.precision == "bf16" and not CPU_HAS_BF16:
+            raise InputError("--precision bf16: this processor has neither AVX-512 BF16 nor AMX")
+        if enable_mkldnn:
+            config.set_mkldnn_cache_capacity(10)  # one entry a shape: without a bound memory grows
+            config.enable_mkldnn()
+        if self.precision == "bf16":
+            config.enable_mkldnn_bfloat16()
+
+    def _use_gpu(self, config: Any, use_tensorrt: bool, max_batch_size: int, max_seq_length: int) -> None:
+        types = paddle.inference.PrecisionType
+        kind = {"fp32": types.Float32, "bf16": types.Bfloat16, "fp16": types.Half, "int8": types.Int8}[self.precision]
+        config.enable_use_gpu(100, 0, types.Float32 if use_tensorrt else kind)
+        if use_tensorrt:
+            config.enable_tensorrt_engine(workspace_size=1 << 30, max_batch_size=max_batch_size, min_subgraph_size=5,
+                                          precision_mode=kind, use_static=False, use_calib_mode=False)
+            shapes = [{name: list(shape) for name in ("input_ids", "token_type_ids")}
+                      for shape in ((1, 1), (max_batch_size, max_seq_length), (max_batch_size, max_seq_length))]
+            config.set_trt_dynamic_shape_info(*shapes)
+
+    def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
+        """int64 [batch, length] twice to float32 [batch, embedding_size], L2-normalized."""
+        for handle, array in zip(self.inputs, (input_ids, token_type_ids)):
+            handle.copy_from_cpu(array)
+        self.predictor.run()
+        return self.output.copy_to_cpu().astype("float32", copy=False)
+
+
+def _graph_files(model_dir: str) -> tuple[str, str]:
+    """The graph and the weights in an exported folder."""
+    graph = next((path for name in GRAPH_FILES if os.path.isfile(path := os.path.join(model_dir, name))), None)
+    if graph is None or not os.path.isfile(params := os.path.splitext(graph)[0] + ".pdiparams"):
+        raise InputError(f"--model_dir {model_dir}: no exported graph ({GRAPH_FILES[0]} or {GRAPH_FILES[1]}, and "
+                         "inference.pdiparams); make one with export_model.py")
+    if graph.endswith(".json") and paddle.__version__.startswith("2."):
+        raise InputError(f"{graph} was exported by paddle 3; paddle {paddle.__version__} cannot run it: "
+                         "export the checkpoint again here")
+    return graph, params
