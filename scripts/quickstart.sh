@@ -9,6 +9,8 @@ cd "$(dirname "$0")/.."
 make_venv .venv requirements.txt
 export PYTHON=$PWD/.venv/bin/python DEVICE=cpu DATA_DIR=quickstart/recall SAVE_DIR=quickstart/checkpoints
 export MODEL=pretrained/ernie_mini_zh OUTPUT_DIR=quickstart/output
+unset PARAMS_PATH
+. scripts/common.sh
 out=quickstart
 rm -rf "$out/checkpoints" "$out/before" "$out/after" "$out/output"
 mkdir -p "$out"
@@ -27,7 +29,6 @@ into() { # into FILE COMMAND...: show what the command prints, and keep it in FI
     shift
     "$@" | tee "$file"
 }
-newest() { ls -td "$SAVE_DIR"/model_*/ | head -n 1; }
 recall_and_evaluate() { # recall_and_evaluate NAME CHECKPOINT
     RESULT_DIR=$out/$1 PARAMS_PATH=$2 MODEL='' sh scripts/run_build_index.sh
     RESULT_DIR=$out/$1 into "$out/$1/recall.txt" sh scripts/evaluate.sh
@@ -40,7 +41,7 @@ step "recall, evaluate before training" "$out/before" recall_and_evaluate before
 trained() { EPOCHS=${EPOCHS:-1} DROPOUT=0.1 bash scripts/train.sh --warmup_proportion 0.1 --visualdl_dir "$out/log"; }
 step "train" "$SAVE_DIR" trained
 export PARAMS_PATH
-PARAMS_PATH=$(newest)
+PARAMS_PATH=$(params_path)
 step "recall, evaluate after training" "$out/after" recall_and_evaluate after "$PARAMS_PATH"
 export MODEL=
 step "predict pair scores" "$out/scores.txt" into "$out/scores.txt" sh scripts/predict.sh >/dev/null

@@ -49,6 +49,11 @@ def test_nothing_heavy_is_imported_for_them(script, flags):
     ("train.py", ["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
     ("train.py", ["--model_name_or_path", "./nowhere"], "argument --model_name_or_path: ./nowhere: no such folder"),
     ("recall.py", ["--hnsw_m", 1], "argument --hnsw_m: '1' is not a whole number from 2 up"),
+    ("deploy/python/predict.py", ["--model_dir", ".", "--device", "cpu", "--precision", "bf16",
+                                  "--enable_mkldnn", "no"],
+     "--precision bf16 needs --device gpu, or --device cpu with oneDNN"),
+    ("deploy/python/predict.py", ["--model_dir", ".", "--device", "cpu", "--precision", "int8"],
+     "--precision int8 needs --use_tensorrt"),
     ("deploy/python/predict.py", ["--model_dir", "nowhere"], "argument --model_dir: nowhere: no such folder"),
     ("deploy/python/predict.py", ["--model_dir", ".", "--benchmark", "maybe"],
      "argument --benchmark: 'maybe' is neither true nor false"),
@@ -61,6 +66,22 @@ def test_nothing_heavy_is_imported_for_them(script, flags):
 def test_usage_errors(tmp_path, script, flags, message):
     line = refuse(script, *flags, cwd=tmp_path)
     assert message in line and line.startswith(f"{script.rsplit('/')[-1]}: error: ")
+
+
+@pytest.mark.parametrize("script, flags, message", [
+    ("recall.py", ["--device", "cpu", "--precision", "fp16"], "--precision fp16 needs --device gpu"),
+    ("recall.py", ["--ann_engine", "exact", "--hnsw_ef", 9], "need --ann_engine hnswlib"),
+    ("recall.py", ["--precision", "int8"], "argument --precision: invalid choice: 'int8'"),
+    ("inference.py", ["--cpu_threads", 2], "--cpu_threads needs --device cpu"),
+    ("predict.py", ["--device", "cpu", "--precision", "fp16"], "--precision fp16 needs --device gpu"),
+    ("train.py", ["--device", "cpu", "--precision", "bf16"], "--precision bf16 needs --device gpu"),
+    ("train.py", ["--cpu_threads", 1], "--cpu_threads needs --device cpu"),
+    ("train.py", ["--gradient_accumulation_steps", 0], "'0' is not a whole number from 1 up")])
+def test_flags_that_would_do_nothing(tmp_path, script, flags, message):
+    (tmp_path / "file").write_text("a\tb\n")
+    files = {"recall.py": ["--params_path", "--corpus_file", "--similar_text_pair"], "inference.py": ["--params_path"],
+             "predict.py": ["--params_path", "--text_pair_file"], "train.py": ["--train_set_file"]}
+    assert message in refuse(script, *[word for flag in files[script] for word in (flag, "file")], *flags, cwd=tmp_path)
 
 
 def test_a_missing_package_is_one_line(tmp_path):

@@ -1,0 +1,112 @@
+"""The original's way of doing each thing, re-enacted in few lines, in an environment that model.py has not prepared.
+
+Every function is one measurement, run in a process of its own by run.py; it prints its result as JSON.
+"""
+
+import json
+import sys
+import time
+
+import paddle
+import paddle.nn.functional as F
+from paddle import nn
+from paddlenlp.transformers import AutoModel, AutoTokenizer
+
+
+def batch_of(tokenizer, texts: list[str], length: int) -> list[paddle.Tensor]:
+    """Tokenize one by one in Python, pad to the longest."""
+    ids = [tokenizer(text=text, max_length=length, truncation=True)["input_ids"] for text in texts]
+    longest = max(map(len, ids))
+    padded = paddle.to_tensor([row + [0] * (longest - len(row)) for row in ids])
+    return [padded, paddle.zeros_like(padded)]
+
+
+class Network(nn.Layer):
+    def __init__(self, encoder: str) -> None:
+        super().__init__()
+        self.ptm, self.dropout = AutoModel.from_pretrained(encoder), nn.Dropout(0.1)
+        self.fc = nn.Linear(self.ptm.config.hidden_size, 256)
+
+    def forward(self, input_ids, token_type_ids):
+        return F.normalize(self.dropout(self.fc(self.ptm(input_ids, token_type_ids)[1])), p=2, axis=-1)
+
+
+def tokenize(encoder: str, cases: dict[str, list[str]]) -> dict[str, float]:
+    """Texts/s, one by one."""
+    tokenizer, speeds = AutoTokenizer.from_pretrained(encoder), {}
+    for name, texts in cases.items():
+        start = time.perf_counter()
+        for text in texts:
+            tokenizer(text=text, max_length=64, truncation=True)
+        speeds[name] = len(texts) / (time.perf_counter() - start)
+    return speeds
+
+
+@paddle.no_grad()
+def encode(encoder: str, cases: dict[str, list[str]]) -> dict[str, float]:
+    """Texts/s: dynamic graph, one thread, float32, in the order of the file, batches of 64."""
+    network, tokenizer, speeds = Network(encoder), AutoTokenizer.from_pretrained(encoder), {}
+    network.eval()
+    for name, texts in cases.items():
+        start = time.perf_counter()
+        for first in range(0, len(texts), 64):
+            network(*batch_of(tokenizer, texts[first : first + 64], 64)).numpy()
+        speeds[name] = len(texts) / (time.perf_counter() - start)
+    return speeds
+
+
+def latency(encoder: str, text: str, folder: str, runs: int) -> dict[str, float]:
+    """Milliseconds (median) of one text: Paddle Inference as deploy/python/predict.py set it by default."""
+    network, tokenizer = Network(encoder), AutoTokenizer.from_pretrained(encoder)
+    network.eval()
+    spec = [paddle.static.InputSpec([None, None], "int64") for _ in range(2)]
+    paddle.jit.save(paddle.jit.to_static(network, input_spec=spec, full_graph=True), f"{folder}/inference")
+    graph = f"{folder}/inference." + ("pdmodel" if paddle.__version__.startswith("2.") else "json")
+    config = paddle.inference.Config(graph, f"{folder}/inference.pdiparams")
+    config.disable_gpu()
+    config.set_cpu_math_library_num_threads(10)
+    config.disable_glog_info()
+    predictor = paddle.inference.create_predictor(config)
+    inputs = [predictor.get_input_handle(name) for name in predictor.get_input_names()]
+    output = predictor.get_output_handle(predictor.get_output_names()[0])
+    seconds = []
+    for _ in range(runs + 2):
+        start = time.perf_counter()
+        for handle, tensor in zip(inputs, batch_of(tokenizer, [text], 128)):
+            handle.copy_from_cpu(tensor.numpy())
+        predictor.run()
+        output.copy_to_cpu()
+        seconds.append(time.perf_counter() - start)
+    return {"batch 1": 1000 * sorted(seconds[2:])[runs // 2]}
+
+
+def train(encoder: str, texts: list[str], length: int, steps: int) -> dict[str, float]:
+    """Samples/s of batches of 32: two passes a step, one thread, tokenized within the step."""
+    network, tokenizer = Network(encoder), AutoTokenizer.from_pretrained(encoder)
+    network.train()
+    optimizer = paddle.optimizer.AdamW(5e-5, parameters=network.parameters(), weight_decay=0.0)
+    seconds = []
+    for step in range(steps + 1):
+        start = time.perf_counter()
+        batch = batch_of(tokenizer, texts[32 * step :][:32], length)
+        query, title = network(*batch), network(*batch)
+        loss = F.cross_entropy(20 * paddle.matmul(query, title, transpose_y=True), paddle.arange(32))
+        loss.backward()
+        optimizer.step()
+        optimizer.clear_grad()
+        float(loss)
+        seconds.append(time.perf_counter() - start)
+    return {"batch 32": 32 / sorted(seconds[1:])[steps // 2]}
+
+
+def first_result(encoder: str, text: str) -> dict[str, float]:
+    """Nothing to return: run.py times the process, from its start to the first embedding."""
+    with paddle.no_grad():
+        network = Network(encoder)
+        network.eval()
+        network(*batch_of(AutoTokenizer.from_pretrained(encoder), [text], 64)).numpy()
+    return {}
+
+
+if __name__ == "__main__":
+    print("RESULT " + json.dumps(globals()[sys.argv[1]](**json.load(sys.stdin))))

@@ -1,0 +1,281 @@
+"""Measure this project against the original's way of doing the same, both in one run.
+
+    python benchmarks/run.py                                        # all of it, under half an hour on 2 cores
+    python benchmarks/run.py encode index --json benchmarks.json    # some of it
+    python benchmarks/run.py encode --peer_python other/bin/python  # and sentence-transformers, as installed there
+
+Each side runs in processes of its own, in turn, and medians are compared. A ratio above 1 is in this project's favour.
+The encoder has ERNIE-base's dimensions and random weights, except where `ernie_mini_zh` is named.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+sys.path.insert(0, ROOT)
+
+import data  # noqa: E402
+
+MINI = os.path.join(ROOT, "pretrained", "ernie_mini_zh")
+BASE = {"vocab_size": 17964, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "intermediate_size": 3072, "hidden_act": "relu", "max_position_embeddings": 513}
+FILES = {"titles": "dev.csv", "corpus": "corpus.csv", "training": "train_unsupervised.csv"}
+
+
+class Bench:
+    """What the measurements share: arguments, a scratch folder with encoder and checkpoint, texts, rows."""
+
+    def __init__(self, args: argparse.Namespace, scratch: str) -> None:
+        self.args, self.scratch, self.rows, self.machine = args, scratch, [], describe_machine()
+        self.encoder, self.checkpoint = f"{scratch}/encoder", f"{scratch}/checkpoint"
+
+    def texts(self, kind: str, most: int) -> list[str]:
+        """Up to `most` texts, taken evenly over the file; of pairs the first."""
+        with open(os.path.join(self.args.data_dir, FILES[kind]), encoding="utf-8") as file:
+            texts = data.distinct(line.split("\t")[0].strip() for line in file if line.strip())
+        return texts[:: max(1, len(texts) // most)][:most]
+
+    def base(self) -> None:
+        """Make the encoder and the checkpoint of ERNIE-base's dimensions, once."""
+        if not os.path.isdir(self.checkpoint):
+            self.side("ours", "prepare", folder=self.scratch, sizes=BASE, vocab_folder=MINI)
+
+    def mini(self) -> str:
+        """A checkpoint of ernie_mini_zh, made once by train.py."""
+        folder = f"{self.scratch}/mini"
+        if not os.path.isdir(folder):
+            self.stage("train.py", "--epochs", 0, "--model_name_or_path", MINI, "--output_emb_size", 256,
+                       "--infer_with_fc_pooler", "--save_dir", folder, "--visualdl_dir", f"{self.scratch}/log",
+                       "--train_set_file", os.path.join(self.args.data_dir, FILES["training"]))
+        return f"{folder}/model_0"
+
+    def side(self, module: str, function: str, env: dict | None = None, python: str = sys.executable,
+             **arguments) -> dict[str, float]:
+        """Run a function of ours.py, original.py or peer.py in a process of its own."""
+        result = subprocess.run([python, f"{HERE}/{module}.py", function], input=json.dumps(arguments), text=True,
+                                capture_output=True, env={**os.environ, **(env or {})})
+        if result.returncode:
+            raise data.InputError(f"{module}.py {function} failed:\n{result.stderr[-2000:]}")
+        return json.loads(result.stdout.split("RESULT ")[-1])
+
+    def stage(self, script: str, *flags) -> tuple[float, float, str]:
+        """Run a stage on the CPU: seconds, peak memory in MB, stderr."""
+        with tempfile.TemporaryFile("w+") as log:
+            start = time.perf_counter()
+            process = subprocess.Popen([sys.executable, f"{ROOT}/{script}", "--device", "cpu", *map(str, flags)],
+                                       stdout=subprocess.DEVNULL, stderr=log)
+            _, status, usage = os.wait4(process.pid, 0)
+            seconds = time.perf_counter() - start
+            log.seek(0)
+            text = log.read()
+        if status:
+            raise data.InputError(f"{script} failed:\n{text[-2000:]}")
+        return seconds, usage.ru_maxrss / 1024, text
+
+    def add(self, name: str, case: str, ours: float, reference: float, unit: str) -> None:
+        """A row; less is better for times and memory, more for everything else."""
+        ratio = reference / ours if unit in ("s", "ms", "MB") else ours / reference
+        self.rows.append({"name": name, "case": case, "ours": round(ours, 4), "reference": round(reference, 4),
+                          "ratio": round(ratio, 3), "unit": unit, "machine": self.machine})
+        print(f"{name:9} {case:66} {ours:10.4g} {reference:10.4g} {unit:10} {ratio:7.2f}", flush=True)
+
+    def in_turn(self, name: str, unit: str, repeats: int, ours: Callable, references: dict[str, Callable]) -> None:
+        """Both sides in turn, `repeats` times; a row for each case and reference, of medians."""
+        sides = {"": ours, **references}
+        runs = {side: [] for side in sides}
+        for _ in range(repeats):
+            for side, run in sides.items():
+                runs[side].append(run())
+        middle = {side: {case: sorted(run[case] for run in done)[(len(done) - 1) // 2] for case in done[0]}
+                  for side, done in runs.items()}
+        for reference in references:
+            for case, value in middle[reference].items():
+                self.add(name, f"{case}, against {reference}", middle[""][case], value, unit)
+
+
+def describe_machine() -> str:
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "")
+    system = f"{platform.system()}, Python {platform.python_version()}"
+    return f"{os.cpu_count()} x {model or platform.processor()}, {system}"
+
+
+def tokenize(bench: Bench) -> None:
+    cases = {"titles": bench.texts("titles", 1000), "corpus": bench.texts("corpus", 1000)}
+    bench.in_turn("tokenize", "texts/s", 3, lambda: bench.side("ours", "tokenize", encoder=MINI, cases=cases),
+                  {"the original": lambda: bench.side("original", "tokenize", encoder=MINI, cases=cases)})
+
+
+def encode(bench: Bench) -> None:
+    bench.base()
+    cases = {"corpus": bench.texts("corpus", 64), "titles": bench.texts("titles", 128)}
+
+    def original(**env: str) -> dict[str, float]:
+        return bench.side("original", "encode", env=env, encoder=bench.encoder, cases=cases)
+
+    references = {"the original": original}
+    told = mkl_setting()
+    if told:
+        references[f"the original with MKL_DEBUG_CPU_TYPE={told}"] = lambda: original(MKL_DEBUG_CPU_TYPE=told)
+    if bench.args.peer_python:
+        references["sentence-transformers, torch bf16"] = lambda: bench.side(
+            "peer", "encode", python=bench.args.peer_python, vocab=f"{MINI}/vocab.txt", sizes=BASE, cases=cases,
+            threads=os.cpu_count())
+    references["this project in fp32"] = lambda: bench.side(
+        "ours", "encode", checkpoint=bench.checkpoint, cases=cases, precision="fp32")
+    bench.in_turn("encode", "texts/s", 2, lambda: bench.side(
+        "ours", "encode", checkpoint=bench.checkpoint, cases=cases, precision="auto"), references)
+
+
+def mkl_setting() -> str | None:
+    """What model.py sets for paddle's MKL on this processor; None where it sets nothing."""
+    show = "import model, os; print(os.environ.get('MKL_DEBUG_CPU_TYPE', ''))"
+    return subprocess.run([sys.executable, "-c", show], cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
+
+
+def latency(bench: Bench) -> None:
+    bench.base()
+    graph, logs = f"{bench.scratch}/graph", f"{bench.scratch}/latency"
+    if not os.path.isdir(graph):
+        subprocess.run([sys.executable, f"{ROOT}/export_model.py", "--params_path", bench.checkpoint, "--output_path",
+                        graph], check=True, stderr=subprocess.DEVNULL)
+
+    def ours() -> dict[str, float]:
+        bench.stage("deploy/python/predict.py", "--model_dir", graph, "--benchmark", "true", "--save_log_path", logs)
+        newest = max((os.path.join(logs, name) for name in os.listdir(logs)), key=os.path.getmtime)
+        with open(newest, encoding="utf-8") as file:
+            return {f"batch {row['batch_size']}": row["p50_ms"] for row in json.load(file)["results"]}
+
+    os.makedirs(f"{bench.scratch}/original", exist_ok=True)
+    bench.in_turn("latency", "ms", 2, ours, {"the original's defaults": lambda: bench.side(
+        "original", "latency", encoder=bench.encoder, text=data.README_TEXT, folder=f"{bench.scratch}/original",
+        runs=20)})
+
+
+def train(bench: Bench) -> None:
+    """Ours is train.py itself, by the speed that it logs."""
+    bench.base()
+    texts = bench.texts("training", 320)
+    path = f"{bench.scratch}/texts"
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(text + "\n" for text in texts)
+
+    def ours() -> dict[str, float]:
+        _, _, log = bench.stage("train.py", "--model_name_or_path", bench.encoder, "--train_set_file", path,
+                                "--max_seq_length", 32, "--batch_size", 32, "--output_emb_size", 256, "--save_dir",
+                                f"{bench.scratch}/trained", "--visualdl_dir", f"{bench.scratch}/log")
+        return {"batch 32": 32 * float(log.split("speed: ")[1].split()[0])}
+
+    bench.in_turn("train", "samples/s", 1, ours, {"the original": lambda: bench.side(
+        "original", "train", encoder=bench.encoder, texts=texts, length=32, steps=2)})
+
+
+def index(bench: Bench) -> None:
+    corpus, queries = bench.texts("corpus", 10000), bench.texts("titles", 1000)
+    for case, arguments in (
+            (f"{len(corpus)} documents, ernie_mini_zh", {"checkpoint": bench.mini(), "texts": corpus,
+                                                         "queries": queries}),
+            ("300,000 clustered vectors of 256", {"checkpoint": None, "texts": [], "queries": []})):
+        found = bench.side("ours", "index", count=300_000, **arguments)
+        for side, name in (("hnswlib", "hnswlib alone"), ("original", "the original's M=100, ef=100")):
+            if f"{side} build" in found:
+                bench.add("index", f"build, {case}, against {name}", found["ours build"], found[f"{side} build"],
+                          "vectors/s")
+                bench.add("index", f"ANN recall@50, {case}, against {name}", found["ours recall"],
+                          found[f"{side} recall"], "part")
+
+
+def memory(bench: Bench) -> None:
+    """Peak memory of inference.py; the reference is what its vectors take plus 1 GB."""
+    checkpoint, words = bench.mini(), bench.texts("titles", 1000)
+    for lines in (10_000, 100_000, 1_000_000):
+        path = f"{bench.scratch}/lines"
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(f"{words[n % len(words)][:4]}\n" for n in range(lines))
+        _, peak, _ = bench.stage("inference.py", "--params_path", checkpoint, "--input_file", path, "--output_file",
+                                 f"{bench.scratch}/vectors.npy")
+        bench.add("memory", f"{lines:,} short lines, ernie_mini_zh, against vectors + 1 GB", peak,
+                  lines * 256 * 4 / 2**20 + 1024, "MB")
+
+
+def startup(bench: Bench) -> None:
+    def seconds(command: list[str], codes: tuple[int, ...] = (0,)) -> float:
+        start = time.perf_counter()
+        result = subprocess.run(command, capture_output=True, cwd=bench.scratch)
+        if result.returncode not in codes:
+            raise data.InputError(f"{command} failed:\n{result.stderr.decode()[-2000:]}")
+        return time.perf_counter() - start
+
+    def median(*command: str, codes: tuple[int, ...] = (0,), runs: int = 3) -> float:
+        return sorted(seconds([sys.executable, *command], codes) for _ in range(runs))[runs // 2]
+
+    imports = median("-c", "import paddle, paddlenlp")
+    bench.add("startup", "recall.py --help, against importing paddle and paddlenlp",
+              median(f"{ROOT}/recall.py", "--help"), imports, "s")
+    bench.add("startup", "train.py with a typo, against the same", median(f"{ROOT}/train.py", "--epoch", codes=(2,)),
+              imports, "s")
+    bench.base()
+    first = sorted(bench.stage("inference.py", "--params_path", bench.checkpoint)[0] for _ in range(3))[1]
+    reference = []
+    for _ in range(3):
+        start = time.perf_counter()
+        bench.side("original", "first_result", encoder=bench.encoder, text=data.README_TEXT)
+        reference.append(time.perf_counter() - start)
+    bench.add("startup", "first embedding, against the original", first, sorted(reference)[1], "s")
+
+
+def shapes(bench: Bench) -> None:
+    bench.base()
+    arguments = {"checkpoint": bench.checkpoint, "batches": [1, 4, 16, 64], "lengths": [16, 32, 64, 128]}
+    bench.in_turn("shapes", "texts/s", 1, lambda: bench.side("ours", "shapes", precision="auto", **arguments), {
+        "fp32": lambda: bench.side("ours", "shapes", precision="fp32", **arguments)})
+
+
+ALL = {each.__name__: each for each in (tokenize, encode, latency, train, index, memory, startup, shapes)}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = data.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="name", help=f"what to measure, of {', '.join(ALL)}; none: all")
+    parser.add_argument("--json", default=None, help="write the rows there, with the machine's description")
+    parser.add_argument("--data_dir", type=data.folder, default=None,
+                        help="folder of train_unsupervised.csv, corpus.csv and dev.csv; None: generated sample data")
+    parser.add_argument("--peer_python", type=data.readable_file, default=None,
+                        help="a Python that has torch and sentence-transformers, for `encode`; None: not measured")
+    args = parser.parse_args()
+    if unknown := [name for name in args.names if name not in ALL]:
+        parser.error(f"no such measurement: {', '.join(unknown)}; there are {', '.join(ALL)}")
+    for name in FILES.values() if args.data_dir else ():
+        if not os.path.isfile(os.path.join(args.data_dir, name)):
+            parser.error(f"argument --data_dir: {args.data_dir} has no {name}")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        if not args.data_dir:
+            args.data_dir = f"{scratch}/sample"
+            subprocess.run([sys.executable, f"{ROOT}/scripts/make_sample_data.py", args.data_dir], check=True,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        bench = Bench(args, scratch)
+        print(f"{bench.machine}\n{'name':9} {'case':66} {'ours':>10} {'reference':>10} {'unit':10} {'ratio':>7}")
+        for name in args.names or ALL:
+            started = time.perf_counter()
+            ALL[name](bench)
+            data.log(f"{name}: {time.perf_counter() - started:.0f} s")
+    if args.json:
+        with data.new_file(args.json) as file:
+            json.dump(bench.rows, file, indent=1)
+
+
+if __name__ == "__main__":
+    data.run(main)
