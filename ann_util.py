@@ -1,20 +1,38 @@
 """Nearest neighbours by cosine of L2-normalized embeddings: hnswlib's graph, and exact search as the reference.
 
-Both indexes have `add(embeddings)`, `search(queries, k)`, `blocks()`, `save(path)` and `load(path)`.
+`HnswIndex` and `ExactIndex` have `add(embeddings)`, `search(queries, k)`, `blocks()`, `save(path)` and `load(path)`;
+`Shards` is an index of several of them.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from data import InputError
+from data import WINDOW, InputError
 
-# Exact search multiplies so many queries by so many documents at a time: 64 MB of cosines.
-QUERY_BLOCK, CORPUS_BLOCK = 1024, 16384
+# Exact search multiplies so many queries by so many documents at a time, on every core: 16 MB of cosines.
+QUERY_BLOCK, CORPUS_BLOCK = 256, 16384
+Found = tuple[np.ndarray, np.ndarray]  # of every query rows int64 [Q, k] and their cosines float32 [Q, k], best first
 
 
-def exact_search(queries: np.ndarray, corpus: np.ndarray | Iterable[np.ndarray],
-                 k: int) -> tuple[np.ndarray, np.ndarray]:
+def merge(parts: Sequence[Found], k: int) -> Found:
+    """The k best of several results of the same queries, or all where there are fewer; of equal cosines the lower row
+    first."""
+    rows, cosines = (np.hstack(part) for part in zip(*parts))
+    order = np.lexsort((rows, -cosines), axis=1)[:, :k]
+    return np.take_along_axis(rows, order, axis=1), np.take_along_axis(cosines, order, axis=1)
+
+
+def fill_up(found: Found, k: int) -> Found:
+    """A result of k columns, what is missing as row -1 of cosine -inf, which `merge` puts last."""
+    missing = ((0, 0), (0, k - found[0].shape[1]))
+    return np.pad(found[0], missing, constant_values=-1), np.pad(found[1], missing, constant_values=-np.inf)
+
+
+def exact_search(queries: np.ndarray, corpus: np.ndarray | Iterable[np.ndarray], k: int) -> Found:
     """The k most similar corpus rows of every query, by a blocked matrix product.
 
     Args:
@@ -26,20 +44,17 @@ def exact_search(queries: np.ndarray, corpus: np.ndarray | Iterable[np.ndarray],
         Corpus rows int64 [Q, min(k, N)] and cosines float32 of the same shape, best first; of equal cosines the
         lower row first.
     """
-    rows, cosines, seen = np.empty((len(queries), 0), "int64"), np.empty((len(queries), 0), "float32"), 0
-    for block in _blocks(corpus) if isinstance(corpus, np.ndarray) else corpus:
-        found = [_best(queries[start : start + QUERY_BLOCK] @ block.T, k)
-                 for start in range(0, len(queries), QUERY_BLOCK)]
-        new_rows, new_cosines = (np.concatenate(part) for part in zip(*found))
-        rows, cosines = np.hstack([rows, new_rows + seen]), np.hstack([cosines, new_cosines])
-        # Rows of earlier blocks come first, so a stable sort keeps the lower row first.
-        order = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
-        rows, cosines = np.take_along_axis(rows, order, axis=1), np.take_along_axis(cosines, order, axis=1)
-        seen += len(block)
-    return rows, cosines
+    best, seen = (np.empty((len(queries), 0), "int64"), np.empty((len(queries), 0), "float32")), 0
+    with ThreadPoolExecutor(os.cpu_count()) as workers:
+        for block in _blocks(corpus) if isinstance(corpus, np.ndarray) else corpus:
+            found = workers.map(lambda some, block=block: _best(some @ block.T, k), _blocks(queries, QUERY_BLOCK))
+            rows, cosines = (np.concatenate(part) for part in zip(*found))
+            best = merge([best, (rows + seen, cosines)], k)
+            seen += len(block)
+    return best
 
 
-def _best(similarity: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def _best(similarity: np.ndarray, k: int) -> Found:
     """The columns of the k largest values of every row, in rising order of column, and those values."""
     if k >= similarity.shape[1]:
         return np.broadcast_to(np.arange(similarity.shape[1]), similarity.shape), similarity
@@ -47,8 +62,9 @@ def _best(similarity: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     return columns, np.take_along_axis(similarity, columns, axis=1)
 
 
-def _blocks(corpus: np.ndarray) -> Iterator[np.ndarray]:
-    return (corpus[start : start + CORPUS_BLOCK] for start in range(0, len(corpus), CORPUS_BLOCK))
+def _blocks(vectors: np.ndarray, size: int | None = None) -> Iterator[np.ndarray]:
+    size = size or CORPUS_BLOCK
+    return (vectors[start : start + size] for start in range(0, len(vectors), size))
 
 
 class ExactIndex:
@@ -62,13 +78,15 @@ class ExactIndex:
 
     def add(self, embeddings: np.ndarray) -> None:
         """Add float32 [n, dim]; their rows are numbered on from those before."""
+        if self._blocks and len(self._blocks[-1]) < CORPUS_BLOCK:  # cosines depend on blocks, in their last bit
+            embeddings = np.concatenate([self._blocks.pop(), embeddings])
         self._blocks += _blocks(embeddings)
 
     def blocks(self) -> Iterable[np.ndarray]:
         """The embeddings in the order in which they were added, float32 [n, dim] at a time."""
         return self._blocks
 
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, queries: np.ndarray, k: int) -> Found:
         """See `exact_search`."""
         return exact_search(queries, self._blocks, k)
 
@@ -88,7 +106,7 @@ class HnswIndex:
         max_elements: how many embeddings the index can hold.
         m: links a node (hnswlib's M); memory and recall grow with it.
         ef: candidates kept while building, and at least while searching; time and recall grow with it.
-        threads: 0: all cores.
+        threads: those of a search, 0: all cores. Adding takes one, so that the same vectors give the same graph.
     """
 
     def __init__(self, dim: int, max_elements: int, m: int = 32, ef: int = 100, threads: int = 0) -> None:
@@ -103,7 +121,7 @@ class HnswIndex:
 
     def add(self, embeddings: np.ndarray) -> None:
         """Add float32 [n, dim]; their rows are numbered on from those before."""
-        self._index.add_items(embeddings, np.arange(len(self), len(self) + len(embeddings)), self.threads)
+        self._index.add_items(embeddings, np.arange(len(self), len(self) + len(embeddings)), 1)
 
     def blocks(self) -> Iterator[np.ndarray]:
         """The embeddings in the order in which they were added, float32 [n, dim] at a time."""
@@ -111,14 +129,14 @@ class HnswIndex:
             rows = np.arange(start, min(start + CORPUS_BLOCK, len(self)))
             yield np.asarray(self._index.get_items(rows), "float32")
 
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `exact_search`, approximately, with at least 4 k candidates, which cost little beside the building.
+    def search(self, queries: np.ndarray, k: int) -> Found:
+        """As `exact_search`, approximately, with at least 2 k candidates.
 
         Raises:
             InputError: the graph, built with too small an `m`, does not reach k elements from some query.
         """
         k = min(k, len(self))
-        ef = max(self.ef, 4 * k)
+        ef = max(self.ef, 2 * k)
         while True:
             self._index.set_ef(ef)
             try:
@@ -137,6 +155,64 @@ class HnswIndex:
         index = type(self._index)(space="ip", dim=self._index.dim)  # a failed load into one in use ends in a crash
         index.load_index(path, self.max_elements)
         self._index = index
+
+
+class Shards:
+    """An index in parts: the documents in pieces, piece i in shard i % shards, shard s on rank s % ranks.
+
+    Which document goes where, and in what order, depends on neither ranks nor threads, so results do not either.
+
+    Args:
+        make: makes the index of a shard for so many documents.
+        documents: how many there are in all.
+        rank, ranks: this process, and how many there are.
+        threads: shards that are added to at the same time.
+        shards: how many there are, at least as many as ranks.
+    """
+
+    def __init__(self, make: Callable[[int], "HnswIndex | ExactIndex"], documents: int, rank: int = 0, ranks: int = 1,
+                 threads: int = 1, shards: int = 8) -> None:
+        self.piece, self._count = min(WINDOW, -(-documents // shards)), shards
+        starts = range(0, documents, self.piece)
+        mine = [number for number in range(len(starts)) if number % shards % ranks == rank]
+        self.pieces = [range(starts[number], min(starts[number] + self.piece, documents)) for number in mine]
+        sizes: dict[int, int] = {}
+        for number, rows in zip(mine, self.pieces):
+            sizes[number % shards] = sizes.get(number % shards, 0) + len(rows)
+        self.shards = {shard: make(size) for shard, size in sizes.items()}
+        self._workers, self._adding = ThreadPoolExecutor(threads), deque[tuple[int, Future]]()
+        self._threads = threads
+
+    def add(self, rows: range, embeddings: np.ndarray) -> None:
+        """Add the next of `pieces`, float32 [len(rows), dim], in the background; `finish` waits for the last."""
+        shard = rows.start // self.piece % self._count
+        while len(self._adding) > self._threads or any(shard == other for other, _ in self._adding):
+            self._adding.popleft()[1].result()
+        self._adding.append((shard, self._workers.submit(self.shards[shard].add, embeddings)))
+
+    def finish(self) -> None:
+        """Wait until all is added."""
+        while self._adding:
+            self._adding.popleft()[1].result()
+
+    def search(self, queries: np.ndarray, k: int, exact: bool = False) -> Found:
+        """The k best of this rank's documents, fewer where it has fewer; their rows are those of the whole corpus."""
+        parts = [(np.empty((len(queries), 0), "int64"), np.empty((len(queries), 0), "float32"))]
+        for shard, index in self.shards.items():
+            rows, cosines = exact_search(queries, index.blocks(), k) if exact else index.search(queries, k)
+            pieces, places = np.divmod(rows, self.piece)
+            parts.append(((shard + pieces * self._count) * self.piece + places, cosines))
+        return merge(parts, k)
+
+    def save(self, folder: str) -> None:
+        """Write this rank's shards to the folder."""
+        for shard, index in self.shards.items():
+            index.save(os.path.join(folder, f"shard_{shard}.bin"))
+
+    def load(self, folder: str) -> None:
+        """Read this rank's shards from the folder."""
+        for shard, index in self.shards.items():
+            index.load(os.path.join(folder, f"shard_{shard}.bin"))
 
 
 def ann_recall(cosines: np.ndarray, exact_cosines: np.ndarray) -> float:

@@ -5,18 +5,26 @@ paddlenlp is imported by `load_tokenizer` alone.
 """
 
 import argparse
+import codecs
 import contextlib
 import difflib
+import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import sys
+import tempfile
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any, TypeVar
 
 HOW_TO_INSTALL = f"is not installed for {sys.executable}; pip install -r requirements.txt, or . .venv/bin/activate"
+# One thread a matrix product, so that what numpy computes does not depend on their number; ann_util runs several
+# products side by side. This module is the first of the project's that a script imports.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 try:
     import numpy as np
 except ModuleNotFoundError:
@@ -168,14 +176,15 @@ def check_encode_arguments(parser: argparse.ArgumentParser, args: argparse.Names
 
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of what extracts embeddings: which texts, and where to."""
-    parser.add_argument("--text", action="append", type=_text, default=[],
+    parser.add_argument("--text", action="append", type=nonempty_text, default=[],
                         help=f"a text; may be given several times. Without --text and --input_file: {README_TEXT}")
     parser.add_argument("--input_file", type=readable_file, default=None, help="texts, one a line")
     parser.add_argument("--output_file", type=_npy_file, default=None,
                         help="write the embeddings there, .npy, float32 [texts, embedding size]; None: print them")
 
 
-def _text(text: str) -> str:
+def nonempty_text(text: str) -> str:
+    """Check that a text given on the command line is one."""
     if not text.strip():
         raise argparse.ArgumentTypeError("an empty text")
     return text
@@ -247,6 +256,15 @@ def new_file(path: str, mode: str = "w") -> Iterator[IO]:
             os.remove(temporary)
 
 
+def file_digest(path: str) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def _decode(line: bytes, where: str) -> str:
     try:
         return line.decode("utf-8")
@@ -262,19 +280,24 @@ def _decode(line: bytes, where: str) -> str:
         raise InputError(f"{where}: not UTF-8 at byte {error.start + 1} of the line; {cause}") from None
 
 
-def _lines(path: str, flag: str) -> Iterator[tuple[str, str]]:
-    """Yield (file:line, line) of a UTF-8 file, BOM and line ends (\\n, \\r\\n or \\r) removed, blank lines left out."""
-    number = 0
+BOM = codecs.BOM_UTF8
+
+
+def _lines(path: str, flag: str) -> Iterator[tuple[str, int, str]]:
+    """Yield (file:line, offset, line) of a UTF-8 file, BOM and line ends (\\n, \\r\\n or \\r) removed, blank lines left
+    out."""
+    number = offset = 0
     with open(path, "rb") as file:
         for chunk in file:
-            for line in chunk.splitlines():  # of bytes: splits at \n, \r\n and \r, and nowhere else
+            for line in chunk.splitlines(keepends=True):  # of bytes: splits at \n, \r\n and \r, and nowhere else
                 number += 1
-                where = f"{path}:{number}"
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                text = _decode(line, f"{flag} {where}")
+                where, start = f"{path}:{number}", offset
+                offset += len(line)
+                if number == 1 and line.startswith(BOM):
+                    line, start = line.removeprefix(BOM), len(BOM)
+                text = _decode(line.rstrip(b"\r\n"), f"{flag} {where}")
                 if text.strip():
-                    yield where, text
+                    yield where, start, text
 
 
 def read_rows(path: str, columns: int, flag: str, strict: bool = False,
@@ -294,8 +317,14 @@ def read_rows(path: str, columns: int, flag: str, strict: bool = False,
     Raises:
         InputError: not UTF-8; a bad row where `strict`; more than half of the rows bad; no good row.
     """
+    return (row for _, row in _good_rows(path, columns, flag, strict, check))
+
+
+def _good_rows(path: str, columns: int, flag: str, strict: bool,
+               check: Callable[[list[str]], str | None] | None = None) -> Iterator[tuple[int, list[str]]]:
+    """The rows of `read_rows`, each with the offset at which its line starts."""
     good, bad, first_bad = 0, 0, []
-    for where, line in _lines(path, flag):
+    for where, offset, line in _lines(path, flag):
         row = [field.strip() for field in line.split("\t")]
         if len(row) != columns:
             complaint = f"columns: {len(row)} instead of {columns}"
@@ -305,7 +334,7 @@ def read_rows(path: str, columns: int, flag: str, strict: bool = False,
             complaint = check(row) if check else None
         if complaint is None:
             good += 1
-            yield row
+            yield offset, row
         elif strict:
             raise InputError(f"{flag} {where}: {complaint} (--strict_data)")
         else:
@@ -322,6 +351,70 @@ def read_rows(path: str, columns: int, flag: str, strict: bool = False,
 def read_texts(path: str, flag: str, strict: bool = False) -> list[str]:
     """One text a line."""
     return [row[0] for row in read_rows(path, 1, flag, strict)]
+
+
+class TextFile(Sequence[str]):
+    """The texts that `read_texts` gives, found by their offsets and read when asked for: 8 bytes of memory a line.
+
+    Arguments and errors are those of `read_rows`. A pipe is copied to a temporary file first.
+    """
+
+    _CHUNK = 1 << 22
+    _LINE = re.compile(rb"[^\r\n]*")
+
+    def __init__(self, path: str, flag: str, strict: bool = False) -> None:
+        self._file = open(path, "rb")  # noqa: SIM115  read from as long as this object lives
+        if not os.path.isfile(path):
+            with self._file as pipe:
+                self._file = tempfile.NamedTemporaryFile()  # noqa: SIM115
+                shutil.copyfileobj(pipe, self._file)
+            path = self._file.name
+            self._file.seek(0)
+        self.path = path
+        self._starts, self._size = np.zeros(0, "int64"), os.path.getsize(path)
+        starts, doubtful = self._scan()
+        if starts is None:  # something is there to be reported, or to be left out
+            starts, doubtful = array("q", (offset for offset, _ in _good_rows(path, 1, flag, strict))), []
+        self._starts = np.frombuffer(starts, "int64")
+        if blank := [row for row in doubtful if not self[row]]:
+            self._starts = np.delete(self._starts, blank)
+        if not len(self):
+            raise InputError(f"{flag} {path}: the file holds no text")
+
+    def _scan(self) -> tuple[array | None, array]:
+        """The offsets of the lines that are not empty, None if any has a tab or is not UTF-8; and the numbers of those
+        that may be white space alone, by their first byte."""
+        starts, doubtful, offset, after_break = array("q"), array("q"), 0, True
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        while chunk := self._file.read(self._CHUNK):
+            if not offset and chunk.startswith(BOM):
+                chunk = chunk.replace(BOM, b"\n" * len(BOM), 1)
+            try:
+                decoder.decode(chunk)
+            except UnicodeDecodeError:
+                return None, doubtful
+            if b"\t" in chunk:
+                return None, doubtful
+            codes = np.frombuffer(chunk, "uint8")
+            breaks = (codes == 10) | (codes == 13)
+            found = np.flatnonzero(~breaks & np.concatenate([[after_break], breaks[:-1]]))
+            odd = np.flatnonzero((codes[found] <= 32) | np.isin(codes[found], (0xC2, 0xE1, 0xE2, 0xE3)))
+            doubtful.frombytes((odd + len(starts)).tobytes())
+            starts.frombytes((found + offset).tobytes())
+            offset, after_break = offset + len(chunk), breaks[-1]
+        if decoder.getstate()[0]:
+            return None, doubtful
+        return starts, doubtful
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, row):
+        if isinstance(row, slice):
+            return [self[each] for each in range(len(self))[row]]
+        row = range(len(self))[row]
+        start, end = int(self._starts[row]), int(self._starts[row + 1]) if row + 1 < len(self) else self._size
+        return self._LINE.match(os.pread(self._file.fileno(), end - start, start))[0].decode("utf-8").strip()
 
 
 def read_text_pairs(path: str, flag: str, strict: bool = False) -> list[tuple[str, str]]:
@@ -342,7 +435,7 @@ def read_labeled_pairs(path: str, flag: str, strict: bool = False) -> list[tuple
 
 def count_columns(path: str, flag: str, choices: tuple[int, ...]) -> int:
     """How many columns the first line has whose number of columns is one of `choices`."""
-    for _, line in _lines(path, flag):
+    for _, _, line in _lines(path, flag):
         if line.count("\t") + 1 in choices:
             return line.count("\t") + 1
     raise InputError(f"{flag} {path}: no line has {' or '.join(map(str, choices))} tab-separated columns")
@@ -465,9 +558,16 @@ def prefetch(items: Iterator[Item]) -> Iterator[Item]:
             yield item
 
 
-def tokenize_windows(texts: Sequence[str], tokenizer: Any, max_seq_length: int) -> Iterator[list[list[int]]]:
-    """Yield the token ids of WINDOW texts at a time, one window ahead of whoever uses them."""
-    return prefetch(tokenizer(texts[start : start + WINDOW], max_seq_length) for start in range(0, len(texts), WINDOW))
+def tokenize_windows(texts: Sequence[str], tokenizer: Any, max_seq_length: int,
+                     windows: Iterable[range] | None = None) -> Iterator[list[list[int]]]:
+    """Yield the token ids of a window of texts at a time, one window ahead of whoever uses them.
+
+    Args:
+        windows: the rows of each; None: all, WINDOW at a time.
+    """
+    if windows is None:
+        windows = (range(start, min(start + WINDOW, len(texts))) for start in range(0, len(texts), WINDOW))
+    return prefetch(tokenizer(texts[rows.start : rows.stop], max_seq_length) for rows in windows)
 
 
 def make_batches(ids: Sequence[Sequence[int]], pad_id: int, batch_size: int | None = None,
@@ -487,6 +587,38 @@ def make_batches(ids: Sequence[Sequence[int]], pad_id: int, batch_size: int | No
         size = batch_size or max(1, batch_tokens // length)
         rows, order = order[:size], order[size:]
         yield rows, *pad([ids[i] for i in rows], pad_id, length)
+
+
+class ShuffledBatches:
+    """The batches of one rank of several: the order of paddle.io.DistributedBatchSampler(shuffle=True), epoch after
+    epoch, for 4 bytes of memory a text.
+
+    All ranks together take every text once, and the first ones again where the ranks would not have as many each.
+
+    Args:
+        count: how many texts there are.
+        batch_size: texts per batch and rank.
+    """
+
+    def __init__(self, count: int, batch_size: int, rank: int = 0, ranks: int = 1) -> None:
+        self.count, self.batch_size, self.rank, self.ranks, self.epoch = count, batch_size, rank, ranks, 0
+
+    def __len__(self) -> int:
+        return -(-self.count // (self.batch_size * self.ranks))
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Yield row numbers, int32 [batch]."""
+        order = np.resize(np.arange(self.count, dtype="int32"), -(-self.count // self.ranks) * self.ranks)
+        np.random.RandomState(self.epoch).shuffle(order)
+        self.epoch += 1
+        for start in range(0, len(order), self.batch_size * self.ranks):
+            yield np.split(order[start : start + self.batch_size * self.ranks], self.ranks)[self.rank]
+
+
+def text_keys(ids: Iterable[Sequence[int]]) -> np.ndarray:
+    """A number for each list of token ids, the same for the same list in every process: int64 [texts]."""
+    hashes = (hashlib.blake2b(array("l", each).tobytes(), digest_size=8).digest() for each in ids)
+    return np.frombuffer(b"".join(hashes), "int64")
 
 
 def distinct(texts: Iterable[str]) -> list[str]:

@@ -79,7 +79,8 @@ def default_threads() -> int:
 
 
 # ------------------------------------------------------------------------------------------------- the network
-def contrastive_loss(query: paddle.Tensor, title: paddle.Tensor, margin: float, scale: float) -> paddle.Tensor:
+def contrastive_loss(query: paddle.Tensor, title: paddle.Tensor, margin: float, scale: float,
+                     keys: paddle.Tensor | None = None) -> paddle.Tensor:
     """In-batch contrastive loss of SimCSE (Gao et al. 2021, eq. 1), a margin taken off the positives' cosine.
 
     mean_i -log softmax_j(scale * (cos(q_i, t_j) - margin * [i = j]))[i]
@@ -89,13 +90,26 @@ def contrastive_loss(query: paddle.Tensor, title: paddle.Tensor, margin: float, 
             all other rows are its negatives.
         margin: how much more similar than a negative a positive has to be, in cosine.
         scale: the inverse of the temperature.
+        keys: int64 [batch], equal for equal texts, which then are not each other's negatives; None: they are.
 
     Returns:
         A scalar tensor.
     """
     cosine = paddle.matmul(query, title, transpose_y=True)
-    logits = scale * (cosine - margin * paddle.eye(cosine.shape[0], dtype=cosine.dtype))
+    positive = paddle.eye(cosine.shape[0], dtype=cosine.dtype)
+    logits = scale * (cosine - margin * positive)
+    if keys is not None:
+        same = (keys.unsqueeze(0) == keys.unsqueeze(1)).astype(cosine.dtype)
+        logits = logits - 1e9 * (same - positive)
     return F.cross_entropy(logits, paddle.arange(cosine.shape[0], dtype="int64"))
+
+
+def gather_rows(tensor: paddle.Tensor) -> paddle.Tensor:
+    """The rows of all ranks, rank 0's first; gradients flow to those of this rank."""
+    parts: list[paddle.Tensor] = []
+    paddle.distributed.all_gather(parts, tensor.detach())
+    parts[paddle.distributed.get_rank()] = tensor
+    return paddle.concat(parts)
 
 
 def first_token_only(encoder: nn.Layer) -> None:
@@ -139,6 +153,8 @@ class SimCSE(nn.Layer):
         self.scale = scale
         self.infer_with_pooler = True  # what `embed` and the exported graph do; training always uses the pooler
         self.precision = "fp32"  # what `forward` and `embed` compute in; bf16 and fp16 need a GPU
+        self.recomputes = False  # whether the encoder's layers are computed again for their gradients
+        self.cross_device_negatives = False  # whether `loss` is that of the rows of all ranks
         self.output_emb_size = output_emb_size or 0
         hidden_size = pretrained_model.config.hidden_size
         self.embedding_size = self.output_emb_size or hidden_size
@@ -166,6 +182,11 @@ class SimCSE(nn.Layer):
         if self.precision != "fp32":
             embedding = embedding.astype("float32")  # norm, cosines and loss are of full precision
         return F.normalize(self.dropout(embedding), p=2, axis=-1)
+
+    def use_recompute(self) -> None:
+        """Keep the encoder layers' inputs only, and compute each layer again for its gradients."""
+        self.ptm.recompute_enable()
+        self.recomputes = True
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context in which matrix products are computed in `precision`."""
@@ -210,14 +231,26 @@ class SimCSE(nn.Layer):
             [title_input_ids, title_token_type_ids, title_position_ids, title_attention_mask], with_pooler)
         return (query * title).sum(axis=-1)
 
+    def loss(self, query: paddle.Tensor, title: paddle.Tensor, keys: paddle.Tensor | None = None) -> paddle.Tensor:
+        """`contrastive_loss` of embeddings, with `cross_device_negatives` of those of all ranks: the same on each."""
+        if self.cross_device_negatives:
+            query, title, keys = (None if rows is None else gather_rows(rows) for rows in (query, title, keys))
+        return contrastive_loss(query, title, self.margin, self.scale, keys)
+
     def forward(self, query_input_ids: paddle.Tensor, title_input_ids: paddle.Tensor, query_token_type_ids=None,
                 query_position_ids=None, query_attention_mask=None, title_token_type_ids=None,
-                title_position_ids=None, title_attention_mask=None) -> paddle.Tensor:
-        """The contrastive loss, a scalar. In SimCSE both sides are the same texts under different dropout."""
+                title_position_ids=None, title_attention_mask=None, keys: paddle.Tensor | None = None,
+                embeddings_only: bool = False) -> paddle.Tensor | tuple[paddle.Tensor, paddle.Tensor]:
+        """The contrastive loss, a scalar. In SimCSE both sides are the same texts under different dropout.
+
+        Args:
+            keys: see `contrastive_loss`.
+            embeddings_only: return the embeddings of both sides, float [batch, embedding_size], instead of the loss.
+        """
         query, title = self._pair(
             [query_input_ids, query_token_type_ids, query_position_ids, query_attention_mask],
             [title_input_ids, title_token_type_ids, title_position_ids, title_attention_mask])
-        return contrastive_loss(query, title, self.margin, self.scale)
+        return (query, title) if embeddings_only else self.loss(query, title, keys)
 
 
 class Engine(Protocol):
@@ -235,6 +268,28 @@ def is_first_rank() -> bool:
     return paddle.distributed.get_rank() == 0
 
 
+def join_ranks() -> tuple[int, int]:
+    """Make this process one of those that the launcher started, if it did; its rank, and how many there are."""
+    if (ranks := paddle.distributed.get_world_size()) > 1:
+        paddle.distributed.init_parallel_env()
+    return paddle.distributed.get_rank(), ranks
+
+
+def wait_for_ranks() -> None:
+    """Wait until all ranks are here."""
+    if paddle.distributed.get_world_size() > 1:
+        paddle.distributed.barrier()
+
+
+def gather_arrays(array: np.ndarray) -> list[np.ndarray]:
+    """The arrays of all ranks, which have one shape and dtype."""
+    if paddle.distributed.get_world_size() == 1:
+        return [array]
+    parts: list[paddle.Tensor] = []
+    paddle.distributed.all_gather(parts, paddle.to_tensor(array))
+    return [part.numpy() for part in parts]
+
+
 def check_length(model: Engine, max_seq_length: int) -> None:
     """Raise InputError where texts of `max_seq_length` tokens have more positions than the encoder."""
     if max_seq_length > model.max_positions:
@@ -242,13 +297,16 @@ def check_length(model: Engine, max_seq_length: int) -> None:
 
 
 def encode_stream(model: Engine, tokenizer: Any, texts: Sequence[str], max_seq_length: int,
-                  batch_size: int | None = None) -> Iterator[np.ndarray]:
-    """Yield the embeddings of `texts` in their order, float32 [up to WINDOW, embedding_size] at a time.
+                  batch_size: int | None = None, windows: Sequence[range] | None = None) -> Iterator[np.ndarray]:
+    """Yield the embeddings of `texts` in their order, float32 [texts of the window, embedding_size] at a time.
 
     A batch is read back when the next one is under way, so that host and GPU work side by side.
+
+    Args:
+        windows: the rows that are wanted, by which texts are batched together; None: all, data.WINDOW at a time.
     """
     check_length(model, max_seq_length)
-    for ids in tokenize_windows(texts, tokenizer, max_seq_length):
+    for ids in tokenize_windows(texts, tokenizer, max_seq_length, windows):
         embeddings = np.empty((len(ids), model.embedding_size), "float32")
         rows, under_way = [], embeddings[:0]
         for next_rows, *batch in make_batches(ids, tokenizer.pad_token_id, batch_size, model.batch_tokens):
@@ -334,10 +392,15 @@ def _encoder_from_record(record: dict, dropout: float | None) -> nn.Layer:
 
     paddlenlp.utils.log.logger.set_level("WARNING")
     encoder_class = getattr(paddlenlp.transformers, record["encoder_class"])
-    config = encoder_class.config_class.from_dict(record["encoder_config"])
+    config = encoder_class.config_class.from_dict(_portable(record["encoder_config"]))
     if dropout is not None:
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
     return encoder_class(config)
+
+
+def _portable(config: dict) -> dict:
+    """An encoder's config without what one paddlenlp writes and another refuses to read."""
+    return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
 def _some(names: Sequence[str], most: int = 12) -> str:
@@ -431,7 +494,7 @@ def make_record(model: SimCSE, model_name_or_path: str, max_seq_length: int | No
     return {"model_name_or_path": model_name_or_path, "output_emb_size": model.output_emb_size,
             "with_pooler": model.infer_with_pooler, "scale": model.scale, "margin": model.margin,
             "max_seq_length": max_seq_length, "encoder_class": type(model.ptm).__name__,
-            "encoder_config": model.ptm.config.to_dict(),
+            "encoder_config": _portable(model.ptm.config.to_dict()),
             "versions": {"paddlepaddle": paddle.__version__, "paddlenlp": paddlenlp.__version__}}
 
 

@@ -2,97 +2,121 @@
 
     python recall.py --device cpu --params_path checkpoints/model_900 --corpus_file recall/corpus.csv \\
         --similar_text_pair recall/dev.csv --recall_num 50
+    # the corpus shared out among 4 GPUs
+    python -u -m paddle.distributed.launch --gpus 0,1,2,3 recall.py --params_path ... --corpus_file ... (as above)
+    # keep the index, then ask it
+    python recall.py ... --index_path my_index
+    python recall.py --device cpu --params_path checkpoints/model_900 --index_path my_index --query 语义检索 --top_k 10
 
 Encodes the corpus, builds an index while it does, and writes `query \\t document \\t cosine`, `recall_num` lines a
-query, best first, to <recall_result_dir>/<recall_result_file>. With --index_path the index is kept and used again.
+query, best first, to <recall_result_dir>/<recall_result_file>; answers to --query go to stdout.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
+import shutil
+import sys
 import time
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from typing import IO
 
 import data
 
-HNSW_M, HNSW_EF = 32, 100
+HNSW_M, HNSW_EF, SHARDS = 32, 100, 8
 SAMPLE = 100  # queries whose neighbours are searched exactly as well, to measure the index
 
 
 def parse_args() -> argparse.Namespace:
     parser = data.ArgumentParser(description=__doc__.splitlines()[0])
     group = parser.add_argument_group("files")
-    group.add_argument("--corpus_file", type=data.readable_file, required=True, help="documents to search, one a line")
-    group.add_argument("--similar_text_pair", "--similar_text_pair_file", type=data.readable_file, required=True,
+    group.add_argument("--corpus_file", type=data.readable_file, default=None,
+                       help="documents to search, one a line; may be left out with --query, where there is an index")
+    group.add_argument("--similar_text_pair", "--similar_text_pair_file", type=data.readable_file, default=None,
                        help="query and target, tab-separated, a pair a line; only the queries are used")
+    group.add_argument("--query", action="append", type=data.nonempty_text, default=[],
+                       help="a query, instead of --similar_text_pair; may be given several times")
     group.add_argument("--recall_result_dir", default="recall_result_dir", help="folder of the result, made if need be")
     group.add_argument("--recall_result_file", default="recall_result.txt", help="name of the result in that folder")
     group = parser.add_argument_group("model")
     data.add_model_arguments(group)
     data.add_encode_arguments(group)
     group = parser.add_argument_group("index")
-    group.add_argument("--recall_num", type=data.positive_int, default=10, help="documents recalled for each query")
+    group.add_argument("--recall_num", "--top_k", type=data.positive_int, default=10,
+                       help="documents recalled for each query")
     group.add_argument("--ann_engine", choices=("hnswlib", "exact"), default="hnswlib",
                        help="hnswlib: an approximate graph; exact: a matrix product, for up to some 100,000 documents")
     group.add_argument("--index_path", default=None,
                        help="folder of the index: used where there is one, which has to be of the same corpus, model "
                        "and settings; otherwise the index is built and kept there")
+    group.add_argument("--index_shards", type=data.positive_int, default=None,
+                       help="parts of the index, at least as many as processes; results depend on it, and not on the "
+                       f"number of processes; None: {SHARDS}")
     group.add_argument("--hnsw_m", type=data.hnsw_links, default=None,
                        help=f"links a node of the graph; None: {HNSW_M}")
     group.add_argument("--hnsw_ef", type=data.positive_int, default=None,
-                       help="candidates kept while building the graph; a search keeps as many, and at least 4 times "
-                       f"--recall_num; None: {HNSW_EF}")
+                       help="candidates kept while building the graph; a search keeps as many, and at least twice "
+                       f"--recall_num, of each shard; None: {HNSW_EF}")
     group.add_argument("--hnsw_max_elements", type=data.positive_int, default=None,
                        help="documents the graph can hold; None: as many as the corpus has")
     args = data.check_encode_arguments(parser, parser.parse_args())
     if args.ann_engine == "exact" and (args.hnsw_m or args.hnsw_ef or args.hnsw_max_elements):
         parser.error("--hnsw_m, --hnsw_ef and --hnsw_max_elements need --ann_engine hnswlib")
+    check_files(parser, args)
     return args
 
 
-def new_index(args: argparse.Namespace, documents: int, dim: int):
-    """An empty index for so many embeddings of `dim`."""
-    from ann_util import ExactIndex, HnswIndex
-
-    if args.ann_engine == "exact":
-        return ExactIndex()
-    return HnswIndex(dim, args.hnsw_max_elements or documents, args.hnsw_m or HNSW_M, args.hnsw_ef or HNSW_EF,
-                     args.cpu_threads)
-
-
-def fill(index, embeddings: Iterable) -> None:
-    """Add blocks of embeddings to the index, one while the next is encoded."""
-    with ThreadPoolExecutor(1) as worker:
-        adding = None
-        for block in embeddings:
-            if adding:
-                adding.result()
-            adding = worker.submit(index.add, block)
-        adding.result()
+def check_files(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse flags that say too little, or two things, about queries and documents."""
+    if bool(args.query) == bool(args.similar_text_pair):
+        parser.error("one of --similar_text_pair and --query is needed" + (", not both" if args.query else ""))
+    if not args.corpus_file and not args.query:
+        parser.error("the following arguments are required: --corpus_file")
+    if not args.corpus_file and not args.index_path:
+        parser.error("--query needs --index_path, or --corpus_file")
+    if not args.corpus_file and not os.path.isdir(args.index_path):
+        parser.error(f"argument --index_path: {args.index_path}: no such folder; --corpus_file is needed to build it")
 
 
-def fingerprint(args: argparse.Namespace, corpus: list[str], precision: str) -> dict[str, str | int]:
-    """What an index depends on: corpus and model as SHA-256, and the settings."""
-    texts, model = hashlib.sha256(), hashlib.sha256((args.model_name_or_path or "").encode())
-    for text in corpus:
-        texts.update(text.encode() + b"\n")
+def settings(args: argparse.Namespace, documents: int, precision: str) -> dict[str, str | int]:
+    """What an index depends on beside corpus and model."""
+    return {"max_seq_length": args.max_seq_length, "precision": precision, "ann_engine": args.ann_engine,
+            "index_shards": args.index_shards or SHARDS, "hnsw_m": args.hnsw_m or HNSW_M,
+            "hnsw_ef": args.hnsw_ef or HNSW_EF, "hnsw_max_elements": args.hnsw_max_elements or documents}
+
+
+def model_digest(args: argparse.Namespace) -> str:
+    """SHA-256 of what makes the embeddings: the checkpoint and what is beside it, or the encoder named instead."""
+    digest = hashlib.sha256((args.model_name_or_path or "").encode())
     beside = (os.path.join(os.path.dirname(args.params_path), name) for name in ("simcse_config.json", "vocab.txt"))
     for path in [args.params_path, *filter(os.path.isfile, beside)]:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 24):
-                model.update(block)
-    return {"corpus": texts.hexdigest(), "model": model.hexdigest(), "max_seq_length": args.max_seq_length,
-            "precision": precision, "ann_engine": args.ann_engine, "hnsw_m": args.hnsw_m or HNSW_M,
-            "hnsw_ef": args.hnsw_ef or HNSW_EF, "hnsw_max_elements": args.hnsw_max_elements or len(corpus)}
+        digest.update(data.file_digest(path).encode())
+    return digest.hexdigest()
 
 
-def load_index(path: str, index, wanted: dict) -> None:
-    """Fill `index` from the folder `path`.
+def new_index(made_of: dict, documents: int, dim: int, rank: int, ranks: int, threads: int):
+    """An empty index for so many embeddings of `dim`, or this rank's part of it."""
+    from ann_util import ExactIndex, HnswIndex, Shards
+
+    if ranks > made_of["index_shards"]:
+        raise data.InputError(f"--index_shards {made_of['index_shards']}: there are {ranks} processes")
+    room = -(-made_of["hnsw_max_elements"] // made_of["index_shards"])
+
+    def shard(size: int) -> ExactIndex | HnswIndex:
+        if made_of["ann_engine"] == "exact":
+            return ExactIndex()
+        return HnswIndex(dim, max(size, room), made_of["hnsw_m"], made_of["hnsw_ef"], threads)
+
+    return Shards(shard, documents, rank, ranks, threads, made_of["index_shards"])
+
+
+def read_made_of(path: str, wanted: dict) -> dict:
+    """What the index in the folder `path` was made of.
 
     Raises:
-        InputError: it was built for something else, or is damaged.
+        InputError: it was built for something other than `wanted`, or is none.
     """
     try:
         with open(os.path.join(path, "fingerprint.json"), encoding="utf-8") as file:
@@ -102,75 +126,139 @@ def load_index(path: str, index, wanted: dict) -> None:
     if other := [name for name in wanted if found.get(name) != wanted[name]]:
         raise data.InputError(f"--index_path {path}: was built with another {', '.join(other)}; name another folder, "
                               "or remove this one to build it again")
+    return found
+
+
+def save_index(path: str, index, made_of: dict, corpus: data.TextFile) -> None:
+    """Write the index of all ranks, and the corpus, to the folder `path`, which appears when all is written."""
+    from model import is_first_rank, wait_for_ranks
+
+    partial = f"{path.rstrip('/')}.partial"  # the same name on all ranks
     try:
-        index.load(os.path.join(path, "index.bin"))
-    except (OSError, RuntimeError, ValueError) as error:
-        raise data.InputError(f"--index_path {path}: damaged: {data.first_line(error)}") from None
+        os.makedirs(partial, exist_ok=True)
+        index.save(partial)
+        if is_first_rank():
+            shutil.copyfile(corpus.path, os.path.join(partial, "corpus.csv"))
+            with open(os.path.join(partial, "fingerprint.json"), "w", encoding="utf-8") as file:
+                json.dump(made_of, file, indent=2)
+        wait_for_ranks()
+        if is_first_rank():
+            os.rename(partial, path)
+            data.log(f"kept the index in {path}")
+    finally:
+        if is_first_rank():
+            shutil.rmtree(partial, ignore_errors=True)
 
 
-def save_index(path: str, index, made_of: dict) -> None:
-    from model import new_folder
+def open_index(args: argparse.Namespace, corpus: data.TextFile | None, engine, tokenizer):
+    """The index, from --index_path or built, and the documents in it."""
+    from model import default_threads, encode_stream, join_ranks
 
-    with new_folder(path) as folder:
-        index.save(os.path.join(folder, "index.bin"))
-        with open(os.path.join(folder, "fingerprint.json"), "w", encoding="utf-8") as file:
-            json.dump(made_of, file, indent=2)
-    data.log(f"kept the index in {path}")
+    rank, ranks = join_ranks()
+    threads = args.cpu_threads or default_threads()
+    kept = args.index_path and os.path.exists(args.index_path)
+    made_of = {} if corpus is None else settings(args, len(corpus), engine.precision)
+    if args.index_path:
+        made_of["model"] = model_digest(args)
+        made_of["corpus"] = corpus and data.file_digest(corpus.path)
+    if kept:
+        if corpus is None:  # what is not said is as in the index; what texts become is not left open
+            made_of = {"model": made_of["model"], "max_seq_length": args.max_seq_length, "precision": engine.precision}
+        made_of = read_made_of(args.index_path, made_of)
+        corpus = corpus or data.TextFile(os.path.join(args.index_path, "corpus.csv"), "--index_path")
+    index = new_index(made_of, len(corpus), engine.embedding_size, rank, ranks, threads)
+    if kept:
+        try:
+            index.load(args.index_path)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise data.InputError(f"--index_path {args.index_path}: damaged: {data.first_line(error)}") from None
+        data.log(f"using the index in {args.index_path}")
+        return index, corpus
+    data.log(f"encoding and indexing {len(corpus)} documents in {engine.precision}"
+             + (f", {sum(map(len, index.pieces))} of them on rank {rank} of {ranks}" if ranks > 1 else ""))
+    started = time.time()
+    blocks = encode_stream(engine, tokenizer, corpus, args.max_seq_length, args.batch_size, index.pieces)
+    for rows, embeddings in zip(index.pieces, blocks):
+        index.add(rows, embeddings)
+    index.finish()
+    data.log(f"{sum(map(len, index.pieces)) / (time.time() - started):.1f} documents/s")
+    if args.index_path:
+        save_index(args.index_path, index, made_of, corpus)
+    return index, corpus
+
+
+def best_of_ranks(found: tuple, k: int) -> tuple:
+    """The k best of what every rank found."""
+    from ann_util import fill_up, merge
+    from model import gather_arrays
+
+    return merge(list(zip(*map(gather_arrays, fill_up(found, k)))), k)
 
 
 def report_ann_recall(index, queries, cosines) -> None:
     """Say what the approximation costs: a sample of the queries is searched exactly too."""
-    from ann_util import ann_recall, exact_search
+    from ann_util import ann_recall
+    from model import is_first_rank
 
-    sample = slice(None, None, -(-len(queries) // SAMPLE))
-    _, exact = exact_search(queries[sample], index.blocks(), cosines.shape[1])
-    data.log(f"ANN recall@{cosines.shape[1]} against exact search, {len(exact)} queries: "
-             f"{ann_recall(cosines[sample], exact):.4f} (--hnsw_m and --hnsw_ef raise it)")
+    sample, k = slice(None, None, -(-len(queries) // SAMPLE)), cosines.shape[1]
+    _, exact = best_of_ranks(index.search(queries[sample], k, exact=True), k)
+    if is_first_rank():
+        data.log(f"ANN recall@{k} against exact search, {len(exact)} queries: "
+                 f"{ann_recall(cosines[sample], exact):.4f} (--hnsw_m and --hnsw_ef raise it)")
+
+
+def answers(args: argparse.Namespace, queries: Sequence[str], index, corpus: Sequence[str], encode) -> Iterator[str]:
+    """Yield the result's lines, query after query. Every rank takes part; all get the same lines."""
+    k = min(args.recall_num, len(corpus))
+    for start in range(0, len(queries), data.WINDOW):
+        block = queries[start : start + data.WINDOW]
+        asked = data.distinct(block)  # a query on several lines is encoded and searched once
+        embeddings = encode(asked)
+        rows, cosines = best_of_ranks(index.search(embeddings, k), k)
+        if not start and args.ann_engine != "exact" and not args.query:
+            report_ann_recall(index, embeddings, cosines)
+        found = {query: (row.tolist(), cosine.tolist()) for query, row, cosine in zip(asked, rows, cosines)}
+        for query in block:
+            yield "".join(f"{query}\t{corpus[row]}\t{cosine}\n" for row, cosine in zip(*found[query]))
+
+
+@contextlib.contextmanager
+def result_file(args: argparse.Namespace) -> Iterator[IO]:
+    """Where the result goes: stdout for --query, else the result file, which rank 0 writes."""
+    from model import is_first_rank
+
+    path = os.path.join(args.recall_result_dir, args.recall_result_file)
+    if not is_first_rank():
+        with open(os.devnull, "w", encoding="utf-8") as file:
+            yield file
+    elif args.query:
+        yield sys.stdout
+    else:
+        with data.new_file(path) as file:
+            yield file
+        data.log(f"wrote {path}")
 
 
 def main() -> None:
     args = parse_args()
-    corpus = data.read_texts(args.corpus_file, "--corpus_file", args.strict_data)
-    queries = [query for query, _ in data.read_text_pairs(args.similar_text_pair, "--similar_text_pair",
-                                                          args.strict_data)]
-    if (args.hnsw_max_elements or len(corpus)) < len(corpus):
+    corpus = data.TextFile(args.corpus_file, "--corpus_file", args.strict_data) if args.corpus_file else None
+    queries = args.query or [query for query, _ in data.read_text_pairs(args.similar_text_pair, "--similar_text_pair",
+                                                                        args.strict_data)]
+    if corpus and (args.hnsw_max_elements or len(corpus)) < len(corpus):
         raise data.InputError(f"--hnsw_max_elements {args.hnsw_max_elements}: the corpus has {len(corpus)} documents")
-    result_path = os.path.join(args.recall_result_dir, args.recall_result_file)
-    os.makedirs(os.path.dirname(result_path) or ".", exist_ok=True)
+    if not args.query:
+        os.makedirs(args.recall_result_dir, exist_ok=True)
 
     from deploy.python.predictor import load_engine
-    from model import encode, encode_stream, is_first_rank
+    from model import encode
 
-    if not is_first_rank():
-        data.log("recall.py encodes on one process; this one has nothing to do")
-        return
     engine, tokenizer = load_engine(args)
-    index = new_index(args, len(corpus), engine.embedding_size)
-    made_of = fingerprint(args, corpus, engine.precision) if args.index_path else {}
-    if args.index_path and os.path.exists(args.index_path):
-        load_index(args.index_path, index, made_of)
-        data.log(f"using the index in {args.index_path}")
-    else:
-        data.log(f"encoding and indexing {len(corpus)} documents in {engine.precision}")
-        started = time.time()
-        fill(index, encode_stream(engine, tokenizer, corpus, args.max_seq_length, args.batch_size))
-        data.log(f"{len(corpus) / (time.time() - started):.1f} documents/s")
-        if args.index_path:
-            save_index(args.index_path, index, made_of)
-
-    asked = data.distinct(queries)  # a query on several lines is encoded and searched once
-    embeddings = encode(engine, tokenizer, asked, args.max_seq_length, args.batch_size)
-    rows, cosines = index.search(embeddings, args.recall_num)
-    if args.ann_engine != "exact":
-        report_ann_recall(index, embeddings, cosines)
+    index, corpus = open_index(args, corpus, engine, tokenizer)
     if args.recall_num > len(corpus):
         data.log(f"--recall_num {args.recall_num}: the corpus has only {len(corpus)} documents")
-
-    found = {query: (row.tolist(), cosine.tolist()) for query, row, cosine in zip(asked, rows, cosines)}
-    with data.new_file(result_path) as file:
-        for query in queries:
-            file.writelines(f"{query}\t{corpus[row]}\t{cosine}\n" for row, cosine in zip(*found[query]))
-    data.log(f"wrote {len(queries)} queries x {rows.shape[1]} documents to {result_path}")
+    with result_file(args) as file:
+        file.writelines(answers(args, queries, index, corpus,
+                                lambda texts: encode(engine, tokenizer, texts, args.max_seq_length, args.batch_size)))
 
 
 if __name__ == "__main__":

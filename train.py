@@ -2,8 +2,10 @@
 
     # a CPU
     python train.py --device cpu --train_set_file recall/train_unsupervised.csv --test_set_file recall/dev.csv
-    # 4 GPUs
+    # 4 GPUs; on 2 machines, on each: --nnodes 2 --master <host of the first>:<port>
     python -u -m paddle.distributed.launch --gpus 0,1,2,3 train.py --train_set_file recall/train_unsupervised.csv
+    # 2 processes on a CPU
+    python -m paddle.distributed.launch --nproc_per_node 2 --backend gloo train.py --device cpu --train_set_file ...
     # an untrained checkpoint, for comparison
     python train.py --epochs 0 --train_set_file recall/train_unsupervised.csv --test_set_file recall/dev.csv
 
@@ -11,13 +13,14 @@ Saves `model_<step>/` in --save_dir every --save_steps and at the end; Ctrl-C sa
 """
 
 import argparse
+import contextlib
 import ctypes
 import itertools
 import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import data
 
@@ -62,6 +65,16 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--warmup_proption", dest="warmup_proportion", type=data.proportion, help=argparse.SUPPRESS)
     group.add_argument("--gradient_accumulation_steps", type=data.positive_int, default=1,
                        help="batches whose gradients are averaged for one step; each batch has its own negatives")
+    group.add_argument("--cross_device_negatives", action="store_true",
+                       help="the texts of all ranks' batches are each other's negatives, not those of one rank's alone")
+    group.add_argument("--keep_duplicate_negatives", action="store_true",
+                       help="the same text twice in a batch is its own negative, as in the original; without it, such "
+                       "pairs are left out of the loss")
+    group.add_argument("--gradient_cache", action="store_true",
+                       help="encode a batch in chunks and each chunk twice (GradCache): the same gradients in the "
+                       "memory of one chunk, for batches of thousands")
+    group.add_argument("--chunk_size", type=data.positive_int, default=None,
+                       help="texts per chunk of --gradient_cache; None: 32")
     group.add_argument("--seed", type=data.natural_int, default=1000, help="random seed")
     group = parser.add_argument_group("device")
     data.add_device_argument(group)
@@ -82,6 +95,8 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--precision {args.precision} needs --device gpu: paddle has no such training on a CPU")
     if args.cpu_threads and args.device != "cpu":
         parser.error("--cpu_threads needs --device cpu")
+    if args.chunk_size and not args.gradient_cache:
+        parser.error("--chunk_size needs --gradient_cache")
     return args
 
 
@@ -131,6 +146,8 @@ def recall(embed: Callable, pairs: list[tuple[str, str]]) -> dict[str, float]:
 
 def build_model(args: argparse.Namespace):
     """The network to train, its tokenizer and the record that goes beside its checkpoints."""
+    import paddle
+
     from model import SimCSE, check_length, load_encoder, load_model, make_record
 
     settings = {"dropout": args.output_dropout, "margin": args.margin, "scale": args.scale}
@@ -145,8 +162,9 @@ def build_model(args: argparse.Namespace):
     check_length(model, args.max_seq_length)
     model.infer_with_pooler = args.infer_with_fc_pooler
     model.precision = args.precision
+    model.cross_device_negatives = args.cross_device_negatives and paddle.distributed.get_world_size() > 1
     if args.use_recompute:
-        model.ptm.recompute_enable()
+        model.use_recompute()
     if args.device == "cpu":
         train_faster_on_cpu(model)
     return model, tokenizer, make_record(model, name, args.max_seq_length)
@@ -188,16 +206,86 @@ def train_faster_on_cpu(model) -> None:
             replace(layer)
 
 
-def batches_of(texts: list[str], sampler, tokenizer, max_seq_length: int) -> Iterator[tuple]:
-    """Yield the sampler's batches, (input_ids, token_type_ids), tokenized and padded while the step before runs."""
-    return data.prefetch(data.pad(tokenizer([texts[row] for row in rows], max_seq_length), tokenizer.pad_token_id)
-                         for rows in sampler)
+def batches_of(texts: Sequence[str], sampler: Iterable, tokenizer, args: argparse.Namespace) -> Iterator[tuple]:
+    """Yield the sampler's batches while the step before runs: chunks, each (input_ids, token_type_ids), and the texts'
+    keys, which are None where duplicates are to be negatives."""
+    def batch(rows) -> tuple:
+        ids = tokenizer([texts[row] for row in rows], args.max_seq_length)
+        size = (args.chunk_size or 32) if args.gradient_cache else len(ids)
+        chunks = [data.pad(ids[start : start + size], tokenizer.pad_token_id) for start in range(0, len(ids), size)]
+        return chunks, None if args.keep_duplicate_negatives else data.text_keys(ids)
+
+    return data.prefetch(batch(rows) for rows in sampler)
 
 
 def groups_of(size: int, items: Iterator) -> Iterator[list]:
     """Lists of `size` items, the last one of what is left."""
     while group := list(itertools.islice(items, size)):
         yield group
+
+
+def backward(network, model, batch: tuple, weigh: Callable, last: bool):
+    """The loss of a batch, its gradients added to the parameters'; of one chunk at once, of several by their cache.
+
+    Args:
+        network: `model`, or the DataParallel that holds it.
+        batch: of `batches_of`.
+        weigh: scales the loss before its gradients are taken.
+        last: ranks exchange their gradients now.
+    """
+    import paddle
+
+    # Ranks take the mean of their gradients; of a loss over all ranks' rows each rank has but its own rows' part.
+    share = paddle.distributed.get_world_size() if model.cross_device_negatives else 1
+    chunks, keys = [tuple(map(paddle.to_tensor, chunk)) for chunk in batch[0]], batch[1]
+    keys = None if keys is None else paddle.to_tensor(keys)
+
+    def views(chunk: tuple, **options):
+        # The same texts twice: two embeddings that differ by dropout alone are a positive pair.
+        input_ids, token_type_ids = chunk
+        return network(input_ids, input_ids, token_type_ids, title_token_type_ids=token_type_ids, **options)
+
+    def exchange(now: bool):
+        return contextlib.nullcontext() if network is model or now and not model.recomputes else network.no_sync()
+
+    if len(chunks) == 1:
+        with exchange(last):
+            loss = views(chunks[0], keys=keys)
+            weigh(loss * share).backward()
+    else:
+        loss = cached_backward(views, model, chunks, keys, lambda loss: weigh(loss * share), exchange, last)
+    if last and model.recomputes and network is not model:  # DataParallel cannot follow a layer computed again
+        from paddle.distributed.fleet.utils.hybrid_parallel_util import fused_allreduce_gradients
+
+        fused_allreduce_gradients(list(model.parameters()), None)
+    return loss
+
+
+def cached_backward(views: Callable, model, chunks: list[tuple], keys, weigh: Callable, exchange: Callable, last: bool):
+    """Gradients of a batch in the memory of a chunk (Gao et al. 2021, GradCache, arXiv:2101.06983).
+
+    All chunks are encoded without a graph, the loss gives the gradients of the embeddings, and each chunk is encoded
+    again, its dropout replayed, to pass them on to the parameters.
+    """
+    import paddle
+
+    states, embeddings = [], []
+    with paddle.no_grad():
+        for chunk in chunks:
+            states.append(paddle.get_rng_state())
+            embeddings.append(views(chunk, embeddings_only=True))
+    sides = [paddle.concat(side) for side in zip(*embeddings)]
+    for side in sides:
+        side.stop_gradient = False
+    loss = model.loss(*sides, keys)
+    weigh(loss).backward()
+    gradients = zip(*(side.grad.detach().split([len(chunk[0]) for chunk in chunks]) for side in sides))
+    for number, (chunk, state, gradient) in enumerate(zip(chunks, states, gradients), start=1):
+        paddle.set_rng_state(state)
+        with exchange(last and number == len(chunks)):
+            parts = views(chunk, embeddings_only=True)
+            sum((part * each).sum() for part, each in zip(parts, gradient)).backward()
+    return loss
 
 
 def build_optimizer(args: argparse.Namespace, model, steps: int):
@@ -228,15 +316,28 @@ class Stop:
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
 
+    def requested(self, step: int) -> bool:
+        """Whether to stop after `step`. Ranks stop after the same one, so they ask each other, every 10 steps."""
+        import paddle
+
+        if paddle.distributed.get_world_size() == 1:
+            return self.signal is not None
+        if step % 10:
+            return False
+        signals = paddle.to_tensor([self.signal or 0])
+        paddle.distributed.all_reduce(signals, op=paddle.distributed.ReduceOp.MAX)
+        self.signal = int(signals) or None
+        return self.signal is not None
+
 
 class Reporter:
     """What rank 0 does beside the steps: log lines, VisualDL, evaluation, checkpoints. Other ranks do nothing."""
 
     def __init__(self, args: argparse.Namespace, model, tokenizer, record: dict, evaluate: Callable | None) -> None:
-        from model import is_first_rank
+        from model import is_first_rank, wait_for_ranks
 
         self.args, self.model, self.tokenizer, self.record, self.test = args, model, tokenizer, record, evaluate
-        self.active = is_first_rank()
+        self.active, self.wait = is_first_rank(), wait_for_ranks
         self.evaluated = self.saved = None
         self.logged_step, self.logged_at = 0, time.time()
         if self.active:
@@ -255,57 +356,63 @@ class Reporter:
         self.logged_step, self.logged_at = step, time.time()
 
     def evaluate(self, step: int) -> None:
+        """On rank 0, while the others wait."""
+        if self.test and self.evaluated != step:
+            if self.active:
+                self._evaluate(step)
+            self.evaluated = step
+            self.wait()
+
+    def _evaluate(self, step: int) -> None:
         from deploy.python.predictor import make_engine
         from model import encode
 
-        if not self.active or not self.test or self.evaluated == step:
-            return
         precision = "auto" if self.args.device == "cpu" else self.args.precision
         engine = make_engine(self.model, precision, self.args.cpu_threads)
         measures = self.test(lambda texts: encode(engine, self.tokenizer, texts, self.args.max_seq_length))
         print(f"global step {step}, " + ", ".join(f"{name}={value}" for name, value in measures.items()), flush=True)
         for name, value in measures.items():
             self.writer.add_scalar(f"eval/{name}", value, step)
-        self.evaluated = step
 
     def save(self, step: int) -> None:
+        """On rank 0, while the others wait."""
         from model import save_checkpoint
 
-        if not self.active or self.saved == step:
+        if self.saved == step:
             return
-        folder = os.path.join(self.args.save_dir, f"model_{step}")
-        save_checkpoint(folder, self.model, self.tokenizer, self.record)
-        data.log(f"saved {folder}")
+        if self.active:
+            folder = os.path.join(self.args.save_dir, f"model_{step}")
+            save_checkpoint(folder, self.model, self.tokenizer, self.record)
+            data.log(f"saved {folder}")
         self.saved = step
+        self.wait()
 
 
-def train(args: argparse.Namespace, texts: list[str], evaluate: Callable | None) -> int:
+def train(args: argparse.Namespace, texts: Sequence[str], evaluate: Callable | None) -> int:
     """The training loop; returns the exit code: 0, or 128 + the signal that stopped it."""
     import paddle
-    from paddle.io import DistributedBatchSampler
+
+    from model import join_ranks
 
     set_seed(args.seed)
     model, tokenizer, record = build_model(args)
-    network = model
-    if paddle.distributed.get_world_size() > 1:
-        paddle.distributed.init_parallel_env()
-        network = paddle.DataParallel(model)
-        paddle.seed(args.seed + paddle.distributed.get_rank())  # another dropout on every rank
-    sampler = DistributedBatchSampler(texts, args.batch_size, shuffle=True)
+    network, (rank, ranks) = model, join_ranks()
+    if ranks > 1:
+        network = paddle.DataParallel(model)  # gives all ranks the weights of rank 0
+        paddle.seed(args.seed + rank)  # another dropout on every rank
+    sampler = data.ShuffledBatches(len(texts), args.batch_size, rank, ranks)
     steps = -(-len(sampler) // args.gradient_accumulation_steps) * args.epochs
     optimizer, schedule = build_optimizer(args, model, steps)
     scaler = paddle.amp.GradScaler(enable=args.precision == "fp16", init_loss_scaling=2.0**15)
     reporter = Reporter(args, model, tokenizer, record, evaluate)
     stop, step = Stop(), 0
     for epoch in range(1, args.epochs + 1):
-        batches = batches_of(texts, sampler, tokenizer, args.max_seq_length)
-        for batch, group in enumerate(groups_of(args.gradient_accumulation_steps, batches), start=1):
+        batches = batches_of(texts, sampler, tokenizer, args)
+        for number, group in enumerate(groups_of(args.gradient_accumulation_steps, batches), start=1):
             model.train()
-            for arrays in group:
-                input_ids, token_type_ids = map(paddle.to_tensor, arrays)
-                # The same texts twice: two embeddings that differ by dropout alone are a positive pair.
-                loss = network(input_ids, input_ids, token_type_ids, title_token_type_ids=token_type_ids)
-                scaler.scale(loss / len(group)).backward()
+            for batch in group:
+                loss = backward(network, model, batch, lambda loss: scaler.scale(loss / len(group)),  # noqa: B023
+                                last=batch is group[-1])
             learning_rate = optimizer.get_lr()
             scaler.step(optimizer)
             scaler.update()
@@ -313,12 +420,12 @@ def train(args: argparse.Namespace, texts: list[str], evaluate: Callable | None)
             optimizer.clear_grad()
             step += 1
             if step % 10 == 0:
-                reporter.log_step(step, epoch, batch, loss, learning_rate)
+                reporter.log_step(step, epoch, number, loss, learning_rate)
             if step % args.eval_steps == 0:
                 reporter.evaluate(step)
             if step % args.save_steps == 0:
                 reporter.save(step)
-            if stop.signal:
+            if stop.requested(step):
                 reporter.save(step)
                 return 128 + stop.signal
     reporter.save(step)
@@ -328,7 +435,7 @@ def train(args: argparse.Namespace, texts: list[str], evaluate: Callable | None)
 
 def main() -> None:
     args = parse_args()
-    texts = data.read_texts(args.train_set_file, "--train_set_file", args.strict_data)
+    texts = data.TextFile(args.train_set_file, "--train_set_file", args.strict_data)
     evaluate = read_test_set(args)
     os.makedirs(args.save_dir, exist_ok=True)
 

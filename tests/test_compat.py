@@ -5,10 +5,12 @@ import json
 import numpy as np
 import paddle
 import pytest
-from conftest import ROOT, succeed
+from conftest import ENCODER, ROOT, succeed
 
 import model as m
-from data import read_text_pairs, read_texts
+from ann_util import exact_search, first_hits, recall_at
+from data import RECALL_KS, distinct, load_tokenizer, read_text_pairs, read_texts
+from deploy.python.predictor import make_engine
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +104,26 @@ def test_the_checkpoint_needs_no_flags_beside_its_encoder(compat):
     network, _, record = m.load_model(str(compat / "model_state.pdparams"), str(compat / "ernie"))
     assert network.output_emb_size == 256 and record["with_pooler"] is True
     assert set(paddle.load(str(compat / "model_state.pdparams"))) == set(network.state_dict())
+
+
+@pytest.mark.parametrize("name", ["csl", "lcqmc"])
+def test_bfloat16_recalls_what_float32_does(real_data, name):
+    """The encoder as it comes, the corpus and 1,000 queries: cosine to float32 at least 0.999, Recall@k within 0.3."""
+    if not m.CPU_HAS_BF16:
+        pytest.skip("this processor has neither AVX-512 BF16 nor AMX")
+    network, tokenizer = m.SimCSE(m.load_encoder(str(ENCODER))), load_tokenizer(str(ENCODER))
+    corpus = distinct(read_texts(str(real_data / name / "recall" / "corpus.csv"), "--flag"))
+    pairs = read_text_pairs(str(real_data / name / "recall" / "dev.csv"), "--flag")
+    queries = distinct(query for query, _ in pairs)[:1000]
+    row_of = {text: row for row, text in enumerate(corpus)}
+    targets = [{row_of.get(target, -1) for query, target in pairs if query == each} for each in queries]
+    vectors, recalls = [], []
+    for precision in ("fp32", "bf16"):
+        engine = make_engine(network, precision)
+        embeddings = [m.encode(engine, tokenizer, texts, 64) for texts in (queries, corpus)]
+        vectors.append(np.concatenate(embeddings))
+        recalls.append(recall_at(first_hits(exact_search(*embeddings, 50)[0], targets), RECALL_KS))
+    assert (vectors[0] * vectors[1]).sum(axis=1).min() > 0.999
+    assert recalls[0][1] > 10
+    for k, value in recalls[0].items():
+        assert recalls[1][k] == pytest.approx(value, abs=0.3001), recalls

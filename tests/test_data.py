@@ -1,10 +1,12 @@
 """Text files, tokens and batches; nothing here needs paddle."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from conftest import ENCODER, SHARED
+from conftest import ENCODER, ROOT, SHARED
 
 import data
 
@@ -69,6 +71,52 @@ def test_labels_must_be_numbers(tmp_path, capsys):
     path.write_text("a\tb\t1\nc\td\t0.5\ne\tf\tyes\n")
     assert data.read_labeled_pairs(str(path), "--flag") == [("a", "b", 1.0), ("c", "d", 0.5)]
     assert "label 'yes' is not a number" in capsys.readouterr().err
+
+
+LINES = ["好", "“引号”", "《书》", " 前空", "\u3000", "", "  ", "abc", "x" * 99, "\u3000头", "é", "\x1c", "😀", "a\tb"]
+
+
+@pytest.mark.parametrize("chunk", [7, 16, 1 << 22])
+def test_a_text_file_by_offsets_is_the_list_of_its_texts(tmp_path, monkeypatch, capsys, chunk):
+    """Random files of difficult lines, with every kind of line end, against read_texts: the same texts or the same
+    error, and the same report."""
+    monkeypatch.setattr(data.TextFile, "_CHUNK", chunk)
+    random, path, seen = np.random.default_rng(chunk), str(tmp_path / "file.txt"), set()
+    for _ in range(150):
+        lines = LINES[: int(random.choice([len(LINES), len(LINES) - 1]))]
+        text = "".join(lines[random.integers(len(lines))] + random.choice(["\n", "\r\n", "\r", "\n\n"])
+                       for _ in range(random.integers(1, 40))) + str(random.choice(["", "末", "\r", " "]))
+        damage = b"\xb0" if random.random() < 0.1 else b""
+        (tmp_path / "file.txt").write_bytes(random.choice([b"", b"\xef\xbb\xbf"]) + text.encode() + damage)
+        results = []
+        for read in (lambda: data.read_texts(path, "--flag"), lambda: list(data.TextFile(path, "--flag"))):
+            try:
+                texts = read()
+            except data.InputError as error:
+                texts = str(error)
+            results.append((texts, capsys.readouterr().err))
+        assert results[0] == results[1], text
+        seen.add((type(results[0][0]), bool(results[0][1])))
+    assert seen >= {(list, True), (list, False), (str, False)}
+
+
+def test_a_text_file_is_a_sequence(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("".join(f"第{n}行\n" for n in range(50)), encoding="utf-8")
+    texts = data.TextFile(str(path), "--flag")
+    assert len(texts) == 50 and texts[-1] == "第49行" and texts[np.int32(7)] == "第7行"
+    assert texts[10:13] == ["第10行", "第11行", "第12行"] and texts[48:99] == ["第48行", "第49行"]
+    with pytest.raises(IndexError):
+        texts[50]
+    with pytest.raises(data.InputError, match=r"--flag .*file.txt:2: columns: 2 instead of 1"):
+        path.write_text("a\nb\tc\n")
+        data.TextFile(str(path), "--flag", strict=True)
+
+
+def test_a_pipe_is_a_text_file_too():
+    code = "import data; texts = data.TextFile('/dev/stdin', '--flag'); print(texts[1], len(texts))"
+    result = subprocess.run([sys.executable, "-c", code], input="一\n二\n".encode(), capture_output=True, cwd=ROOT)
+    assert result.stdout.decode() == "二 2\n", result.stderr
 
 
 def test_new_file_is_all_or_nothing(tmp_path):

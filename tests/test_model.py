@@ -221,6 +221,18 @@ def test_record_is_plain_json(saved):
         m.load_model(str(saved[1] / m.PARAMS_FILE))
 
 
+def test_a_checkpoint_of_the_other_stack_loads(saved):
+    """paddlenlp 3 writes a quantization_config that paddlenlp 2.8 does not read, and may others."""
+    network, folder = saved
+    path = folder / m.CONFIG_FILE
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert "quantization_config" not in record["encoder_config"]
+    record["encoder_config"]["quantization_config"] = {"of_another_version": "dynamic"}
+    path.write_text(json.dumps(record), encoding="utf-8")
+    loaded, _, _ = m.load_model(str(folder / m.PARAMS_FILE))
+    np.testing.assert_array_equal(loaded.embed(ids(), ids() * 0), network.embed(ids(), ids() * 0))
+
+
 def test_last_layer_of_first_token_changes_nothing():
     """Output, gradients and recomputation against the untouched encoder."""
     network, whole = tiny(), tiny()

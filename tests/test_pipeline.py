@@ -320,7 +320,7 @@ def test_an_index_is_kept_used_again_and_refused_for_anything_else(checkpoint, s
                        (["--max_seq_length", 9], "max_seq_length"), (["--hnsw_ef", 50], "hnsw_ef"),
                        (["--ann_engine", "exact"], "ann_engine")):
         assert f"was built with another {what};" in refuse("recall.py", *flags(*more), cwd=tmp_path)
-    (tmp_path / "index" / "index.bin").write_bytes(b"cut off")
+    (tmp_path / "index" / "shard_3.bin").write_bytes(b"cut off")
     assert "damaged" in refuse("recall.py", *flags(), cwd=tmp_path)
 
 
@@ -331,7 +331,7 @@ def test_exact_engine(checkpoint, sample, recalled, tmp_path):
     exact, graph = [[line.split("\t") for line in (folder / "recall_result_dir" / "recall_result.txt").read_text(
         encoding="utf-8").splitlines()] for folder in (tmp_path, recalled)]
     np.testing.assert_allclose([float(line[2]) for line in exact], [float(line[2]) for line in graph], atol=1e-5)
-    assert len(np.load(tmp_path / "index" / "index.bin")) == 120
+    assert sum(len(np.load(path)) for path in (tmp_path / "index").glob("shard_*.bin")) == 120
 
 
 def test_recompute_and_accumulation(sample, tmp_path):

@@ -1,0 +1,77 @@
+"""Loss and gradients of training steps on a tiny network, as one process or as one of several; used by
+test_distributed.py, which also runs this file under paddle.distributed.launch:
+
+    python -m paddle.distributed.launch --nproc_per_node 2 --backend gloo tests/gradients.py FOLDER
+"""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+
+import model as m  # noqa: I001  first: it prepares the environment in which paddle is imported
+import numpy as np
+import paddle
+from paddlenlp.transformers import ErnieConfig, ErnieModel
+
+import data
+import train
+
+SIZES = {"vocab_size": 200, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "intermediate_size": 32, "max_position_embeddings": 40}
+ROWS = 6
+# What each rank does: options of `gradients`.
+CASES = {
+    "plain": {}, "cross": {"cross": True}, "cached": {"chunk": 4}, "cross_cached": {"cross": True, "chunk": 4},
+    "recomputed": {"recompute": True}, "recomputed_cached": {"recompute": True, "chunk": 4},
+    "accumulated": {"batches": 2}, "accumulated_cached": {"batches": 2, "chunk": 4}}
+
+
+def texts(number: int, rows: int = ROWS) -> list[list[int]]:
+    """Token ids of other lengths; the last one of every odd batch is the first one again."""
+    random = np.random.default_rng(number)
+    ids = [random.integers(5, 200, random.integers(4, 12)).tolist() for _ in range(rows)]
+    return [*ids[:-1], ids[0]] if number % 2 else ids
+
+
+def batch_of(ids: list[list[int]], chunk: int | None = None, keys: bool = True) -> tuple:
+    size = chunk or len(ids)
+    return ([data.pad(ids[start : start + size], 0) for start in range(0, len(ids), size)],
+            data.text_keys(ids) if keys else None)
+
+
+def tiny(dropout: float = 0.0, recompute: bool = False) -> m.SimCSE:
+    paddle.seed(1)
+    encoder = ErnieModel(ErnieConfig(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **SIZES))
+    network = m.SimCSE(encoder, dropout=dropout, output_emb_size=8, margin=0.1)
+    if recompute:
+        network.use_recompute()
+    network.train()
+    return network
+
+
+def gradients(batches: list[list[list[int]]], dropout: float = 0.0, chunk: int | None = None, cross: bool = False,
+              recompute: bool = False, keys: bool = True) -> dict[str, np.ndarray]:
+    """The loss of the last of the batches, and the mean of the gradients of all."""
+    model = tiny(dropout, recompute)
+    network = paddle.DataParallel(model) if paddle.distributed.get_world_size() > 1 else model
+    model.cross_device_negatives = cross
+    paddle.seed(7)
+    for number, ids in enumerate(batches, start=1):
+        loss = train.backward(network, model, batch_of(ids, chunk, keys), lambda loss: loss / len(batches),
+                              last=number == len(batches))
+    named = {name: tensor.grad.numpy() for name, tensor in model.named_parameters() if tensor.grad is not None}
+    return {"loss": loss.numpy(), **named}
+
+
+def main(folder: str) -> None:
+    paddle.set_device("cpu")
+    rank, _ = m.join_ranks()
+    for name, options in CASES.items():
+        options = dict(options)
+        numbers = range(rank, 2 * options.pop("batches", 1), 2)
+        np.savez(os.path.join(folder, f"{name}_{rank}.npz"), **gradients([texts(n) for n in numbers], **options))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,109 @@
+"""Several processes as one: gradients over ranks, in chunks, and both; the corpus shared out; errors on one rank."""
+
+import subprocess
+import sys
+
+import gradients
+import numpy as np
+import paddle
+import pytest
+from conftest import ROOT
+from gradients import CASES, batch_of, texts, tiny
+
+from data import ShuffledBatches
+
+
+def launch(script, *args, cwd, ranks=2, timeout=600):
+    """Run a script on CPU ranks; the process, and the log of every rank."""
+    result = subprocess.run(
+        [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", str(ranks), "--backend", "gloo",
+         "--log_dir", str(cwd / "ranks"), str(ROOT / script), *map(str, args)],
+        capture_output=True, text=True, timeout=timeout, cwd=cwd)
+    return result, [(cwd / "ranks" / f"workerlog.{rank}").read_text(encoding="utf-8") for rank in range(ranks)]
+
+
+# ------------------------------------------------------------------------------------------------------ gradients
+@pytest.fixture(scope="module")
+def of_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gradients")
+    result, _ = launch("tests/gradients.py", folder, cwd=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return {name: [dict(np.load(folder / f"{name}_{rank}.npz")) for rank in (0, 1)] for name in CASES}
+
+
+def assert_same(got, expected):
+    assert got.keys() == expected.keys() and len(got) > 20
+    for name, gradient in got.items():
+        np.testing.assert_allclose(gradient, expected[name], atol=1e-5, rtol=1e-4, err_msg=name)
+
+
+def mean(parts):
+    return {name: np.mean([part[name] for part in parts], axis=0) for name in parts[0]}
+
+
+@pytest.mark.parametrize("name", ["cross", "cross_cached"])
+def test_negatives_of_all_ranks_are_one_process_with_a_larger_batch(of_ranks, name):
+    expected = gradients.gradients([texts(0) + texts(1)])
+    for rank in of_ranks[name]:
+        assert_same(rank, expected)
+    assert abs(expected["loss"] - of_ranks["plain"][0]["loss"]) > 0.1
+
+
+@pytest.mark.parametrize("name", ["plain", "cached", "recomputed", "recomputed_cached"])
+def test_without_them_gradients_are_the_mean_of_the_ranks(of_ranks, name):
+    alone = [gradients.gradients([texts(rank)]) for rank in (0, 1)]
+    expected = mean(alone)
+    for rank in (0, 1):
+        got = of_ranks[name][rank]
+        assert got["loss"] == pytest.approx(alone[rank]["loss"], abs=1e-5)
+        assert_same({**got, "loss": 0}, {**expected, "loss": 0})
+
+
+@pytest.mark.parametrize("name", ["accumulated", "accumulated_cached"])
+def test_accumulated_gradients_are_the_mean_of_all_batches(of_ranks, name):
+    expected = mean([gradients.gradients([texts(number)]) for number in range(4)])
+    for rank in of_ranks[name]:
+        assert_same({**rank, "loss": 0}, {**expected, "loss": 0})
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5])
+def test_a_cached_step_is_a_plain_one(chunk):
+    """Dropout on: against the same chunks encoded once, all graphs kept. Dropout off: against one pass over all."""
+    ids = texts(1, 10)
+    network = tiny(0.3)
+    paddle.seed(7)
+    chunks, keys = batch_of(ids, chunk)
+    views = [network(ids, ids, types, title_token_type_ids=types, embeddings_only=True)
+             for ids, types in (map(paddle.to_tensor, each) for each in chunks)]
+    loss = network.loss(*(paddle.concat(side) for side in zip(*views)), paddle.to_tensor(keys))
+    loss.backward()
+    expected = {"loss": loss.numpy(), **{name: p.grad.numpy() for name, p in network.named_parameters()
+                                         if p.grad is not None}}
+    assert_same(gradients.gradients([ids], dropout=0.3, chunk=chunk), expected)
+    assert_same(gradients.gradients([ids], chunk=chunk), gradients.gradients([ids]))
+    assert abs(gradients.gradients([ids])["loss"] - expected["loss"]) > 1e-3, "dropout was on"
+
+
+def test_duplicates_are_no_negatives():
+    """A batch in which a text stands twice, against the loss written out without the two pairs."""
+    ids = texts(1)
+    network = tiny()
+    (batch,), keys = batch_of(ids)
+    vectors = network.embed(*batch).numpy()
+    logits = 20 * (vectors @ vectors.T - 0.1 * np.eye(6))
+    logits[0, 5] = logits[5, 0] = -np.inf
+    expected = np.mean(np.log(np.exp(logits).sum(axis=1)) - np.diag(logits))
+    assert keys[0] == keys[5] and len(set(keys.tolist())) == 5
+    assert gradients.gradients([ids])["loss"] == pytest.approx(expected, rel=1e-5)
+    assert gradients.gradients([ids], keys=False)["loss"] > expected + 0.1
+
+
+# ---------------------------------------------------------------------------------------------------------- shares
+@pytest.mark.parametrize("count, batch_size, ranks", [(23, 4, 1), (23, 4, 2), (24, 4, 3), (3, 2, 4), (1, 3, 2)])
+def test_batches_are_those_of_paddles_sampler(count, batch_size, ranks):
+    for rank in range(ranks):
+        theirs = paddle.io.DistributedBatchSampler(range(count), batch_size, ranks, rank, shuffle=True)
+        ours = ShuffledBatches(count, batch_size, rank, ranks)
+        for _ in range(3):
+            assert [rows.tolist() for rows in ours] == list(theirs)
+        assert len(ours) == len(theirs)
