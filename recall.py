@@ -26,6 +26,7 @@ from typing import IO
 import data
 
 HNSW_M, HNSW_EF, SHARDS = 32, 100, 8
+MILVUS_URI, COLLECTION = "./recall.db", "simcse"
 SAMPLE = 100  # queries whose neighbours are searched exactly as well, to measure the index
 
 
@@ -46,8 +47,9 @@ def parse_args() -> argparse.Namespace:
     group = parser.add_argument_group("index")
     group.add_argument("--recall_num", "--top_k", type=data.positive_int, default=10,
                        help="documents recalled for each query")
-    group.add_argument("--ann_engine", choices=("hnswlib", "exact"), default="hnswlib",
-                       help="hnswlib: an approximate graph; exact: a matrix product, for up to some 100,000 documents")
+    group.add_argument("--ann_engine", choices=("hnswlib", "exact", "milvus"), default="hnswlib",
+                       help="hnswlib: an approximate graph; exact: a matrix product, for up to some 100,000 documents; "
+                       "milvus: a collection of Milvus (requirements-milvus.txt)")
     group.add_argument("--index_path", default=None,
                        help="folder of the index: used where there is one, which has to be of the same corpus, model "
                        "and settings; otherwise the index is built and kept there")
@@ -61,11 +63,51 @@ def parse_args() -> argparse.Namespace:
                        f"--recall_num, of each shard; None: {HNSW_EF}")
     group.add_argument("--hnsw_max_elements", type=data.positive_int, default=None,
                        help="documents the graph can hold; None: as many as the corpus has")
+    group = parser.add_argument_group("milvus")
+    group.add_argument("--milvus_uri", type=milvus_uri, default=None,
+                       help="http://host:port of a server, its token in the environment as MILVUS_TOKEN; or a path "
+                       f"ending in .db: Milvus Lite, without a server; None: {MILVUS_URI}")
+    group.add_argument("--milvus_collection", type=data.nonempty_text, default=None,
+                       help="collection, made where there is none, gone on with where it is not full; None: "
+                       f"{COLLECTION}")
+    group.add_argument("--milvus_index_type", choices=("FLAT", "IVF_FLAT", "HNSW"), default=None,
+                       help="index; HNSW takes --hnsw_m and --hnsw_ef; None: FLAT in a file, HNSW on a server")
+    group.add_argument("--milvus_metric", choices=("COSINE", "IP", "L2"), default=None,
+                       help="metric of the index; what is written are cosines in any case; None: COSINE")
     args = data.check_encode_arguments(parser, parser.parse_args())
-    if args.ann_engine == "exact" and (args.hnsw_m or args.hnsw_ef or args.hnsw_max_elements):
-        parser.error("--hnsw_m, --hnsw_ef and --hnsw_max_elements need --ann_engine hnswlib")
+    check_engine(parser, args)
     check_files(parser, args)
     return args
+
+
+def milvus_uri(text: str) -> str:
+    """A server's address, or a path that Milvus Lite takes."""
+    if text.startswith(("http://", "https://")):
+        return text
+    if not text.endswith(".db") or "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is neither http://host:port nor a path that ends in .db")
+    data.folder(os.path.dirname(text) or ".")
+    return text
+
+
+def check_engine(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse flags of another engine; make up the defaults of Milvus."""
+    milvus = [flag for flag in ("milvus_uri", "milvus_collection", "milvus_index_type", "milvus_metric")
+              if getattr(args, flag)]
+    if args.ann_engine != "milvus":
+        if milvus:
+            parser.error(f"--{milvus[0]} needs --ann_engine milvus")
+        if args.ann_engine == "exact" and (args.hnsw_m or args.hnsw_ef or args.hnsw_max_elements):
+            parser.error("--hnsw_m, --hnsw_ef and --hnsw_max_elements need --ann_engine hnswlib")
+        return
+    if args.index_path or args.index_shards or args.hnsw_max_elements:
+        parser.error("--index_path, --index_shards and --hnsw_max_elements are not for --ann_engine milvus")
+    args.milvus_uri = args.milvus_uri or MILVUS_URI
+    if args.corpus_file:
+        lite = not args.milvus_uri.startswith("http")
+        args.milvus_index_type = args.milvus_index_type or ("FLAT" if lite else "HNSW")
+        if args.milvus_index_type != "HNSW" and (args.hnsw_m or args.hnsw_ef):
+            parser.error("--hnsw_m and --hnsw_ef need --milvus_index_type HNSW")
 
 
 def check_files(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -74,17 +116,23 @@ def check_files(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error("one of --similar_text_pair and --query is needed" + (", not both" if args.query else ""))
     if not args.corpus_file and not args.query:
         parser.error("the following arguments are required: --corpus_file")
-    if not args.corpus_file and not args.index_path:
-        parser.error("--query needs --index_path, or --corpus_file")
-    if not args.corpus_file and not os.path.isdir(args.index_path):
+    if args.corpus_file or args.ann_engine == "milvus":
+        return
+    if not args.index_path:
+        parser.error("--query needs --index_path, or --corpus_file, or --ann_engine milvus")
+    if not os.path.isdir(args.index_path):
         parser.error(f"argument --index_path: {args.index_path}: no such folder; --corpus_file is needed to build it")
 
 
-def settings(args: argparse.Namespace, documents: int, precision: str) -> dict[str, str | int]:
+def settings(args: argparse.Namespace, documents: int, engine) -> dict[str, str | int]:
     """What an index depends on beside corpus and model."""
-    return {"max_seq_length": args.max_seq_length, "precision": precision, "ann_engine": args.ann_engine,
-            "index_shards": args.index_shards or SHARDS, "hnsw_m": args.hnsw_m or HNSW_M,
-            "hnsw_ef": args.hnsw_ef or HNSW_EF, "hnsw_max_elements": args.hnsw_max_elements or documents}
+    common = {"max_seq_length": args.max_seq_length, "precision": engine.precision, "ann_engine": args.ann_engine,
+              "hnsw_m": args.hnsw_m or HNSW_M, "hnsw_ef": args.hnsw_ef or HNSW_EF}
+    if args.ann_engine == "milvus":
+        return {**common, "documents": documents, "dim": engine.embedding_size,
+                "index_type": args.milvus_index_type, "metric": args.milvus_metric or "COSINE"}
+    return {**common, "index_shards": args.index_shards or SHARDS,
+            "hnsw_max_elements": args.hnsw_max_elements or documents}
 
 
 def model_digest(args: argparse.Namespace) -> str:
@@ -96,10 +144,12 @@ def model_digest(args: argparse.Namespace) -> str:
     return digest.hexdigest()
 
 
-def new_index(made_of: dict, documents: int, dim: int, rank: int, ranks: int, threads: int):
+def new_index(args: argparse.Namespace, made_of: dict, documents: int, dim: int, rank: int, ranks: int):
     """An empty index for so many embeddings of `dim`, or this rank's part of it."""
     from ann_util import ExactIndex, HnswIndex, Shards
+    from model import default_threads
 
+    threads = args.cpu_threads or default_threads()
     if ranks > made_of["index_shards"]:
         raise data.InputError(f"--index_shards {made_of['index_shards']}: there are {ranks} processes")
     room = -(-made_of["hnsw_max_elements"] // made_of["index_shards"])
@@ -118,14 +168,14 @@ def read_made_of(path: str, wanted: dict) -> dict:
     Raises:
         InputError: it was built for something other than `wanted`, or is none.
     """
+    from ann_util import check_made_of
+
     try:
         with open(os.path.join(path, "fingerprint.json"), encoding="utf-8") as file:
             found = json.load(file)
     except (OSError, ValueError):
         raise data.InputError(f"--index_path {path}: exists, but is not an index that recall.py wrote") from None
-    if other := [name for name in wanted if found.get(name) != wanted[name]]:
-        raise data.InputError(f"--index_path {path}: was built with another {', '.join(other)}; name another folder, "
-                              "or remove this one to build it again")
+    check_made_of(found, wanted, f"--index_path {path}", "name another folder, or remove this one to build it again")
     return found
 
 
@@ -150,23 +200,24 @@ def save_index(path: str, index, made_of: dict, corpus: data.TextFile) -> None:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def open_index(args: argparse.Namespace, corpus: data.TextFile | None, engine, tokenizer):
-    """The index, from --index_path or built, and the documents in it."""
-    from model import default_threads, encode_stream, join_ranks
+def open_index(args: argparse.Namespace, corpus: data.TextFile | None, engine, tokenizer) -> tuple:
+    """The index, kept or built, and the documents in it."""
+    from model import join_ranks
 
     rank, ranks = join_ranks()
-    threads = args.cpu_threads or default_threads()
-    kept = args.index_path and os.path.exists(args.index_path)
-    made_of = {} if corpus is None else settings(args, len(corpus), engine.precision)
-    if args.index_path:
+    made_of = {"max_seq_length": args.max_seq_length, "precision": engine.precision}
+    if corpus is not None:  # else what is not said is as in the index; what texts become is not left open
+        made_of = settings(args, len(corpus), engine)
+    if args.index_path or args.ann_engine == "milvus":
         made_of["model"] = model_digest(args)
-        made_of["corpus"] = corpus and data.file_digest(corpus.path)
+        made_of.update({} if corpus is None else {"corpus": data.file_digest(corpus.path)})
+    if args.ann_engine == "milvus":
+        return open_collection(args, corpus, engine, tokenizer, made_of, rank, ranks)
+    kept = args.index_path and os.path.exists(args.index_path)
     if kept:
-        if corpus is None:  # what is not said is as in the index; what texts become is not left open
-            made_of = {"model": made_of["model"], "max_seq_length": args.max_seq_length, "precision": engine.precision}
         made_of = read_made_of(args.index_path, made_of)
         corpus = corpus or data.TextFile(os.path.join(args.index_path, "corpus.csv"), "--index_path")
-    index = new_index(made_of, len(corpus), engine.embedding_size, rank, ranks, threads)
+    index = new_index(args, made_of, len(corpus), engine.embedding_size, rank, ranks)
     if kept:
         try:
             index.load(args.index_path)
@@ -174,17 +225,43 @@ def open_index(args: argparse.Namespace, corpus: data.TextFile | None, engine, t
             raise data.InputError(f"--index_path {args.index_path}: damaged: {data.first_line(error)}") from None
         data.log(f"using the index in {args.index_path}")
         return index, corpus
-    data.log(f"encoding and indexing {len(corpus)} documents in {engine.precision}"
-             + (f", {sum(map(len, index.pieces))} of them on rank {rank} of {ranks}" if ranks > 1 else ""))
-    started = time.time()
-    blocks = encode_stream(engine, tokenizer, corpus, args.max_seq_length, args.batch_size, index.pieces)
-    for rows, embeddings in zip(index.pieces, blocks):
-        index.add(rows, embeddings)
-    index.finish()
-    data.log(f"{sum(map(len, index.pieces)) / (time.time() - started):.1f} documents/s")
+    fill(args, index, index.add, corpus, engine, tokenizer)
     if args.index_path:
         save_index(args.index_path, index, made_of, corpus)
     return index, corpus
+
+
+def open_collection(args: argparse.Namespace, corpus: data.TextFile | None, engine, tokenizer, made_of: dict,
+                    rank: int, ranks: int) -> tuple:
+    """The collection of Milvus, filled where it lacks documents, and the documents in it."""
+    from ann_util import MilvusIndex
+    from model import wait_for_ranks
+
+    index = MilvusIndex(args.milvus_uri, args.milvus_collection or COLLECTION, made_of, rank, ranks, wait_for_ranks)
+    if index.pieces and corpus is None:
+        raise data.InputError(f"--milvus_collection {index.collection}: not all documents are in it yet; run again "
+                              "with --corpus_file")
+    if index.pieces:
+        fill(args, index, lambda rows, embeddings: index.add(rows, embeddings, corpus[rows.start : rows.stop]), corpus,
+             engine, tokenizer)
+    else:
+        data.log(f"using the collection {index.collection} in {args.milvus_uri}")
+    wait_for_ranks()
+    return index, index.texts if corpus is None else corpus
+
+
+def fill(args: argparse.Namespace, index, add, corpus: data.TextFile, engine, tokenizer) -> None:
+    """Encode this rank's documents that the index lacks, and add them while the next ones are encoded."""
+    from model import encode_stream
+
+    count = sum(map(len, index.pieces))
+    data.log(f"encoding and indexing {count} of {len(corpus)} documents in {engine.precision}")
+    started = time.time()
+    blocks = encode_stream(engine, tokenizer, corpus, args.max_seq_length, args.batch_size, index.pieces)
+    for rows, embeddings in zip(index.pieces, blocks):
+        add(rows, embeddings)
+    index.finish()
+    data.log(f"{count / (time.time() - started):.1f} documents/s")
 
 
 def best_of_ranks(found: tuple, k: int) -> tuple:
@@ -215,7 +292,7 @@ def answers(args: argparse.Namespace, queries: Sequence[str], index, corpus: Seq
         asked = data.distinct(block)  # a query on several lines is encoded and searched once
         embeddings = encode(asked)
         rows, cosines = best_of_ranks(index.search(embeddings, k), k)
-        if not start and args.ann_engine != "exact" and not args.query:
+        if not start and args.ann_engine == "hnswlib" and not args.query:
             report_ann_recall(index, embeddings, cosines)
         found = {query: (row.tolist(), cosine.tolist()) for query, row, cosine in zip(asked, rows, cosines)}
         for query in block:
@@ -259,6 +336,7 @@ def main() -> None:
     with result_file(args) as file:
         file.writelines(answers(args, queries, index, corpus,
                                 lambda texts: encode(engine, tokenizer, texts, args.max_seq_length, args.batch_size)))
+    index.close()
 
 
 if __name__ == "__main__":

@@ -108,7 +108,8 @@ def test_the_checkpoint_needs_no_flags_beside_its_encoder(compat):
 
 @pytest.mark.parametrize("name", ["csl", "lcqmc"])
 def test_bfloat16_recalls_what_float32_does(real_data, name):
-    """The encoder as it comes, the corpus and 1,000 queries: cosine to float32 at least 0.999, Recall@k within 0.3."""
+    """The encoder as it comes, the corpus and 1,000 queries: cosine to float32 at least 0.999, and Recall@k at most 0.3
+    lower. (It may be higher: 4 more of 1,000 targets at rank 20 were seen on csl.)"""
     if not m.CPU_HAS_BF16:
         pytest.skip("this processor has neither AVX-512 BF16 nor AMX")
     network, tokenizer = m.SimCSE(m.load_encoder(str(ENCODER))), load_tokenizer(str(ENCODER))
@@ -126,4 +127,4 @@ def test_bfloat16_recalls_what_float32_does(real_data, name):
     assert (vectors[0] * vectors[1]).sum(axis=1).min() > 0.999
     assert recalls[0][1] > 10
     for k, value in recalls[0].items():
-        assert recalls[1][k] == pytest.approx(value, abs=0.3001), recalls
+        assert recalls[1][k] >= value - 0.3001, recalls

@@ -1,24 +1,27 @@
 """Several processes as one: gradients over ranks, in chunks, and both; the corpus shared out; errors on one rank."""
 
+import os
+import re
 import subprocess
 import sys
+import time
 
 import gradients
 import numpy as np
 import paddle
 import pytest
-from conftest import ROOT
+from conftest import ENCODER, ROOT, succeed
 from gradients import CASES, batch_of, texts, tiny
 
 from data import ShuffledBatches
 
 
-def launch(script, *args, cwd, ranks=2, timeout=600):
+def launch(script, *args, cwd, ranks=2, timeout=600, env=None):
     """Run a script on CPU ranks; the process, and the log of every rank."""
     result = subprocess.run(
         [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", str(ranks), "--backend", "gloo",
          "--log_dir", str(cwd / "ranks"), str(ROOT / script), *map(str, args)],
-        capture_output=True, text=True, timeout=timeout, cwd=cwd)
+        capture_output=True, text=True, timeout=timeout, cwd=cwd, env={**os.environ, **(env or {})})
     return result, [(cwd / "ranks" / f"workerlog.{rank}").read_text(encoding="utf-8") for rank in range(ranks)]
 
 
@@ -107,3 +110,43 @@ def test_batches_are_those_of_paddles_sampler(count, batch_size, ranks):
         for _ in range(3):
             assert [rows.tolist() for rows in ours] == list(theirs)
         assert len(ours) == len(theirs)
+
+
+@pytest.mark.parametrize("flags", [[], ["--ann_engine", "exact"]])
+def test_recall_on_two_ranks_is_the_same_file(checkpoint, sample, tmp_path, flags):
+    flags = ["--device", "cpu", "--params_path", checkpoint, "--corpus_file", sample / "corpus.csv",
+             "--similar_text_pair", sample / "dev.csv", "--recall_num", 20, "--index_path", "index", *flags]
+    results = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        if name == "one":
+            succeed("recall.py", *flags, cwd=tmp_path / name)
+        else:
+            result, logs = launch("recall.py", *flags, cwd=tmp_path / name)
+            assert result.returncode == 0, logs
+            assert [re.search(r"(\d+) of them on rank", log)[1] for log in logs] == ["60", "60"]
+            assert "wrote" in logs[0] and "wrote" not in logs[1]
+        results.append((tmp_path / name / "recall_result_dir" / "recall_result.txt").read_bytes())
+        assert sorted(os.listdir(tmp_path / name / "index")) == [
+            "corpus.csv", "fingerprint.json", *(f"shard_{n}.bin" for n in range(8))]
+    assert results[0] == results[1] and results[0].count(b"\n") == 60 * 20
+    for path in (tmp_path / "one" / "index").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / "index" / path.name).read_bytes(), path.name
+
+
+# ---------------------------------------------------------------------------------------------------------- errors
+def test_an_error_on_one_rank_ends_all_with_its_message(sample, tmp_path):
+    """Rank 1 alone finds its training file changed into another encoding."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\nif os.environ.get('PADDLE_TRAINER_ID') == '1':\n    import builtins\n    real = builtins.open\n"
+        "    builtins.open = lambda path, *more, **named: real('gbk.csv' if path == 'train.csv' else path, *more, "
+        "**named)\n")
+    (tmp_path / "train.csv").write_text((sample / "train_unsupervised.csv").read_text(encoding="utf-8"),
+                                        encoding="utf-8")
+    (tmp_path / "gbk.csv").write_bytes("语义索引\n".encode("gbk"))
+    started = time.monotonic()
+    result, logs = launch("train.py", "--device", "cpu", "--model_name_or_path", ENCODER, "--train_set_file",
+                          "train.csv", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert result.returncode != 0
+    assert "train.py: error: --train_set_file train.csv:1: not UTF-8" in logs[1] and "GBK" in logs[1]
+    assert "saved" not in logs[0] and time.monotonic() - started < 120

@@ -324,6 +324,22 @@ def test_an_index_is_kept_used_again_and_refused_for_anything_else(checkpoint, s
     assert "damaged" in refuse("recall.py", *flags(), cwd=tmp_path)
 
 
+def test_one_query_from_a_kept_index(checkpoint, sample, tmp_path):
+    """Without the corpus, and with other settings of the graph than the defaults."""
+    model = ["--device", "cpu", "--params_path", checkpoint, "--index_path", tmp_path / "index"]
+    succeed("recall.py", *model, "--corpus_file", sample / "corpus.csv", "--similar_text_pair", sample / "dev.csv",
+            "--hnsw_m", 16, "--index_shards", 3, cwd=tmp_path)
+    lines = (tmp_path / "recall_result_dir" / "recall_result.txt").read_text(encoding="utf-8").splitlines(True)
+    query = lines[0].split("\t")[0]
+    os.mkdir(tmp_path / "elsewhere")
+    result = succeed("recall.py", *model, "--query", query, "--top_k", 10, cwd=tmp_path / "elsewhere")
+    assert result.stdout == "".join(lines[:10]) and not os.listdir(tmp_path / "elsewhere")
+    twice = succeed("recall.py", *model, "--query", query, "--query", "语义", "--top_k", 2, cwd=tmp_path).stdout
+    assert twice.startswith("".join(lines[:2])) and twice.count("\n") == 4
+    line = refuse("recall.py", *model, "--query", "x", "--max_seq_length", 9)
+    assert "was built with another max_seq_length;" in line
+
+
 def test_exact_engine(checkpoint, sample, recalled, tmp_path):
     succeed("recall.py", "--device", "cpu", "--params_path", checkpoint, "--corpus_file", sample / "corpus.csv",
             "--similar_text_pair", sample / "dev.csv", "--recall_num", 50, "--ann_engine", "exact", *FP32,
@@ -332,6 +348,25 @@ def test_exact_engine(checkpoint, sample, recalled, tmp_path):
         encoding="utf-8").splitlines()] for folder in (tmp_path, recalled)]
     np.testing.assert_allclose([float(line[2]) for line in exact], [float(line[2]) for line in graph], atol=1e-5)
     assert sum(len(np.load(path)) for path in (tmp_path / "index").glob("shard_*.bin")) == 120
+
+
+def test_memory_of_a_cached_step_does_not_grow_with_the_batch(sample, tmp_path):
+    """Peak memory of batches of 32 and of 384, plain and in chunks of 8."""
+    texts = read_texts(str(sample / "train_unsupervised.csv"), "--flag")
+    (tmp_path / "train.csv").write_text("".join(f"{n}{text}\n" for n in range(3) for text in texts), encoding="utf-8")
+    peak = {}
+    for batch, more in ((32, []), (384, []), (32, ["--gradient_cache", "--chunk_size", 8]),
+                        (384, ["--gradient_cache", "--chunk_size", 8])):
+        command = [sys.executable, ROOT / "train.py", "--device", "cpu", "--model_name_or_path", ENCODER,
+                   "--train_set_file", "train.csv", "--batch_size", batch, "--max_seq_length", 64, "--save_dir", "ck",
+                   *more]
+        code = (f"import resource, subprocess; subprocess.run({list(map(str, command))!r}, check=True); "
+                "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        peak[batch, bool(more)] = int(result.stdout) / 1024
+    plain, cached = (peak[384, how] - peak[32, how] for how in (False, True))
+    assert plain > 500 and cached < plain / 5, peak
 
 
 def test_recompute_and_accumulation(sample, tmp_path):

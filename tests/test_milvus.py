@@ -1,0 +1,134 @@
+"""recall.py with a real Milvus Lite: agreement with exact search, a broken run, one query, refusals."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import FP32, ROOT, refuse, succeed
+
+from ann_util import MilvusIndex, ann_recall, exact_search
+
+pytest.importorskip("pymilvus", reason="pymilvus is not installed (requirements-milvus.txt)")
+
+
+@pytest.fixture
+def flags(checkpoint, sample):
+    def flags(*more, corpus=sample / "corpus.csv"):
+        return ["--device", "cpu", "--params_path", checkpoint, "--corpus_file", corpus, "--similar_text_pair",
+                sample / "dev.csv", "--recall_num", 20, "--ann_engine", "milvus", *FP32, *more]
+
+    return flags
+
+
+def result_of(folder):
+    lines = (folder / "recall_result_dir" / "recall_result.txt").read_text(encoding="utf-8").splitlines()
+    return [line.split("\t") for line in lines]
+
+
+@pytest.mark.parametrize("metric, index_type", [("COSINE", "FLAT"), ("L2", "FLAT"), ("IP", "HNSW"), ("IP", "IVF_FLAT")])
+def test_agrees_with_exact_search(flags, checkpoint, sample, tmp_path, metric, index_type):
+    result = succeed("recall.py", *flags("--milvus_metric", metric, "--milvus_index_type", index_type), cwd=tmp_path)
+    assert "Traceback" not in result.stderr and "faiss" not in result.stderr
+    found = result_of(tmp_path)
+    (tmp_path / "exact").mkdir()
+    exact = [*flags(), "--ann_engine", "exact"]
+    succeed("recall.py", *exact, cwd=tmp_path / "exact")
+    expected = result_of(tmp_path / "exact")
+    assert [line[0] for line in found] == [line[0] for line in expected] and len(found) == 60 * 20
+    cosines, exact_cosines = (np.array([float(line[2]) for line in lines]).reshape(60, 20)
+                              for lines in (found, expected))
+    assert ann_recall(cosines, exact_cosines) > (0.9 if index_type == "IVF_FLAT" else 0.99)
+    if index_type == "FLAT":
+        np.testing.assert_allclose(cosines, exact_cosines, atol=1e-5)
+
+
+def test_csl_in_milvus_and_hnswlib_against_exact(real_data, tmp_path):
+    """6,092 abstracts and 1,000 titles by the encoder as it comes: both at least 0.99 of the exact 50."""
+    folder = real_data / "csl" / "recall"
+    found = {}
+    (tmp_path / "train.csv").write_text("一句话\n", encoding="utf-8")
+    succeed("train.py", "--device", "cpu", "--epochs", 0, "--model_name_or_path", ROOT / "pretrained" / "ernie_mini_zh",
+            "--train_set_file", "train.csv", "--infer_with_fc_pooler", "--save_dir", "ck", cwd=tmp_path)
+    for engine in ("exact", "hnswlib", "milvus"):
+        succeed("recall.py", "--device", "cpu", "--params_path", "ck/model_0", "--corpus_file", folder / "corpus.csv",
+                "--similar_text_pair", folder / "dev.csv", "--recall_num", 50, "--ann_engine", engine, cwd=tmp_path)
+        found[engine] = np.array([float(line[2]) for line in result_of(tmp_path)]).reshape(1000, 50)
+    for engine in ("hnswlib", "milvus"):
+        assert ann_recall(found[engine], found["exact"]) >= 0.99
+
+
+def test_a_broken_run_goes_on_where_it_ended(flags, sample, tmp_path):
+    """Killed after the first piece: the second run encodes the rest alone, a third nothing, and the result is that of
+    a run in one go."""
+    documents = [f"{line}{n}" for n in range(80) for line in (sample / "corpus.csv").read_text("utf-8").splitlines()]
+    (tmp_path / "corpus.csv").write_text("\n".join(documents) + "\n", encoding="utf-8")
+    wanted = [str(word) for word in flags("--max_seq_length", 32, corpus="corpus.csv")]
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"import sys, runpy, ann_util\nsys.argv = ['recall.py', *{wanted!r}]\n"
+         "real = ann_util.MilvusIndex._upsert\n"
+         "def slow(self, rows, *more):\n    if rows.start:\n        print('SECOND', flush=True)\n"
+         "        import time; time.sleep(60)\n    real(self, rows, *more)\n"
+         f"ann_util.MilvusIndex._upsert = slow\nrunpy.run_path({str(ROOT / 'recall.py')!r}, run_name='__main__')"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert process.stdout.readline() == b"SECOND\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait(30)
+    second = succeed("recall.py", *wanted, cwd=tmp_path)
+    assert f"encoding and indexing {9600 - 4096} of 9600 documents" in second.stderr
+    resumed = result_of(tmp_path)
+    third = succeed("recall.py", *wanted, cwd=tmp_path)
+    assert "using the collection simcse" in third.stderr and "encoding" not in third.stderr
+    assert result_of(tmp_path) == resumed
+    succeed("recall.py", *wanted, "--milvus_collection", "in_one_go", cwd=tmp_path)
+    assert result_of(tmp_path) == resumed
+
+
+def test_one_query_without_the_corpus(flags, checkpoint, sample, tmp_path):
+    succeed("recall.py", *flags(), cwd=tmp_path)
+    query, *_ = (sample / "dev.csv").read_text(encoding="utf-8").split("\t")
+    expected = result_of(tmp_path)[:5]
+    ask = ["--device", "cpu", "--params_path", checkpoint, "--ann_engine", "milvus", *FP32, "--query", query, "--top_k",
+           5]
+    started = time.monotonic()
+    answer = [line.split("\t") for line in succeed("recall.py", *ask, cwd=tmp_path).stdout.splitlines()]
+    assert [line[:2] for line in answer] == [line[:2] for line in expected] and time.monotonic() - started < 60
+    assert "was built with another max_seq_length;" in refuse("recall.py", *ask, "--max_seq_length", 9, cwd=tmp_path)
+
+
+def test_refusals(flags, checkpoint, sample, tmp_path):
+    succeed("recall.py", *flags(), cwd=tmp_path)
+    (tmp_path / "other.csv").write_text("另一个\n" * 120, encoding="utf-8")
+    assert "was built with another corpus;" in refuse("recall.py", *flags(corpus=tmp_path / "other.csv"), cwd=tmp_path)
+    assert "another metric;" in refuse("recall.py", *flags("--milvus_metric", "IP"), cwd=tmp_path)
+    ask = ["--device", "cpu", "--params_path", checkpoint, "--ann_engine", "milvus", "--query", "问"]
+    assert "--milvus_collection none: ./recall.db has no such collection" in refuse(
+        "recall.py", *ask, "--milvus_collection", "none", cwd=tmp_path)
+    line = refuse("recall.py", *ask, "--milvus_uri", "http://127.0.0.1:1", cwd=tmp_path)
+    assert line.startswith("recall.py: error: --milvus_uri http://127.0.0.1:1: ")
+    assert "is neither http://host:port nor" in refuse("recall.py", *ask, "--milvus_uri", "recall", cwd=tmp_path)
+    assert "nowhere: no such folder" in refuse("recall.py", *ask, "--milvus_uri", "nowhere/x.db", cwd=tmp_path)
+
+
+def test_without_pymilvus_a_hint(checkpoint, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['pymilvus'] = None\n")
+    line = refuse("recall.py", "--device", "cpu", "--params_path", checkpoint, "--ann_engine", "milvus", "--query", "x",
+                  cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert "pymilvus is not installed; pip install -r requirements-milvus.txt" in line
+
+
+def test_a_long_text_is_kept_to_the_limit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    vectors = np.eye(3, 8, dtype="float32")
+    made_of = {"documents": 3, "dim": 8, "index_type": "FLAT", "metric": "IP"}
+    index = MilvusIndex("long.db", "texts", made_of)
+    (rows,) = index.pieces
+    index.add(rows, vectors, ["长" * 50000, "", "短"])
+    index.finish()
+    assert index.texts[0] == "长" * 21845 and index.texts[1] == "" and index.texts[2] == "短" and len(index.texts) == 3
+    found, cosines = index.search(vectors, 3)
+    assert (found[:, 0] == exact_search(vectors, vectors, 1)[0][:, 0]).all() and cosines[0, 0] == pytest.approx(1)
+    index.close()
