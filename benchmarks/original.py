@@ -4,6 +4,7 @@ Every function is one measurement, run in a process of its own by run.py; it pri
 """
 
 import json
+import resource
 import sys
 import time
 
@@ -97,6 +98,18 @@ def train(encoder: str, texts: list[str], length: int, steps: int) -> dict[str, 
         float(loss)
         seconds.append(time.perf_counter() - start)
     return {"batch 32": 32 / sorted(seconds[1:])[steps // 2]}
+
+
+def lines(path: str) -> dict[str, float]:
+    """Seconds from a file of training texts to its first batch, and peak memory in MB beyond that of the imports: all
+    texts in memory, as map-style datasets hold them."""
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    with open(path, encoding="utf-8") as file:
+        texts = [{"text_a": text, "text_b": text} for text in map(str.rstrip, file)]
+    sampler = paddle.io.DistributedBatchSampler(texts, 64, shuffle=True)
+    [texts[row] for row in next(iter(sampler))]
+    return {"s": time.perf_counter() - start,
+            "MB": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
 
 
 def first_result(encoder: str, text: str) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import sys
 import time
 
@@ -74,6 +75,14 @@ def shapes(checkpoint: str, precision: str, batches: list[int], lengths: list[in
     return speeds
 
 
+def lines(path: str) -> dict[str, float]:
+    """Seconds from a file of training texts to its first batch, and peak memory in MB."""
+    start = time.perf_counter()
+    texts = data.TextFile(path, "--train_set_file")
+    [texts[row] for row in next(iter(data.ShuffledBatches(len(texts), 64)))]
+    return {"s": time.perf_counter() - start, "MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
 def clustered(count: int, seed: int, centres: int = 1000, spread: float = 0.5) -> np.ndarray:
     """Unit vectors of 256 around `centres` random ones; the cosine within a cluster is about 1 / (1 + spread^2)."""
     random, means = np.random.default_rng(seed), np.random.default_rng(0).standard_normal((centres, 256), "float32")
@@ -88,7 +97,7 @@ def index(count: int, checkpoint: str | None, texts: list[str], queries: list[st
     """
     import hnswlib
 
-    from ann_util import HnswIndex, ann_recall, exact_search
+    from ann_util import HnswIndex, Shards, ann_recall, exact_search
 
     if checkpoint:
         from model import encode
@@ -106,9 +115,14 @@ def index(count: int, checkpoint: str | None, texts: list[str], queries: list[st
         result[f"{name} build"] = len(vectors) / (time.perf_counter() - start)
         result[f"{name} recall"] = ann_recall(search(), exact)
 
-    ours = HnswIndex(256, len(vectors))
-    build("ours", lambda: [ours.add(vectors[first : first + data.WINDOW])
-                           for first in range(0, len(vectors), data.WINDOW)], lambda: ours.search(asked, 50)[1])
+    ours = Shards(lambda size: HnswIndex(256, size), len(vectors), threads=os.cpu_count())
+
+    def fill() -> None:
+        for rows in ours.pieces:
+            ours.add(rows, vectors[rows.start : rows.stop])
+        ours.finish()
+
+    build("ours", fill, lambda: ours.search(asked, 50)[1])
     for name, m in (("hnswlib", 32), ("original", 100)) if checkpoint else (("hnswlib", 32),):
         alone = hnswlib.Index("ip", 256)
         alone.init_index(len(vectors), ef_construction=100, M=m)

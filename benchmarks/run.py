@@ -194,17 +194,48 @@ def index(bench: Bench) -> None:
                           found[f"{side} recall"], "part")
 
 
+def short_lines(bench: Bench, count: int) -> str:
+    """A file of so many lines of four characters."""
+    words, path = bench.texts("titles", 1000), f"{bench.scratch}/lines"
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(f"{words[n % len(words)][:4]}{n}\n" for n in range(count))
+    return path
+
+
 def memory(bench: Bench) -> None:
     """Peak memory of inference.py; the reference is what its vectors take plus 1 GB."""
-    checkpoint, words = bench.mini(), bench.texts("titles", 1000)
+    checkpoint = bench.mini()
     for lines in (10_000, 100_000, 1_000_000):
-        path = f"{bench.scratch}/lines"
-        with open(path, "w", encoding="utf-8") as file:
-            file.writelines(f"{words[n % len(words)][:4]}\n" for n in range(lines))
-        _, peak, _ = bench.stage("inference.py", "--params_path", checkpoint, "--input_file", path, "--output_file",
-                                 f"{bench.scratch}/vectors.npy")
+        _, peak, _ = bench.stage("inference.py", "--params_path", checkpoint, "--input_file", short_lines(bench, lines),
+                                 "--output_file", f"{bench.scratch}/vectors.npy")
         bench.add("memory", f"{lines:,} short lines, ernie_mini_zh, against vectors + 1 GB", peak,
                   lines * 256 * 4 / 2**20 + 1024, "MB")
+
+
+def growth(bench: Bench) -> None:
+    """recall.py as a whole, by the size of the corpus; the reference grows in proportion to it, from the smallest."""
+    checkpoint, first = bench.mini(), None
+    for lines in (10_000, 100_000, 1_000_000):
+        seconds, peak, _ = bench.stage(
+            "recall.py", "--params_path", checkpoint, "--corpus_file", short_lines(bench, lines), "--similar_text_pair",
+            os.path.join(bench.args.data_dir, FILES["titles"]), "--recall_result_dir", bench.scratch)
+        first = first or (seconds, peak)
+        case = f"{lines:,} short documents, against in proportion to 10,000"
+        bench.add("growth", f"recall.py, {case}", seconds, first[0] * lines / 10_000, "s")
+        bench.add("growth", f"recall.py, {case}", peak, first[1] * lines / 10_000, "MB")
+
+
+def lines(bench: Bench) -> None:
+    """Opening a training file of 8 million lines, the size of the original's."""
+    texts, count, path = bench.texts("training", 100_000), 8_000_000, f"{bench.scratch}/lines"
+    with open(path, "w", encoding="utf-8") as file:
+        for start in range(0, count, len(texts)):
+            file.writelines(text + "\n" for text in texts[: count - start])
+    ours, reference = (bench.side(side, "lines", path=path) for side in ("ours", "original"))
+    os.remove(path)
+    for unit in ("s", "MB"):
+        bench.add("lines", f"{count:,} training texts to the first batch, against the original", ours[unit],
+                  reference[unit], unit)
 
 
 def startup(bench: Bench) -> None:
@@ -240,7 +271,8 @@ def shapes(bench: Bench) -> None:
         "fp32": lambda: bench.side("ours", "shapes", precision="fp32", **arguments)})
 
 
-ALL = {each.__name__: each for each in (tokenize, encode, latency, train, index, memory, startup, shapes)}
+ALL = {each.__name__: each for each in (tokenize, encode, latency, train, index, memory, growth, lines,
+                                        startup, shapes)}
 
 
 def parse_args() -> argparse.Namespace:
