@@ -1,7 +1,6 @@
 """Several processes as one: gradients over ranks, in chunks, and both; the corpus shared out; errors on one rank."""
 
 import os
-import re
 import subprocess
 import sys
 import time
@@ -123,8 +122,8 @@ def test_recall_on_two_ranks_is_the_same_file(checkpoint, sample, tmp_path, flag
             succeed("recall.py", *flags, cwd=tmp_path / name)
         else:
             result, logs = launch("recall.py", *flags, cwd=tmp_path / name)
-            assert result.returncode == 0, logs
-            assert [re.search(r"(\d+) of them on rank", log)[1] for log in logs] == ["60", "60"]
+            assert result.returncode == 0, (result.stdout[-2000:], logs)
+            assert all("encoding and indexing 60 of 120 documents" in log for log in logs)
             assert "wrote" in logs[0] and "wrote" not in logs[1]
         results.append((tmp_path / name / "recall_result_dir" / "recall_result.txt").read_bytes())
         assert sorted(os.listdir(tmp_path / name / "index")) == [
