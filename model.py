@@ -6,11 +6,13 @@ either.
 """
 
 import contextlib
+import ctypes
 import json
 import logging
 import os
 import re
 import shutil
+import signal
 import tempfile
 import warnings
 import zlib  # noqa: F401  paddlepaddle 2.6 dies in inflateReset2 if its own zlib is loaded before Python's
@@ -271,6 +273,9 @@ def is_first_rank() -> bool:
 def join_ranks() -> tuple[int, int]:
     """Make this process one of those that the launcher started, if it did; its rank, and how many there are."""
     if (ranks := paddle.distributed.get_world_size()) > 1:
+        if hasattr(libc := ctypes.CDLL(None), "prctl"):  # Linux: a launcher that is killed does not end its processes
+            pr_set_pdeathsig = 1
+            libc.prctl(pr_set_pdeathsig, signal.SIGTERM)
         paddle.distributed.init_parallel_env()
     return paddle.distributed.get_rank(), ranks
 

@@ -1,6 +1,7 @@
 """Several processes as one: gradients over ranks, in chunks, and both; the corpus shared out; errors on one rank."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -149,3 +150,38 @@ def test_an_error_on_one_rank_ends_all_with_its_message(sample, tmp_path):
     assert result.returncode != 0
     assert "train.py: error: --train_set_file train.csv:1: not UTF-8" in logs[1] and "GBK" in logs[1]
     assert "saved" not in logs[0] and time.monotonic() - started < 120
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_ranks_end_with_the_launcher(sample, tmp_path, number):
+    """Ctrl-C is passed on, and rank 0 saves; where the launcher is killed its processes see that it is gone."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--backend", "gloo", "--log_dir",
+         "ranks", str(ROOT / "train.py"), "--device", "cpu", "--model_name_or_path", str(ENCODER), "--train_set_file",
+         str(sample / "train_unsupervised.csv"), "--batch_size", "4", "--max_seq_length", "8", "--epochs", "10000"],
+        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    log = tmp_path / "ranks" / "workerlog.0"
+    wait_for(lambda: log.exists() and "global step 10," in log.read_text(encoding="utf-8"))
+    ranks = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and parent_of(pid) == process.pid]
+    assert len(ranks) == 2
+    process.send_signal(number)
+    process.wait(60)
+    wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in ranks))
+    (saved,) = os.listdir(tmp_path / "checkpoints")
+    assert f"saved ./checkpoints/{saved}" in log.read_text(encoding="utf-8")
+
+
+def parent_of(pid):
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+            return int(file.read().rsplit(")", 1)[1].split()[1])
+    except OSError:
+        return None
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.2)
