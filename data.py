@@ -133,14 +133,18 @@ def model_name(text: str) -> str:
 
 
 def checkpoint_file(path: str) -> str:
-    """The `.pdparams` file named by `path`, which may also be the folder that holds it."""
-    return readable_file(os.path.join(path, "model_state.pdparams") if os.path.isdir(path) else path)
+    """The file of weights named by `path`, which may also be the folder that holds it."""
+    if os.path.isdir(path):
+        names = ("model_state.safetensors", "model_state.pdparams")
+        path = next((each for name in names if os.path.isfile(each := os.path.join(path, name))), f"{path}/{names[1]}")
+    return readable_file(path)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, params_path: str | None = None) -> None:
     """The flags by which every later stage finds a trained checkpoint."""
     parser.add_argument("--params_path", type=checkpoint_file, default=params_path, required=params_path is None,
-                        help="checkpoint to load: model_state.pdparams or the folder that holds it")
+                        help="checkpoint to load: model_state.pdparams, model_state.safetensors or the folder that "
+                        "holds it")
     parser.add_argument("--model_name_or_path", type=model_name, default=None,
                         help="encoder (hub name or folder) of a checkpoint that has no simcse_config.json beside it; "
                         f"None: what the checkpoint records, else {DEFAULT_MODEL}")
@@ -409,6 +413,15 @@ class TextFile(Sequence[str]):
     def __len__(self) -> int:
         return len(self._starts)
 
+    def line_number(self, row: int) -> int:
+        """The number, from 1, of a text's line in the file."""
+        before, breaks = b"", 1
+        for start in range(0, int(self._starts[row]), self._CHUNK):
+            chunk = os.pread(self._file.fileno(), min(self._CHUNK, int(self._starts[row]) - start), start)
+            breaks += chunk.count(b"\n") + chunk.count(b"\r") - (before[-1:] + chunk).count(b"\r\n")
+            before = chunk
+        return breaks
+
     def __getitem__(self, row):
         if isinstance(row, slice):
             return [self[each] for each in range(len(self))[row]]
@@ -602,6 +615,11 @@ class ShuffledBatches:
 
     def __init__(self, count: int, batch_size: int, rank: int = 0, ranks: int = 1) -> None:
         self.count, self.batch_size, self.rank, self.ranks, self.epoch = count, batch_size, rank, ranks, 0
+        self._first = 0
+
+    def start_at(self, epoch: int, batch: int) -> None:
+        """Have the next iteration be that of an epoch, from 0, without its first batches."""
+        self.epoch, self._first = epoch, batch
 
     def __len__(self) -> int:
         return -(-self.count // (self.batch_size * self.ranks))
@@ -610,9 +628,11 @@ class ShuffledBatches:
         """Yield row numbers, int32 [batch]."""
         order = np.resize(np.arange(self.count, dtype="int32"), -(-self.count // self.ranks) * self.ranks)
         np.random.RandomState(self.epoch).shuffle(order)
+        first, self._first = self._first, 0
         self.epoch += 1
-        for start in range(0, len(order), self.batch_size * self.ranks):
-            yield np.split(order[start : start + self.batch_size * self.ranks], self.ranks)[self.rank]
+        size = self.batch_size * self.ranks
+        for start in range(first * size, len(order), size):
+            yield np.split(order[start : start + size], self.ranks)[self.rank]
 
 
 def text_keys(ids: Iterable[Sequence[int]]) -> np.ndarray:

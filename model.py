@@ -11,12 +11,10 @@ import json
 import logging
 import os
 import re
-import shutil
 import signal
-import tempfile
 import warnings
 import zlib  # noqa: F401  paddlepaddle 2.6 dies in inflateReset2 if its own zlib is loaded before Python's
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 
@@ -44,6 +42,7 @@ import paddle  # noqa: E402
 import paddle.nn.functional as F  # noqa: E402
 from paddle import nn  # noqa: E402
 
+from checkpoint import new_folder, read_weights, write_weights  # noqa: E402
 from data import (  # noqa: E402
     DEFAULT_MODEL,
     InputError,
@@ -103,7 +102,9 @@ def contrastive_loss(query: paddle.Tensor, title: paddle.Tensor, margin: float, 
     if keys is not None:
         same = (keys.unsqueeze(0) == keys.unsqueeze(1)).astype(cosine.dtype)
         logits = logits - 1e9 * (same - positive)
-    return F.cross_entropy(logits, paddle.arange(cosine.shape[0], dtype="int64"))
+    loss = F.cross_entropy(logits, paddle.arange(cosine.shape[0], dtype="int64"))
+    # On a CPU paddle's softmax makes ln(batch) of NaN; a run that has diverged would look like one that learns nothing.
+    return loss + 0 * cosine.detach().sum()
 
 
 def gather_rows(tensor: paddle.Tensor) -> paddle.Tensor:
@@ -375,6 +376,9 @@ def load_encoder(model_name_or_path: str, dropout: float | None = None) -> nn.La
 
     logger.set_level("WARNING")
     rates = {} if dropout is None else {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    for name in os.listdir(model_name_or_path) if os.path.isdir(model_name_or_path) else ():
+        if name.endswith(".pdparams"):  # paddlenlp would run what is in it
+            read_weights(os.path.join(model_name_or_path, name), "--model_name_or_path")
     seen = _NewlyInitialized()
     logger.logger.addHandler(seen)
     try:
@@ -413,7 +417,7 @@ def _some(names: Sequence[str], most: int = 12) -> str:
     return ", ".join(names[:most]) + more
 
 
-def load_state(model: SimCSE, state: dict, source: str) -> None:
+def load_state(model: SimCSE, state: dict[str, np.ndarray], source: str) -> None:
     """Load every tensor of `state` into `model`, cast to the model's own dtype.
 
     Raises:
@@ -428,7 +432,7 @@ def load_state(model: SimCSE, state: dict, source: str) -> None:
         found = "; ".join(f"{kind}: {_some(names)}" for kind, names in faults.items() if names)
         raise InputError(f"{source} does not fit the network; {found}")
     for name, tensor in own.items():
-        tensor.set_value(state[name].astype(tensor.dtype))
+        tensor.set_value(paddle.to_tensor(state[name]).astype(tensor.dtype))
 
 
 def read_record(folder: str) -> dict:
@@ -463,15 +467,11 @@ def load_model(params_path: str, model_name_or_path: str | None = None, output_e
         InputError: unreadable file; a tensor is missing, unexpected or wrongly shaped; `output_emb_size` contradicts.
     """
     folder = os.path.dirname(params_path) or "."
-    try:
-        state = paddle.load(params_path)
-        shapes = {name: list(tensor.shape) for name, tensor in state.items()}
-    except Exception as error:  # paddle raises anything from OSError to UnpicklingError on a damaged file
-        raise InputError(f"{flag} {params_path}: not a paddle checkpoint: {first_line(error)}") from None
-    if not any(name.startswith("ptm.") for name in shapes):
+    state = read_weights(params_path, flag)
+    if not any(name.startswith("ptm.") for name in state):
         raise InputError(f"{flag} {params_path}: not a SimCSE checkpoint (no ptm.* tensors); "
                          "an encoder without SimCSE training is given by --model_name_or_path")
-    size = shapes.get("emb_reduce_linear.weight", [0])[-1]
+    size = state["emb_reduce_linear.weight"].shape[-1] if "emb_reduce_linear.weight" in state else 0
     if output_emb_size is not None and output_emb_size != size:
         raise InputError(f"--output_emb_size {output_emb_size}: {params_path} has {size or 'no fc: 0'}")
 
@@ -503,31 +503,6 @@ def make_record(model: SimCSE, model_name_or_path: str, max_seq_length: int | No
             "versions": {"paddlepaddle": paddle.__version__, "paddlenlp": paddlenlp.__version__}}
 
 
-class new_folder:
-    """`with new_folder(path) as temporary:` fill it, and it becomes `path` when all is written.
-
-    Where `path` exists, the new files take the place of those of the same name, and others stay. On an error the
-    temporary folder is removed, and `path` stays as it was.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path = os.path.abspath(path)
-
-    def __enter__(self) -> str:
-        os.makedirs(os.path.dirname(self.path), exist_ok=True)
-        self.temporary = tempfile.mkdtemp(prefix=f".{os.path.basename(self.path)}.", dir=os.path.dirname(self.path))
-        os.chmod(self.temporary, 0o755)
-        return self.temporary
-
-    def __exit__(self, kind: type | None, *_: Any) -> None:
-        if kind is None and os.path.isdir(self.path):
-            for name in os.listdir(self.temporary):
-                os.replace(os.path.join(self.temporary, name), os.path.join(self.path, name))
-        elif kind is None:
-            os.rename(self.temporary, self.path)
-        shutil.rmtree(self.temporary, ignore_errors=True)
-
-
 def write_record(folder: str, record: dict, tokenizer: Any) -> None:
     """Write simcse_config.json and the tokenizer's files."""
     tokenizer.save_pretrained(folder)
@@ -535,8 +510,12 @@ def write_record(folder: str, record: dict, tokenizer: Any) -> None:
         json.dump(record, file, ensure_ascii=False, indent=2)
 
 
-def save_checkpoint(folder: str, model: SimCSE, tokenizer: Any, record: dict) -> None:
-    """Write weights, tokenizer and simcse_config.json to `folder`, which appears complete or not at all."""
+def save_checkpoint(folder: str, model: SimCSE, tokenizer: Any, record: dict, params_file: str = PARAMS_FILE,
+                    also: Callable[[str], None] | None = None) -> None:
+    """Write weights, tokenizer, simcse_config.json and what `also` adds to `folder`, which appears complete or not at
+    all."""
     with new_folder(folder) as temporary:
-        paddle.save(model.state_dict(), os.path.join(temporary, PARAMS_FILE))
+        write_weights(os.path.join(temporary, params_file), model.state_dict())
         write_record(temporary, record, tokenizer)
+        if also:
+            also(temporary)

@@ -9,13 +9,15 @@
     # an untrained checkpoint, for comparison
     python train.py --epochs 0 --train_set_file recall/train_unsupervised.csv --test_set_file recall/dev.csv
 
-Saves `model_<step>/` in --save_dir every --save_steps and at the end; Ctrl-C saves too. Evaluations go to stdout.
+Saves `model_<step>/` in --save_dir every --save_steps and at the end; Ctrl-C saves too, and the same command with
+--resume goes on. Evaluations go to stdout.
 """
 
 import argparse
 import contextlib
 import ctypes
 import itertools
+import math
 import os
 import random
 import signal
@@ -63,6 +65,8 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--warmup_proportion", type=data.proportion, default=0.0,
                        help="part of the steps over which the learning rate rises, before it falls linearly to 0")
     group.add_argument("--warmup_proption", dest="warmup_proportion", type=data.proportion, help=argparse.SUPPRESS)
+    group.add_argument("--max_grad_norm", type=data.positive_float, default=None,
+                       help="scale gradients down to this norm; None: leave them as they are")
     group.add_argument("--gradient_accumulation_steps", type=data.positive_int, default=1,
                        help="batches whose gradients are averaged for one step; each batch has its own negatives")
     group.add_argument("--cross_device_negatives", action="store_true",
@@ -86,6 +90,14 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--cpu_threads", type=data.natural_int, default=0,
                        help="math threads on a CPU; 0: all cores")
     group = parser.add_argument_group("output")
+    group.add_argument("--resume", nargs="?", const="auto", default=None,
+                       help="go on from a checkpoint folder, with its optimizer, schedule and place in the data, as if "
+                       "there had been no break; auto: from the newest in --save_dir, or from the start where there is "
+                       "none")
+    group.add_argument("--keep_checkpoints", type=data.natural_int, default=0,
+                       help="how many of the newest checkpoints to keep; 0: all. Only the newest can be gone on from")
+    group.add_argument("--save_format", choices=("pdparams", "safetensors"), default="pdparams",
+                       help="format of the weights")
     group.add_argument("--save_dir", default="./checkpoints", help="folder of the checkpoints")
     group.add_argument("--save_steps", type=data.positive_int, default=10000, help="steps between checkpoints")
     group.add_argument("--eval_steps", type=data.positive_int, default=10000, help="steps between evaluations")
@@ -97,6 +109,9 @@ def parse_args() -> argparse.Namespace:
         parser.error("--cpu_threads needs --device cpu")
     if args.chunk_size and not args.gradient_cache:
         parser.error("--chunk_size needs --gradient_cache")
+    if args.resume not in (None, "auto") and not os.path.isfile(os.path.join(args.resume, "training_state.json")):
+        parser.error(f"argument --resume: {args.resume}: no checkpoint folder that training can go on from (it has no "
+                     "training_state.json); --init_from_ckpt starts anew from a checkpoint's weights")
     return args
 
 
@@ -151,7 +166,11 @@ def build_model(args: argparse.Namespace):
     from model import SimCSE, check_length, load_encoder, load_model, make_record
 
     settings = {"dropout": args.output_dropout, "margin": args.margin, "scale": args.scale}
-    if args.init_from_ckpt:
+    if args.resume:
+        model, tokenizer, record = load_model(data.checkpoint_file(args.resume), None, args.output_emb_size, "--resume",
+                                              args.dropout, settings)
+        name = record["model_name_or_path"]
+    elif args.init_from_ckpt:
         model, tokenizer, record = load_model(args.init_from_ckpt, args.model_name_or_path, args.output_emb_size,
                                               "--init_from_ckpt", args.dropout, settings)
         name = record["model_name_or_path"]
@@ -208,12 +227,12 @@ def train_faster_on_cpu(model) -> None:
 
 def batches_of(texts: Sequence[str], sampler: Iterable, tokenizer, args: argparse.Namespace) -> Iterator[tuple]:
     """Yield the sampler's batches while the step before runs: chunks, each (input_ids, token_type_ids), and the texts'
-    keys, which are None where duplicates are to be negatives."""
+    keys, which are None where duplicates are to be negatives, and rows."""
     def batch(rows) -> tuple:
         ids = tokenizer([texts[row] for row in rows], args.max_seq_length)
         size = (args.chunk_size or 32) if args.gradient_cache else len(ids)
         chunks = [data.pad(ids[start : start + size], tokenizer.pad_token_id) for start in range(0, len(ids), size)]
-        return chunks, None if args.keep_duplicate_negatives else data.text_keys(ids)
+        return chunks, None if args.keep_duplicate_negatives else data.text_keys(ids), rows
 
     return data.prefetch(batch(rows) for rows in sampler)
 
@@ -296,7 +315,8 @@ def build_optimizer(args: argparse.Namespace, model, steps: int):
     schedule = LinearDecayWithWarmup(args.learning_rate, steps, args.warmup_proportion)
     decayed = {parameter.name for name, parameter in model.named_parameters()
                if not any(part in name for part in ("bias", "norm"))}
-    optimizer = paddle.optimizer.AdamW(learning_rate=schedule, parameters=model.parameters(),
+    clip = paddle.nn.ClipGradByGlobalNorm(args.max_grad_norm) if args.max_grad_norm else None
+    optimizer = paddle.optimizer.AdamW(learning_rate=schedule, parameters=model.parameters(), grad_clip=clip,
                                        weight_decay=args.weight_decay, apply_decay_param_fun=decayed.__contains__)
     return optimizer, schedule
 
@@ -333,10 +353,12 @@ class Stop:
 class Reporter:
     """What rank 0 does beside the steps: log lines, VisualDL, evaluation, checkpoints. Other ranks do nothing."""
 
-    def __init__(self, args: argparse.Namespace, model, tokenizer, record: dict, evaluate: Callable | None) -> None:
+    def __init__(self, args: argparse.Namespace, model, tokenizer, record: dict, evaluate: Callable | None,
+                 write_state: Callable[[str, int], None]) -> None:
         from model import is_first_rank, wait_for_ranks
 
         self.args, self.model, self.tokenizer, self.record, self.test = args, model, tokenizer, record, evaluate
+        self.write_state = write_state
         self.active, self.wait = is_first_rank(), wait_for_ranks
         self.evaluated = self.saved = None
         self.logged_step, self.logged_at = 0, time.time()
@@ -376,43 +398,111 @@ class Reporter:
 
     def save(self, step: int) -> None:
         """On rank 0, while the others wait."""
+        from checkpoint import remove_old
         from model import save_checkpoint
 
         if self.saved == step:
             return
         if self.active:
             folder = os.path.join(self.args.save_dir, f"model_{step}")
-            save_checkpoint(folder, self.model, self.tokenizer, self.record)
+            save_checkpoint(folder, self.model, self.tokenizer, self.record, f"model_state.{self.args.save_format}",
+                            lambda temporary: self.write_state(temporary, step))
             data.log(f"saved {folder}")
+            remove_old(self.args.save_dir, step, self.args.keep_checkpoints)
         self.saved = step
         self.wait()
 
 
-def train(args: argparse.Namespace, texts: Sequence[str], evaluate: Callable | None) -> int:
-    """The training loop; returns the exit code: 0, or 128 + the signal that stopped it."""
+# What a run depends on: going on from its checkpoint with another would be neither that run nor a new one.
+RUN = ("batch_size", "gradient_accumulation_steps", "epochs", "seed", "max_seq_length", "learning_rate",
+       "warmup_proportion", "weight_decay", "max_grad_norm", "dropout", "output_dropout", "margin", "scale",
+       "precision", "cross_device_negatives", "keep_duplicate_negatives", "gradient_cache", "chunk_size")
+
+
+def run_of(args: argparse.Namespace, texts: data.TextFile, ranks: int) -> dict:
+    """What the run depends on, by flag; the training file by its content."""
+    return {"train_set_file": data.file_digest(texts.path), "number of processes": ranks,
+            **{name: getattr(args, name) for name in RUN}}
+
+
+def resumed_step(args: argparse.Namespace, run: dict, model, optimizer, scaler) -> int:
+    """The step of the checkpoint in --resume, whose state optimizer, schedule and scaler get; 0 without one.
+
+    Raises:
+        InputError: it is of a run with another training file, batch size or other setting.
+    """
+    from checkpoint import read_training_record, restore_optimizer
+
+    if not args.resume:
+        return 0
+    record = read_training_record(args.resume)
+    if other := [name for name in run if record["run"].get(name) != run[name]]:
+        changes = ", ".join(name if name == "train_set_file" else f"{name} {run[name]} instead of {record['run'][name]}"
+                            for name in other)
+        raise data.InputError(f"--resume {args.resume}: is of a run with another {changes}; --init_from_ckpt starts a "
+                              "new run from its weights")
+    restore_optimizer(args.resume, model, optimizer, record)
+    if record["scaler"]:
+        scaler.load_state_dict(record["scaler"])
+    data.log(f"going on from {args.resume}")
+    return record["step"]
+
+
+def diverged(step: int, loss, group: list[tuple], texts: data.TextFile, reporter: Reporter) -> bool:
+    """Whether the loss is no number; if so, says what can be said and saves, where the weights still are numbers."""
     import paddle
 
-    from model import join_ranks
+    if math.isfinite(float(loss)):
+        return False
+    if all(bool(paddle.isfinite(parameter).all()) for parameter in reporter.model.parameters()):
+        reporter.save(step)
+    lines = sorted(texts.line_number(row) for _, _, rows in group for row in rows)
+    data.log(f"train.py: error: the loss of step {step + 1} is {float(loss)}; its batch is lines "
+             f"{', '.join(map(str, lines[:100]))} of --train_set_file. A lower --learning_rate, --max_grad_norm 1 or "
+             "--warmup_proportion 0.1 may help")
+    return True
 
+
+def train(args: argparse.Namespace, texts: data.TextFile, evaluate: Callable | None) -> int:
+    """The training loop; returns the exit code: 0, 1 for a loss that is no number, or 128 + the signal that stopped it.
+    """
+    import paddle
+
+    from checkpoint import newest_resumable, prepare_save_dir, write_training_state
+    from model import is_first_rank, join_ranks, wait_for_ranks
+
+    if args.resume == "auto":
+        args.resume = newest_resumable(args.save_dir)
     set_seed(args.seed)
     model, tokenizer, record = build_model(args)
     network, (rank, ranks) = model, join_ranks()
+    if is_first_rank():  # weights, and two moments of each
+        prepare_save_dir(args.save_dir, 12 * sum(parameter.size for parameter in model.parameters()))
+    wait_for_ranks()
     if ranks > 1:
         network = paddle.DataParallel(model)  # gives all ranks the weights of rank 0
-        paddle.seed(args.seed + rank)  # another dropout on every rank
     sampler = data.ShuffledBatches(len(texts), args.batch_size, rank, ranks)
-    steps = -(-len(sampler) // args.gradient_accumulation_steps) * args.epochs
-    optimizer, schedule = build_optimizer(args, model, steps)
+    epoch_steps = -(-len(sampler) // args.gradient_accumulation_steps)
+    optimizer, schedule = build_optimizer(args, model, epoch_steps * args.epochs)
     scaler = paddle.amp.GradScaler(enable=args.precision == "fp16", init_loss_scaling=2.0**15)
-    reporter = Reporter(args, model, tokenizer, record, evaluate)
-    stop, step = Stop(), 0
-    for epoch in range(1, args.epochs + 1):
+    run = run_of(args, texts, ranks)
+    step = resumed_step(args, run, model, optimizer, scaler)
+    reporter = Reporter(args, model, tokenizer, record, evaluate, lambda folder, step: write_training_state(
+        folder, model, optimizer, {"step": step, "run": run, "scaler": numbers(scaler.state_dict())}))
+    reporter.logged_step, stop = step, Stop()
+    for epoch in range(step // epoch_steps, args.epochs):
+        first = step % epoch_steps
+        sampler.start_at(epoch, first * args.gradient_accumulation_steps)
         batches = batches_of(texts, sampler, tokenizer, args)
-        for number, group in enumerate(groups_of(args.gradient_accumulation_steps, batches), start=1):
+        for number, group in enumerate(groups_of(args.gradient_accumulation_steps, batches), start=first + 1):
             model.train()
+            # Dropout is a function of seed, rank and step, so that a resumed run has what an unbroken one has.
+            paddle.seed(((args.seed + rank) * 1_000_003 + step) % 2**31)
             for batch in group:
                 loss = backward(network, model, batch, lambda loss: scaler.scale(loss / len(group)),  # noqa: B023
                                 last=batch is group[-1])
+            if (args.device == "cpu" or step % 10 == 9) and diverged(step, loss, group, texts, reporter):
+                return 1
             learning_rate = optimizer.get_lr()
             scaler.step(optimizer)
             scaler.update()
@@ -420,7 +510,7 @@ def train(args: argparse.Namespace, texts: Sequence[str], evaluate: Callable | N
             optimizer.clear_grad()
             step += 1
             if step % 10 == 0:
-                reporter.log_step(step, epoch, number, loss, learning_rate)
+                reporter.log_step(step, epoch + 1, number, loss, learning_rate)
             if step % args.eval_steps == 0:
                 reporter.evaluate(step)
             if step % args.save_steps == 0:
@@ -433,11 +523,15 @@ def train(args: argparse.Namespace, texts: Sequence[str], evaluate: Callable | N
     return 0
 
 
+def numbers(state: dict) -> dict:
+    """A state of tensors of one element as plain numbers, for JSON."""
+    return {name: value if isinstance(value, (bool, int)) else float(value) for name, value in state.items()}
+
+
 def main() -> None:
     args = parse_args()
     texts = data.TextFile(args.train_set_file, "--train_set_file", args.strict_data)
     evaluate = read_test_set(args)
-    os.makedirs(args.save_dir, exist_ok=True)
 
     from model import is_first_rank, set_device
 

@@ -72,6 +72,12 @@ def test_loss_is_equation_1():
         assert m.mean_loss(query, title, 3, margin, scale) == pytest.approx(np.dot(halves, [0.6, 0.4]), rel=1e-6)
 
 
+def test_loss_of_no_number_is_no_number():
+    vectors = np.ones((4, 2), "float32")
+    vectors[1] = np.nan
+    assert np.isnan(float(m.contrastive_loss(*tensors(vectors, vectors), 0.0, 20)))
+
+
 def test_one_pass_of_both_views_equals_two():
     """Loss and gradients, dropout off: the forward pass of 2B rows against one pass for each side."""
     gradients, losses = [], []
