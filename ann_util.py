@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from data import WINDOW, InputError, first_line
+from data import WINDOW, InputError, file_digest, first_line
 
 # Exact search multiplies so many queries by so many documents at a time, on every core: 16 MB of cosines.
 QUERY_BLOCK, CORPUS_BLOCK = 256, 16384
@@ -103,6 +103,15 @@ class ExactIndex:
         self._blocks = list(_blocks(np.load(path)))
 
 
+def available_memory() -> float:
+    """Bytes that can be had; infinite where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return math.inf
+
+
 class HnswIndex:
     """hnswlib (Malkov and Yashunin 2018) on inner products, which are cosines for L2-normalized embeddings.
 
@@ -119,7 +128,15 @@ class HnswIndex:
 
         self.ef, self.max_elements, self.threads = ef, max_elements, threads or -1
         self._index = hnswlib.Index(space="ip", dim=dim)
-        self._index.init_index(max_elements=max_elements, ef_construction=ef, M=m)
+        needed = max_elements * (4 * dim + 8 * m + 60)  # the vector, the links of the lowest level, label and lock
+        try:
+            if needed > available_memory():
+                raise MemoryError
+            self._index.init_index(max_elements=max_elements, ef_construction=ef, M=m)
+        except (MemoryError, RuntimeError):
+            raise InputError(f"the graph of {max_elements:,} documents of {dim} needs {needed / 1e9:.1f} GB of memory, "
+                             f"and {available_memory() / 1e9:.1f} are free: share it out among several processes or "
+                             "machines, or take --ann_engine milvus") from None
 
     def __len__(self) -> int:
         return self._index.get_current_count()
@@ -218,10 +235,20 @@ class Shards:
         for shard, index in self.shards.items():
             index.save(os.path.join(folder, f"shard_{shard}.bin"))
 
-    def load(self, folder: str) -> None:
-        """Read this rank's shards from the folder."""
+    def load(self, folder: str, digests: dict[str, str]) -> None:
+        """Read this rank's shards from the folder.
+
+        Args:
+            digests: SHA-256 of each file by its name.
+
+        Raises:
+            ValueError: a file is not what was written.
+        """
         for shard, index in self.shards.items():
-            index.load(os.path.join(folder, f"shard_{shard}.bin"))
+            name = f"shard_{shard}.bin"
+            if file_digest(os.path.join(folder, name)) != digests.get(name):
+                raise ValueError(f"{name} is not what was written")
+            index.load(os.path.join(folder, name))
 
 
 def check_made_of(found: dict, wanted: dict, where: str, remedy: str) -> None:

@@ -179,20 +179,30 @@ def read_made_of(path: str, wanted: dict) -> dict:
     return found
 
 
+def read_kept_corpus(path: str, digest: str) -> data.TextFile:
+    """The documents in the folder of an index."""
+    corpus = os.path.join(path, "corpus.csv")
+    if not os.path.isfile(corpus) or data.file_digest(corpus) != digest:
+        raise data.InputError(f"--index_path {path}: damaged: corpus.csv is not what was written")
+    return data.TextFile(corpus, "--index_path")
+
+
 def save_index(path: str, index, made_of: dict, corpus: data.TextFile) -> None:
     """Write the index of all ranks, and the corpus, to the folder `path`, which appears when all is written."""
+    from checkpoint import sync
     from model import is_first_rank, wait_for_ranks
 
     partial = f"{path.rstrip('/')}.partial"  # the same name on all ranks
     try:
         os.makedirs(partial, exist_ok=True)
         index.save(partial)
-        if is_first_rank():
-            shutil.copyfile(corpus.path, os.path.join(partial, "corpus.csv"))
-            with open(os.path.join(partial, "fingerprint.json"), "w", encoding="utf-8") as file:
-                json.dump(made_of, file, indent=2)
         wait_for_ranks()
         if is_first_rank():
+            digests = {name: data.file_digest(os.path.join(partial, name)) for name in sorted(os.listdir(partial))}
+            shutil.copyfile(corpus.path, os.path.join(partial, "corpus.csv"))
+            with open(os.path.join(partial, "fingerprint.json"), "w", encoding="utf-8") as file:
+                json.dump({**made_of, "shards": digests}, file, indent=2)
+            sync(partial)
             os.rename(partial, path)
             data.log(f"kept the index in {path}")
     finally:
@@ -216,11 +226,11 @@ def open_index(args: argparse.Namespace, corpus: data.TextFile | None, engine, t
     kept = args.index_path and os.path.exists(args.index_path)
     if kept:
         made_of = read_made_of(args.index_path, made_of)
-        corpus = corpus or data.TextFile(os.path.join(args.index_path, "corpus.csv"), "--index_path")
+        corpus = corpus or read_kept_corpus(args.index_path, made_of["corpus"])
     index = new_index(args, made_of, len(corpus), engine.embedding_size, rank, ranks)
     if kept:
         try:
-            index.load(args.index_path)
+            index.load(args.index_path, made_of.get("shards", {}))
         except (OSError, RuntimeError, ValueError) as error:
             raise data.InputError(f"--index_path {args.index_path}: damaged: {data.first_line(error)}") from None
         data.log(f"using the index in {args.index_path}")

@@ -15,7 +15,7 @@ from ann_util import (
     merge,
     recall_at,
 )
-from data import InputError
+from data import InputError, file_digest
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_shards_find_the_same_on_any_number_of_ranks(vectors, documents, make, t
                 parts[0].add(rows, corpus[rows.start : rows.stop])
             parts[0].finish()
             parts[0].save(str(folder))
-            parts[1].load(str(folder))
+            parts[1].load(str(folder), {path.name: file_digest(str(path)) for path in folder.iterdir()})
             one, again = (part.search(queries, 9) for part in parts)
             exact = parts[0].search(queries, 9, exact=True)
             assert all((a == b).all() for a, b in zip(one, again))
@@ -133,6 +133,14 @@ def test_an_unreachable_graph_is_an_input_error():
         assert "--hnsw_m" in str(error)
     else:
         assert sorted(rows[0].tolist()) == list(range(2000))
+
+
+def test_too_little_memory_says_how_much(monkeypatch):
+    monkeypatch.setattr(ann_util, "available_memory", lambda: 10**9)
+    with pytest.raises(InputError, match=r"the graph of 10,000,000 documents of 256 needs 13\.4 GB .* 1\.0 are free"):
+        HnswIndex(256, 10**7)
+    monkeypatch.undo()
+    assert 10**8 < ann_util.available_memory() < 10**13
 
 
 def test_recall_at_and_first_hits():

@@ -320,8 +320,17 @@ def test_an_index_is_kept_used_again_and_refused_for_anything_else(checkpoint, s
                        (["--max_seq_length", 9], "max_seq_length"), (["--hnsw_ef", 50], "hnsw_ef"),
                        (["--ann_engine", "exact"], "ann_engine")):
         assert f"was built with another {what};" in refuse("recall.py", *flags(*more), cwd=tmp_path)
-    (tmp_path / "index" / "shard_3.bin").write_bytes(b"cut off")
+    shard, kept_corpus = tmp_path / "index" / "shard_3.bin", tmp_path / "index" / "corpus.csv"
+    whole = shard.read_bytes()
+    for damaged in (b"", whole[:-1], whole[:500] + bytes([whole[500] ^ 1]) + whole[501:]):
+        shard.write_bytes(damaged)
+        assert "damaged: shard_3.bin is not what was written" in refuse("recall.py", *flags(), cwd=tmp_path)
+    shard.unlink()
     assert "damaged" in refuse("recall.py", *flags(), cwd=tmp_path)
+    kept_corpus.write_bytes(kept_corpus.read_bytes()[:-1])
+    line = refuse("recall.py", "--device", "cpu", "--params_path", checkpoint, "--index_path", tmp_path / "index",
+                  "--query", "x")
+    assert "damaged: corpus.csv is not what was written" in line
 
 
 def test_one_query_from_a_kept_index(checkpoint, sample, tmp_path):
