@@ -169,12 +169,30 @@ def add_encode_arguments(parser: argparse.ArgumentParser, max_seq_length: int = 
     parser.add_argument("--cpu_threads", type=natural_int, default=0, help="math threads on a CPU; 0: all cores")
 
 
+def check_positions(parser: argparse.ArgumentParser, max_seq_length: int, folders: Iterable[str | None]) -> None:
+    """Refuse texts longer than the encoder whose config is the first to be found in `folders`; a hub name has none."""
+    for path, key in ((os.path.join(folder, name), key) for folder in folders if folder
+                      for name, key in (("simcse_config.json", "encoder_config"), ("config.json", None))):
+        try:
+            with open(path, encoding="utf-8") as file:
+                config = json.load(file)
+            positions = (config[key] if key else config)["max_position_embeddings"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if max_seq_length > positions:
+            parser.error(f"--max_seq_length {max_seq_length}: the encoder has {positions} positions")
+        return
+
+
 def check_encode_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
     """Refuse flags of `add_encode_arguments` that would do nothing on the device asked for; returns `args`."""
     if args.precision == "fp16" and args.device != "gpu":
         parser.error("--precision fp16 needs --device gpu")
     if args.cpu_threads and args.device != "cpu":
         parser.error("--cpu_threads needs --device cpu")
+    named = vars(args)
+    check_positions(parser, args.max_seq_length, (
+        named.get("model_name_or_path"), named.get("model_dir"), os.path.dirname(named.get("params_path") or "")))
     return args
 
 
@@ -189,6 +207,8 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
 
 def nonempty_text(text: str) -> str:
     """Check that a text given on the command line is one."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise argparse.ArgumentTypeError(f"not UTF-8: {ascii(text)}")
     if not text.strip():
         raise argparse.ArgumentTypeError("an empty text")
     return text
@@ -246,10 +266,26 @@ def run(main: Callable[[], None]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ text files
+def _runs(pid: int) -> bool:
+    """Whether there is a process of that number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 @contextlib.contextmanager
 def new_file(path: str, mode: str = "w") -> Iterator[IO]:
     """Open a temporary file that takes the place of `path` when all is written; on an error `path` stays as it was."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    parent, name = os.path.split(path)
+    os.makedirs(parent or ".", exist_ok=True)
+    for other in os.listdir(parent or "."):  # what a killed process left
+        found = re.fullmatch(re.escape(name) + r"\.(\d+)\.tmp", other)
+        if found and not _runs(int(found[1])):
+            os.remove(os.path.join(parent, other))
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as file:

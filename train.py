@@ -107,6 +107,8 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--precision {args.precision} needs --device gpu: paddle has no such training on a CPU")
     if args.cpu_threads and args.device != "cpu":
         parser.error("--cpu_threads needs --device cpu")
+    data.check_positions(parser, args.max_seq_length, (
+        args.model_name_or_path, os.path.dirname(args.init_from_ckpt or ""), args.resume))
     if args.chunk_size and not args.gradient_cache:
         parser.error("--chunk_size needs --gradient_cache")
     if args.resume not in (None, "auto") and not os.path.isfile(os.path.join(args.resume, "training_state.json")):

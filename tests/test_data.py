@@ -127,6 +127,13 @@ def test_new_file_is_all_or_nothing(tmp_path):
         file.write("half")
         raise RuntimeError
     assert path.read_text() == "whole" and [p.name for p in path.parent.iterdir()] == ["file.txt"]
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for pid in (ended.pid, 1):  # what a killed process left goes, what another one writes stays
+        (path.parent / f"file.txt.{pid}.tmp").write_text("half")
+    with data.new_file(str(path)) as file:
+        file.write("again")
+    assert sorted(p.name for p in path.parent.iterdir()) == ["file.txt", "file.txt.1.tmp"]
 
 
 @pytest.fixture(scope="module")
