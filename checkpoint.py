@@ -84,7 +84,7 @@ class new_folder:
         parent, name = os.path.split(self.path)
         os.makedirs(parent, exist_ok=True)
         self.temporary = tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=parent)
-        os.chmod(self.temporary, 0o755)
+        os.chmod(self.temporary, 0o755)  # nosec B103  as any folder that a user makes; mkdtemp's is closed to others
         return self.temporary
 
     def __exit__(self, kind: type | None, *_: Any) -> None:

@@ -558,7 +558,7 @@ def load_tokenizer(name_or_path: str) -> WordPiece | AnyTokenizer:
     from paddlenlp.transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)  # nosec B615  the user names what is fetched
     except Exception as error:  # paddlenlp raises OSError, ValueError, KeyError or its own, for the same reason
         raise InputError(f"no tokenizer in {name_or_path}: {first_line(error)}") from None
     kind = type(tokenizer).__name__
