@@ -20,7 +20,8 @@ settings.register_profile("here", max_examples=int(os.environ.get("FUZZ_EXAMPLES
 settings.load_profile("here")
 # Bytes that make text files difficult, and any others.
 PIECES = st.sampled_from([b"\n", b"\r", b"\r\n", b"\t", b" ", "\u3000".encode(), "语义".encode(), b"a", b"\0",
-                          b"\xef\xbb\xbf", b"\xff\xfe", b"\xe4", b"\x1c", "\u2028".encode(), "“".encode(), b"\xed\xa0\x80"])
+                          b"\xef\xbb\xbf", b"\xff\xfe", b"\xe4", b"\x1c", "\u2028".encode(), "“".encode(),
+                          b"\xed\xa0\x80"])
 FILES = st.lists(st.one_of(PIECES, st.binary(max_size=4)), max_size=40).map(b"".join)
 TEXT = st.text(max_size=60)
 

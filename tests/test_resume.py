@@ -57,6 +57,27 @@ def test_broken_by_kill_9_and_resumed_is_unbroken_to_the_bit(flags, tmp_path, mo
     assert f"going on from broken/model_{steps}" in again.stderr and "global step" not in again.stderr
 
 
+@pytest.mark.parametrize("signals, code", [([signal.SIGTERM], 143), ([signal.SIGINT], 130),
+                                           ([signal.SIGINT, signal.SIGTERM], -signal.SIGTERM)])
+def test_signals_save_and_a_second_ends_at_once(flags, tmp_path, signals, code):
+    """Steps of 128 texts take long enough for a second signal to come before the first is acted on."""
+    command = flags("--batch_size", 128, "--max_seq_length", 64, "--epochs", 100, "--save_steps", 1000)
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, command)], cwd=tmp_path,
+                               stderr=subprocess.PIPE, text=True)
+    assert any("global step 10," in line for line in process.stderr)
+    process.send_signal(signals[0])
+    assert any("saving after this step" in line for line in process.stderr)
+    for number in signals[1:]:
+        process.send_signal(number)
+    rest = process.stderr.read()
+    assert process.wait(60) == code and "Traceback" not in rest
+    if len(signals) == 1:
+        (step,) = c.saved_steps(str(tmp_path / "checkpoints"))
+        assert f"saved ./checkpoints/model_{step}" in rest
+    else:
+        assert "saved" not in rest and not c.saved_steps(str(tmp_path / "checkpoints"))
+
+
 def test_only_the_newest_has_training_state_and_old_ones_go(flags, tmp_path):
     succeed("train.py", *flags("--keep_checkpoints", 3), cwd=tmp_path)
     folder = tmp_path / "checkpoints"
