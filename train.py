@@ -334,9 +334,9 @@ class Stop:
 
     def _request(self, number: int, _) -> None:
         self.signal = number
-        data.log(f"{signal.Signals(number).name}: saving after this step; once more to stop without saving")
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
+        data.log(f"{signal.Signals(number).name}: saving after this step; once more to stop without saving")
 
     def requested(self, step: int) -> bool:
         """Whether to stop after `step`. Ranks stop after the same one, so they ask each other, every 10 steps."""
