@@ -55,6 +55,7 @@ from data import (  # noqa: E402
 
 CPU_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 CONFIG_FILE = "simcse_config.json"
+LAUNCHER_GONE = signal.SIGUSR1  # not SIGTERM: it comes once for each thread of the launcher
 PARAMS_FILE = "model_state.pdparams"
 # Tokens of a batch, padding included, that keep a processor busy, by whether it is a CPU.
 BATCH_TOKENS = {True: 2048, False: 65536}
@@ -276,7 +277,7 @@ def join_ranks() -> tuple[int, int]:
     if (ranks := paddle.distributed.get_world_size()) > 1:
         if hasattr(libc := ctypes.CDLL(None), "prctl"):  # Linux: a launcher that is killed does not end its processes
             pr_set_pdeathsig = 1
-            libc.prctl(pr_set_pdeathsig, signal.SIGTERM)
+            libc.prctl(pr_set_pdeathsig, LAUNCHER_GONE)
         paddle.distributed.init_parallel_env()
     return paddle.distributed.get_rank(), ranks
 

@@ -324,15 +324,24 @@ def build_optimizer(args: argparse.Namespace, model, steps: int):
 
 
 class Stop:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step at hand; a second one ends at once."""
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step at hand; a second one ends at once.
+
+    Not so under a launcher: it sends SIGTERM twice, a second apart, and kills three seconds later.
+    """
 
     signal = None
 
     def __init__(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        from model import LAUNCHER_GONE
+
+        self.launched = "PADDLE_TRAINER_ID" in os.environ
+        for number in (signal.SIGINT, signal.SIGTERM, LAUNCHER_GONE):
             signal.signal(number, self._request)
 
     def _request(self, number: int, _) -> None:
+        if self.launched:
+            self.signal = signal.SIGTERM
+            return
         self.signal = number
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
