@@ -61,7 +61,7 @@ def test_broken_by_kill_9_and_resumed_is_unbroken_to_the_bit(flags, tmp_path, mo
                                            ([signal.SIGINT, signal.SIGTERM], -signal.SIGTERM)])
 def test_signals_save_and_a_second_ends_at_once(flags, tmp_path, signals, code):
     """Steps of 128 texts take long enough for a second signal to come before the first is acted on."""
-    command = flags("--batch_size", 128, "--max_seq_length", 64, "--epochs", 100, "--save_steps", 1000)
+    command = flags("--batch_size", 128, "--max_seq_length", 32, "--epochs", 100, "--save_steps", 1000)
     process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, command)], cwd=tmp_path,
                                stderr=subprocess.PIPE, text=True)
     assert any("global step 10," in line for line in process.stderr)
