@@ -244,25 +244,39 @@ def add_strict_argument(parser: argparse.ArgumentParser) -> None:
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`: input errors become one line and exit code 2, Ctrl-C exit code 130."""
+    code = _run(main)
+    if int(os.environ.get("PADDLE_TRAINERS_NUM", 1)) > 1:
+        # With several processes paddle's threads now and then crash while Python ends: all is written, so end here.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _run(main: Callable[[], None]) -> int:
+    """Run `main`; the exit code."""
     program = os.path.basename(sys.argv[0])
     try:
         main()
         sys.stdout.flush()
+    except SystemExit as end:
+        return end.code or 0
     except InputError as error:
         log(f"{program}: error: {error}")
-        sys.exit(2)
+        return 2
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # the reader of stdout (head, less) has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(141)
+            return 141
         log(f"{program}: error: {error}")
-        sys.exit(2)
+        return 2
     except ModuleNotFoundError as error:
         log(f"{program}: error: {error.name} {HOW_TO_INSTALL}")
-        sys.exit(2)
+        return 2
     except KeyboardInterrupt:
         log(f"{program}: interrupted")
-        sys.exit(130)
+        return 130
+    return 0
 
 
 # ------------------------------------------------------------------------------------------------ text files

@@ -386,6 +386,7 @@ class Reporter:
         data.log(f"global step {step}, epoch: {epoch}, batch: {batch}, loss: {value:.5f}, speed: {speed:.2f} step/s")
         for name, number in (("loss", value), ("learning_rate", learning_rate), ("speed", speed)):
             self.writer.add_scalar(f"train/{name}", number, step)
+        self.writer.flush()
         self.logged_step, self.logged_at = step, time.time()
 
     def evaluate(self, step: int) -> None:
@@ -406,6 +407,7 @@ class Reporter:
         print(f"global step {step}, " + ", ".join(f"{name}={value}" for name, value in measures.items()), flush=True)
         for name, value in measures.items():
             self.writer.add_scalar(f"eval/{name}", value, step)
+        self.writer.flush()
 
     def save(self, step: int) -> None:
         """On rank 0, while the others wait."""

@@ -35,6 +35,7 @@ params_path() {
         echo "$PARAMS_PATH"
         return
     fi
-    newest=$(ls -td "$SAVE_DIR"/model_*/ 2>/dev/null | head -n 1)
-    echo "${newest:-$SAVE_DIR/model_20000/}model_state.pdparams"
+    # By the weights' own age: older folders lose their training state, and are younger for it, when a new one is saved.
+    newest=$(ls -t "$SAVE_DIR"/model_*/model_state.* 2>/dev/null | head -n 1)
+    echo "${newest:-$SAVE_DIR/model_20000/model_state.pdparams}"
 }

@@ -206,3 +206,21 @@ def test_quickstart(clone):
     for name in ("scores.txt", "corpus.npy", "output/simcse_config.json", "deploy.txt", "after/recall_result.txt"):
         assert (clone / "quickstart" / name).stat().st_size > 0
         assert name.split("/")[0] in result.stdout
+
+
+def test_the_newest_checkpoint_is_that_of_the_newest_weights(bare_clone, tmp_path):
+    """Whatever is removed from an older folder afterwards."""
+    def newest():
+        return subprocess.run(["sh", "-c", ". scripts/common.sh; params_path"], cwd=bare_clone, capture_output=True,
+                              text=True, env={**os.environ, "SAVE_DIR": str(tmp_path / "ck")}).stdout.strip()
+
+    assert newest() == f"{tmp_path}/ck/model_20000/model_state.pdparams"
+    for age, (name, kind) in enumerate((("model_9", "pdparams"), ("model_4", "safetensors"), ("model_10", "pdparams"))):
+        folder = tmp_path / "ck" / name
+        folder.mkdir(parents=True)
+        (folder / "training_state.json").write_text("")
+        (folder / f"model_state.{kind}").write_text("")
+        os.utime(folder / f"model_state.{kind}", (1000 + age, 1000 + age))
+        assert newest() == str(folder / f"model_state.{kind}")
+    (tmp_path / "ck" / "model_9" / "training_state.json").unlink()
+    assert newest().endswith("model_10/model_state.pdparams")
