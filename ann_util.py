@@ -23,6 +23,11 @@ QUERY_BLOCK, CORPUS_BLOCK = 256, 16384
 Found = tuple[np.ndarray, np.ndarray]  # of every query rows int64 [Q, k] and their cosines float32 [Q, k], best first
 
 
+def nothing(queries: np.ndarray) -> Found:
+    """The result of an index without documents."""
+    return np.empty((len(queries), 0), "int64"), np.empty((len(queries), 0), "float32")
+
+
 def merge(parts: Sequence[Found], k: int) -> Found:
     """The k best of several results of the same queries, or all where there are fewer; of equal cosines the lower row
     first."""
@@ -49,7 +54,7 @@ def exact_search(queries: np.ndarray, corpus: np.ndarray | Iterable[np.ndarray],
         Corpus rows int64 [Q, min(k, N)] and cosines float32 of the same shape, best first; of equal cosines the
         lower row first.
     """
-    best, seen = (np.empty((len(queries), 0), "int64"), np.empty((len(queries), 0), "float32")), 0
+    best, seen = nothing(queries), 0
     with ThreadPoolExecutor(os.cpu_count()) as workers:
         for block in _blocks(corpus) if isinstance(corpus, np.ndarray) else corpus:
             found = workers.map(lambda some, block=block: _best(some @ block.T, k), _blocks(queries, QUERY_BLOCK))
@@ -219,7 +224,7 @@ class Shards:
 
     def search(self, queries: np.ndarray, k: int, exact: bool = False) -> Found:
         """The k best of this rank's documents, fewer where it has fewer; their rows are those of the whole corpus."""
-        parts = [(np.empty((len(queries), 0), "int64"), np.empty((len(queries), 0), "float32"))]
+        parts = [nothing(queries)]
         for shard, index in self.shards.items():
             rows, cosines = exact_search(queries, index.blocks(), k) if exact else index.search(queries, k)
             pieces, places = np.divmod(rows, self.piece)
@@ -385,7 +390,7 @@ class MilvusIndex:
     def search(self, queries: np.ndarray, k: int) -> Found:
         """As `Shards.search`, on rank 0; other ranks find nothing."""
         if self.rank:
-            return np.empty((len(queries), 0), "int64"), np.empty((len(queries), 0), "float32")
+            return nothing(queries)
         if k > self._MOST:
             raise InputError(f"--recall_num {k}: Milvus gives at most {self._MOST}")
         depth, parts = self._parameters(self.made_of)[1], []

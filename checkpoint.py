@@ -184,9 +184,10 @@ def newest_resumable(save_dir: str) -> str | None:
 def remove_old(save_dir: str, step: int, keep: int) -> None:
     """Of the checkpoints up to `step` keep the newest `keep` (0: all), and training state in the newest alone."""
     older = [each for each in saved_steps(save_dir) if each < step]
+    kept = older[max(0, len(older) - keep + 1) :] if keep else older
     for each in older:
         folder = os.path.join(save_dir, f"model_{each}")
-        if each in older[len(older) - keep + 1 :] or not keep:
+        if each in kept:
             for name in (STATE_RECORD, STATE_FILE):
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(os.path.join(folder, name))
@@ -205,7 +206,7 @@ def prepare_save_dir(save_dir: str, needed: int) -> None:
     try:
         os.makedirs(save_dir, exist_ok=True)
         for name in os.listdir(save_dir):
-            if re.fullmatch(r"\.model_\d+\..*tmp|\.model_\d+\.tmp", name):
+            if re.fullmatch(r"\.model_\d+\.(.*\.)?tmp", name):
                 shutil.rmtree(os.path.join(save_dir, name), ignore_errors=True)
         with tempfile.TemporaryFile(dir=save_dir):
             pass

@@ -86,6 +86,15 @@ def test_only_the_newest_has_training_state_and_old_ones_go(flags, tmp_path):
     assert c.newest_resumable(str(folder)) == str(folder / "model_48")
 
 
+@pytest.mark.parametrize("keep", range(6))
+def test_how_many_are_kept(tmp_path, keep):
+    """After each save the newest `keep`, however few there are by then; 0: all."""
+    for number in range(1, 6):
+        (tmp_path / f"model_{number}").mkdir()
+        c.remove_old(str(tmp_path), number, keep)
+        assert c.saved_steps(str(tmp_path)) == list(range(1, number + 1))[-keep if keep else 0 :]
+
+
 def test_resuming_another_run_is_refused(flags, sample, tmp_path):
     succeed("train.py", *flags("--epochs", 1), cwd=tmp_path)
     newest = tmp_path / "checkpoints" / "model_16"
