@@ -16,7 +16,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from data import WINDOW, InputError, file_digest, first_line
+from console import InputError, first_line
+from data import WINDOW, file_digest
 
 # Exact search multiplies so many queries by so many documents at a time, on every core: 16 MB of cosines.
 QUERY_BLOCK, CORPUS_BLOCK = 256, 16384

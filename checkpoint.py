@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from data import InputError, first_line
+from console import InputError, first_line
 
 # What paddle.save's pickles name: numpy arrays, in dicts and tuples. Anything else could run code while it is read.
 _ALLOWED = {("collections", "OrderedDict"), ("builtins", "tuple"), ("_codecs", "encode"), ("numpy", "ndarray"),

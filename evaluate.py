@@ -11,20 +11,22 @@ from collections import Counter
 
 import numpy as np
 
+import cli
+import console
 import data
 from ann_util import recall_at
 
 
 def parse_args() -> argparse.Namespace:
-    parser = data.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--similar_text_pair", type=data.readable_file, default="recall/dev.csv",
+    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--similar_text_pair", type=cli.readable_file, default="recall/dev.csv",
                         help="query and target, tab-separated, a pair a line; a query may stand on several lines")
-    parser.add_argument("--recall_result_file", type=data.readable_file,
+    parser.add_argument("--recall_result_file", type=cli.readable_file,
                         default="./recall_result_dir/recall_result.txt",
                         help="what recall.py wrote: query, document, cosine, best first")
-    parser.add_argument("--recall_num", type=data.positive_int, default=50,
+    parser.add_argument("--recall_num", type=cli.positive_int, default=50,
                         help="documents looked at for each query; those below are ignored")
-    data.add_strict_argument(parser)
+    cli.add_strict_argument(parser)
     return parser.parse_args()
 
 
@@ -52,12 +54,12 @@ def first_ranks(args: argparse.Namespace) -> np.ndarray:
 def report(args: argparse.Namespace, missing: list[str], unknown: int, most: int) -> None:
     """Say on stderr what makes the figures other than they seem."""
     if missing:
-        data.log(f"{len(missing)} queries have no line in {args.recall_result_file} and count as missed: "
-                 + ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else ""))
+        console.log(f"{len(missing)} queries have no line in {args.recall_result_file} and count as missed: "
+                    + ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else ""))
     if unknown:
-        data.log(f"{unknown} lines of {args.recall_result_file} belong to no query of {args.similar_text_pair}")
+        console.log(f"{unknown} lines of {args.recall_result_file} belong to no query of {args.similar_text_pair}")
     if (depth := min(args.recall_num, most)) < max(data.RECALL_KS):
-        data.log(f"only {depth} documents a query were looked at: recall@k is recall@{depth} for every larger k")
+        console.log(f"only {depth} documents a query were looked at: recall@k is recall@{depth} for every larger k")
 
 
 def main() -> None:
@@ -70,4 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    data.run(main)
+    console.run(main)

@@ -8,20 +8,22 @@ Without --output_file prints the shape and the embeddings.
 
 import argparse
 
+import cli
+import console
 import data
 
 
 def parse_args() -> argparse.Namespace:
-    parser = data.ArgumentParser(description=__doc__.splitlines()[0])
-    data.add_text_arguments(parser)
-    data.add_model_arguments(parser, params_path=data.DEFAULT_PARAMS)
-    data.add_encode_arguments(parser)
-    return data.check_encode_arguments(parser, parser.parse_args())
+    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
+    cli.add_text_arguments(parser)
+    cli.add_model_arguments(parser, params_path=cli.DEFAULT_PARAMS)
+    cli.add_encode_arguments(parser)
+    return cli.check_encode_arguments(parser, parser.parse_args())
 
 
 def main() -> None:
     args = parse_args()
-    texts = data.given_texts(args)
+    texts = cli.given_texts(args)
 
     from deploy.python.predictor import load_engine
     from model import encode
@@ -36,4 +38,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    data.run(main)
+    console.run(main)

@@ -43,15 +43,8 @@ import paddle.nn.functional as F  # noqa: E402
 from paddle import nn  # noqa: E402
 
 from checkpoint import new_folder, read_weights, write_weights  # noqa: E402
-from data import (  # noqa: E402
-    DEFAULT_MODEL,
-    InputError,
-    first_line,
-    load_tokenizer,
-    log,
-    make_batches,
-    tokenize_windows,
-)
+from console import InputError, first_line, log  # noqa: E402
+from data import DEFAULT_MODEL, load_tokenizer, make_batches, tokenize_windows  # noqa: E402
 
 CPU_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 CONFIG_FILE = "simcse_config.json"

@@ -8,18 +8,20 @@ against the others of its batch, goes to stderr.
 
 import argparse
 
+import cli
+import console
 import data
 
 
 def parse_args() -> argparse.Namespace:
-    parser = data.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--text_pair_file", type=data.readable_file, required=True,
+    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--text_pair_file", type=cli.readable_file, required=True,
                         help="two texts, tab-separated, a pair a line")
-    data.add_model_arguments(parser)
-    data.add_encode_arguments(parser)
-    parser.add_argument("--margin", type=data.natural_float, default=0.0, help="margin of the loss, in cosine")
-    parser.add_argument("--scale", type=data.positive_float, default=20, help="factor on the cosines in the loss")
-    return data.check_encode_arguments(parser, parser.parse_args())
+    cli.add_model_arguments(parser)
+    cli.add_encode_arguments(parser)
+    parser.add_argument("--margin", type=cli.natural_float, default=0.0, help="margin of the loss, in cosine")
+    parser.add_argument("--scale", type=cli.positive_float, default=20, help="factor on the cosines in the loss")
+    return cli.check_encode_arguments(parser, parser.parse_args())
 
 
 def main() -> None:
@@ -35,9 +37,9 @@ def main() -> None:
         print(cosine)
     batch_size = args.batch_size or 32
     loss = mean_loss(query, title, batch_size, args.margin, args.scale)
-    data.log(f"{len(pairs)} pairs, contrastive loss in batches of {batch_size}: {loss:.6f} "
-             f"(margin {args.margin:g}, scale {args.scale:g})")
+    console.log(f"{len(pairs)} pairs, contrastive loss in batches of {batch_size}: {loss:.6f} "
+                f"(margin {args.margin:g}, scale {args.scale:g})")
 
 
 if __name__ == "__main__":
-    data.run(main)
+    console.run(main)

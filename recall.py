@@ -23,6 +23,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import IO
 
+import cli
+import console
 import data
 
 HNSW_M, HNSW_EF, SHARDS = 32, 100, 8
@@ -31,21 +33,21 @@ SAMPLE = 100  # queries whose neighbours are searched exactly as well, to measur
 
 
 def parse_args() -> argparse.Namespace:
-    parser = data.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
     group = parser.add_argument_group("files")
-    group.add_argument("--corpus_file", type=data.readable_file, default=None,
+    group.add_argument("--corpus_file", type=cli.readable_file, default=None,
                        help="documents to search, one a line; may be left out with --query, where there is an index")
-    group.add_argument("--similar_text_pair", "--similar_text_pair_file", type=data.readable_file, default=None,
+    group.add_argument("--similar_text_pair", "--similar_text_pair_file", type=cli.readable_file, default=None,
                        help="query and target, tab-separated, a pair a line; only the queries are used")
-    group.add_argument("--query", action="append", type=data.nonempty_text, default=[],
+    group.add_argument("--query", action="append", type=cli.nonempty_text, default=[],
                        help="a query, instead of --similar_text_pair; may be given several times")
     group.add_argument("--recall_result_dir", default="recall_result_dir", help="folder of the result, made if need be")
     group.add_argument("--recall_result_file", default="recall_result.txt", help="name of the result in that folder")
     group = parser.add_argument_group("model")
-    data.add_model_arguments(group)
-    data.add_encode_arguments(group)
+    cli.add_model_arguments(group)
+    cli.add_encode_arguments(group)
     group = parser.add_argument_group("index")
-    group.add_argument("--recall_num", "--top_k", type=data.positive_int, default=10,
+    group.add_argument("--recall_num", "--top_k", type=cli.positive_int, default=10,
                        help="documents recalled for each query")
     group.add_argument("--ann_engine", choices=("hnswlib", "exact", "milvus"), default="hnswlib",
                        help="hnswlib: an approximate graph; exact: a matrix product, for up to some 100,000 documents; "
@@ -53,28 +55,28 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--index_path", default=None,
                        help="folder of the index: used where there is one, which has to be of the same corpus, model "
                        "and settings; otherwise the index is built and kept there")
-    group.add_argument("--index_shards", type=data.positive_int, default=None,
+    group.add_argument("--index_shards", type=cli.positive_int, default=None,
                        help="parts of the index, at least as many as processes; results depend on it, and not on the "
                        f"number of processes; None: {SHARDS}")
-    group.add_argument("--hnsw_m", type=data.hnsw_links, default=None,
+    group.add_argument("--hnsw_m", type=cli.hnsw_links, default=None,
                        help=f"links a node of the graph; None: {HNSW_M}")
-    group.add_argument("--hnsw_ef", type=data.positive_int, default=None,
+    group.add_argument("--hnsw_ef", type=cli.positive_int, default=None,
                        help="candidates kept while building the graph; a search keeps as many, and at least twice "
                        f"--recall_num, of each shard; None: {HNSW_EF}")
-    group.add_argument("--hnsw_max_elements", type=data.positive_int, default=None,
+    group.add_argument("--hnsw_max_elements", type=cli.positive_int, default=None,
                        help="documents the graph can hold; None: as many as the corpus has")
     group = parser.add_argument_group("milvus")
     group.add_argument("--milvus_uri", type=milvus_uri, default=None,
                        help="http://host:port of a server, its token in the environment as MILVUS_TOKEN; or a path "
                        f"ending in .db: Milvus Lite, without a server; None: {MILVUS_URI}")
-    group.add_argument("--milvus_collection", type=data.nonempty_text, default=None,
+    group.add_argument("--milvus_collection", type=cli.nonempty_text, default=None,
                        help="collection, made where there is none, gone on with where it is not full; None: "
                        f"{COLLECTION}")
     group.add_argument("--milvus_index_type", choices=("FLAT", "IVF_FLAT", "HNSW"), default=None,
                        help="index; HNSW takes --hnsw_m and --hnsw_ef; None: FLAT in a file, HNSW on a server")
     group.add_argument("--milvus_metric", choices=("COSINE", "IP", "L2"), default=None,
                        help="metric of the index; what is written are cosines in any case; None: COSINE")
-    args = data.check_encode_arguments(parser, parser.parse_args())
+    args = cli.check_encode_arguments(parser, parser.parse_args())
     check_engine(parser, args)
     check_files(parser, args)
     return args
@@ -86,7 +88,7 @@ def milvus_uri(text: str) -> str:
         return text
     if not text.endswith(".db") or "://" in text:
         raise argparse.ArgumentTypeError(f"{text} is neither http://host:port nor a path that ends in .db")
-    data.folder(os.path.dirname(text) or ".")
+    cli.folder(os.path.dirname(text) or ".")
     return text
 
 
@@ -151,7 +153,7 @@ def new_index(args: argparse.Namespace, made_of: dict, documents: int, dim: int,
 
     threads = args.cpu_threads or default_threads()
     if ranks > made_of["index_shards"]:
-        raise data.InputError(f"--index_shards {made_of['index_shards']}: there are {ranks} processes")
+        raise console.InputError(f"--index_shards {made_of['index_shards']}: there are {ranks} processes")
     room = -(-made_of["hnsw_max_elements"] // made_of["index_shards"])
 
     def shard(size: int) -> ExactIndex | HnswIndex:
@@ -174,7 +176,7 @@ def read_made_of(path: str, wanted: dict) -> dict:
         with open(os.path.join(path, "fingerprint.json"), encoding="utf-8") as file:
             found = json.load(file)
     except (OSError, ValueError):
-        raise data.InputError(f"--index_path {path}: exists, but is not an index that recall.py wrote") from None
+        raise console.InputError(f"--index_path {path}: exists, but is not an index that recall.py wrote") from None
     check_made_of(found, wanted, f"--index_path {path}", "name another folder, or remove this one to build it again")
     return found
 
@@ -183,7 +185,7 @@ def read_kept_corpus(path: str, digest: str) -> data.TextFile:
     """The documents in the folder of an index."""
     corpus = os.path.join(path, "corpus.csv")
     if not os.path.isfile(corpus) or data.file_digest(corpus) != digest:
-        raise data.InputError(f"--index_path {path}: damaged: corpus.csv is not what was written")
+        raise console.InputError(f"--index_path {path}: damaged: corpus.csv is not what was written")
     return data.TextFile(corpus, "--index_path")
 
 
@@ -204,7 +206,7 @@ def save_index(path: str, index, made_of: dict, corpus: data.TextFile) -> None:
                 json.dump({**made_of, "shards": digests}, file, indent=2)
             sync(partial)
             os.rename(partial, path)
-            data.log(f"kept the index in {path}")
+            console.log(f"kept the index in {path}")
     finally:
         if is_first_rank():
             shutil.rmtree(partial, ignore_errors=True)
@@ -232,8 +234,8 @@ def open_index(args: argparse.Namespace, corpus: data.TextFile | None, engine, t
         try:
             index.load(args.index_path, made_of.get("shards", {}))
         except (OSError, RuntimeError, ValueError) as error:
-            raise data.InputError(f"--index_path {args.index_path}: damaged: {data.first_line(error)}") from None
-        data.log(f"using the index in {args.index_path}")
+            raise console.InputError(f"--index_path {args.index_path}: damaged: {console.first_line(error)}") from None
+        console.log(f"using the index in {args.index_path}")
         return index, corpus
     fill(args, index, index.add, corpus, engine, tokenizer)
     if args.index_path:
@@ -249,13 +251,13 @@ def open_collection(args: argparse.Namespace, corpus: data.TextFile | None, engi
 
     index = MilvusIndex(args.milvus_uri, args.milvus_collection or COLLECTION, made_of, rank, ranks, wait_for_ranks)
     if index.pieces and corpus is None:
-        raise data.InputError(f"--milvus_collection {index.collection}: not all documents are in it yet; run again "
-                              "with --corpus_file")
+        raise console.InputError(f"--milvus_collection {index.collection}: not all documents are in it yet; run again "
+                                 "with --corpus_file")
     if index.pieces:
         fill(args, index, lambda rows, embeddings: index.add(rows, embeddings, corpus[rows.start : rows.stop]), corpus,
              engine, tokenizer)
     else:
-        data.log(f"using the collection {index.collection} in {args.milvus_uri}")
+        console.log(f"using the collection {index.collection} in {args.milvus_uri}")
     wait_for_ranks()
     return index, index.texts if corpus is None else corpus
 
@@ -265,13 +267,13 @@ def fill(args: argparse.Namespace, index, add, corpus: data.TextFile, engine, to
     from model import encode_stream
 
     count = sum(map(len, index.pieces))
-    data.log(f"encoding and indexing {count} of {len(corpus)} documents in {engine.precision}")
+    console.log(f"encoding and indexing {count} of {len(corpus)} documents in {engine.precision}")
     started = time.time()
     blocks = encode_stream(engine, tokenizer, corpus, args.max_seq_length, args.batch_size, index.pieces)
     for rows, embeddings in zip(index.pieces, blocks):
         add(rows, embeddings)
     index.finish()
-    data.log(f"{count / (time.time() - started):.1f} documents/s")
+    console.log(f"{count / (time.time() - started):.1f} documents/s")
 
 
 def best_of_ranks(found: tuple, k: int) -> tuple:
@@ -290,8 +292,8 @@ def report_ann_recall(index, queries, cosines) -> None:
     sample, k = slice(None, None, -(-len(queries) // SAMPLE)), cosines.shape[1]
     _, exact = best_of_ranks(index.search(queries[sample], k, exact=True), k)
     if is_first_rank():
-        data.log(f"ANN recall@{k} against exact search, {len(exact)} queries: "
-                 f"{ann_recall(cosines[sample], exact):.4f} (--hnsw_m and --hnsw_ef raise it)")
+        console.log(f"ANN recall@{k} against exact search, {len(exact)} queries: "
+                    f"{ann_recall(cosines[sample], exact):.4f} (--hnsw_m and --hnsw_ef raise it)")
 
 
 def answers(args: argparse.Namespace, queries: Sequence[str], index, corpus: Sequence[str], encode) -> Iterator[str]:
@@ -323,7 +325,7 @@ def result_file(args: argparse.Namespace) -> Iterator[IO]:
     else:
         with data.new_file(path) as file:
             yield file
-        data.log(f"wrote {path}")
+        console.log(f"wrote {path}")
 
 
 def main() -> None:
@@ -332,7 +334,8 @@ def main() -> None:
     queries = args.query or [query for query, _ in data.read_text_pairs(args.similar_text_pair, "--similar_text_pair",
                                                                         args.strict_data)]
     if corpus and (args.hnsw_max_elements or len(corpus)) < len(corpus):
-        raise data.InputError(f"--hnsw_max_elements {args.hnsw_max_elements}: the corpus has {len(corpus)} documents")
+        raise console.InputError(f"--hnsw_max_elements {args.hnsw_max_elements}: the corpus has {len(corpus)} "
+                                 "documents")
     if not args.query:
         os.makedirs(args.recall_result_dir, exist_ok=True)
 
@@ -342,7 +345,7 @@ def main() -> None:
     engine, tokenizer = load_engine(args)
     index, corpus = open_index(args, corpus, engine, tokenizer)
     if args.recall_num > len(corpus):
-        data.log(f"--recall_num {args.recall_num}: the corpus has only {len(corpus)} documents")
+        console.log(f"--recall_num {args.recall_num}: the corpus has only {len(corpus)} documents")
     with result_file(args) as file:
         file.writelines(answers(args, queries, index, corpus,
                                 lambda texts: encode(engine, tokenizer, texts, args.max_seq_length, args.batch_size)))
@@ -350,4 +353,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    data.run(main)
+    console.run(main)

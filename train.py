@@ -24,50 +24,52 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import cli
+import console
 import data
 
 
 def parse_args() -> argparse.Namespace:
-    parser = data.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
     group = parser.add_argument_group("data")
-    group.add_argument("--train_set_file", type=data.readable_file, required=True, help="training texts, one a line")
-    group.add_argument("--test_set_file", type=data.readable_file, default=None,
+    group.add_argument("--train_set_file", type=cli.readable_file, required=True, help="training texts, one a line")
+    group.add_argument("--test_set_file", type=cli.readable_file, default=None,
                        help="evaluation set: text, text, label on a line (Spearman's rho), or query, target (Recall@k "
                        "among all targets, exact search); None: no evaluation")
-    group.add_argument("--max_seq_length", type=data.sequence_length, default=128,
+    group.add_argument("--max_seq_length", type=cli.sequence_length, default=128,
                        help="tokens per text, [CLS] and [SEP] included; longer texts are cut")
-    data.add_strict_argument(group)
+    cli.add_strict_argument(group)
     group = parser.add_argument_group("model")
-    group.add_argument("--model_name_or_path", type=data.model_name, default=None,
+    group.add_argument("--model_name_or_path", type=cli.model_name, default=None,
                        help=f"pretrained encoder, hub name or folder; None: that of --init_from_ckpt, else "
                        f"{data.DEFAULT_MODEL}")
-    group.add_argument("--init_from_ckpt", type=data.checkpoint_file, default=None,
+    group.add_argument("--init_from_ckpt", type=cli.checkpoint_file, default=None,
                        help="checkpoint to train on from: model_state.pdparams or the folder that holds it")
-    group.add_argument("--output_emb_size", type=data.natural_int, default=None,
+    group.add_argument("--output_emb_size", type=cli.natural_int, default=None,
                        help="size of the embedding; 0: the encoder's hidden size, without fc; None: that of "
                        "--init_from_ckpt, else 0")
-    group.add_argument("--dropout", type=data.probability, default=0.1, help="hidden and attention dropout rate")
-    group.add_argument("--output_dropout", type=data.probability, default=0.1, help="dropout rate of the output vector")
-    group.add_argument("--margin", type=data.natural_float, default=0.0,
+    group.add_argument("--dropout", type=cli.probability, default=0.1, help="hidden and attention dropout rate")
+    group.add_argument("--output_dropout", type=cli.probability, default=0.1, help="dropout rate of the output vector")
+    group.add_argument("--margin", type=cli.natural_float, default=0.0,
                        help="how much more similar than a negative a positive has to be, in cosine")
-    group.add_argument("--scale", type=data.positive_float, default=20,
+    group.add_argument("--scale", type=cli.positive_float, default=20,
                        help="factor on the cosines before the softmax, the inverse of the temperature")
     group.add_argument("--infer_with_fc_pooler", action="store_true",
                        help="evaluation and the later stages go through pooler and fc; without it, the raw first token "
                        "goes through the fc")
     group = parser.add_argument_group("optimization")
-    group.add_argument("--batch_size", type=data.positive_int, default=32, help="texts per batch and device")
-    group.add_argument("--learning_rate", type=data.positive_float, default=5e-5, help="highest learning rate of AdamW")
-    group.add_argument("--weight_decay", type=data.natural_float, default=0.0,
+    group.add_argument("--batch_size", type=cli.positive_int, default=32, help="texts per batch and device")
+    group.add_argument("--learning_rate", type=cli.positive_float, default=5e-5, help="highest learning rate of AdamW")
+    group.add_argument("--weight_decay", type=cli.natural_float, default=0.0,
                        help="weight decay of AdamW, not on biases and norms")
-    group.add_argument("--epochs", type=data.natural_int, default=1,
+    group.add_argument("--epochs", type=cli.natural_int, default=1,
                        help="passes over the training texts; 0: save and evaluate the untrained network")
-    group.add_argument("--warmup_proportion", type=data.proportion, default=0.0,
+    group.add_argument("--warmup_proportion", type=cli.proportion, default=0.0,
                        help="part of the steps over which the learning rate rises, before it falls linearly to 0")
-    group.add_argument("--warmup_proption", dest="warmup_proportion", type=data.proportion, help=argparse.SUPPRESS)
-    group.add_argument("--max_grad_norm", type=data.positive_float, default=None,
+    group.add_argument("--warmup_proption", dest="warmup_proportion", type=cli.proportion, help=argparse.SUPPRESS)
+    group.add_argument("--max_grad_norm", type=cli.positive_float, default=None,
                        help="scale gradients down to this norm; None: leave them as they are")
-    group.add_argument("--gradient_accumulation_steps", type=data.positive_int, default=1,
+    group.add_argument("--gradient_accumulation_steps", type=cli.positive_int, default=1,
                        help="batches whose gradients are averaged for one step; each batch has its own negatives")
     group.add_argument("--cross_device_negatives", action="store_true",
                        help="the texts of all ranks' batches are each other's negatives, not those of one rank's alone")
@@ -77,37 +79,37 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--gradient_cache", action="store_true",
                        help="encode a batch in chunks and each chunk twice (GradCache): the same gradients in the "
                        "memory of one chunk, for batches of thousands")
-    group.add_argument("--chunk_size", type=data.positive_int, default=None,
+    group.add_argument("--chunk_size", type=cli.positive_int, default=None,
                        help="texts per chunk of --gradient_cache; None: 32")
-    group.add_argument("--seed", type=data.natural_int, default=1000, help="random seed")
+    group.add_argument("--seed", type=cli.natural_int, default=1000, help="random seed")
     group = parser.add_argument_group("device")
-    data.add_device_argument(group)
+    cli.add_device_argument(group)
     group.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32",
                        help="number format of the matrix products; bf16 and fp16, with loss scaling, need --device gpu")
     group.add_argument("--use_recompute", action="store_true",
                        help="keep the encoder layers' inputs only and compute each layer again for its gradients: less "
                        "memory, a third more time")
-    group.add_argument("--cpu_threads", type=data.natural_int, default=0,
+    group.add_argument("--cpu_threads", type=cli.natural_int, default=0,
                        help="math threads on a CPU; 0: all cores")
     group = parser.add_argument_group("output")
     group.add_argument("--resume", nargs="?", const="auto", default=None,
                        help="go on from a checkpoint folder, with its optimizer, schedule and place in the data, as if "
                        "there had been no break; auto: from the newest in --save_dir, or from the start where there is "
                        "none")
-    group.add_argument("--keep_checkpoints", type=data.natural_int, default=0,
+    group.add_argument("--keep_checkpoints", type=cli.natural_int, default=0,
                        help="how many of the newest checkpoints to keep; 0: all. Only the newest can be gone on from")
     group.add_argument("--save_format", choices=("pdparams", "safetensors"), default="pdparams",
                        help="format of the weights")
     group.add_argument("--save_dir", default="./checkpoints", help="folder of the checkpoints")
-    group.add_argument("--save_steps", type=data.positive_int, default=10000, help="steps between checkpoints")
-    group.add_argument("--eval_steps", type=data.positive_int, default=10000, help="steps between evaluations")
+    group.add_argument("--save_steps", type=cli.positive_int, default=10000, help="steps between checkpoints")
+    group.add_argument("--eval_steps", type=cli.positive_int, default=10000, help="steps between evaluations")
     group.add_argument("--visualdl_dir", default="./log", help="folder of the VisualDL log")
     args = parser.parse_args()
     if args.precision != "fp32" and args.device != "gpu":
         parser.error(f"--precision {args.precision} needs --device gpu: paddle has no such training on a CPU")
     if args.cpu_threads and args.device != "cpu":
         parser.error("--cpu_threads needs --device cpu")
-    data.check_positions(parser, args.max_seq_length, (
+    cli.check_positions(parser, args.max_seq_length, (
         args.model_name_or_path, os.path.dirname(args.init_from_ckpt or ""), args.resume))
     if args.chunk_size and not args.gradient_cache:
         parser.error("--chunk_size needs --gradient_cache")
@@ -169,7 +171,7 @@ def build_model(args: argparse.Namespace):
 
     settings = {"dropout": args.output_dropout, "margin": args.margin, "scale": args.scale}
     if args.resume:
-        model, tokenizer, record = load_model(data.checkpoint_file(args.resume), None, args.output_emb_size, "--resume",
+        model, tokenizer, record = load_model(cli.checkpoint_file(args.resume), None, args.output_emb_size, "--resume",
                                               args.dropout, settings)
         name = record["model_name_or_path"]
     elif args.init_from_ckpt:
@@ -345,7 +347,7 @@ class Stop:
         self.signal = number
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
-        data.log(f"{signal.Signals(number).name}: saving after this step; once more to stop without saving")
+        console.log(f"{signal.Signals(number).name}: saving after this step; once more to stop without saving")
 
     def requested(self, step: int) -> bool:
         """Whether to stop after `step`. Ranks stop after the same one, so they ask each other, every 10 steps."""
@@ -383,7 +385,7 @@ class Reporter:
             return
         value = float(loss)  # the only wait for the device
         speed = (step - self.logged_step) / (time.time() - self.logged_at)
-        data.log(f"global step {step}, epoch: {epoch}, batch: {batch}, loss: {value:.5f}, speed: {speed:.2f} step/s")
+        console.log(f"global step {step}, epoch: {epoch}, batch: {batch}, loss: {value:.5f}, speed: {speed:.2f} step/s")
         for name, number in (("loss", value), ("learning_rate", learning_rate), ("speed", speed)):
             self.writer.add_scalar(f"train/{name}", number, step)
         self.writer.flush()
@@ -420,7 +422,7 @@ class Reporter:
             folder = os.path.join(self.args.save_dir, f"model_{step}")
             save_checkpoint(folder, self.model, self.tokenizer, self.record, f"model_state.{self.args.save_format}",
                             lambda temporary: self.write_state(temporary, step))
-            data.log(f"saved {folder}")
+            console.log(f"saved {folder}")
             remove_old(self.args.save_dir, step, self.args.keep_checkpoints)
         self.saved = step
         self.wait()
@@ -452,12 +454,12 @@ def resumed_step(args: argparse.Namespace, run: dict, model, optimizer, scaler) 
     if other := [name for name in run if record["run"].get(name) != run[name]]:
         changes = ", ".join(name if name == "train_set_file" else f"{name} {run[name]} instead of {record['run'][name]}"
                             for name in other)
-        raise data.InputError(f"--resume {args.resume}: is of a run with another {changes}; --init_from_ckpt starts a "
-                              "new run from its weights")
+        raise console.InputError(f"--resume {args.resume}: is of a run with another {changes}; --init_from_ckpt "
+                                 "starts a new run from its weights")
     restore_optimizer(args.resume, model, optimizer, record)
     if record["scaler"]:
         scaler.load_state_dict(record["scaler"])
-    data.log(f"going on from {args.resume}")
+    console.log(f"going on from {args.resume}")
     return record["step"]
 
 
@@ -470,9 +472,9 @@ def diverged(step: int, loss, group: list[tuple], texts: data.TextFile, reporter
     if all(bool(paddle.isfinite(parameter).all()) for parameter in reporter.model.parameters()):
         reporter.save(step)
     lines = sorted(texts.line_number(row) for _, _, rows in group for row in rows)
-    data.log(f"train.py: error: the loss of step {step + 1} is {float(loss)}; its batch is lines "
-             f"{', '.join(map(str, lines[:100]))} of --train_set_file. A lower --learning_rate, --max_grad_norm 1 or "
-             "--warmup_proportion 0.1 may help")
+    console.log(f"train.py: error: the loss of step {step + 1} is {float(loss)}; its batch is lines "
+                f"{', '.join(map(str, lines[:100]))} of --train_set_file. A lower --learning_rate, "
+                "--max_grad_norm 1 or --warmup_proportion 0.1 may help")
     return True
 
 
@@ -552,9 +554,9 @@ def main() -> None:
     started = time.time()
     code = train(args, texts, evaluate)
     if is_first_rank():
-        data.log(f"totally cost {time.time() - started:.1f} s")
+        console.log(f"totally cost {time.time() - started:.1f} s")
     raise SystemExit(code)
 
 
 if __name__ == "__main__":
-    data.run(main)
+    console.run(main)

@@ -22,6 +22,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 
+import cli  # noqa: E402
+import console  # noqa: E402
 import data  # noqa: E402
 
 MINI = os.path.join(ROOT, "pretrained", "ernie_mini_zh")
@@ -63,7 +65,7 @@ class Bench:
         result = subprocess.run([python, f"{HERE}/{module}.py", function], input=json.dumps(arguments), text=True,
                                 capture_output=True, env={**os.environ, **(env or {})})
         if result.returncode:
-            raise data.InputError(f"{module}.py {function} failed:\n{result.stderr[-2000:]}")
+            raise console.InputError(f"{module}.py {function} failed:\n{result.stderr[-2000:]}")
         return json.loads(result.stdout.split("RESULT ")[-1])
 
     def stage(self, script: str, *flags) -> tuple[float, float, str]:
@@ -77,7 +79,7 @@ class Bench:
             log.seek(0)
             text = log.read()
         if status:
-            raise data.InputError(f"{script} failed:\n{text[-2000:]}")
+            raise console.InputError(f"{script} failed:\n{text[-2000:]}")
         return seconds, usage.ru_maxrss / 1024, text
 
     def add(self, name: str, case: str, ours: float, reference: float, unit: str) -> None:
@@ -157,7 +159,7 @@ def latency(bench: Bench) -> None:
 
     os.makedirs(f"{bench.scratch}/original", exist_ok=True)
     bench.in_turn("latency", "ms", 2, ours, {"the original's defaults": lambda: bench.side(
-        "original", "latency", encoder=bench.encoder, text=data.README_TEXT, folder=f"{bench.scratch}/original",
+        "original", "latency", encoder=bench.encoder, text=cli.README_TEXT, folder=f"{bench.scratch}/original",
         runs=20)})
 
 
@@ -243,7 +245,7 @@ def startup(bench: Bench) -> None:
         start = time.perf_counter()
         result = subprocess.run(command, capture_output=True, cwd=bench.scratch)
         if result.returncode not in codes:
-            raise data.InputError(f"{command} failed:\n{result.stderr.decode()[-2000:]}")
+            raise console.InputError(f"{command} failed:\n{result.stderr.decode()[-2000:]}")
         return time.perf_counter() - start
 
     def median(*command: str, codes: tuple[int, ...] = (0,), runs: int = 3) -> float:
@@ -259,7 +261,7 @@ def startup(bench: Bench) -> None:
     reference = []
     for _ in range(3):
         start = time.perf_counter()
-        bench.side("original", "first_result", encoder=bench.encoder, text=data.README_TEXT)
+        bench.side("original", "first_result", encoder=bench.encoder, text=cli.README_TEXT)
         reference.append(time.perf_counter() - start)
     bench.add("startup", "first embedding, against the original", first, sorted(reference)[1], "s")
 
@@ -276,12 +278,12 @@ ALL = {each.__name__: each for each in (tokenize, encode, latency, train, index,
 
 
 def parse_args() -> argparse.Namespace:
-    parser = data.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="name", help=f"what to measure, of {', '.join(ALL)}; none: all")
     parser.add_argument("--json", default=None, help="write the rows there, with the machine's description")
-    parser.add_argument("--data_dir", type=data.folder, default=None,
+    parser.add_argument("--data_dir", type=cli.folder, default=None,
                         help="folder of train_unsupervised.csv, corpus.csv and dev.csv; None: generated sample data")
-    parser.add_argument("--peer_python", type=data.readable_file, default=None,
+    parser.add_argument("--peer_python", type=cli.readable_file, default=None,
                         help="a Python that has torch and sentence-transformers, for `encode`; None: not measured")
     args = parser.parse_args()
     if unknown := [name for name in args.names if name not in ALL]:
@@ -304,11 +306,11 @@ def main() -> None:
         for name in args.names or ALL:
             started = time.perf_counter()
             ALL[name](bench)
-            data.log(f"{name}: {time.perf_counter() - started:.0f} s")
+            console.log(f"{name}: {time.perf_counter() - started:.0f} s")
     if args.json:
         with data.new_file(args.json) as file:
             json.dump(bench.rows, file, indent=1)
 
 
 if __name__ == "__main__":
-    data.run(main)
+    console.run(main)

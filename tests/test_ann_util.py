@@ -15,7 +15,8 @@ from ann_util import (
     merge,
     recall_at,
 )
-from data import InputError, file_digest
+from console import InputError
+from data import file_digest
 
 
 @pytest.fixture(scope="module")

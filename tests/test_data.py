@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import ENCODER, ROOT, SHARED
 
+import console
 import data
 
 
@@ -45,7 +46,7 @@ def test_bad_lines_are_skipped_and_reported(tmp_path, capsys):
     (b"", "holds no text"), (b"\n\n", "holds no text"), (b"a\nb\nc\td\n", "2 of 3 lines are malformed"),
     (b"a\n", "1 of 1 lines are malformed")])
 def test_no_good_line_or_mostly_bad_is_an_error(tmp_path, content, message):
-    with pytest.raises(data.InputError, match=message):
+    with pytest.raises(console.InputError, match=message):
         rows(tmp_path, content)
 
 
@@ -54,7 +55,7 @@ def test_half_bad_is_no_error(tmp_path):
 
 
 def test_strict_stops_at_the_first_bad_line(tmp_path):
-    with pytest.raises(data.InputError, match=r"--flag .*file\.csv:2: .*--strict_data"):
+    with pytest.raises(console.InputError, match=r"--flag .*file\.csv:2: .*--strict_data"):
         rows(tmp_path, b"a\tb\nc\nd\te\n", strict=True)
 
 
@@ -62,7 +63,7 @@ def test_strict_stops_at_the_first_bad_line(tmp_path):
     ("a\tb\n中文\t文本\n".encode("gbk"), "GBK"), ("a\tb\n".encode("utf-16"), "UTF-16"),
     (b"a\tb\n\xff\xff\t\x81\n", "damaged")])
 def test_not_utf8_names_file_line_and_cause(tmp_path, content, cause):
-    with pytest.raises(data.InputError, match=rf"--flag .*file\.csv:\d: not UTF-8.*{cause}"):
+    with pytest.raises(console.InputError, match=rf"--flag .*file\.csv:\d: not UTF-8.*{cause}"):
         rows(tmp_path, content)
 
 
@@ -92,7 +93,7 @@ def test_a_text_file_by_offsets_is_the_list_of_its_texts(tmp_path, monkeypatch, 
         for read in (lambda: data.read_texts(path, "--flag"), lambda: list(data.TextFile(path, "--flag"))):
             try:
                 texts = read()
-            except data.InputError as error:
+            except console.InputError as error:
                 texts = str(error)
             results.append((texts, capsys.readouterr().err))
         assert results[0] == results[1], text
@@ -108,7 +109,7 @@ def test_a_text_file_is_a_sequence(tmp_path):
     assert texts[10:13] == ["第10行", "第11行", "第12行"] and texts[48:99] == ["第48行", "第49行"]
     with pytest.raises(IndexError):
         texts[50]
-    with pytest.raises(data.InputError, match=r"--flag .*file.txt:2: columns: 2 instead of 1"):
+    with pytest.raises(console.InputError, match=r"--flag .*file.txt:2: columns: 2 instead of 1"):
         path.write_text("a\nb\tc\n")
         data.TextFile(str(path), "--flag", strict=True)
 
@@ -194,13 +195,13 @@ def test_prefetch_is_one_ahead_and_passes_errors_on():
         for number in range(3):
             made.append(number)
             yield number
-        raise data.InputError("broken")
+        raise console.InputError("broken")
 
     ahead = data.prefetch(items())
     assert next(ahead) == 0
     assert next(ahead) == 1 and made[:2] == [0, 1]
     assert next(ahead) == 2
-    with pytest.raises(data.InputError, match="broken"):
+    with pytest.raises(console.InputError, match="broken"):
         next(ahead)
 
 

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import ann_util
+import console
 import data
 import evaluate
 from ann_util import ExactIndex, HnswIndex, Shards, exact_search, fill_up, merge, recall_at
@@ -40,7 +41,7 @@ def tokenizer():
 def outcome(read):
     try:
         return list(read())
-    except data.InputError as error:
+    except console.InputError as error:
         return str(error)
 
 

@@ -11,7 +11,8 @@ from conftest import ENCODER
 from paddlenlp.transformers import BertConfig, BertModel, ErnieConfig, ErnieModel
 
 import model as m
-from data import InputError, load_tokenizer
+from console import InputError
+from data import load_tokenizer
 from deploy.python.predictor import make_engine
 
 SIZES = {"vocab_size": 200, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -15,7 +15,8 @@ from conftest import ENCODER, FP32, ROOT, refuse, succeed
 
 import model as m
 from ann_util import exact_search, first_hits, recall_at
-from data import README_TEXT, read_text_pairs, read_texts
+from cli import README_TEXT
+from data import read_text_pairs, read_texts
 from deploy.python.predictor import make_engine
 
 

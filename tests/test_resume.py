@@ -13,7 +13,8 @@ import pytest
 from conftest import ENCODER, ROOT, refuse, run_script, succeed
 
 import checkpoint as c
-from data import InputError, TextFile
+from console import InputError
+from data import TextFile
 
 
 @pytest.fixture

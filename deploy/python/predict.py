@@ -16,6 +16,8 @@ import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
+import cli
+import console
 import data
 
 README_PAIRS = [("中西方语言与文化的差异", "中西方文化差异以及语言体现中西方文化,差异,语言体现"),
@@ -23,26 +25,26 @@ README_PAIRS = [("中西方语言与文化的差异", "中西方文化差异以�
 
 
 def parse_args() -> argparse.Namespace:
-    parser = data.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
     group = parser.add_argument_group("texts")
-    data.add_text_arguments(group)
-    group.add_argument("--text_pair_file", type=data.readable_file, default=None,
+    cli.add_text_arguments(group)
+    group.add_argument("--text_pair_file", type=cli.readable_file, default=None,
                        help="two texts, tab-separated, a pair a line; prints one cosine a line")
     group = parser.add_argument_group("model")
-    group.add_argument("--model_dir", type=data.folder, default="./output", help="what export_model.py wrote")
-    data.add_encode_arguments(group, max_seq_length=128, devices=("cpu", "gpu", "xpu"),
+    group.add_argument("--model_dir", type=cli.folder, default="./output", help="what export_model.py wrote")
+    cli.add_encode_arguments(group, max_seq_length=128, devices=("cpu", "gpu", "xpu"),
                               precisions=("auto", "fp32", "bf16", "fp16", "int8"))
     group = parser.add_argument_group("device")
-    group.add_argument("--use_tensorrt", type=data.boolean, nargs="?", const=True, default=False,
+    group.add_argument("--use_tensorrt", type=cli.boolean, nargs="?", const=True, default=False,
                        help="run on TensorRT; needs --device gpu")
-    group.add_argument("--enable_mkldnn", type=data.boolean, nargs="?", const=True, default=None,
+    group.add_argument("--enable_mkldnn", type=cli.boolean, nargs="?", const=True, default=None,
                        help="use oneDNN; None: on a CPU")
     group = parser.add_argument_group("benchmark")
-    group.add_argument("--benchmark", type=data.boolean, nargs="?", const=True, default=False,
+    group.add_argument("--benchmark", type=cli.boolean, nargs="?", const=True, default=False,
                        help="also measure latency and throughput, at batch 1 and 32, or --batch_size")
     group.add_argument("--save_log_path", default="./log_output/", help="folder of the benchmark's log")
     args = parser.parse_args()
-    check_device(parser, data.check_encode_arguments(parser, args))
+    check_device(parser, cli.check_encode_arguments(parser, args))
     return args
 
 
@@ -74,14 +76,14 @@ def benchmark(embed_texts, texts: list[str], args: argparse.Namespace) -> None:
         p50, p95, p99 = (1000 * seconds[int(len(seconds) * part)] for part in (0.5, 0.95, 0.99))
         rows.append({"batch_size": batch_size, "p50_ms": round(p50, 3), "p95_ms": round(p95, 3),
                      "p99_ms": round(p99, 3), "texts_per_second": round(batch_size * len(seconds) / sum(seconds), 1)})
-        data.log("benchmark: " + ", ".join(f"{key} {value}" for key, value in rows[-1].items()))
+        console.log("benchmark: " + ", ".join(f"{key} {value}" for key, value in rows[-1].items()))
     settings = {key: value for key, value in vars(args).items() if key in (
         "device", "precision", "cpu_threads", "enable_mkldnn", "use_tensorrt", "max_seq_length")}
     path = os.path.join(args.save_log_path, f"benchmark_{time.strftime('%Y%m%d_%H%M%S')}.json")
     with data.new_file(path) as file:
         json.dump({"machine": platform.platform(), "cores": os.cpu_count(), "settings": settings, "results": rows},
                   file, indent=2)
-    data.log(f"wrote {path}")
+    console.log(f"wrote {path}")
 
 
 def main() -> None:
@@ -89,7 +91,7 @@ def main() -> None:
     pairs = []
     if args.text_pair_file:
         pairs = data.read_text_pairs(args.text_pair_file, "--text_pair_file", args.strict_data)
-    texts = [] if pairs and not (args.text or args.input_file) else data.given_texts(args)
+    texts = [] if pairs and not (args.text or args.input_file) else cli.given_texts(args)
     bare = not (args.text or args.input_file or pairs)
 
     from deploy.python.predictor import Predictor
@@ -115,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    data.run(main)
+    console.run(main)

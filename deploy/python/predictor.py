@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 # `model` first: it prepares the environment in which paddle is imported.
-from data import InputError
+from console import InputError
 from model import BATCH_TOKENS, CPU_HAS_BF16, Engine, SimCSE, default_threads, load_model, read_record, set_device
 
 import numpy as np

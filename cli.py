@@ -1,0 +1,199 @@
+"""Command-line flags: the kinds of their values, those that several scripts share, and what is refused.
+
+Light on purpose (numpy only), so that `--help`, a typo or a missing file answers at once.
+"""
+
+import argparse
+import difflib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from data import DEFAULT_MODEL, read_texts
+
+DEFAULT_PARAMS = "checkpoints/model_20000/model_state.pdparams"
+README_TEXT = "国有企业引入非国有资本对创新绩效的影响——基于制造业国有上市公司的经验证据"
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with defaults in every help text, no abbreviations, and usage errors in one line."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(
+            description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+
+    def parse_known_args(self, args=None, namespace=None):
+        # argparse checks default values, which may name files, before it reports a flag that it does not know.
+        for word in sys.argv[1:] if args is None else args:
+            flag = word.split("=")[0]
+            if flag.startswith("--") and flag not in self._option_string_actions:
+                close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+                self.error(f"no such flag: {flag}" + (f"; did you mean {close[0]}?" if close else ""))
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _number(kind: Callable[[str], Any], accepts: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not accepts(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return parse
+
+
+positive_int = _number(int, lambda v: v >= 1, "a whole number from 1 up")
+natural_int = _number(int, lambda v: v >= 0, "a whole number from 0 up")
+probability = _number(float, lambda v: 0 <= v < 1, "a number from 0 up to, not including, 1")
+proportion = _number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+positive_float = _number(float, lambda v: 0 < v < math.inf, "a number above 0")
+natural_float = _number(float, lambda v: 0 <= v < math.inf, "a number from 0 up")
+hnsw_links = _number(int, lambda v: v >= 2, "a whole number from 2 up")
+sequence_length = _number(int, lambda v: v >= 3, "a whole number from 3 up ([CLS], a token, [SEP])")
+
+
+def boolean(text: str) -> bool:
+    """Parse True/False, yes/no, on/off, 1/0 in any case; argparse reports anything else."""
+    for value, names in ((True, ("true", "yes", "on", "1")), (False, ("false", "no", "off", "0"))):
+        if text.lower() in names:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def readable_file(path: str) -> str:
+    """Check, before anything heavy is imported, that `path` is a file that can be opened."""
+    try:
+        with open(path, "rb"):
+            return path
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+
+
+def folder(path: str) -> str:
+    """Check that `path` is a folder."""
+    if not os.path.isdir(path):
+        raise argparse.ArgumentTypeError(f"{path}: no such folder")
+    return path
+
+
+def model_name(text: str) -> str:
+    """A hub name, or a folder that exists: a mistyped folder must not be looked up on the hub."""
+    looks_local = text.startswith((".", "/", "~")) or text.endswith("/") or os.path.isdir(os.path.dirname(text))
+    if looks_local and not os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"{text}: no such folder")
+    if os.path.isfile(os.path.join(text, "simcse_config.json")):
+        raise argparse.ArgumentTypeError(f"{text} is a SimCSE checkpoint, not an encoder; give it as a checkpoint")
+    return text
+
+
+def checkpoint_file(path: str) -> str:
+    """The file of weights named by `path`, which may also be the folder that holds it."""
+    if os.path.isdir(path):
+        names = ("model_state.safetensors", "model_state.pdparams")
+        path = next((each for name in names if os.path.isfile(each := os.path.join(path, name))), f"{path}/{names[1]}")
+    return readable_file(path)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, params_path: str | None = None) -> None:
+    """The flags by which every later stage finds a trained checkpoint."""
+    parser.add_argument("--params_path", type=checkpoint_file, default=params_path, required=params_path is None,
+                        help="checkpoint to load: model_state.pdparams, model_state.safetensors or the folder that "
+                        "holds it")
+    parser.add_argument("--model_name_or_path", type=model_name, default=None,
+                        help="encoder (hub name or folder) of a checkpoint that has no simcse_config.json beside it; "
+                        f"None: what the checkpoint records, else {DEFAULT_MODEL}")
+    parser.add_argument("--output_emb_size", type=natural_int, default=None,
+                        help="size of the embedding; None: read off the checkpoint. A value that contradicts the "
+                        "checkpoint is an error")
+
+
+def add_encode_arguments(parser: argparse.ArgumentParser, max_seq_length: int = 64,
+                         devices: Sequence[str] = ("cpu", "gpu"),
+                         precisions: Sequence[str] = ("auto", "fp32", "bf16", "fp16")) -> None:
+    """The flags of every stage that turns texts into embeddings."""
+    parser.add_argument("--max_seq_length", type=sequence_length, default=max_seq_length,
+                        help="tokens per text, [CLS] and [SEP] included; longer texts are cut")
+    parser.add_argument("--batch_size", type=positive_int, default=None,
+                        help="texts per batch; None: as many as fill 2,048 tokens on a CPU, 65,536 on a GPU")
+    add_strict_argument(parser)
+    add_device_argument(parser, devices)
+    parser.add_argument("--precision", choices=precisions, default="auto",
+                        help="number format of the matrix products; auto: bf16 on a CPU that has it (AVX-512 BF16 or "
+                        "AMX), else fp32. fp16 needs --device gpu")
+    parser.add_argument("--cpu_threads", type=natural_int, default=0, help="math threads on a CPU; 0: all cores")
+
+
+def check_positions(parser: argparse.ArgumentParser, max_seq_length: int, folders: Iterable[str | None]) -> None:
+    """Refuse texts longer than the encoder whose config is the first to be found in `folders`; a hub name has none."""
+    for path, key in ((os.path.join(folder, name), key) for folder in folders if folder
+                      for name, key in (("simcse_config.json", "encoder_config"), ("config.json", None))):
+        try:
+            with open(path, encoding="utf-8") as file:
+                config = json.load(file)
+            positions = (config[key] if key else config)["max_position_embeddings"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if max_seq_length > positions:
+            parser.error(f"--max_seq_length {max_seq_length}: the encoder has {positions} positions")
+        return
+
+
+def check_encode_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """Refuse flags of `add_encode_arguments` that would do nothing on the device asked for; returns `args`."""
+    if args.precision == "fp16" and args.device != "gpu":
+        parser.error("--precision fp16 needs --device gpu")
+    if args.cpu_threads and args.device != "cpu":
+        parser.error("--cpu_threads needs --device cpu")
+    named = vars(args)
+    check_positions(parser, args.max_seq_length, (
+        named.get("model_name_or_path"), named.get("model_dir"), os.path.dirname(named.get("params_path") or "")))
+    return args
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of what extracts embeddings: which texts, and where to."""
+    parser.add_argument("--text", action="append", type=nonempty_text, default=[],
+                        help=f"a text; may be given several times. Without --text and --input_file: {README_TEXT}")
+    parser.add_argument("--input_file", type=readable_file, default=None, help="texts, one a line")
+    parser.add_argument("--output_file", type=_npy_file, default=None,
+                        help="write the embeddings there, .npy, float32 [texts, embedding size]; None: print them")
+
+
+def nonempty_text(text: str) -> str:
+    """Check that a text given on the command line is one."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise argparse.ArgumentTypeError(f"not UTF-8: {ascii(text)}")
+    if not text.strip():
+        raise argparse.ArgumentTypeError("an empty text")
+    return text
+
+
+def _npy_file(path: str) -> str:
+    if not path.endswith(".npy"):
+        raise argparse.ArgumentTypeError(f"{path}: the name has to end in .npy")
+    return path
+
+
+def given_texts(args: argparse.Namespace) -> list[str]:
+    """The texts that `add_text_arguments` was given, --text first; the README's where there are none."""
+    texts = args.text + (read_texts(args.input_file, "--input_file", args.strict_data) if args.input_file else [])
+    return texts or [README_TEXT]
+
+
+def add_device_argument(parser: argparse.ArgumentParser, choices: Sequence[str] = ("cpu", "gpu")) -> None:
+    parser.add_argument("--device", choices=choices, default="gpu", help="device to run on")
+
+
+def add_strict_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--strict_data", action="store_true",
+                        help="stop at the first malformed line instead of skipping and reporting it")
