@@ -16,8 +16,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from console import InputError, first_line
+from console import InputError, first_line, progress
 from data import WINDOW, file_digest
+from machine import available_memory
 
 # Exact search multiplies so many queries by so many documents at a time, on every core: 16 MB of cosines.
 QUERY_BLOCK, CORPUS_BLOCK = 256, 16384
@@ -107,15 +108,6 @@ class ExactIndex:
 
     def load(self, path: str) -> None:
         self._blocks = list(_blocks(np.load(path)))
-
-
-def available_memory() -> float:
-    """Bytes that can be had; infinite where the system does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return math.inf
 
 
 class HnswIndex:
@@ -208,28 +200,33 @@ class Shards:
         for number, rows in zip(mine, self.pieces):
             sizes[number % shards] = sizes.get(number % shards, 0) + len(rows)
         self.shards = {shard: make(size) for shard, size in sizes.items()}
-        self._workers, self._adding = ThreadPoolExecutor(threads), deque[tuple[int, Future]]()
+        self._workers, self._adding = ThreadPoolExecutor(threads), deque[tuple[int, Future, int]]()
         self._threads = threads
 
     def add(self, rows: range, embeddings: np.ndarray) -> None:
         """Add the next of `pieces`, float32 [len(rows), dim], in the background; `finish` waits for the last."""
         shard = rows.start // self.piece % self._count
-        while len(self._adding) > self._threads or any(shard == other for other, _ in self._adding):
+        while len(self._adding) > self._threads or any(shard == other for other, *_ in self._adding):
             self._adding.popleft()[1].result()
-        self._adding.append((shard, self._workers.submit(self.shards[shard].add, embeddings)))
+        self._adding.append((shard, self._workers.submit(self.shards[shard].add, embeddings), len(rows)))
 
     def finish(self) -> None:
         """Wait until all is added."""
-        while self._adding:
-            self._adding.popleft()[1].result()
+        with progress("indexing", sum(count for *_, count in self._adding), "documents") as advance:
+            while self._adding:
+                _, added, count = self._adding.popleft()
+                added.result()
+                advance(count)
 
     def search(self, queries: np.ndarray, k: int, exact: bool = False) -> Found:
         """The k best of this rank's documents, fewer where it has fewer; their rows are those of the whole corpus."""
         parts = [nothing(queries)]
-        for shard, index in self.shards.items():
-            rows, cosines = exact_search(queries, index.blocks(), k) if exact else index.search(queries, k)
-            pieces, places = np.divmod(rows, self.piece)
-            parts.append(((shard + pieces * self._count) * self.piece + places, cosines))
+        with progress(f"searching {len(queries):,} queries", len(self.shards), "shards") as advance:
+            for shard, index in self.shards.items():
+                rows, cosines = exact_search(queries, index.blocks(), k) if exact else index.search(queries, k)
+                pieces, places = np.divmod(rows, self.piece)
+                parts.append(((shard + pieces * self._count) * self.piece + places, cosines))
+                advance()
         return merge(parts, k)
 
     def close(self) -> None:

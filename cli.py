@@ -12,7 +12,9 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import console
 from data import DEFAULT_MODEL, read_texts
+from machine import RANK, RANKS, auto_precision, default_threads
 
 DEFAULT_PARAMS = "checkpoints/model_20000/model_state.pdparams"
 README_TEXT = "国有企业引入非国有资本对创新绩效的影响——基于制造业国有上市公司的经验证据"
@@ -25,6 +27,8 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(
             description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
+        self.add_argument("--quiet", action="store_true",
+                          help="no log lines and no progress on stderr, only warnings and errors")
 
     def parse_known_args(self, args=None, namespace=None):
         # argparse checks default values, which may name files, before it reports a flag that it does not know.
@@ -33,7 +37,9 @@ class ArgumentParser(argparse.ArgumentParser):
             if flag.startswith("--") and flag not in self._option_string_actions:
                 close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
                 self.error(f"no such flag: {flag}" + (f"; did you mean {close[0]}?" if close else ""))
-        return super().parse_known_args(args, namespace)
+        known, unknown = super().parse_known_args(args, namespace)
+        console.be_quiet(known.quiet)
+        return known, unknown
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
@@ -197,3 +203,27 @@ def add_device_argument(parser: argparse.ArgumentParser, choices: Sequence[str] 
 def add_strict_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strict_data", action="store_true",
                         help="stop at the first malformed line instead of skipping and reporting it")
+
+
+def announce(args: argparse.Namespace, *parts: str) -> None:
+    """Say, before anything takes time, what is about to happen: on what, in what precision, with which files.
+
+    Args:
+        args: with `device`; also `precision`, `cpu_threads` and `enable_mkldnn` where the script has them.
+        parts: what else there is to say, the model first.
+    """
+    named, what = vars(args), [args.device]
+    if args.device == "cpu":
+        threads = named.get("cpu_threads") or default_threads()
+        what.append(f"{threads} thread{'s' * (threads > 1)}")
+    precision = named.get("precision", "fp32")
+    what.append(auto_precision(args.device, named.get("enable_mkldnn", True)) if precision == "auto" else precision)
+    if RANKS > 1:
+        what.append(f"{RANKS} processes")
+    if not RANK:
+        console.log(f"{os.path.basename(sys.argv[0])}: " + "; ".join([", ".join(what), *parts]))
+
+
+def count(items: Sequence[Any], noun: str) -> str:
+    """How many there are, as in "1,000 texts"."""
+    return f"{len(items):,} {noun}{'s' * (len(items) != 1)}"

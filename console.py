@@ -1,19 +1,99 @@
-"""What a person sees of a running script: one-line errors, log lines, exit codes. Results alone go to stdout."""
+"""What a person sees of a running script beside its results: log lines, progress and errors on stderr, exit codes."""
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+
+from machine import RANK, RANKS
 
 HOW_TO_INSTALL = f"is not installed for {sys.executable}; pip install -r requirements.txt, or . .venv/bin/activate"
+SECONDS_PER_LINE = 10
 
 
 class InputError(Exception):
     """A mistake in a flag or an input file: reported in one line, exit code 2, no traceback."""
 
 
+class _Settings:
+    quiet = False  # --quiet
+    bars = 0  # progress bars that are on the terminal now
+
+
+def be_quiet(quiet: bool) -> None:
+    """Have `log` and `progress` say nothing, or something again; warnings and errors are said in any case."""
+    _Settings.quiet = quiet
+
+
 def log(message: str) -> None:
-    """Print one line to stderr; stdout is for results."""
-    print(message, file=sys.stderr, flush=True)
+    """Print one line to stderr, unless --quiet; stdout is for results."""
+    if not _Settings.quiet:
+        warn(message)
+
+
+def warn(message: str) -> None:
+    """Print one line to stderr, above the progress bar where there is one."""
+    if _Settings.bars:
+        from tqdm import tqdm
+
+        tqdm.write(message, file=sys.stderr)
+    else:
+        print(message, file=sys.stderr, flush=True)
+
+
+class _Lines:
+    """Progress where there is no terminal: a line every so many seconds."""
+
+    def __init__(self, what: str, total: int | None, unit: str, done: int) -> None:
+        self.what, self.total, self.unit, self.first, self.done = what, total, unit, done, done
+        self.started = self.last = time.monotonic()
+
+    def update(self, count: int = 1) -> None:
+        self.done += count
+        if (now := time.monotonic()) - self.last < SECONDS_PER_LINE:
+            return
+        from tqdm import tqdm
+
+        self.last = now
+        scale = self.unit == "B"
+        left = "" if self.total is None else " of {total_fmt} ({percentage:.0f} %)"
+        log(tqdm.format_meter(
+            self.done, self.total, now - self.started, prefix=self.what, unit=self.unit if scale else f" {self.unit}",
+            unit_scale=scale, initial=self.first,
+            bar_format="{desc}: {n_fmt}" + left + ", {rate_noinv_fmt}" + (left and ", {remaining} left")))
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int | None, unit: str, lines: bool = True, done: int = 0) -> Iterator[Callable]:
+    """`with progress("encoding", 1000, "texts") as advance:`, and `advance(n)` for every n that are done.
+
+    On a terminal a bar with rate and remaining time, for what takes more than a second; elsewhere a line every 10
+    seconds. Nothing on other ranks than the first, or with --quiet.
+
+    Args:
+        total: how many there are in all; None: not known.
+        unit: what is counted; "B" counts bytes.
+        lines: whether to write lines where there is no terminal.
+        done: how many are done already.
+    """
+    terminal = sys.stderr.isatty()
+    if _Settings.quiet or RANK or not (terminal or lines):
+        yield lambda count=1: None
+    elif not terminal:
+        yield _Lines(what, total, unit, done).update
+    else:
+        from tqdm import tqdm
+
+        tqdm.monitor_interval = 0  # no thread of its own
+        scale = unit == "B"
+        with tqdm(desc=what, total=total, unit=unit if scale else f" {unit}", unit_scale=scale, initial=done, delay=1,
+                  miniters=1, dynamic_ncols=True, file=sys.stderr) as bar:
+            _Settings.bars += 1
+            try:
+                yield bar.update
+            finally:
+                _Settings.bars -= 1
 
 
 def first_line(error: BaseException) -> str:
@@ -24,7 +104,7 @@ def first_line(error: BaseException) -> str:
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`: input errors become one line and exit code 2, Ctrl-C exit code 130."""
     code = _run(main)
-    if int(os.environ.get("PADDLE_TRAINERS_NUM", 1)) > 1:
+    if RANKS > 1:
         # With several processes paddle's threads now and then crash while Python ends: all is written, so end here.
         sys.stdout.flush()
         sys.stderr.flush()
@@ -41,18 +121,18 @@ def _run(main: Callable[[], None]) -> int:
     except SystemExit as end:
         return end.code or 0
     except InputError as error:
-        log(f"{program}: error: {error}")
+        warn(f"{program}: error: {error}")
         return 2
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # the reader of stdout (head, less) has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
-        log(f"{program}: error: {error}")
+        warn(f"{program}: error: {error}")
         return 2
     except ModuleNotFoundError as error:
-        log(f"{program}: error: {error.name} {HOW_TO_INSTALL}")
+        warn(f"{program}: error: {error.name} {HOW_TO_INSTALL}")
         return 2
     except KeyboardInterrupt:
-        log(f"{program}: interrupted")
+        warn(f"{program}: interrupted")
         return 130
     return 0

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any, TypeVar
 
-from console import HOW_TO_INSTALL, InputError, first_line, log
+from console import HOW_TO_INSTALL, InputError, first_line, log, progress, warn
 
 # One thread a matrix product, so that what numpy computes does not depend on their number; ann_util runs several
 # products side by side. This module is the first of the project's that a script imports.
@@ -78,12 +78,18 @@ def save_embeddings(path: str, embeddings: np.ndarray) -> None:
     log(f"wrote {embeddings.shape[0]} x {embeddings.shape[1]} float32 to {path}")
 
 
+def reading(path: str) -> contextlib.AbstractContextManager[Callable]:
+    """`console.progress` of reading a file, in bytes."""
+    return progress(f"reading {path}", os.path.getsize(path) if os.path.isfile(path) else None, "B")
+
+
 def file_digest(path: str) -> str:
     """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open(path, "rb") as file, reading(path) as advance:
         while block := file.read(1 << 24):
             digest.update(block)
+            advance(len(block))
     return digest.hexdigest()
 
 
@@ -109,8 +115,9 @@ def _lines(path: str, flag: str) -> Iterator[tuple[str, int, str]]:
     """Yield (file:line, offset, line) of a UTF-8 file, BOM and line ends (\\n, \\r\\n or \\r) removed, blank lines left
     out."""
     number = offset = 0
-    with open(path, "rb") as file:
+    with open(path, "rb") as file, reading(path) as advance:
         for chunk in file:
+            advance(len(chunk))
             for line in chunk.splitlines(keepends=True):  # of bytes: splits at \n, \r\n and \r, and nowhere else
                 number += 1
                 where, start = f"{path}:{number}", offset
@@ -167,7 +174,7 @@ def _good_rows(path: str, columns: int, flag: str, strict: bool,
     if bad > good or not good:
         raise InputError(f"{flag} {path}: {report}" if bad else f"{flag} {path}: the file holds no text")
     if bad:
-        log(f"{flag} {path}: skipped; {report}")
+        warn(f"{flag} {path}: skipped; {report}")
 
 
 def read_texts(path: str, flag: str, strict: bool = False) -> list[str]:
@@ -194,7 +201,8 @@ class TextFile(Sequence[str]):
             self._file.seek(0)
         self.path = path
         self._starts, self._size = np.zeros(0, "int64"), os.path.getsize(path)
-        starts, doubtful = self._scan()
+        with reading(path) as advance:
+            starts, doubtful = self._scan(advance)
         if starts is None:  # something is there to be reported, or to be left out
             starts, doubtful = array("q", (offset for offset, _ in _good_rows(path, 1, flag, strict))), []
         self._starts = np.frombuffer(starts, "int64")
@@ -203,7 +211,7 @@ class TextFile(Sequence[str]):
         if not len(self):
             raise InputError(f"{flag} {path}: the file holds no text")
 
-    def _scan(self) -> tuple[array | None, array]:
+    def _scan(self, advance: Callable[[int], Any]) -> tuple[array | None, array]:
         """The offsets of the lines that are not empty, None if any has a tab or is not UTF-8; and the numbers of those
         that may be white space alone, by their first byte."""
         starts, doubtful, offset, after_break = array("q"), array("q"), 0, True
@@ -224,6 +232,7 @@ class TextFile(Sequence[str]):
             doubtful.frombytes((odd + len(starts)).tobytes())
             starts.frombytes((found + offset).tobytes())
             offset, after_break = offset + len(chunk), breaks[-1]
+            advance(len(chunk))
         if decoder.getstate()[0]:
             return None, doubtful
         return starts, doubtful

@@ -29,6 +29,7 @@ def main() -> None:
     args = parse_args()
     if os.path.exists(args.output_path) and not os.path.isdir(args.output_path):
         raise console.InputError(f"--output_path {args.output_path}: exists and is not a folder")
+    cli.announce(argparse.Namespace(device="cpu"), f"{args.params_path} to {args.output_path}")
 
     from deploy.python.predictor import Predictor, export_graph
     from model import encode, load_model, new_folder, set_device, write_record

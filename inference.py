@@ -24,6 +24,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     texts = cli.given_texts(args)
+    cli.announce(args, args.params_path, cli.count(texts, "text"))
 
     from deploy.python.predictor import load_engine
     from model import encode

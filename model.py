@@ -17,18 +17,8 @@ import zlib  # noqa: F401  paddlepaddle 2.6 dies in inflateReset2 if its own zli
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
+from machine import PROCESSOR, default_threads
 
-def _processor() -> str:
-    """What Linux says of the first processor; empty elsewhere."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return file.read(4096)
-    except OSError:
-        return ""
-
-
-PROCESSOR = _processor()
-CPU_HAS_BF16 = " avx512_bf16" in PROCESSOR or " amx_bf16" in PROCESSOR
 if "AuthenticAMD" in PROCESSOR and " avx2" in PROCESSOR:
     # paddle's MKL, of 2019, runs processors that are not Intel's on SSE unless this names a kind before it is loaded:
     # 5 for AVX2, 7 for AVX-512. Matrix products are up to five times faster for it.
@@ -43,10 +33,9 @@ import paddle.nn.functional as F  # noqa: E402
 from paddle import nn  # noqa: E402
 
 from checkpoint import new_folder, read_weights, write_weights  # noqa: E402
-from console import InputError, first_line, log  # noqa: E402
+from console import InputError, first_line, progress, warn  # noqa: E402
 from data import DEFAULT_MODEL, load_tokenizer, make_batches, tokenize_windows  # noqa: E402
 
-CPU_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 CONFIG_FILE = "simcse_config.json"
 LAUNCHER_GONE = signal.SIGUSR1  # not SIGTERM: it comes once for each thread of the launcher
 PARAMS_FILE = "model_state.pdparams"
@@ -66,11 +55,6 @@ def set_device(device: str, cpu_threads: int = 0) -> None:
     paddle.set_device(device)
     # paddle starts with one math thread.
     paddle.base.core.set_num_threads(cpu_threads or default_threads())
-
-
-def default_threads() -> int:
-    """All cores, which ranks on one machine share."""
-    return max(1, CPU_CORES // paddle.distributed.get_world_size())
 
 
 # ------------------------------------------------------------------------------------------------- the network
@@ -306,15 +290,18 @@ def encode_stream(model: Engine, tokenizer: Any, texts: Sequence[str], max_seq_l
         windows: the rows that are wanted, by which texts are batched together; None: all, data.WINDOW at a time.
     """
     check_length(model, max_seq_length)
-    for ids in tokenize_windows(texts, tokenizer, max_seq_length, windows):
-        embeddings = np.empty((len(ids), model.embedding_size), "float32")
-        rows, under_way = [], embeddings[:0]
-        for next_rows, *batch in make_batches(ids, tokenizer.pad_token_id, batch_size, model.batch_tokens):
-            launched = model.embed(*batch)
+    count = len(texts) if windows is None else sum(map(len, windows))
+    with progress("encoding", count, "texts") as advance:
+        for ids in tokenize_windows(texts, tokenizer, max_seq_length, windows):
+            embeddings = np.empty((len(ids), model.embedding_size), "float32")
+            rows, under_way = [], embeddings[:0]
+            for next_rows, *batch in make_batches(ids, tokenizer.pad_token_id, batch_size, model.batch_tokens):
+                launched = model.embed(*batch)
+                embeddings[rows] = np.asarray(under_way)
+                rows, under_way = next_rows, launched
+                advance(len(rows))
             embeddings[rows] = np.asarray(under_way)
-            rows, under_way = next_rows, launched
-        embeddings[rows] = np.asarray(under_way)
-        yield embeddings
+            yield embeddings
 
 
 def encode(model: Engine, tokenizer: Any, texts: Sequence[str], max_seq_length: int,
@@ -385,7 +372,7 @@ def load_encoder(model_name_or_path: str, dropout: float | None = None) -> nn.La
     if missing := [name for name in seen.layers if "pooler" not in name]:
         raise InputError(f"--model_name_or_path {model_name_or_path}: its weights lack {_some(missing)}")
     if seen.layers:
-        log(f"{model_name_or_path} has no trained pooler: {_some(seen.layers)} start at random")
+        warn(f"{model_name_or_path} has no trained pooler: {_some(seen.layers)} start at random")
     return encoder
 
 

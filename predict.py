@@ -27,6 +27,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     pairs = data.read_text_pairs(args.text_pair_file, "--text_pair_file", args.strict_data)
+    cli.announce(args, args.params_path, cli.count(pairs, "pair"))
 
     from deploy.python.predictor import load_engine
     from model import encode_pairs, mean_loss

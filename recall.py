@@ -149,7 +149,7 @@ def model_digest(args: argparse.Namespace) -> str:
 def new_index(args: argparse.Namespace, made_of: dict, documents: int, dim: int, rank: int, ranks: int):
     """An empty index for so many embeddings of `dim`, or this rank's part of it."""
     from ann_util import ExactIndex, HnswIndex, Shards
-    from model import default_threads
+    from machine import default_threads
 
     threads = args.cpu_threads or default_threads()
     if ranks > made_of["index_shards"]:
@@ -338,6 +338,8 @@ def main() -> None:
                                  "documents")
     if not args.query:
         os.makedirs(args.recall_result_dir, exist_ok=True)
+    cli.announce(args, args.params_path, f"{cli.count(corpus, 'document')} for {args.ann_engine}" if corpus else
+                 f"index {args.index_path or args.milvus_uri}", f"{len(queries):,} queries")
 
     from deploy.python.predictor import load_engine
     from model import encode
@@ -345,7 +347,7 @@ def main() -> None:
     engine, tokenizer = load_engine(args)
     index, corpus = open_index(args, corpus, engine, tokenizer)
     if args.recall_num > len(corpus):
-        console.log(f"--recall_num {args.recall_num}: the corpus has only {len(corpus)} documents")
+        console.warn(f"--recall_num {args.recall_num}: the corpus has only {len(corpus)} documents")
     with result_file(args) as file:
         file.writelines(answers(args, queries, index, corpus,
                                 lambda texts: encode(engine, tokenizer, texts, args.max_seq_length, args.batch_size)))

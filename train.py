@@ -483,11 +483,9 @@ def train(args: argparse.Namespace, texts: data.TextFile, evaluate: Callable | N
     """
     import paddle
 
-    from checkpoint import newest_resumable, prepare_save_dir, write_training_state
+    from checkpoint import prepare_save_dir, write_training_state
     from model import is_first_rank, join_ranks, wait_for_ranks
 
-    if args.resume == "auto":
-        args.resume = newest_resumable(args.save_dir)
     set_seed(args.seed)
     model, tokenizer, record = build_model(args)
     network, (rank, ranks) = model, join_ranks()
@@ -547,6 +545,13 @@ def main() -> None:
     args = parse_args()
     texts = data.TextFile(args.train_set_file, "--train_set_file", args.strict_data)
     evaluate = read_test_set(args)
+    if args.resume == "auto":
+        from checkpoint import newest_resumable
+
+        args.resume = newest_resumable(args.save_dir)
+    model = args.resume or args.init_from_ckpt or args.model_name_or_path or data.DEFAULT_MODEL
+    cli.announce(args, model, cli.count(texts, "training text"),
+                 f"{args.epochs} epochs in batches of {args.batch_size}")
 
     from model import is_first_rank, set_device
 

@@ -7,6 +7,7 @@ import paddle
 import pytest
 from conftest import ENCODER, ROOT, succeed
 
+import machine
 import model as m
 from ann_util import exact_search, first_hits, recall_at
 from data import RECALL_KS, distinct, read_text_pairs, read_texts
@@ -121,7 +122,7 @@ def half_trained(real_data, tmp_path_factory):
 def test_bfloat16_recalls_what_float32_does(real_data, half_trained, name):
     """The corpus and 1,000 queries, of which one is 0.1 points: cosine to float32 at least 0.999, Recall@k within 0.3
     on average, and nowhere 0.6 lower."""
-    if not m.CPU_HAS_BF16:
+    if not machine.CPU_HAS_BF16:
         pytest.skip("this processor has neither AVX-512 BF16 nor AMX")
     network, tokenizer, _ = m.load_model(str(half_trained))
     corpus = distinct(read_texts(str(real_data / name / "recall" / "corpus.csv"), "--flag"))

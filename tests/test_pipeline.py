@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import ENCODER, FP32, ROOT, refuse, succeed
 
+import machine
 import model as m
 from ann_util import exact_search, first_hits, recall_at
 from cli import README_TEXT
@@ -290,7 +291,7 @@ def test_no_gpu_is_one_line(checkpoint):
 def test_bfloat16_is_close_and_refused_where_there_is_none(checkpoint, sample, tmp_path):
     flags = ["--device", "cpu", "--params_path", checkpoint, "--input_file", sample / "corpus.csv", "--output_file",
              tmp_path / "v.npy", "--precision", "bf16"]
-    if not m.CPU_HAS_BF16:
+    if not machine.CPU_HAS_BF16:
         assert "--precision bf16: this processor" in refuse("inference.py", *flags)
         return
     succeed("inference.py", *flags)

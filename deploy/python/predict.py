@@ -93,6 +93,7 @@ def main() -> None:
         pairs = data.read_text_pairs(args.text_pair_file, "--text_pair_file", args.strict_data)
     texts = [] if pairs and not (args.text or args.input_file) else cli.given_texts(args)
     bare = not (args.text or args.input_file or pairs)
+    cli.announce(args, args.model_dir, cli.count(texts, "text"), cli.count(pairs, "pair"))
 
     from deploy.python.predictor import Predictor
     from model import encode, encode_pairs

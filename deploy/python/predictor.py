@@ -10,7 +10,8 @@ from typing import Any
 
 # `model` first: it prepares the environment in which paddle is imported.
 from console import InputError
-from model import BATCH_TOKENS, CPU_HAS_BF16, Engine, SimCSE, default_threads, load_model, read_record, set_device
+from machine import CPU_HAS_BF16, auto_precision, default_threads
+from model import BATCH_TOKENS, Engine, SimCSE, load_model, read_record, set_device
 
 import numpy as np
 import paddle
@@ -106,9 +107,7 @@ class Predictor:
         self.max_positions = max_positions or read_record(model_dir).get("encoder_config", {}).get(
             "max_position_embeddings", 512)
         self.batch_tokens = BATCH_TOKENS[device == "cpu"]
-        self.precision = precision
-        if precision == "auto":
-            self.precision = "bf16" if device == "cpu" and enable_mkldnn and CPU_HAS_BF16 else "fp32"
+        self.precision = auto_precision(device, enable_mkldnn) if precision == "auto" else precision
         if device == "gpu":
             set_device(device)
             self._use_gpu(config, use_tensorrt, max_batch_size, max_seq_length)

@@ -1,0 +1,122 @@
+"""What a person sees on stderr: the first line, progress with and without a terminal, --quiet."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
+
+import numpy as np
+import pytest
+from conftest import ROOT, refuse, succeed
+
+
+def on_a_terminal(*command, **options):
+    """Run a command whose stderr is a terminal: exit code, stdout, what the terminal got."""
+    terminal, end = pty.openpty()
+    termios.tcsetwinsize(end, (24, 100))
+    with subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=end, text=True, cwd=ROOT,
+                          **options) as process:
+        os.close(end)
+        shown = b""
+        try:
+            while chunk := os.read(terminal, 4096):
+                shown += chunk
+        except OSError:  # how Linux says that the other end is closed
+            pass
+        return process.wait(), process.stdout.read(), shown.decode()
+
+
+STEPS = """
+import sys, time, console
+console.SECONDS_PER_LINE = 0.2
+console.be_quiet("quiet" in sys.argv)
+with console.progress("counting", None if "unknown" in sys.argv else 1000, "sheep") as advance:
+    console.log("a log line")
+    for _ in range(10):
+        time.sleep(0.15)
+        advance(90)
+    console.warn("a warning")
+"""
+
+
+def test_on_a_terminal_a_bar_with_rate_and_remaining_time():
+    code, _, shown = on_a_terminal(sys.executable, "-c", STEPS)
+    assert code == 0
+    found = re.findall(r"counting: +(\d+)%\|[^|\r]*\| (\d+)/1000 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+ sheep/s", shown)
+    assert found and all(int(percent) == int(done) // 10 for percent, done in found)
+    assert found[-1] == ("90", "900")
+    assert re.search(r"(^|[\r\n])a warning\r\n", shown), "the bar is not written into log lines"
+
+
+def test_elsewhere_plain_lines():
+    result = subprocess.run([sys.executable, "-c", STEPS], cwd=ROOT, capture_output=True, text=True)
+    lines = result.stderr.splitlines()
+    assert "\r" not in result.stderr and lines[0] == "a log line" and lines[-1] == "a warning"
+    shapes = [re.fullmatch(r"counting: (\d+) of 1000 \((\d+) %\), ([\d.]+) sheep/s, \d\d:\d\d left", line)
+              for line in lines[1:-1]]
+    assert 2 <= len(shapes) <= 9 and all(shapes)
+    for shape in shapes:
+        assert round(int(shape[1]) / 10) == int(shape[2]) and 100 < float(shape[3]) <= 600, "90 in at least 0.15 s"
+    unknown = subprocess.run([sys.executable, "-c", STEPS, "unknown"], cwd=ROOT, capture_output=True, text=True)
+    assert re.search(r"^counting: \d+, [\d.]+ sheep/s$", unknown.stderr, re.M)
+
+
+def test_quiet_leaves_warnings():
+    result = subprocess.run([sys.executable, "-c", STEPS, "quiet"], cwd=ROOT, capture_output=True, text=True)
+    assert result.stderr == "a warning\n"
+
+
+@pytest.fixture(scope="module")
+def stages(checkpoint, exported, sample, tmp_path_factory):
+    """Every stage's command, and what its first line has to say beside the device."""
+    folder = tmp_path_factory.mktemp("stages")
+    model = ["--params_path", checkpoint]
+    encode = ["--device", "cpu", "--cpu_threads", 1, "--precision", "fp32"]
+    weights, here = f"{checkpoint}/model_state.pdparams", "cpu, 1 thread, fp32"
+    corpus, dev, test = sample / "corpus.csv", sample / "dev.csv", sample / "test.csv"
+    return {
+        "train.py": (["--device", "cpu", "--cpu_threads", 1, "--init_from_ckpt", checkpoint, "--train_set_file",
+                      sample / "train_unsupervised.csv", "--epochs", 0, "--save_dir", folder / "checkpoints",
+                      "--visualdl_dir", folder / "log"],
+                     f"{here}; {weights}; 128 training texts; 0 epochs in batches of 32"),
+        "recall.py": ([*model, *encode, "--corpus_file", corpus, "--similar_text_pair", dev, "--recall_result_dir",
+                       folder], f"{here}; {weights}; 120 documents for hnswlib; 60 queries"),
+        "predict.py": ([*model, *encode, "--text_pair_file", test], f"{here}; {weights}; 40 pairs"),
+        "inference.py": ([*model, *encode, "--text", "语义"], f"{here}; {weights}; 1 text"),
+        "export_model.py": ([*model, "--output_path", folder / "output"],
+                            rf"cpu, \d+ threads?, fp32; {weights} to {folder}/output"),
+        "deploy/python/predict.py": (["--model_dir", exported, *encode, "--text_pair_file", test],
+                                     f"{here}; {exported}; 0 texts; 40 pairs"),
+    }
+
+
+@pytest.mark.parametrize("script", ["train.py", "recall.py", "predict.py", "inference.py", "export_model.py",
+                                    "deploy/python/predict.py"])
+def test_the_first_line_says_what_is_about_to_happen(stages, script, tmp_path):
+    flags, says = stages[script]
+    result = succeed(script, *flags, cwd=tmp_path)
+    assert re.fullmatch(f"{os.path.basename(script)}: {says}", result.stderr.splitlines()[0])
+
+
+@pytest.mark.parametrize("script", ["train.py", "recall.py"])
+def test_quiet_says_nothing(stages, script, tmp_path):
+    assert succeed(script, *stages[script][0], "--quiet", cwd=tmp_path).stderr == ""
+
+
+def test_quiet_keeps_errors(tmp_path):
+    (tmp_path / "dev.csv").write_text("a\tA\nb\n")
+    (tmp_path / "result.txt").write_text("a\tA\t0.5\n")
+    files = ["--similar_text_pair", "dev.csv", "--recall_result_file", "result.txt"]
+    assert "dev.csv:2 (columns: 1 instead of 2)" in succeed("evaluate.py", *files, "--quiet", cwd=tmp_path).stderr
+    assert "dev.csv:2" in refuse("evaluate.py", *files, "--quiet", "--strict_data", cwd=tmp_path)
+
+
+def test_reading_and_encoding_show_bars_on_a_terminal(checkpoint, tmp_path):
+    lines = "".join(f"第{row}条关于语义检索和向量召回的文本,长一些\n" for row in range(30000))
+    (tmp_path / "texts.txt").write_text(lines, encoding="utf-8")
+    code, _, shown = on_a_terminal(sys.executable, "inference.py", "--device", "cpu", "--params_path", checkpoint,
+                                   "--input_file", tmp_path / "texts.txt", "--output_file", tmp_path / "texts.npy")
+    assert code == 0 and len(np.load(tmp_path / "texts.npy")) == 30000
+    assert re.search(r"encoding: +\d+%\|.*?\| \d+/30000 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+ texts/s", shown)
