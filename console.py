@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import TextIO
 
 from machine import RANK, RANKS
 
@@ -34,12 +35,21 @@ def log(message: str) -> None:
 
 def warn(message: str) -> None:
     """Print one line to stderr, above the progress bar where there is one."""
+    _print(message, sys.stderr)
+
+
+def result(message: str) -> None:
+    """Print one line to stdout, above the progress bar where there is one."""
+    _print(message, sys.stdout)
+
+
+def _print(message: str, file: TextIO) -> None:
     if _Settings.bars:
         from tqdm import tqdm
 
-        tqdm.write(message, file=sys.stderr)
+        tqdm.write(message, file=file)
     else:
-        print(message, file=sys.stderr, flush=True)
+        print(message, file=file, flush=True)
 
 
 class _Lines:
@@ -88,7 +98,7 @@ def progress(what: str, total: int | None, unit: str, lines: bool = True, done: 
         tqdm.monitor_interval = 0  # no thread of its own
         scale = unit == "B"
         with tqdm(desc=what, total=total, unit=unit if scale else f" {unit}", unit_scale=scale, initial=done, delay=1,
-                  miniters=1, dynamic_ncols=True, file=sys.stderr) as bar:
+                  miniters=1, dynamic_ncols=True, leave=None, file=sys.stderr) as bar:
             _Settings.bars += 1
             try:
                 yield bar.update

@@ -136,6 +136,7 @@ class SimCSE(nn.Layer):
         self.precision = "fp32"  # what `forward` and `embed` compute in; bf16 and fp16 need a GPU
         self.recomputes = False  # whether the encoder's layers are computed again for their gradients
         self.cross_device_negatives = False  # whether `loss` is that of the rows of all ranks
+        self.compared = None  # what the last `loss` was of: query, title, keys
         self.output_emb_size = output_emb_size or 0
         hidden_size = pretrained_model.config.hidden_size
         self.embedding_size = self.output_emb_size or hidden_size
@@ -216,6 +217,7 @@ class SimCSE(nn.Layer):
         """`contrastive_loss` of embeddings, with `cross_device_negatives` of those of all ranks: the same on each."""
         if self.cross_device_negatives:
             query, title, keys = (None if rows is None else gather_rows(rows) for rows in (query, title, keys))
+        self.compared = query.detach(), title.detach(), keys
         return contrastive_loss(query, title, self.margin, self.scale, keys)
 
     def forward(self, query_input_ids: paddle.Tensor, title_input_ids: paddle.Tensor, query_token_type_ids=None,

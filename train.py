@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import cli
 import console
 import data
+from reporting import Reporter, read_test_set
 
 
 def parse_args() -> argparse.Namespace:
@@ -104,6 +105,8 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--save_steps", type=cli.positive_int, default=10000, help="steps between checkpoints")
     group.add_argument("--eval_steps", type=cli.positive_int, default=10000, help="steps between evaluations")
     group.add_argument("--visualdl_dir", default="./log", help="folder of the VisualDL log")
+    group.add_argument("--visualdl_embeddings", type=cli.natural_int, default=0,
+                       help="training texts whose embeddings VisualDL shows when training is over; 0: none")
     args = parser.parse_args()
     if args.precision != "fp32" and args.device != "gpu":
         parser.error(f"--precision {args.precision} needs --device gpu: paddle has no such training on a CPU")
@@ -126,41 +129,6 @@ def set_seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     paddle.seed(seed)
-
-
-def read_test_set(args: argparse.Namespace) -> Callable | None:
-    """Read --test_set_file; returns `evaluate(embed) -> {measure: value}`, or None without a test set."""
-    if not args.test_set_file:
-        return None
-    flag, strict = "--test_set_file", args.strict_data
-    if data.count_columns(args.test_set_file, flag, (2, 3)) == 3:
-        triples = data.read_labeled_pairs(args.test_set_file, flag, strict)
-        return lambda embed: spearman(embed, triples)
-    pairs = data.read_text_pairs(args.test_set_file, flag, strict)
-    return lambda embed: recall(embed, pairs)
-
-
-def spearman(embed: Callable, triples: list[tuple[str, str, float]]) -> dict[str, float]:
-    """Spearman's rank correlation, in percent, of the cosines with the labels."""
-    from scipy.stats import spearmanr
-
-    first, second, labels = zip(*triples)
-    cosines = (embed(first) * embed(second)).sum(axis=1)
-    return {"spearman": round(100 * float(spearmanr(cosines, labels)[0]), 3)}
-
-
-def recall(embed: Callable, pairs: list[tuple[str, str]]) -> dict[str, float]:
-    """Recall@k, in percent, of each distinct query's targets among all distinct targets, by exact search."""
-    from ann_util import exact_search, first_hits, recall_at
-
-    queries, corpus = (data.distinct(side) for side in zip(*pairs))
-    row_of = {text: row for row, text in enumerate(corpus)}
-    targets: dict[str, set[int]] = {}
-    for query, target in pairs:
-        targets.setdefault(query, set()).add(row_of[target])
-    rows, _ = exact_search(embed(queries), embed(corpus), max(data.RECALL_KS))
-    recalled = recall_at(first_hits(rows, [targets[query] for query in queries]), data.RECALL_KS)
-    return {f"recall@{k}": value for k, value in recalled.items()}
 
 
 def build_model(args: argparse.Namespace):
@@ -241,10 +209,17 @@ def batches_of(texts: Sequence[str], sampler: Iterable, tokenizer, args: argpars
     return data.prefetch(batch(rows) for rows in sampler)
 
 
-def groups_of(size: int, items: Iterator) -> Iterator[list]:
-    """Lists of `size` items, the last one of what is left."""
-    while group := list(itertools.islice(items, size)):
-        yield group
+def groups_after(step: int, epoch_steps: int, args: argparse.Namespace, texts: Sequence[str],
+                 sampler: data.ShuffledBatches, tokenizer) -> Iterator[tuple[int, int, list]]:
+    """Yield, for every step after `step`, its epoch and its place in it, both from 1, and its batches."""
+    size = args.gradient_accumulation_steps
+    for epoch in range(step // epoch_steps, args.epochs):
+        first = max(0, step - epoch * epoch_steps)
+        sampler.start_at(epoch, first * size)
+        batches = batches_of(texts, sampler, tokenizer, args)
+        groups = iter(lambda: list(itertools.islice(batches, size)), [])  # noqa: B023
+        for number, group in enumerate(groups, start=first + 1):
+            yield epoch + 1, number, group
 
 
 def backward(network, model, batch: tuple, weigh: Callable, last: bool):
@@ -363,71 +338,6 @@ class Stop:
         return self.signal is not None
 
 
-class Reporter:
-    """What rank 0 does beside the steps: log lines, VisualDL, evaluation, checkpoints. Other ranks do nothing."""
-
-    def __init__(self, args: argparse.Namespace, model, tokenizer, record: dict, evaluate: Callable | None,
-                 write_state: Callable[[str, int], None]) -> None:
-        from model import is_first_rank, wait_for_ranks
-
-        self.args, self.model, self.tokenizer, self.record, self.test = args, model, tokenizer, record, evaluate
-        self.write_state = write_state
-        self.active, self.wait = is_first_rank(), wait_for_ranks
-        self.evaluated = self.saved = None
-        self.logged_step, self.logged_at = 0, time.time()
-        if self.active:
-            from visualdl import LogWriter
-
-            self.writer = LogWriter(logdir=args.visualdl_dir)
-
-    def log_step(self, step: int, epoch: int, batch: int, loss, learning_rate: float) -> None:
-        if not self.active:
-            return
-        value = float(loss)  # the only wait for the device
-        speed = (step - self.logged_step) / (time.time() - self.logged_at)
-        console.log(f"global step {step}, epoch: {epoch}, batch: {batch}, loss: {value:.5f}, speed: {speed:.2f} step/s")
-        for name, number in (("loss", value), ("learning_rate", learning_rate), ("speed", speed)):
-            self.writer.add_scalar(f"train/{name}", number, step)
-        self.writer.flush()
-        self.logged_step, self.logged_at = step, time.time()
-
-    def evaluate(self, step: int) -> None:
-        """On rank 0, while the others wait."""
-        if self.test and self.evaluated != step:
-            if self.active:
-                self._evaluate(step)
-            self.evaluated = step
-            self.wait()
-
-    def _evaluate(self, step: int) -> None:
-        from deploy.python.predictor import make_engine
-        from model import encode
-
-        precision = "auto" if self.args.device == "cpu" else self.args.precision
-        engine = make_engine(self.model, precision, self.args.cpu_threads)
-        measures = self.test(lambda texts: encode(engine, self.tokenizer, texts, self.args.max_seq_length))
-        print(f"global step {step}, " + ", ".join(f"{name}={value}" for name, value in measures.items()), flush=True)
-        for name, value in measures.items():
-            self.writer.add_scalar(f"eval/{name}", value, step)
-        self.writer.flush()
-
-    def save(self, step: int) -> None:
-        """On rank 0, while the others wait."""
-        from checkpoint import remove_old
-        from model import save_checkpoint
-
-        if self.saved == step:
-            return
-        if self.active:
-            folder = os.path.join(self.args.save_dir, f"model_{step}")
-            save_checkpoint(folder, self.model, self.tokenizer, self.record, f"model_state.{self.args.save_format}",
-                            lambda temporary: self.write_state(temporary, step))
-            console.log(f"saved {folder}")
-            remove_old(self.args.save_dir, step, self.args.keep_checkpoints)
-        self.saved = step
-        self.wait()
-
-
 # What a run depends on: going on from its checkpoint with another would be neither that run nor a new one.
 RUN = ("batch_size", "gradient_accumulation_steps", "epochs", "seed", "max_seq_length", "learning_rate",
        "warmup_proportion", "weight_decay", "max_grad_norm", "dropout", "output_dropout", "margin", "scale",
@@ -500,14 +410,12 @@ def train(args: argparse.Namespace, texts: data.TextFile, evaluate: Callable | N
     scaler = paddle.amp.GradScaler(enable=args.precision == "fp16", init_loss_scaling=2.0**15)
     run = run_of(args, texts, ranks)
     step = resumed_step(args, run, model, optimizer, scaler)
-    reporter = Reporter(args, model, tokenizer, record, evaluate, lambda folder, step: write_training_state(
-        folder, model, optimizer, {"step": step, "run": run, "scaler": numbers(scaler.state_dict())}))
-    reporter.logged_step, stop = step, Stop()
-    for epoch in range(step // epoch_steps, args.epochs):
-        first = step % epoch_steps
-        sampler.start_at(epoch, first * args.gradient_accumulation_steps)
-        batches = batches_of(texts, sampler, tokenizer, args)
-        for number, group in enumerate(groups_of(args.gradient_accumulation_steps, batches), start=first + 1):
+    reporter = Reporter(args, model, tokenizer, record, evaluate, texts, epoch_steps * args.epochs, step,
+                        lambda folder, step: write_training_state(folder, model, optimizer, {
+                            "step": step, "run": run, "scaler": numbers(scaler.state_dict())}))
+    stop = Stop()
+    with console.progress("training", reporter.steps, "steps", lines=False, done=step) as advance:
+        for epoch, number, group in groups_after(step, epoch_steps, args, texts, sampler, tokenizer):
             model.train()
             # Dropout is a function of seed, rank and step, so that a resumed run has what an unbroken one has.
             paddle.seed(((args.seed + rank) * 1_000_003 + step) % 2**31)
@@ -522,8 +430,9 @@ def train(args: argparse.Namespace, texts: data.TextFile, evaluate: Callable | N
             schedule.step()
             optimizer.clear_grad()
             step += 1
+            advance()
             if step % 10 == 0:
-                reporter.log_step(step, epoch + 1, number, loss, learning_rate)
+                reporter.log_step(step, epoch, number, loss, learning_rate)
             if step % args.eval_steps == 0:
                 reporter.evaluate(step)
             if step % args.save_steps == 0:
@@ -533,6 +442,7 @@ def train(args: argparse.Namespace, texts: data.TextFile, evaluate: Callable | N
                 return 128 + stop.signal
     reporter.save(step)
     reporter.evaluate(step)
+    reporter.finish()
     return 0
 
 
