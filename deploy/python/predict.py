@@ -19,6 +19,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import cli
 import console
 import data
+import tokenizing
 
 README_PAIRS = [("中西方语言与文化的差异", "中西方文化差异以及语言体现中西方文化,差异,语言体现"),
                 ("中西方语言与文化的差异", "飞桨致力于让深度学习技术的创新与应用更简单")]
@@ -100,7 +101,7 @@ def main() -> None:
 
     predictor = Predictor(args.model_dir, args.device, args.cpu_threads, args.enable_mkldnn, args.use_tensorrt,
                           args.precision, args.batch_size or 32, args.max_seq_length)
-    tokenizer = data.load_tokenizer(args.model_dir)
+    tokenizer = tokenizing.load_tokenizer(args.model_dir)
     if texts:
         embeddings = encode(predictor, tokenizer, texts, args.max_seq_length, args.batch_size)
         if args.output_file:
