@@ -8,15 +8,17 @@ import contextlib
 import hashlib
 import math
 import os
+import queue
 import re
 import shutil
 import sys
 import tempfile
+import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
-from console import HOW_TO_INSTALL, InputError, log, progress, warn
+from console import HOW_TO_INSTALL, InputError, be_answering, log, progress, warn
 
 # One thread a matrix product, so that what numpy computes does not depend on their number; ann_util runs several
 # products side by side. This module is the first of the project's that a script imports.
@@ -30,6 +32,8 @@ DEFAULT_MODEL = "rocketqa-zh-base-query-encoder"
 RECALL_KS = (1, 5, 10, 20, 50)
 # Texts tokenized and sorted by length at a time: enough to make batches of even length, little enough to stream.
 WINDOW = 16384
+STDIN = "-"  # the path that means stdin
+Item = TypeVar("Item")
 
 
 def _runs(pid: int) -> bool:
@@ -71,6 +75,8 @@ def save_embeddings(path: str, embeddings: np.ndarray) -> None:
 
 def reading(path: str) -> contextlib.AbstractContextManager[Callable]:
     """`console.progress` of reading a file, in bytes."""
+    if path == STDIN:  # how long that takes is not ours
+        return contextlib.nullcontext(lambda count: None)
     return progress(f"reading {path}", os.path.getsize(path) if os.path.isfile(path) else None, "B")
 
 
@@ -102,16 +108,21 @@ def _decode(line: bytes, where: str) -> str:
 BOM = codecs.BOM_UTF8
 
 
+def _name(path: str) -> str:
+    return "stdin" if path == STDIN else path
+
+
 def _lines(path: str, flag: str) -> Iterator[tuple[str, int, str]]:
-    """Yield (file:line, offset, line) of a UTF-8 file, BOM and line ends (\\n, \\r\\n or \\r) removed, blank lines left
-    out."""
+    """Yield (file:line, offset, line) of a UTF-8 file or of stdin as it comes, BOM and line ends (\\n, \\r\\n or \\r)
+    removed, blank lines left out."""
     number = offset = 0
-    with open(path, "rb") as file, reading(path) as advance:
+    stdin = path == STDIN
+    with open(0 if stdin else path, "rb", closefd=not stdin) as file, reading(path) as advance:
         for chunk in file:
             advance(len(chunk))
             for line in chunk.splitlines(keepends=True):  # of bytes: splits at \n, \r\n and \r, and nowhere else
                 number += 1
-                where, start = f"{path}:{number}", offset
+                where, start = f"{_name(path)}:{number}", offset
                 offset += len(line)
                 if number == 1 and line.startswith(BOM):
                     line, start = line.removeprefix(BOM), len(BOM)
@@ -126,10 +137,10 @@ def read_rows(path: str, columns: int, flag: str, strict: bool = False,
 
     Every field loses the white space around it and keeps what is inside. Blank lines are skipped. A row with
     another number of columns, an empty field, or for which `check(row)` returns a complaint is skipped, counted,
-    and reported on stderr with file:line of the first three.
+    and reported on stderr with file:line of the first three; of stdin these three are reported at once as well.
 
     Args:
-        path: a UTF-8 file, with or without BOM, lines ending in \\n, \\r\\n or \\r.
+        path: a UTF-8 file, with or without BOM, lines ending in \\n, \\r\\n or \\r; STDIN: stdin.
         columns: how many fields a good row has.
         flag: the flag that named the file, for messages.
         strict: raise at the first bad row.
@@ -161,16 +172,48 @@ def _good_rows(path: str, columns: int, flag: str, strict: bool,
             bad += 1
             if bad <= 3:
                 first_bad.append(f"{where} ({complaint})")
+                if path == STDIN:  # whoever waits for the answer has to know
+                    warn(f"{flag} {where}: skipped; {complaint}")
     report = f"{bad} of {good + bad} lines are malformed: {', '.join(first_bad)}"
     if bad > good or not good:
-        raise InputError(f"{flag} {path}: {report}" if bad else f"{flag} {path}: the file holds no text")
+        raise InputError(f"{flag} {_name(path)}: {report}" if bad else f"{flag} {_name(path)}: the file holds no text")
     if bad:
-        warn(f"{flag} {path}: skipped; {report}")
+        warn(f"{flag} {_name(path)}: skipped; {report}")
+
+
+def arriving(items: Iterator[Item]) -> Iterator[list[Item]]:
+    """Yield what has come of `items` so far, as soon as there is any, WINDOW at most at a time.
+
+    So a line typed is answered at once, and a long file is encoded in large batches. A thread reads on meanwhile; an
+    error of `items` is raised after what came before it.
+    """
+    be_answering()
+    come: queue.Queue[Item | Exception] = queue.Queue(WINDOW)
+
+    def read() -> None:
+        try:
+            while True:
+                come.put(next(items))
+        except Exception as end:  # StopIteration among them
+            come.put(end)
+
+    threading.Thread(target=read, daemon=True).start()  # daemon: it may wait for a line when all else has ended
+    while True:
+        block = [come.get()]
+        while len(block) < WINDOW and not come.empty():
+            block.append(come.get())
+        end = block.pop() if isinstance(block[-1], Exception) else None
+        if block:
+            yield block
+        if isinstance(end, StopIteration):
+            return
+        if end:
+            raise end
 
 
 def read_texts(path: str, flag: str, strict: bool = False) -> list[str]:
     """One text a line."""
-    return [row[0] for row in read_rows(path, 1, flag, strict)]
+    return [text for (text,) in read_rows(path, 1, flag, strict)]
 
 
 class TextFile(Sequence[str]):

@@ -19,6 +19,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import cli
 import console
 import data
+import results
 import tokenizing
 
 README_PAIRS = [("中西方语言与文化的差异", "中西方文化差异以及语言体现中西方文化,差异,语言体现"),
@@ -45,6 +46,8 @@ def parse_args() -> argparse.Namespace:
                        help="also measure latency and throughput, at batch 1 and 32, or --batch_size")
     group.add_argument("--save_log_path", default="./log_output/", help="folder of the benchmark's log")
     args = parser.parse_args()
+    if args.format and args.output_file and not args.text_pair_file and (args.text or args.input_file):
+        parser.error("--format is how results are printed; --output_file writes .npy instead")
     check_device(parser, cli.check_encode_arguments(parser, args))
     return args
 
@@ -106,13 +109,20 @@ def main() -> None:
         embeddings = encode(predictor, tokenizer, texts, args.max_seq_length, args.batch_size)
         if args.output_file:
             data.save_embeddings(args.output_file, embeddings)
+        elif args.format:
+            results.write(results.embedding_line(args.format, text, embedding.tolist())
+                          for text, embedding in zip(texts, embeddings))
         else:
             print(embeddings.shape)
             print(embeddings)
     if pairs or bare:
-        first, second = encode_pairs(predictor, tokenizer, pairs or README_PAIRS, args.max_seq_length, args.batch_size)
+        pairs = pairs or README_PAIRS
+        first, second = encode_pairs(predictor, tokenizer, pairs, args.max_seq_length, args.batch_size)
         cosines = (first * second).sum(axis=1).tolist()
-        print(cosines if bare else "\n".join(map(str, cosines)))
+        if bare and not args.format:
+            print(cosines)
+        else:
+            results.write(results.pair_line(args.format, *pair, cosine) for pair, cosine in zip(pairs, cosines))
     if args.benchmark:
         benchmark(lambda batch: encode(predictor, tokenizer, batch, args.max_seq_length, len(batch)),
                   texts or [text for pair in pairs for text in pair], args)
