@@ -201,8 +201,8 @@ def add_text_arguments(parser: argparse.ArgumentParser, stdin: bool = False) -> 
         parser.add_argument("--input_file", type=readable_file, default=None, help="texts, one a line")
     parser.add_argument("--output_file", type=_npy_file, default=None,
                         help="write the embeddings there, .npy, float32 [texts, embedding size]; None: print them")
-    add_format_argument(parser, "how embeddings are printed, a line a text. tsv: text, tab, numbers with blanks between "
-                        'them; jsonl: {"text", "embedding"}; None: shape and matrix, of stdin tsv')
+    add_format_argument(parser, "how embeddings are printed, a line a text. tsv: text, tab, numbers with blanks "
+                        'between them; jsonl: {"text", "embedding"}; None: shape and matrix, of stdin tsv')
 
 
 def nonempty_text(text: str) -> str:

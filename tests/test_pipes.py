@@ -17,7 +17,8 @@ GBK = "语义索引".encode("gbk")
 def commands(checkpoint, sample, tmp_path_factory):
     """What answers a line of stdin in each script; the index is kept, so that it is built once."""
     index = tmp_path_factory.mktemp("index") / "index"
-    recall = ["recall.py", *CPU, "--params_path", checkpoint, "--index_path", index, "--ann_engine", "exact", "--top_k", 3]
+    recall = ["recall.py", *CPU, "--params_path", checkpoint, "--index_path", index, "--ann_engine", "exact",
+              "--top_k", 3]
     succeed(*recall, "--corpus_file", sample / "corpus.csv", "--query", "语义检索")
     return {"recall": [*recall, "--query"],
             "inference": ["inference.py", *CPU, "--params_path", checkpoint, "-"],
@@ -59,31 +60,41 @@ def split(answers, form):
     return [row[:-1] for row in rows], np.array([list(map(float, row[-1].split())) for row in rows]).squeeze()
 
 
-@pytest.mark.parametrize("form", ["tsv", "jsonl"])
 @pytest.mark.parametrize("name, flag", [("inference", "--input_file"), ("predict", "--text_pair_file")])
-def test_stdin_is_answered_as_a_file_is(commands, tmp_path, name, flag, form):
+def test_stdin_is_answered_as_a_file_is(commands, tmp_path, name, flag):
+    """Tab-separated and JSON: the same numbers to the bit of a file, and but for the last digits of stdin, where other
+    lines are batched together."""
     lines, command = lines_for(name), commands[name]
     (tmp_path / "lines").write_text("\n".join(lines), encoding="utf-8")
-    texts, numbers = split(piped(lines, *command, "--format", form), form)
-    assert texts == [line.split("\t") for line in lines]
-    of_flag = succeed(*command[:-1], flag, tmp_path / "lines", "--format", form).stdout
-    assert of_flag == succeed(*command[:-1], tmp_path / "lines", "--format", form).stdout
-    of_file = split(of_flag.splitlines(), form)
-    assert of_file[0] == texts
-    np.testing.assert_allclose(numbers, of_file[1], atol=1e-6)
+    by_flag, by_name = [*command[:-1], flag, tmp_path / "lines"], [*command[:-1], tmp_path / "lines"]
+    texts, numbers = split(succeed(*by_flag, "--format", "tsv").stdout.splitlines(), "tsv")
+    assert texts == [line.split("\t") for line in lines] and len(numbers) == 7
+    same_texts, same_numbers = split(succeed(*by_name, "--format", "jsonl").stdout.splitlines(), "jsonl")
+    assert same_texts == texts and (same_numbers == numbers).all()
+    for form in ("tsv", "jsonl"):
+        of_stdin = split(piped(lines, *command, "--format", form), form)
+        assert of_stdin[0] == texts
+        np.testing.assert_allclose(of_stdin[1], numbers, atol=1e-6)
+    if name == "predict":
+        assert list(map(float, succeed(*by_name).stdout.split())) == numbers.tolist(), "the cosines alone"
 
 
-def test_tsv_and_jsonl_have_the_same_numbers_to_the_bit(commands, exported, tmp_path):
+def test_formats_of_an_exported_folder(commands, exported, tmp_path):
     (tmp_path / "texts").write_text("\n".join(lines_for("inference")), encoding="utf-8")
     (tmp_path / "pairs").write_text("\n".join(lines_for("predict")), encoding="utf-8")
-    deploy = ["deploy/python/predict.py", *CPU, "--model_dir", exported]
-    for command in ([*commands["inference"][:-1], "--input_file", tmp_path / "texts"],
-                    [*commands["predict"][:-1], "--text_pair_file", tmp_path / "pairs"],
-                    [*deploy, "--input_file", tmp_path / "texts"], [*deploy, "--text_pair_file", tmp_path / "pairs"]):
-        (texts, numbers), (same_texts, same_numbers) = (
-            split(succeed(*command, "--format", form).stdout.splitlines(), form) for form in ("tsv", "jsonl"))
-        assert texts == same_texts and len(texts) == 7 and (numbers == same_numbers).all()
-    assert list(map(float, succeed(*command).stdout.split())) == numbers.tolist(), "the cosines alone, without --format"
+    files = [("--input_file", tmp_path / "texts"), ("--text_pair_file", tmp_path / "pairs")]
+    tsv, jsonl = (succeed("deploy/python/predict.py", *CPU, "--model_dir", exported, *files[0], *files[1], "--format",
+                          form).stdout.splitlines() for form in ("tsv", "jsonl"))
+    assert len(tsv) == len(jsonl) == 14
+    assert list(json.loads(jsonl[0])) == ["text", "embedding"]
+    assert list(json.loads(jsonl[-1])) == ["query", "title", "cosine"]
+    for part, name, (flag, path) in ((slice(7), "inference", files[0]), (slice(7, 14), "predict", files[1])):
+        texts, numbers = split(tsv[part], "tsv")
+        same_texts, same_numbers = split(jsonl[part], "jsonl")
+        assert texts == same_texts and (numbers == same_numbers).all()
+        of_checkpoint = split(succeed(*commands[name][:-1], flag, path, "--format", "tsv").stdout.splitlines(), "tsv")
+        assert of_checkpoint[0] == texts
+        np.testing.assert_allclose(of_checkpoint[1], numbers, atol=1e-6)
 
 
 def test_recall_results(commands, checkpoint, sample, tmp_path):
@@ -95,8 +106,8 @@ def test_recall_results(commands, checkpoint, sample, tmp_path):
         file = ["--similar_text_pair", tmp_path / "pairs", "--corpus_file", sample / "corpus.csv", "--format", form]
         succeed(*commands["recall"][:-1], *file, cwd=tmp_path)
         written = (tmp_path / "recall_result_dir" / "recall_result.txt").read_text(encoding="utf-8").splitlines()
-        for answers in (written, piped(queries, *commands["recall"], "--format", form),
-                        piped(queries, *commands["recall"], "-", "--format", form)):
+        dash = ["-"] * (form == "jsonl")
+        for answers in (written, piped(queries, *commands["recall"], *dash, "--format", form)):
             if form == "jsonl":
                 found = [json.loads(line) for line in answers]
                 assert [each["query"] for each in found] == queries
@@ -132,15 +143,20 @@ def test_a_line_is_answered_before_the_next_is_written(commands, name):
 
 
 @pytest.mark.parametrize("name", ["recall", "inference", "predict"])
-def test_stdin_that_is_no_text(commands, name):
-    good = lines_for(name)[0].encode()
-    out, err, code = pipe(b"", *commands[name])
+def test_empty_stdin(commands, name):
+    out, err, code = pipe(b"\xef\xbb\xbf\n", *commands[name])
     assert (out, code) == ("", 2) and err.splitlines()[-1].endswith(" stdin: the file holds no text")
-    out, err, code = pipe(b"\xef\xbb\xbf" + good + b"\n\n" + GBK + b"\n", *commands[name])
-    assert code == 2 and " stdin:3: not UTF-8 at byte 1 of the line; it looks like GBK" in err.splitlines()[-1]
-    assert out.splitlines(), "what came before is answered"
-    out, err, code = pipe(good + b"\na\tb\tc\n" + good, *commands[name], "--strict_data")
-    assert code == 2 and "stdin:2: columns: 3 instead of" in err.splitlines()[-1]
+
+
+def test_stdin_that_is_not_utf8_or_malformed(commands):
+    """What came before is answered."""
+    query, pair = lines_for("recall")[0].encode(), lines_for("predict")[0].encode()
+    out, err, code = pipe(b"\xef\xbb\xbf" + query + b"\n\n" + GBK + b"\n" + query, *commands["recall"])
+    assert code == 2 and "--query stdin:3: not UTF-8 at byte 1 of the line; it looks like GBK" in err.splitlines()[-1]
+    assert [line.split("\t")[0] for line in out.splitlines()] == [query.decode()] * 3
+    out, err, code = pipe(pair + b"\ra\r\n" + pair, *commands["predict"], "--strict_data")
+    assert code == 2 and "--text_pair_file stdin:2: columns: 1 instead of 2" in err.splitlines()[-1]
+    assert len(out.splitlines()) == 1
 
 
 def test_a_reader_that_has_seen_enough_ends_it_quietly(commands):
