@@ -11,6 +11,7 @@ import pytest
 from conftest import FP32, ROOT, refuse, run_script, succeed
 
 import model as m
+from console import InputError
 from data import read_texts
 from deploy.python.onnx_predictor import OnnxPredictor, export_onnx
 
@@ -115,6 +116,12 @@ def test_a_missing_package_is_one_line_and_nothing_is_written(checkpoint, tmp_pa
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert f"{package} is not installed; pip install -r requirements-onnx.txt" in result.stderr.splitlines()[-1]
     assert [each for each in os.listdir(tmp_path) if "output" in each] == []
+
+
+def test_paddle_2_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(m.paddle, "__version__", "2.6.2")
+    with pytest.raises(InputError, match=r"--format onnx needs paddlepaddle 3 \(requirements.txt\); this is 2.6.2"):
+        export_onnx(None, str(tmp_path))
 
 
 def test_one_folder_holds_one_graph(onnx_export, exported, checkpoint, tmp_path):
