@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import console
-from data import DEFAULT_MODEL, read_texts
+from data import DEFAULT_MODEL, STDIN, read_texts
 from machine import RANK, RANKS, auto_precision, default_threads
 
 DEFAULT_PARAMS = "checkpoints/model_20000/model_state.pdparams"
@@ -83,6 +83,31 @@ def readable_file(path: str) -> str:
             return path
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+
+
+def file_or_stdin(path: str) -> str:
+    """A file that can be opened, or `-`: stdin."""
+    return path if path == STDIN else readable_file(path)
+
+
+class _SetIfGiven(argparse.Action):
+    """An optional positional argument that is another way to say what a flag says."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if values is not None:
+            setattr(namespace, self.dest, values)
+
+
+def add_lines_argument(parser: argparse.ArgumentParser, flag: str, what: str, required: bool = False) -> None:
+    """`flag` FILE, or FILE alone; both take - for stdin."""
+    group = parser.add_mutually_exclusive_group(required=required)
+    group.add_argument(flag, type=file_or_stdin, default=None, help=f"{what}; -: from stdin, answered as they come")
+    group.add_argument(flag.removeprefix("--"), nargs="?", metavar="FILE", type=file_or_stdin, action=_SetIfGiven,
+                       help=f"the same as {flag} FILE")
+
+
+def add_format_argument(parser: argparse.ArgumentParser, what: str, default: str | None = None) -> None:
+    parser.add_argument("--format", choices=("tsv", "jsonl"), default=default, help=what)
 
 
 def folder(path: str) -> str:
@@ -166,13 +191,18 @@ def check_encode_arguments(parser: argparse.ArgumentParser, args: argparse.Names
     return args
 
 
-def add_text_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of what extracts embeddings: which texts, and where to."""
+def add_text_arguments(parser: argparse.ArgumentParser, stdin: bool = False) -> None:
+    """The flags of what extracts embeddings: which texts, of stdin too where the script can, and where to."""
     parser.add_argument("--text", action="append", type=nonempty_text, default=[],
                         help=f"a text; may be given several times. Without --text and --input_file: {README_TEXT}")
-    parser.add_argument("--input_file", type=readable_file, default=None, help="texts, one a line")
+    if stdin:
+        add_lines_argument(parser, "--input_file", "texts, one a line")
+    else:
+        parser.add_argument("--input_file", type=readable_file, default=None, help="texts, one a line")
     parser.add_argument("--output_file", type=_npy_file, default=None,
                         help="write the embeddings there, .npy, float32 [texts, embedding size]; None: print them")
+    add_format_argument(parser, "how embeddings are printed, a line a text. tsv: text, tab, numbers with blanks "
+                        'between them; jsonl: {"text", "embedding"}; None: shape and matrix, of stdin tsv')
 
 
 def nonempty_text(text: str) -> str:

@@ -19,12 +19,18 @@ class InputError(Exception):
 
 class _Settings:
     quiet = False  # --quiet
+    answering = False  # what is written is progress enough
     bars = 0  # progress bars that are on the terminal now
 
 
 def be_quiet(quiet: bool) -> None:
     """Have `log` and `progress` say nothing, or something again; warnings and errors are said in any case."""
     _Settings.quiet = quiet
+
+
+def be_answering() -> None:
+    """Have `progress` say nothing from here on: lines are being answered as they come."""
+    _Settings.answering = True
 
 
 def log(message: str) -> None:
@@ -79,7 +85,7 @@ def progress(what: str, total: int | None, unit: str, lines: bool = True, done: 
     """`with progress("encoding", 1000, "texts") as advance:`, and `advance(n)` for every n that are done.
 
     On a terminal a bar with rate and remaining time, for what takes more than a second; elsewhere a line every 10
-    seconds. Nothing on other ranks than the first, or with --quiet.
+    seconds. Nothing on other ranks than the first, with --quiet, or after `be_answering`.
 
     Args:
         total: how many there are in all; None: not known.
@@ -88,7 +94,7 @@ def progress(what: str, total: int | None, unit: str, lines: bool = True, done: 
         done: how many are done already.
     """
     terminal = sys.stderr.isatty()
-    if _Settings.quiet or RANK or not (terminal or lines):
+    if _Settings.quiet or _Settings.answering or RANK or not (terminal or lines):
         yield lambda count=1: None
     elif not terminal:
         yield _Lines(what, total, unit, done).update

@@ -1,24 +1,24 @@
-"""Everything that comes in: text files and, from texts, batches of token ids.
+"""Text files: what comes in, and files that are written whole or not at all.
 
-This module is light on purpose (numpy only); paddlenlp is imported by `load_tokenizer` alone.
+This module is light on purpose (numpy only).
 """
 
 import codecs
 import contextlib
 import hashlib
-import json
 import math
 import os
+import queue
 import re
 import shutil
 import sys
 import tempfile
+import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any, TypeVar
 
-from console import HOW_TO_INSTALL, InputError, first_line, log, progress, warn
+from console import HOW_TO_INSTALL, InputError, be_answering, log, progress, warn
 
 # One thread a matrix product, so that what numpy computes does not depend on their number; ann_util runs several
 # products side by side. This module is the first of the project's that a script imports.
@@ -30,17 +30,12 @@ except ModuleNotFoundError:
 
 DEFAULT_MODEL = "rocketqa-zh-base-query-encoder"
 RECALL_KS = (1, 5, 10, 20, 50)
-
-# The tokenizers of PaddleNLP that are BERT WordPiece.
-WORDPIECE_CLASSES = ("ErnieTokenizer", "BertTokenizer")
 # Texts tokenized and sorted by length at a time: enough to make batches of even length, little enough to stream.
 WINDOW = 16384
-# Batches are padded to a multiple of this many tokens, so that kernels are made for few shapes.
-LENGTH_MULTIPLE = 4
+STDIN = "-"  # the path that means stdin
 Item = TypeVar("Item")
 
 
-# ------------------------------------------------------------------------------------------------ text files
 def _runs(pid: int) -> bool:
     """Whether there is a process of that number."""
     try:
@@ -80,6 +75,8 @@ def save_embeddings(path: str, embeddings: np.ndarray) -> None:
 
 def reading(path: str) -> contextlib.AbstractContextManager[Callable]:
     """`console.progress` of reading a file, in bytes."""
+    if path == STDIN:  # how long that takes is not ours
+        return contextlib.nullcontext(lambda count: None)
     return progress(f"reading {path}", os.path.getsize(path) if os.path.isfile(path) else None, "B")
 
 
@@ -111,16 +108,21 @@ def _decode(line: bytes, where: str) -> str:
 BOM = codecs.BOM_UTF8
 
 
+def _name(path: str) -> str:
+    return "stdin" if path == STDIN else path
+
+
 def _lines(path: str, flag: str) -> Iterator[tuple[str, int, str]]:
-    """Yield (file:line, offset, line) of a UTF-8 file, BOM and line ends (\\n, \\r\\n or \\r) removed, blank lines left
-    out."""
+    """Yield (file:line, offset, line) of a UTF-8 file or of stdin as it comes, BOM and line ends (\\n, \\r\\n or \\r)
+    removed, blank lines left out."""
     number = offset = 0
-    with open(path, "rb") as file, reading(path) as advance:
+    stdin = path == STDIN
+    with open(0 if stdin else path, "rb", closefd=not stdin) as file, reading(path) as advance:
         for chunk in file:
             advance(len(chunk))
             for line in chunk.splitlines(keepends=True):  # of bytes: splits at \n, \r\n and \r, and nowhere else
                 number += 1
-                where, start = f"{path}:{number}", offset
+                where, start = f"{_name(path)}:{number}", offset
                 offset += len(line)
                 if number == 1 and line.startswith(BOM):
                     line, start = line.removeprefix(BOM), len(BOM)
@@ -135,10 +137,10 @@ def read_rows(path: str, columns: int, flag: str, strict: bool = False,
 
     Every field loses the white space around it and keeps what is inside. Blank lines are skipped. A row with
     another number of columns, an empty field, or for which `check(row)` returns a complaint is skipped, counted,
-    and reported on stderr with file:line of the first three.
+    and reported on stderr with file:line of the first three; of stdin these three are reported at once as well.
 
     Args:
-        path: a UTF-8 file, with or without BOM, lines ending in \\n, \\r\\n or \\r.
+        path: a UTF-8 file, with or without BOM, lines ending in \\n, \\r\\n or \\r; STDIN: stdin.
         columns: how many fields a good row has.
         flag: the flag that named the file, for messages.
         strict: raise at the first bad row.
@@ -170,16 +172,48 @@ def _good_rows(path: str, columns: int, flag: str, strict: bool,
             bad += 1
             if bad <= 3:
                 first_bad.append(f"{where} ({complaint})")
+                if path == STDIN:  # whoever waits for the answer has to know
+                    warn(f"{flag} {where}: skipped; {complaint}")
     report = f"{bad} of {good + bad} lines are malformed: {', '.join(first_bad)}"
     if bad > good or not good:
-        raise InputError(f"{flag} {path}: {report}" if bad else f"{flag} {path}: the file holds no text")
+        raise InputError(f"{flag} {_name(path)}: {report}" if bad else f"{flag} {_name(path)}: the file holds no text")
     if bad:
-        warn(f"{flag} {path}: skipped; {report}")
+        warn(f"{flag} {_name(path)}: skipped; {report}")
+
+
+def arriving(items: Iterator[Item]) -> Iterator[list[Item]]:
+    """Yield what has come of `items` so far, as soon as there is any, WINDOW at most at a time.
+
+    So a line typed is answered at once, and a long file is encoded in large batches. A thread reads on meanwhile; an
+    error of `items` is raised after what came before it.
+    """
+    be_answering()
+    come: queue.Queue[Item | Exception] = queue.Queue(WINDOW)
+
+    def read() -> None:
+        try:
+            while True:
+                come.put(next(items))
+        except Exception as end:  # StopIteration among them
+            come.put(end)
+
+    threading.Thread(target=read, daemon=True).start()  # daemon: it may wait for a line when all else has ended
+    while True:
+        block = [come.get()]
+        while len(block) < WINDOW and not come.empty():
+            block.append(come.get())
+        end = block.pop() if isinstance(block[-1], Exception) else None
+        if block:
+            yield block
+        if isinstance(end, StopIteration):
+            return
+        if end:
+            raise end
 
 
 def read_texts(path: str, flag: str, strict: bool = False) -> list[str]:
     """One text a line."""
-    return [row[0] for row in read_rows(path, 1, flag, strict)]
+    return [text for (text,) in read_rows(path, 1, flag, strict)]
 
 
 class TextFile(Sequence[str]):
@@ -279,188 +313,6 @@ def count_columns(path: str, flag: str, choices: tuple[int, ...]) -> int:
         if line.count("\t") + 1 in choices:
             return line.count("\t") + 1
     raise InputError(f"{flag} {path}: no line has {' or '.join(map(str, choices))} tab-separated columns")
-
-
-# --------------------------------------------------------------------------------------- texts to token ids
-class WordPiece:
-    """BERT WordPiece in Rust, token for token what PaddleNLP's ErnieTokenizer and BertTokenizer give, text being text:
-    a literal "[SEP]" in it is no separator.
-
-    Args:
-        vocab: token to id.
-        lowercase: lower-case and strip accents.
-        kind: PaddleNLP's class name, recorded by `save_pretrained`.
-    """
-
-    # PaddleNLP splits at symbols and at some more code points; BertPreTokenizer only at punctuation.
-    # The last range is missing from the Rust normalizer's han (a typo in its table).
-    _SPLIT = r"[\p{S}\x{AD}\x{B2}\x{B5}\x{BA}\x{D8}\x{14B}\x{1B1}\x{3007}\x{2B820}-\x{2B91F}]"
-
-    def __init__(self, vocab: dict[str, int], lowercase: bool = True, kind: str = "ErnieTokenizer") -> None:
-        from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
-
-        self.vocab, self.lowercase, self.kind = vocab, lowercase, kind
-        self.cls, self.sep, self.pad_token_id = (vocab[token] for token in ("[CLS]", "[SEP]", "[PAD]"))
-        self._rust = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
-        self._rust.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-        self._rust.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Split(Regex(self._SPLIT), "isolated")])
-
-    def __call__(self, texts: Sequence[str], max_seq_length: int) -> list[list[int]]:
-        """Token ids of each text, [CLS] and [SEP] included, cut to `max_seq_length`."""
-        room = max_seq_length - 2
-        self._rust.enable_truncation(room)
-        # A han character is a token and ends the one before it, so what follows the last that has room is cut anyway.
-        enough = re.compile(f"(?:[^\u4e00-\u9fff]*[\u4e00-\u9fff]){{{room}}}").match
-        texts = [found[0] if len(text) > room and (found := enough(text)) else text for text in texts]
-        return [[self.cls, *encoding.ids, self.sep] for encoding in self._rust.encode_batch_fast(texts)]
-
-    def save_pretrained(self, folder: str) -> None:
-        """Write vocab.txt and tokenizer_config.json, as PaddleNLP's AutoTokenizer reads them."""
-        with open(os.path.join(folder, "vocab.txt"), "w", encoding="utf-8") as file:
-            file.writelines(token + "\n" for token in sorted(self.vocab, key=self.vocab.get))
-        names = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
-        with open(os.path.join(folder, "tokenizer_config.json"), "w", encoding="utf-8") as file:
-            json.dump({"do_lower_case": self.lowercase, **names, "tokenizer_class": self.kind}, file)
-
-
-class AnyTokenizer:
-    """Any other tokenizer of PaddleNLP behind the interface of `WordPiece`; slower."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._python, self.pad_token_id, self.save_pretrained = (
-            tokenizer, tokenizer.pad_token_id, tokenizer.save_pretrained)
-
-    def __call__(self, texts: Sequence[str], max_seq_length: int) -> list[list[int]]:
-        return self._python(list(texts), max_length=max_seq_length, truncation=True, return_token_type_ids=False,
-                            return_attention_mask=False)["input_ids"]
-
-
-def load_tokenizer(name_or_path: str) -> WordPiece | AnyTokenizer:
-    """The tokenizer of an encoder or of a checkpoint folder, by hub name or path.
-
-    A folder with a vocab.txt is read without importing paddlenlp.
-
-    Raises:
-        InputError: there is none.
-    """
-    if (record := _read_wordpiece(name_or_path)) is not None:
-        return WordPiece(*record)
-    from paddlenlp.transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)  # nosec B615  the user names what is fetched
-    except Exception as error:  # paddlenlp raises OSError, ValueError, KeyError or its own, for the same reason
-        raise InputError(f"no tokenizer in {name_or_path}: {first_line(error)}") from None
-    kind = type(tokenizer).__name__
-    if kind in WORDPIECE_CLASSES:
-        return WordPiece(dict(tokenizer.vocab.token_to_idx), tokenizer.do_lower_case, kind)
-    return AnyTokenizer(tokenizer)
-
-
-def _read_wordpiece(folder: str) -> tuple[dict[str, int], bool, str] | None:
-    """Vocabulary, lowercase and class name of a folder's WordPiece tokenizer; None where it is another kind."""
-    paths = [os.path.join(folder, name) for name in ("vocab.txt", "tokenizer_config.json")]
-    if not all(map(os.path.isfile, paths)):
-        return None
-    with open(paths[1], encoding="utf-8") as file:
-        config = json.load(file)
-    kind = config.get("tokenizer_class")
-    if kind not in WORDPIECE_CLASSES or config.get("added_tokens_decoder"):
-        return None
-    if config.get("tokenize_chinese_chars") is False:
-        return None
-    with open(paths[0], encoding="utf-8", newline="\n") as file:
-        vocab = {line.rstrip("\r\n"): number for number, line in enumerate(file)}
-    return vocab, config.get("do_lower_case", True), kind
-
-
-def pad(sequences: Sequence[Sequence[int]], pad_id: int, length: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Pad token ids to `length`, or to the longest: input_ids and token_type_ids (all zero), int64 [batch, length]."""
-    input_ids = np.full((len(sequences), length or max(map(len, sequences))), pad_id, dtype="int64")
-    for row, sequence in zip(input_ids, sequences):
-        row[: len(sequence)] = sequence
-    return input_ids, np.zeros_like(input_ids)
-
-
-def prefetch(items: Iterator[Item]) -> Iterator[Item]:
-    """Yield `items`; while one is in use, a thread makes the next."""
-    end = object()
-    with ThreadPoolExecutor(1) as worker:
-        ahead = worker.submit(next, items, end)
-        while (item := ahead.result()) is not end:
-            ahead = worker.submit(next, items, end)
-            yield item
-
-
-def tokenize_windows(texts: Sequence[str], tokenizer: Any, max_seq_length: int,
-                     windows: Iterable[range] | None = None) -> Iterator[list[list[int]]]:
-    """Yield the token ids of a window of texts at a time, one window ahead of whoever uses them.
-
-    Args:
-        windows: the rows of each; None: all, WINDOW at a time.
-    """
-    if windows is None:
-        windows = (range(start, min(start + WINDOW, len(texts))) for start in range(0, len(texts), WINDOW))
-    return prefetch(tokenizer(texts[rows.start : rows.stop], max_seq_length) for rows in windows)
-
-
-def make_batches(ids: Sequence[Sequence[int]], pad_id: int, batch_size: int | None = None,
-                 batch_tokens: int = 2048) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-    """Batch token ids of like length, longest first, each batch padded to a multiple of LENGTH_MULTIPLE.
-
-    Args:
-        batch_size: texts per batch; None: as many as fill `batch_tokens`, padding included.
-
-    Yields:
-        rows: the positions of the batch's texts in `ids`.
-        input_ids, token_type_ids: int64 [len(rows), length].
-    """
-    order, longest = sorted(range(len(ids)), key=lambda i: -len(ids[i])), max(map(len, ids), default=0)
-    while order:
-        length = min(longest, -(-len(ids[order[0]]) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
-        size = batch_size or max(1, batch_tokens // length)
-        rows, order = order[:size], order[size:]
-        yield rows, *pad([ids[i] for i in rows], pad_id, length)
-
-
-class ShuffledBatches:
-    """The batches of one rank of several: the order of paddle.io.DistributedBatchSampler(shuffle=True), epoch after
-    epoch, for 4 bytes of memory a text.
-
-    All ranks together take every text once, and the first ones again where the ranks would not have as many each.
-
-    Args:
-        count: how many texts there are.
-        batch_size: texts per batch and rank.
-    """
-
-    def __init__(self, count: int, batch_size: int, rank: int = 0, ranks: int = 1) -> None:
-        self.count, self.batch_size, self.rank, self.ranks, self.epoch = count, batch_size, rank, ranks, 0
-        self._first = 0
-
-    def start_at(self, epoch: int, batch: int) -> None:
-        """Have the next iteration be that of an epoch, from 0, without its first batches."""
-        self.epoch, self._first = epoch, batch
-
-    def __len__(self) -> int:
-        return -(-self.count // (self.batch_size * self.ranks))
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        """Yield row numbers, int32 [batch]."""
-        order = np.resize(np.arange(self.count, dtype="int32"), -(-self.count // self.ranks) * self.ranks)
-        np.random.RandomState(self.epoch).shuffle(order)
-        first, self._first = self._first, 0
-        self.epoch += 1
-        size = self.batch_size * self.ranks
-        for start in range(first * size, len(order), size):
-            yield np.split(order[start : start + size], self.ranks)[self.rank]
-
-
-def text_keys(ids: Iterable[Sequence[int]]) -> np.ndarray:
-    """A number for each list of token ids, the same for the same list in every process: int64 [texts]."""
-    hashes = (hashlib.blake2b(array("l", each).tobytes(), digest_size=8).digest() for each in ids)
-    return np.frombuffer(b"".join(hashes), "int64")
 
 
 def distinct(texts: Iterable[str]) -> list[str]:

@@ -1,9 +1,10 @@
-"""Export a checkpoint as a static graph for Paddle Inference.
+"""Export a checkpoint as a static graph for Paddle Inference or onnxruntime.
 
     python export_model.py --params_path checkpoints/model_900 --output_path ./output
+    python export_model.py --params_path checkpoints/model_900 --output_path ./output_onnx --format onnx
 
-Writes the graph, its weights, the tokenizer and simcse_config.json; deploy/python/predict.py needs nothing else. The
-exported graph is run against the dynamic one before the folder appears.
+Writes the graph with its weights, the tokenizer and simcse_config.json; deploy/python/predict.py needs nothing else.
+The exported graph is run against the dynamic one before the folder appears.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import os
 
 import cli
 import console
+from deploy.python.onnx_predictor import ONNX_FILE, OPSET, OnnxPredictor, export_onnx
 
 # Short, long, more than one batch and more than one length: what the dynamic axes of the graph have to bear.
 CHECK_TEXTS = ["语义索引", cli.README_TEXT, "SimCSE", cli.README_TEXT * 3, "中西方语言与文化的差异"]
@@ -22,13 +24,26 @@ def parse_args() -> argparse.Namespace:
     cli.add_model_arguments(parser, params_path=cli.DEFAULT_PARAMS)
     parser.add_argument("--output_path", default="./output",
                         help="folder to write; files of the same names are replaced")
+    parser.add_argument("--format", choices=("paddle", "onnx"), default="paddle",
+                        help=f"paddle: inference.json and inference.pdiparams; onnx: {ONNX_FILE} instead, float32, "
+                        f"opset {OPSET} (requirements-onnx.txt, paddlepaddle 3)")
     return parser.parse_args()
+
+
+def check_folder(args: argparse.Namespace) -> None:
+    """Refuse an output path where the export would be no folder, or one of two graphs."""
+    path = args.output_path
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise console.InputError(f"--output_path {path}: exists and is not a folder")
+    for name in os.listdir(path) if os.path.isdir(path) else ():
+        if name.startswith("inference.") and (name == ONNX_FILE) != (args.format == "onnx"):
+            raise console.InputError(f"--output_path {path}: holds {name}, which is not of --format {args.format}; "
+                                     "name another folder")
 
 
 def main() -> None:
     args = parse_args()
-    if os.path.exists(args.output_path) and not os.path.isdir(args.output_path):
-        raise console.InputError(f"--output_path {args.output_path}: exists and is not a folder")
+    check_folder(args)
     cli.announce(argparse.Namespace(device="cpu"), f"{args.params_path} to {args.output_path}")
 
     from deploy.python.predictor import Predictor, export_graph
@@ -36,10 +51,11 @@ def main() -> None:
 
     set_device("cpu")
     model, tokenizer, record = load_model(args.params_path, args.model_name_or_path, args.output_emb_size)
+    export, run = {"paddle": (export_graph, Predictor), "onnx": (export_onnx, OnnxPredictor)}[args.format]
     with new_folder(args.output_path) as folder:
-        export_graph(model, folder)
+        export(model, folder)
         write_record(folder, record, tokenizer)
-        predictor = Predictor(folder)
+        predictor = run(folder)
         dynamic, static = (encode(network, tokenizer, CHECK_TEXTS, 64, 2) for network in (model, predictor))
         if not (difference := abs(dynamic - static).max()) <= TOLERANCE:
             raise console.InputError(f"the exported graph differs from the dynamic one by {difference:.2g}, "

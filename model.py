@@ -34,7 +34,8 @@ from paddle import nn  # noqa: E402
 
 from checkpoint import new_folder, read_weights, write_weights  # noqa: E402
 from console import InputError, first_line, progress, warn  # noqa: E402
-from data import DEFAULT_MODEL, load_tokenizer, make_batches, tokenize_windows  # noqa: E402
+from data import DEFAULT_MODEL  # noqa: E402
+from tokenizing import load_tokenizer, make_batches, tokenize_windows  # noqa: E402
 
 CONFIG_FILE = "simcse_config.json"
 LAUNCHER_GONE = signal.SIGUSR1  # not SIGTERM: it comes once for each thread of the launcher

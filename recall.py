@@ -7,9 +7,11 @@
     # keep the index, then ask it
     python recall.py ... --index_path my_index
     python recall.py --device cpu --params_path checkpoints/model_900 --index_path my_index --query 语义检索 --top_k 10
+    head queries.txt | python recall.py --device cpu --params_path checkpoints/model_900 --index_path my_index --query
 
 Encodes the corpus, builds an index while it does, and writes `query \\t document \\t cosine`, `recall_num` lines a
-query, best first, to <recall_result_dir>/<recall_result_file>; answers to --query go to stdout.
+query, best first, to <recall_result_dir>/<recall_result_file>; answers to --query go to stdout, those to queries of
+stdin as they come.
 """
 
 import argparse
@@ -20,12 +22,14 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import IO
 
 import cli
 import console
 import data
+import results
+from machine import RANKS
 
 HNSW_M, HNSW_EF, SHARDS = 32, 100, 8
 MILVUS_URI, COLLECTION = "./recall.db", "simcse"
@@ -39,10 +43,15 @@ def parse_args() -> argparse.Namespace:
                        help="documents to search, one a line; may be left out with --query, where there is an index")
     group.add_argument("--similar_text_pair", "--similar_text_pair_file", type=cli.readable_file, default=None,
                        help="query and target, tab-separated, a pair a line; only the queries are used")
-    group.add_argument("--query", action="append", type=cli.nonempty_text, default=[],
-                       help="a query, instead of --similar_text_pair; may be given several times")
+    group.add_argument("--query", action="append", nargs="?", const=data.STDIN, metavar="TEXT",
+                       type=cli.nonempty_text, default=[],
+                       help="a query, instead of --similar_text_pair; may be given several times. Without TEXT, or "
+                       "-: queries of stdin, one a line, answered as they come")
     group.add_argument("--recall_result_dir", default="recall_result_dir", help="folder of the result, made if need be")
     group.add_argument("--recall_result_file", default="recall_result.txt", help="name of the result in that folder")
+    cli.add_format_argument(group, "of the result. tsv: query, document, cosine, a line a document, which is what "
+                            'evaluate.py reads; jsonl: {"query", "results": [{"rank", "document", "cosine"}]}, a line '
+                            "a query", default="tsv")
     group = parser.add_argument_group("model")
     cli.add_model_arguments(group)
     cli.add_encode_arguments(group)
@@ -116,6 +125,10 @@ def check_files(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     """Refuse flags that say too little, or two things, about queries and documents."""
     if bool(args.query) == bool(args.similar_text_pair):
         parser.error("one of --similar_text_pair and --query is needed" + (", not both" if args.query else ""))
+    if data.STDIN in args.query and len(args.query) > 1:
+        parser.error("--query TEXT and queries of stdin: one of them, please")
+    if data.STDIN in args.query and RANKS > 1:
+        parser.error("--query of stdin is for one process")
     if not args.corpus_file and not args.query:
         parser.error("the following arguments are required: --corpus_file")
     if args.corpus_file or args.ann_engine == "milvus":
@@ -296,19 +309,20 @@ def report_ann_recall(index, queries, cosines) -> None:
                     f"{ann_recall(cosines[sample], exact):.4f} (--hnsw_m and --hnsw_ef raise it)")
 
 
-def answers(args: argparse.Namespace, queries: Sequence[str], index, corpus: Sequence[str], encode) -> Iterator[str]:
-    """Yield the result's lines, query after query. Every rank takes part; all get the same lines."""
-    k = min(args.recall_num, len(corpus))
-    for start in range(0, len(queries), data.WINDOW):
-        block = queries[start : start + data.WINDOW]
+def answers(args: argparse.Namespace, blocks: Iterable[list[str]], index, corpus: Sequence[str],
+            encode) -> Iterator[list[str]]:
+    """Yield the result's lines, a list for each block of queries. Every rank takes part; all get the same lines."""
+    k, sampled = min(args.recall_num, len(corpus)), bool(args.query)
+    for block in blocks:
         asked = data.distinct(block)  # a query on several lines is encoded and searched once
         embeddings = encode(asked)
         rows, cosines = best_of_ranks(index.search(embeddings, k), k)
-        if not start and args.ann_engine == "hnswlib" and not args.query:
+        if args.ann_engine == "hnswlib" and not sampled:
             report_ann_recall(index, embeddings, cosines)
+        sampled = True
         found = {query: (row.tolist(), cosine.tolist()) for query, row, cosine in zip(asked, rows, cosines)}
-        for query in block:
-            yield "".join(f"{query}\t{corpus[row]}\t{cosine}\n" for row, cosine in zip(*found[query]))
+        yield [results.recall_lines(args.format, query, [corpus[row] for row in found[query][0]], found[query][1])
+               for query in block]
 
 
 @contextlib.contextmanager
@@ -331,6 +345,7 @@ def result_file(args: argparse.Namespace) -> Iterator[IO]:
 def main() -> None:
     args = parse_args()
     corpus = data.TextFile(args.corpus_file, "--corpus_file", args.strict_data) if args.corpus_file else None
+    streams = args.query == [data.STDIN]
     queries = args.query or [query for query, _ in data.read_text_pairs(args.similar_text_pair, "--similar_text_pair",
                                                                         args.strict_data)]
     if corpus and (args.hnsw_max_elements or len(corpus)) < len(corpus):
@@ -339,7 +354,8 @@ def main() -> None:
     if not args.query:
         os.makedirs(args.recall_result_dir, exist_ok=True)
     cli.announce(args, args.params_path, f"{cli.count(corpus, 'document')} for {args.ann_engine}" if corpus else
-                 f"index {args.index_path or args.milvus_uri}", f"{len(queries):,} queries")
+                 f"index {args.index_path or args.milvus_uri}",
+                 "queries of stdin" if streams else f"{len(queries):,} queries")
 
     from deploy.python.predictor import load_engine
     from model import encode
@@ -348,9 +364,14 @@ def main() -> None:
     index, corpus = open_index(args, corpus, engine, tokenizer)
     if args.recall_num > len(corpus):
         console.warn(f"--recall_num {args.recall_num}: the corpus has only {len(corpus)} documents")
+    blocks = (queries[start : start + data.WINDOW] for start in range(0, len(queries), data.WINDOW))
+    if streams:
+        blocks = data.arriving(query for (query,) in data.read_rows(data.STDIN, 1, "--query", args.strict_data))
     with result_file(args) as file:
-        file.writelines(answers(args, queries, index, corpus,
-                                lambda texts: encode(engine, tokenizer, texts, args.max_seq_length, args.batch_size)))
+        for lines in answers(args, blocks, index, corpus,
+                             lambda texts: encode(engine, tokenizer, texts, args.max_seq_length, args.batch_size)):
+            file.writelines(lines)
+            file.flush()
     index.close()
 
 

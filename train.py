@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import cli
 import console
 import data
+import tokenizing
 from reporting import Reporter, read_test_set
 
 
@@ -149,7 +150,7 @@ def build_model(args: argparse.Namespace):
     else:
         name = args.model_name_or_path or data.DEFAULT_MODEL
         model = SimCSE(load_encoder(name, args.dropout), output_emb_size=args.output_emb_size, **settings)
-        tokenizer = data.load_tokenizer(name)
+        tokenizer = tokenizing.load_tokenizer(name)
     check_length(model, args.max_seq_length)
     model.infer_with_pooler = args.infer_with_fc_pooler
     model.precision = args.precision
@@ -202,15 +203,15 @@ def batches_of(texts: Sequence[str], sampler: Iterable, tokenizer, args: argpars
     keys, which are None where duplicates are to be negatives, and rows."""
     def batch(rows) -> tuple:
         ids = tokenizer([texts[row] for row in rows], args.max_seq_length)
-        size = (args.chunk_size or 32) if args.gradient_cache else len(ids)
-        chunks = [data.pad(ids[start : start + size], tokenizer.pad_token_id) for start in range(0, len(ids), size)]
-        return chunks, None if args.keep_duplicate_negatives else data.text_keys(ids), rows
+        pad_id, size = tokenizer.pad_token_id, (args.chunk_size or 32) if args.gradient_cache else len(ids)
+        chunks = [tokenizing.pad(ids[start : start + size], pad_id) for start in range(0, len(ids), size)]
+        return chunks, None if args.keep_duplicate_negatives else tokenizing.text_keys(ids), rows
 
-    return data.prefetch(batch(rows) for rows in sampler)
+    return tokenizing.prefetch(batch(rows) for rows in sampler)
 
 
 def groups_after(step: int, epoch_steps: int, args: argparse.Namespace, texts: Sequence[str],
-                 sampler: data.ShuffledBatches, tokenizer) -> Iterator[tuple[int, int, list]]:
+                 sampler: tokenizing.ShuffledBatches, tokenizer) -> Iterator[tuple[int, int, list]]:
     """Yield, for every step after `step`, its epoch and its place in it, both from 1, and its batches."""
     size = args.gradient_accumulation_steps
     for epoch in range(step // epoch_steps, args.epochs):
@@ -404,7 +405,7 @@ def train(args: argparse.Namespace, texts: data.TextFile, evaluate: Callable | N
     wait_for_ranks()
     if ranks > 1:
         network = paddle.DataParallel(model)  # gives all ranks the weights of rank 0
-    sampler = data.ShuffledBatches(len(texts), args.batch_size, rank, ranks)
+    sampler = tokenizing.ShuffledBatches(len(texts), args.batch_size, rank, ranks)
     epoch_steps = -(-len(sampler) // args.gradient_accumulation_steps)
     optimizer, schedule = build_optimizer(args, model, epoch_steps * args.epochs)
     scaler = paddle.amp.GradScaler(enable=args.precision == "fp16", init_loss_scaling=2.0**15)

@@ -12,6 +12,7 @@ sys.path.insert(0, ROOT)
 import numpy as np  # noqa: E402
 
 import data  # noqa: E402
+import tokenizing  # noqa: E402
 
 
 def prepare(folder: str, sizes: dict, vocab_folder: str) -> dict:
@@ -24,7 +25,7 @@ def prepare(folder: str, sizes: dict, vocab_folder: str) -> dict:
     paddle.seed(0)
     network = m.SimCSE(ErnieModel(ErnieConfig(**sizes)), output_emb_size=256)
     network.ptm.save_pretrained(f"{folder}/encoder")
-    tokenizer = data.load_tokenizer(vocab_folder)
+    tokenizer = tokenizing.load_tokenizer(vocab_folder)
     tokenizer.save_pretrained(f"{folder}/encoder")
     m.save_checkpoint(f"{folder}/checkpoint", network, tokenizer, m.make_record(network, f"{folder}/encoder", 64))
     return {}
@@ -51,7 +52,7 @@ def best_of(times: int, work) -> float:
 
 def tokenize(encoder: str, cases: dict[str, list[str]]) -> dict[str, float]:
     """Texts/s."""
-    tokenizer = data.load_tokenizer(encoder)
+    tokenizer = tokenizing.load_tokenizer(encoder)
     return {name: len(texts) / best_of(5, lambda texts=texts: tokenizer(texts, 64)) for name, texts in cases.items()}
 
 
@@ -79,7 +80,7 @@ def lines(path: str) -> dict[str, float]:
     """Seconds from a file of training texts to its first batch, and peak memory in MB."""
     start = time.perf_counter()
     texts = data.TextFile(path, "--train_set_file")
-    [texts[row] for row in next(iter(data.ShuffledBatches(len(texts), 64)))]
+    [texts[row] for row in next(iter(tokenizing.ShuffledBatches(len(texts), 64)))]
     return {"s": time.perf_counter() - start, "MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import paddle
 from paddlenlp.transformers import ErnieConfig, ErnieModel
 
-import data
+import tokenizing
 import train
 
 SIZES = {"vocab_size": 200, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -36,8 +36,8 @@ def texts(number: int, rows: int = ROWS) -> list[list[int]]:
 
 def batch_of(ids: list[list[int]], chunk: int | None = None, keys: bool = True) -> tuple:
     size = chunk or len(ids)
-    return ([data.pad(ids[start : start + size], 0) for start in range(0, len(ids), size)],
-            data.text_keys(ids) if keys else None)
+    return ([tokenizing.pad(ids[start : start + size], 0) for start in range(0, len(ids), size)],
+            tokenizing.text_keys(ids) if keys else None)
 
 
 def tiny(dropout: float = 0.0, recompute: bool = False) -> m.SimCSE:

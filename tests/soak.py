@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import checkpoint as c  # noqa: E402
-import data  # noqa: E402
+import tokenizing  # noqa: E402
 
 MARK = "SIMCSE_SOAK"
 
@@ -70,7 +70,7 @@ class Soak:
             path = folder / f"model_{step}"
             assert len(c.read_weights(str(path / "model_state.pdparams"), "--flag")) > 50
             json.loads((path / "simcse_config.json").read_text(encoding="utf-8"))
-            data.load_tokenizer(str(path))
+            tokenizing.load_tokenizer(str(path))
             self.count("checkpoints verified")
 
     def digest(self, *names: str) -> str:

@@ -14,7 +14,7 @@ from conftest import ENCODER, ROOT, succeed
 from gradients import CASES, batch_of, texts, tiny
 
 from checkpoint import read_weights, saved_steps
-from data import ShuffledBatches
+from tokenizing import ShuffledBatches
 
 
 def launch(script, *args, cwd, ranks=2, timeout=600, env=None):

@@ -14,6 +14,7 @@ import ann_util
 import console
 import data
 import evaluate
+import tokenizing
 from ann_util import ExactIndex, HnswIndex, Shards, exact_search, fill_up, merge, recall_at
 
 settings.register_profile("here", max_examples=int(os.environ.get("FUZZ_EXAMPLES", 60)), deadline=None,
@@ -35,7 +36,7 @@ def path():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return data.load_tokenizer(str(ENCODER))
+    return tokenizing.load_tokenizer(str(ENCODER))
 
 
 def outcome(read):
@@ -96,7 +97,7 @@ def test_tokens_of_any_text(tokenizer, texts, length):
 def test_batches_restore_the_order(lengths, size, tokens):
     ids = [[number + 1] * length for number, length in enumerate(lengths)]
     seen = {}
-    for rows, input_ids, types in data.make_batches(ids, 0, size, tokens):
+    for rows, input_ids, types in tokenizing.make_batches(ids, 0, size, tokens):
         assert len(rows) == len(input_ids) and not types.any()
         seen.update({row: [i for i in line if i] for row, line in zip(rows, input_ids.tolist())})
     assert [seen[row] for row in range(len(ids))] == ids
@@ -104,7 +105,7 @@ def test_batches_restore_the_order(lengths, size, tokens):
 
 @given(count=st.integers(1, 60), batch=st.integers(1, 9), ranks=st.integers(1, 5), start=st.integers(0, 5))
 def test_ranks_share_every_text(count, batch, ranks, start):
-    parts = [data.ShuffledBatches(count, batch, rank, ranks) for rank in range(ranks)]
+    parts = [tokenizing.ShuffledBatches(count, batch, rank, ranks) for rank in range(ranks)]
     batches = [list(part) for part in parts]
     assert len({tuple(map(len, part)) for part in batches}) == 1 and len(batches[0]) == len(parts[0])
     rows = np.concatenate([np.concatenate(part) for part in batches])

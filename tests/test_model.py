@@ -12,8 +12,8 @@ from paddlenlp.transformers import BertConfig, BertModel, ErnieConfig, ErnieMode
 
 import model as m
 from console import InputError
-from data import load_tokenizer
 from deploy.python.predictor import make_engine
+from tokenizing import load_tokenizer
 
 SIZES = {"vocab_size": 200, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
          "intermediate_size": 32, "max_position_embeddings": 40}

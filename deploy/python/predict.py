@@ -1,4 +1,4 @@
-"""Embeddings and pair scores from an exported folder, by Paddle Inference.
+"""Embeddings and pair scores from an exported folder, by Paddle Inference or, where it holds ONNX, onnxruntime.
 
     python deploy/python/predict.py --model_dir=./output --device cpu
     python deploy/python/predict.py --model_dir=./output --device cpu --input_file texts.txt --output_file texts.npy
@@ -19,6 +19,9 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import cli
 import console
 import data
+import results
+import tokenizing
+from deploy.python.onnx_predictor import ONNX_FILE, OnnxPredictor
 
 README_PAIRS = [("中西方语言与文化的差异", "中西方文化差异以及语言体现中西方文化,差异,语言体现"),
                 ("中西方语言与文化的差异", "飞桨致力于让深度学习技术的创新与应用更简单")]
@@ -44,8 +47,28 @@ def parse_args() -> argparse.Namespace:
                        help="also measure latency and throughput, at batch 1 and 32, or --batch_size")
     group.add_argument("--save_log_path", default="./log_output/", help="folder of the benchmark's log")
     args = parser.parse_args()
+    if args.format and args.output_file and not args.text_pair_file and (args.text or args.input_file):
+        parser.error("--format is how results are printed; --output_file writes .npy instead")
+    check_onnx(parser, args)
     check_device(parser, cli.check_encode_arguments(parser, args))
     return args
+
+
+def holds_onnx(args: argparse.Namespace) -> bool:
+    return os.path.isfile(os.path.join(args.model_dir, ONNX_FILE))
+
+
+def check_onnx(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what onnxruntime would not do, where --model_dir holds its graph."""
+    if not holds_onnx(args):
+        return
+    for flag, given in (("--use_tensorrt", args.use_tensorrt), ("--enable_mkldnn", args.enable_mkldnn),
+                        (f"--device {args.device}", args.device != "cpu"),
+                        (f"--precision {args.precision}", args.precision not in ("auto", "fp32"))):
+        if given:
+            parser.error(f"{flag}: --model_dir {args.model_dir} holds {ONNX_FILE}, which runs with --device cpu, in "
+                         "fp32, without TensorRT and oneDNN")
+    args.enable_mkldnn = False
 
 
 def check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -86,6 +109,16 @@ def benchmark(embed_texts, texts: list[str], args: argparse.Namespace) -> None:
     console.log(f"wrote {path}")
 
 
+def load_predictor(args: argparse.Namespace):
+    """What runs the graph in --model_dir."""
+    if holds_onnx(args):
+        return OnnxPredictor(args.model_dir, args.cpu_threads)
+    from deploy.python.predictor import Predictor
+
+    return Predictor(args.model_dir, args.device, args.cpu_threads, args.enable_mkldnn, args.use_tensorrt,
+                     args.precision, args.batch_size or 32, args.max_seq_length)
+
+
 def main() -> None:
     args = parse_args()
     pairs = []
@@ -95,23 +128,28 @@ def main() -> None:
     bare = not (args.text or args.input_file or pairs)
     cli.announce(args, args.model_dir, cli.count(texts, "text"), cli.count(pairs, "pair"))
 
-    from deploy.python.predictor import Predictor
     from model import encode, encode_pairs
 
-    predictor = Predictor(args.model_dir, args.device, args.cpu_threads, args.enable_mkldnn, args.use_tensorrt,
-                          args.precision, args.batch_size or 32, args.max_seq_length)
-    tokenizer = data.load_tokenizer(args.model_dir)
+    predictor = load_predictor(args)
+    tokenizer = tokenizing.load_tokenizer(args.model_dir)
     if texts:
         embeddings = encode(predictor, tokenizer, texts, args.max_seq_length, args.batch_size)
         if args.output_file:
             data.save_embeddings(args.output_file, embeddings)
+        elif args.format:
+            results.write(results.embedding_line(args.format, text, embedding.tolist())
+                          for text, embedding in zip(texts, embeddings))
         else:
             print(embeddings.shape)
             print(embeddings)
     if pairs or bare:
-        first, second = encode_pairs(predictor, tokenizer, pairs or README_PAIRS, args.max_seq_length, args.batch_size)
+        pairs = pairs or README_PAIRS
+        first, second = encode_pairs(predictor, tokenizer, pairs, args.max_seq_length, args.batch_size)
         cosines = (first * second).sum(axis=1).tolist()
-        print(cosines if bare else "\n".join(map(str, cosines)))
+        if bare and not args.format:
+            print(cosines)
+        else:
+            results.write(results.pair_line(args.format, *pair, cosine) for pair, cosine in zip(pairs, cosines))
     if args.benchmark:
         benchmark(lambda batch: encode(predictor, tokenizer, batch, args.max_seq_length, len(batch)),
                   texts or [text for pair in pairs for text in pair], args)

@@ -1,0 +1,94 @@
+"""Tokens and batches; nothing here needs paddle."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import ENCODER, SHARED
+
+import console
+import data
+import tokenizing
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tokenizing.load_tokenizer(str(ENCODER))
+
+
+def test_tokens_agree_with_the_original(tokenizer):
+    path = SHARED / "compat" / "tokenization.jsonl"
+    if not path.is_file():
+        pytest.skip(f"{path} is not here")
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    ids = tokenizer([line["text"] for line in lines], 64)
+    assert [line["text"] for line, got in zip(lines, ids) if got != line["input_ids"]] == []
+
+
+def test_tokens_agree_with_paddlenlp(tokenizer, tmp_path):
+    """On text that no file holds, and after a round trip through save_pretrained."""
+    from paddlenlp.transformers import AutoTokenizer, ErnieTokenizer
+
+    python = ErnieTokenizer(str(ENCODER / "vocab.txt"))
+    texts = ["Ｆｕｌｌ　ｗｉｄｔｈ ①②", "naïve café ÅÉ", "a～b∶c≤d+e=f", "〇零一二 𠮷野家", "한국어 日本語カタカナ ﷺ",
+             "e\u0301\u200b\u00ad", "x" * 300, "😀👍🏽", "", "   ", "[SEP] [CLS]", "1,234.5%", "Größe ΣΑΣ"]
+    expected = [python(text, max_length=20, truncation=True)["input_ids"] for text in texts]
+    assert tokenizer(texts, 20) == expected
+    tokenizer.save_pretrained(str(tmp_path))
+    assert tokenizing.load_tokenizer(str(tmp_path))(texts, 20) == expected
+    reloaded = AutoTokenizer.from_pretrained(str(tmp_path))
+    assert type(reloaded).__name__ == "ErnieTokenizer"
+    assert reloaded("国有企业 SimCSE")["input_ids"] == python("国有企业 SimCSE")["input_ids"]
+
+
+def test_batches_cover_every_text_once(tokenizer, monkeypatch):
+    """Windows in order; within one, batches of like length, padded to the multiple, by count or by tokens."""
+    monkeypatch.setattr(data, "WINDOW", 7)
+    texts = ["字" * (1 + 7 * i % 11) for i in range(23)]
+    windows = list(tokenizing.tokenize_windows(texts, tokenizer, 9))
+    assert [len(ids) for ids in windows] == [7, 7, 7, 2]
+    assert sum(windows, []) == tokenizer(texts, 9)
+    for options, fits in (({"batch_size": 3}, lambda shape: shape[0] <= 3),
+                          ({"batch_tokens": 24}, lambda shape: shape[0] * shape[1] <= 24),
+                          ({"batch_tokens": 1}, lambda shape: shape[0] == 1)):
+        for ids in windows:
+            seen = {}
+            for rows_, input_ids, token_type_ids in tokenizing.make_batches(ids, 0, **options):
+                longest = max(len(ids[row]) for row in rows_)
+                assert input_ids.dtype == token_type_ids.dtype == np.int64 and input_ids.shape == token_type_ids.shape
+                assert fits(input_ids.shape) and not token_type_ids.any()
+                assert input_ids.shape[1] == min(-(-longest // 4) * 4, max(map(len, ids)))
+                seen.update({row: [i for i in line if i] for row, line in zip(rows_, input_ids.tolist())})
+            assert [seen[row] for row in range(len(ids))] == ids
+
+
+def test_prefetch_is_one_ahead_and_passes_errors_on():
+    made = []
+
+    def items():
+        for number in range(3):
+            made.append(number)
+            yield number
+        raise console.InputError("broken")
+
+    ahead = tokenizing.prefetch(items())
+    assert next(ahead) == 0
+    assert next(ahead) == 1 and made[:2] == [0, 1]
+    assert next(ahead) == 2
+    with pytest.raises(console.InputError, match="broken"):
+        next(ahead)
+
+
+def test_cutting_before_tokenizing_changes_nothing(tokenizer):
+    """What follows the last character that has room is left out, wherever words, marks and symbols lie."""
+    texts = ["語" * 30, "abc def " * 20, "字a\u0301" * 20, "中文abc，" * 9, "a" * 40 + "字" * 20, "①≤x字" * 12]
+    for room in (1, 2, 5, 10):
+        assert tokenizer(texts, room + 2) == [[ids[0], *ids[1:-1][:room], ids[-1]] for ids in tokenizer(texts, 512)]
+
+
+def test_a_tokenizer_that_does_not_split_han_characters_is_paddlenlps(tmp_path):
+    (tmp_path / "vocab.txt").write_bytes((ENCODER / "vocab.txt").read_bytes())
+    config = json.loads((ENCODER / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "tokenize_chinese_chars": False}))
+    assert tokenizing._read_wordpiece(str(tmp_path)) is None
+    assert tokenizing._read_wordpiece(str(ENCODER)) is not None
