@@ -72,9 +72,11 @@ def draw_recall(path: str, results: Mapping[str, Sequence[float]], queries: int)
     fonts = ["DejaVu Sans", *(name for name in CJK_FONTS if name in installed)]
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     places, width = range(len(data.RECALL_KS)), 0.84 / len(results)
+    columns = 2 if max(map(len, results)) <= 40 else 1  # of the legend
     with matplotlib.rc_context({"font.family": fonts, "svg.fonttype": "none"}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure = Figure(figsize=(min(16, max(6.4, 1.6 + 2.2 * len(results))), 4.8), layout="constrained")
+        size = min(16, max(6.4, 1.6 + 2.2 * len(results))), 4.6 + 0.22 * -(-len(results) // columns)
+        figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         for number, recall in enumerate(results.values()):
@@ -89,8 +91,7 @@ def draw_recall(path: str, results: Mapping[str, Sequence[float]], queries: int)
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        short = max(map(len, results)) <= 40
-        legend = figure.legend(loc="outside lower center", ncols=1 + short, frameon=False)
+        legend = figure.legend(loc="outside lower center", ncols=columns, frameon=False)
         for text, label in zip(legend.get_texts(), results):  # as it is: matplotlib leaves _x out and reads $x$ as TeX
             text.set(text=label, parse_math=False)
         with data.new_file(path, "wb") as file:
