@@ -435,18 +435,3 @@ def ann_recall(cosines: np.ndarray, exact_cosines: np.ndarray) -> float:
         cosines, exact_cosines: [Q, k] of the same queries, best first.
     """
     return float(np.mean(cosines >= exact_cosines[:, -1:] - 1e-6))
-
-
-def recall_at(ranks: np.ndarray, ks: Iterable[int]) -> dict[int, float]:
-    """Recall@k in percent, to three digits.
-
-    Args:
-        ranks: for every query the rank of its first target, from 0; infinite where it was not recalled.
-    """
-    return {k: round(100 * float(np.mean(np.asarray(ranks) < k)), 3) for k in ks}
-
-
-def first_hits(rows: np.ndarray, targets: Sequence[set[int]]) -> np.ndarray:
-    """The rank, from 0, of the first of each query's targets in its result [Q, k]; infinite where there is none."""
-    return np.array([next((rank for rank, row in enumerate(result) if row in target), np.inf)
-                     for result, target in zip(rows.tolist(), targets)])

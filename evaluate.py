@@ -1,74 +1,187 @@
-"""Recall@1/5/10/20/50 of a recall result.
+"""Recall@1/5/10/20/50 of a recall result; other measures, results side by side, and what went wrong.
 
     python evaluate.py --similar_text_pair recall/dev.csv --recall_result_file recall_result_dir/recall_result.txt
+    python evaluate.py --recall_result_file before.txt after.txt --compare --metrics recall,mrr --plot recall.png
+    python evaluate.py --show_errors 20
 
 A query counts as hit at k if any of its targets is among its first k documents. Prints `recall@k=...` in percent and
 appends the figures, tab-separated, as a row to result.tsv. Needs neither paddle nor paddlenlp.
 """
 
 import argparse
+import importlib.util
+import math
+import os
 from collections import Counter
 
 import numpy as np
 
+import charts
 import cli
 import console
 import data
-from ann_util import recall_at
+from metrics import METRICS, paired_bootstrap, per_query, percent
+
+SHOWN = 3  # documents of a missed query that --show_errors lists
+Targets = dict[str, dict[str, float]]  # of every query and each of its targets the rank, from 0; infinite: none
+Values = dict[str, np.ndarray]  # by measure its value for every query, float64 [Q], from 0 to 1
+Tops = dict[str, list[tuple[str, str]]]  # of a query the first documents and their cosines
 
 
 def parse_args() -> argparse.Namespace:
     parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--similar_text_pair", type=cli.readable_file, default="recall/dev.csv",
                         help="query and target, tab-separated, a pair a line; a query may stand on several lines")
-    parser.add_argument("--recall_result_file", type=cli.readable_file,
+    parser.add_argument("--recall_result_file", type=cli.readable_file, nargs="+",
                         default="./recall_result_dir/recall_result.txt",
-                        help="what recall.py wrote: query, document, cosine, best first")
+                        help="what recall.py wrote: query, document, cosine, best first; several files of the same "
+                        "queries are evaluated one after the other")
     parser.add_argument("--recall_num", type=cli.positive_int, default=50,
                         help="documents looked at for each query; those below are ignored")
+    parser.add_argument("--metrics", type=metric_names, default="recall",
+                        help=f"what to print, separated by commas: {', '.join(METRICS)}")
+    parser.add_argument("--compare", action="store_true",
+                        help="print several files as a table, with each one's difference to the first and its paired "
+                        "bootstrap 95 %% interval")
+    parser.add_argument("--plot", type=picture_file, default=None,
+                        help="draw Recall@k of all files there, .png, .svg or .pdf; None: draw nothing")
+    parser.add_argument("--show_errors", type=cli.positive_int, default=None,
+                        help="list so many of the queries whose first document is no target, the worst first; None: "
+                        "none")
     cli.add_strict_argument(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if isinstance(args.recall_result_file, str):  # argparse checks a default only where it is no list
+        args.recall_result_file = [args.recall_result_file]
+    if args.compare and len(args.recall_result_file) < 2:
+        parser.error("--compare needs at least two files after --recall_result_file")
+    if args.show_errors and len(args.recall_result_file) > 1:
+        parser.error("--show_errors takes one --recall_result_file")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error(f"--plot: matplotlib {console.HOW_TO_INSTALL}")
+    return args
 
 
-def first_ranks(args: argparse.Namespace) -> np.ndarray:
-    """The rank, from 0, at which each distinct query's first target was recalled; infinite where it was not."""
-    targets: dict[str, set[str]] = {}
+def metric_names(text: str) -> list[str]:
+    """The names in a comma-separated list, each once."""
+    names = data.distinct(name.strip() for name in text.split(","))
+    if unknown := [name for name in names if name not in METRICS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(METRICS)}")
+    return names
+
+
+def picture_file(path: str) -> str:
+    """Check that a picture can be written there."""
+    if not path.lower().endswith(charts.ENDINGS):
+        raise argparse.ArgumentTypeError(f"{path}: the name has to end in {', '.join(charts.ENDINGS)}")
+    cli.folder(os.path.dirname(path) or ".")
+    return path
+
+
+def read_targets(args: argparse.Namespace) -> Targets:
+    """The distinct queries and their distinct targets, recalled nowhere yet."""
+    targets: Targets = {}
     for query, target in data.read_text_pairs(args.similar_text_pair, "--similar_text_pair", args.strict_data):
-        targets.setdefault(query, set()).add(target)
+        targets.setdefault(query, {})[target] = math.inf
+    return targets
+
+
+def read_result(args: argparse.Namespace, targets: Targets, path: str) -> tuple[Values, Targets, Tops]:
+    """Recall and what else is asked for, of every query; the ranks that the targets have anywhere in the file; and,
+    for --show_errors, the tops of the queries whose first document is no target."""
     seen: Counter[str] = Counter()
-    ranks = dict.fromkeys(targets, np.inf)
+    ranks, tops = {query: dict(each) for query, each in targets.items()}, {}
     unknown = 0
-    for query, document, _ in data.read_rows(args.recall_result_file, 3, "--recall_result_file", args.strict_data):
+    for query, document, cosine in data.read_rows(path, 3, "--recall_result_file", args.strict_data):
         if query not in targets:
             unknown += 1
             continue
         rank = seen[query]
         seen[query] += 1
-        # A query that recall.py wrote twice stands there twice: the second time its ranks are past recall_num.
-        if rank < args.recall_num and document in targets[query]:
-            ranks[query] = min(ranks[query], rank)
-    report(args, [query for query in targets if query not in seen], unknown, max(seen.values(), default=0))
-    return np.array(list(ranks.values()))
+        # A document that stands there twice counts where it stands first; so does a query that recall.py wrote twice.
+        if document in ranks[query]:
+            ranks[query][document] = min(ranks[query][document], rank)
+        if args.show_errors and (query in tops and rank < SHOWN or rank == 0 and document not in targets[query]):
+            tops.setdefault(query, []).append((document, cosine))
+    report(args, path, [query for query in targets if query not in seen], unknown, max(seen.values(), default=0))
+    looked_at = [[rank if rank < args.recall_num else math.inf for rank in each.values()] for each in ranks.values()]
+    return per_query(looked_at, data.distinct(["recall", *args.metrics])), ranks, tops
 
 
-def report(args: argparse.Namespace, missing: list[str], unknown: int, most: int) -> None:
+def report(args: argparse.Namespace, path: str, missing: list[str], unknown: int, most: int) -> None:
     """Say on stderr what makes the figures other than they seem."""
     if missing:
-        console.log(f"{len(missing)} queries have no line in {args.recall_result_file} and count as missed: "
-                    + ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else ""))
+        console.warn(f"{len(missing)} queries have no line in {path} and count as missed: "
+                     + ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else ""))
     if unknown:
-        console.log(f"{unknown} lines of {args.recall_result_file} belong to no query of {args.similar_text_pair}")
+        console.warn(f"{unknown} lines of {path} belong to no query of {args.similar_text_pair}")
     if (depth := min(args.recall_num, most)) < max(data.RECALL_KS):
-        console.log(f"only {depth} documents a query were looked at: recall@k is recall@{depth} for every larger k")
+        console.warn(f"only {depth} documents a query were looked at in {path}: recall@k is recall@{depth} for every "
+                     "larger k")
+
+
+def asked_for(args: argparse.Namespace, values: Values) -> Values:
+    """Those of the --metrics, in their order."""
+    return {name: values[name] for metric in args.metrics for name in METRICS[metric]}
+
+
+def compare(names: list[str], results: list[Values]) -> str:
+    """A table of the results, and of each one's difference to the first in percentage points."""
+    measures, queries = list(results[0]), len(next(iter(results[0].values())))
+    head = ["", *names]
+    rows = [[measure, *(f"{percent(values[measure]):.3f}" for values in results)] for measure in measures]
+    for name, values in zip(names[1:], results[1:]):
+        head += [f"{name} - {names[0]}", "95 % interval  "]
+        differences = 100 * np.stack([values[measure] - results[0][measure] for measure in measures], axis=1)
+        # Rounded before the sign is looked at, so that * agrees with what is printed; + 0.0 makes 0 of -0.
+        figures = np.round([differences.mean(axis=0), *paired_bootstrap(differences)], 3) + 0.0
+        for row, (mean, low, high) in zip(rows, figures.T):
+            row += [f"{mean:+.3f}", f"{low:+8.3f} .. {high:+8.3f} {'*' if low > 0 or high < 0 else ' '}"]
+    return (f"{charts.table([head, *rows])}\n\n{queries:,} queries, in percent. Interval: of the difference, by paired "
+            "bootstrap (10,000 resamples of the queries, percentiles). *: it excludes 0.")
+
+
+def errors(args: argparse.Namespace, ranks: Targets, tops: Tops) -> str:
+    """The --show_errors worst queries: those with no target in the file, then by the rank of the first, deepest first.
+    Ranks are printed from 1."""
+    def place(rank: float) -> str:
+        return "not in the file" if rank == math.inf else f"rank {rank + 1}"
+
+    missed = sorted((query for query, each in ranks.items() if min(each.values())),
+                    key=lambda query: -min(ranks[query].values()))
+    lines = [f"{len(missed)} of {len(ranks)} queries have another document than a target first"
+             + (f"; the worst {args.show_errors}:" if args.show_errors < len(missed) else ":" if missed else "")]
+    for query in missed[: args.show_errors]:
+        each = ranks[query]
+        lines += ["", f"query     {query}", *(f"target    {text} ({place(rank)})" for text, rank in each.items())]
+        above = tops.get(query, [])[: min(SHOWN, *each.values())]
+        lines += [f"recalled  {text} (rank {rank}, cosine {cosine})" for rank, (text, cosine) in enumerate(above, 1)]
+    return "\n".join(lines)
 
 
 def main() -> None:
     args = parse_args()
-    recall = recall_at(first_ranks(args), data.RECALL_KS)
-    for k, value in recall.items():
-        print(f"recall@{k}={value}")
+    targets, files = read_targets(args), args.recall_result_file
+    results = []
+    for path in files:
+        values, ranks, tops = read_result(args, targets, path)
+        results.append(values)
+    names = charts.labels(files)
+    if args.compare:
+        print(compare(names, [asked_for(args, values) for values in results]))
+    else:
+        for number, (path, values) in enumerate(zip(files, results)):
+            if len(files) > 1:
+                print("\n" * bool(number) + path)
+            for name, each in asked_for(args, values).items():
+                print(f"{name}={percent(each)}")
+    if args.show_errors:
+        print("\n" + errors(args, ranks, tops))
+    recalls = [[percent(values[name]) for name in METRICS["recall"]] for values in results]
     with open("result.tsv", "a", encoding="utf-8") as file:
-        file.write("\t".join(map(str, recall.values())) + "\n")
+        file.writelines("\t".join(map(str, recall)) + "\n" for recall in recalls)
+    if args.plot:
+        charts.draw_recall(args.plot, dict(zip(names, recalls)), len(targets))
+        console.log(f"wrote {args.plot}")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ def spearman(embed: Callable, triples: list[tuple[str, str, float]]) -> dict[str
 
 def recall(embed: Callable, pairs: list[tuple[str, str]]) -> dict[str, float]:
     """Recall@k, in percent, of each distinct query's targets among all distinct targets, by exact search."""
-    from ann_util import exact_search, first_hits, recall_at
+    from ann_util import exact_search
+    from metrics import first_hits, recall_at
 
     queries, corpus = (data.distinct(side) for side in zip(*pairs))
     row_of = {text: row for row, text in enumerate(corpus)}

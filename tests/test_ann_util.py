@@ -4,17 +4,7 @@ import numpy as np
 import pytest
 
 import ann_util
-from ann_util import (
-    ExactIndex,
-    HnswIndex,
-    Shards,
-    ann_recall,
-    exact_search,
-    fill_up,
-    first_hits,
-    merge,
-    recall_at,
-)
+from ann_util import ExactIndex, HnswIndex, Shards, ann_recall, exact_search, fill_up, merge
 from console import InputError
 from data import file_digest
 
@@ -142,9 +132,3 @@ def test_too_little_memory_says_how_much(monkeypatch):
         HnswIndex(256, 10**7)
     monkeypatch.undo()
     assert 10**8 < ann_util.available_memory() < 10**13
-
-
-def test_recall_at_and_first_hits():
-    ranks = first_hits(np.array([[3, 1, 2], [0, 1, 2], [2, 1, 0]]), [{1, 2}, {9}, {2}])
-    assert ranks.tolist() == [1, np.inf, 0]
-    assert recall_at(ranks, (1, 2, 3)) == {1: 33.333, 2: 66.667, 3: 66.667}

@@ -9,9 +9,10 @@ from conftest import ENCODER, ROOT, succeed
 
 import machine
 import model as m
-from ann_util import exact_search, first_hits, recall_at
+from ann_util import exact_search
 from data import RECALL_KS, distinct, read_text_pairs, read_texts
 from deploy.python.predictor import make_engine
+from metrics import first_hits, recall_at
 
 
 @pytest.fixture(scope="module")

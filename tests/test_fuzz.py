@@ -15,7 +15,8 @@ import console
 import data
 import evaluate
 import tokenizing
-from ann_util import ExactIndex, HnswIndex, Shards, exact_search, fill_up, merge, recall_at
+from ann_util import ExactIndex, HnswIndex, Shards, exact_search, fill_up, merge
+from metrics import percent
 
 settings.register_profile("here", max_examples=int(os.environ.get("FUZZ_EXAMPLES", 60)), deadline=None,
                           derandomize=True, suppress_health_check=list(HealthCheck))
@@ -126,9 +127,10 @@ def test_recall_by_counting(path, pairs, result, depth):
         file.writelines(f"{query}\t{target}\n" for query, target in pairs)
     with open(path + "2", "w", encoding="utf-8") as file:
         file.writelines(f"{query}\t{document}\t0.5\n" for query, document in result)
-    args = argparse.Namespace(similar_text_pair=path, recall_result_file=path + "2", recall_num=depth,
-                              strict_data=False)
-    recall = recall_at(evaluate.first_ranks(args), data.RECALL_KS)
+    args = argparse.Namespace(similar_text_pair=path, recall_num=depth, strict_data=False, metrics=["recall"],
+                              show_errors=None)
+    values = evaluate.read_result(args, evaluate.read_targets(args), path + "2")[0]
+    recall = {k: percent(values[f"recall@{k}"]) for k in data.RECALL_KS}
     queries = set(query for query, _ in pairs)
     for k, value in recall.items():
         hits = sum(any((query, document) in pairs for document in [d for q, d in result if q == query][: min(k, depth)])

@@ -15,10 +15,11 @@ from conftest import ENCODER, FP32, ROOT, refuse, succeed
 
 import machine
 import model as m
-from ann_util import exact_search, first_hits, recall_at
+from ann_util import exact_search
 from cli import README_TEXT
 from data import read_text_pairs, read_texts
 from deploy.python.predictor import make_engine
+from metrics import first_hits, recall_at
 
 
 def embed(checkpoint, texts, max_seq_length=64):
