@@ -13,6 +13,7 @@ import os
 import cli
 import console
 from deploy.python.onnx_predictor import ONNX_FILE, OPSET, OnnxPredictor, export_onnx
+from index_store import model_digest
 
 # Short, long, more than one batch and more than one length: what the dynamic axes of the graph have to bear.
 CHECK_TEXTS = ["语义索引", cli.README_TEXT, "SimCSE", cli.README_TEXT * 3, "中西方语言与文化的差异"]
@@ -54,7 +55,8 @@ def main() -> None:
     export, run = {"paddle": (export_graph, Predictor), "onnx": (export_onnx, OnnxPredictor)}[args.format]
     with new_folder(args.output_path) as folder:
         export(model, folder)
-        write_record(folder, record, tokenizer)
+        # By this a server knows the indexes that are of this model.
+        write_record(folder, {**record, "model": model_digest(args.params_path, args.model_name_or_path)}, tokenizer)
         predictor = run(folder)
         dynamic, static = (encode(network, tokenizer, CHECK_TEXTS, 64, 2) for network in (model, predictor))
         if not (difference := abs(dynamic - static).max()) <= TOLERANCE:

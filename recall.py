@@ -16,10 +16,7 @@ stdin as they come.
 
 import argparse
 import contextlib
-import hashlib
-import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,6 +25,7 @@ from typing import IO
 import cli
 import console
 import data
+import index_store
 import results
 from machine import RANKS
 
@@ -150,81 +148,6 @@ def settings(args: argparse.Namespace, documents: int, engine) -> dict[str, str 
             "hnsw_max_elements": args.hnsw_max_elements or documents}
 
 
-def model_digest(args: argparse.Namespace) -> str:
-    """SHA-256 of what makes the embeddings: the checkpoint and what is beside it, or the encoder named instead."""
-    digest = hashlib.sha256((args.model_name_or_path or "").encode())
-    beside = (os.path.join(os.path.dirname(args.params_path), name) for name in ("simcse_config.json", "vocab.txt"))
-    for path in [args.params_path, *filter(os.path.isfile, beside)]:
-        digest.update(data.file_digest(path).encode())
-    return digest.hexdigest()
-
-
-def new_index(args: argparse.Namespace, made_of: dict, documents: int, dim: int, rank: int, ranks: int):
-    """An empty index for so many embeddings of `dim`, or this rank's part of it."""
-    from ann_util import ExactIndex, HnswIndex, Shards
-    from machine import default_threads
-
-    threads = args.cpu_threads or default_threads()
-    if ranks > made_of["index_shards"]:
-        raise console.InputError(f"--index_shards {made_of['index_shards']}: there are {ranks} processes")
-    room = -(-made_of["hnsw_max_elements"] // made_of["index_shards"])
-
-    def shard(size: int) -> ExactIndex | HnswIndex:
-        if made_of["ann_engine"] == "exact":
-            return ExactIndex()
-        return HnswIndex(dim, max(size, room), made_of["hnsw_m"], made_of["hnsw_ef"], threads)
-
-    return Shards(shard, documents, rank, ranks, threads, made_of["index_shards"])
-
-
-def read_made_of(path: str, wanted: dict) -> dict:
-    """What the index in the folder `path` was made of.
-
-    Raises:
-        InputError: it was built for something other than `wanted`, or is none.
-    """
-    from ann_util import check_made_of
-
-    try:
-        with open(os.path.join(path, "fingerprint.json"), encoding="utf-8") as file:
-            found = json.load(file)
-    except (OSError, ValueError):
-        raise console.InputError(f"--index_path {path}: exists, but is not an index that recall.py wrote") from None
-    check_made_of(found, wanted, f"--index_path {path}", "name another folder, or remove this one to build it again")
-    return found
-
-
-def read_kept_corpus(path: str, digest: str) -> data.TextFile:
-    """The documents in the folder of an index."""
-    corpus = os.path.join(path, "corpus.csv")
-    if not os.path.isfile(corpus) or data.file_digest(corpus) != digest:
-        raise console.InputError(f"--index_path {path}: damaged: corpus.csv is not what was written")
-    return data.TextFile(corpus, "--index_path")
-
-
-def save_index(path: str, index, made_of: dict, corpus: data.TextFile) -> None:
-    """Write the index of all ranks, and the corpus, to the folder `path`, which appears when all is written."""
-    from checkpoint import sync
-    from model import is_first_rank, wait_for_ranks
-
-    partial = f"{path.rstrip('/')}.partial"  # the same name on all ranks
-    try:
-        os.makedirs(partial, exist_ok=True)
-        index.save(partial)
-        wait_for_ranks()
-        if is_first_rank():
-            digests = {name: data.file_digest(os.path.join(partial, name)) for name in sorted(os.listdir(partial))}
-            shutil.copyfile(corpus.path, os.path.join(partial, "corpus.csv"))
-            with open(os.path.join(partial, "fingerprint.json"), "w", encoding="utf-8") as file:
-                json.dump({**made_of, "shards": digests}, file, indent=2)
-            sync(partial)
-            os.rename(partial, path)
-            console.log(f"kept the index in {path}")
-    finally:
-        if is_first_rank():
-            shutil.rmtree(partial, ignore_errors=True)
-
-
 def open_index(args: argparse.Namespace, corpus: data.TextFile | None, engine, tokenizer) -> tuple:
     """The index, kept or built, and the documents in it."""
     from model import join_ranks
@@ -234,25 +157,21 @@ def open_index(args: argparse.Namespace, corpus: data.TextFile | None, engine, t
     if corpus is not None:  # else what is not said is as in the index; what texts become is not left open
         made_of = settings(args, len(corpus), engine)
     if args.index_path or args.ann_engine == "milvus":
-        made_of["model"] = model_digest(args)
+        made_of["model"] = index_store.model_digest(args.params_path, args.model_name_or_path)
         made_of.update({} if corpus is None else {"corpus": data.file_digest(corpus.path)})
     if args.ann_engine == "milvus":
         return open_collection(args, corpus, engine, tokenizer, made_of, rank, ranks)
     kept = args.index_path and os.path.exists(args.index_path)
     if kept:
-        made_of = read_made_of(args.index_path, made_of)
-        corpus = corpus or read_kept_corpus(args.index_path, made_of["corpus"])
-    index = new_index(args, made_of, len(corpus), engine.embedding_size, rank, ranks)
+        made_of = index_store.read_made_of(args.index_path, made_of)
+        corpus = corpus or index_store.read_kept_corpus(args.index_path, made_of["corpus"])
+    index = index_store.new_index(made_of, len(corpus), engine.embedding_size, args.cpu_threads, rank, ranks)
     if kept:
-        try:
-            index.load(args.index_path, made_of.get("shards", {}))
-        except (OSError, RuntimeError, ValueError) as error:
-            raise console.InputError(f"--index_path {args.index_path}: damaged: {console.first_line(error)}") from None
-        console.log(f"using the index in {args.index_path}")
+        index_store.load_index(args.index_path, index, made_of)
         return index, corpus
     fill(args, index, index.add, corpus, engine, tokenizer)
     if args.index_path:
-        save_index(args.index_path, index, made_of, corpus)
+        index_store.save_index(args.index_path, index, made_of, corpus)
     return index, corpus
 
 
