@@ -1,14 +1,9 @@
 """Nearest neighbours by cosine of L2-normalized embeddings: hnswlib's graph, and exact search as the reference.
 
 `HnswIndex` and `ExactIndex` have `add(embeddings)`, `search(queries, k)`, `blocks()`, `save(path)` and `load(path)`;
-`Shards` is an index of several of them. `MilvusIndex` is a collection of Milvus behind the same `pieces`, `add`,
-`finish` and `search` as `Shards`.
+`Shards` is an index of several of them.
 """
 
-import contextlib
-import json
-import logging
-import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from console import InputError, first_line, progress
+from console import InputError, progress
 from data import WINDOW, file_digest
 from machine import available_memory
 
@@ -58,8 +53,8 @@ def exact_search(queries: np.ndarray, corpus: np.ndarray | Iterable[np.ndarray],
     """
     best, seen = nothing(queries), 0
     with ThreadPoolExecutor(os.cpu_count()) as workers:
-        for block in _blocks(corpus) if isinstance(corpus, np.ndarray) else corpus:
-            found = workers.map(lambda some, block=block: _best(some @ block.T, k), _blocks(queries, QUERY_BLOCK))
+        for block in blocks_of(corpus) if isinstance(corpus, np.ndarray) else corpus:
+            found = workers.map(lambda some, block=block: _best(some @ block.T, k), blocks_of(queries, QUERY_BLOCK))
             rows, cosines = (np.concatenate(part) for part in zip(*found))
             best = merge([best, (rows + seen, cosines)], k)
             seen += len(block)
@@ -74,7 +69,8 @@ def _best(similarity: np.ndarray, k: int) -> Found:
     return columns, np.take_along_axis(similarity, columns, axis=1)
 
 
-def _blocks(vectors: np.ndarray, size: int | None = None) -> Iterator[np.ndarray]:
+def blocks_of(vectors: np.ndarray, size: int | None = None) -> Iterator[np.ndarray]:
+    """The rows of `vectors`, `size` at a time; None: CORPUS_BLOCK."""
     size = size or CORPUS_BLOCK
     return (vectors[start : start + size] for start in range(0, len(vectors), size))
 
@@ -92,7 +88,7 @@ class ExactIndex:
         """Add float32 [n, dim]; their rows are numbered on from those before."""
         if self._blocks and len(self._blocks[-1]) < CORPUS_BLOCK:  # cosines depend on blocks, in their last bit
             embeddings = np.concatenate([self._blocks.pop(), embeddings])
-        self._blocks += _blocks(embeddings)
+        self._blocks += blocks_of(embeddings)
 
     def blocks(self) -> Iterable[np.ndarray]:
         """The embeddings in the order in which they were added, float32 [n, dim] at a time."""
@@ -107,7 +103,7 @@ class ExactIndex:
             np.save(file, np.concatenate(self._blocks))
 
     def load(self, path: str) -> None:
-        self._blocks = list(_blocks(np.load(path)))
+        self._blocks = list(blocks_of(np.load(path)))
 
 
 class HnswIndex:
@@ -264,168 +260,6 @@ def check_made_of(found: dict, wanted: dict, where: str, remedy: str) -> None:
     """
     if other := [name for name in wanted if found.get(name) != wanted[name]]:
         raise InputError(f"{where}: was built with another {', '.join(other)}; {remedy}")
-
-
-class MilvusIndex:
-    """A collection of Milvus: documents by their row, the text beside the embedding.
-
-    Rows are upserted in pieces, each in order, so that a broken run goes on where the last piece ends. The token of a
-    server is read from the environment, MILVUS_TOKEN.
-
-    Args:
-        uri: http://host:port of a server, or a path ending in .db: Milvus Lite, in this process.
-        collection: its name.
-        made_of: what the collection depends on, kept with it. Of one that is there already it may name a part; to make
-            one it takes "documents", how many, "dim", "index_type" (FLAT, IVF_FLAT or HNSW, with "hnsw_m" and "hnsw_ef"
-            as in `HnswIndex`) and "metric" (COSINE, IP or L2; results are cosines all the same).
-        rank, ranks: this process, and how many there are; a .db file can be used by one alone.
-        wait: waits for all ranks.
-
-    Raises:
-        InputError: no pymilvus, no such server, no such collection, or one made of something else.
-    """
-
-    _PIECE, _QUERIES, _TEXT_BYTES, _MOST, _KEY = 4096, 1000, 65535, 16384, "simcse"
-
-    def __init__(self, uri: str, collection: str, made_of: dict, rank: int = 0, ranks: int = 1,
-                 wait: Callable[[], None] = int) -> None:
-        try:
-            from pymilvus import MilvusClient
-        except ModuleNotFoundError as error:
-            raise InputError(f"--ann_engine milvus: {error.name} is not installed; "
-                             "pip install -r requirements-milvus.txt") from None
-        for name in ("pymilvus", "milvus_lite", "grpc", "faiss"):
-            logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # they log what they raise, with tracebacks
-        self.uri, self.collection, self.rank = uri, collection, rank
-        self._lite = not uri.startswith(("http://", "https://"))
-        if self._lite and ranks > 1:
-            raise InputError(f"--milvus_uri {uri}: a file can be used by one process; {ranks} need a server")
-        with self._errors():
-            self._client = MilvusClient(uri=uri, token=os.environ.get("MILVUS_TOKEN", ""), timeout=30)
-            if rank == 0 and "documents" in made_of and not self._client.has_collection(collection):
-                self._create(made_of)
-            wait()
-            if not self._client.has_collection(collection):
-                raise InputError(f"--milvus_collection {collection}: {uri} has no such collection; --corpus_file is "
-                                 "needed to make it")
-            self.made_of = self._read_made_of()
-            check_made_of(self.made_of, made_of, f"--milvus_collection {collection}",
-                          "name another collection, or drop this one to build it again")
-            self._client.load_collection(collection)
-            documents = self.made_of["documents"]
-            pieces = [range(start, min(start + self._PIECE, documents)) for start in range(0, documents, self._PIECE)]
-            self.pieces = [rows for rows in pieces[rank::ranks] if not self._has(rows[-1])]
-        self._worker, self._adding, self.texts = ThreadPoolExecutor(1), None, MilvusTexts(self)
-
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        """What goes wrong in Milvus, as an InputError."""
-        import grpc
-        from pymilvus import MilvusException
-
-        try:
-            yield
-        except (MilvusException, grpc.RpcError, ValueError) as error:
-            raise InputError(f"--milvus_uri {self.uri}: {first_line(error)}") from None
-
-    def _parameters(self, made_of: dict) -> tuple[dict, dict]:
-        """Of the index type, how to build and how to search, without the depth that k asks for."""
-        if made_of["index_type"] == "HNSW":
-            return {"M": made_of["hnsw_m"], "efConstruction": made_of["hnsw_ef"]}, {"ef": made_of["hnsw_ef"]}
-        if made_of["index_type"] == "IVF_FLAT":  # 4 sqrt(N) lists, as Milvus advises, of which a search reads a part
-            lists = min(65536, 4 * math.isqrt(made_of["documents"]))
-            return {"nlist": lists}, {"nprobe": max(32, lists // 4)}
-        return {}, {}
-
-    def _create(self, made_of: dict) -> None:
-        from pymilvus import DataType
-
-        kept, build = json.dumps(made_of), self._parameters(made_of)[0]
-        # Milvus Lite forgets descriptions and reads an index's parameters from one called params.
-        schema = self._client.create_schema(auto_id=False, enable_dynamic_field=False, description=kept)
-        schema.add_field("id", DataType.INT64, is_primary=True)
-        schema.add_field("text", DataType.VARCHAR, max_length=self._TEXT_BYTES)
-        schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=made_of["dim"])
-        index = self._client.prepare_index_params()
-        index.add_index(field_name="embedding", index_type=made_of["index_type"], metric_type=made_of["metric"],
-                        params={"params": build} if self._lite else build)
-        self._client.create_collection(self.collection, schema=schema, index_params=index, consistency_level="Strong",
-                                       **({"properties": {self._KEY: kept}} if self._lite else {}))
-
-    def _read_made_of(self) -> dict:
-        about = self._client.describe_collection(self.collection)
-        try:
-            return json.loads(about.get("properties", {}).get(self._KEY) or about.get("description") or "")
-        except ValueError:
-            raise InputError(f"--milvus_collection {self.collection}: exists, but was not made by recall.py") from None
-
-    def _has(self, row: int) -> bool:
-        return bool(self._client.get(self.collection, ids=[row], output_fields=["id"]))
-
-    def __len__(self) -> int:
-        return self.made_of["documents"]
-
-    def add(self, rows: range, embeddings: np.ndarray, texts: Sequence[str]) -> None:
-        """Upsert one of `pieces`, float32 [len(rows), dim], in the background; `finish` waits for the last."""
-        if self._adding:
-            self._adding.result()
-        self._adding = self._worker.submit(self._upsert, rows, embeddings, texts)
-
-    def _upsert(self, rows: range, embeddings: np.ndarray, texts: Sequence[str]) -> None:
-        with self._errors():
-            self._client.upsert(self.collection, [
-                {"id": row, "embedding": embedding,
-                 "text": text.encode("utf-8")[: self._TEXT_BYTES].decode("utf-8", "ignore")}
-                for row, embedding, text in zip(rows, embeddings, texts)])
-
-    def finish(self) -> None:
-        """Wait until all is stored, and have Milvus index it."""
-        if self._adding:
-            self._adding.result()
-            with self._errors():
-                self._client.flush(self.collection)
-
-    def search(self, queries: np.ndarray, k: int) -> Found:
-        """As `Shards.search`, on rank 0; other ranks find nothing."""
-        if self.rank:
-            return nothing(queries)
-        if k > self._MOST:
-            raise InputError(f"--recall_num {k}: Milvus gives at most {self._MOST}")
-        depth, parts = self._parameters(self.made_of)[1], []
-        if "ef" in depth:
-            depth["ef"] = max(depth["ef"], 2 * k)
-        for some in _blocks(queries, self._QUERIES):
-            with self._errors():
-                hits = self._client.search(self.collection, data=some, anns_field="embedding", limit=k,
-                                           search_params={"params": depth})
-            for one in hits:
-                rows = np.array([[hit["id"] for hit in one]], "int64")
-                scores = np.array([[hit["distance"] for hit in one]], "float32")
-                cosines = 1 - scores / 2 if self.made_of["metric"] == "L2" else scores
-                parts.append(fill_up(merge([(rows, cosines)], k), k))
-        return tuple(np.concatenate(side) for side in zip(*parts))
-
-    def close(self) -> None:
-        """Let go of the file, or of the connection."""
-        self._client.close()
-        if self._lite:
-            from milvus_lite.server_manager import server_manager_instance
-
-            server_manager_instance.release_server(self.uri)
-
-
-class MilvusTexts(Sequence[str]):
-    """The documents' texts in a collection, by row."""
-
-    def __init__(self, index: MilvusIndex) -> None:
-        self._index = index
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __getitem__(self, row: int) -> str:
-        with self._index._errors():
-            return self._index._client.get(self._index.collection, ids=[row], output_fields=["text"])[0]["text"]
 
 
 def ann_recall(cosines: np.ndarray, exact_cosines: np.ndarray) -> float:

@@ -17,6 +17,7 @@ from data import DEFAULT_MODEL, STDIN, read_texts
 from machine import RANK, RANKS, auto_precision, default_threads
 
 DEFAULT_PARAMS = "checkpoints/model_20000/model_state.pdparams"
+COLLECTION = "simcse"  # of Milvus
 README_TEXT = "国有企业引入非国有资本对创新绩效的影响——基于制造业国有上市公司的经验证据"
 
 
@@ -64,6 +65,7 @@ probability = _number(float, lambda v: 0 <= v < 1, "a number from 0 up to, not i
 proportion = _number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
 positive_float = _number(float, lambda v: 0 < v < math.inf, "a number above 0")
 natural_float = _number(float, lambda v: 0 <= v < math.inf, "a number from 0 up")
+port = _number(int, lambda v: 0 <= v < 65536, "a port from 0 to 65535")
 hnsw_links = _number(int, lambda v: v >= 2, "a whole number from 2 up")
 sequence_length = _number(int, lambda v: v >= 3, "a whole number from 3 up ([CLS], a token, [SEP])")
 
@@ -133,6 +135,16 @@ def checkpoint_file(path: str) -> str:
         names = ("model_state.safetensors", "model_state.pdparams")
         path = next((each for name in names if os.path.isfile(each := os.path.join(path, name))), f"{path}/{names[1]}")
     return readable_file(path)
+
+
+def milvus_uri(text: str) -> str:
+    """A server's address, or a path that Milvus Lite takes."""
+    if text.startswith(("http://", "https://")):
+        return text
+    if not text.endswith(".db") or "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is neither http://host:port nor a path that ends in .db")
+    folder(os.path.dirname(text) or ".")
+    return text
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, params_path: str | None = None) -> None:

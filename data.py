@@ -283,6 +283,10 @@ class TextFile(Sequence[str]):
             before = chunk
         return breaks
 
+    def take(self, rows: Iterable[int]) -> list[str]:
+        """The texts of some rows."""
+        return [self[row] for row in rows]
+
     def __getitem__(self, row):
         if isinstance(row, slice):
             return [self[each] for each in range(len(self))[row]]

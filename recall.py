@@ -30,7 +30,7 @@ import results
 from machine import RANKS
 
 HNSW_M, HNSW_EF, SHARDS = 32, 100, 8
-MILVUS_URI, COLLECTION = "./recall.db", "simcse"
+MILVUS_URI = "./recall.db"
 SAMPLE = 100  # queries whose neighbours are searched exactly as well, to measure the index
 
 
@@ -73,12 +73,12 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--hnsw_max_elements", type=cli.positive_int, default=None,
                        help="documents the graph can hold; None: as many as the corpus has")
     group = parser.add_argument_group("milvus")
-    group.add_argument("--milvus_uri", type=milvus_uri, default=None,
+    group.add_argument("--milvus_uri", type=cli.milvus_uri, default=None,
                        help="http://host:port of a server, its token in the environment as MILVUS_TOKEN; or a path "
                        f"ending in .db: Milvus Lite, without a server; None: {MILVUS_URI}")
     group.add_argument("--milvus_collection", type=cli.nonempty_text, default=None,
                        help="collection, made where there is none, gone on with where it is not full; None: "
-                       f"{COLLECTION}")
+                       f"{cli.COLLECTION}")
     group.add_argument("--milvus_index_type", choices=("FLAT", "IVF_FLAT", "HNSW"), default=None,
                        help="index; HNSW takes --hnsw_m and --hnsw_ef; None: FLAT in a file, HNSW on a server")
     group.add_argument("--milvus_metric", choices=("COSINE", "IP", "L2"), default=None,
@@ -87,16 +87,6 @@ def parse_args() -> argparse.Namespace:
     check_engine(parser, args)
     check_files(parser, args)
     return args
-
-
-def milvus_uri(text: str) -> str:
-    """A server's address, or a path that Milvus Lite takes."""
-    if text.startswith(("http://", "https://")):
-        return text
-    if not text.endswith(".db") or "://" in text:
-        raise argparse.ArgumentTypeError(f"{text} is neither http://host:port nor a path that ends in .db")
-    cli.folder(os.path.dirname(text) or ".")
-    return text
 
 
 def check_engine(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -178,10 +168,10 @@ def open_index(args: argparse.Namespace, corpus: data.TextFile | None, engine, t
 def open_collection(args: argparse.Namespace, corpus: data.TextFile | None, engine, tokenizer, made_of: dict,
                     rank: int, ranks: int) -> tuple:
     """The collection of Milvus, filled where it lacks documents, and the documents in it."""
-    from ann_util import MilvusIndex
+    from milvus_index import MilvusIndex
     from model import wait_for_ranks
 
-    index = MilvusIndex(args.milvus_uri, args.milvus_collection or COLLECTION, made_of, rank, ranks, wait_for_ranks)
+    index = MilvusIndex(args.milvus_uri, args.milvus_collection or cli.COLLECTION, made_of, rank, ranks, wait_for_ranks)
     if index.pieces and corpus is None:
         raise console.InputError(f"--milvus_collection {index.collection}: not all documents are in it yet; run again "
                                  "with --corpus_file")

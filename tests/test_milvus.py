@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from conftest import FP32, ROOT, refuse, succeed
 
-from ann_util import MilvusIndex, ann_recall, exact_search
+from ann_util import ann_recall, exact_search
+from milvus_index import MilvusIndex
 
 pytest.importorskip("pymilvus", reason="pymilvus is not installed (requirements-milvus.txt)")
 
@@ -68,11 +69,11 @@ def test_a_broken_run_goes_on_where_it_ended(flags, sample, tmp_path):
     (tmp_path / "corpus.csv").write_text("\n".join(documents) + "\n", encoding="utf-8")
     wanted = [str(word) for word in flags("--max_seq_length", 32, corpus="corpus.csv")]
     process = subprocess.Popen(
-        [sys.executable, "-c", f"import sys, runpy, ann_util\nsys.argv = ['recall.py', *{wanted!r}]\n"
-         "real = ann_util.MilvusIndex._upsert\n"
+        [sys.executable, "-c", f"import sys, runpy, milvus_index\nsys.argv = ['recall.py', *{wanted!r}]\n"
+         "real = milvus_index.MilvusIndex._upsert\n"
          "def slow(self, rows, *more):\n    if rows.start:\n        print('SECOND', flush=True)\n"
          "        import time; time.sleep(60)\n    real(self, rows, *more)\n"
-         f"ann_util.MilvusIndex._upsert = slow\nrunpy.run_path({str(ROOT / 'recall.py')!r}, run_name='__main__')"],
+         f"milvus_index.MilvusIndex._upsert = slow\nrunpy.run_path({str(ROOT / 'recall.py')!r}, run_name='__main__')"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert process.stdout.readline() == b"SECOND\n"
     process.send_signal(signal.SIGKILL)

@@ -31,6 +31,11 @@ def _import(name: str) -> ModuleType:
         raise InputError(f"ONNX: {error.name} is not installed; pip install -r requirements-onnx.txt") from None
 
 
+def holds_onnx(model_dir: str) -> bool:
+    """Whether an exported folder is for onnxruntime."""
+    return os.path.isfile(os.path.join(model_dir, ONNX_FILE))
+
+
 @contextlib.contextmanager
 def _without_stdout() -> Iterator[None]:
     """Nothing on stdout, of C++ neither: paddle2onnx reports there, and stdout is for results."""

@@ -21,7 +21,7 @@ import console
 import data
 import results
 import tokenizing
-from deploy.python.onnx_predictor import ONNX_FILE, OnnxPredictor
+from deploy.python.onnx_predictor import ONNX_FILE, OnnxPredictor, holds_onnx
 
 README_PAIRS = [("中西方语言与文化的差异", "中西方文化差异以及语言体现中西方文化,差异,语言体现"),
                 ("中西方语言与文化的差异", "飞桨致力于让深度学习技术的创新与应用更简单")]
@@ -54,13 +54,9 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def holds_onnx(args: argparse.Namespace) -> bool:
-    return os.path.isfile(os.path.join(args.model_dir, ONNX_FILE))
-
-
 def check_onnx(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse what onnxruntime would not do, where --model_dir holds its graph."""
-    if not holds_onnx(args):
+    if not holds_onnx(args.model_dir):
         return
     for flag, given in (("--use_tensorrt", args.use_tensorrt), ("--enable_mkldnn", args.enable_mkldnn),
                         (f"--device {args.device}", args.device != "cpu"),
@@ -111,7 +107,7 @@ def benchmark(embed_texts, texts: list[str], args: argparse.Namespace) -> None:
 
 def load_predictor(args: argparse.Namespace):
     """What runs the graph in --model_dir."""
-    if holds_onnx(args):
+    if holds_onnx(args.model_dir):
         return OnnxPredictor(args.model_dir, args.cpu_threads)
     from deploy.python.predictor import Predictor
 

@@ -1,0 +1,263 @@
+"""The HTTP interface: what is asked and answered, limits, authentication, metrics.
+
+Every error is JSON of one line, {"error": "..."}.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.staticfiles import StaticFiles
+from fastapi_offline import FastAPIOffline
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from starlette.exceptions import HTTPException as HTTPError
+
+from console import InputError
+from deploy.serving.batching import Batcher, Job, OverloadedError
+from deploy.serving.middleware import BodyLimit, Watch
+from deploy.serving.searcher import Searcher
+
+PAGE = Path(__file__).parent / "page"
+RETRY_AFTER = {"Retry-After": "1"}  # seconds
+SECURITY = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src "
+                               "'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+# Swagger's page starts itself by a script within the page.
+DOCS_SECURITY = {**SECURITY, "Content-Security-Policy": SECURITY["Content-Security-Policy"].replace(
+    "script-src 'self'; style-src 'self'", "script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'")}
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask for.
+
+    Args:
+        texts: texts, pairs or queries of a request.
+        text_length: characters of a text.
+        top_k: documents recalled for a query.
+        body: bytes of a request's body.
+        seconds: time to read a body, and to answer it.
+        batch, waiting: texts that are computed together, and that wait for it.
+    """
+
+    texts: int = 64
+    text_length: int = 2000
+    top_k: int = 100
+    body: int = 1 << 20
+    seconds: float = 30.0
+    batch: int = 64
+    waiting: int = 1024
+
+
+class Strict(BaseModel):
+    """A body without fields that do nothing, and without values of another type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Error(BaseModel):
+    error: Annotated[str, Field(description="what is wrong, in one line")]
+
+
+class Embeddings(BaseModel):
+    embeddings: Annotated[list[list[float]], Field(description="of every text, L2-normalized")]
+
+
+class Cosines(BaseModel):
+    cosines: Annotated[list[float], Field(description="of every pair, from -1 to 1")]
+
+
+class Hit(BaseModel):
+    rank: int
+    document: str
+    cosine: float
+
+
+class Found(BaseModel):
+    results: Annotated[list[list[Hit]], Field(description="of every query the documents, the most similar first")]
+    documents: Annotated[int, Field(description="how many are searched")]
+    milliseconds: Annotated[float, Field(description="from the arrival of the request to its answer")]
+
+
+class Health(BaseModel):
+    status: str
+    documents: int
+    embedding_size: int
+    max_texts: int
+    max_text_length: int
+    max_top_k: int
+
+
+def bodies(limits: Limits) -> tuple[type[Strict], type[Strict], type[Strict]]:
+    """The bodies of /embed, /similarity and /search, which have the limits in their schema."""
+    text = Annotated[str, StringConstraints(min_length=1, max_length=limits.text_length, pattern=r"\S")]
+    many = Field(min_length=1, max_length=limits.texts)
+    pair = Annotated[list[text], Field(min_length=2, max_length=2)]
+
+    class Texts(Strict):
+        texts: Annotated[list[text], many]
+
+    class Pairs(Strict):
+        pairs: Annotated[list[pair], many]
+
+    class Queries(Strict):
+        queries: Annotated[list[text], many]
+        top_k: Annotated[int, Field(ge=1, le=limits.top_k, description="documents for each query")] = min(
+            10, limits.top_k)
+
+    return Texts, Pairs, Queries
+
+
+class Metrics:
+    """What GET /metrics tells, in a registry of its own."""
+
+    def __init__(self, searcher: Searcher, batcher: Batcher) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter("simcse_requests", "Requests", ["path", "status"], registry=self.registry)
+        self.seconds = Histogram("simcse_request_seconds", "Time to answer a request", ["path"],
+                                 registry=self.registry)
+        self.batch_jobs = Histogram("simcse_batch_requests", "Requests of a batch", registry=self.registry,
+                                    buckets=[2**i for i in range(9)])
+        self.texts = Counter("simcse_texts", "Texts encoded, repeated ones included", registry=self.registry)
+        Gauge("simcse_waiting_texts", "Texts that wait for a batch", registry=self.registry).set_function(
+            lambda: batcher.waiting)
+        Gauge("simcse_documents", "Documents that are searched", registry=self.registry).set(searcher.documents)
+        batcher.batched = self._batched
+
+    def request(self, path: str, status: int, seconds: float) -> None:
+        """Count a request."""
+        self.requests.labels(path, status).inc()
+        self.seconds.labels(path).observe(seconds)
+
+    def _batched(self, jobs: int, texts: int) -> None:
+        self.batch_jobs.observe(jobs)
+        self.texts.inc(texts)
+
+
+def error(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"error": message}, status, headers)
+
+
+def handle_errors(app: FastAPI) -> None:
+    """Every error as JSON of one line."""
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, found: RequestValidationError) -> JSONResponse:
+        first = found.errors()[0]
+        # Not what was sent: it may be long, or no valid text.
+        return error(422, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+
+    @app.exception_handler(HTTPError)
+    async def refused(request: Request, found: HTTPError) -> JSONResponse:
+        return error(found.status_code, str(found.detail), found.headers)
+
+
+def bearer(token: str | None) -> list[Any]:
+    """What asks for `Authorization: Bearer <token>`, where there is a token."""
+    if not token:
+        return []
+
+    def check(given: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]) -> None:
+        if not given or not hmac.compare_digest(given.credentials.encode(), token.encode()):
+            raise HTTPException(401, "Authorization: Bearer and the token are needed", {"WWW-Authenticate": "Bearer"})
+
+    return [Depends(check)]
+
+
+def make_app(searcher: Searcher, limits: Limits, token: str | None = None) -> FastAPI:
+    """The service.
+
+    Args:
+        token: what clients have to send as bearer token; None: nothing. /, /docs and /healthz are open either way.
+    """
+    batcher = Batcher(searcher.answer, limits.batch, limits.waiting)
+    metrics = Metrics(searcher, batcher)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        running = asyncio.create_task(batcher.run())
+        yield
+        running.cancel()
+
+    app = FastAPIOffline(title="SimCSE semantic index", lifespan=lifespan, redoc_url=None,
+                         description="Embeddings, cosines and semantic recall of texts.")
+    handle_errors(app)
+    app.add_middleware(BodyLimit, size=limits.body, seconds=limits.seconds)
+    app.add_middleware(Watch, tell=metrics.request,
+                       headers=lambda path: DOCS_SECURITY if path == "/docs" else SECURITY)
+    add_endpoints(app, searcher, batcher, limits, bearer(token), metrics)
+    return app
+
+
+def add_endpoints(app: FastAPI, searcher: Searcher, batcher: Batcher, limits: Limits, guards: list[Any],
+                  metrics: Metrics) -> None:
+    Texts, Pairs, Queries = bodies(limits)
+    says = {400: "no JSON", 408: "the body came too slowly", 413: "the body is too large",
+            422: "not what is asked for", 500: "an error of the service itself", 503: "overloaded; try again after Retry-After seconds",
+            504: "it took too long", **({401: "no token, or another one"} if guards else {})}
+    asked = {"dependencies": guards, "responses": {status: {"model": Error, "description": text}
+                                                   for status, text in sorted(says.items())}}
+
+    async def ask(texts: list[str], top_k: int = 0) -> Any:
+        try:
+            return await asyncio.wait_for(batcher.ask(Job(texts, top_k)), limits.seconds)
+        except OverloadedError:
+            raise HTTPException(503, "too many texts wait already; try again", RETRY_AFTER) from None
+        except asyncio.TimeoutError:
+            raise HTTPException(504, f"no answer within {limits.seconds:g} s") from None
+        except InputError as found:  # Milvus is gone
+            log.error("%s", found)
+            raise HTTPException(503, "the index does not answer; try again", RETRY_AFTER) from None
+        except Exception as found:
+            log.exception("an error of the service itself")
+            raise HTTPException(500, f"internal error: {type(found).__name__}") from None
+
+    @app.post("/embed", **asked)
+    async def embed(body: Texts) -> Embeddings:
+        """Embeddings of texts."""
+        return JSONResponse({"embeddings": (await ask(body.texts)).tolist()})
+
+    @app.post("/similarity", **asked)
+    async def similarity(body: Pairs) -> Cosines:
+        """Cosine of each pair of texts."""
+        embeddings = await ask([text for pair in body.pairs for text in pair])
+        return JSONResponse({"cosines": (embeddings[::2] * embeddings[1::2]).sum(axis=1).tolist()})
+
+    @app.post("/search", **asked)
+    async def search(body: Queries) -> Found:
+        """The documents that are most similar to each query."""
+        started = time.perf_counter()
+        results = [[{"rank": rank, "document": document, "cosine": cosine}
+                    for rank, (document, cosine) in enumerate(hits, 1)] for hits in await ask(body.queries, body.top_k)]
+        return JSONResponse({"results": results, "documents": searcher.documents,
+                             "milliseconds": round(1000 * (time.perf_counter() - started), 2)})
+
+    @app.get("/healthz")
+    async def healthz() -> Health:
+        """Whether the service is up, and what it serves."""
+        return Health(status="ok", documents=searcher.documents, embedding_size=searcher.embedding_size,
+                      max_texts=limits.texts, max_text_length=limits.text_length, max_top_k=limits.top_k)
+
+    @app.get("/metrics", dependencies=guards, response_class=Response, responses={
+        200: {"content": {"text/plain": {}}}, **({401: asked["responses"][401]} if guards else {})})
+    async def prometheus() -> Response:
+        """Figures for Prometheus."""
+        return Response(generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(PAGE / "index.html")
+
+    app.mount("/page", StaticFiles(directory=PAGE))

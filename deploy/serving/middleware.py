@@ -1,0 +1,89 @@
+"""What surrounds every request: a bound on its body, figures, headers."""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from starlette.datastructures import MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+
+class BodyLimit:
+    """Reads a request's body before the application sees it, and refuses one that is too large or comes too slowly.
+
+    Args:
+        size: bytes.
+        seconds: from the first to the last of them.
+    """
+
+    def __init__(self, app: ASGIApp, size: int, seconds: float) -> None:
+        self.app, self.size, self.seconds = app, size, seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        told = int(dict(scope["headers"]).get(b"content-length", b"0"))
+        try:
+            body = await asyncio.wait_for(self._read(receive), self.seconds) if told <= self.size else None
+        except asyncio.TimeoutError:
+            await _refuse(408, f"the body did not come within {self.seconds:g} s", scope, receive, send)
+            return
+        if body is None:
+            await _refuse(413, f"a body may have {self.size:,} bytes", scope, receive, send)
+            return
+        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def replay() -> Message:
+            return next(messages, None) or await receive()
+
+        await self.app(scope, replay, send)
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        """The body; None where it is too large."""
+        body, more = bytearray(), True
+        while more:
+            message = await receive()
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > self.size:
+                return None
+        return bytes(body)
+
+
+async def _refuse(status: int, message: str, scope: Scope, receive: Receive, send: Send) -> None:
+    # What is left of the body is not read: the connection ends.
+    await JSONResponse({"error": message}, status, {"Connection": "close"})(scope, receive, send)
+
+
+class Watch:
+    """Tells of every request its path, status and seconds, and gives every answer headers.
+
+    Args:
+        tell: gets path, status and seconds; the path is a route's, or "other": clients could make up names without end.
+        headers: gives the headers of a path.
+    """
+
+    def __init__(self, app: ASGIApp, tell: Callable[[str, int, float], None],
+                 headers: Callable[[str], dict[str, str]]) -> None:
+        self.app, self.tell, self.headers = app, tell, headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started, status = time.perf_counter(), 500
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message).update(self.headers(scope["path"]))
+            await send(message)
+
+        try:
+            await self.app(scope, receive, answer)
+        finally:
+            path = getattr(scope.get("route"), "path", "other")
+            self.tell(path, status, time.perf_counter() - started)

@@ -1,0 +1,105 @@
+"""What the service serves: an exported model, and the index that was made with it."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import console
+import index_store
+from deploy.python.onnx_predictor import OnnxPredictor, holds_onnx
+from deploy.serving.batching import Job
+
+Hits = list[tuple[str, float]]  # documents and their cosines, best first
+
+
+class Searcher:
+    """Answers batches of jobs.
+
+    Args:
+        engine: see model.Engine.
+        index: a `Shards` or a `MilvusIndex`.
+        corpus: its documents, by row.
+        max_seq_length: tokens per text, of the corpus and of what is asked.
+    """
+
+    def __init__(self, engine: Any, tokenizer: Any, index: Any, corpus: Sequence[str], max_seq_length: int) -> None:
+        self.engine, self.tokenizer, self.index, self.corpus = engine, tokenizer, index, corpus
+        self.max_seq_length, self.documents, self.embedding_size = max_seq_length, len(corpus), engine.embedding_size
+
+    def answer(self, jobs: list[Job]) -> list[Any]:
+        """For every job its texts' embeddings, float32 [texts, embedding_size], or of every text its hits."""
+        from model import encode
+
+        texts = list(dict.fromkeys(text for job in jobs for text in job.texts))
+        row_of = {text: row for row, text in enumerate(texts)}
+        embeddings = encode(self.engine, self.tokenizer, texts, self.max_seq_length)
+        asked: dict[str, int] = {}
+        for job in jobs:
+            for text in job.texts if job.top_k else ():
+                asked[text] = max(job.top_k, asked.get(text, 0))
+        hits = self._search(embeddings[[row_of[text] for text in asked]], list(asked.values())) if asked else []
+        found = dict(zip(asked, hits))
+        return [[found[text][: job.top_k] for text in job.texts] if job.top_k else
+                embeddings[[row_of[text] for text in job.texts]] for job in jobs]
+
+    def close(self) -> None:
+        """Let go of the index."""
+        self.index.close()
+
+    def _search(self, queries: Any, depths: list[int]) -> list[Hits]:
+        rows, cosines = self.index.search(queries, min(max(depths), self.documents))
+        wanted = sorted({row for each, depth in zip(rows.tolist(), depths) for row in each[:depth] if row >= 0})
+        document = dict(zip(wanted, self.corpus.take(wanted)))
+        return [[(document[row], cosine) for row, cosine in zip(each[:depth], scores) if row >= 0]
+                for each, scores, depth in zip(rows.tolist(), cosines.tolist(), depths)]
+
+
+def open_searcher(args: argparse.Namespace) -> Searcher:
+    """What the flags of server.py name.
+
+    Raises:
+        InputError: no exported model, no index, or one of another model.
+    """
+    from model import CONFIG_FILE, read_record
+    from tokenizing import load_tokenizer
+
+    digest = read_record(args.model_dir).get("model")
+    if not digest:
+        raise console.InputError(f"--model_dir {args.model_dir}: its {CONFIG_FILE} does not say of which checkpoint it "
+                                 "is; export it again")
+    index, made_of = None, {"model": digest}
+    if args.index_path:
+        made_of = index_store.read_made_of(args.index_path, made_of)
+    else:
+        index, made_of = _open_collection(args, made_of)
+    engine = _open_engine(args, made_of["precision"])
+    if index is None:
+        corpus = index_store.read_kept_corpus(args.index_path, made_of["corpus"])
+        index = index_store.new_index(made_of, len(corpus), engine.embedding_size, args.cpu_threads)
+        index_store.load_index(args.index_path, index, made_of)
+    else:
+        corpus = index.texts
+    return Searcher(engine, load_tokenizer(args.model_dir), index, corpus, made_of["max_seq_length"])
+
+
+def _open_collection(args: argparse.Namespace, made_of: dict) -> tuple[Any, dict]:
+    from milvus_index import MilvusIndex
+
+    index = MilvusIndex(args.milvus_uri, args.milvus_collection, made_of)
+    if index.pieces:
+        raise console.InputError(f"--milvus_collection {index.collection}: not all documents are in it yet; finish it "
+                                 "with recall.py")
+    console.log(f"using the collection {index.collection} in {args.milvus_uri}")
+    return index, index.made_of
+
+
+def _open_engine(args: argparse.Namespace, precision: str) -> Any:
+    """The exported model, in the precision that the corpus was encoded in where none is asked for."""
+    if holds_onnx(args.model_dir):
+        if args.device != "cpu" or args.precision not in (None, "fp32"):
+            raise console.InputError(f"--model_dir {args.model_dir}: holds ONNX, which runs with --device cpu, in fp32")
+        return OnnxPredictor(args.model_dir, args.cpu_threads)
+    from deploy.python.predictor import Predictor
+
+    return Predictor(args.model_dir, args.device, args.cpu_threads, enable_mkldnn=args.device == "cpu",
+                     precision=args.precision or precision)

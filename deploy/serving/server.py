@@ -1,0 +1,129 @@
+"""A search service: an exported model and an index behind HTTP, with a search page.
+
+    python deploy/serving/server.py --model_dir ./output --index_path my_index --device cpu
+    python deploy/serving/server.py --model_dir ./output --milvus_uri ./recall.db --device cpu
+    curl -s localhost:8000/search -H 'Content-Type: application/json' -d '{"queries": ["语义检索"], "top_k": 3}'
+
+POST /embed, /similarity and /search; GET /healthz and /metrics; / is the search page and /docs describes all of it.
+With SIMCSE_TOKEN in the environment, clients have to send it as bearer token. Ctrl-C and SIGTERM stop it after what is
+being answered.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+
+import cli
+import console
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
+    group = parser.add_argument_group("model and index")
+    group.add_argument("--model_dir", type=cli.folder, default="./output", help="what export_model.py wrote")
+    group.add_argument("--index_path", type=cli.folder, default=None, help="what recall.py --index_path kept")
+    group.add_argument("--milvus_uri", type=cli.milvus_uri, default=None,
+                       help="instead of --index_path: http://host:port of Milvus, its token in the environment as "
+                       "MILVUS_TOKEN; or the .db file of Milvus Lite")
+    group.add_argument("--milvus_collection", type=cli.nonempty_text, default=None,
+                       help=f"collection that recall.py filled; None: {cli.COLLECTION}")
+    cli.add_device_argument(group)
+    group.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default=None,
+                       help="number format of the matrix products; None: that of the index")
+    group.add_argument("--cpu_threads", type=cli.natural_int, default=0, help="math threads on a CPU; 0: all cores")
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all of this machine's")
+    group.add_argument("--port", type=cli.port, default=8000, help="port to listen on; 0: any that is free")
+    group = parser.add_argument_group("limits")
+    group.add_argument("--max_texts", type=cli.positive_int, default=64, help="texts, pairs or queries of a request")
+    group.add_argument("--max_text_length", type=cli.positive_int, default=2000, help="characters of a text")
+    group.add_argument("--max_top_k", type=cli.positive_int, default=100, help="documents recalled for a query")
+    group.add_argument("--max_body", type=cli.positive_int, default=1 << 20, help="bytes of a request's body")
+    group.add_argument("--max_seconds", type=cli.positive_float, default=30.0,
+                       help="seconds to read a body, to answer it, and to finish when stopped")
+    group.add_argument("--max_batch", type=cli.positive_int, default=64,
+                       help="texts of concurrent requests that are computed together")
+    group.add_argument("--max_waiting", type=cli.positive_int, default=1024,
+                       help="texts that may wait; what comes then is answered 503")
+    args = parser.parse_args()
+    check(parser, args)
+    return args
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse flags that say too little, or two things."""
+    if bool(args.index_path) == bool(args.milvus_uri):
+        parser.error("one of --index_path and --milvus_uri is needed" + (", not both" if args.index_path else ""))
+    if args.milvus_collection and not args.milvus_uri:
+        parser.error("--milvus_collection needs --milvus_uri")
+    args.milvus_collection = args.milvus_collection or cli.COLLECTION
+    if args.cpu_threads and args.device != "cpu":
+        parser.error("--cpu_threads needs --device cpu")
+    if args.precision == "fp16" and args.device != "gpu":
+        parser.error("--precision fp16 needs --device gpu")
+
+
+def listen(args: argparse.Namespace) -> socket.socket:
+    """A socket that listens where the flags say; opened before anything that takes time."""
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((args.host, args.port))
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise console.InputError(f"--host {args.host} --port {args.port}: {reason}") from None
+    listener.listen(1024)
+    return listener
+
+
+def serve(args: argparse.Namespace, listener: socket.socket) -> None:
+    """Answer until SIGINT or SIGTERM."""
+    import uvicorn
+
+    from deploy.serving.app import Limits, make_app
+    from deploy.serving.searcher import open_searcher
+
+    searcher = open_searcher(args)
+    limits = Limits(args.max_texts, args.max_text_length, args.max_top_k, args.max_body, args.max_seconds,
+                    args.max_batch, args.max_waiting)
+    token = os.environ.get("SIMCSE_TOKEN")
+    app = make_app(searcher, limits, token)
+    host, port = listener.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    console.log(f"{searcher.documents:,} documents at {address}, API at {address}/docs"
+                + (", with the token of SIMCSE_TOKEN" if token else ""))
+    if not token and host not in ("127.0.0.1", "::1"):
+        console.warn(f"--host {args.host}: whoever reaches this machine can use it; SIMCSE_TOKEN in the environment "
+                     "asks for a token")
+    console.be_answering()
+    config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, lifespan="on",
+                            timeout_graceful_shutdown=max(1, round(args.max_seconds)))
+    # uvicorn raises what stopped it again when all is answered.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        console.log("stopped")
+        searcher.close()
+
+
+def main() -> None:
+    args = parse_args()
+    listener = listen(args)
+    logging.basicConfig(format="%(name)s: %(message)s", level=logging.ERROR)
+    cli.announce(argparse.Namespace(**{**vars(args), "precision": args.precision or "precision of the index"}),
+                 f"{args.model_dir} with {args.index_path or args.milvus_uri}")
+    try:
+        serve(args, listener)
+    except ModuleNotFoundError as error:
+        raise console.InputError(f"{error.name} is not installed; pip install -r requirements-serving.txt") from None
+
+
+if __name__ == "__main__":
+    console.run(main)
