@@ -171,8 +171,7 @@ class Reporter:
             if count := min(self.args.visualdl_embeddings, len(self.texts)):
                 rows = np.linspace(0, len(self.texts) - 1, count).astype(int)  # from all over the file
                 sample = data.distinct(self.texts[row] for row in rows)
-                self.writer.add_embeddings("texts", mat=self._encoder()(sample).tolist(), metadata=[sample],
-                                           metadata_header=["text"])
+                self.writer.add_embeddings("texts", mat=self._encoder()(sample).tolist(), metadata=sample)
             if self.measures:
                 self.writer.add_hparams({name: value if type(value) in (int, float, str) else str(value) for name, value
                                          in vars(self.args).items() if name not in PLACES}, list(self.measures))

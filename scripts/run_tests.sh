@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 case "${STACK:-paddle3.3}" in
 paddle3.3)
     venv=.venv
-    make_venv "$venv" requirements.txt requirements-milvus.txt requirements-onnx.txt requirements-dev.txt
+    make_venv "$venv" requirements.txt requirements-milvus.txt requirements-onnx.txt requirements-serving.txt requirements-dev.txt
     "$venv/bin/ruff" check .
     tests=tests
     ;;

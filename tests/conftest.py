@@ -46,8 +46,8 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def wait_for_answer(address, seconds=120):
-    """Wait until a server answers with success; the answer."""
+def wait_for_answer(address, seconds=120, process=None):
+    """Wait until a server answers with success, as long as its process lives; the answer."""
     end = time.monotonic() + seconds
     while True:
         try:
@@ -55,6 +55,7 @@ def wait_for_answer(address, seconds=120):
                 return answer.read()
         except OSError:
             assert time.monotonic() < end, f"no answer from {address}"
+            assert process is None or process.poll() is None, "the server has ended"
             time.sleep(0.2)
 
 
@@ -74,6 +75,55 @@ def browser(tmp_path_factory):
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     with webdriver.Chrome(options, webdriver.ChromeService(driver)) as chrome:
         yield chrome
+
+
+class Service:
+    """A running search service: its address, its process, and the file that it writes stderr to."""
+
+    def __init__(self, folder, *flags, env=None):
+        self.address, self.log = f"http://127.0.0.1:{(port := free_port())}", folder / f"server_{port}.log"
+        with open(self.log, "w", encoding="utf-8") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, ROOT / "deploy" / "serving" / "server.py", "--device", "cpu", "--port", str(port),
+                 *map(str, flags)], stdout=subprocess.DEVNULL, stderr=log, env={**os.environ, **(env or {})})
+        wait_for_answer(f"{self.address}/healthz", process=self.process)
+
+    def stop(self):
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def kept_index(checkpoint, sample, tmp_path_factory):
+    """The index of the sample's corpus, kept by recall.py in fp32."""
+    folder = tmp_path_factory.mktemp("kept")
+    succeed("recall.py", "--device", "cpu", "--params_path", checkpoint, "--corpus_file", sample / "corpus.csv",
+            "--query", "语义", "--max_seq_length", 32, "--index_path", folder / "index", *FP32)
+    return folder / "index"
+
+
+@pytest.fixture(scope="session")
+def service(exported, kept_index, tmp_path_factory):
+    """The search service over the sample's corpus."""
+    pytest.importorskip("fastapi_offline", reason="requirements-serving.txt is not installed")
+    running = Service(tmp_path_factory.mktemp("service"), "--model_dir", exported, "--index_path", kept_index)
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def serve(exported, kept_index, tmp_path):
+    """Starts further services, `serve(*flags, env=None)`, which end with the test."""
+    pytest.importorskip("fastapi_offline", reason="requirements-serving.txt is not installed")
+    started = []
+
+    def start(*flags, env=None):
+        started.append(Service(tmp_path, "--model_dir", exported, "--index_path", kept_index, *flags, env=env))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.stop()
 
 
 @pytest.fixture(scope="session")

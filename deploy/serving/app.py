@@ -204,11 +204,11 @@ def make_app(searcher: Searcher, limits: Limits, token: str | None = None) -> Fa
 def add_endpoints(app: FastAPI, searcher: Searcher, batcher: Batcher, limits: Limits, guards: list[Any],
                   metrics: Metrics) -> None:
     Texts, Pairs, Queries = bodies(limits)
-    says = {400: "no JSON", 408: "the body came too slowly", 413: "the body is too large",
-            422: "not what is asked for", 500: "an error of the service itself", 503: "overloaded; try again after Retry-After seconds",
-            504: "it took too long", **({401: "no token, or another one"} if guards else {})}
+    says = {400: "no JSON", **({401: "no token, or another one"} if guards else {}), 408: "the body came too slowly",
+            413: "the body is too large", 422: "not what is asked for", 500: "an error of the service",
+            503: "overloaded, or no index; try again after Retry-After seconds", 504: "it took too long"}
     asked = {"dependencies": guards, "responses": {status: {"model": Error, "description": text}
-                                                   for status, text in sorted(says.items())}}
+                                                   for status, text in says.items()}}
 
     async def ask(texts: list[str], top_k: int = 0) -> Any:
         try:

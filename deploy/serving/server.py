@@ -96,7 +96,7 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     app = make_app(searcher, limits, token)
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    console.log(f"{searcher.documents:,} documents at {address}, API at {address}/docs"
+    console.log(f"{searcher.documents:,} documents in {searcher.engine.precision} at {address}, API at {address}/docs"
                 + (", with the token of SIMCSE_TOKEN" if token else ""))
     if not token and host not in ("127.0.0.1", "::1"):
         console.warn(f"--host {args.host}: whoever reaches this machine can use it; SIMCSE_TOKEN in the environment "
