@@ -166,6 +166,30 @@ def make_batches(ids: Sequence[Sequence[int]], pad_id: int, batch_size: int | No
         yield rows, *pad([ids[i] for i in rows], pad_id, length)
 
 
+def fixed_batches(ids: Sequence[Sequence[int]], pad_id: int, sizes: Sequence[int],
+                  lengths: Sequence[int]) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+    """Batch token ids in few shapes, for an engine that has to make something anew for each shape.
+
+    Args:
+        sizes: texts of a batch, rising, the first 1; a batch at least half full is filled up with its last text.
+        lengths: tokens of a batch, rising, the last as long as any text may be.
+
+    Yields:
+        rows: the positions of the batch's texts in `ids`, without those that fill it up.
+        input_ids, token_type_ids: int64 [one of `sizes`, one of `lengths`].
+    """
+    alike: dict[int, list[int]] = {}
+    for row, each in enumerate(ids):
+        alike.setdefault(next(length for length in lengths if len(each) <= length), []).append(row)
+    for length, rows in alike.items():
+        while rows:
+            count = len(rows)
+            size = next((size for size in sizes if count <= size <= 2 * count), 0) or max(
+                size for size in sizes if size <= count)
+            batch, rows = rows[:size], rows[size:]
+            yield batch, *pad([ids[row] for row in batch + batch[-1:] * (size - len(batch))], pad_id, length)
+
+
 class ShuffledBatches:
     """The batches of one rank of several: the order of paddle.io.DistributedBatchSampler(shuffle=True), epoch after
     epoch, for 4 bytes of memory a text.

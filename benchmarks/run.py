@@ -22,6 +22,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 
+from serving import serving  # noqa: E402
+
 import cli  # noqa: E402
 import console  # noqa: E402
 import data  # noqa: E402
@@ -274,7 +276,7 @@ def shapes(bench: Bench) -> None:
 
 
 ALL = {each.__name__: each for each in (tokenize, encode, latency, train, index, memory, growth, lines,
-                                        startup, shapes)}
+                                        startup, shapes, serving)}
 
 
 def parse_args() -> argparse.Namespace:

@@ -12,7 +12,7 @@ export MODEL=pretrained/ernie_mini_zh OUTPUT_DIR=quickstart/output
 unset PARAMS_PATH
 . scripts/common.sh
 out=quickstart
-rm -rf "$out/checkpoints" "$out/before" "$out/after" "$out/output"
+rm -rf "$out/checkpoints" "$out/before" "$out/after" "$out/output" "$out/index"
 mkdir -p "$out"
 started=$SECONDS
 rows=()
@@ -29,9 +29,11 @@ into() { # into FILE COMMAND...: show what the command prints, and keep it in FI
     shift
     "$@" | tee "$file"
 }
-recall_and_evaluate() { # recall_and_evaluate NAME CHECKPOINT
-    RESULT_DIR=$out/$1 PARAMS_PATH=$2 MODEL='' sh scripts/run_build_index.sh
-    RESULT_DIR=$out/$1 into "$out/$1/recall.txt" sh scripts/evaluate.sh
+recall_and_evaluate() { # recall_and_evaluate NAME CHECKPOINT FLAGS...
+    local name=$1 checkpoint=$2
+    shift 2
+    RESULT_DIR=$out/$name PARAMS_PATH=$checkpoint MODEL='' sh scripts/run_build_index.sh "$@"
+    RESULT_DIR=$out/$name into "$out/$name/recall.txt" sh scripts/evaluate.sh
 }
 
 step "generate sample data" "$DATA_DIR" "$PYTHON" scripts/make_sample_data.py "$DATA_DIR"
@@ -42,7 +44,13 @@ trained() { EPOCHS=${EPOCHS:-1} DROPOUT=0.1 bash scripts/train.sh --warmup_propo
 step "train" "$SAVE_DIR" trained
 export PARAMS_PATH
 PARAMS_PATH=$(params_path)
-step "recall, evaluate after training" "$out/after" recall_and_evaluate after "$PARAMS_PATH"
+step "recall, evaluate after training" "$out/after" recall_and_evaluate after "$PARAMS_PATH" \
+    --index_path "$out/index"
+compared() { # with figures, and as a picture
+    "$PYTHON" evaluate.py --similar_text_pair "$DATA_DIR/dev.csv" --compare --plot "$out/recall.png" \
+        --recall_result_file "$out/before/recall_result.txt" "$out/after/recall_result.txt"
+}
+step "compare both" "$out/recall.png" into "$out/compare.txt" compared
 export MODEL=
 step "predict pair scores" "$out/scores.txt" into "$out/scores.txt" sh scripts/predict.sh >/dev/null
 step "extract embeddings" "$out/corpus.npy" "$PYTHON" inference.py --device cpu --params_path "$PARAMS_PATH" \
@@ -58,3 +66,7 @@ printf '  %-10s' "" && cut -d= -f1 "$out/before/recall.txt" | tr '\n' '\t' && ec
 for when in before after; do
     printf '  %-10s' "$when" && cut -d= -f2 "$out/$when/recall.txt" | tr '\n' '\t\t' && echo
 done
+echo
+echo "The search page of these documents, at http://127.0.0.1:8000:"
+echo "  .venv/bin/pip install -r requirements-serving.txt"
+echo "  DEVICE=cpu OUTPUT_DIR=$OUTPUT_DIR INDEX_PATH=$out/index sh scripts/serve.sh"

@@ -8,7 +8,13 @@ cd "$(dirname "$0")/.."
 case "${STACK:-paddle3.3}" in
 paddle3.3)
     venv=.venv
-    make_venv "$venv" requirements.txt requirements-milvus.txt requirements-onnx.txt requirements-serving.txt requirements-dev.txt
+    make_venv "$venv" requirements.txt requirements-milvus.txt requirements-onnx.txt requirements-serving.txt \
+        requirements-dev.txt
+    # The tests of pages need a browser; without one they are skipped, and say so.
+    if ! command -v chromedriver >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        echo "installing chromium and a Chinese font for the tests of pages" >&2
+        { apt-get update -qq && apt-get install -y -qq chromium chromium-driver fonts-wqy-zenhei; } >/dev/null 2>&1 || true
+    fi
     "$venv/bin/ruff" check .
     tests=tests
     ;;

@@ -92,3 +92,19 @@ def test_a_tokenizer_that_does_not_split_han_characters_is_paddlenlps(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "tokenize_chinese_chars": False}))
     assert tokenizing._read_wordpiece(str(tmp_path)) is None
     assert tokenizing._read_wordpiece(str(ENCODER)) is not None
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_fixed_batches_have_few_shapes_and_every_text_once(seed):
+    rng = np.random.default_rng(seed)
+    sizes, lengths = (1, 8, 32), [8, 16, 24, 60]
+    ids = [list(rng.integers(1, 100, rng.integers(2, 61))) for _ in range(rng.integers(1, 150))]
+    seen = {}
+    for rows, input_ids, token_type_ids in tokenizing.fixed_batches(ids, 0, sizes, lengths):
+        assert input_ids.shape[0] in sizes and input_ids.shape[1] in lengths and not token_type_ids.any()
+        assert 2 * len(rows) >= len(input_ids), "at least half full"
+        for row, padded in zip(rows, input_ids.tolist()):
+            assert padded == ids[row] + [0] * (len(padded) - len(ids[row]))
+            assert row not in seen and next(each for each in lengths if each >= len(ids[row])) == len(padded)
+            seen[row] = True
+    assert len(seen) == len(ids)

@@ -1,15 +1,20 @@
 """What the service serves: an exported model, and the index that was made with it."""
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 import console
 import index_store
 from deploy.python.onnx_predictor import OnnxPredictor, holds_onnx
 from deploy.serving.batching import Job
+from tokenizing import fixed_batches, load_tokenizer
 
 Hits = list[tuple[str, float]]  # documents and their cosines, best first
+SIZES = (1, 8, 32)  # texts of a batch
 
 
 class Searcher:
@@ -26,13 +31,24 @@ class Searcher:
         self.engine, self.tokenizer, self.index, self.corpus = engine, tokenizer, index, corpus
         self.max_seq_length, self.documents, self.embedding_size = max_seq_length, len(corpus), engine.embedding_size
 
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """Embeddings, float32 [texts, embedding_size], by batches of few shapes."""
+        ids = self.tokenizer(texts, self.max_seq_length)
+        embeddings = np.empty((len(ids), self.embedding_size), "float32")
+        for rows, *batch in fixed_batches(ids, self.tokenizer.pad_token_id, SIZES, lengths(self.max_seq_length)):
+            embeddings[rows] = np.asarray(self.engine.embed(*batch))[: len(rows)]
+        return embeddings
+
+    def warm_up(self) -> None:
+        """Have the engine make what it needs for each shape, before somebody waits for it."""
+        for size, length in itertools.product(SIZES, lengths(self.max_seq_length)):
+            self.engine.embed(*[np.ones([size, length], "int64")] * 2)
+
     def answer(self, jobs: list[Job]) -> list[Any]:
         """For every job its texts' embeddings, float32 [texts, embedding_size], or of every text its hits."""
-        from model import encode
-
         texts = list(dict.fromkeys(text for job in jobs for text in job.texts))
         row_of = {text: row for row, text in enumerate(texts)}
-        embeddings = encode(self.engine, self.tokenizer, texts, self.max_seq_length)
+        embeddings = self.encode(texts)
         asked: dict[str, int] = {}
         for job in jobs:
             for text in job.texts if job.top_k else ():
@@ -54,6 +70,12 @@ class Searcher:
                 for each, scores, depth in zip(rows.tolist(), cosines.tolist(), depths)]
 
 
+def lengths(max_seq_length: int) -> list[int]:
+    """Tokens of a batch: 8, 16, 24, 32, 48, 64, 96 and so on, and `max_seq_length`."""
+    steps = itertools.chain([8], *((16 << number, 24 << number) for number in range(20)))
+    return [*itertools.takewhile(lambda length: length < max_seq_length, steps), max_seq_length]
+
+
 def open_searcher(args: argparse.Namespace) -> Searcher:
     """What the flags of server.py name.
 
@@ -61,7 +83,6 @@ def open_searcher(args: argparse.Namespace) -> Searcher:
         InputError: no exported model, no index, or one of another model.
     """
     from model import CONFIG_FILE, read_record
-    from tokenizing import load_tokenizer
 
     digest = read_record(args.model_dir).get("model")
     if not digest:
@@ -72,14 +93,16 @@ def open_searcher(args: argparse.Namespace) -> Searcher:
         made_of = index_store.read_made_of(args.index_path, made_of)
     else:
         index, made_of = _open_collection(args, made_of)
-    engine = _open_engine(args, made_of["precision"])
+    engine = _open_engine(args, made_of["precision"], len(SIZES) * len(lengths(made_of["max_seq_length"])))
     if index is None:
         corpus = index_store.read_kept_corpus(args.index_path, made_of["corpus"])
         index = index_store.new_index(made_of, len(corpus), engine.embedding_size, args.cpu_threads)
         index_store.load_index(args.index_path, index, made_of)
     else:
         corpus = index.texts
-    return Searcher(engine, load_tokenizer(args.model_dir), index, corpus, made_of["max_seq_length"])
+    searcher = Searcher(engine, load_tokenizer(args.model_dir), index, corpus, made_of["max_seq_length"])
+    searcher.warm_up()
+    return searcher
 
 
 def _open_collection(args: argparse.Namespace, made_of: dict) -> tuple[Any, dict]:
@@ -93,7 +116,7 @@ def _open_collection(args: argparse.Namespace, made_of: dict) -> tuple[Any, dict
     return index, index.made_of
 
 
-def _open_engine(args: argparse.Namespace, precision: str) -> Any:
+def _open_engine(args: argparse.Namespace, precision: str, shapes: int) -> Any:
     """The exported model, in the precision that the corpus was encoded in where none is asked for."""
     if holds_onnx(args.model_dir):
         if args.device != "cpu" or args.precision not in (None, "fp32"):
@@ -102,4 +125,4 @@ def _open_engine(args: argparse.Namespace, precision: str) -> Any:
     from deploy.python.predictor import Predictor
 
     return Predictor(args.model_dir, args.device, args.cpu_threads, enable_mkldnn=args.device == "cpu",
-                     precision=args.precision or precision)
+                     precision=args.precision or precision, shapes=shapes)
