@@ -7,7 +7,8 @@ const TYPING_PAUSE = 150; // milliseconds
 const PATIENCE = 60000; // milliseconds
 const SHOWN_LENGTH = 400; // of a long document, before "show all"
 const KINDS = {
-  400: "input", 401: "locked", 413: "long", 422: "input", 429: "busy", 502: "gone", 503: "busy", 504: "slow",
+  400: "input", 401: "locked", 408: "slow", 413: "long", 422: "input", 429: "busy", 502: "gone", 503: "busy",
+  504: "slow",
 };
 // What is highlighted: a Chinese or Japanese character or a symbol by itself, of other scripts a word.
 const ALONE = "\\p{Script=Han}\\p{Script=Hiragana}\\p{Script=Katakana}\\p{S}";
@@ -48,7 +49,8 @@ async function ask(path, body, signal) {
   if (token) headers.Authorization = `Bearer ${token}`;
   let response, content;
   try {
-    response = await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal });
+    const method = body ? "POST" : "GET";
+    response = await fetch(path, { method, headers, body: body && JSON.stringify(body), signal });
     content = await response.json();
   } catch {
     if (signal.aborted) throw signal.reason;
@@ -131,7 +133,7 @@ function offerCounts() {
   (options.find((option) => option.value === chosen) ?? options.at(-1)).selected = true;
 }
 
-/** The ranges [start, end) of a text that are the query's: its characters, its numbers, its words and words they begin. */
+/** The ranges [start, end) of a text that are the query's characters, its words, or words that those begin. */
 function matches(text, query) {
   const wanted = new Set(query.toLowerCase().match(UNITS));
   const beginnings = [...wanted].filter((unit) => /^[^\d]{2,}$/.test(unit)).sort((a, b) => b.length - a.length);
@@ -188,7 +190,7 @@ function drawHit({ rank, document: text, cosine }, index) {
   bar.firstChild.style.width = `${100 * Math.min(Math.max(cosine, 0), 1)}%`;
   const score = element("span", "score", cosine.toFixed(4));
   score.title = texts.cosine(score.textContent);
-  item.append(element("div", "cosine", bar, score));
+  item.append(element("div", "cosine", score, bar));
   return item;
 }
 
@@ -211,7 +213,8 @@ function draw() {
 
   const status = health ? [texts.documents(number(health.documents))] : [];
   if (answer) {
-    status.push(texts.found(number(answer.hits.length)), texts.time(duration(answer.milliseconds), duration(answer.server)));
+    status.push(texts.found(number(answer.hits.length)));
+    status.push(texts.time(duration(answer.milliseconds), duration(answer.server)));
   }
   $("bar").hidden = !health;
   $("status").textContent = failure ? "" : status.join(" · ");
