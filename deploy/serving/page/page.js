@@ -1,5 +1,7 @@
-"use strict";
 // The search page: asks the server while one types and draws what it answers. Documents are only ever set as text.
+
+import { matches } from "./highlight.js";
+import { TEXTS } from "./texts.js";
 
 const EXAMPLES = ["糖尿病病人需要怎样的护理", "老年高血压与睡眠质量", "乳腺癌术后的免疫功能"];
 const COUNTS = [5, 10, 20, 50];
@@ -10,9 +12,6 @@ const KINDS = {
   400: "input", 401: "locked", 408: "slow", 413: "long", 422: "input", 429: "busy", 502: "gone", 503: "busy",
   504: "slow",
 };
-// What is highlighted: a Chinese or Japanese character or a symbol by itself, of other scripts a word.
-const ALONE = "\\p{Script=Han}\\p{Script=Hiragana}\\p{Script=Katakana}\\p{S}";
-const UNITS = new RegExp(`[${ALONE}]|[^${ALONE}\\p{P}\\p{Z}\\p{C}]+`, "gu");
 
 const $ = (id) => document.getElementById(id);
 const box = $("query");
@@ -27,7 +26,7 @@ function keep(name, value, storage = "localStorage") {
   try { window[storage].setItem(name, value); } catch { /* refused */ }
 }
 
-let language = recall("language") ?? (navigator.language.startsWith("zh") ? "zh" : "en");
+let language = TEXTS[recall("language")] ? recall("language") : (navigator.language.startsWith("zh") ? "zh" : "en");
 let token = recall("token", "sessionStorage");
 let health = null; // what GET healthz answered
 let answer = null; // what is shown: {query, hits, milliseconds, server}
@@ -133,20 +132,11 @@ function offerCounts() {
   (options.find((option) => option.value === chosen) ?? options.at(-1)).selected = true;
 }
 
-/** The ranges [start, end) of a text that are the query's characters, its words, or words that those begin. */
-function matches(text, query) {
-  const wanted = new Set(query.toLowerCase().match(UNITS));
-  const beginnings = [...wanted].filter((unit) => /^[^\d]{2,}$/.test(unit)).sort((a, b) => b.length - a.length);
-  const ranges = [];
-  for (const { 0: unit, index } of text.matchAll(UNITS)) {
-    const lower = unit.toLowerCase();
-    const part = wanted.has(lower) ? lower : beginnings.find((beginning) => lower.startsWith(beginning));
-    if (!part) continue;
-    const last = ranges.at(-1);
-    if (last?.[1] === index) last[1] += part.length;
-    else ranges.push([index, index + part.length]);
-  }
-  return ranges;
+function element(tag, className, ...children) {
+  const node = document.createElement(tag);
+  node.className = className;
+  node.append(...children); // strings become text, not markup
+  return node;
 }
 
 function highlight(text, query) {
@@ -157,13 +147,6 @@ function highlight(text, query) {
     position = end;
   }
   return [...nodes, text.slice(position)];
-}
-
-function element(tag, className, ...children) {
-  const node = document.createElement(tag);
-  node.className = className;
-  node.append(...children); // strings become text, not markup
-  return node;
 }
 
 function drawHit({ rank, document: text, cosine }, index) {
@@ -285,8 +268,9 @@ $("language").addEventListener("click", () => {
 });
 $("authorization").addEventListener("submit", (event) => {
   event.preventDefault();
-  token = $("token").value.replace(/[^\x21-\x7e]/g, ""); // what a header can hold
+  token = $("token").value.trim().replace(/[^\x21-\x7e]/g, "?"); // a header holds no others
   keep("token", token, "sessionStorage");
+  $("token").value = "";
   lookFor(box.value);
 });
 window.addEventListener("popstate", followAddress);

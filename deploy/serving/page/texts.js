@@ -1,7 +1,6 @@
-"use strict";
 // All that the page says, in its two languages.
 
-const TEXTS = {
+export const TEXTS = {
   zh: {
     tag: "zh-CN", other: "English", otherTag: "en", title: "语义检索", docs: "接口文档", label: "检索内容",
     placeholder: "输入一句话或几个词", clear: "清空", count: "结果数", results: "检索结果", more: "显示全文", less: "收起",
