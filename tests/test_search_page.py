@@ -246,9 +246,12 @@ def test_by_the_keyboard_alone(page):
         seen.append(page.focused())
     assert seen == ["1", "2", "1", "10", "10", "1", "query", "1"]
     assert page.run("return getComputedStyle(document.activeElement).outlineStyle") == "solid"
-    box, item = page.run("return [document.getElementById('query'), document.activeElement]"
-                         ".map((node) => node.getBoundingClientRect().toJSON())")
-    assert item["top"] >= box["bottom"], "the focused result is beneath the box"
+    page.press(Keys.END)
+    for rank in range(10, 0, -1):
+        box, item = page.run("return [document.getElementById('query'), document.activeElement]"
+                             ".map((node) => node.getBoundingClientRect().toJSON())")
+        assert page.focused() == str(rank) and item["top"] >= box["bottom"], "the focused result is beneath the box"
+        page.press(Keys.UP if rank > 1 else Keys.HOME)
     page.press("/")
     assert page.focused() == "query" and page.run("return getSelection().toString()") == QUERY
     page.press(Keys.TAB, Keys.NULL)
