@@ -47,8 +47,10 @@ def main() -> None:
     check_folder(args)
     cli.announce(argparse.Namespace(device="cpu"), f"{args.params_path} to {args.output_path}")
 
+    from checkpoint import new_folder
     from deploy.python.predictor import Predictor, export_graph
-    from model import encode, load_model, new_folder, set_device, write_record
+    from loading import load_model, write_record
+    from model import encode, set_device
 
     set_device("cpu")
     model, tokenizer, record = load_model(args.params_path, args.model_name_or_path, args.output_emb_size)

@@ -1,4 +1,4 @@
-"""The network, its loss, its checkpoints: the one way from token ids to embeddings.
+"""The network and its loss: the one way from token ids to embeddings.
 
 `SimCSE` is the network in dynamic graph; the Predictor of deploy/python/predictor.py is the same network as a static
 graph in Paddle Inference. Both have `embed(input_ids, token_type_ids)`, and `encode` turns texts into embeddings with
@@ -7,14 +7,11 @@ either.
 
 import contextlib
 import ctypes
-import json
-import logging
 import os
-import re
 import signal
 import warnings
 import zlib  # noqa: F401  paddlepaddle 2.6 dies in inflateReset2 if its own zlib is loaded before Python's
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from machine import PROCESSOR, default_threads
@@ -32,14 +29,10 @@ import paddle  # noqa: E402
 import paddle.nn.functional as F  # noqa: E402
 from paddle import nn  # noqa: E402
 
-from checkpoint import new_folder, read_weights, write_weights  # noqa: E402
-from console import InputError, first_line, progress, warn  # noqa: E402
-from data import DEFAULT_MODEL  # noqa: E402
-from tokenizing import load_tokenizer, make_batches, tokenize_windows  # noqa: E402
+from console import InputError, progress  # noqa: E402
+from tokenizing import make_batches, tokenize_windows  # noqa: E402
 
-CONFIG_FILE = "simcse_config.json"
 LAUNCHER_GONE = signal.SIGUSR1  # not SIGTERM: it comes once for each thread of the launcher
-PARAMS_FILE = "model_state.pdparams"
 # Tokens of a batch, padding included, that keep a processor busy, by whether it is a CPU.
 BATCH_TOKENS = {True: 2048, False: 65536}
 
@@ -330,176 +323,3 @@ def mean_loss(query: np.ndarray, title: np.ndarray, batch_size: int, margin: flo
         q, t = (paddle.to_tensor(side[start : start + batch_size]) for side in (query, title))
         total += float(contrastive_loss(q, t, margin, scale)) * len(q)
     return total / len(query)
-
-
-# ------------------------------------------------------------------------------------------------- checkpoints
-class _NewlyInitialized(logging.Handler):
-    """Collects the layers that paddlenlp says it left at random: it only logs them."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.layers: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        named = re.search(r"newly initialized: \[(.*?)\]", record.getMessage())
-        self.layers += re.findall(r"'([^']+)'", named[1]) if named else []
-
-
-def load_encoder(model_name_or_path: str, dropout: float | None = None) -> nn.Layer:
-    """A pretrained encoder by hub name or folder, every layer of it loaded, in float32.
-
-    Args:
-        dropout: hidden and attention dropout rate; None: the encoder's own.
-
-    Raises:
-        InputError: no such encoder, or layers are missing from its weights. Only the pooler may be: encoders
-            pretrained without one get a random one, which is said on stderr, to be trained.
-    """
-    import paddlenlp
-    from paddlenlp.utils.log import logger
-
-    logger.set_level("WARNING")
-    rates = {} if dropout is None else {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    for name in os.listdir(model_name_or_path) if os.path.isdir(model_name_or_path) else ():
-        if name.endswith(".pdparams"):  # paddlenlp would run what is in it
-            read_weights(os.path.join(model_name_or_path, name), "--model_name_or_path")
-    seen = _NewlyInitialized()
-    logger.logger.addHandler(seen)
-    try:
-        encoder = paddlenlp.transformers.AutoModel.from_pretrained(model_name_or_path, **rates)
-    except Exception as error:  # paddlenlp raises OSError, ValueError, KeyError, RuntimeError for the same reasons
-        raise InputError(f"--model_name_or_path {model_name_or_path}: neither a folder with an encoder nor one that "
-                         f"can be fetched by that name: {first_line(error)}") from None
-    finally:
-        logger.logger.removeHandler(seen)
-    if missing := [name for name in seen.layers if "pooler" not in name]:
-        raise InputError(f"--model_name_or_path {model_name_or_path}: its weights lack {_some(missing)}")
-    if seen.layers:
-        warn(f"{model_name_or_path} has no trained pooler: {_some(seen.layers)} start at random")
-    return encoder
-
-
-def _encoder_from_record(record: dict, dropout: float | None) -> nn.Layer:
-    """The encoder that a checkpoint describes, with random weights: the checkpoint has them all."""
-    import paddlenlp
-
-    paddlenlp.utils.log.logger.set_level("WARNING")
-    encoder_class = getattr(paddlenlp.transformers, record["encoder_class"])
-    config = encoder_class.config_class.from_dict(_portable(record["encoder_config"]))
-    if dropout is not None:
-        config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
-    return encoder_class(config)
-
-
-def _portable(config: dict) -> dict:
-    """An encoder's config without what one paddlenlp writes and another refuses to read."""
-    return {key: value for key, value in config.items() if key != "quantization_config"}
-
-
-def _some(names: Sequence[str], most: int = 12) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def load_state(model: SimCSE, state: dict[str, np.ndarray], source: str) -> None:
-    """Load every tensor of `state` into `model`, cast to the model's own dtype.
-
-    Raises:
-        InputError: tensors that are missing, unexpected or of another shape, by name.
-    """
-    own = model.state_dict()
-    wrong_shape = [f"{name} {list(state[name].shape)} instead of {list(own[name].shape)}"
-                   for name in own if name in state and list(state[name].shape) != list(own[name].shape)]
-    faults = {"missing": [name for name in own if name not in state],
-              "unexpected": [name for name in state if name not in own], "wrongly shaped": wrong_shape}
-    if any(faults.values()):
-        found = "; ".join(f"{kind}: {_some(names)}" for kind, names in faults.items() if names)
-        raise InputError(f"{source} does not fit the network; {found}")
-    for name, tensor in own.items():
-        tensor.set_value(paddle.to_tensor(state[name]).astype(tensor.dtype))
-
-
-def read_record(folder: str) -> dict:
-    """What `simcse_config.json` in a checkpoint or exported folder records; {} where there is none."""
-    path = os.path.join(folder, CONFIG_FILE)
-    if not os.path.isfile(path):
-        return {}
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON: {first_line(error)}") from None
-
-
-def load_model(params_path: str, model_name_or_path: str | None = None, output_emb_size: int | None = None,
-               flag: str = "--params_path", dropout: float | None = None,
-               settings: dict | None = None) -> tuple[SimCSE, Any, dict]:
-    """Load a checkpoint, strictly.
-
-    Args:
-        params_path: the .pdparams file, this project's or the original's (which has no simcse_config.json beside it).
-        model_name_or_path: the encoder; None: what the checkpoint records, else DEFAULT_MODEL.
-        output_emb_size: None, or what the checkpoint must have (0: no fc).
-        flag: the flag that named the file, for messages.
-        dropout: the encoder's dropout rate, for training on.
-        settings: dropout, margin and scale of `SimCSE`; None: margin and scale from the checkpoint's record.
-
-    Returns:
-        The network in evaluation mode, the tokenizer, and the checkpoint's record.
-
-    Raises:
-        InputError: unreadable file; a tensor is missing, unexpected or wrongly shaped; `output_emb_size` contradicts.
-    """
-    folder = os.path.dirname(params_path) or "."
-    state = read_weights(params_path, flag)
-    if not any(name.startswith("ptm.") for name in state):
-        raise InputError(f"{flag} {params_path}: not a SimCSE checkpoint (no ptm.* tensors); "
-                         "an encoder without SimCSE training is given by --model_name_or_path")
-    size = state["emb_reduce_linear.weight"].shape[-1] if "emb_reduce_linear.weight" in state else 0
-    if output_emb_size is not None and output_emb_size != size:
-        raise InputError(f"--output_emb_size {output_emb_size}: {params_path} has {size or 'no fc: 0'}")
-
-    record = read_record(folder)
-    if model_name_or_path or not record:
-        name = model_name_or_path or DEFAULT_MODEL
-        encoder = load_encoder(name, dropout)
-    else:
-        name = record["model_name_or_path"]
-        encoder = _encoder_from_record(record, dropout)
-    has_tokenizer = os.path.isfile(os.path.join(folder, "tokenizer_config.json"))
-    tokenizer = load_tokenizer(folder if has_tokenizer else name)
-    settings = settings or {key: record[key] for key in ("margin", "scale") if key in record}
-    model = SimCSE(encoder, output_emb_size=size, **settings)
-    model.infer_with_pooler = record.get("with_pooler", True)
-    load_state(model, state, f"{flag} {params_path}")
-    model.eval()
-    return model, tokenizer, make_record(model, name, record.get("max_seq_length"))
-
-
-def make_record(model: SimCSE, model_name_or_path: str, max_seq_length: int | None) -> dict:
-    """What later stages have to know of a checkpoint: the content of simcse_config.json."""
-    import paddlenlp
-
-    return {"model_name_or_path": model_name_or_path, "output_emb_size": model.output_emb_size,
-            "with_pooler": model.infer_with_pooler, "scale": model.scale, "margin": model.margin,
-            "max_seq_length": max_seq_length, "encoder_class": type(model.ptm).__name__,
-            "encoder_config": _portable(model.ptm.config.to_dict()),
-            "versions": {"paddlepaddle": paddle.__version__, "paddlenlp": paddlenlp.__version__}}
-
-
-def write_record(folder: str, record: dict, tokenizer: Any) -> None:
-    """Write simcse_config.json and the tokenizer's files."""
-    tokenizer.save_pretrained(folder)
-    with open(os.path.join(folder, CONFIG_FILE), "w", encoding="utf-8") as file:
-        json.dump(record, file, ensure_ascii=False, indent=2)
-
-
-def save_checkpoint(folder: str, model: SimCSE, tokenizer: Any, record: dict, params_file: str = PARAMS_FILE,
-                    also: Callable[[str], None] | None = None) -> None:
-    """Write weights, tokenizer, simcse_config.json and what `also` adds to `folder`, which appears complete or not at
-    all."""
-    with new_folder(folder) as temporary:
-        write_weights(os.path.join(temporary, params_file), model.state_dict())
-        write_record(temporary, record, tokenizer)
-        if also:
-            also(temporary)

@@ -151,7 +151,7 @@ class Reporter:
     def save(self, step: int) -> None:
         """On rank 0, while the others wait."""
         from checkpoint import remove_old
-        from model import save_checkpoint
+        from loading import save_checkpoint
 
         if self.saved == step:
             return

@@ -20,6 +20,7 @@ def prepare(folder: str, sizes: dict, vocab_folder: str) -> dict:
     import paddle
     from paddlenlp.transformers import ErnieConfig, ErnieModel
 
+    import loading
     import model as m
 
     paddle.seed(0)
@@ -27,16 +28,18 @@ def prepare(folder: str, sizes: dict, vocab_folder: str) -> dict:
     network.ptm.save_pretrained(f"{folder}/encoder")
     tokenizer = tokenizing.load_tokenizer(vocab_folder)
     tokenizer.save_pretrained(f"{folder}/encoder")
-    m.save_checkpoint(f"{folder}/checkpoint", network, tokenizer, m.make_record(network, f"{folder}/encoder", 64))
+    record = loading.make_record(network, f"{folder}/encoder", 64)
+    loading.save_checkpoint(f"{folder}/checkpoint", network, tokenizer, record)
     return {}
 
 
 def engine_of(checkpoint: str, precision: str = "auto"):
+    import loading
     import model as m
     from deploy.python.predictor import make_engine
 
     m.set_device("cpu")
-    network, tokenizer, _ = m.load_model(f"{checkpoint}/model_state.pdparams")
+    network, tokenizer, _ = loading.load_model(f"{checkpoint}/model_state.pdparams")
     return make_engine(network, precision), tokenizer
 
 

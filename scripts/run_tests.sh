@@ -23,8 +23,9 @@ paddle2.6)
     venv=.venv-paddle2.6
     mkdir -p "$venv"
     sed 's/^paddlepaddle-gpu/paddlepaddle/' requirements-gpu.txt >"$venv.requirements.tmp"
-    make_venv "$venv" "$venv.requirements.tmp" requirements-dev.txt
-    tests="tests/test_compat.py tests/test_pipeline.py tests/test_distributed.py tests/test_resume.py"
+    make_venv "$venv" "$venv.requirements.tmp" requirements-serving.txt requirements-dev.txt
+    tests="tests/test_compat.py tests/test_pipeline.py tests/test_distributed.py tests/test_resume.py
+        tests/test_pipes.py tests/test_serving.py"
     ;;
 *)
     echo "STACK=$STACK: there are paddle3.3 and paddle2.6" >&2

@@ -15,7 +15,7 @@ import paddle
 from paddlenlp.transformers import ErnieConfig, ErnieModel
 
 import tokenizing
-import train
+import backward
 
 SIZES = {"vocab_size": 200, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
          "intermediate_size": 32, "max_position_embeddings": 40}
@@ -58,7 +58,7 @@ def gradients(batches: list[list[list[int]]], dropout: float = 0.0, chunk: int |
     model.cross_device_negatives = cross
     paddle.seed(7)
     for number, ids in enumerate(batches, start=1):
-        loss = train.backward(network, model, batch_of(ids, chunk, keys), lambda loss: loss / len(batches),
+        loss = backward.backward(network, model, batch_of(ids, chunk, keys), lambda loss: loss / len(batches),
                               last=number == len(batches))
     named = {name: tensor.grad.numpy() for name, tensor in model.named_parameters() if tensor.grad is not None}
     return {"loss": loss.numpy(), **named}

@@ -7,6 +7,7 @@ import paddle
 import pytest
 from conftest import ENCODER, ROOT, succeed
 
+import loading
 import machine
 import model as m
 from ann_util import exact_search
@@ -46,7 +47,7 @@ def test_pair_scores(compat, flags, expected):
 
 
 def test_losses(compat, expected):
-    network, tokenizer, _ = m.load_model(str(compat / "model_state.pdparams"), str(compat / "ernie"))
+    network, tokenizer, _ = loading.load_model(str(compat / "model_state.pdparams"), str(compat / "ernie"))
     pairs = read_text_pairs(str(compat / "dev.csv"), "--flag")[:32]
     query, title = m.encode_pairs(network, tokenizer, pairs, 64, 32)
     (losses,) = (value for key, value in expected.items() if key.startswith("eval_mode_losses"))
@@ -96,14 +97,14 @@ def test_training(compat, tmp_path):
             compat / "corpus.csv", "--infer_with_fc_pooler", *flags, cwd=tmp_path)
     losses = json.loads((tmp_path / "losses.json").read_text())
     np.testing.assert_allclose(losses, recorded["loss_at_step"], rtol=1e-3)
-    network, tokenizer, _ = m.load_model(str(tmp_path / "checkpoints" / "model_50" / "model_state.pdparams"))
+    network, tokenizer, _ = loading.load_model(str(tmp_path / "checkpoints" / "model_50" / "model_state.pdparams"))
     vectors = m.encode(network, tokenizer, read_texts(str(compat / "titles.txt"), "--flag"), 60, 64)
     np.testing.assert_allclose(vectors, np.load(compat / "title_embeddings_after_training.npy"), atol=1e-3)
 
 
 def test_the_checkpoint_needs_no_flags_beside_its_encoder(compat):
     """What the original saved: no simcse_config.json; output_emb_size is read off the tensors."""
-    network, _, record = m.load_model(str(compat / "model_state.pdparams"), str(compat / "ernie"))
+    network, _, record = loading.load_model(str(compat / "model_state.pdparams"), str(compat / "ernie"))
     assert network.output_emb_size == 256 and record["with_pooler"] is True
     assert set(paddle.load(str(compat / "model_state.pdparams"))) == set(network.state_dict())
 
@@ -125,7 +126,7 @@ def test_bfloat16_recalls_what_float32_does(real_data, half_trained, name):
     on average, and nowhere 0.6 lower."""
     if not machine.CPU_HAS_BF16:
         pytest.skip("this processor has neither AVX-512 BF16 nor AMX")
-    network, tokenizer, _ = m.load_model(str(half_trained))
+    network, tokenizer, _ = loading.load_model(str(half_trained))
     corpus = distinct(read_texts(str(real_data / name / "recall" / "corpus.csv"), "--flag"))
     pairs = read_text_pairs(str(real_data / name / "recall" / "dev.csv"), "--flag")
     queries = distinct(query for query, _ in pairs)[:1000]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import FP32, ROOT, refuse, run_script, succeed
 
+import loading
 import model as m
 from console import InputError
 from data import read_texts
@@ -71,12 +72,12 @@ def test_cosines(onnx_export, exported, sample):
 @pytest.mark.parametrize("with_pooler", [True, False], ids=["pooler", "raw"])
 def test_every_kind_of_embedding(checkpoint, tmp_path, with_pooler, with_fc):
     """Every shape, padding among it, against the dynamic graph."""
-    network, tokenizer, record = m.load_model(str(checkpoint / "model_state.pdparams"))
+    network, tokenizer, record = loading.load_model(str(checkpoint / "model_state.pdparams"))
     if not with_fc:
         network = m.SimCSE(network.ptm)
     network.infer_with_pooler = with_pooler
     export_onnx(network, str(tmp_path))
-    m.write_record(str(tmp_path), record, tokenizer)
+    loading.write_record(str(tmp_path), record, tokenizer)
     engine = OnnxPredictor(str(tmp_path))
     assert engine.embedding_size == network.embedding_size == (128 if with_fc else 256)
     assert engine.max_positions == network.max_positions and engine.precision == "fp32"

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import ENCODER, FP32, ROOT, refuse, succeed
 
+import loading
 import machine
 import model as m
 from ann_util import exact_search
@@ -24,13 +25,13 @@ from metrics import first_hits, recall_at
 
 def embed(checkpoint, texts, max_seq_length=64):
     """By the dynamic graph, in float32."""
-    network, tokenizer, _ = m.load_model(str(checkpoint / "model_state.pdparams"))
+    network, tokenizer, _ = loading.load_model(str(checkpoint / "model_state.pdparams"))
     return m.encode(network, tokenizer, texts, max_seq_length, 32)
 
 
 def embed_as_stages_do(checkpoint, texts, max_seq_length):
     """By the engine that stages use where nothing is said of precision."""
-    network, tokenizer, _ = m.load_model(str(checkpoint / "model_state.pdparams"))
+    network, tokenizer, _ = loading.load_model(str(checkpoint / "model_state.pdparams"))
     return m.encode(make_engine(network), tokenizer, texts, max_seq_length)
 
 
@@ -111,7 +112,7 @@ def test_spearman_on_three_columns_and_training_on(sample, checkpoint, tmp_path)
 
 def test_without_infer_with_fc_pooler_later_stages_take_the_raw_first_token(sample, tmp_path):
     succeed("train.py", *train_flags(sample, "--epochs", 0, "--output_emb_size", 32, "--save_dir", tmp_path))
-    network, tokenizer, _ = m.load_model(str(tmp_path / "model_0" / "model_state.pdparams"))
+    network, tokenizer, _ = loading.load_model(str(tmp_path / "model_0" / "model_state.pdparams"))
     ids, types = map(m.paddle.to_tensor, m.np.split(np.array([tokenizer(["语义索引"], 16)[0], [0] * 6]), 2))
     raw = network.get_pooled_embedding(ids, types, with_pooler=False).numpy()
     np.testing.assert_allclose(embed(tmp_path / "model_0", ["语义索引"]), raw, atol=1e-6)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from conftest import ENCODER, free_port, succeed, wait_for_answer
 
-from model import SimCSE, load_encoder
+from loading import load_encoder
+from model import SimCSE
 from reporting import BINS, alignment, uniformity
 
 RUN = ["--device", "cpu", "--model_name_or_path", ENCODER, "--max_seq_length", 32, "--batch_size", 16,

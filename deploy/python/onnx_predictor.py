@@ -93,7 +93,8 @@ class OnnxPredictor:
     precision = "fp32"
 
     def __init__(self, model_dir: str, cpu_threads: int = 0) -> None:
-        from model import BATCH_TOKENS, read_record
+        from loading import read_record
+        from model import BATCH_TOKENS
 
         onnxruntime = _import("onnxruntime")
         options = onnxruntime.SessionOptions()

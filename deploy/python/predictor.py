@@ -11,7 +11,8 @@ from typing import Any
 # `model` first: it prepares the environment in which paddle is imported.
 from console import InputError
 from machine import CPU_HAS_BF16, auto_precision, default_threads
-from model import BATCH_TOKENS, Engine, SimCSE, load_model, read_record, set_device
+from model import BATCH_TOKENS, Engine, SimCSE, set_device
+from loading import load_model, read_record
 
 import numpy as np
 import paddle

@@ -82,7 +82,7 @@ def open_searcher(args: argparse.Namespace) -> Searcher:
     Raises:
         InputError: no exported model, no index, or one of another model.
     """
-    from model import CONFIG_FILE, read_record
+    from loading import CONFIG_FILE, read_record
 
     digest = read_record(args.model_dir).get("model")
     if not digest:
