@@ -30,6 +30,8 @@ from deploy.serving.middleware import BodyLimit, Watch
 from deploy.serving.searcher import Searcher
 
 PAGE = Path(__file__).parent / "page"
+# A character that str.strip would leave; what \S means differs between Python, pydantic and JSON Schema.
+NOT_BLANK = r"[^\x09-\x0d\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 RETRY_AFTER = {"Retry-After": "1"}  # seconds
 SECURITY = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src "
@@ -104,7 +106,7 @@ class Health(BaseModel):
 
 def bodies(limits: Limits) -> tuple[type[Strict], type[Strict], type[Strict]]:
     """The bodies of /embed, /similarity and /search, which have the limits in their schema."""
-    text = Annotated[str, StringConstraints(min_length=1, max_length=limits.text_length, pattern=r"\S")]
+    text = Annotated[str, StringConstraints(min_length=1, max_length=limits.text_length, pattern=NOT_BLANK)]
     many = Field(min_length=1, max_length=limits.texts)
     pair = Annotated[list[text], Field(min_length=2, max_length=2)]
     # 3.0 is an integer of JSON Schema, too.
@@ -161,7 +163,8 @@ def handle_errors(app: FastAPI) -> None:
         first = found.errors()[0]
         # Not what was sent: it may be long, or no valid text; the name of a field that is not known is, too.
         where = ".".join(ascii(str(part))[1:-1][:40] for part in first["loc"])
-        return error(422, f"{where}: {first['msg']}")
+        blank = first["type"] == "string_pattern_mismatch"
+        return error(422, f"{where}: {'String should not be blank' if blank else first['msg']}")
 
     @app.exception_handler(HTTPError)
     async def refused(request: Request, found: HTTPError) -> JSONResponse:
