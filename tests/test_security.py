@@ -29,7 +29,7 @@ def test_bandit_finds_nothing():
 
 
 @pytest.mark.parametrize("name", ["requirements.txt", "requirements-gpu.txt", "requirements-milvus.txt",
-                                  "requirements-onnx.txt", "requirements-dev.txt"])
+                                  "requirements-onnx.txt", "requirements-serving.txt", "requirements-dev.txt"])
 def test_pins_are_exact_and_installed(name):
     """Every package at one version, except where the file may say less; and, of this stack, that version is here."""
     loose = {"scipy", "setuptools", "pip"}
