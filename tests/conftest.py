@@ -102,7 +102,7 @@ class Service:
         with answer:
             content = answer.read()
             is_json = answer.headers["Content-Type"] == "application/json"
-            return answer.status, answer.headers, json.loads(content) if is_json else content.decode()
+            return answer.status, answer.headers, json.loads(content) if is_json else content.decode(errors="replace")
 
     def figures(self):
         """What /metrics tells, by name and labels."""
