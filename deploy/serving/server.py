@@ -68,6 +68,9 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--cpu_threads needs --device cpu")
     if args.precision == "fp16" and args.device != "gpu":
         parser.error("--precision fp16 needs --device gpu")
+    token = os.environ.get("SIMCSE_TOKEN", "")
+    if token != token.strip():
+        parser.error("SIMCSE_TOKEN in the environment begins or ends with white space, which no client can send")
 
 
 def listen(args: argparse.Namespace) -> socket.socket:
@@ -77,7 +80,7 @@ def listen(args: argparse.Namespace) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((args.host, args.port))
-    except (OSError, UnicodeError) as error:  # the latter of a name that cannot be one
+    except (OSError, TypeError) as error:  # the latter of a name that cannot be one
         reason = (getattr(error, "strerror", None) or str(error)).lower()
         raise console.InputError(f"--host {args.host} --port {args.port}: {reason}") from None
     listener.listen(1024)
