@@ -186,7 +186,7 @@ def test_a_collection_that_is_not_there(exported, tmp_path):
     pytest.importorskip("pymilvus", reason="requirements-milvus.txt is not installed")
     line = refuse(*SERVER, "--model_dir", exported, "--milvus_uri", tmp_path / "a.db", "--port", 0)
     assert f"--milvus_collection simcse: {tmp_path / 'a.db'} has no such collection" in line
-    line = refuse(*SERVER, "--model_dir", exported, "--milvus_uri", tmp_path / "a.db", "--max_top_k", 16385, "--port", 0)
+    line = refuse(*SERVER, "--model_dir", exported, "--milvus_uri", tmp_path / "a.db", "--max_top_k", 16385)
     assert line == "server.py: error: --max_top_k 16385: Milvus gives at most 16384"
     line = refuse(*SERVER, "--model_dir", exported, "--milvus_uri", "http://127.0.0.1:1", "--port", 0)
     assert line.startswith("server.py: error: --milvus_uri http://127.0.0.1:1: ")
