@@ -33,7 +33,8 @@ class MilvusIndex:
         InputError: no pymilvus, no such server, no such collection, or one made of something else.
     """
 
-    _PIECE, _QUERIES, _TEXT_BYTES, _MOST, _KEY = 4096, 1000, 65535, 16384, "simcse"
+    _PIECE, _QUERIES, _TEXT_BYTES, _KEY = 4096, 1000, 65535, "simcse"
+    MOST = 16384  # documents for a query
 
     def __init__(self, uri: str, collection: str, made_of: dict, rank: int = 0, ranks: int = 1,
                  wait: Callable[[], None] = int) -> None:
@@ -137,8 +138,8 @@ class MilvusIndex:
         """As `Shards.search`, on rank 0; other ranks find nothing."""
         if self.rank:
             return nothing(queries)
-        if k > self._MOST:
-            raise InputError(f"--recall_num {k}: Milvus gives at most {self._MOST}")
+        if k > self.MOST:
+            raise InputError(f"--recall_num {k}: Milvus gives at most {self.MOST}")
         depth, parts = self._parameters(self.made_of)[1], []
         if "ef" in depth:
             depth["ef"] = max(depth["ef"], 2 * k)

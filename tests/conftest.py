@@ -1,11 +1,13 @@
 """What the tests share: running a script as a user does, a small trained checkpoint, and the recorded figures."""
 
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -87,6 +89,25 @@ class Service:
                 [sys.executable, ROOT / "deploy" / "serving" / "server.py", "--device", "cpu", "--port", str(port),
                  *map(str, flags)], stdout=subprocess.DEVNULL, stderr=log, env={**os.environ, **(env or {})})
         wait_for_answer(f"{self.address}/healthz", process=self.process)
+
+    def ask(self, path, body=None, **headers):
+        """Status, headers and content of an answer, JSON parsed; a body that is not bytes is sent as JSON."""
+        if body is not None and not isinstance(body, bytes):
+            body = json.dumps(body).encode()
+        asked = urllib.request.Request(self.address + path, body, {"Content-Type": "application/json", **headers})
+        try:
+            answer = urllib.request.urlopen(asked, timeout=120)
+        except urllib.error.HTTPError as error:
+            answer = error
+        with answer:
+            content = answer.read()
+            is_json = answer.headers["Content-Type"] == "application/json"
+            return answer.status, answer.headers, json.loads(content) if is_json else content.decode(errors="replace")
+
+    def figures(self):
+        """What /metrics tells, by name and labels."""
+        lines = self.ask("/metrics")[2].splitlines()
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
 
     def stop(self):
         self.process.kill()

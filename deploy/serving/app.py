@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import hmac
 import logging
+import os
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 from starlette.exceptions import HTTPException as HTTPError
 
 from console import InputError
@@ -29,6 +30,8 @@ from deploy.serving.middleware import BodyLimit, Watch
 from deploy.serving.searcher import Searcher
 
 PAGE = Path(__file__).parent / "page"
+# A character that str.strip would leave; what \S means differs between Python, pydantic and JSON Schema.
+NOT_BLANK = r"[^\x09-\x0d\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 RETRY_AFTER = {"Retry-After": "1"}  # seconds
 SECURITY = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src "
@@ -103,9 +106,11 @@ class Health(BaseModel):
 
 def bodies(limits: Limits) -> tuple[type[Strict], type[Strict], type[Strict]]:
     """The bodies of /embed, /similarity and /search, which have the limits in their schema."""
-    text = Annotated[str, StringConstraints(min_length=1, max_length=limits.text_length, pattern=r"\S")]
+    text = Annotated[str, StringConstraints(min_length=1, max_length=limits.text_length, pattern=NOT_BLANK)]
     many = Field(min_length=1, max_length=limits.texts)
     pair = Annotated[list[text], Field(min_length=2, max_length=2)]
+    # 3.0 is an integer of JSON Schema, too.
+    whole = BeforeValidator(lambda given: int(given) if isinstance(given, float) and given.is_integer() else given)
 
     class Texts(Strict):
         texts: Annotated[list[text], many]
@@ -115,7 +120,7 @@ def bodies(limits: Limits) -> tuple[type[Strict], type[Strict], type[Strict]]:
 
     class Queries(Strict):
         queries: Annotated[list[text], many]
-        top_k: Annotated[int, Field(ge=1, le=limits.top_k, description="documents for each query")] = min(
+        top_k: Annotated[int, Field(ge=1, le=limits.top_k, description="documents for each query"), whole] = min(
             10, limits.top_k)
 
     return Texts, Pairs, Queries
@@ -156,12 +161,18 @@ def handle_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, found: RequestValidationError) -> JSONResponse:
         first = found.errors()[0]
-        # Not what was sent: it may be long, or no valid text.
-        return error(422, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+        # Not what was sent: it may be long, or no valid text; the name of a field that is not known is, too.
+        where = ".".join(ascii(str(part))[1:-1][:40] for part in first["loc"])
+        blank = first["type"] == "string_pattern_mismatch"
+        return error(422, f"{where}: {'String should not be blank' if blank else first['msg']}")
 
     @app.exception_handler(HTTPError)
     async def refused(request: Request, found: HTTPError) -> JSONResponse:
         return error(found.status_code, str(found.detail), found.headers)
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, found: Exception) -> JSONResponse:
+        return error(500, f"internal error: {type(found).__name__}")
 
 
 def bearer(token: str | None) -> list[Any]:
@@ -170,7 +181,8 @@ def bearer(token: str | None) -> list[Any]:
         return []
 
     def check(given: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]) -> None:
-        if not given or not hmac.compare_digest(given.credentials.encode(), token.encode()):
+        # Headers are bytes, which starlette gives as Latin-1.
+        if not given or not hmac.compare_digest(given.credentials.encode("latin-1"), os.fsencode(token)):
             raise HTTPException(401, "Authorization: Bearer and the token are needed", {"WWW-Authenticate": "Bearer"})
 
     return [Depends(check)]

@@ -12,10 +12,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 class BodyLimit:
     """Reads a request's body before the application sees it, and refuses one that is too large or comes too slowly.
 
+    A client that is still sending would not see the answer, but a connection reset: what is too large is read to its
+    end and thrown away, up to `_THROWN_AWAY` times the size.
+
     Args:
         size: bytes.
         seconds: from the first to the last of them.
     """
+
+    _THROWN_AWAY = 32
 
     def __init__(self, app: ASGIApp, size: int, seconds: float) -> None:
         self.app, self.size, self.seconds = app, size, seconds
@@ -25,8 +30,10 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         told = int(dict(scope["headers"]).get(b"content-length", b"0"))
+        body = None
         try:
-            body = await asyncio.wait_for(self._read(receive), self.seconds) if told <= self.size else None
+            if told <= self.size * self._THROWN_AWAY:
+                body = await asyncio.wait_for(self._read(receive), self.seconds)
         except asyncio.TimeoutError:
             await _refuse(408, f"the body did not come within {self.seconds:g} s", scope, receive, send)
             return
@@ -42,14 +49,14 @@ class BodyLimit:
 
     async def _read(self, receive: Receive) -> bytes | None:
         """The body; None where it is too large."""
-        body, more = bytearray(), True
-        while more:
+        body, size, more = bytearray(), 0, True
+        while more and size <= self.size * self._THROWN_AWAY:
             message = await receive()
-            body += message.get("body", b"")
+            size += len(part := message.get("body", b""))
             more = message.get("more_body", False)
-            if len(body) > self.size:
-                return None
-        return bytes(body)
+            if size <= self.size:
+                body += part
+        return bytes(body) if size <= self.size else None
 
 
 async def _refuse(status: int, message: str, scope: Scope, receive: Receive, send: Send) -> None:

@@ -108,6 +108,8 @@ def open_searcher(args: argparse.Namespace) -> Searcher:
 def _open_collection(args: argparse.Namespace, made_of: dict) -> tuple[Any, dict]:
     from milvus_index import MilvusIndex
 
+    if args.max_top_k > MilvusIndex.MOST:
+        raise console.InputError(f"--max_top_k {args.max_top_k}: Milvus gives at most {MilvusIndex.MOST}")
     index = MilvusIndex(args.milvus_uri, args.milvus_collection, made_of)
     if index.pieces:
         raise console.InputError(f"--milvus_collection {index.collection}: not all documents are in it yet; finish it "

@@ -10,6 +10,7 @@ being answered.
 """
 
 import argparse
+import asyncio
 import logging
 import os
 import signal
@@ -37,7 +38,8 @@ def parse_args() -> argparse.Namespace:
                        help="number format of the matrix products; None: that of the index")
     group.add_argument("--cpu_threads", type=cli.natural_int, default=0, help="math threads on a CPU; 0: all cores")
     group = parser.add_argument_group("server")
-    group.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all of this machine's")
+    group.add_argument("--host", type=cli.nonempty_text, default="127.0.0.1",
+                       help="address to listen on; 0.0.0.0: all of this machine's")
     group.add_argument("--port", type=cli.port, default=8000, help="port to listen on; 0: any that is free")
     group = parser.add_argument_group("limits")
     group.add_argument("--max_texts", type=cli.positive_int, default=64, help="texts, pairs or queries of a request")
@@ -66,6 +68,9 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--cpu_threads needs --device cpu")
     if args.precision == "fp16" and args.device != "gpu":
         parser.error("--precision fp16 needs --device gpu")
+    token = os.environ.get("SIMCSE_TOKEN", "")
+    if token != token.strip():
+        parser.error("SIMCSE_TOKEN in the environment begins or ends with white space, which no client can send")
 
 
 def listen(args: argparse.Namespace) -> socket.socket:
@@ -75,8 +80,8 @@ def listen(args: argparse.Namespace) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((args.host, args.port))
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
+    except (OSError, TypeError) as error:  # the latter of a name that cannot be one
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
         raise console.InputError(f"--host {args.host} --port {args.port}: {reason}") from None
     listener.listen(1024)
     return listener
@@ -103,7 +108,10 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
                      "asks for a token")
     console.be_answering()
     config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, lifespan="on",
-                            timeout_graceful_shutdown=max(1, round(args.max_seconds)))
+                            timeout_graceful_shutdown=1 + round(args.max_seconds))
+    # Of requests that are cut off then it says how many, and would add a traceback each.
+    logging.getLogger("uvicorn.error").addFilter(
+        lambda record: not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError)))
     # uvicorn raises what stopped it again when all is answered.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
