@@ -107,7 +107,8 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
         console.warn(f"--host {args.host}: whoever reaches this machine can use it; SIMCSE_TOKEN in the environment "
                      "asks for a token")
     console.be_answering()
-    config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, lifespan="on",
+    # h11 bounds the size of headers; httptools, which uvicorn takes where it is installed, does not.
+    config = uvicorn.Config(app, http="h11", log_config=None, access_log=False, server_header=False, lifespan="on",
                             timeout_graceful_shutdown=1 + round(args.max_seconds))
     # Of requests that are cut off then it says how many, and would add a traceback each.
     logging.getLogger("uvicorn.error").addFilter(
