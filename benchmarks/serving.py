@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from run import Bench
 
 SIDES = {"batched": (), "one by one": ("--max_batch", "1")}
-CLIENTS, SECONDS, REPEATS = (1, 8, 64), 8, 5
+CLIENTS, SECONDS, REPEATS = (1, 8, 64), 6, 3
 
 
 async def ask_on(port: int, queries: list[str], first: int, end: float) -> list[float]:
