@@ -171,8 +171,8 @@ def add_encode_arguments(parser: argparse.ArgumentParser, max_seq_length: int = 
     add_strict_argument(parser)
     add_device_argument(parser, devices)
     parser.add_argument("--precision", choices=precisions, default="auto",
-                        help="number format of the matrix products; auto: bf16 on a CPU that has it (AVX-512 BF16 or "
-                        "AMX), else fp32. fp16 needs --device gpu")
+                        help="number format of the matrix products; auto: bf16 on a CPU that is faster in it (AMX, "
+                        "or AMD's AVX-512 BF16), else fp32. fp16 needs --device gpu")
     parser.add_argument("--cpu_threads", type=natural_int, default=0, help="math threads on a CPU; 0: all cores")
 
 

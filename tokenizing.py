@@ -168,26 +168,22 @@ def make_batches(ids: Sequence[Sequence[int]], pad_id: int, batch_size: int | No
 
 def fixed_batches(ids: Sequence[Sequence[int]], pad_id: int, sizes: Sequence[int],
                   lengths: Sequence[int]) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-    """Batch token ids in few shapes, for an engine that has to make something anew for each shape.
+    """Batch token ids in few shapes, longest first, for an engine that has to make something anew for each shape.
 
     Args:
-        sizes: texts of a batch, rising, the first 1; a batch at least half full is filled up with its last text.
+        sizes: texts of a batch, rising, the first 1; one that is two thirds full is filled up with its last text.
         lengths: tokens of a batch, rising, the last as long as any text may be.
 
     Yields:
         rows: the positions of the batch's texts in `ids`, without those that fill it up.
         input_ids, token_type_ids: int64 [one of `sizes`, one of `lengths`].
     """
-    alike: dict[int, list[int]] = {}
-    for row, each in enumerate(ids):
-        alike.setdefault(next(length for length in lengths if len(each) <= length), []).append(row)
-    for length, rows in alike.items():
-        while rows:
-            count = len(rows)
-            size = next((size for size in sizes if count <= size <= 2 * count), 0) or max(
-                size for size in sizes if size <= count)
-            batch, rows = rows[:size], rows[size:]
-            yield batch, *pad([ids[row] for row in batch + batch[-1:] * (size - len(batch))], pad_id, length)
+    order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
+    while left := len(order):
+        size = max(size for size in sizes if size <= max(1, 1.5 * left))
+        rows, order = order[:size], order[size:]
+        length = next(length for length in lengths if length >= len(ids[rows[0]]))
+        yield rows, *pad([ids[row] for row in rows + rows[-1:] * (size - len(rows))], pad_id, length)
 
 
 class ShuffledBatches:

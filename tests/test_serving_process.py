@@ -1,6 +1,7 @@
 """The search service as a process: what it says, where it listens, how it ends, and what it does not start with."""
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, free_port, refuse, succeed, wait_for_answer
@@ -190,3 +192,14 @@ def test_a_collection_that_is_not_there(exported, tmp_path):
     assert line == "server.py: error: --max_top_k 16385: Milvus gives at most 16384"
     line = refuse(*SERVER, "--model_dir", exported, "--milvus_uri", "http://127.0.0.1:1", "--port", 0)
     assert line.startswith("server.py: error: --milvus_uri http://127.0.0.1:1: ")
+
+
+def test_without_the_models_process_the_server_ends(serve):
+    """A server that can answer nothing gives way to whatever starts it again."""
+    service = serve()
+    (model,) = [int(pid) for pid in Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children").read_text(
+        encoding="ascii").split() if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8")]
+    os.kill(model, signal.SIGKILL)
+    assert service.ask("/embed", {"texts": ["语义"]})[0] == 500
+    assert service.process.wait(30) == 1
+    assert "error: the process of the model has ended" in service.log.read_text(encoding="utf-8")

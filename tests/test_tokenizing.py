@@ -102,9 +102,10 @@ def test_fixed_batches_have_few_shapes_and_every_text_once(seed):
     seen = {}
     for rows, input_ids, token_type_ids in tokenizing.fixed_batches(ids, 0, sizes, lengths):
         assert input_ids.shape[0] in sizes and input_ids.shape[1] in lengths and not token_type_ids.any()
-        assert 2 * len(rows) >= len(input_ids), "at least half full"
+        assert 3 * len(rows) >= 2 * len(input_ids), "two thirds full"
+        assert input_ids.shape[1] == min(each for each in lengths if each >= len(ids[rows[0]]))
         for row, padded in zip(rows, input_ids.tolist()):
             assert padded == ids[row] + [0] * (len(padded) - len(ids[row]))
-            assert row not in seen and next(each for each in lengths if each >= len(ids[row])) == len(padded)
+            assert row not in seen
             seen[row] = True
     assert len(seen) == len(ids)

@@ -23,7 +23,7 @@ class Job:
 class Batcher:
     """Has one thread answer the jobs of many requests, in their order, as many at a time as wait.
 
-    Nothing is waited for: a job that comes alone is computed alone, and batches grow with the load by themselves.
+    A job that comes alone is computed at once and alone; batches grow with the load by themselves.
 
     Args:
         answer: gives the answers of a batch of jobs, one each.
@@ -66,11 +66,21 @@ class Batcher:
                 texts += len(job.texts)
         return batch
 
+    async def _let_more_come(self) -> None:
+        """Wait as long as jobs keep coming, 10 ms at most: who was answered just now asks again."""
+        for _ in range(10):
+            waiting = len(self._jobs)
+            await asyncio.sleep(0.001)
+            if len(self._jobs) == waiting or self.waiting >= self.max_batch:
+                return
+
     async def run(self) -> None:
         """Answer jobs until cancelled."""
-        loop = asyncio.get_running_loop()
+        loop, batch = asyncio.get_running_loop(), []
         while True:
             await self._wake.wait()
+            if len(batch) > 1:
+                await self._let_more_come()
             if not (batch := self._next_batch()):
                 self._wake.clear()
                 continue

@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from deploy.serving.batching import Job
 from tokenizing import fixed_batches, load_tokenizer
 
 Hits = list[tuple[str, float]]  # documents and their cosines, best first
-SIZES = (1, 8, 32)  # texts of a batch
+SHAPES_BYTES = 2 << 30
 
 
 class Searcher:
@@ -25,23 +26,26 @@ class Searcher:
         index: a `Shards` or a `MilvusIndex`.
         corpus: its documents, by row.
         max_seq_length: tokens per text, of the corpus and of what is asked.
+        shapes: texts and tokens that a batch may have.
     """
 
-    def __init__(self, engine: Any, tokenizer: Any, index: Any, corpus: Sequence[str], max_seq_length: int) -> None:
+    def __init__(self, engine: Any, tokenizer: Any, index: Any, corpus: Sequence[str], max_seq_length: int,
+                 shapes: tuple[Sequence[int], Sequence[int]]) -> None:
         self.engine, self.tokenizer, self.index, self.corpus = engine, tokenizer, index, corpus
         self.max_seq_length, self.documents, self.embedding_size = max_seq_length, len(corpus), engine.embedding_size
+        self.shapes = shapes
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings, float32 [texts, embedding_size], by batches of few shapes."""
         ids = self.tokenizer(texts, self.max_seq_length)
         embeddings = np.empty((len(ids), self.embedding_size), "float32")
-        for rows, *batch in fixed_batches(ids, self.tokenizer.pad_token_id, SIZES, lengths(self.max_seq_length)):
+        for rows, *batch in fixed_batches(ids, self.tokenizer.pad_token_id, *self.shapes):
             embeddings[rows] = np.asarray(self.engine.embed(*batch))[: len(rows)]
         return embeddings
 
     def warm_up(self) -> None:
         """Have the engine make what it needs for each shape, before somebody waits for it."""
-        for size, length in itertools.product(SIZES, lengths(self.max_seq_length)):
+        for size, length in itertools.product(*self.shapes):
             self.engine.embed(*[np.ones([size, length], "int64")] * 2)
 
     def answer(self, jobs: list[Job]) -> list[Any]:
@@ -70,10 +74,20 @@ class Searcher:
                 for each, scores, depth in zip(rows.tolist(), cosines.tolist(), depths)]
 
 
-def lengths(max_seq_length: int) -> list[int]:
-    """Tokens of a batch: 8, 16, 24, 32, 48, 64, 96 and so on, and `max_seq_length`."""
-    steps = itertools.chain([8], *((16 << number, 24 << number) for number in range(20)))
-    return [*itertools.takewhile(lambda length: length < max_seq_length, steps), max_seq_length]
+def shapes_for(weights: int, max_seq_length: int) -> tuple[list[int], list[int]]:
+    """Texts and tokens of batches, rising: a fine grid, or a coarse one for a large model.
+
+    oneDNN keeps a copy of the weights for each shape.
+
+    Args:
+        weights: bytes of the weights.
+    """
+    for sizes, factors in (([1, 2, 4, 8, 16], (1, 1.5)), ([1, 4, 16], (2,))):
+        steps = (round(factor * (8 << number)) for number in range(20) for factor in factors)
+        lengths = [*itertools.takewhile(lambda length: length < max_seq_length, steps), max_seq_length]
+        if len(sizes) * len(lengths) * weights <= SHAPES_BYTES:
+            break
+    return sizes, lengths
 
 
 def open_searcher(args: argparse.Namespace) -> Searcher:
@@ -93,14 +107,16 @@ def open_searcher(args: argparse.Namespace) -> Searcher:
         made_of = index_store.read_made_of(args.index_path, made_of)
     else:
         index, made_of = _open_collection(args, made_of)
-    engine = _open_engine(args, made_of["precision"], len(SIZES) * len(lengths(made_of["max_seq_length"])))
+    weights = sum(file.stat().st_size for file in os.scandir(args.model_dir) if file.name.startswith("inference."))
+    shapes = shapes_for(weights, made_of["max_seq_length"])
+    engine = _open_engine(args, made_of["precision"], len(shapes[0]) * len(shapes[1]))
     if index is None:
         corpus = index_store.read_kept_corpus(args.index_path, made_of["corpus"])
         index = index_store.new_index(made_of, len(corpus), engine.embedding_size, args.cpu_threads)
         index_store.load_index(args.index_path, index, made_of)
     else:
         corpus = index.texts
-    searcher = Searcher(engine, load_tokenizer(args.model_dir), index, corpus, made_of["max_seq_length"])
+    searcher = Searcher(engine, load_tokenizer(args.model_dir), index, corpus, made_of["max_seq_length"], shapes)
     searcher.warm_up()
     return searcher
 

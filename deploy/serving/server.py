@@ -92,21 +92,20 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     import uvicorn
 
     from deploy.serving.app import Limits, make_app
-    from deploy.serving.searcher import open_searcher
+    from deploy.serving.remote import RemoteSearcher
 
-    searcher = open_searcher(args)
+    searcher = RemoteSearcher(args)
     limits = Limits(args.max_texts, args.max_text_length, args.max_top_k, args.max_body, args.max_seconds,
                     args.max_batch, args.max_waiting)
     token = os.environ.get("SIMCSE_TOKEN")
     app = make_app(searcher, limits, token)
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    console.log(f"{searcher.documents:,} documents in {searcher.engine.precision} at {address}, API at {address}/docs"
+    console.log(f"{searcher.documents:,} documents in {searcher.precision} at {address}, API at {address}/docs"
                 + (", with the token of SIMCSE_TOKEN" if token else ""))
     if not token and host not in ("127.0.0.1", "::1"):
         console.warn(f"--host {args.host}: whoever reaches this machine can use it; SIMCSE_TOKEN in the environment "
                      "asks for a token")
-    console.be_answering()
     # h11 bounds the size of headers; httptools, which uvicorn takes where it is installed, does not.
     config = uvicorn.Config(app, http="h11", log_config=None, access_log=False, server_header=False, lifespan="on",
                             timeout_graceful_shutdown=1 + round(args.max_seconds))
@@ -118,8 +117,10 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     try:
         uvicorn.Server(config).run(sockets=[listener])
     finally:
-        console.log("stopped")
         searcher.close()
+        console.log("stopped")
+        if searcher.ended:
+            raise SystemExit("server.py: error: the process of the model has ended")
 
 
 def main() -> None:

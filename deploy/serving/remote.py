@@ -1,0 +1,82 @@
+"""The searcher in a process of its own: paddle holds Python's interpreter while it computes, and the server has to go
+on answering then."""
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import signal
+from multiprocessing.connection import Connection
+from typing import Any
+
+import console
+from deploy.serving.batching import Job
+
+
+def _answer(connection: Connection, args: argparse.Namespace) -> None:
+    """The other process: opens what the flags name, tells of it, and answers batches until nobody asks any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    console.be_quiet(args.quiet)
+    from deploy.serving.searcher import open_searcher
+
+    try:
+        searcher = open_searcher(args)
+        console.be_answering()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the server ends this process when all is answered
+        connection.send((searcher.documents, searcher.embedding_size, searcher.engine.precision))
+        while True:
+            jobs = connection.recv()
+            try:
+                connection.send(searcher.answer(jobs))
+            except console.InputError as error:
+                connection.send(error)
+            except Exception as error:
+                connection.send(RuntimeError(f"{type(error).__name__}: {error}"))
+    except (console.InputError, ModuleNotFoundError) as error:
+        connection.send(error)
+    except (EOFError, OSError):
+        searcher.close()
+
+
+class RemoteSearcher:
+    """A `Searcher` of server.py's flags, in another process.
+
+    Raises:
+        InputError, ModuleNotFoundError: see `open_searcher`.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_answer, args=(theirs, args), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.ended = False  # by itself
+        try:
+            self.documents, self.embedding_size, self.precision = self._receive()
+        except BaseException:  # Ctrl-C, too
+            self._process.kill()  # not SIGTERM, which paddle answers with a stack on stdout
+            raise
+
+    def _receive(self) -> Any:
+        try:
+            received = self._connection.recv()
+        except (EOFError, OSError):
+            self.ended = True
+            os.kill(os.getpid(), signal.SIGTERM)  # without it there is nothing to serve
+            raise RuntimeError("the process of the model has ended") from None
+        if isinstance(received, Exception):
+            raise received
+        return received
+
+    def answer(self, jobs: list[Job]) -> list[Any]:
+        """See `Searcher.answer`."""
+        with contextlib.suppress(OSError):  # of which `_receive` tells
+            self._connection.send(jobs)
+        return self._receive()
+
+    def close(self) -> None:
+        """End the other process."""
+        self._connection.close()
+        self._process.join(10)
+        self._process.kill()
