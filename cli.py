@@ -191,12 +191,17 @@ def check_positions(parser: argparse.ArgumentParser, max_seq_length: int, folder
         return
 
 
-def check_encode_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
-    """Refuse flags of `add_encode_arguments` that would do nothing on the device asked for; returns `args`."""
+def check_device_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse `precision` and `cpu_threads` that would do nothing on the device asked for."""
     if args.precision == "fp16" and args.device != "gpu":
         parser.error("--precision fp16 needs --device gpu")
     if args.cpu_threads and args.device != "cpu":
         parser.error("--cpu_threads needs --device cpu")
+
+
+def check_encode_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """Refuse flags of `add_encode_arguments` that would do nothing on the device asked for; returns `args`."""
+    check_device_arguments(parser, args)
     named = vars(args)
     check_positions(parser, args.max_seq_length, (
         named.get("model_name_or_path"), named.get("model_dir"), os.path.dirname(named.get("params_path") or "")))

@@ -109,8 +109,7 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.precision != "fp32" and args.device != "gpu":
         parser.error(f"--precision {args.precision} needs --device gpu: paddle has no such training on a CPU")
-    if args.cpu_threads and args.device != "cpu":
-        parser.error("--cpu_threads needs --device cpu")
+    cli.check_device_arguments(parser, args)
     cli.check_positions(parser, args.max_seq_length, (
         args.model_name_or_path, os.path.dirname(args.init_from_ckpt or ""), args.resume))
     if args.chunk_size and not args.gradient_cache:

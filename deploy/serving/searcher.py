@@ -10,6 +10,7 @@ import numpy as np
 
 import console
 import index_store
+from data import distinct
 from deploy.python.onnx_predictor import OnnxPredictor, holds_onnx
 from deploy.serving.batching import Job
 from tokenizing import fixed_batches, load_tokenizer
@@ -50,7 +51,7 @@ class Searcher:
 
     def answer(self, jobs: list[Job]) -> list[Any]:
         """For every job its texts' embeddings, float32 [texts, embedding_size], or of every text its hits."""
-        texts = list(dict.fromkeys(text for job in jobs for text in job.texts))
+        texts = distinct(text for job in jobs for text in job.texts)
         row_of = {text: row for row, text in enumerate(texts)}
         embeddings = self.encode(texts)
         asked: dict[str, int] = {}

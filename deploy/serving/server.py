@@ -64,10 +64,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.milvus_collection and not args.milvus_uri:
         parser.error("--milvus_collection needs --milvus_uri")
     args.milvus_collection = args.milvus_collection or cli.COLLECTION
-    if args.cpu_threads and args.device != "cpu":
-        parser.error("--cpu_threads needs --device cpu")
-    if args.precision == "fp16" and args.device != "gpu":
-        parser.error("--precision fp16 needs --device gpu")
+    cli.check_device_arguments(parser, args)
     token = os.environ.get("SIMCSE_TOKEN", "")
     if token != token.strip():
         parser.error("SIMCSE_TOKEN in the environment begins or ends with white space, which no client can send")
