@@ -199,7 +199,7 @@ def test_quickstart(clone):
     os.symlink(sys.prefix, clone / ".venv")
     result = subprocess.run(["bash", "scripts/quickstart.sh"], cwd=clone, capture_output=True, text=True, timeout=1800)
     assert result.returncode == 0, result.stderr
-    before, after = ([float(value) for value in re.search(rf"^ +{when} +(.*)$", result.stdout, re.M)[1].split()]
+    before, after = ([float(value) for value in re.search(rf"^  {when} +(.*)$", result.stdout, re.M)[1].split()]
                      for when in ("before", "after"))
     assert len(before) == len(after) == 5
     assert all(b < a for b, a in zip(before, after)), (before, after)

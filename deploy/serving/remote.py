@@ -21,6 +21,10 @@ def _answer(connection: Connection, args: argparse.Namespace) -> None:
 
     try:
         searcher = open_searcher(args)
+    except (console.InputError, ModuleNotFoundError, OSError) as error:
+        connection.send(error)
+        return
+    try:
         console.be_answering()
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the server ends this process when all is answered
         connection.send((searcher.documents, searcher.embedding_size, searcher.engine.precision))
@@ -32,9 +36,7 @@ def _answer(connection: Connection, args: argparse.Namespace) -> None:
                 connection.send(error)
             except Exception as error:
                 connection.send(RuntimeError(f"{type(error).__name__}: {error}"))
-    except (console.InputError, ModuleNotFoundError) as error:
-        connection.send(error)
-    except (EOFError, OSError):
+    except (EOFError, OSError):  # of the connection
         searcher.close()
 
 
@@ -42,7 +44,7 @@ class RemoteSearcher:
     """A `Searcher` of server.py's flags, in another process.
 
     Raises:
-        InputError, ModuleNotFoundError: see `open_searcher`.
+        InputError, ModuleNotFoundError, OSError: see `open_searcher`.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
