@@ -8,35 +8,32 @@ import paddle
 from paddle.nn import Linear
 from paddle.nn.functional import linear
 
+from batches import Batch
 
-def backward(network, model, batch: tuple, weigh: Callable, last: bool):
+
+def backward(network, model, batch: Batch, weigh: Callable, last: bool):
     """The loss of a batch, its gradients added to the parameters'; of one chunk at once, of several by their cache.
 
     Args:
         network: `model`, or the DataParallel that holds it.
-        batch: of `batches_of`.
         weigh: scales the loss before its gradients are taken.
         last: ranks exchange their gradients now.
     """
     # Ranks take the mean of their gradients; of a loss over all ranks' rows each rank has but its own rows' part.
     share = paddle.distributed.get_world_size() if model.cross_device_negatives else 1
-    chunks, keys = [tuple(map(paddle.to_tensor, chunk)) for chunk in batch[0]], batch[1]
-    keys = None if keys is None else paddle.to_tensor(keys)
-
-    def views(chunk: tuple, **options):
-        # The same texts twice: two embeddings that differ by dropout alone are a positive pair.
-        input_ids, token_type_ids = chunk
-        return network(input_ids, input_ids, token_type_ids, title_token_type_ids=token_type_ids, **options)
+    chunks = [tuple(map(paddle.to_tensor, chunk)) for chunk in batch.chunks]
+    about = {name: paddle.to_tensor(rows) for name, rows in (("keys", batch.keys), ("teacher", batch.teacher))
+             if rows is not None}
 
     def exchange(now: bool):
         return contextlib.nullcontext() if network is model or now and not model.recomputes else network.no_sync()
 
     if len(chunks) == 1:
         with exchange(last):
-            loss = views(chunks[0], keys=keys)
+            loss = network(*model.inputs(chunks[0]), **about)
             weigh(loss * share).backward()
     else:
-        loss = cached_backward(views, model, chunks, keys, lambda loss: weigh(loss * share), exchange, last)
+        loss = cached_backward(network, model, chunks, about, lambda loss: weigh(loss * share), exchange, last)
     if last and model.recomputes and network is not model:  # DataParallel cannot follow a layer computed again
         from paddle.distributed.fleet.utils.hybrid_parallel_util import fused_allreduce_gradients
 
@@ -44,27 +41,30 @@ def backward(network, model, batch: tuple, weigh: Callable, last: bool):
     return loss
 
 
-def cached_backward(views: Callable, model, chunks: list[tuple], keys, weigh: Callable, exchange: Callable, last: bool):
+def cached_backward(network, model, chunks: list[tuple], about: dict, weigh: Callable, exchange: Callable, last: bool):
     """Gradients of a batch in the memory of a chunk (Gao et al. 2021, GradCache, arXiv:2101.06983).
 
     All chunks are encoded without a graph, the loss gives the gradients of the embeddings, and each chunk is encoded
     again, its dropout replayed, to pass them on to the parameters.
     """
+    def sides_of(chunk: tuple) -> tuple:
+        return network(*model.inputs(chunk), embeddings_only=True)
+
     states, embeddings = [], []
     with paddle.no_grad():
         for chunk in chunks:
             states.append(paddle.get_rng_state())
-            embeddings.append(views(chunk, embeddings_only=True))
+            embeddings.append(sides_of(chunk))
     sides = [paddle.concat(side) for side in zip(*embeddings)]
     for side in sides:
         side.stop_gradient = False
-    loss = model.loss(*sides, keys)
+    loss = model.loss(*sides[:2], negative=sides[2] if len(sides) > 2 else None, **about)
     weigh(loss).backward()
     gradients = zip(*(side.grad.detach().split([len(chunk[0]) for chunk in chunks]) for side in sides))
     for number, (chunk, state, gradient) in enumerate(zip(chunks, states, gradients), start=1):
         paddle.set_rng_state(state)
         with exchange(last and number == len(chunks)):
-            parts = views(chunk, embeddings_only=True)
+            parts = sides_of(chunk)
             sum((part * each).sum() for part, each in zip(parts, gradient)).backward()
     return loss
 

@@ -1,5 +1,6 @@
 """Files of weights: read without running what may be in them, written whole or not at all."""
 
+import argparse
 import contextlib
 import ctypes
 import json
@@ -13,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from console import InputError, first_line
+from console import InputError, first_line, log
+from data import TextFile, file_digest
 
 # What paddle.save's pickles name: numpy arrays, in dicts and tuples. Anything else could run code while it is read.
 _ALLOWED = {("collections", "OrderedDict"), ("builtins", "tuple"), ("_codecs", "encode"), ("numpy", "ndarray"),
@@ -167,6 +169,41 @@ def restore_optimizer(folder: str, model: Any, optimizer: Any, record: dict) -> 
         name, kind = key.rsplit("|", 1)
         state[f"{name_of[name]}_{kind}"] = paddle.to_tensor(array)
     optimizer.set_state_dict({**state, "LR_Scheduler": record["schedule"]})
+
+
+# What a run depends on: going on from its checkpoint with another would be neither that run nor a new one.
+RUN = ("batch_size", "gradient_accumulation_steps", "epochs", "seed", "max_seq_length", "learning_rate",
+       "warmup_proportion", "weight_decay", "max_grad_norm", "dropout", "output_dropout", "margin", "scale",
+       "precision", "cross_device_negatives", "keep_duplicate_negatives", "gradient_cache", "chunk_size", "objective",
+       "pooling", "crop_rate", "dup_rate", "symmetric_loss", "final_scale", "matryoshka_dims", "distill_from",
+       "distill_weight", "mlm_probability")
+
+
+def run_of(args: argparse.Namespace, texts: TextFile, ranks: int) -> dict:
+    """What the run depends on, by flag; the training file by its content."""
+    return {"train_set_file": file_digest(texts.path), "number of processes": ranks,
+            **{name: getattr(args, name) for name in RUN}}
+
+
+def resumed_step(args: argparse.Namespace, run: dict, model: Any, optimizer: Any, scaler: Any) -> int:
+    """The step of the checkpoint in --resume, whose state optimizer, schedule and scaler get; 0 without one.
+
+    Raises:
+        InputError: it is of a run with another training file, batch size or other setting.
+    """
+    if not args.resume:
+        return 0
+    record = read_training_record(args.resume)
+    if other := [name for name in run if record["run"].get(name, run[name]) != run[name]]:  # older records have fewer
+        changes = ", ".join(name if name == "train_set_file" else f"{name} {run[name]} instead of {record['run'][name]}"
+                            for name in other)
+        raise InputError(f"--resume {args.resume}: is of a run with another {changes}; --init_from_ckpt "
+                                 "starts a new run from its weights")
+    restore_optimizer(args.resume, model, optimizer, record)
+    if record["scaler"]:
+        scaler.load_state_dict(record["scaler"])
+    log(f"going on from {args.resume}")
+    return record["step"]
 
 
 def saved_steps(save_dir: str) -> list[int]:

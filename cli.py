@@ -70,6 +70,11 @@ hnsw_links = _number(int, lambda v: v >= 2, "a whole number from 2 up")
 sequence_length = _number(int, lambda v: v >= 3, "a whole number from 3 up ([CLS], a token, [SEP])")
 
 
+def dims(text: str) -> list[int]:
+    """Sizes separated by commas, each once, the largest first."""
+    return sorted({positive_int(part) for part in text.split(",")}, reverse=True)
+
+
 def boolean(text: str) -> bool:
     """Parse True/False, yes/no, on/off, 1/0 in any case; argparse reports anything else."""
     for value, names in ((True, ("true", "yes", "on", "1")), (False, ("false", "no", "off", "0"))):

@@ -6,6 +6,7 @@ This module is light on purpose (numpy only).
 import codecs
 import contextlib
 import hashlib
+import itertools
 import math
 import os
 import queue
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import threading
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, Any, TypeVar
 
@@ -71,6 +73,22 @@ def save_embeddings(path: str, embeddings: np.ndarray) -> None:
     with new_file(path, "wb") as file:
         np.save(file, embeddings)
     log(f"wrote {embeddings.shape[0]} x {embeddings.shape[1]} float32 to {path}")
+
+
+def load_embeddings(path: str, flag: str, rows: int) -> np.ndarray:
+    """L2-normalized float32 embeddings [rows, dim] that `save_embeddings` wrote, read from the file as they are used.
+
+    Raises:
+        InputError: no such array, or of another number of rows.
+    """
+    try:
+        embeddings = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{flag} {path}: not an .npy file: {error}") from None
+    if embeddings.ndim != 2 or embeddings.dtype.kind != "f" or len(embeddings) != rows:
+        raise InputError(f"{flag} {path}: {embeddings.dtype} {list(embeddings.shape)} instead of float32 "
+                         f"[{rows}, dimensions]")
+    return embeddings
 
 
 def reading(path: str) -> contextlib.AbstractContextManager[Callable]:
@@ -216,8 +234,9 @@ def read_texts(path: str, flag: str, strict: bool = False) -> list[str]:
     return [text for (text,) in read_rows(path, 1, flag, strict)]
 
 
-class TextFile(Sequence[str]):
-    """The texts that `read_texts` gives, found by their offsets and read when asked for: 8 bytes of memory a line.
+class TextFile(Sequence):
+    """The texts that `read_texts` gives, found by their offsets and read when asked for: 8 bytes of memory a line. Of
+    several columns a row is a list of texts.
 
     Arguments and errors are those of `read_rows`. A pipe is copied to a temporary file first.
     """
@@ -225,7 +244,8 @@ class TextFile(Sequence[str]):
     _CHUNK = 1 << 22
     _LINE = re.compile(rb"[^\r\n]*")
 
-    def __init__(self, path: str, flag: str, strict: bool = False) -> None:
+    def __init__(self, path: str, flag: str, strict: bool = False, columns: int = 1) -> None:
+        self.columns = columns
         self._file = open(path, "rb")  # noqa: SIM115  read from as long as this object lives
         if not os.path.isfile(path):
             with self._file as pipe:
@@ -236,9 +256,9 @@ class TextFile(Sequence[str]):
         self.path = path
         self._starts, self._size = np.zeros(0, "int64"), os.path.getsize(path)
         with reading(path) as advance:
-            starts, doubtful = self._scan(advance)
+            starts, doubtful = self._scan(advance) if columns == 1 else (None, array("q"))
         if starts is None:  # something is there to be reported, or to be left out
-            starts, doubtful = array("q", (offset for offset, _ in _good_rows(path, 1, flag, strict))), []
+            starts, doubtful = array("q", (offset for offset, _ in _good_rows(path, columns, flag, strict))), []
         self._starts = np.frombuffer(starts, "int64")
         if blank := [row for row in doubtful if not self[row]]:
             self._starts = np.delete(self._starts, blank)
@@ -292,7 +312,13 @@ class TextFile(Sequence[str]):
             return [self[each] for each in range(len(self))[row]]
         row = range(len(self))[row]
         start, end = int(self._starts[row]), int(self._starts[row + 1]) if row + 1 < len(self) else self._size
-        return self._LINE.match(os.pread(self._file.fileno(), end - start, start))[0].decode("utf-8").strip()
+        line = self._LINE.match(os.pread(self._file.fileno(), end - start, start))[0].decode("utf-8").strip()
+        return line if self.columns == 1 else [field.strip() for field in line.split("\t")]
+
+    def sample(self, count: int) -> list[str]:
+        """The different texts of so many rows from all over the file, in its order."""
+        rows = np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)
+        return distinct(text for row in rows for text in ([self[row]] if self.columns == 1 else self[row]))
 
 
 def read_text_pairs(path: str, flag: str, strict: bool = False) -> list[tuple[str, str]]:
@@ -312,10 +338,11 @@ def read_labeled_pairs(path: str, flag: str, strict: bool = False) -> list[tuple
 
 
 def count_columns(path: str, flag: str, choices: tuple[int, ...]) -> int:
-    """How many columns the first line has whose number of columns is one of `choices`."""
-    for _, _, line in _lines(path, flag):
-        if line.count("\t") + 1 in choices:
-            return line.count("\t") + 1
+    """How many columns most of the first 1,000 lines have whose number of columns is one of `choices`; of as many lines
+    the number that comes first."""
+    columns = (line.count("\t") + 1 for _, _, line in _lines(path, flag))
+    if counted := Counter(itertools.islice((count for count in columns if count in choices), 1000)):
+        return counted.most_common(1)[0][0]
     raise InputError(f"{flag} {path}: no line has {' or '.join(map(str, choices))} tab-separated columns")
 
 

@@ -37,15 +37,18 @@ class _NewlyInitialized(logging.Handler):
         self.layers += re.findall(r"'([^']+)'", named[1]) if named else []
 
 
-def load_encoder(model_name_or_path: str, dropout: float | None = None) -> nn.Layer:
+def load_encoder(model_name_or_path: str, dropout: float | None = None, kind: str = "AutoModel",
+                 may_start_at_random: str = "pooler") -> nn.Layer:
     """A pretrained encoder by hub name or folder, every layer of it loaded, in float32.
 
     Args:
         dropout: hidden and attention dropout rate; None: the encoder's own.
+        kind: the class of paddlenlp that loads it.
+        may_start_at_random: layers that may be missing from its weights, by what is in their names. Encoders pretrained
+            without a pooler get a random one, which is said on stderr, to be trained.
 
     Raises:
-        InputError: no such encoder, or layers are missing from its weights. Only the pooler may be: encoders
-            pretrained without one get a random one, which is said on stderr, to be trained.
+        InputError: no such encoder, or other layers are missing from its weights.
     """
     import paddlenlp
     from paddlenlp.utils.log import logger
@@ -58,16 +61,16 @@ def load_encoder(model_name_or_path: str, dropout: float | None = None) -> nn.La
     seen = _NewlyInitialized()
     logger.logger.addHandler(seen)
     try:
-        encoder = paddlenlp.transformers.AutoModel.from_pretrained(model_name_or_path, **rates)
+        encoder = getattr(paddlenlp.transformers, kind).from_pretrained(model_name_or_path, **rates)
     except Exception as error:  # paddlenlp raises OSError, ValueError, KeyError, RuntimeError for the same reasons
         raise InputError(f"--model_name_or_path {model_name_or_path}: neither a folder with an encoder nor one that "
                          f"can be fetched by that name: {first_line(error)}") from None
     finally:
         logger.logger.removeHandler(seen)
-    if missing := [name for name in seen.layers if "pooler" not in name]:
+    if missing := [name for name in seen.layers if may_start_at_random not in name and "pooler" not in name]:
         raise InputError(f"--model_name_or_path {model_name_or_path}: its weights lack {_some(missing)}")
     if seen.layers:
-        warn(f"{model_name_or_path} has no trained pooler: {_some(seen.layers)} start at random")
+        warn(f"{model_name_or_path} has no trained {may_start_at_random}: {_some(seen.layers)} start at random")
     return encoder
 
 
@@ -131,10 +134,11 @@ def load_model(params_path: str, model_name_or_path: str | None = None, output_e
     Args:
         params_path: the .pdparams file, this project's or the original's (which has no simcse_config.json beside it).
         model_name_or_path: the encoder; None: what the checkpoint records, else DEFAULT_MODEL.
-        output_emb_size: None, or what the checkpoint must have (0: no fc).
+        output_emb_size: None, or what the checkpoint must have (0: no fc), or one of the smaller sizes it was trained
+            for, whose first numbers then are the embedding.
         flag: the flag that named the file, for messages.
         dropout: the encoder's dropout rate, for training on.
-        settings: dropout, margin and scale of `SimCSE`; None: margin and scale from the checkpoint's record.
+        settings: further arguments of `SimCSE`; what is not in them is from the checkpoint's record.
 
     Returns:
         The network in evaluation mode, the tokenizer, and the checkpoint's record.
@@ -147,11 +151,15 @@ def load_model(params_path: str, model_name_or_path: str | None = None, output_e
     if not any(name.startswith("ptm.") for name in state):
         raise InputError(f"{flag} {params_path}: not a SimCSE checkpoint (no ptm.* tensors); "
                          "an encoder without SimCSE training is given by --model_name_or_path")
+    record = read_record(folder)
     size = state["emb_reduce_linear.weight"].shape[-1] if "emb_reduce_linear.weight" in state else 0
     if output_emb_size is not None and output_emb_size != size:
-        raise InputError(f"--output_emb_size {output_emb_size}: {params_path} has {size or 'no fc: 0'}")
-
-    record = read_record(folder)
+        if output_emb_size not in (smaller := record.get("matryoshka_dims", [])):
+            raise InputError(f"--output_emb_size {output_emb_size}: {params_path} has "
+                             f"{', '.join(map(str, [size, *smaller])) if size else 'no fc: 0'}")
+        size = output_emb_size
+        for name in ("emb_reduce_linear.weight", "emb_reduce_linear.bias"):
+            state[name] = state[name][..., :size]
     if model_name_or_path or not record:
         name = model_name_or_path or DEFAULT_MODEL
         encoder = load_encoder(name, dropout)
@@ -160,9 +168,10 @@ def load_model(params_path: str, model_name_or_path: str | None = None, output_e
         encoder = _encoder_from_record(record, dropout)
     has_tokenizer = os.path.isfile(os.path.join(folder, "tokenizer_config.json"))
     tokenizer = load_tokenizer(folder if has_tokenizer else name)
-    settings = settings or {key: record[key] for key in ("margin", "scale") if key in record}
-    model = SimCSE(encoder, output_emb_size=size, **settings)
+    recorded = {key: record[key] for key in ("margin", "scale", "pooling") if key in record}
+    model = SimCSE(encoder, output_emb_size=size, **{**recorded, **(settings or {})})
     model.infer_with_pooler = record.get("with_pooler", True)
+    model.matryoshka_dims = [dim for dim in record.get("matryoshka_dims", [size]) if dim <= size]
     load_state(model, state, f"{flag} {params_path}")
     model.eval()
     return model, tokenizer, make_record(model, name, record.get("max_seq_length"))
@@ -173,7 +182,8 @@ def make_record(model: SimCSE, model_name_or_path: str, max_seq_length: int | No
     import paddlenlp
 
     return {"model_name_or_path": model_name_or_path, "output_emb_size": model.output_emb_size,
-            "with_pooler": model.infer_with_pooler, "scale": model.scale, "margin": model.margin,
+            "pooling": model.pooling, "with_pooler": model.infer_with_pooler,
+            "matryoshka_dims": model.matryoshka_dims, "scale": model.scale, "margin": model.margin,
             "max_seq_length": max_seq_length, "encoder_class": type(model.ptm).__name__,
             "encoder_config": _portable(model.ptm.config.to_dict()),
             "versions": {"paddlepaddle": paddle.__version__, "paddlenlp": paddlenlp.__version__}}
@@ -195,3 +205,11 @@ def save_checkpoint(folder: str, model: SimCSE, tokenizer: Any, record: dict, pa
         write_record(temporary, record, tokenizer)
         if also:
             also(temporary)
+
+
+def save_encoder(folder: str, network: nn.Layer, tokenizer: Any, also: Callable[[str], None]) -> None:
+    """Write an encoder as --model_name_or_path takes it, and what `also` adds, to `folder`, likewise."""
+    with new_folder(folder) as temporary:
+        network.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        also(temporary)

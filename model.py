@@ -30,11 +30,13 @@ import paddle.nn.functional as F  # noqa: E402
 from paddle import nn  # noqa: E402
 
 from console import InputError, progress  # noqa: E402
+from losses import contrastive_loss, distillation_loss, gather_rows  # noqa: E402
 from tokenizing import make_batches, tokenize_windows  # noqa: E402
 
 LAUNCHER_GONE = signal.SIGUSR1  # not SIGTERM: it comes once for each thread of the launcher
 # Tokens of a batch, padding included, that keep a processor busy, by whether it is a CPU.
 BATCH_TOKENS = {True: 2048, False: 65536}
+POOLINGS = ("pooler", "cls", "mean", "first_last_avg")
 
 
 def set_device(device: str, cpu_threads: int = 0) -> None:
@@ -52,41 +54,6 @@ def set_device(device: str, cpu_threads: int = 0) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- the network
-def contrastive_loss(query: paddle.Tensor, title: paddle.Tensor, margin: float, scale: float,
-                     keys: paddle.Tensor | None = None) -> paddle.Tensor:
-    """In-batch contrastive loss of SimCSE (Gao et al. 2021, eq. 1), a margin taken off the positives' cosine.
-
-    mean_i -log softmax_j(scale * (cos(q_i, t_j) - margin * [i = j]))[i]
-
-    Args:
-        query, title: L2-normalized embeddings, float [batch, dim]; row i of one is the positive of row i of the other,
-            all other rows are its negatives.
-        margin: how much more similar than a negative a positive has to be, in cosine.
-        scale: the inverse of the temperature.
-        keys: int64 [batch], equal for equal texts, which then are not each other's negatives; None: they are.
-
-    Returns:
-        A scalar tensor.
-    """
-    cosine = paddle.matmul(query, title, transpose_y=True)
-    positive = paddle.eye(cosine.shape[0], dtype=cosine.dtype)
-    logits = scale * (cosine - margin * positive)
-    if keys is not None:
-        same = (keys.unsqueeze(0) == keys.unsqueeze(1)).astype(cosine.dtype)
-        logits = logits - 1e9 * (same - positive)
-    loss = F.cross_entropy(logits, paddle.arange(cosine.shape[0], dtype="int64"))
-    # On a CPU paddle's softmax makes ln(batch) of NaN; a run that has diverged would look like one that learns nothing.
-    return loss + 0 * cosine.detach().sum()
-
-
-def gather_rows(tensor: paddle.Tensor) -> paddle.Tensor:
-    """The rows of all ranks, rank 0's first; gradients flow to those of this rank."""
-    parts: list[paddle.Tensor] = []
-    paddle.distributed.all_gather(parts, tensor.detach())
-    parts[paddle.distributed.get_rank()] = tensor
-    return paddle.concat(parts)
-
-
 def first_token_only(encoder: nn.Layer) -> None:
     """Let the last layer of an encoder compute its first token only, the one that becomes the embedding.
 
@@ -107,8 +74,14 @@ def first_token_only(encoder: nn.Layer) -> None:
     layer.forward = forward
 
 
+def freeze_pooler(encoder: nn.Layer) -> None:
+    """Take an encoder's pooler, where it has one and nothing asks it, out of training."""
+    for parameter in encoder.pooler.parameters() if getattr(encoder, "pooler", None) else ():
+        parameter.stop_gradient = True
+
+
 class SimCSE(nn.Layer):
-    """A dual tower with shared weights: encoder -> first token [-> pooler] [-> fc] -> dropout -> L2 norm.
+    """A dual tower with shared weights: encoder -> pooling [-> fc] -> dropout -> L2 norm.
 
     Args:
         pretrained_model: an encoder as AutoModel loads it; (input_ids, token_type_ids, position_ids, attention_mask)
@@ -116,28 +89,58 @@ class SimCSE(nn.Layer):
         dropout: rate on the output vector; None: 0.1.
         margin, scale: see `contrastive_loss`.
         output_emb_size: size of the embedding; None or 0: the encoder's hidden size, without fc.
+        pooling: one of POOLINGS; see `pool`.
     """
 
     def __init__(self, pretrained_model: nn.Layer, dropout: float | None = None, margin: float = 0.0,
-                 scale: float = 20, output_emb_size: int | None = None) -> None:
+                 scale: float = 20, output_emb_size: int | None = None, pooling: str = "pooler") -> None:
         super().__init__()
-        first_token_only(pretrained_model)
+        if pooling in ("pooler", "cls"):
+            first_token_only(pretrained_model)
+        if pooling != "pooler":
+            freeze_pooler(pretrained_model)
         self.ptm = pretrained_model
         self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
         self.margin = margin
         self.scale = scale
+        self.pooling = pooling
+        self.normalizes = True  # whether embeddings are L2-normalized, as they are but for whitening
         self.infer_with_pooler = True  # what `embed` and the exported graph do; training always uses the pooler
         self.precision = "fp32"  # what `forward` and `embed` compute in; bf16 and fp16 need a GPU
         self.recomputes = False  # whether the encoder's layers are computed again for their gradients
         self.cross_device_negatives = False  # whether `loss` is that of the rows of all ranks
+        self.symmetric = False  # see `contrastive_loss`
+        self.distill_weight = 1.0  # of `distillation_loss`, where there is a teacher
         self.compared = None  # what the last `loss` was of: query, title, keys
         self.output_emb_size = output_emb_size or 0
         hidden_size = pretrained_model.config.hidden_size
         self.embedding_size = self.output_emb_size or hidden_size
+        self.matryoshka_dims = [self.embedding_size]  # the first so many numbers of an embedding have the loss, each
         self.max_positions = getattr(pretrained_model.config, "max_position_embeddings", 512)
         if self.output_emb_size:
             weight_attr = paddle.ParamAttr(initializer=nn.initializer.TruncatedNormal(std=0.02))
             self.emb_reduce_linear = nn.Linear(hidden_size, self.output_emb_size, weight_attr=weight_attr)
+
+    def pool(self, input_ids: paddle.Tensor, token_type_ids: paddle.Tensor | None = None,
+             position_ids: paddle.Tensor | None = None, attention_mask: paddle.Tensor | None = None,
+             with_pooler: bool = True) -> paddle.Tensor:
+        """A vector a text, float [batch, hidden]; arguments as in `get_pooled_embedding`.
+
+        pooler: tanh of a layer on the first token, or the first token where not `with_pooler`; cls: the first token;
+        mean: the mean over the text's tokens, [CLS] and [SEP] left out; first_last_avg: likewise, of the mean of what
+        goes into the first layer and what comes out of the last (Gao et al. 2021, section 6.2).
+        """
+        hidden_states = {"output_hidden_states": True} if self.pooling == "first_last_avg" else {}
+        outputs = self.ptm(input_ids, token_type_ids=token_type_ids, position_ids=position_ids,
+                           attention_mask=attention_mask, **hidden_states)
+        if self.pooling in ("pooler", "cls"):
+            return outputs[1] if with_pooler and self.pooling == "pooler" else outputs[0][:, 0]
+        tokens = (outputs[2][0] + outputs[2][-1]) / 2 if hidden_states else outputs[0]
+        if attention_mask is None:
+            attention_mask = input_ids != self.ptm.config.pad_token_id
+        # Of a text of n tokens, [CLS] and [SEP] among them, the first n - 2 of these are ones.
+        inner = attention_mask[:, 2:].astype(tokens.dtype).unsqueeze(-1)
+        return (tokens[:, 1:-1] * inner).sum(axis=1) / inner.sum(axis=1).clip(min=1)
 
     def get_pooled_embedding(self, input_ids: paddle.Tensor, token_type_ids: paddle.Tensor | None = None,
                              position_ids: paddle.Tensor | None = None, attention_mask: paddle.Tensor | None = None,
@@ -147,17 +150,16 @@ class SimCSE(nn.Layer):
         Args:
             input_ids, token_type_ids, position_ids: int64 [batch, length]; padding has the encoder's pad id.
             attention_mask: [batch, length], 1 for a token and 0 for padding; None: from the pad id.
-            with_pooler: take the encoder's pooled (tanh) output; otherwise the raw first token.
+            with_pooler: with pooling "pooler" take the encoder's pooled (tanh) output; otherwise the raw first token.
         """
         with self.autocast():
-            outputs = self.ptm(input_ids, token_type_ids=token_type_ids, position_ids=position_ids,
-                               attention_mask=attention_mask)
-            embedding = outputs[1] if with_pooler else outputs[0][:, 0]
+            embedding = self.pool(input_ids, token_type_ids, position_ids, attention_mask, with_pooler)
             if self.output_emb_size:
                 embedding = self.emb_reduce_linear(embedding)
         if self.precision != "fp32":
             embedding = embedding.astype("float32")  # norm, cosines and loss are of full precision
-        return F.normalize(self.dropout(embedding), p=2, axis=-1)
+        embedding = self.dropout(embedding)
+        return F.normalize(embedding, p=2, axis=-1) if self.normalizes else embedding
 
     def use_recompute(self) -> None:
         """Keep the encoder layers' inputs only, and compute each layer again for its gradients."""
@@ -185,6 +187,12 @@ class SimCSE(nn.Layer):
         for input_ids, token_type_ids in data_loader:
             yield self.embed(input_ids, token_type_ids)
 
+    @staticmethod
+    def inputs(chunk: tuple) -> tuple:
+        """`forward`'s arguments of a chunk of `batches.Batches`."""
+        query, query_types, title, title_types = chunk
+        return query, title, query_types, None, None, title_types
+
     @property
     def batch_tokens(self) -> int:
         """Tokens of a batch, padding included, where no batch size is asked for."""
@@ -207,27 +215,52 @@ class SimCSE(nn.Layer):
             [title_input_ids, title_token_type_ids, title_position_ids, title_attention_mask], with_pooler)
         return (query * title).sum(axis=-1)
 
-    def loss(self, query: paddle.Tensor, title: paddle.Tensor, keys: paddle.Tensor | None = None) -> paddle.Tensor:
-        """`contrastive_loss` of embeddings, with `cross_device_negatives` of those of all ranks: the same on each."""
+    def loss(self, query: paddle.Tensor, title: paddle.Tensor, keys: paddle.Tensor | None = None,
+             negative: paddle.Tensor | None = None, teacher: paddle.Tensor | None = None) -> paddle.Tensor:
+        """The training loss of embeddings, with `cross_device_negatives` of those of all ranks: the same on each.
+
+        `contrastive_loss`, of `matryoshka_dims` the mean; with a teacher and the `distillation_loss`.
+
+        Args:
+            query, title, negative: float [batch, embedding_size]; `negative` has more negatives for all queries.
+            keys: int64 [batch] or [batch, 2 or 3], see `same_texts`.
+            teacher: another encoder's embeddings of the queries, see `distillation_loss`.
+        """
         if self.cross_device_negatives:
-            query, title, keys = (None if rows is None else gather_rows(rows) for rows in (query, title, keys))
+            query, title, keys, negative, teacher = (
+                None if rows is None else gather_rows(rows) for rows in (query, title, keys, negative, teacher))
         self.compared = query.detach(), title.detach(), keys
-        return contrastive_loss(query, title, self.margin, self.scale, keys)
+        candidates = title if negative is None else paddle.concat([title, negative])
+
+        def of_first(dim: int) -> paddle.Tensor:
+            sides = (query, candidates)
+            if dim < self.embedding_size:
+                sides = (F.normalize(side[:, :dim], p=2, axis=-1) for side in sides)
+            return contrastive_loss(*sides, self.margin, self.scale, keys, self.symmetric)
+
+        loss = sum(map(of_first, self.matryoshka_dims)) / len(self.matryoshka_dims)
+        if teacher is not None:
+            loss = loss + self.distill_weight * distillation_loss(query, title, teacher, self.scale)
+        return loss
 
     def forward(self, query_input_ids: paddle.Tensor, title_input_ids: paddle.Tensor, query_token_type_ids=None,
                 query_position_ids=None, query_attention_mask=None, title_token_type_ids=None,
                 title_position_ids=None, title_attention_mask=None, keys: paddle.Tensor | None = None,
-                embeddings_only: bool = False) -> paddle.Tensor | tuple[paddle.Tensor, paddle.Tensor]:
-        """The contrastive loss, a scalar. In SimCSE both sides are the same texts under different dropout.
+                teacher: paddle.Tensor | None = None,
+                embeddings_only: bool = False) -> paddle.Tensor | tuple[paddle.Tensor, ...]:
+        """The training loss, a scalar. In SimCSE both sides are the same texts under different dropout.
 
         Args:
-            keys: see `contrastive_loss`.
-            embeddings_only: return the embeddings of both sides, float [batch, embedding_size], instead of the loss.
+            title_*: of the queries' titles; twice as many rows are titles, then hard negatives.
+            keys, teacher: see `loss`.
+            embeddings_only: return the embeddings of queries, titles and hard negatives, where there are any, each
+                float [batch, embedding_size], instead of the loss.
         """
         query, title = self._pair(
             [query_input_ids, query_token_type_ids, query_position_ids, query_attention_mask],
             [title_input_ids, title_token_type_ids, title_position_ids, title_attention_mask])
-        return (query, title) if embeddings_only else self.loss(query, title, keys)
+        sides = (query, *paddle.split(title, len(title) // len(query)))
+        return sides if embeddings_only else self.loss(*sides[:2], keys, *sides[2:], teacher=teacher)
 
 
 class Engine(Protocol):

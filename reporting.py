@@ -4,6 +4,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -13,7 +14,8 @@ import data
 BINS = np.linspace(-1, 1, 51)  # of the histograms of cosines
 # Flags that say where a run reads and writes, not what it learns with: no hyper-parameters.
 PLACES = ("quiet", "train_set_file", "test_set_file", "strict_data", "device", "cpu_threads", "resume", "save_dir",
-          "save_steps", "save_format", "keep_checkpoints", "eval_steps", "visualdl_dir", "visualdl_embeddings")
+          "save_steps", "save_format", "keep_checkpoints", "eval_steps", "visualdl_dir", "visualdl_embeddings",
+          "whiten")
 
 
 def read_test_set(args: argparse.Namespace) -> Callable | None:
@@ -111,14 +113,16 @@ class Reporter:
         console.log(f"global step {step}, epoch: {epoch}, batch: {batch}, loss: {value:.5f}, speed: {speed:.2f} step/s"
                     f", {left} left")
         self._scalars("train", {"loss": value, "learning_rate": learning_rate, "speed": speed}, step)
-        self._log_cosines(step)
+        if self.args.objective != "mlm":
+            self._log_cosines(step)
         self.measures["train/loss"] = None
         self.logged_step, self.logged_at = step, time.time()
 
     def _log_cosines(self, step: int) -> None:
         """How similar the last batch's positives and its negatives were, under the dropout of training."""
         query, title, keys = (None if rows is None else rows.numpy() for rows in self.model.compared)
-        different = ~np.eye(len(query), dtype=bool) if keys is None else keys[:, None] != keys
+        keys = np.arange(len(query)) if keys is None else keys.reshape(len(query), -1)[:, 0]
+        different = keys[:, None] != keys
         positives = (query * title).sum(axis=1)
         self._scalars("train", {"alignment": alignment(positives)}, step)
         self.writer.add_histogram("train/positive_cosines", positives, step, buckets=BINS)
@@ -127,50 +131,67 @@ class Reporter:
             self.writer.add_histogram("train/negative_cosines", (query @ title.T)[different], step, buckets=BINS)
         self.writer.flush()
 
-    def _encoder(self) -> Callable[[Sequence[str]], np.ndarray]:
+    def _encoder(self, precision: str = "auto") -> Callable[[Sequence[str]], np.ndarray]:
         """What gives texts' embeddings by the weights as they are now."""
         from deploy.python.predictor import make_engine
         from model import encode
 
-        engine = make_engine(self.model, "auto" if self.args.device == "cpu" else self.args.precision,
+        engine = make_engine(self.model, precision if self.args.device == "cpu" else self.args.precision,
                              self.args.cpu_threads)
         return lambda texts: encode(engine, self.tokenizer, texts, self.args.max_seq_length)
 
-    def evaluate(self, step: int) -> None:
+    def evaluate(self, step: int, group: str = "eval") -> None:
         """On rank 0, while the others wait."""
-        if self.test and self.evaluated != step:
+        if self.test and self.evaluated != (group, step):
             if self.active:
                 measures = self.test(self._encoder())
-                console.result(f"global step {step}, " + ", ".join(
+                console.result(f"global step {step}, " + "whitened, " * (group == "whitened") + ", ".join(
                     f"{name}={value}" for name, value in measures.items()))
-                self._scalars("eval", measures, step)
-                self.measures.update({f"eval/{name}": None for name in measures})
-            self.evaluated = step
+                self._scalars(group, measures, step)
+                self.measures.update({f"{group}/{name}": None for name in measures})
+            self.evaluated = (group, step)
             self.wait()
 
     def save(self, step: int) -> None:
         """On rank 0, while the others wait."""
         from checkpoint import remove_old
-        from loading import save_checkpoint
+        from loading import save_checkpoint, save_encoder
 
         if self.saved == step:
             return
         if self.active:
-            folder = os.path.join(self.args.save_dir, f"model_{step}")
-            save_checkpoint(folder, self.model, self.tokenizer, self.record, f"model_state.{self.args.save_format}",
-                            lambda temporary: self.write_state(temporary, step))
+            folder, also = os.path.join(self.args.save_dir, f"model_{step}"), partial(self.write_state, step=step)
+            if self.args.objective == "mlm":
+                save_encoder(folder, self.model.network, self.tokenizer, also)
+            else:
+                save_checkpoint(folder, self.model, self.tokenizer, self.record,
+                                f"model_state.{self.args.save_format}", also)
             console.log(f"saved {folder}")
             remove_old(self.args.save_dir, step, self.args.keep_checkpoints)
         self.saved = step
         self.wait()
 
+    def whiten(self, step: int, dim: int) -> None:
+        """Whiten the network, save it beside the checkpoint of `step`, which stays as it is, and evaluate it. On rank
+        0, while the others wait."""
+        from loading import make_record, save_checkpoint
+        from whitening import SAMPLE, whiten
+
+        if self.active:
+            sample = self.texts.sample(SAMPLE)
+            whiten(self.model, lambda: self._encoder("fp32")(sample), dim)
+            record = make_record(self.model, self.record["model_name_or_path"], self.args.max_seq_length)
+            folder = os.path.join(self.args.save_dir, f"model_{step}_whitened")
+            save_checkpoint(folder, self.model, self.tokenizer, record, f"model_state.{self.args.save_format}")
+            console.log(f"saved {folder}")
+        self.evaluate(step, "whitened")
+
     def finish(self) -> None:
         """Log what there is to say of the whole run: some texts' embeddings, and the hyper-parameters with the final
         measures. On rank 0, while the others wait."""
         if self.active:
-            if count := min(self.args.visualdl_embeddings, len(self.texts)):
-                rows = np.linspace(0, len(self.texts) - 1, count).astype(int)  # from all over the file
-                sample = data.distinct(self.texts[row] for row in rows)
+            if self.args.visualdl_embeddings:
+                sample = self.texts.sample(self.args.visualdl_embeddings)
                 self.writer.add_embeddings("texts", mat=self._encoder()(sample).tolist(), metadata=sample)
             if self.measures:
                 self.writer.add_hparams({name: value if type(value) in (int, float, str) else str(value) for name, value

@@ -1,4 +1,4 @@
-"""Train SimCSE without labels: every text against itself under another dropout, all others of the batch as negatives.
+"""Train SimCSE: every text against itself under another dropout, or against its title, the others being negatives.
 
     # a CPU
     python train.py --device cpu --train_set_file recall/train_unsupervised.csv --test_set_file recall/dev.csv
@@ -6,22 +6,27 @@
     python -u -m paddle.distributed.launch --gpus 0,1,2,3 train.py --train_set_file recall/train_unsupervised.csv
     # 2 processes on a CPU
     python -m paddle.distributed.launch --nproc_per_node 2 --backend gloo train.py --device cpu --train_set_file ...
-    # an untrained checkpoint, for comparison
+    # an untrained checkpoint, for comparison; another, whitened
     python train.py --epochs 0 --train_set_file recall/train_unsupervised.csv --test_set_file recall/dev.csv
+    python train.py --epochs 0 --pooling first_last_avg --whiten --train_set_file recall/train_unsupervised.csv
+    # pairs (query, title) or triples (and a hard negative) from there on
+    python train.py --init_from_ckpt checkpoints/model_900 --train_set_file recall/train.csv
+    # before SimCSE: the encoder itself on the same texts; its checkpoints are what --model_name_or_path takes
+    python train.py --objective mlm --train_set_file recall/train_unsupervised.csv --save_dir encoder
 
 Saves `model_<step>/` in --save_dir every --save_steps and at the end; Ctrl-C saves too, and the same command with
 --resume goes on. Evaluations go to stdout.
 """
 
 import argparse
-import itertools
 import math
 import os
 import random
-import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
+from typing import Any
 
+import batches
 import cli
 import console
 import data
@@ -32,7 +37,9 @@ from reporting import Reporter, read_test_set
 def parse_args() -> argparse.Namespace:
     parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
     group = parser.add_argument_group("data")
-    group.add_argument("--train_set_file", type=cli.readable_file, required=True, help="training texts, one a line")
+    group.add_argument("--train_set_file", type=cli.readable_file, required=True,
+                       help="training texts, one a line: SimCSE; query and title, tab-separated: supervised, the "
+                       "batch's other titles being negatives; query, title and a hard negative")
     group.add_argument("--test_set_file", type=cli.readable_file, default=None,
                        help="evaluation set: text, text, label on a line (Spearman's rho), or query, target (Recall@k "
                        "among all targets, exact search); None: no evaluation")
@@ -48,6 +55,10 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--output_emb_size", type=cli.natural_int, default=None,
                        help="size of the embedding; 0: the encoder's hidden size, without fc; None: that of "
                        "--init_from_ckpt, else 0")
+    group.add_argument("--pooling", choices=("pooler", "cls", "mean", "first_last_avg"), default=None,
+                       help="how tokens become a vector, here and in all later stages. pooler: the first one through a "
+                       "layer and tanh; cls: the first one; mean: of the text's tokens; first_last_avg: that, of the "
+                       "first layer's input and the last's output; None: that of --init_from_ckpt, else pooler")
     group.add_argument("--dropout", type=cli.probability, default=0.1, help="hidden and attention dropout rate")
     group.add_argument("--output_dropout", type=cli.probability, default=0.1, help="dropout rate of the output vector")
     group.add_argument("--margin", type=cli.natural_float, default=0.0,
@@ -56,7 +67,31 @@ def parse_args() -> argparse.Namespace:
                        help="factor on the cosines before the softmax, the inverse of the temperature")
     group.add_argument("--infer_with_fc_pooler", action="store_true",
                        help="evaluation and the later stages go through pooler and fc; without it, the raw first token "
-                       "goes through the fc")
+                       "goes through the fc. Any other --pooling is the same everywhere")
+    group = parser.add_argument_group("objective")
+    group.add_argument("--objective", choices=("contrastive", "mlm"), default="contrastive",
+                       help="mlm: masked language modelling, which makes an encoder for --model_name_or_path")
+    group.add_argument("--mlm_probability", type=cli.proportion, default=None,
+                       help="part of the tokens that --objective mlm predicts, whole words at a time; None: 0.15")
+    group.add_argument("--crop_rate", type=cli.probability, default=0.0,
+                       help="each view of a text lacks up to this part of it, at its ends; 0: views are whole")
+    group.add_argument("--dup_rate", type=cli.probability, default=0.0,
+                       help="each view says up to this part of its tokens twice (ESimCSE); 0: none")
+    group.add_argument("--symmetric_loss", action="store_true",
+                       help="the mean of the loss of queries among titles and of titles among queries")
+    group.add_argument("--final_scale", type=cli.positive_float, default=None,
+                       help="--scale at the last step, to which it goes linearly; None: it stays")
+    group.add_argument("--matryoshka_dims", type=cli.dims, default=None,
+                       help="sizes below --output_emb_size, such as 128,64, for which the first numbers of an "
+                       "embedding are trained too; later stages take any of them as --output_emb_size")
+    group.add_argument("--distill_from", type=cli.readable_file, default=None,
+                       help="another encoder's embeddings of the training texts, .npy, as inference.py writes them, "
+                       "whose similarities are learnt as well")
+    group.add_argument("--distill_weight", type=cli.positive_float, default=None,
+                       help="weight of the loss of --distill_from; None: 1")
+    group.add_argument("--whiten", nargs="?", type=cli.natural_int, const=0, default=None, metavar="SIZE",
+                       help="when training is over make embeddings of SIZE uncorrelated numbers of equal variance, in "
+                       "a checkpoint model_<step>_whitened of its own; 0: as many as they have; None: do not")
     group = parser.add_argument_group("optimization")
     group.add_argument("--batch_size", type=cli.positive_int, default=32, help="texts per batch and device")
     group.add_argument("--learning_rate", type=cli.positive_float, default=5e-5, help="highest learning rate of AdamW")
@@ -107,6 +142,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--visualdl_embeddings", type=cli.natural_int, default=0,
                        help="training texts whose embeddings VisualDL shows when training is over; 0: none")
     args = parser.parse_args()
+    check_objective(parser, args)
     if args.precision != "fp32" and args.device != "gpu":
         parser.error(f"--precision {args.precision} needs --device gpu: paddle has no such training on a CPU")
     cli.check_device_arguments(parser, args)
@@ -120,6 +156,36 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+# Flags of the contrastive objective, which --objective mlm does not have.
+CONTRASTIVE = ("test_set_file", "init_from_ckpt", "output_emb_size", "output_dropout", "margin", "scale", "pooling",
+               "infer_with_fc_pooler", "crop_rate", "dup_rate", "symmetric_loss", "final_scale", "matryoshka_dims",
+               "distill_from", "whiten", "cross_device_negatives", "keep_duplicate_negatives", "gradient_cache",
+               "use_recompute", "save_format", "visualdl_embeddings")
+
+
+def check_objective(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse flags of another objective than --objective."""
+    if args.objective == "mlm":
+        if other := [name for name in CONTRASTIVE if getattr(args, name) != parser.get_default(name)]:
+            parser.error(f"--{other[0]} is not for --objective mlm")
+        args.mlm_probability = args.mlm_probability or 0.15
+    elif args.mlm_probability is not None:
+        parser.error("--mlm_probability needs --objective mlm")
+    if args.distill_weight and not args.distill_from:
+        parser.error("--distill_weight needs --distill_from")
+
+
+def read_training_set(args: argparse.Namespace) -> data.TextFile:
+    """The file of --train_set_file, of one, two or three columns, for which the flags have to make sense."""
+    flag = "--train_set_file"
+    columns = data.count_columns(args.train_set_file, flag, (1, 2, 3)) if os.path.isfile(args.train_set_file) else 1
+    one_column = {"--objective mlm": args.objective == "mlm", "--crop_rate": args.crop_rate,
+                  "--dup_rate": args.dup_rate, "--distill_from": args.distill_from}
+    if columns > 1 and (asked := [name for name, given in one_column.items() if given]):
+        raise console.InputError(f"{asked[0]} is for texts, one a line; {args.train_set_file} has {columns} columns")
+    return data.TextFile(args.train_set_file, flag, args.strict_data, columns)
+
+
 def set_seed(seed: int) -> None:
     import numpy as np
     import paddle
@@ -129,7 +195,7 @@ def set_seed(seed: int) -> None:
     paddle.seed(seed)
 
 
-def build_model(args: argparse.Namespace):
+def build_model(args: argparse.Namespace) -> tuple[Any, Any, dict]:
     """The network to train, its tokenizer and the record that goes beside its checkpoints."""
     import paddle
 
@@ -137,23 +203,33 @@ def build_model(args: argparse.Namespace):
     from loading import load_encoder, load_model, make_record
     from model import SimCSE, check_length
 
-    settings = {"dropout": args.output_dropout, "margin": args.margin, "scale": args.scale}
-    if args.resume:
-        model, tokenizer, record = load_model(cli.checkpoint_file(args.resume), None, args.output_emb_size, "--resume",
-                                              args.dropout, settings)
-        name = record["model_name_or_path"]
-    elif args.init_from_ckpt:
-        model, tokenizer, record = load_model(args.init_from_ckpt, args.model_name_or_path, args.output_emb_size,
-                                              "--init_from_ckpt", args.dropout, settings)
+    if args.objective == "mlm":
+        from mlm import MaskedLM
+
+        name = args.resume or args.model_name_or_path or data.DEFAULT_MODEL
+        model, tokenizer = MaskedLM(name, args.dropout), tokenizing.load_tokenizer(name)
+        check_length(model, args.max_seq_length)
+        if args.device == "cpu":
+            train_faster_on_cpu(model)
+        return model, tokenizer, {}
+    settings = {"dropout": args.output_dropout, "margin": args.margin, "scale": args.scale,
+                **({"pooling": args.pooling} if args.pooling else {})}
+    if args.resume or args.init_from_ckpt:
+        path, flag = ((cli.checkpoint_file(args.resume), "--resume") if args.resume else
+                      (args.init_from_ckpt, "--init_from_ckpt"))
+        model, tokenizer, record = load_model(path, None if args.resume else args.model_name_or_path,
+                                              args.output_emb_size, flag, args.dropout, settings)
         name = record["model_name_or_path"]
     else:
         name = args.model_name_or_path or data.DEFAULT_MODEL
         model = SimCSE(load_encoder(name, args.dropout), output_emb_size=args.output_emb_size, **settings)
         tokenizer = tokenizing.load_tokenizer(name)
     check_length(model, args.max_seq_length)
-    model.infer_with_pooler = args.infer_with_fc_pooler
-    model.precision = args.precision
+    model.infer_with_pooler = args.infer_with_fc_pooler or model.pooling != "pooler"
+    model.precision, model.symmetric = args.precision, args.symmetric_loss
+    model.distill_weight = args.distill_weight or 1.0
     model.cross_device_negatives = args.cross_device_negatives and paddle.distributed.get_world_size() > 1
+    set_dims(args, model)
     if args.use_recompute:
         model.use_recompute()
     if args.device == "cpu":
@@ -161,29 +237,23 @@ def build_model(args: argparse.Namespace):
     return model, tokenizer, make_record(model, name, args.max_seq_length)
 
 
-def batches_of(texts: Sequence[str], sampler: Iterable, tokenizer, args: argparse.Namespace) -> Iterator[tuple]:
-    """Yield the sampler's batches while the step before runs: chunks, each (input_ids, token_type_ids), and the texts'
-    keys, which are None where duplicates are to be negatives, and rows."""
-    def batch(rows) -> tuple:
-        ids = tokenizer([texts[row] for row in rows], args.max_seq_length)
-        pad_id, size = tokenizer.pad_token_id, (args.chunk_size or 32) if args.gradient_cache else len(ids)
-        chunks = [tokenizing.pad(ids[start : start + size], pad_id) for start in range(0, len(ids), size)]
-        return chunks, None if args.keep_duplicate_negatives else tokenizing.text_keys(ids), rows
+def set_dims(args: argparse.Namespace, model) -> None:
+    """Have the network train embeddings of --matryoshka_dims as well; refuse sizes that it cannot have."""
+    size, smaller = model.embedding_size, args.matryoshka_dims or []
+    if smaller and (not model.output_emb_size or max(smaller) >= size):
+        raise console.InputError(f"--matryoshka_dims {','.join(map(str, smaller))}: have to be smaller than "
+                                 f"--output_emb_size, which is {model.output_emb_size}")
+    if args.whiten and args.whiten > size:
+        raise console.InputError(f"--whiten {args.whiten}: embeddings have {size} numbers")
+    model.matryoshka_dims = [size, *smaller]
 
-    return tokenizing.prefetch(batch(rows) for rows in sampler)
 
-
-def groups_after(step: int, epoch_steps: int, args: argparse.Namespace, texts: Sequence[str],
-                 sampler: tokenizing.ShuffledBatches, tokenizer) -> Iterator[tuple[int, int, list]]:
-    """Yield, for every step after `step`, its epoch and its place in it, both from 1, and its batches."""
-    size = args.gradient_accumulation_steps
-    for epoch in range(step // epoch_steps, args.epochs):
-        first = max(0, step - epoch * epoch_steps)
-        sampler.start_at(epoch, first * size)
-        batches = batches_of(texts, sampler, tokenizer, args)
-        groups = iter(lambda: list(itertools.islice(batches, size)), [])  # noqa: B023
-        for number, group in enumerate(groups, start=first + 1):
-            yield epoch + 1, number, group
+def build_batches(args: argparse.Namespace, texts: data.TextFile, tokenizer):
+    """What makes the batches of the objective."""
+    if args.objective == "mlm":
+        return batches.MaskedBatches(texts, tokenizer, args)
+    teacher = data.load_embeddings(args.distill_from, "--distill_from", len(texts)) if args.distill_from else None
+    return batches.Batches(texts, tokenizer, args, teacher)
 
 
 def build_optimizer(args: argparse.Namespace, model, steps: int):
@@ -200,80 +270,7 @@ def build_optimizer(args: argparse.Namespace, model, steps: int):
     return optimizer, schedule
 
 
-class Stop:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step at hand; a second one ends at once.
-
-    Not so under a launcher: it sends SIGTERM twice, a second apart, and kills three seconds later.
-    """
-
-    signal = None
-
-    def __init__(self) -> None:
-        from model import LAUNCHER_GONE
-
-        self.launched = "PADDLE_TRAINER_ID" in os.environ
-        for number in (signal.SIGINT, signal.SIGTERM, LAUNCHER_GONE):
-            signal.signal(number, self._request)
-
-    def _request(self, number: int, _) -> None:
-        if self.launched:
-            self.signal = signal.SIGTERM
-            return
-        self.signal = number
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
-        console.log(f"{signal.Signals(number).name}: saving after this step; once more to stop without saving")
-
-    def requested(self, step: int) -> bool:
-        """Whether to stop after `step`. Ranks stop after the same one, so they ask each other, every 10 steps."""
-        import paddle
-
-        if paddle.distributed.get_world_size() == 1:
-            return self.signal is not None
-        if step % 10:
-            return False
-        signals = paddle.to_tensor([self.signal or 0])
-        paddle.distributed.all_reduce(signals, op=paddle.distributed.ReduceOp.MAX)
-        self.signal = int(signals) or None
-        return self.signal is not None
-
-
-# What a run depends on: going on from its checkpoint with another would be neither that run nor a new one.
-RUN = ("batch_size", "gradient_accumulation_steps", "epochs", "seed", "max_seq_length", "learning_rate",
-       "warmup_proportion", "weight_decay", "max_grad_norm", "dropout", "output_dropout", "margin", "scale",
-       "precision", "cross_device_negatives", "keep_duplicate_negatives", "gradient_cache", "chunk_size")
-
-
-def run_of(args: argparse.Namespace, texts: data.TextFile, ranks: int) -> dict:
-    """What the run depends on, by flag; the training file by its content."""
-    return {"train_set_file": data.file_digest(texts.path), "number of processes": ranks,
-            **{name: getattr(args, name) for name in RUN}}
-
-
-def resumed_step(args: argparse.Namespace, run: dict, model, optimizer, scaler) -> int:
-    """The step of the checkpoint in --resume, whose state optimizer, schedule and scaler get; 0 without one.
-
-    Raises:
-        InputError: it is of a run with another training file, batch size or other setting.
-    """
-    from checkpoint import read_training_record, restore_optimizer
-
-    if not args.resume:
-        return 0
-    record = read_training_record(args.resume)
-    if other := [name for name in run if record["run"].get(name) != run[name]]:
-        changes = ", ".join(name if name == "train_set_file" else f"{name} {run[name]} instead of {record['run'][name]}"
-                            for name in other)
-        raise console.InputError(f"--resume {args.resume}: is of a run with another {changes}; --init_from_ckpt "
-                                 "starts a new run from its weights")
-    restore_optimizer(args.resume, model, optimizer, record)
-    if record["scaler"]:
-        scaler.load_state_dict(record["scaler"])
-    console.log(f"going on from {args.resume}")
-    return record["step"]
-
-
-def diverged(step: int, loss, group: list[tuple], texts: data.TextFile, reporter: Reporter) -> bool:
+def diverged(step: int, loss, group: list[batches.Batch], texts: data.TextFile, reporter: Reporter) -> bool:
     """Whether the loss is no number; if so, says what can be said and saves, where the weights still are numbers."""
     import paddle
 
@@ -281,7 +278,7 @@ def diverged(step: int, loss, group: list[tuple], texts: data.TextFile, reporter
         return False
     if all(bool(paddle.isfinite(parameter).all()) for parameter in reporter.model.parameters()):
         reporter.save(step)
-    lines = sorted(texts.line_number(row) for _, _, rows in group for row in rows)
+    lines = sorted(texts.line_number(row) for batch in group for row in batch.rows)
     console.log(f"train.py: error: the loss of step {step + 1} is {float(loss)}; its batch is lines "
                 f"{', '.join(map(str, lines[:100]))} of --train_set_file. A lower --learning_rate, "
                 "--max_grad_norm 1 or --warmup_proportion 0.1 may help")
@@ -294,8 +291,9 @@ def train(args: argparse.Namespace, texts: data.TextFile, evaluate: Callable | N
     import paddle
 
     from backward import backward
-    from checkpoint import prepare_save_dir, write_training_state
+    from checkpoint import prepare_save_dir, resumed_step, run_of, write_training_state
     from model import is_first_rank, join_ranks, wait_for_ranks
+    from stopping import Stop
 
     set_seed(args.seed)
     model, tokenizer, record = build_model(args)
@@ -305,6 +303,7 @@ def train(args: argparse.Namespace, texts: data.TextFile, evaluate: Callable | N
     wait_for_ranks()
     if ranks > 1:
         network = paddle.DataParallel(model)  # gives all ranks the weights of rank 0
+    makes = build_batches(args, texts, tokenizer)
     sampler = tokenizing.ShuffledBatches(len(texts), args.batch_size, rank, ranks)
     epoch_steps = -(-len(sampler) // args.gradient_accumulation_steps)
     optimizer, schedule = build_optimizer(args, model, epoch_steps * args.epochs)
@@ -316,10 +315,11 @@ def train(args: argparse.Namespace, texts: data.TextFile, evaluate: Callable | N
                             "step": step, "run": run, "scaler": numbers(scaler.state_dict())}))
     stop = Stop()
     with console.progress("training", reporter.steps, "steps", lines=False, done=step) as advance:
-        for epoch, number, group in groups_after(step, epoch_steps, args, texts, sampler, tokenizer):
+        for epoch, number, group in batches.groups_after(step, epoch_steps, args, sampler, makes):
             model.train()
             # Dropout is a function of seed, rank and step, so that a resumed run has what an unbroken one has.
             paddle.seed(((args.seed + rank) * 1_000_003 + step) % 2**31)
+            model.scale = scale_at(step, reporter.steps, args)
             for batch in group:
                 loss = backward(network, model, batch, lambda loss: scaler.scale(loss / len(group)),  # noqa: B023
                                 last=batch is group[-1])
@@ -343,8 +343,15 @@ def train(args: argparse.Namespace, texts: data.TextFile, evaluate: Callable | N
                 return 128 + stop.signal
     reporter.save(step)
     reporter.evaluate(step)
+    if args.whiten is not None:
+        reporter.whiten(step, args.whiten or model.embedding_size)
     reporter.finish()
     return 0
+
+
+def scale_at(step: int, steps: int, args: argparse.Namespace) -> float:
+    """--scale on its way to --final_scale, which the last of the steps has."""
+    return args.scale + ((args.final_scale or args.scale) - args.scale) * step / max(1, steps - 1)
 
 
 def numbers(state: dict) -> dict:
@@ -354,15 +361,15 @@ def numbers(state: dict) -> dict:
 
 def main() -> None:
     args = parse_args()
-    texts = data.TextFile(args.train_set_file, "--train_set_file", args.strict_data)
+    texts = read_training_set(args)
     evaluate = read_test_set(args)
     if args.resume == "auto":
         from checkpoint import newest_resumable
 
         args.resume = newest_resumable(args.save_dir)
     model = args.resume or args.init_from_ckpt or args.model_name_or_path or data.DEFAULT_MODEL
-    cli.announce(args, model, cli.count(texts, "training text"),
-                 f"{args.epochs} epochs in batches of {args.batch_size}")
+    noun = f"training {('text', 'pair', 'triple')[texts.columns - 1]}"
+    cli.announce(args, model, cli.count(texts, noun), f"{args.epochs} epochs in batches of {args.batch_size}")
 
     from model import is_first_rank, set_device
 

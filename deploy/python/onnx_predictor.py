@@ -107,7 +107,7 @@ class OnnxPredictor:
             raise InputError(f"--model_dir {model_dir}: {ONNX_FILE} cannot be run: {first_line(error)}") from None
         self.max_positions = read_record(model_dir).get("encoder_config", {}).get("max_position_embeddings", 512)
         self.batch_tokens = BATCH_TOKENS[True]
-        self.embedding_size = self.embed(*[np.ones([1, 1], "int64")] * 2).shape[1]
+        self.embedding_size = self.embed(*[np.ones([1, 3], "int64")] * 2).shape[1]
 
     def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
         """int64 [batch, length] twice to float32 [batch, embedding_size], L2-normalized."""

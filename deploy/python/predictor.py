@@ -123,7 +123,7 @@ class Predictor:
         self.predictor = paddle.inference.create_predictor(config)
         self.inputs = [self.predictor.get_input_handle(name) for name in self.predictor.get_input_names()]
         self.output = self.predictor.get_output_handle(self.predictor.get_output_names()[0])
-        self.embedding_size = self.embed(*[np.ones([1, 1], "int64")] * 2).shape[1]  # known only after a run
+        self.embedding_size = self.embed(*[np.ones([1, 3], "int64")] * 2).shape[1]  # known only after a run
 
     def _use_cpu(self, config: Any, threads: int, enable_mkldnn: bool) -> None:
         config.disable_gpu()

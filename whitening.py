@@ -1,0 +1,55 @@
+"""Whitening of embeddings (Su et al. 2021, arXiv:2103.15316), folded into the fc: later stages see an ordinary one."""
+
+from collections.abc import Callable
+
+import numpy as np
+from paddle import nn
+
+from model import SimCSE
+
+SAMPLE = 16384  # rows of the training file that mean and covariance are taken of
+RIDGE = 0.01
+
+
+def whitening(vectors: np.ndarray, dim: int, ridge: float = RIDGE) -> tuple[np.ndarray, np.ndarray]:
+    """The affine map to `dim` uncorrelated numbers of equal variance, those of largest variance first: x -> x W + b.
+
+    With U S U' the covariance, W = U (S + ridge * mean(S))^-1/2 (algorithm 1, without a ridge there), b = -mean W.
+
+    Args:
+        vectors: float [texts, size].
+        dim: at most size.
+        ridge: what keeps directions of next to no variance, which are noise, from being blown up.
+
+    Returns:
+        W float64 [size, dim], b float64 [dim].
+    """
+    vectors = vectors.astype("float64")
+    mean = vectors.mean(axis=0)
+    centred = vectors - mean
+    values, directions = np.linalg.eigh(centred.T @ centred / len(vectors))
+    values, directions = np.maximum(values[::-1], 0), directions[:, ::-1]
+    weight = (directions / np.sqrt(values + ridge * values.mean() + 1e-12))[:, :dim]
+    return weight, -mean @ weight
+
+
+def whiten(model: SimCSE, encode: Callable[[], np.ndarray], dim: int) -> None:
+    """Whiten the network's embeddings; it gets an fc of `dim`, of which the first half, quarter and eighth are
+    embeddings too.
+
+    Args:
+        encode: gives the network's embeddings of some texts, float32 [texts, embedding_size].
+    """
+    model.normalizes = False  # the fc comes before the norm
+    try:
+        weight, bias = whitening(encode(), dim)
+    finally:
+        model.normalizes = True
+    if model.output_emb_size:
+        before = model.emb_reduce_linear
+        weight, bias = before.weight.numpy() @ weight, before.bias.numpy() @ weight + bias
+    model.output_emb_size = model.embedding_size = dim
+    model.matryoshka_dims = [dim // part for part in (1, 2, 4, 8) if dim // part]
+    model.emb_reduce_linear = nn.Linear(*weight.shape)
+    model.emb_reduce_linear.weight.set_value(weight.astype("float32"))
+    model.emb_reduce_linear.bias.set_value(bias.astype("float32"))
