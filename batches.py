@@ -62,7 +62,7 @@ def view(ids: Ids, args: argparse.Namespace, random: np.random.Generator) -> Ids
     return ids if len(ids) <= args.max_seq_length else [*ids[: args.max_seq_length - 1], ids[-1]]
 
 
-def _chunks(sides: list[list[Ids]], size: int, pad_id: int) -> list[tuple[np.ndarray, ...]]:
+def chunks_of(sides: list[list[Ids]], size: int, pad_id: int) -> list[tuple[np.ndarray, ...]]:
     """The queries and their titles, `size` of each at a time: input_ids and token_type_ids of both."""
     chunks = []
     for start in range(0, len(sides[0]), size):
@@ -104,7 +104,7 @@ class Batches:
         size, pad_id = (args.chunk_size or 32) if args.gradient_cache else len(rows), self.tokenizer.pad_token_id
         keys = None if args.keep_duplicate_negatives else np.stack(list(map(tokenizing.text_keys, texts)), axis=1)
         teacher = None if self.teacher is None else np.asarray(self.teacher[rows], "float32")
-        return Batch(_chunks(sides, size, pad_id), keys, rows, teacher)
+        return Batch(chunks_of(sides, size, pad_id), keys, rows, teacher)
 
 
 class MaskedBatches:

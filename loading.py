@@ -59,14 +59,14 @@ def load_encoder(model_name_or_path: str, dropout: float | None = None, kind: st
         if name.endswith(".pdparams"):  # paddlenlp would run what is in it
             read_weights(os.path.join(model_name_or_path, name), "--model_name_or_path")
     seen = _NewlyInitialized()
-    logger.logger.addHandler(seen)
+    handlers, logger.logger.handlers = logger.logger.handlers, [seen]  # its several lines become one below
     try:
         encoder = getattr(paddlenlp.transformers, kind).from_pretrained(model_name_or_path, **rates)
     except Exception as error:  # paddlenlp raises OSError, ValueError, KeyError, RuntimeError for the same reasons
         raise InputError(f"--model_name_or_path {model_name_or_path}: neither a folder with an encoder nor one that "
                          f"can be fetched by that name: {first_line(error)}") from None
     finally:
-        logger.logger.removeHandler(seen)
+        logger.logger.handlers = handlers
     if missing := [name for name in seen.layers if may_start_at_random not in name and "pooler" not in name]:
         raise InputError(f"--model_name_or_path {model_name_or_path}: its weights lack {_some(missing)}")
     if seen.layers:

@@ -138,9 +138,9 @@ class SimCSE(nn.Layer):
         tokens = (outputs[2][0] + outputs[2][-1]) / 2 if hidden_states else outputs[0]
         if attention_mask is None:
             attention_mask = input_ids != self.ptm.config.pad_token_id
-        # Of a text of n tokens, [CLS] and [SEP] among them, the first n - 2 of these are ones.
-        inner = attention_mask[:, 2:].astype(tokens.dtype).unsqueeze(-1)
-        return (tokens[:, 1:-1] * inner).sum(axis=1) / inner.sum(axis=1).clip(min=1)
+        order = attention_mask.astype("int32").cumsum(axis=1)  # from 1 to the last token's, which padding has as well
+        inner = ((order > 1) & (order < order[:, -1:])).astype(tokens.dtype).unsqueeze(-1)
+        return (tokens * inner).sum(axis=1) / inner.sum(axis=1).clip(min=1)
 
     def get_pooled_embedding(self, input_ids: paddle.Tensor, token_type_ids: paddle.Tensor | None = None,
                              position_ids: paddle.Tensor | None = None, attention_mask: paddle.Tensor | None = None,

@@ -14,8 +14,9 @@ import numpy as np
 import paddle
 from paddlenlp.transformers import ErnieConfig, ErnieModel
 
-import tokenizing
 import backward
+import batches
+import tokenizing
 
 SIZES = {"vocab_size": 200, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
          "intermediate_size": 32, "max_position_embeddings": 40}
@@ -24,7 +25,8 @@ ROWS = 6
 CASES = {
     "plain": {}, "cross": {"cross": True}, "cached": {"chunk": 4}, "cross_cached": {"cross": True, "chunk": 4},
     "recomputed": {"recompute": True}, "recomputed_cached": {"recompute": True, "chunk": 4},
-    "accumulated": {"batches": 2}, "accumulated_cached": {"batches": 2, "chunk": 4}}
+    "accumulated": {"batches": 2}, "accumulated_cached": {"batches": 2, "chunk": 4}, "pairs": {"pairs": True},
+    "cross_pairs": {"pairs": True, "cross": True}, "cross_pairs_cached": {"pairs": True, "cross": True, "chunk": 4}}
 
 
 def texts(number: int, rows: int = ROWS) -> list[list[int]]:
@@ -34,10 +36,18 @@ def texts(number: int, rows: int = ROWS) -> list[list[int]]:
     return [*ids[:-1], ids[0]] if number % 2 else ids
 
 
-def batch_of(ids: list[list[int]], chunk: int | None = None, keys: bool = True) -> tuple:
-    size = chunk or len(ids)
-    return ([tokenizing.pad(ids[start : start + size], 0) for start in range(0, len(ids), size)],
-            tokenizing.text_keys(ids) if keys else None)
+def rotated(ids: list, by: int) -> list:
+    """Every ROWS texts rotated among themselves."""
+    return [text for start in range(0, len(ids), ROWS) for text in (ids[start : start + ROWS] * 2)[by : by + ROWS]]
+
+
+def batch_of(ids: list[list[int]], chunk: int | None = None, keys: bool = True, pairs: bool = False) -> batches.Batch:
+    """The texts under two dropouts; or, with `pairs`, each with the one after it as its title and the one after that as
+    its hard negative."""
+    sides = [rotated(ids, by) for by in range(3)] if pairs else [ids, ids]
+    texts = sides if pairs else sides[:1]
+    return batches.Batch(batches.chunks_of(sides, chunk or len(ids), 0),
+                         np.stack([tokenizing.text_keys(side) for side in texts], axis=1) if keys else None)
 
 
 def tiny(dropout: float = 0.0, recompute: bool = False) -> m.SimCSE:
@@ -50,16 +60,16 @@ def tiny(dropout: float = 0.0, recompute: bool = False) -> m.SimCSE:
     return network
 
 
-def gradients(batches: list[list[list[int]]], dropout: float = 0.0, chunk: int | None = None, cross: bool = False,
-              recompute: bool = False, keys: bool = True) -> dict[str, np.ndarray]:
-    """The loss of the last of the batches, and the mean of the gradients of all."""
+def gradients(steps: list[list[list[int]]], dropout: float = 0.0, chunk: int | None = None, cross: bool = False,
+              recompute: bool = False, keys: bool = True, pairs: bool = False, **about) -> dict[str, np.ndarray]:
+    """The loss of the last of the steps, and the mean of the gradients of all."""
     model = tiny(dropout, recompute)
     network = paddle.DataParallel(model) if paddle.distributed.get_world_size() > 1 else model
     model.cross_device_negatives = cross
     paddle.seed(7)
-    for number, ids in enumerate(batches, start=1):
-        loss = backward.backward(network, model, batch_of(ids, chunk, keys), lambda loss: loss / len(batches),
-                              last=number == len(batches))
+    for number, ids in enumerate(steps, start=1):
+        batch = batch_of(ids, chunk, keys, pairs)._replace(**about)
+        loss = backward.backward(network, model, batch, lambda loss: loss / len(steps), last=number == len(steps))
     named = {name: tensor.grad.numpy() for name, tensor in model.named_parameters() if tensor.grad is not None}
     return {"loss": loss.numpy(), **named}
 

@@ -45,12 +45,12 @@ def mean(parts):
     return {name: np.mean([part[name] for part in parts], axis=0) for name in parts[0]}
 
 
-@pytest.mark.parametrize("name", ["cross", "cross_cached"])
+@pytest.mark.parametrize("name", ["cross", "cross_cached", "cross_pairs", "cross_pairs_cached"])
 def test_negatives_of_all_ranks_are_one_process_with_a_larger_batch(of_ranks, name):
-    expected = gradients.gradients([texts(0) + texts(1)])
+    expected = gradients.gradients([texts(0) + texts(1)], pairs="pairs" in name)
     for rank in of_ranks[name]:
         assert_same(rank, expected)
-    assert abs(expected["loss"] - of_ranks["plain"][0]["loss"]) > 0.1
+    assert abs(expected["loss"] - of_ranks["pairs" if "pairs" in name else "plain"][0]["loss"]) > 0.1
 
 
 @pytest.mark.parametrize("name", ["plain", "cached", "recomputed", "recomputed_cached"])
@@ -76,10 +76,10 @@ def test_a_cached_step_is_a_plain_one(chunk):
     ids = texts(1, 10)
     network = tiny(0.3)
     paddle.seed(7)
-    chunks, keys = batch_of(ids, chunk)
-    views = [network(ids, ids, types, title_token_type_ids=types, embeddings_only=True)
-             for ids, types in (map(paddle.to_tensor, each) for each in chunks)]
-    loss = network.loss(*(paddle.concat(side) for side in zip(*views)), paddle.to_tensor(keys))
+    batch = batch_of(ids, chunk)
+    views = [network(*network.inputs([paddle.to_tensor(each) for each in arrays]), embeddings_only=True)
+             for arrays in batch.chunks]
+    loss = network.loss(*(paddle.concat(side) for side in zip(*views)), paddle.to_tensor(batch.keys))
     loss.backward()
     expected = {"loss": loss.numpy(), **{name: p.grad.numpy() for name, p in network.named_parameters()
                                          if p.grad is not None}}
@@ -92,8 +92,8 @@ def test_duplicates_are_no_negatives():
     """A batch in which a text stands twice, against the loss written out without the two pairs."""
     ids = texts(1)
     network = tiny()
-    (batch,), keys = batch_of(ids)
-    vectors = network.embed(*batch).numpy()
+    batch = batch_of(ids)
+    keys, vectors = batch.keys[:, 0], network.embed(*batch.chunks[0][:2]).numpy()
     logits = 20 * (vectors @ vectors.T - 0.1 * np.eye(6))
     logits[0, 5] = logits[5, 0] = -np.inf
     expected = np.mean(np.log(np.exp(logits).sum(axis=1)) - np.diag(logits))

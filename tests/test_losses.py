@@ -1,0 +1,142 @@
+"""The losses of training against formulas written out in numpy, and poolings against their definitions."""
+
+import numpy as np
+import paddle
+import pytest
+from paddlenlp.transformers import BertConfig, BertModel
+from test_model import SIZES, ids, tensors, tiny
+
+import losses
+import model as m
+from deploy.python.predictor import make_engine
+from tokenizing import pad
+
+
+def vectors(*shape, seed=0):
+    values = np.random.default_rng(seed).standard_normal(shape).astype("float32")
+    return values / np.linalg.norm(values, axis=-1, keepdims=True)
+
+
+def cross_entropy(logits):
+    return np.mean(np.log(np.exp(logits).sum(axis=1)) - np.diag(logits))
+
+
+# ---------------------------------------------------------------------------------------------------------- losses
+def test_hard_negatives_are_more_candidates():
+    query, title, negative = vectors(3, 5, 8)
+    logits = 20 * (query @ np.concatenate([title, negative]).T - 0.1 * np.eye(5, 10))
+    got = losses.contrastive_loss(*tensors(query, np.concatenate([title, negative])), 0.1, 20)
+    assert float(got) == pytest.approx(cross_entropy(logits), rel=1e-5)
+
+
+def test_symmetric_loss_is_the_mean_of_both_directions():
+    query, title = vectors(2, 5, 8)
+    logits = 20 * (query @ title.T - 0.1 * np.eye(5))
+    got = losses.contrastive_loss(*tensors(query, title), 0.1, 20, None, True)
+    assert float(got) == pytest.approx((cross_entropy(logits) + cross_entropy(logits.T)) / 2, rel=1e-5)
+
+
+def test_what_says_the_same_is_no_negative():
+    """Queries 0 and 3 are one; title 2 is query 1's text; hard negative 0 is title 1; title 4 is title 0."""
+    keys = np.array([[1, 11, 12], [2, 12, 90], [3, 2, 91], [1, 13, 92], [5, 11, 93]])
+    hidden = losses.same_texts(paddle.to_tensor(keys)).numpy()
+    expected = np.zeros((5, 10), bool)
+    expected[range(5), range(5)] = True
+    for row, column in ((0, 3), (3, 0), (1, 2), (0, 4), (4, 0), (1, 5)):
+        expected[row, column] = True
+    np.testing.assert_array_equal(hidden, expected)
+    query, title, negative = vectors(3, 5, 8)
+    candidates = np.concatenate([title, negative])
+    logits = np.where(expected & ~np.eye(5, 10, dtype=bool), -np.inf, 20 * query @ candidates.T)
+    got = losses.contrastive_loss(*tensors(query, candidates), 0.0, 20, paddle.to_tensor(keys))
+    assert float(got) == pytest.approx(cross_entropy(logits), rel=1e-5)
+
+
+def test_one_column_of_keys_is_texts_against_themselves():
+    keys = paddle.to_tensor([4, 5, 4])
+    expected = [[True, False, True], [False, True, False], [True, False, True]]
+    np.testing.assert_array_equal(losses.same_texts(keys).numpy(), expected)
+    np.testing.assert_array_equal(losses.same_texts(keys.reshape([3, 1])).numpy(), expected)
+
+
+def test_matryoshka_is_the_mean_over_prefixes():
+    network = tiny()
+    network.matryoshka_dims = [8, 4, 2]
+    query, title = vectors(2, 5, 8)
+    expected = []
+    for dim in (8, 4, 2):
+        sides = [side[:, :dim] / np.linalg.norm(side[:, :dim], axis=1, keepdims=True) for side in (query, title)]
+        expected.append(cross_entropy(20 * sides[0] @ sides[1].T))
+    assert float(network.loss(*tensors(query, title))) == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+def test_distillation_is_the_divergence_from_the_teacher():
+    (query, title), teacher = vectors(2, 5, 8), vectors(5, 3, seed=1)
+
+    def softmax(logits):
+        return np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+
+    wanted, student = softmax(20 * teacher @ teacher.T), softmax(20 * query @ title.T)
+    expected = np.mean((wanted * np.log(wanted / student)).sum(axis=1))
+    got = losses.distillation_loss(*tensors(query, title, teacher), 20)
+    assert float(got) == pytest.approx(expected, rel=1e-4)
+    same = losses.distillation_loss(*tensors(teacher, teacher, teacher), 20)
+    assert float(same) == pytest.approx(0, abs=1e-5)
+    network = tiny()
+    network.distill_weight = 2.0
+    total = network.loss(*tensors(query, title), teacher=paddle.to_tensor(teacher))
+    assert float(total) == pytest.approx(float(network.loss(*tensors(query, title))) + 2 * expected, rel=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------------- poolings
+def expected_pooling(network, pooling, texts):
+    """Text by text, without padding."""
+    rows = []
+    for text in texts:
+        outputs = network.ptm(paddle.to_tensor([text]), output_hidden_states=True)
+        last, first = outputs[0].numpy()[0], outputs[2][0].numpy()[0]
+        tokens = {"mean": last, "first_last_avg": (first + last) / 2}.get(pooling)
+        rows.append({"pooler": outputs[1].numpy()[0], "cls": last[0]}[pooling] if tokens is None
+                    else tokens[1:-1].mean(axis=0))
+    rows = np.stack(rows)
+    if network.output_emb_size:
+        rows = rows @ network.emb_reduce_linear.weight.numpy() + network.emb_reduce_linear.bias.numpy()
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("kind", ["ernie", "bert"])
+@pytest.mark.parametrize("pooling", m.POOLINGS)
+def test_pooling_and_the_exported_graph(pooling, kind):
+    """Texts of three to nine tokens in one padded batch, in dynamic graph and in the static one."""
+    texts = [row[: 3 + number].tolist() for number, row in enumerate(ids(7))]
+    network = tiny(pooling=pooling)
+    if kind == "bert":
+        network = m.SimCSE(BertModel(BertConfig(**SIZES)), output_emb_size=8, pooling=pooling)
+    network.eval()
+    if pooling in ("pooler", "cls"):
+        layer = network.ptm.encoder.layers[-1]
+        first_only, layer.forward = layer.forward, type(layer).forward.__get__(layer)
+    expected = expected_pooling(network, pooling, texts)
+    if pooling in ("pooler", "cls"):
+        layer.forward = first_only
+    batch = pad(texts, 0)
+    np.testing.assert_allclose(network.embed(*batch).numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(make_engine(network, "fp32").embed(*batch), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "first_last_avg"])
+def test_a_text_of_no_token_is_a_number(pooling):
+    network = tiny(pooling=pooling)
+    batch = pad([[1, 2], [1, 5, 6, 2]], 0)
+    for engine in (network, make_engine(network, "fp32")):
+        assert np.isfinite(np.asarray(engine.embed(*batch))).all()
+        assert np.isfinite(np.asarray(engine.embed(*pad([[1, 2]], 0)))).all()
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "first_last_avg"])
+def test_a_pooler_that_is_not_asked_is_not_trained(pooling):
+    network = tiny(pooling=pooling)
+    network.train()
+    network(*tensors(ids(), ids(seed=1))).backward()
+    trained = {name for name, parameter in network.named_parameters() if parameter.grad is not None}
+    assert not any("pooler" in name for name in trained) and len(trained) > 20
