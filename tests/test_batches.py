@@ -1,0 +1,156 @@
+"""Views of texts, pairs, masked words: what a training step is made of."""
+
+import argparse
+
+import numpy as np
+import pytest
+from conftest import ENCODER
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import batches as b
+from tokenizing import ShuffledBatches, load_tokenizer, text_keys
+
+TEXTS = ["语义索引召回一批语义相关的文本", "SimCSE unsupervised training 2021", "短", "城市道路交通流中观仿真研究", "语义索引召回一批语义相关的文本"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(str(ENCODER))
+
+
+def arguments(**changed):
+    return argparse.Namespace(**{
+        "max_seq_length": 32, "seed": 7, "crop_rate": 0.0, "dup_rate": 0.0, "gradient_cache": False, "chunk_size": None,
+        "keep_duplicate_negatives": False, "gradient_accumulation_steps": 1, "epochs": 2, "mlm_probability": 0.15,
+        **changed})
+
+
+def arrays(batch):
+    return [array for chunk in batch.chunks for array in chunk]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 60), st.floats(0, 0.99), st.integers(0, 2**32 - 1))
+def test_crop_is_a_run_of_tokens(inner, rate, seed):
+    ids = [101, *range(1000, 1000 + inner), 102]
+    cropped = b.crop(ids, rate, np.random.default_rng(seed))
+    assert cropped[0] == 101 and cropped[-1] == 102 and len(cropped) - 2 >= inner - int(rate * inner)
+    run = cropped[1:-1]
+    assert run and run == list(range(run[0], run[0] + len(run))) and run[0] >= 1000 and run[-1] < 1000 + inner
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 60), st.floats(0.01, 0.99), st.integers(0, 2**32 - 1))
+def test_repeated_words_are_said_twice_in_place(inner, rate, seed):
+    ids = [101, *range(1000, 1000 + inner), 102]
+    said = b.repeat_words(ids, rate, np.random.default_rng(seed))
+    assert sorted(set(said)) == sorted(set(ids)) and said == sorted(said[:-1]) + [102]
+    assert len(said) - len(ids) <= min(inner, max(2, int(rate * inner)))
+    assert max(map(said.count, said)) <= 2
+
+
+def test_views_draw_all_lengths():
+    ids = [101, *range(1000, 1010), 102]
+    random = np.random.default_rng(0)
+    assert {len(b.crop(ids, 0.5, random)) for _ in range(300)} == set(range(7, 13))
+    assert {len(b.repeat_words(ids, 0.3, random)) for _ in range(300)} == {12, 13, 14, 15}
+
+
+def test_a_batch_is_the_texts_twice_or_two_views_of_each(tokenizer):
+    ids = tokenizer(TEXTS, 32)
+    plain = b.Batches(TEXTS, tokenizer, arguments()).make(range(5), 0)
+    query, _, title, _ = plain.chunks[0]
+    np.testing.assert_array_equal(query, title)
+    assert [row[row != 0].tolist() for row in query] == ids
+    np.testing.assert_array_equal(plain.keys[:, 0], text_keys(ids))
+    assert plain.keys.shape == (5, 1) and plain.keys[0] == plain.keys[4] and plain.teacher is None
+    views = b.Batches(TEXTS, tokenizer, arguments(crop_rate=0.5, dup_rate=0.3)).make(range(5), 0)
+    np.testing.assert_array_equal(views.keys, plain.keys)
+    sides = [[row[row != 0].tolist() for row in views.chunks[0][number]] for number in (0, 2)]
+    assert sides[0] != sides[1] and sides[0] != ids
+    assert all(set(view) <= set(whole) for side in sides for view, whole in zip(side, ids))
+
+
+def test_views_depend_on_seed_epoch_and_row_alone(tokenizer):
+    make = b.Batches(TEXTS, tokenizer, arguments(crop_rate=0.5)).make
+    whole, part = make([0, 1, 2, 3], 1).chunks[0][0], make([3, 1], 1).chunks[0][0]
+    for row, of in ((3, 0), (1, 1)):
+        np.testing.assert_array_equal(whole[row][whole[row] != 0], part[of][part[of] != 0])
+    others = (make([0, 1, 2, 3], 2), b.Batches(TEXTS, tokenizer, arguments(crop_rate=0.5, seed=8)).make([0, 1, 2, 3], 1))
+    for other in others:
+        assert any(one.shape != two.shape or (one != two).any() for one, two in zip([whole], arrays(other)))
+
+
+def test_a_view_is_cut_to_the_length(tokenizer):
+    long = ["城市道路交通流中观仿真研究" * 5]
+    query = b.Batches(long, tokenizer, arguments(dup_rate=0.9, max_seq_length=16)).make([0], 0).chunks[0][0]
+    assert query.shape == (1, 16) and query[0, -1] == tokenizer.sep
+
+
+def test_pairs_and_triples_are_sides(tokenizer):
+    triples = [["甲乙", "甲乙丙", "丁"], ["甲乙", "戊己", "庚"], ["辛", "壬癸", "甲乙丙"]]
+    batch = b.Batches(triples, tokenizer, arguments(gradient_cache=True, chunk_size=2)).make([0, 1, 2], 0)
+    expected = [tokenizer(side, 32) for side in zip(*triples)]
+    assert [[len(array) for array in chunk] for chunk in batch.chunks] == [[2, 2, 4, 4], [1, 1, 2, 2]]
+    rows = [[row[row != 0].tolist() for row in chunk[2]] for chunk in batch.chunks]
+    assert rows == [expected[1][:2] + expected[2][:2], expected[1][2:] + expected[2][2:]]
+    assert batch.keys.shape == (3, 3) and batch.keys[0, 0] == batch.keys[1, 0] and batch.keys[0, 1] == batch.keys[2, 2]
+    assert b.Batches(triples, tokenizer, arguments(keep_duplicate_negatives=True)).make([0], 0).keys is None
+
+
+def test_the_teacher_goes_with_its_rows(tokenizer):
+    teacher = np.arange(10, dtype="float16").reshape(5, 2)
+    got = b.Batches(TEXTS, tokenizer, arguments(), teacher).make(np.array([3, 0]), 0).teacher
+    np.testing.assert_array_equal(got, [[6, 7], [0, 1]])
+    assert got.dtype == np.float32
+
+
+def test_steps_after_a_step_are_those_of_the_whole_run(tokenizer):
+    args = arguments(gradient_accumulation_steps=2)
+    makes = b.Batches(TEXTS * 3, tokenizer, args)
+
+    def steps(first):
+        groups = b.groups_after(first, 4, args, ShuffledBatches(15, 2), makes)
+        return [(epoch, number, [batch.rows.tolist() for batch in group]) for epoch, number, group in groups]
+
+    assert len(steps(0)) == 8 and all(steps(first) == steps(0)[first:] for first in range(9))
+
+
+# ------------------------------------------------------------------------------------------------------ masked words
+def test_whole_words_are_masked(tokenizer):
+    text = "城市道路交通流中观仿真研究,SimCSE is unsupervised"
+    masked = b.MaskedBatches([text], tokenizer, arguments(max_seq_length=64))
+    (ids,), (starts,) = tokenizer.with_places([text], 64)
+    assert ids == tokenizer([text], 64)[0] and len(starts) == len(ids) - 2
+    words = masked.words(text, starts)
+    spelled = ["".join(text[start] for start, word in zip(starts, words) if word == each) for each in range(3)]
+    import jieba
+
+    assert spelled == jieba.lcut(text)[:3] and "城市道路" in "".join(spelled)
+    tokens = {number: token for token, number in tokenizer.vocab.items()}
+    last = [tokens[ids[1 + place]] for place in np.flatnonzero(words == words[-1])]
+    assert len(last) > 1 and "".join(token.removeprefix("##") for token in last) == "unsupervised"
+    for seed in range(50):
+        chosen = masked.choose(words, np.random.default_rng(seed))
+        for word in set(words):
+            assert chosen[words == word].all() or not chosen[words == word].any()
+        assert chosen.sum() <= max(1, round(0.15 * len(words)))
+
+
+def test_masks_are_eighty_ten_ten(tokenizer):
+    texts = ["城市道路交通流中观仿真研究与应用" * 3] * 500
+    args = arguments(max_seq_length=64, mlm_probability=0.3)
+    (ids, types, places, labels), = b.MaskedBatches(texts, tokenizer, args).make(range(500), 0).chunks
+    whole = np.array(tokenizer(texts[:1], 64)[0])
+    np.testing.assert_array_equal(labels, np.tile(whole, 500)[places])
+    seen = ids.reshape(-1)[places]
+    assert abs((seen == tokenizer.vocab["[MASK]"]).mean() - 0.8) < 0.02
+    assert abs((seen == labels).mean() - 0.1) < 0.02
+    untouched = np.ones(ids.size, bool)
+    untouched[places] = False
+    np.testing.assert_array_equal(ids.reshape(-1)[untouched], np.tile(whole, 500)[untouched])
+    assert 0.2 < len(places) / (500 * (len(whole) - 2)) <= 0.3 and not types.any()
+    assert not set(seen.tolist()) & {tokenizer.cls, tokenizer.sep, tokenizer.pad_token_id}
+    again, = b.MaskedBatches(texts, tokenizer, args).make(range(500), 0).chunks
+    np.testing.assert_array_equal(again[0], ids)
