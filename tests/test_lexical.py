@@ -13,7 +13,8 @@ from conftest import ROOT, refuse, succeed
 from data import distinct, read_text_pairs, read_texts
 from lexical import Bm25, fuse, words
 
-CORPUS = ["语义索引与语义检索", "向量检索的近似算法", "。。。", "BM25 检索 模型", "中文分词与语义", "语义 语义 语义 bm25", "检索 模型 BM25"]
+CORPUS = ["语义索引与语义检索", "向量检索的近似算法", "。。。", "BM25 检索 模型", "中文分词与语义",
+          "语义 语义 语义 bm25", "检索 模型 BM25"]
 
 
 def bm25(query, corpus):
