@@ -8,14 +8,13 @@
     python recall.py ... --index_path my_index
     python recall.py --device cpu --params_path checkpoints/model_900 --index_path my_index --query 语义检索 --top_k 10
     head queries.txt | python recall.py --device cpu --params_path checkpoints/model_900 --index_path my_index --query
-
     # fuse the ranking with that of words; mine negatives to train on
     python recall.py ... --hybrid_bm25
     python recall.py ... --mine_negatives train_triples.csv
 
 Encodes the corpus, builds an index while it does, and writes `query \\t document \\t cosine`, `recall_num` lines a
 query, best first, to <recall_result_dir>/<recall_result_file>; answers to --query go to stdout, those to queries of
-stdin as they come.
+stdin as they come. With --hybrid_bm25 the score that the ranking goes by stands where the cosine does.
 """
 
 import argparse
