@@ -14,6 +14,7 @@ from ann_util import Found
 K1, B = 1.5, 0.75
 RRF_K = 60  # Cormack, Clarke and Buettcher 2009 found it best, and little to depend on it
 jieba.setLogLevel(logging.WARNING)
+logging.getLogger("bm25s").setLevel(logging.WARNING)  # else it logs wherever another library has set up logging
 
 
 def words(text: str) -> list[str]:

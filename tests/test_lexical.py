@@ -58,6 +58,15 @@ def test_bm25_is_the_formula():
     assert Bm25(CORPUS).search(queries, 1)[0].tolist() == rows[:, :1].tolist()
 
 
+def test_no_log_lines_but_the_projects_own():
+    """Where another library, as that of Milvus does, has set up logging of everything."""
+    code = ("import logging; logging.basicConfig(level=0); from lexical import Bm25; "
+            "Bm25(['语义', '索引']).search(['语义', '。'], 1)")
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and not result.stdout
+    assert [line.split(":")[0] for line in result.stderr.splitlines()] == ["BM25 over 2 documents, 2 words"]
+
+
 def test_a_corpus_without_words():
     rows, _ = Bm25(["。", "！"]).search(["语义", "。"], 3)
     assert (rows == -1).all()
