@@ -17,6 +17,7 @@ from machine import available_memory
 
 # Exact search multiplies so many queries by so many documents at a time, on every core: 16 MB of cosines.
 QUERY_BLOCK, CORPUS_BLOCK = 256, 16384
+VECTOR_TYPES = ("float32", "int8")
 Found = tuple[np.ndarray, np.ndarray]  # of every query rows int64 [Q, k] and their cosines float32 [Q, k], best first
 
 
@@ -75,28 +76,52 @@ def blocks_of(vectors: np.ndarray, size: int | None = None) -> Iterator[np.ndarr
     return (vectors[start : start + size] for start in range(0, len(vectors), size))
 
 
-class ExactIndex:
-    """All embeddings in memory, searched by `exact_search`: for small corpora, and as the reference."""
+def to_int8(embeddings: np.ndarray) -> np.ndarray:
+    """Embeddings in a quarter of the memory, [n] of "values" int8 [dim] and "factor" float32.
 
-    def __init__(self) -> None:
-        self._blocks: list[np.ndarray] = []
+    The values are round(127 * v / max|v|), and the factor gives back |v|: with it cosines are off by less than 0.01.
+    """
+    packed = np.empty(len(embeddings), [("values", "int8", embeddings.shape[1:]), ("factor", "float32")])
+    most = np.abs(embeddings).max(axis=1, keepdims=True, initial=0)
+    packed["values"] = values = np.rint(127 * embeddings / np.maximum(most, np.finfo("float32").tiny))
+    packed["factor"] = np.linalg.norm(embeddings, axis=1) / np.maximum(1, np.linalg.norm(values, axis=1))
+    return packed
+
+
+def from_int8(packed: np.ndarray) -> np.ndarray:
+    """The embeddings, float32 [n, dim], that `to_int8` packed."""
+    return packed["values"] * packed["factor"][:, None]
+
+
+class ExactIndex:
+    """All embeddings in memory, searched by `exact_search`: for small corpora, and as the reference.
+
+    Args:
+        vector_type: float32, or int8: a quarter of the memory, see `to_int8`; products are of float32 all the same.
+    """
+
+    def __init__(self, vector_type: str = "float32") -> None:
+        self.vector_type = vector_type
+        self._blocks: list[np.ndarray] = []  # as they are kept, float32 [n, dim] or packed [n]
 
     def __len__(self) -> int:
         return sum(map(len, self._blocks))
 
     def add(self, embeddings: np.ndarray) -> None:
         """Add float32 [n, dim]; their rows are numbered on from those before."""
+        if self.vector_type == "int8":
+            embeddings = to_int8(embeddings)
         if self._blocks and len(self._blocks[-1]) < CORPUS_BLOCK:  # cosines depend on blocks, in their last bit
             embeddings = np.concatenate([self._blocks.pop(), embeddings])
         self._blocks += blocks_of(embeddings)
 
     def blocks(self) -> Iterable[np.ndarray]:
         """The embeddings in the order in which they were added, float32 [n, dim] at a time."""
-        return self._blocks
+        return map(from_int8, self._blocks) if self.vector_type == "int8" else self._blocks
 
     def search(self, queries: np.ndarray, k: int) -> Found:
         """See `exact_search`."""
-        return exact_search(queries, self._blocks, k)
+        return exact_search(queries, self.blocks(), k)
 
     def save(self, path: str) -> None:
         with open(path, "wb") as file:

@@ -22,10 +22,11 @@ def new_index(made_of: dict, documents: int, dim: int, cpu_threads: int = 0, ran
     """An empty index for so many embeddings of `dim`, or this rank's part of it.
 
     Args:
-        made_of: its "ann_engine", "index_shards", "hnsw_m", "hnsw_ef" and "hnsw_max_elements".
+        made_of: its "ann_engine", "index_shards", "hnsw_m", "hnsw_ef" and "hnsw_max_elements"; of an exact one its
+            "vector_type" too, float32 where it is not said.
         cpu_threads: 0: all cores.
     """
-    from ann_util import ExactIndex, HnswIndex, Shards
+    from ann_util import VECTOR_TYPES, ExactIndex, HnswIndex, Shards
     from machine import default_threads
 
     threads = cpu_threads or default_threads()
@@ -35,7 +36,7 @@ def new_index(made_of: dict, documents: int, dim: int, cpu_threads: int = 0, ran
 
     def shard(size: int) -> ExactIndex | HnswIndex:
         if made_of["ann_engine"] == "exact":
-            return ExactIndex()
+            return ExactIndex(made_of.get("vector_type", VECTOR_TYPES[0]))
         return HnswIndex(dim, max(size, room), made_of["hnsw_m"], made_of["hnsw_ef"], threads)
 
     return Shards(shard, documents, rank, ranks, threads, made_of["index_shards"])
@@ -51,8 +52,8 @@ def read_made_of(path: str, wanted: dict) -> dict:
 
     try:
         with open(os.path.join(path, "fingerprint.json"), encoding="utf-8") as file:
-            found = json.load(file)
-    except (OSError, ValueError):
+            found = {"vector_type": "float32", **json.load(file)}  # those kept before there were others do not say
+    except (OSError, TypeError, ValueError):
         raise console.InputError(f"--index_path {path}: exists, but is not an index that recall.py wrote") from None
     check_made_of(found, wanted, f"--index_path {path}", "name another folder, or remove this one to build it again")
     return found

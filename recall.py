@@ -8,10 +8,13 @@
     python recall.py ... --index_path my_index
     python recall.py --device cpu --params_path checkpoints/model_900 --index_path my_index --query 语义检索 --top_k 10
     head queries.txt | python recall.py --device cpu --params_path checkpoints/model_900 --index_path my_index --query
+    # fuse the ranking with that of words; mine negatives to train on
+    python recall.py ... --hybrid_bm25
+    python recall.py ... --mine_negatives train_triples.csv
 
 Encodes the corpus, builds an index while it does, and writes `query \\t document \\t cosine`, `recall_num` lines a
 query, best first, to <recall_result_dir>/<recall_result_file>; answers to --query go to stdout, those to queries of
-stdin as they come.
+stdin as they come. With --hybrid_bm25 the score that the ranking goes by stands where the cosine does.
 """
 
 import argparse
@@ -26,10 +29,12 @@ import cli
 import console
 import data
 import index_store
+import mining
 import results
-from machine import RANKS
+from machine import RANK, RANKS
 
 HNSW_M, HNSW_EF, SHARDS = 32, 100, 8
+BM25_WEIGHT, FUSED = 1.0, 100  # FUSED: documents that a ranking brings to the fusion, or --recall_num, if that is more
 MILVUS_URI = "./recall.db"
 SAMPLE = 100  # queries whose neighbours are searched exactly as well, to measure the index
 
@@ -49,7 +54,8 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--recall_result_file", default="recall_result.txt", help="name of the result in that folder")
     cli.add_format_argument(group, "of the result. tsv: query, document, cosine, a line a document, which is what "
                             'evaluate.py reads; jsonl: {"query", "results": [{"rank", "document", "cosine"}]}, a line '
-                            "a query", default="tsv")
+                            'a query; with --hybrid_bm25 the fused score instead of the cosine, in jsonl as "score"',
+                            default="tsv")
     group = parser.add_argument_group("model")
     cli.add_model_arguments(group)
     cli.add_encode_arguments(group)
@@ -72,6 +78,11 @@ def parse_args() -> argparse.Namespace:
                        f"--recall_num, of each shard; None: {HNSW_EF}")
     group.add_argument("--hnsw_max_elements", type=cli.positive_int, default=None,
                        help="documents the graph can hold; None: as many as the corpus has")
+    group.add_argument("--vector_type", choices=("float32", "int8"), default="float32",
+                       help="number format of the vectors of --ann_engine exact; int8: a quarter of the memory, and "
+                       "cosines off by less than 0.01")
+    add_fusion_arguments(parser.add_argument_group("fusion with BM25"))
+    mining.add_arguments(parser.add_argument_group("hard negatives"))
     group = parser.add_argument_group("milvus")
     group.add_argument("--milvus_uri", type=cli.milvus_uri, default=None,
                        help="http://host:port of a server, its token in the environment as MILVUS_TOKEN; or a path "
@@ -86,11 +97,24 @@ def parse_args() -> argparse.Namespace:
     args = cli.check_encode_arguments(parser, parser.parse_args())
     check_engine(parser, args)
     check_files(parser, args)
+    check_fusion(parser, args)
+    mining.check_arguments(parser, args, result_path(args))
     return args
+
+
+def add_fusion_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--hybrid_bm25", action="store_true",
+                       help="fuse the ranking with that of BM25 over words, by reciprocal rank (Cormack et al. 2009), "
+                       f"{FUSED} documents of each or --recall_num, if that is more; the result has the fused score, "
+                       "1 / (60 + rank) of the one plus weight / (60 + rank) of the other, instead of the cosine")
+    group.add_argument("--bm25_weight", type=cli.positive_float, default=None,
+                       help=f"weight of BM25's ranking, that of the embeddings being 1; None: {BM25_WEIGHT}")
 
 
 def check_engine(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse flags of another engine; make up the defaults of Milvus."""
+    if args.vector_type != "float32" and args.ann_engine != "exact":
+        parser.error(f"--vector_type {args.vector_type} needs --ann_engine exact")
     milvus = [flag for flag in ("milvus_uri", "milvus_collection", "milvus_index_type", "milvus_metric")
               if getattr(args, flag)]
     if args.ann_engine != "milvus":
@@ -127,6 +151,15 @@ def check_files(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error(f"argument --index_path: {args.index_path}: no such folder; --corpus_file is needed to build it")
 
 
+def check_fusion(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what BM25 cannot do; make up its defaults."""
+    if args.bm25_weight and not args.hybrid_bm25:
+        parser.error("--bm25_weight needs --hybrid_bm25")
+    if args.hybrid_bm25 and args.ann_engine == "milvus" and not args.corpus_file:
+        parser.error("--hybrid_bm25 with --ann_engine milvus needs --corpus_file")
+    args.bm25_weight = args.bm25_weight or BM25_WEIGHT
+
+
 def settings(args: argparse.Namespace, documents: int, engine) -> dict[str, str | int]:
     """What an index depends on beside corpus and model."""
     common = {"max_seq_length": args.max_seq_length, "precision": engine.precision, "ann_engine": args.ann_engine,
@@ -134,7 +167,8 @@ def settings(args: argparse.Namespace, documents: int, engine) -> dict[str, str 
     if args.ann_engine == "milvus":
         return {**common, "documents": documents, "dim": engine.embedding_size,
                 "index_type": args.milvus_index_type, "metric": args.milvus_metric or "COSINE"}
-    return {**common, "index_shards": args.index_shards or SHARDS,
+    exact = {"vector_type": args.vector_type} if args.ann_engine == "exact" else {}
+    return {**common, **exact, "index_shards": args.index_shards or SHARDS,
             "hnsw_max_elements": args.hnsw_max_elements or documents}
 
 
@@ -144,6 +178,8 @@ def open_index(args: argparse.Namespace, corpus: data.TextFile | None, engine, t
 
     rank, ranks = join_ranks()
     made_of = {"max_seq_length": args.max_seq_length, "precision": engine.precision}
+    if args.vector_type != "float32":
+        made_of["vector_type"] = args.vector_type
     if corpus is not None:  # else what is not said is as in the index; what texts become is not left open
         made_of = settings(args, len(corpus), engine)
     if args.index_path or args.ann_engine == "milvus":
@@ -218,10 +254,10 @@ def report_ann_recall(index, queries, cosines) -> None:
                     f"{ann_recall(cosines[sample], exact):.4f} (--hnsw_m and --hnsw_ef raise it)")
 
 
-def answers(args: argparse.Namespace, blocks: Iterable[list[str]], index, corpus: Sequence[str],
-            encode) -> Iterator[list[str]]:
-    """Yield the result's lines, a list for each block of queries. Every rank takes part; all get the same lines."""
-    k, sampled = min(args.recall_num, len(corpus)), bool(args.query)
+def search(args: argparse.Namespace, blocks: Iterable[list[str]], index, k: int, encode) -> Iterator[tuple]:
+    """Yield each block of queries, the different ones of them, their embeddings, and the k best rows and cosines of
+    each. Every rank takes part; all get the same."""
+    sampled = bool(args.query)
     for block in blocks:
         asked = data.distinct(block)  # a query on several lines is encoded and searched once
         embeddings = encode(asked)
@@ -229,39 +265,81 @@ def answers(args: argparse.Namespace, blocks: Iterable[list[str]], index, corpus
         if args.ann_engine == "hnswlib" and not sampled:
             report_ann_recall(index, embeddings, cosines)
         sampled = True
-        found = {query: (row.tolist(), cosine.tolist()) for query, row, cosine in zip(asked, rows, cosines)}
-        yield [results.recall_lines(args.format, query, [corpus[row] for row in found[query][0]], found[query][1])
-               for query in block]
+        yield block, asked, embeddings, (rows, cosines)
+
+
+def answers(args: argparse.Namespace, block: list[str], asked: list[str], found: tuple,
+            corpus: Sequence[str]) -> Iterator[str]:
+    """The result's lines for a block of queries, of whose different ones, `asked`, this was found."""
+    measure = "score" if args.hybrid_bm25 else "cosine"
+    ranking = {query: (rows.tolist(), scores.tolist()) for query, rows, scores in zip(asked, *found)}
+    for query in block:
+        rows, scores = (side[: args.recall_num] for side in ranking[query])
+        yield results.recall_lines(args.format, query, [corpus[row] for row in rows], scores, measure)
+
+
+def result_path(args: argparse.Namespace) -> str:
+    return os.path.join(args.recall_result_dir, args.recall_result_file)
 
 
 @contextlib.contextmanager
-def result_file(args: argparse.Namespace) -> Iterator[IO]:
-    """Where the result goes: stdout for --query, else the result file, which rank 0 writes."""
-    from model import is_first_rank
-
-    path = os.path.join(args.recall_result_dir, args.recall_result_file)
-    if not is_first_rank():
+def written(path: str | None) -> Iterator[IO]:
+    """A file that rank 0 writes; what other ranks write, or what has no path, is kept nowhere."""
+    if not path or RANK:
         with open(os.devnull, "w", encoding="utf-8") as file:
             yield file
-    elif args.query:
-        yield sys.stdout
     else:
         with data.new_file(path) as file:
             yield file
         console.log(f"wrote {path}")
 
 
+def result_file(args: argparse.Namespace) -> contextlib.AbstractContextManager[IO]:
+    """Where the result goes: stdout for --query, else the result file, which rank 0 writes."""
+    if args.query and not RANK:
+        return contextlib.nullcontext(sys.stdout)
+    return written(None if args.query else result_path(args))
+
+
+def write_results(args: argparse.Namespace, blocks: Iterable[list[str]], index, corpus: Sequence[str], embed,
+                  pairs: Sequence[tuple[str, str]]) -> None:
+    """Search the queries, block by block, and write what was asked for; rank 0 alone fuses, mines and writes."""
+    bm25 = miner = None
+    if args.hybrid_bm25 and not RANK:
+        from lexical import Bm25, fuse
+
+        bm25 = Bm25(corpus)
+    if args.mine_negatives and not RANK:
+        miner = mining.Miner(pairs, args.negative_depth, args.negatives_per_pair, args.negative_max_score,
+                             args.negative_max_overlap)
+    depth = max(args.recall_num, FUSED if args.hybrid_bm25 else 0, args.negative_depth[1] if args.mine_negatives else 0)
+    with result_file(args) as file, written(args.mine_negatives) as triples:
+        for block, asked, embeddings, found in search(args, blocks, index, min(depth, len(corpus)), embed):
+            if miner:
+                triples.writelines(miner.mine(asked, embeddings, found, corpus, embed))
+            if bm25:
+                found = fuse(found, bm25.search(asked, depth), min(args.recall_num, len(corpus)), args.bm25_weight)
+            file.writelines(answers(args, block, asked, found, corpus))
+            file.flush()
+    if miner:
+        miner.report()
+
+
 def main() -> None:
     args = parse_args()
     corpus = data.TextFile(args.corpus_file, "--corpus_file", args.strict_data) if args.corpus_file else None
     streams = args.query == [data.STDIN]
-    queries = args.query or [query for query, _ in data.read_text_pairs(args.similar_text_pair, "--similar_text_pair",
-                                                                        args.strict_data)]
+    pairs = [] if args.query else data.read_text_pairs(args.similar_text_pair, "--similar_text_pair", args.strict_data)
+    queries = args.query or [query for query, _ in pairs]
     if corpus and (args.hnsw_max_elements or len(corpus)) < len(corpus):
         raise console.InputError(f"--hnsw_max_elements {args.hnsw_max_elements}: the corpus has {len(corpus)} "
                                  "documents")
-    if not args.query:
-        os.makedirs(args.recall_result_dir, exist_ok=True)
+    if args.mine_negatives:
+        mining.check_depth(args.negative_depth, len(corpus))
+    for path in filter(None, (None if args.query else result_path(args), args.mine_negatives)):
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    if args.hybrid_bm25:
+        import lexical  # noqa: F401  a missing package is told before anything takes time
     cli.announce(args, args.params_path, f"{cli.count(corpus, 'document')} for {args.ann_engine}" if corpus else
                  f"index {args.index_path or args.milvus_uri}",
                  "queries of stdin" if streams else f"{len(queries):,} queries")
@@ -276,11 +354,8 @@ def main() -> None:
     blocks = (queries[start : start + data.WINDOW] for start in range(0, len(queries), data.WINDOW))
     if streams:
         blocks = data.arriving(query for (query,) in data.read_rows(data.STDIN, 1, "--query", args.strict_data))
-    with result_file(args) as file:
-        for lines in answers(args, blocks, index, corpus,
-                             lambda texts: encode(engine, tokenizer, texts, args.max_seq_length, args.batch_size)):
-            file.writelines(lines)
-            file.flush()
+    write_results(args, blocks, index, corpus,
+                  lambda texts: encode(engine, tokenizer, texts, args.max_seq_length, args.batch_size), pairs)
     index.close()
 
 

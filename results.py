@@ -9,12 +9,14 @@ def _json(**fields) -> str:
     return json.dumps(fields, ensure_ascii=False) + "\n"
 
 
-def recall_lines(kind: str, query: str, documents: Sequence[str], cosines: Sequence[float]) -> str:
-    """What was recalled for a query, best first: "tsv" is a line a document, "jsonl" a line a query."""
+def recall_lines(kind: str, query: str, documents: Sequence[str], scores: Sequence[float],
+                 measure: str = "cosine") -> str:
+    """What was recalled for a query, best first: "tsv" is a line a document, "jsonl" a line a query, in which a
+    document's score has the name `measure`: "cosine", or "score" where rankings were fused."""
     if kind == "tsv":
-        return "".join(f"{query}\t{document}\t{cosine}\n" for document, cosine in zip(documents, cosines))
-    return _json(query=query, results=[{"rank": rank, "document": document, "cosine": cosine}
-                                       for rank, (document, cosine) in enumerate(zip(documents, cosines), 1)])
+        return "".join(f"{query}\t{document}\t{score}\n" for document, score in zip(documents, scores))
+    return _json(query=query, results=[{"rank": rank, "document": document, measure: score}
+                                       for rank, (document, score) in enumerate(zip(documents, scores), 1)])
 
 
 def embedding_line(kind: str, text: str, embedding: Sequence[float]) -> str:

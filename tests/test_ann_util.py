@@ -1,10 +1,13 @@
 """Exact and approximate search against numpy's own sorting."""
 
+import json
+
 import numpy as np
 import pytest
+from conftest import refuse, succeed
 
 import ann_util
-from ann_util import ExactIndex, HnswIndex, Shards, ann_recall, exact_search, fill_up, merge
+from ann_util import ExactIndex, HnswIndex, Shards, ann_recall, exact_search, fill_up, from_int8, merge, to_int8
 from console import InputError
 from data import file_digest
 
@@ -39,9 +42,11 @@ def test_equal_cosines_come_in_row_order():
         assert exact_search(corpus[:1], blocks, 6)[0].tolist() == [[0, 1, 2, 3, 4, 5]]
 
 
-@pytest.mark.parametrize("make", [lambda size: ExactIndex(), lambda size: HnswIndex(32, size)])
+@pytest.mark.parametrize("make, kept", [
+    (lambda size: ExactIndex(), lambda corpus: corpus), (lambda size: HnswIndex(32, size), lambda corpus: corpus),
+    (lambda size: ExactIndex("int8"), lambda corpus: from_int8(to_int8(corpus)))])
 @pytest.mark.parametrize("documents", [1, 3, 700])
-def test_shards_find_the_same_on_any_number_of_ranks(vectors, documents, make, tmp_path, monkeypatch):
+def test_shards_find_the_same_on_any_number_of_ranks(vectors, documents, make, kept, tmp_path, monkeypatch):
     """Rows, cosines and what is on the disk; against one exact index, too, where the shards are."""
     monkeypatch.setattr(ann_util, "WINDOW", 64)
     corpus, queries = vectors[:documents], vectors[-30:]
@@ -66,7 +71,7 @@ def test_shards_find_the_same_on_any_number_of_ranks(vectors, documents, make, t
         assert sorted(path.name for path in folder.iterdir()) == [f"shard_{n}.bin" for n in range(min(4, documents))]
     for (rows, cosines), (exact_rows, exact_cosines) in results:
         assert (rows == results[0][0][0]).all() and (cosines == results[0][0][1]).all()
-        expected = exact_search(queries, corpus, k)
+        expected = exact_search(queries, kept(corpus), k)
         np.testing.assert_allclose(exact_cosines, expected[1], atol=1e-6)
         assert np.mean(exact_rows == expected[0]) > 0.99 and np.mean(rows == exact_rows) > 0.97
     for path in (tmp_path / "1_1").iterdir():
@@ -84,6 +89,67 @@ def test_an_index_survives_the_disk(vectors, make, tmp_path):
     assert len(again) == len(index) == 700
     for one, other in zip(index.search(vectors[:50], 20), again.search(vectors[:50], 20)):
         assert (one == other).all()
+
+
+def test_int8_is_a_quarter_and_close(vectors, tmp_path):
+    """Cosines against float32, through the disk too; norms are those of what was packed."""
+    plain, small, again = ExactIndex(), ExactIndex("int8"), ExactIndex("int8")
+    for rows in (slice(0, 300), slice(300, 700)):
+        plain.add(vectors[rows])
+        small.add(vectors[rows])
+    (restored,) = small.blocks()
+    assert restored.dtype == np.float32 and 0 < np.abs(vectors[:50] @ (restored - vectors).T).max() < 0.01
+    np.testing.assert_allclose(np.linalg.norm(restored, axis=1), 1, atol=1e-6)
+    (rows, cosines), (exact_rows, exact_cosines) = (index.search(vectors[:50], 20) for index in (small, plain))
+    np.testing.assert_allclose(cosines, exact_cosines, atol=0.01)
+    assert np.mean([len(set(a) & set(b)) / 20 for a, b in zip(rows.tolist(), exact_rows.tolist())]) > 0.95
+    small.save(str(tmp_path / "small"))
+    plain.save(str(tmp_path / "plain"))
+    again.load(str(tmp_path / "small"))
+    assert (again.search(vectors[:50], 20)[1] == cosines).all() and len(again) == 700
+    header = 256
+    assert (tmp_path / "small").stat().st_size <= 700 * (32 + 4) + header
+    assert (tmp_path / "plain").stat().st_size >= 700 * 4 * 32
+
+
+def test_int8_of_zeros_and_of_other_norms():
+    vectors = np.array([[0, 0], [3, -4], [1e-20, 0]], "float32")
+    np.testing.assert_allclose(from_int8(to_int8(vectors)), vectors, atol=0.02)
+    assert to_int8(vectors)["values"].tolist() == [[0, 0], [95, -127], [127, 0]]
+
+
+def test_a_kept_index_of_another_vector_type_is_refused(checkpoint, sample, tmp_path):
+    """In both directions, without the corpus too; one that does not say is of float32."""
+    flags = ["--device", "cpu", "--params_path", checkpoint, "--query", "语义", "--top_k", 120, "--precision", "fp32"]
+    found = {}
+    for kind in ("float32", "int8"):
+        build = [*flags, "--corpus_file", sample / "corpus.csv", "--ann_engine", "exact", "--index_path", kind]
+        answer = succeed("recall.py", *build, "--vector_type", kind, cwd=tmp_path).stdout
+        assert json.loads((tmp_path / kind / "fingerprint.json").read_text())["vector_type"] == kind
+        assert succeed("recall.py", *flags, "--index_path", kind, cwd=tmp_path).stdout == answer
+        other = {"float32": "int8", "int8": "float32"}[kind]
+        line = refuse("recall.py", *build, "--vector_type", other, cwd=tmp_path)
+        assert f"--index_path {kind}: was built with another vector_type;" in line
+        found[kind] = {line.split("\t")[1]: float(line.split("\t")[2]) for line in answer.splitlines()}
+    line = refuse("recall.py", *flags, "--index_path", "float32", "--ann_engine", "exact", "--vector_type", "int8",
+                  cwd=tmp_path)
+    assert "was built with another vector_type;" in line
+    exact = list(found["float32"])
+    np.testing.assert_allclose(*([each[text] for text in exact] for each in found.values()), atol=0.01)
+    assert found["float32"] != found["int8"]
+    path = tmp_path / "float32" / "fingerprint.json"
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items()
+                                if name != "vector_type"}))
+    succeed("recall.py", *flags, "--index_path", "float32", "--corpus_file", sample / "corpus.csv", "--ann_engine",
+            "exact", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("engine", ["hnswlib", "milvus"])
+def test_int8_is_for_exact_search(tmp_path, engine):
+    (tmp_path / "file").write_text("a\tb\n")
+    line = refuse("recall.py", "--params_path", "file", "--corpus_file", "file", "--similar_text_pair", "file",
+                  "--ann_engine", engine, "--vector_type", "int8", cwd=tmp_path)
+    assert "--vector_type int8 needs --ann_engine exact" in line
 
 
 def test_ann_recall_counts_what_is_missing():
