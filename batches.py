@@ -16,6 +16,7 @@ import tokenizing
 from console import InputError
 
 MASKED, KEPT = 0.8, 0.9  # of the chosen tokens 80 % become [MASK], 10 % any token, 10 % stay (Devlin et al. 2019)
+WHOLE = 512  # tokens of a text that views are cropped from
 Ids = list[int]  # of a text, [CLS] and [SEP] included
 
 
@@ -91,7 +92,7 @@ class Batches:
         if not isinstance(texts[0], str):
             sides = [self.tokenizer(side, args.max_seq_length) for side in zip(*texts)]
             return sides, sides
-        ids = self.tokenizer(texts, args.max_seq_length)
+        ids = self.tokenizer(texts, max(args.max_seq_length, WHOLE) if args.crop_rate else args.max_seq_length)
         if not (args.crop_rate or args.dup_rate):
             return [ids, ids], [ids]
         views = [[view(each, args, np.random.default_rng([args.seed, epoch, row, side]))

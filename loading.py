@@ -18,7 +18,7 @@ from paddle import nn
 
 from checkpoint import new_folder, read_weights, write_weights
 from console import InputError, first_line, warn
-from data import DEFAULT_MODEL
+from data import DEFAULT_MODEL, distinct
 from tokenizing import load_tokenizer
 
 CONFIG_FILE = "simcse_config.json"
@@ -156,7 +156,7 @@ def load_model(params_path: str, model_name_or_path: str | None = None, output_e
     if output_emb_size is not None and output_emb_size != size:
         if output_emb_size not in (smaller := record.get("matryoshka_dims", [])):
             raise InputError(f"--output_emb_size {output_emb_size}: {params_path} has "
-                             f"{', '.join(map(str, [size, *smaller])) if size else 'no fc: 0'}")
+                             f"{', '.join(map(str, distinct([size, *smaller]))) if size else 'no fc: 0'}")
         size = output_emb_size
         for name in ("emb_reduce_linear.weight", "emb_reduce_linear.bias"):
             state[name] = state[name][..., :size]

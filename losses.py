@@ -59,15 +59,16 @@ def contrastive_loss(query: paddle.Tensor, title: paddle.Tensor, margin: float, 
 def distillation_loss(query: paddle.Tensor, title: paddle.Tensor, teacher: paddle.Tensor,
                       scale: float) -> paddle.Tensor:
     """How far the batch's similarities are from a teacher's: the mean over rows of KL(teacher || student), each a
-    softmax over the batch (Fang et al. 2021, SEED, arXiv:2101.04731, eq. 3, the batch in place of its queue).
+    softmax over the batch's other texts (Fang et al. 2021, SEED, arXiv:2101.04731, eq. 3, they in place of its queue).
 
     Args:
         query, title: float [batch, dim].
         teacher: L2-normalized embeddings of the same texts by another encoder, float [batch, any dim].
         scale: the inverse of both temperatures.
     """
-    student = F.log_softmax(scale * paddle.matmul(query, title, transpose_y=True))
-    wanted = F.softmax(scale * paddle.matmul(teacher, teacher, transpose_y=True))
+    itself = 1e9 * paddle.eye(query.shape[0], dtype=query.dtype)  # which says nothing: it is nearest in any case
+    student = F.log_softmax(scale * paddle.matmul(query, title, transpose_y=True) - itself)
+    wanted = F.softmax(scale * paddle.matmul(teacher, teacher, transpose_y=True) - itself)
     return F.kl_div(student, wanted, reduction="batchmean")
 
 

@@ -28,37 +28,41 @@ import data  # noqa: E402
 
 MEASURES = [*(f"recall@{k}" for k in data.RECALL_KS), "mrr"]
 TRAINING_FILES = {"csl": "train_unsupervised.csv", "lcqmc": "corpus.csv"}
-START, PLAIN = "--model_name_or_path {encoder}", "--output_emb_size 256 --infer_with_fc_pooler"
-WHITE = "--epochs 0 --pooling first_last_avg --whiten"
+PLAIN, ENCODER = "--output_emb_size 256 --infer_with_fc_pooler", "--model_name_or_path {encoder}"
+WHITE = "--epochs 0 --pooling first_last_avg --whiten --max_seq_length 64"
+MLM = f"train.py {ENCODER} --objective mlm --learning_rate 1e-4 --warmup_proportion 0.1 --epochs 2"
+FROM = "train.py --init_from_ckpt {0} --infer_with_fc_pooler"
 SIZES = {f" at {size}": f"--output_emb_size {size}" for size in (128, 64, 32)}
-# Train.py's flags, a command each, {0} being the checkpoint of the first, {texts} and {pairs} files of the data set;
-# and recall.py's flags, by what is added to the recipe's name.
+INT8 = {f"{at} int8": f"{flags} --vector_type int8" for at, flags in {"": "", **SIZES}.items()}
+HYBRID = {f", BM25 x {weight}": f"--hybrid_bm25 --bm25_weight {weight}" for weight in (1, 3)}
+# Commands, {0} being what the first of them made and {new} what this one makes; {encoder}, {texts}, {pairs} and {corpus}
+# are files. And recall.py's flags, by what is added to the recipe's name.
 RECIPES: dict[str, tuple[list[str], dict[str, str]]] = {
-    "untrained": ([f"{START} {PLAIN} --epochs 0"], {"": ""}),
-    "plain": ([f"{START} {PLAIN}"], {"": ""}),
-    "plain, dup_rate 0.3": ([f"{START} {PLAIN} --dup_rate 0.3"], {"": ""}),
-    "plain, crop_rate 0.5": ([f"{START} {PLAIN} --crop_rate 0.5"], {"": ""}),
-    "plain, symmetric": ([f"{START} {PLAIN} --symmetric_loss"], {"": ""}),
-    "plain, scale 10 to 40": ([f"{START} {PLAIN} --scale 10 --final_scale 40"], {"": ""}),
-    "plain, whitened": ([f"{START} {PLAIN} --whiten"], {"": ""}),
-    "plain, matryoshka": ([f"{START} {PLAIN} --matryoshka_dims 128,64,32"], {"": "", **SIZES}),
-    "pooling cls": ([f"{START} --pooling cls"], {"": ""}),
-    "pooling mean": ([f"{START} --pooling mean"], {"": ""}),
-    "pooling first_last_avg": ([f"{START} --pooling first_last_avg"], {"": ""}),
-    "pooling first_last_avg, whitened": ([f"{START} --pooling first_last_avg --whiten"], {"": ""}),
-    "mean, whitened, no training": ([f"{START} --epochs 0 --pooling mean --whiten"], {"": "", **SIZES}),
-    "first_last_avg, whitened, no training": ([f"{START} {WHITE}"], {"": "", **SIZES}),
-    "whitened, then SimCSE": ([f"{START} {WHITE}", "--init_from_ckpt {0} --learning_rate 1e-5 --crop_rate 0.5"],
-                              {"": ""}),
-    "mlm, then whitened": ([f"{START} --objective mlm --learning_rate 1e-4 --warmup_proportion 0.1 --epochs 2",
-                            "--model_name_or_path {0} " + WHITE], {"": ""}),
-    "mlm, then plain": ([f"{START} --objective mlm --learning_rate 1e-4 --warmup_proportion 0.1 --epochs 2",
-                         "--model_name_or_path {0} " + PLAIN], {"": ""}),
-    "plain, then pairs": ([f"{START} {PLAIN}", "--init_from_ckpt {0} --infer_with_fc_pooler --train_set_file {pairs}"],
-                          {"": ""}),
-    "whitened, then pairs": ([f"{START} {WHITE}", "--init_from_ckpt {0} --train_set_file {pairs}"], {"": ""}),
+    "untrained": ([f"train.py {ENCODER} {PLAIN} --epochs 0"], {"": ""}),
+    "plain": ([f"train.py {ENCODER} {PLAIN}"], {"": ""}),
+    "cls": ([f"train.py {ENCODER} --pooling cls"], {"": ""}),
+    "mean": ([f"train.py {ENCODER} --pooling mean"], {"": ""}),
+    "first_last_avg": ([f"train.py {ENCODER} --pooling first_last_avg"], {"": ""}),
+    "crop": ([f"train.py {ENCODER} {PLAIN} --crop_rate 0.5"], {"": ""}),
+    "dup": ([f"train.py {ENCODER} {PLAIN} --dup_rate 0.3"], {"": ""}),
+    "symmetric": ([f"train.py {ENCODER} {PLAIN} --symmetric_loss"], {"": ""}),
+    "scale": ([f"train.py {ENCODER} {PLAIN} --scale 10 --final_scale 40"], {"": ""}),
+    "pairs": ([f"train.py {ENCODER} {PLAIN}", FROM + " --train_set_file {pairs}"], {"": ""}),
+    "triples": ([f"train.py {ENCODER} {PLAIN}", "recall.py --params_path {0} --corpus_file {corpus} "
+                 "--similar_text_pair {pairs} --mine_negatives {new}", FROM + " --train_set_file {1}"], {"": ""}),
+    "matryoshka": ([f"train.py {ENCODER} {PLAIN} --matryoshka_dims 128,64,32"], {"": "", **SIZES}),
+    "distilled": ([f"train.py {ENCODER} {WHITE}", "inference.py --params_path {0} --input_file {texts} --output_file "
+                   "{new}", f"train.py {ENCODER} {PLAIN} " "--distill_from {1} --distill_weight 5"], {"": ""}),
+    "mlm": ([MLM, f"train.py {PLAIN} " "--model_name_or_path {0}"], {"": ""}),
+    "mean, whitened": ([f"train.py {ENCODER} {WHITE} --pooling mean"], {"": ""}),
+    "whitened": ([f"train.py {ENCODER} {WHITE}"], {"": "", **SIZES, **INT8, **HYBRID}),
+    "whitened, pairs": ([f"train.py {ENCODER} {WHITE}", FROM + " --train_set_file {pairs}"], {"": ""}),
+    "whitened, SimCSE": ([f"train.py {ENCODER} {WHITE}", FROM + " --learning_rate 1e-5 --crop_rate 0.5"], {"": ""}),
+    "mlm, whitened": ([MLM, f"train.py {WHITE} " "--model_name_or_path {0}"], {"": ""}),
 }
-COMMON = "--device cpu --batch_size 64 --save_steps 1000000 --eval_steps 1000000 --max_seq_length 64"
+COMMON = {"train.py": "--batch_size 64 --max_seq_length 32 --save_steps 1000000 --eval_steps 1000000 --save_dir {new} "
+                      "--train_set_file {texts}",
+          "recall.py": "--ann_engine exact", "inference.py": ""}
 
 
 def parse_args() -> argparse.Namespace:
@@ -118,10 +122,10 @@ def prepare(args: argparse.Namespace, data_set: str, folder: str) -> dict[str, s
     return files
 
 
-def training(name: str) -> list[list[str]]:
-    """The flags of a recipe's train.py commands."""
-    return [f"{COMMON} {'' if '--train_set_file' in flags else '--train_set_file {texts} '}{flags}".split()
-            for flags in RECIPES[name][0]]
+def commands(name: str) -> list[list[str]]:
+    """A recipe's commands, script first."""
+    parts = (command.split() for command in RECIPES[name][0])
+    return [[script, "--device", "cpu", *COMMON[script].split(), *flags] for script, *flags in parts]
 
 
 def measure(args: argparse.Namespace, data_set: str, name: str, seed: int) -> dict[str, dict[str, float]]:
@@ -129,17 +133,43 @@ def measure(args: argparse.Namespace, data_set: str, name: str, seed: int) -> di
     threads = ["--cpu_threads", str(max(1, (os.cpu_count() or 1) // args.jobs))]
     with tempfile.TemporaryDirectory() as folder:
         files, made = prepare(args, data_set, folder), []
-        for number, flags in enumerate(training(name)):
-            flags = [flag.format(*made, **files) for flag in flags]
-            run("train.py", [*flags, "--seed", str(seed), "--save_dir", f"{folder}/{number}", *threads], folder)
-            made.append(newest(f"{folder}/{number}"))
+        for number, (script, *flags) in enumerate(commands(name)):
+            new = f"{folder}/{number}.npy"
+            flags = [flag.format(*made, new=new, **files) for flag in flags]
+            run(script, [*flags, *threads, *(["--seed", str(seed)] if script == "train.py" else [])], folder)
+            made.append(newest(new) if script == "train.py" else new)
         figures = {}
         for suffix, flags in RECIPES[name][1].items():
             run("recall.py", ["--device", "cpu", "--params_path", made[-1], "--corpus_file", files["corpus"],
                               "--similar_text_pair", files["queries"], "--recall_num", "50", "--ann_engine", "exact",
-                              *threads, *flags.format(**files).split()], folder)
-            printed = run("evaluate.py", ["--similar_text_pair", files["queries"], "--metrics", "recall,mrr"], folder)
-            figures[suffix] = {name: float(value) for name, value in (line.split("=") for line in printed.splitlines())}
+                              *threads, *flags.split()], folder)
+            figures[suffix] = evaluate(files, folder)
+    return figures
+
+
+def evaluate(files: dict[str, str], folder: str) -> dict[str, float]:
+    """What evaluate.py says of the recall result in `folder`."""
+    printed = run("evaluate.py", ["--similar_text_pair", files["queries"], "--metrics", "recall,mrr"], folder)
+    return {name: float(value) for name, value in (line.split("=") for line in printed.splitlines())}
+
+
+def bm25(args: argparse.Namespace, data_set: str) -> dict[str, dict[str, float]]:
+    """BM25 alone, over whole documents and over what an encoder sees of them."""
+    from lexical import Bm25
+    from results import recall_lines
+
+    figures = {}
+    with tempfile.TemporaryDirectory() as folder:
+        files = prepare(args, data_set, folder)
+        corpus = data.read_texts(files["corpus"], "--data_dir")
+        queries = data.distinct(query for query, _ in data.read_text_pairs(files["queries"], "--data_dir"))
+        for suffix, length in (("", None), (", first 62 characters", 62)):
+            rows, scores = Bm25([text[:length] for text in corpus]).search(queries, 50)
+            os.makedirs(f"{folder}/recall_result_dir", exist_ok=True)
+            with open(f"{folder}/recall_result_dir/recall_result.txt", "w", encoding="utf-8") as file:
+                file.writelines(recall_lines("tsv", query, [corpus[row] for row in found if row >= 0], score.tolist())
+                                for query, found, score in zip(queries, rows, scores))
+            figures[suffix] = evaluate(files, folder)
     return figures
 
 
@@ -150,7 +180,7 @@ def table(results: dict, args: argparse.Namespace, names: list[str]) -> str:
         lines += ["", f"| {data_set} | {' | '.join(MEASURES)} | seeds |", "| --- " * (len(MEASURES) + 2) + "|"]
         for name in names:
             runs = [values for key, values in results.items() if key.startswith(f"{data_set}/{name}/")]
-            for suffix in RECIPES[name][1] if runs else ():
+            for suffix in runs[0] if runs else ():
                 figures = np.array([[run[suffix][measure] for measure in MEASURES] for run in runs])
                 cells = [f"{mean:.1f} ± {spread:.1f}" for mean, spread in
                          zip(figures.mean(axis=0), figures.std(axis=0, ddof=len(runs) > 1))]
@@ -163,7 +193,7 @@ def main() -> None:
     names = args.names or list(RECIPES)
     if args.show:
         for name in names:
-            print(f"{name}:", *(f"    python train.py {' '.join(flags)}" for flags in training(name)),
+            print(f"{name}:", *(f"    python {' '.join(command)}" for command in commands(name)),
                   *(f"    python recall.py ... {flags}".rstrip() for flags in RECIPES[name][1].values()), sep="\n")
         return
     results: dict[str, dict] = {}
@@ -178,7 +208,9 @@ def main() -> None:
             console.log(f"{each}: {values}")
             with data.new_file(args.json) as file:
                 json.dump(results, file, ensure_ascii=False, indent=1)
-    print(table(results, args, names))
+    for data_set in args.data_sets:
+        results.setdefault(f"{data_set}/BM25/", bm25(args, data_set))
+    print(table(results, args, ["BM25", *names]))
 
 
 if __name__ == "__main__":

