@@ -35,8 +35,8 @@ FROM = "train.py --init_from_ckpt {0} --infer_with_fc_pooler"
 SIZES = {f" at {size}": f"--output_emb_size {size}" for size in (128, 64, 32)}
 INT8 = {f"{at} int8": f"{flags} --vector_type int8" for at, flags in {"": "", **SIZES}.items()}
 HYBRID = {f", BM25 x {weight}": f"--hybrid_bm25 --bm25_weight {weight}" for weight in (1, 3)}
-# Commands, {0} being what the first of them made and {new} what this one makes; {encoder}, {texts}, {pairs} and {corpus}
-# are files. And recall.py's flags, by what is added to the recipe's name.
+# Commands, {0} being what the first of them made and {new} what this one makes; {encoder}, {texts}, {pairs} and
+# {corpus} are files. And recall.py's flags, by what is added to the recipe's name.
 RECIPES: dict[str, tuple[list[str], dict[str, str]]] = {
     "untrained": ([f"train.py {ENCODER} {PLAIN} --epochs 0"], {"": ""}),
     "plain": ([f"train.py {ENCODER} {PLAIN}"], {"": ""}),
