@@ -25,7 +25,7 @@ from metrics import METRICS, paired_bootstrap, per_query, percent
 SHOWN = 3  # documents of a missed query that --show_errors lists
 Targets = dict[str, dict[str, float]]  # of every query and each of its targets the rank, from 0; infinite: none
 Values = dict[str, np.ndarray]  # by measure its value for every query, float64 [Q], from 0 to 1
-Tops = dict[str, list[tuple[str, str]]]  # of a query the first documents and their cosines
+Tops = dict[str, list[tuple[str, str]]]  # of a query the first documents and their scores
 
 
 def parse_args() -> argparse.Namespace:
@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
                         help="query and target, tab-separated, a pair a line; a query may stand on several lines")
     parser.add_argument("--recall_result_file", type=cli.readable_file, nargs="+",
                         default="./recall_result_dir/recall_result.txt",
-                        help="what recall.py wrote: query, document, cosine, best first; several files of the same "
+                        help="what recall.py wrote: query, document, score, best first; several files of the same "
                         "queries are evaluated one after the other")
     parser.add_argument("--recall_num", type=cli.positive_int, default=50,
                         help="documents looked at for each query; those below are ignored")
@@ -91,7 +91,7 @@ def read_result(args: argparse.Namespace, targets: Targets, path: str) -> tuple[
     seen: Counter[str] = Counter()
     ranks, tops = {query: dict(each) for query, each in targets.items()}, {}
     unknown = 0
-    for query, document, cosine in data.read_rows(path, 3, "--recall_result_file", args.strict_data):
+    for query, document, score in data.read_rows(path, 3, "--recall_result_file", args.strict_data):
         if query not in targets:
             unknown += 1
             continue
@@ -101,7 +101,7 @@ def read_result(args: argparse.Namespace, targets: Targets, path: str) -> tuple[
         if document in ranks[query]:
             ranks[query][document] = min(ranks[query][document], rank)
         if args.show_errors and (query in tops and rank < SHOWN or rank == 0 and document not in targets[query]):
-            tops.setdefault(query, []).append((document, cosine))
+            tops.setdefault(query, []).append((document, score))
     report(args, path, [query for query in targets if query not in seen], unknown, max(seen.values(), default=0))
     looked_at = [[rank if rank < args.recall_num else math.inf for rank in each.values()] for each in ranks.values()]
     return per_query(looked_at, data.distinct(["recall", *args.metrics])), ranks, tops
@@ -154,7 +154,7 @@ def errors(args: argparse.Namespace, ranks: Targets, tops: Tops) -> str:
         each = ranks[query]
         lines += ["", f"query     {query}", *(f"target    {text} ({place(rank)})" for text, rank in each.items())]
         above = tops.get(query, [])[: min(SHOWN, *each.values())]
-        lines += [f"recalled  {text} (rank {rank}, cosine {cosine})" for rank, (text, cosine) in enumerate(above, 1)]
+        lines += [f"recalled  {text} (rank {rank}, score {score})" for rank, (text, score) in enumerate(above, 1)]
     return "\n".join(lines)
 
 

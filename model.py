@@ -219,7 +219,8 @@ class SimCSE(nn.Layer):
              negative: paddle.Tensor | None = None, teacher: paddle.Tensor | None = None) -> paddle.Tensor:
         """The training loss of embeddings, with `cross_device_negatives` of those of all ranks: the same on each.
 
-        `contrastive_loss`, of `matryoshka_dims` the mean; with a teacher and the `distillation_loss`.
+        `contrastive_loss`, of `matryoshka_dims` the mean (Kusupati et al. 2022, arXiv:2205.13147, eq. 1, all weights
+        equal); with a teacher and the `distillation_loss`.
 
         Args:
             query, title, negative: float [batch, embedding_size]; `negative` has more negatives for all queries.

@@ -11,6 +11,7 @@ evaluate.py. Runs that are in --json are not run again. Prints a table: the mean
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -75,6 +76,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lines", type=cli.natural_int, default=0, help="training lines to take; 0: all")
     parser.add_argument("--jobs", type=cli.positive_int, default=1, help="runs side by side, a share of the cores each")
     parser.add_argument("--json", default="quality.json", help="results, read and added to")
+    parser.add_argument("--chart", default=None, help="draw Recall@10 against the bytes of a vector there; None: do not")
     parser.add_argument("--show", action="store_true", help="print the commands and run nothing")
     args = parser.parse_args()
     if unknown := [name for name in args.names if name not in RECIPES]:
@@ -188,6 +190,33 @@ def table(results: dict, args: argparse.Namespace, names: list[str]) -> str:
     return "\n".join(lines)
 
 
+def vector_bytes(suffix: str) -> int:
+    """What a vector takes in the index: so many numbers, in int8 with a factor for them all."""
+    size = int(found[1]) if (found := re.search(r"at (\d+)", suffix)) else 256
+    return size + 4 if "int8" in suffix else 4 * size
+
+
+def draw(path: str, results: dict, args: argparse.Namespace) -> None:
+    """Recall@10 against the bytes of a vector, of the recipes measured in several sizes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axes, data_set in zip(figure.subplots(1, len(args.data_sets), squeeze=False)[0], args.data_sets):
+        for name in ("whitened", "mean, whitened", "matryoshka"):
+            runs = [values for key, values in results.items() if key.startswith(f"{data_set}/{name}/")]
+            for kind, suffixes in (("float32", {"": "", **SIZES}), ("int8", INT8)):
+                points = [(vector_bytes(suffix), np.mean([run[suffix]["recall@10"] for run in runs]))
+                          for suffix in suffixes if runs and suffix in runs[0]]
+                if points:
+                    axes.plot(*zip(*sorted(points)), "o-" if kind == "float32" else "s--", label=f"{name}, {kind}")
+        axes.set(title=data_set, xscale="log", xlabel="bytes a vector", ylabel="Recall@10, %")
+        axes.set_xticks(ticks := [36, 128, 256, 512, 1024], ticks, minor=False)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path)
+
+
 def main() -> None:
     args = parse_args()
     names = args.names or list(RECIPES)
@@ -211,6 +240,8 @@ def main() -> None:
     for data_set in args.data_sets:
         results.setdefault(f"{data_set}/BM25/", bm25(args, data_set))
     print(table(results, args, ["BM25", *names]))
+    if args.chart:
+        draw(args.chart, results, args)
 
 
 if __name__ == "__main__":

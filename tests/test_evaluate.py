@@ -267,7 +267,7 @@ def test_show_errors_worst_first(tmp_path):
     figures, head, *entries = result.stdout.rstrip("\n").split("\n\n")
     assert figures.splitlines()[0] == "recall@1=20.0" and figures.splitlines()[1] == "recall@5=40.0"
     assert head == "4 of 5 queries have another document than a target first:"
-    documents = [f"recalled  doc {rank} (rank {rank}, cosine 0.{10 - rank})" for rank in (1, 2, 3)]
+    documents = [f"recalled  doc {rank} (rank {rank}, score 0.{10 - rank})" for rank in (1, 2, 3)]
     assert [entry.splitlines() for entry in entries] == [
         ["query     none", "target    N (not in the file)", *documents],
         ["query     absent", "target    A (not in the file)"],
@@ -283,7 +283,7 @@ def test_show_errors_without_any(tmp_path):
     assert succeed("evaluate.py", *FILES, "--show_errors", 5, cwd=tmp_path).stdout.endswith(
         "\n\n0 of 1 queries have another document than a target first\n")
     (tmp_path / "result.txt").write_text("a\tB\t0.9\na\tA\t0.5\na\tB\t0.9\na\tA\t0.5\n")
-    assert "target    A (rank 2)\nrecalled  B (rank 1, cosine 0.9)\n" in succeed(
+    assert "target    A (rank 2)\nrecalled  B (rank 1, score 0.9)\n" in succeed(
         "evaluate.py", *FILES, "--show_errors", 5, cwd=tmp_path).stdout, "the query stands there twice"
 
 

@@ -23,7 +23,8 @@ if "paddle.distributed.launch" in words:
 words = ["cpu" if before == "--device" and word == "gpu" else word for before, word in zip([""] + words, words)]
 script = next(word for word in words if word.endswith(".py"))
 if script == "train.py":
-    words += ["--model_name_or_path", "pretrained/ernie_mini_zh", "--epochs", "1", "--max_seq_length", "16"]
+    words += ["--model_name_or_path", "pretrained/ernie_mini_zh", "--max_seq_length", "16"]
+    words += ["--epochs", "1"] * ("--epochs 0" not in " ".join(words))
 elif os.path.basename(os.path.dirname(script)) == "python" and "--device" not in words:
     words += ["--device", "cpu"]
 os.execv({python!r}, [{python!r}, *words])
