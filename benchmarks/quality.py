@@ -76,7 +76,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lines", type=cli.natural_int, default=0, help="training lines to take; 0: all")
     parser.add_argument("--jobs", type=cli.positive_int, default=1, help="runs side by side, a share of the cores each")
     parser.add_argument("--json", default="quality.json", help="results, read and added to")
-    parser.add_argument("--chart", default=None, help="draw Recall@10 against the bytes of a vector there; None: do not")
+    parser.add_argument("--chart", default=None, help="draw Recall@10 against a vector's bytes there; None: nothing")
     parser.add_argument("--show", action="store_true", help="print the commands and run nothing")
     args = parser.parse_args()
     if unknown := [name for name in args.names if name not in RECIPES]:
