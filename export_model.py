@@ -58,7 +58,8 @@ def main() -> None:
     with new_folder(args.output_path) as folder:
         export(model, folder)
         # By this a server knows the indexes that are of this model.
-        write_record(folder, {**record, "model": model_digest(args.params_path, args.model_name_or_path)}, tokenizer)
+        digest = model_digest(args.params_path, args.model_name_or_path, args.output_emb_size)
+        write_record(folder, {**record, "model": digest}, tokenizer)
         predictor = run(folder)
         dynamic, static = (encode(network, tokenizer, CHECK_TEXTS, 64, 2) for network in (model, predictor))
         if not (difference := abs(dynamic - static).max()) <= TOLERANCE:

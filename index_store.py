@@ -9,9 +9,14 @@ import console
 import data
 
 
-def model_digest(params_path: str, model_name_or_path: str | None) -> str:
-    """SHA-256 of what makes the embeddings: the checkpoint and what is beside it, or the encoder named instead."""
+def model_digest(params_path: str, model_name_or_path: str | None, output_emb_size: int | None = None) -> str:
+    """SHA-256 of what makes the embeddings: the checkpoint and what is beside it, or the encoder named instead; and the
+    size, where it is smaller than the checkpoint's."""
+    from loading import read_record
+
     digest = hashlib.sha256((model_name_or_path or "").encode())
+    if output_emb_size not in (None, read_record(os.path.dirname(params_path)).get("output_emb_size", output_emb_size)):
+        digest.update(str(output_emb_size).encode())
     beside = (os.path.join(os.path.dirname(params_path), name) for name in ("simcse_config.json", "vocab.txt"))
     for path in [params_path, *filter(os.path.isfile, beside)]:
         digest.update(data.file_digest(path).encode())

@@ -183,7 +183,8 @@ def open_index(args: argparse.Namespace, corpus: data.TextFile | None, engine, t
     if corpus is not None:  # else what is not said is as in the index; what texts become is not left open
         made_of = settings(args, len(corpus), engine)
     if args.index_path or args.ann_engine == "milvus":
-        made_of["model"] = index_store.model_digest(args.params_path, args.model_name_or_path)
+        made_of["model"] = index_store.model_digest(args.params_path, args.model_name_or_path,
+                                                     args.output_emb_size)
         made_of.update({} if corpus is None else {"corpus": data.file_digest(corpus.path)})
     if args.ann_engine == "milvus":
         return open_collection(args, corpus, engine, tokenizer, made_of, rank, ranks)

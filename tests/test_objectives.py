@@ -93,6 +93,14 @@ def test_smaller_sizes_of_a_matryoshka_are_prefixes(texts, tmp_path):
     for size in (16, 8):
         part = whole[:, :size] / np.linalg.norm(whole[:, :size], axis=1, keepdims=True)
         np.testing.assert_allclose(embeddings(folder, texts, tmp_path, "--output_emb_size", size), part, atol=1e-5)
+    recall = ["--device", "cpu", "--params_path", folder, "--query", "语义", "--index_path", "index"]
+    succeed("recall.py", *recall, "--corpus_file", texts, cwd=tmp_path)
+    assert "was built with another model" in refuse("recall.py", *recall, "--output_emb_size", 8, cwd=tmp_path)
+    assert succeed("recall.py", *recall, "--output_emb_size", 32, cwd=tmp_path).stdout
+    succeed("export_model.py", "--params_path", folder, "--output_path", "small", "--output_emb_size", 8, cwd=tmp_path)
+    printed = succeed("deploy/python/predict.py", "--model_dir", "small", "--device", "cpu", "--text", "语义",
+                      cwd=tmp_path).stdout
+    assert printed.startswith("(1, 8)")
     error = refuse("inference.py", "--device", "cpu", "--params_path", folder, "--output_emb_size", 12)
     assert "--output_emb_size 12" in error and "has 32, 16, 8" in error
     for sizes, told in (("32", "smaller than --output_emb_size, which is 32"), ("8,x", "'x' is not a whole number")):
