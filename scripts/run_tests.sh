@@ -25,7 +25,7 @@ paddle2.6)
     sed 's/^paddlepaddle-gpu/paddlepaddle/' requirements-gpu.txt >"$venv.requirements.tmp"
     make_venv "$venv" "$venv.requirements.tmp" requirements-serving.txt requirements-dev.txt
     tests="tests/test_compat.py tests/test_pipeline.py tests/test_distributed.py tests/test_resume.py
-        tests/test_pipes.py tests/test_serving.py"
+        tests/test_pipes.py tests/test_serving.py tests/test_losses.py tests/test_objectives.py"
     ;;
 *)
     echo "STACK=$STACK: there are paddle3.3 and paddle2.6" >&2

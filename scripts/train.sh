@@ -5,9 +5,16 @@
 #   MODEL       encoder, hub name or folder             (rocketqa-zh-base-query-encoder)
 #   DATA_DIR    folder of train_unsupervised.csv, dev.csv  (./recall)
 #   SAVE_DIR    folder of the checkpoints               (./checkpoints)
+#   OBJECTIVE   contrastive, or mlm: the encoder itself on these texts, for MODEL  (contrastive)
 #   EPOCHS BATCH_SIZE LEARNING_RATE MAX_SEQ_LENGTH DROPOUT OUTPUT_EMB_SIZE SAVE_STEPS EVAL_STEPS
 cd "$(dirname "$0")/.." || exit 1
 . scripts/common.sh
+if [ "${OBJECTIVE:-contrastive}" = mlm ]; then
+    set -- --objective mlm --warmup_proportion 0.1 "$@"
+else
+    set -- --eval_steps "${EVAL_STEPS:-100}" --infer_with_fc_pooler --output_emb_size "${OUTPUT_EMB_SIZE:-256}" \
+        --test_set_file "$DATA_DIR/dev.csv" "$@"
+fi
 launch "${GPUS:-0,1,2,3}" "${LOG_DIR:-./train_log}" train.py \
     --device "$DEVICE" \
     --save_dir "$SAVE_DIR" \
@@ -15,11 +22,7 @@ launch "${GPUS:-0,1,2,3}" "${LOG_DIR:-./train_log}" train.py \
     --learning_rate "${LEARNING_RATE:-5E-5}" \
     --epochs "${EPOCHS:-3}" \
     --save_steps "${SAVE_STEPS:-2000}" \
-    --eval_steps "${EVAL_STEPS:-100}" \
     --max_seq_length "${MAX_SEQ_LENGTH:-64}" \
-    --infer_with_fc_pooler \
     --dropout "${DROPOUT:-0.2}" \
-    --output_emb_size "${OUTPUT_EMB_SIZE:-256}" \
     --train_set_file "$DATA_DIR/train_unsupervised.csv" \
-    --test_set_file "$DATA_DIR/dev.csv" \
     --model_name_or_path "${MODEL:-rocketqa-zh-base-query-encoder}" "$@"

@@ -92,6 +92,15 @@ def test_scripts_run_under_dash_and_from_elsewhere(clone):
     assert result.returncode == 2 and "nowhere/recall_result.txt: no such file" in result.stderr
 
 
+def test_train_sh_takes_either_objective(clone):
+    """The encoder by masked words, and SimCSE on from it."""
+    result = shell(clone, "sh scripts/train.sh", DEVICE="cpu", OBJECTIVE="mlm", EPOCHS="1", SAVE_DIR="mlm")
+    assert result.returncode == 0 and (clone / "mlm" / "model_2").is_dir(), result.stderr
+    result = shell(clone, "sh scripts/train.sh --model_name_or_path mlm/model_2", DEVICE="cpu", SAVE_DIR="after",
+                   PYTHON=sys.executable, EPOCHS="0")
+    assert result.returncode == 0 and "recall@1=" in result.stdout, result.stderr
+
+
 def test_every_script_is_executable_and_parses():
     scripts = [*ROOT.glob("scripts/*.sh"), *ROOT.glob("deploy/python/*.sh")]
     names = {path.stem for path in scripts}
