@@ -42,8 +42,8 @@ def test_quality_runs_a_recipe_and_keeps_what_it_found(real_data, tmp_path):
         (folder / name).write_text("".join(lines), encoding="utf-8")
         if name == "dev.csv":
             (folder / "corpus.csv").write_text("".join(line.split("\t")[1] for line in lines), encoding="utf-8")
-    flags = ["mean, whitened", "--data_dir", tmp_path, "--data_sets", "lcqmc", "--seeds", 7, "--json", "q.json", "--chart",
-             "q.svg"]
+    flags = ["mean, whitened", "--data_dir", tmp_path, "--data_sets", "lcqmc", "--seeds", 7, "--json", "q.json",
+             "--chart", "q.svg"]
     table = succeed("benchmarks/quality.py", *flags, cwd=tmp_path).stdout
     rows = {line.split(" | ")[0].strip("| "): line for line in table.splitlines() if "±" in line}
     assert rows.keys() == {"BM25", "BM25, first 62 characters", "mean, whitened"}
