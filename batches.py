@@ -37,8 +37,8 @@ class Batch(NamedTuple):
 
 
 def repeat_words(ids: Ids, rate: float, random: np.random.Generator) -> Ids:
-    """Say some tokens twice: up to `rate` of them, at least one may be (Wu et al. 2021, ESimCSE, arXiv:2109.04380, eq.
-    2 and 3)."""
+    """Say some tokens twice: up to `rate` of them, but two may always be (Wu et al. 2021, ESimCSE, arXiv:2109.04380).
+    """
     inner = len(ids) - 2
     count = min(inner, random.integers(0, max(2, int(rate * inner)) + 1))
     twice = {1 + place for place in random.choice(inner, count, replace=False).tolist()}
@@ -46,8 +46,8 @@ def repeat_words(ids: Ids, rate: float, random: np.random.Generator) -> Ids:
 
 
 def crop(ids: Ids, rate: float, random: np.random.Generator) -> Ids:
-    """A run of the tokens, `rate` of them less at most (Izacard et al. 2022, Contriever, arXiv:2112.09118, section
-    3.1: independent cropping)."""
+    """A run of the tokens, `rate` of them less at most (independent cropping; Izacard et al. 2022, Contriever,
+    arXiv:2112.09118)."""
     inner = len(ids) - 2
     length = random.integers(inner - int(rate * inner), inner + 1)
     start = 1 + random.integers(0, inner - length + 1)

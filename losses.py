@@ -59,7 +59,7 @@ def contrastive_loss(query: paddle.Tensor, title: paddle.Tensor, margin: float, 
 def distillation_loss(query: paddle.Tensor, title: paddle.Tensor, teacher: paddle.Tensor,
                       scale: float) -> paddle.Tensor:
     """How far the batch's similarities are from a teacher's: the mean over rows of KL(teacher || student), each a
-    softmax over the batch's other texts (Fang et al. 2021, SEED, arXiv:2101.04731, eq. 3, they in place of its queue).
+    softmax over the batch's other texts (Fang et al. 2021, SEED, arXiv:2101.04731, they in place of its queue).
 
     Args:
         query, title: float [batch, dim].

@@ -128,7 +128,7 @@ class SimCSE(nn.Layer):
 
         pooler: tanh of a layer on the first token, or the first token where not `with_pooler`; cls: the first token;
         mean: the mean over the text's tokens, [CLS] and [SEP] left out; first_last_avg: likewise, of the mean of what
-        goes into the first layer and what comes out of the last (Gao et al. 2021, section 6.2).
+        goes into the first layer and what comes out of the last (the first-last average of Gao et al. 2021).
         """
         hidden_states = {"output_hidden_states": True} if self.pooling == "first_last_avg" else {}
         outputs = self.ptm(input_ids, token_type_ids=token_type_ids, position_ids=position_ids,

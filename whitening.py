@@ -14,7 +14,7 @@ RIDGE = 0.01
 def whitening(vectors: np.ndarray, dim: int, ridge: float = RIDGE) -> tuple[np.ndarray, np.ndarray]:
     """The affine map to `dim` uncorrelated numbers of equal variance, those of largest variance first: x -> x W + b.
 
-    With U S U' the covariance, W = U (S + ridge * mean(S))^-1/2 (algorithm 1, without a ridge there), b = -mean W.
+    With U S U' the covariance, W = U (S + ridge * mean(S))^-1/2 (there without a ridge), b = -mean W.
 
     Args:
         vectors: float [texts, size].
