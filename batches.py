@@ -133,10 +133,12 @@ class MaskedBatches:
         return np.searchsorted(starts, places, side="right") - 1
 
     def choose(self, words: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """Which tokens to predict: words drawn until they make --mlm_probability of the tokens; bool [tokens]."""
-        chosen, budget = np.zeros(len(words), bool), max(1, round(self.args.mlm_probability * len(words)))
+        """Which tokens to predict: a word, and more of them while they are --mlm_probability of the tokens or less;
+        bool [tokens]."""
+        chosen, budget = np.zeros(len(words), bool), self.args.mlm_probability * len(words)
         for word in random.permutation(np.unique(words)):
-            if (same := words == word).sum() <= budget - chosen.sum():
+            same = words == word
+            if not chosen.any() or same.sum() <= budget - chosen.sum():
                 chosen |= same
         return chosen
 

@@ -197,8 +197,8 @@ def resumed_step(args: argparse.Namespace, run: dict, model: Any, optimizer: Any
     if other := [name for name in run if record["run"].get(name, run[name]) != run[name]]:  # older records have fewer
         changes = ", ".join(name if name == "train_set_file" else f"{name} {run[name]} instead of {record['run'][name]}"
                             for name in other)
-        raise InputError(f"--resume {args.resume}: is of a run with another {changes}; --init_from_ckpt "
-                                 "starts a new run from its weights")
+        raise InputError(f"--resume {args.resume}: is of a run with another {changes}; --init_from_ckpt starts a new "
+                         "run from its weights")
     restore_optimizer(args.resume, model, optimizer, record)
     if record["scaler"]:
         scaler.load_state_dict(record["scaler"])

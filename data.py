@@ -338,11 +338,13 @@ def read_labeled_pairs(path: str, flag: str, strict: bool = False) -> list[tuple
 
 
 def count_columns(path: str, flag: str, choices: tuple[int, ...]) -> int:
-    """How many columns most of the first 1,000 lines have whose number of columns is one of `choices`; of as many lines
-    the number that comes first."""
-    columns = (line.count("\t") + 1 for _, _, line in _lines(path, flag))
-    if counted := Counter(itertools.islice((count for count in columns if count in choices), 1000)):
-        return counted.most_common(1)[0][0]
+    """Which of `choices` is the number of columns of most of the first 1,000 lines; of as many the one that comes
+    first."""
+    counted = Counter(itertools.islice((line.count("\t") + 1 for _, _, line in _lines(path, flag)), 1000))
+    if found := [count for count in counted if count in choices]:
+        return max(found, key=counted.get)
+    if not counted:
+        raise InputError(f"{flag} {path}: the file holds no text")
     raise InputError(f"{flag} {path}: no line has {' or '.join(map(str, choices))} tab-separated columns")
 
 

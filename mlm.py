@@ -44,7 +44,8 @@ class MaskedLM(nn.Layer):
             places, labels: of the tokens to predict, where they are among all batch * length, and their ids, int64.
         """
         hidden = self.ptm(input_ids, token_type_ids=token_type_ids)[0]
-        return F.cross_entropy(self.network.cls(hidden.reshape([-1, hidden.shape[-1]]).index_select(places)), labels)
+        logits = self.network.cls(hidden.reshape([-1, hidden.shape[-1]]).index_select(places))
+        return F.cross_entropy(logits, labels, reduction="sum") / max(1, len(labels))
 
     @staticmethod
     def inputs(chunk: tuple) -> tuple:

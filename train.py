@@ -168,7 +168,7 @@ def check_objective(parser: cli.ArgumentParser, args: argparse.Namespace) -> Non
     if args.objective == "mlm":
         if other := [name for name in CONTRASTIVE if getattr(args, name) != parser.get_default(name)]:
             parser.error(f"--{other[0]} is not for --objective mlm")
-        args.mlm_probability = args.mlm_probability or 0.15
+        args.mlm_probability = 0.15 if args.mlm_probability is None else args.mlm_probability
     elif args.mlm_probability is not None:
         parser.error("--mlm_probability needs --objective mlm")
     if args.distill_weight and not args.distill_from:
