@@ -202,7 +202,7 @@ def draw(path: str, results: dict, args: argparse.Namespace) -> None:
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     for axes, data_set in zip(figure.subplots(1, len(args.data_sets), squeeze=False)[0], args.data_sets):
-        for name in ("whitened", "mean, whitened", "matryoshka"):
+        for name in ("whitened", "matryoshka"):
             runs = [values for key, values in results.items() if key.startswith(f"{data_set}/{name}/")]
             for kind, suffixes in (("float32", {"": "", **SIZES}), ("int8", INT8)):
                 points = [(vector_bytes(suffix), np.mean([run[suffix]["recall@10"] for run in runs]))
