@@ -343,9 +343,8 @@ def count_columns(path: str, flag: str, choices: tuple[int, ...]) -> int:
     counted = Counter(itertools.islice((line.count("\t") + 1 for _, _, line in _lines(path, flag)), 1000))
     if found := [count for count in counted if count in choices]:
         return max(found, key=counted.get)
-    if not counted:
-        raise InputError(f"{flag} {path}: the file holds no text")
-    raise InputError(f"{flag} {path}: no line has {' or '.join(map(str, choices))} tab-separated columns")
+    raise InputError(f"{flag} {path}: {'' if counted else 'the file holds no text; '}no line has "
+                     f"{' or '.join(map(str, choices))} tab-separated columns")
 
 
 def distinct(texts: Iterable[str]) -> list[str]:
