@@ -32,6 +32,7 @@ except ModuleNotFoundError:
 
 DEFAULT_MODEL = "rocketqa-zh-base-query-encoder"
 RECALL_KS = (1, 5, 10, 20, 50)
+POOLINGS = ("pooler", "cls", "mean", "first_last_avg")  # see model.py
 # Texts tokenized and sorted by length at a time: enough to make batches of even length, little enough to stream.
 WINDOW = 16384
 STDIN = "-"  # the path that means stdin

@@ -24,7 +24,6 @@ class MaskedLM(nn.Layer):
     """
 
     cross_device_negatives = recomputes = False  # see `backward.backward`
-    precision = "fp32"
 
     def __init__(self, model_name_or_path: str, dropout: float) -> None:
         super().__init__()

@@ -36,7 +36,6 @@ from tokenizing import make_batches, tokenize_windows  # noqa: E402
 LAUNCHER_GONE = signal.SIGUSR1  # not SIGTERM: it comes once for each thread of the launcher
 # Tokens of a batch, padding included, that keep a processor busy, by whether it is a CPU.
 BATCH_TOKENS = {True: 2048, False: 65536}
-POOLINGS = ("pooler", "cls", "mean", "first_last_avg")
 
 
 def set_device(device: str, cpu_threads: int = 0) -> None:
@@ -89,7 +88,7 @@ class SimCSE(nn.Layer):
         dropout: rate on the output vector; None: 0.1.
         margin, scale: see `contrastive_loss`.
         output_emb_size: size of the embedding; None or 0: the encoder's hidden size, without fc.
-        pooling: one of POOLINGS; see `pool`.
+        pooling: one of data.POOLINGS; see `pool`.
     """
 
     def __init__(self, pretrained_model: nn.Layer, dropout: float | None = None, margin: float = 0.0,

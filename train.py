@@ -55,7 +55,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--output_emb_size", type=cli.natural_int, default=None,
                        help="size of the embedding; 0: the encoder's hidden size, without fc; None: that of "
                        "--init_from_ckpt, else 0")
-    group.add_argument("--pooling", choices=("pooler", "cls", "mean", "first_last_avg"), default=None,
+    group.add_argument("--pooling", choices=data.POOLINGS, default=None,
                        help="how tokens become a vector, here and in all later stages. pooler: the first one through a "
                        "layer and tanh; cls: the first one; mean: of the text's tokens; first_last_avg: that, of the "
                        "first layer's input and the last's output; None: that of --init_from_ckpt, else pooler")

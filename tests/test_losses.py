@@ -8,6 +8,7 @@ from test_model import SIZES, ids, tensors, tiny
 
 import losses
 import model as m
+from data import POOLINGS
 from deploy.python.predictor import make_engine
 from tokenizing import pad
 
@@ -107,7 +108,7 @@ def expected_pooling(network, pooling, texts):
 
 
 @pytest.mark.parametrize("kind", ["ernie", "bert"])
-@pytest.mark.parametrize("pooling", m.POOLINGS)
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_pooling_and_the_exported_graph(pooling, kind):
     """Texts of three to nine tokens in one padded batch, in dynamic graph and in the static one."""
     texts = [row[: 3 + number].tolist() for number, row in enumerate(ids(7))]
