@@ -70,27 +70,49 @@ def _best(scores: np.ndarray, k: int) -> np.ndarray:
     return rows[np.argsort(-scores[rows], kind="stable")][:k]
 
 
-def fuse(dense: Found, lexical: Found, k: int, weight: float = 1.0) -> Found:
-    """Reciprocal rank fusion (Cormack, Clarke and Buettcher 2009, SIGIR) of two rankings of the same queries.
+Points = tuple[np.ndarray, np.ndarray]  # of a ranking's documents [Q, any], and of each that is not in it [Q]
 
-    A document's score is 1 / (60 + rank) in the one plus weight / (60 + rank) in the other, ranks from 1, and 0 for a
-    ranking that it is not in.
+
+def by_rank(found: Found) -> Points:
+    """1 / (60 + rank), ranks from 1; 0 for what is not in the ranking."""
+    points = np.broadcast_to(1 / (RRF_K + np.arange(1, 1 + found[0].shape[1])), found[0].shape)
+    return points, np.zeros(len(points))
+
+
+def by_score(found: Found) -> Points:
+    """The scores; for what is not in the ranking the last one there, which it has at most, or 0 where that is none."""
+    scores = np.where(found[0] >= 0, found[1], 0.0)
+    return scores, scores[:, -1]
+
+
+def fuse(dense: Found, lexical: Found, k: int, weight: float = 1.0, fusion: str = "rrf") -> Found:
+    """Two rankings of the same queries as one, a document's score being its points in both.
+
+    "rrf": reciprocal rank fusion (Cormack, Clarke and Buettcher 2009, SIGIR), see `by_rank`; "score": the cosine plus
+    BM25's score divided by that of the query's first (a convex combination; Bruch et al. 2023, arXiv:2210.11934,
+    section 4), see `by_score`.
 
     Args:
-        dense, lexical: [Q, any], best first; rows of -1 are none.
+        dense, lexical: cosines and scores of BM25 [Q, any], best first; rows of -1 are none.
         k: documents wanted.
-        weight: of the second ranking.
+        weight: of the points in the second ranking.
+        fusion: "rrf" or "score".
 
     Returns:
         Rows int64 and scores float64 [Q, k], best first, of equal scores the better rank in `dense` first; where there
         are fewer, rows -1 with scores -inf at the end.
     """
+    if fusion == "score":
+        highest = np.where(lexical[0][:, :1] >= 0, lexical[1][:, :1], 1.0)
+        sides = by_score(dense), by_score((lexical[0], lexical[1] / highest))
+    else:
+        sides = by_rank(dense), by_rank(lexical)
     rows, scores = np.full((len(dense[0]), k), -1, "int64"), np.full((len(dense[0]), k), -np.inf)
-    for number, (near, matching) in enumerate(zip(dense[0].tolist(), lexical[0].tolist())):
-        fused = {row: 1 / (RRF_K + rank) for rank, row in enumerate(near, 1) if row >= 0}
-        for rank, row in enumerate(matching, 1):
-            if row >= 0:
-                fused[row] = fused.get(row, 0.0) + weight / (RRF_K + rank)
+    for number, rankings in enumerate(zip(dense[0].tolist(), lexical[0].tolist())):
+        near, matching = (dict(zip(ranking, points[number])) for ranking, (points, _) in zip(rankings, sides))
+        others = [float(absent[number]) for _, absent in sides]
+        fused = {row: near.get(row, others[0]) + weight * matching.get(row, others[1])
+                 for row in (*rankings[0], *rankings[1]) if row >= 0}
         best = sorted(fused, key=fused.__getitem__, reverse=True)[:k]  # stable: equal ones stay in dense order
         rows[number, : len(best)], scores[number, : len(best)] = best, [fused[row] for row in best]
     return rows, scores

@@ -9,7 +9,7 @@
     python recall.py --device cpu --params_path checkpoints/model_900 --index_path my_index --query 语义检索 --top_k 10
     head queries.txt | python recall.py --device cpu --params_path checkpoints/model_900 --index_path my_index --query
     # fuse the ranking with that of words; mine negatives to train on
-    python recall.py ... --hybrid_bm25
+    python recall.py ... --hybrid_bm25 --fusion score
     python recall.py ... --mine_negatives train_triples.csv
 
 Encodes the corpus, builds an index while it does, and writes `query \\t document \\t cosine`, `recall_num` lines a
@@ -104,9 +104,12 @@ def parse_args() -> argparse.Namespace:
 
 def add_fusion_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--hybrid_bm25", action="store_true",
-                       help="fuse the ranking with that of BM25 over words, by reciprocal rank (Cormack et al. 2009), "
-                       f"{FUSED} documents of each or --recall_num, if that is more; the result has the fused score, "
-                       "1 / (60 + rank) of the one plus weight / (60 + rank) of the other, instead of the cosine")
+                       help=f"fuse the ranking with that of BM25 over words, {FUSED} documents of each, or "
+                       "--recall_num if that is more; the result has the fused score instead of the cosine")
+    group.add_argument("--fusion", choices=("rrf", "score"), default=None,
+                       help="rrf: by reciprocal rank (Cormack et al. 2009), 1 / (60 + rank) of the one plus weight / "
+                       "(60 + rank) of the other; score: the cosine plus weight times BM25's score divided by the "
+                       "query's highest; None: rrf")
     group.add_argument("--bm25_weight", type=cli.positive_float, default=None,
                        help=f"weight of BM25's ranking, that of the embeddings being 1; None: {BM25_WEIGHT}")
 
@@ -153,11 +156,11 @@ def check_files(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 
 def check_fusion(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse what BM25 cannot do; make up its defaults."""
-    if args.bm25_weight and not args.hybrid_bm25:
-        parser.error("--bm25_weight needs --hybrid_bm25")
+    if not args.hybrid_bm25 and (args.bm25_weight or args.fusion):
+        parser.error(f"--{'bm25_weight' if args.bm25_weight else 'fusion'} needs --hybrid_bm25")
     if args.hybrid_bm25 and args.ann_engine == "milvus" and not args.corpus_file:
         parser.error("--hybrid_bm25 with --ann_engine milvus needs --corpus_file")
-    args.bm25_weight = args.bm25_weight or BM25_WEIGHT
+    args.fusion, args.bm25_weight = args.fusion or "rrf", args.bm25_weight or BM25_WEIGHT
 
 
 def settings(args: argparse.Namespace, documents: int, engine) -> dict[str, str | int]:
@@ -319,7 +322,8 @@ def write_results(args: argparse.Namespace, blocks: Iterable[list[str]], index, 
             if miner:
                 triples.writelines(miner.mine(asked, embeddings, found, corpus, embed))
             if bm25:
-                found = fuse(found, bm25.search(asked, depth), min(args.recall_num, len(corpus)), args.bm25_weight)
+                found = fuse(found, bm25.search(asked, depth), min(args.recall_num, len(corpus)), args.bm25_weight,
+                             args.fusion)
             file.writelines(answers(args, block, asked, found, corpus))
             file.flush()
     if miner:

@@ -1,4 +1,4 @@
-"""BM25 and reciprocal rank fusion against their formulas, and recall.py --hybrid_bm25."""
+"""BM25 and its fusion with embeddings against their formulas, and recall.py --hybrid_bm25."""
 
 import json
 import math
@@ -84,6 +84,26 @@ def test_fusion_is_the_formula(weight):
         np.testing.assert_allclose(score, [-negated for negated, *_ in expected], rtol=1e-12)
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+def test_fusion_by_score_is_the_formula(weight):
+    """The cosine plus BM25's share of its highest; in a ranking cut off at 20 the others have its last score."""
+    random = np.random.default_rng(0)
+    cosines, scores = random.uniform(-1, 1, (30, 40)), random.uniform(0.1, 9, (30, 40))
+    scores[::3, 5:] = 0  # no word of the query in most documents
+    scores[-1] = 0
+    orders = [np.argsort(-each, axis=1, kind="stable")[:, :20] for each in (cosines, scores)]
+    found = [(order, np.take_along_axis(each, order, 1)) for order, each in zip(orders, (cosines, scores))]
+    found[1] = tuple(np.where(found[1][1] > 0, side, none) for side, none in zip(found[1], (-1, -np.inf)))
+    rows, fused = fuse(*found, 12, weight, "score")
+    for number, (row, score) in enumerate(zip(rows.tolist(), fused)):
+        known = np.maximum(cosines[number], np.sort(cosines[number])[-20])
+        matched = np.maximum(scores[number], np.sort(scores[number])[-20]) / max(1e-9, scores[number].max())
+        points = known + weight * matched
+        union = [each for each in range(40) if each in orders[0][number] or each in found[1][0][number]]
+        assert row == sorted(union, key=lambda each: -points[each])[:12]
+        np.testing.assert_allclose(score, points[row], rtol=1e-12)
+
+
 def test_fusion_of_too_little_and_of_equal_scores():
     rows, scores = fuse((np.array([[7]]), None), (np.array([[3, -1]]), None), 3)
     assert rows.tolist() == [[7, 3, -1]] and scores[0, 0] == scores[0, 1] == 1 / 61 and scores[0, 2] == -math.inf
@@ -142,17 +162,19 @@ def test_words_help_a_hardly_trained_network_on_real_text(checkpoint, real_data,
     pairs = read_text_pairs(str(csl / "dev.csv"), "--flag")
     flags = ["--similar_text_pair", csl / "dev.csv", "--top_k", 50, "--index_path", "index"]
     recall_at = {}
-    for name, more in (("dense", []), ("hybrid", ["--hybrid_bm25"])):
+    for name, more in (("dense", []), ("rrf", ["--hybrid_bm25"]), ("score", ["--hybrid_bm25", "--fusion", "score"])):
         recall(checkpoint, tmp_path, csl / "corpus.csv", *flags, *more)
         found = read_result(tmp_path / "recall_result_dir" / "recall_result.txt")
         tops = [([document for document, _ in found[query]], target) for query, target in pairs]
         recall_at[name] = [100 * np.mean([target in top[:k] for top, target in tops]) for k in (1, 10, 50)]
-    assert (np.array(recall_at["hybrid"]) > recall_at["dense"]).all(), recall_at
+    assert (np.array(recall_at["rrf"]) > recall_at["dense"]).all(), recall_at
+    assert (np.array(recall_at["score"]) > recall_at["dense"]).all(), recall_at
     assert len(distinct(query for query, _ in pairs)) == len(pairs)
 
 
 @pytest.mark.parametrize("flags, message", [
     (["--similar_text_pair", "file", "--corpus_file", "file", "--bm25_weight", 2], "--bm25_weight needs --hybrid_bm25"),
+    (["--query", "x", "--corpus_file", "file", "--fusion", "score"], "--fusion needs --hybrid_bm25"),
     (["--similar_text_pair", "file", "--corpus_file", "file", "--hybrid_bm25", "--bm25_weight", 0],
      "argument --bm25_weight: '0' is not a number above 0"),
     (["--query", "x", "--ann_engine", "milvus", "--hybrid_bm25"],
