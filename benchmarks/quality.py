@@ -35,9 +35,13 @@ MLM = f"train.py {ENCODER} --objective mlm --learning_rate 1e-4 --warmup_proport
 FROM = "train.py --init_from_ckpt {0} --infer_with_fc_pooler"
 SIZES = {f" at {size}": f"--output_emb_size {size}" for size in (128, 64, 32)}
 INT8 = {f"{at} int8": f"{flags} --vector_type int8" for at, flags in {"": "", **SIZES}.items()}
-HYBRID = {f", BM25 x {weight}": f"--hybrid_bm25 --bm25_weight {weight}" for weight in (1, 3)}
+SEEN = 62  # characters of a document that an encoder of 64 tokens sees, about
+SHORT = {f", first {SEEN} characters": "--corpus_file {corpus_seen} --similar_text_pair {queries_seen}"}
+HYBRID = {f"{cut} + BM25 by {by}": f"{flags} --hybrid_bm25 {how}" for cut, flags in {"": "", **SHORT}.items()
+          for by, how in (("rank", ""), ("rank, weight 3", "--bm25_weight 3"), ("score", "--fusion score"))}
 # Commands, {0} being what the first of them made and {new} what this one makes; {encoder}, {texts}, {pairs} and
-# {corpus} are files. And recall.py's flags, by what is added to the recipe's name.
+# {corpus} are files. And recall.py's flags, by what is added to the recipe's name; {corpus_seen} and {queries_seen}
+# have only so much of every document as an encoder sees.
 RECIPES: dict[str, tuple[list[str], dict[str, str]]] = {
     "untrained": ([f"train.py {ENCODER} {PLAIN} --epochs 0"], {"": ""}),
     "plain": ([f"train.py {ENCODER} {PLAIN}"], {"": ""}),
@@ -56,7 +60,7 @@ RECIPES: dict[str, tuple[list[str], dict[str, str]]] = {
                    "{new}", f"train.py {ENCODER} {PLAIN} " "--distill_from {1} --distill_weight 5"], {"": ""}),
     "mlm": ([MLM, f"train.py {PLAIN} " "--model_name_or_path {0}"], {"": ""}),
     "mean, whitened": ([f"train.py {ENCODER} {WHITE} --pooling mean"], {"": ""}),
-    "whitened": ([f"train.py {ENCODER} {WHITE}"], {"": "", **SIZES, **INT8, **HYBRID}),
+    "whitened": ([f"train.py {ENCODER} {WHITE}"], {"": "", **SIZES, **INT8, **SHORT, **HYBRID}),
     "whitened, pairs": ([f"train.py {ENCODER} {WHITE}", FROM + " --train_set_file {pairs}"], {"": ""}),
     "whitened, SimCSE": ([f"train.py {ENCODER} {WHITE}", FROM + " --learning_rate 1e-5 --crop_rate 0.5"], {"": ""}),
     "mlm, whitened": ([MLM, f"train.py {WHITE} " "--model_name_or_path {0}"], {"": ""}),
@@ -107,7 +111,7 @@ def prepare(args: argparse.Namespace, data_set: str, folder: str) -> dict[str, s
     """
     source = os.path.abspath(os.path.join(args.data_dir, data_set, "recall"))
     files = {"encoder": os.path.join(ROOT, "pretrained", "ernie_mini_zh"), "corpus": f"{source}/corpus.csv",
-             **{name: f"{folder}/{name}.csv" for name in ("texts", "pairs", "queries")}}
+             **{name: f"{folder}/{name}.csv" for name in ("texts", "pairs", "queries", "corpus_seen", "queries_seen")}}
     texts = data.read_texts(f"{source}/{TRAINING_FILES[data_set]}", "--data_dir")
     queries = data.read_text_pairs(f"{source}/dev.csv", "--data_dir")
     if data_set == "csl":
@@ -117,8 +121,10 @@ def prepare(args: argparse.Namespace, data_set: str, folder: str) -> dict[str, s
         pairs = [(query, title) for query, title, label in labeled if label]
         known = {text for query, title, _ in labeled for text in (query, title)}
         queries = [pair for pair in queries if not known.intersection(pair)]
+    seen = [(text[:SEEN],) for text in data.read_texts(files["corpus"], "--data_dir")]
     for name, rows in (("texts", [(text,) for text in texts[: args.lines or None]]), ("pairs", pairs),
-                       ("queries", queries)):
+                       ("queries", queries), ("corpus_seen", seen),
+                       ("queries_seen", [(query, target[:SEEN]) for query, target in queries])):
         with open(files[name], "w", encoding="utf-8") as file:
             file.writelines("\t".join(row) + "\n" for row in rows)
     return files
@@ -144,14 +150,14 @@ def measure(args: argparse.Namespace, data_set: str, name: str, seed: int) -> di
         for suffix, flags in RECIPES[name][1].items():
             run("recall.py", ["--device", "cpu", "--params_path", made[-1], "--corpus_file", files["corpus"],
                               "--similar_text_pair", files["queries"], "--recall_num", "50", "--ann_engine", "exact",
-                              *threads, *flags.split()], folder)
-            figures[suffix] = evaluate(files, folder)
+                              *threads, *flags.format(**files).split()], folder)
+            figures[suffix] = evaluate(files["queries_seen" if "{queries_seen}" in flags else "queries"], folder)
     return figures
 
 
-def evaluate(files: dict[str, str], folder: str) -> dict[str, float]:
+def evaluate(queries: str, folder: str) -> dict[str, float]:
     """What evaluate.py says of the recall result in `folder`."""
-    printed = run("evaluate.py", ["--similar_text_pair", files["queries"], "--metrics", "recall,mrr"], folder)
+    printed = run("evaluate.py", ["--similar_text_pair", queries, "--metrics", "recall,mrr"], folder)
     return {name: float(value) for name, value in (line.split("=") for line in printed.splitlines())}
 
 
@@ -163,15 +169,15 @@ def bm25(args: argparse.Namespace, data_set: str) -> dict[str, dict[str, float]]
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
         files = prepare(args, data_set, folder)
-        corpus = data.read_texts(files["corpus"], "--data_dir")
-        queries = data.distinct(query for query, _ in data.read_text_pairs(files["queries"], "--data_dir"))
-        for suffix, length in (("", None), (", first 62 characters", 62)):
-            rows, scores = Bm25([text[:length] for text in corpus]).search(queries, 50)
-            os.makedirs(f"{folder}/recall_result_dir", exist_ok=True)
+        os.makedirs(f"{folder}/recall_result_dir")
+        for suffix, part in {"": "", **dict.fromkeys(SHORT, "_seen")}.items():
+            corpus = data.read_texts(files[f"corpus{part}"], "--data_dir")
+            queries = data.distinct(query for query, _ in data.read_text_pairs(files["queries"], "--data_dir"))
+            rows, scores = Bm25(corpus).search(queries, 50)
             with open(f"{folder}/recall_result_dir/recall_result.txt", "w", encoding="utf-8") as file:
                 file.writelines(recall_lines("tsv", query, [corpus[row] for row in found if row >= 0], score.tolist())
                                 for query, found, score in zip(queries, rows, scores))
-            figures[suffix] = evaluate(files, folder)
+            figures[suffix] = evaluate(files[f"queries{part}"], folder)
     return figures
 
 

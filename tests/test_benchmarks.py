@@ -28,7 +28,7 @@ def test_quality_shows_the_commands_of_its_recipes(tmp_path):
     lines = [line.strip() for line in shown.splitlines() if "    python " in line]
     assert len(lines) > 30 and all(line.startswith(("python train.py ", "python recall.py ", "python inference.py "))
                                    for line in lines)
-    assert "--pooling first_last_avg --whiten" in shown and "recall.py ... --hybrid_bm25 --bm25_weight 3" in shown
+    assert "--pooling first_last_avg --whiten" in shown and "recall.py ... --hybrid_bm25 --fusion score" in shown
     assert "no such recipe: plane; there are untrained, plain" in refuse("benchmarks/quality.py", "plane", "--data_dir",
                                                                          tmp_path)
 
