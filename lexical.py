@@ -1,6 +1,7 @@
 """Search by words: BM25 over jieba's words of Chinese, and its fusion with the ranking of embeddings."""
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ import numpy as np
 
 import console
 from ann_util import Found
+from checkpoint import new_folder
 
 K1, B = 1.5, 0.75
 RRF_K = 60  # Cormack, Clarke and Buettcher 2009 found it best, and little to depend on it
@@ -42,6 +44,34 @@ class Bm25:
         if self._index:
             self._index.index((ids, vocabulary), show_progress=False)
         console.log(f"BM25 over {len(ids)} documents, {len(vocabulary) - 1} words: {time.time() - started:.1f} s")
+
+    @classmethod
+    def kept(cls, folder: str | None, documents: Sequence[str]) -> "Bm25":
+        """BM25 over the documents, from the folder where it is kept, or else built and kept there; None: only built.
+
+        Raises:
+            InputError: the folder is damaged.
+        """
+        if not folder or not os.path.isdir(folder):
+            bm25 = cls(documents)
+            if folder and bm25._index:
+                bm25._keep(folder)
+            return bm25
+        bm25 = cls.__new__(cls)
+        try:
+            bm25._index = bm25s.BM25.load(folder, mmap=True, show_progress=False)
+        except (OSError, EOFError, KeyError, ValueError) as error:
+            raise console.InputError(f"{folder}: damaged: {console.first_line(error)}; remove this folder to build it "
+                                     "again") from None
+        console.log(f"using BM25 in {folder}")
+        return bm25
+
+    def _keep(self, folder: str) -> None:
+        try:
+            with new_folder(folder) as temporary:
+                self._index.save(temporary, show_progress=False)
+        except OSError as error:  # the index may be another user's, or on a disk that cannot be written
+            console.warn(f"BM25 is not kept in {folder}: {error.strerror or error}")
 
     def search(self, queries: Sequence[str], k: int) -> Found:
         """The k documents of the highest scores above 0 of every query.
@@ -89,8 +119,8 @@ def fuse(dense: Found, lexical: Found, k: int, weight: float = 1.0, fusion: str 
     """Two rankings of the same queries as one, a document's score being its points in both.
 
     "rrf": reciprocal rank fusion (Cormack, Clarke and Buettcher 2009, SIGIR), see `by_rank`; "score": the cosine plus
-    BM25's score divided by that of the query's first (a convex combination; Bruch et al. 2023, arXiv:2210.11934,
-    section 4), see `by_score`.
+    BM25's score divided by that of the query's first (a convex combination; Bruch et al. 2023,
+    arXiv:2210.11934), see `by_score`.
 
     Args:
         dense, lexical: cosines and scores of BM25 [Q, any], best first; rows of -1 are none.

@@ -312,7 +312,7 @@ def write_results(args: argparse.Namespace, blocks: Iterable[list[str]], index, 
     if args.hybrid_bm25 and not RANK:
         from lexical import Bm25, fuse
 
-        bm25 = Bm25(corpus)
+        bm25 = Bm25.kept(args.index_path and os.path.join(args.index_path, "bm25"), corpus)
     if args.mine_negatives and not RANK:
         miner = mining.Miner(pairs, args.negative_depth, args.negatives_per_pair, args.negative_max_score,
                              args.negative_max_overlap)

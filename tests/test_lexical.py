@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, refuse, succeed
 
+from console import InputError
 from data import distinct, read_text_pairs, read_texts
 from lexical import Bm25, fuse, words
 
@@ -56,6 +57,24 @@ def test_bm25_is_the_formula():
         assert (score[len(found):] == -np.inf).all()
     assert rows[2, :2].tolist() == [3, 6] and scores[2, 0] == scores[2, 1], "of equal scores the lower row first"
     assert Bm25(CORPUS).search(queries, 1)[0].tolist() == rows[:, :1].tolist()
+
+
+def test_kept_and_read_again(tmp_path, capsys):
+    queries, folder = ["语义检索", "BM25模型", "不在", "？"], tmp_path / "bm25"
+    built = Bm25.kept(str(folder), CORPUS).search(queries, 6)
+    kept = Bm25.kept(str(folder), None).search(queries, 6)
+    for one, other in zip(built, kept):
+        np.testing.assert_array_equal(one, other)
+    (folder / "vocab.index.json").write_text("{")
+    with pytest.raises(InputError, match="bm25: damaged: .*; remove this folder"):
+        Bm25.kept(str(folder), CORPUS)
+    (folder / "data.csc.index.npy").unlink()
+    with pytest.raises(InputError, match="damaged"):
+        Bm25.kept(str(folder), CORPUS)
+    Bm25.kept(str(folder / "vocab.index.json" / "below a file"), CORPUS)
+    assert "BM25 is not kept in " in capsys.readouterr().err
+    Bm25.kept(str(tmp_path / "no words"), ["。"])
+    assert not (tmp_path / "no words").exists()
 
 
 def test_no_log_lines_but_the_projects_own():
@@ -145,6 +164,8 @@ def test_recall_writes_the_fused_ranking(checkpoint, sample, tmp_path, engine):
     answer = json.loads(succeed("recall.py", *asked, "--query", query, cwd=tmp_path).stdout)
     assert [(each["document"], each["score"]) for each in answer["results"]] == best
     assert set(answer["results"][0]) == {"rank", "document", "score"}
+    again = succeed("recall.py", *asked, "--query", query, cwd=tmp_path).stderr
+    assert "using BM25 in index/bm25" in again and "BM25 over" not in again
 
 
 def test_queries_of_stdin(checkpoint, kept_index, tmp_path):
