@@ -175,8 +175,7 @@ def restore_optimizer(folder: str, model: Any, optimizer: Any, record: dict) -> 
 RUN = ("batch_size", "gradient_accumulation_steps", "epochs", "seed", "max_seq_length", "learning_rate",
        "warmup_proportion", "weight_decay", "max_grad_norm", "dropout", "output_dropout", "margin", "scale",
        "precision", "cross_device_negatives", "keep_duplicate_negatives", "gradient_cache", "chunk_size", "objective",
-       "pooling", "crop_rate", "dup_rate", "symmetric_loss", "final_scale", "matryoshka_dims", "distill_from",
-       "distill_weight", "mlm_probability")
+       "pooling", "crop_rate", "dup_rate", "matryoshka_dims", "distill_from", "distill_weight", "mlm_probability")
 
 
 def run_of(args: argparse.Namespace, texts: TextFile, ranks: int) -> dict:

@@ -25,7 +25,7 @@ def same_texts(keys: paddle.Tensor) -> paddle.Tensor:
 
 
 def contrastive_loss(query: paddle.Tensor, title: paddle.Tensor, margin: float, scale: float,
-                     keys: paddle.Tensor | None = None, symmetric: bool = False) -> paddle.Tensor:
+                     keys: paddle.Tensor | None = None) -> paddle.Tensor:
     """In-batch contrastive loss of SimCSE (Gao et al. 2021, eq. 1), a margin taken off the positives' cosine.
 
     mean_i -log softmax_j(scale * (cos(q_i, t_j) - margin * [i = j]))[i]
@@ -36,8 +36,6 @@ def contrastive_loss(query: paddle.Tensor, title: paddle.Tensor, margin: float, 
         margin: how much more similar than a negative a positive has to be, in cosine.
         scale: the inverse of the temperature.
         keys: of `same_texts`, whose texts then are not each other's negatives; None: they are.
-        symmetric: the mean of this loss and of that of the titles among the queries (Radford et al. 2021, CLIP,
-            figure 3).
 
     Returns:
         A scalar tensor.
@@ -48,10 +46,7 @@ def contrastive_loss(query: paddle.Tensor, title: paddle.Tensor, margin: float, 
     logits = scale * (cosine - margin * positive)
     if keys is not None:
         logits = logits - 1e9 * (same_texts(keys).astype(cosine.dtype) - positive)
-    labels = paddle.arange(batch, dtype="int64")
-    loss = F.cross_entropy(logits, labels)
-    if symmetric:
-        loss = (loss + F.cross_entropy(logits[:, :batch].t(), labels)) / 2
+    loss = F.cross_entropy(logits, paddle.arange(batch, dtype="int64"))
     # On a CPU paddle's softmax makes ln(batch) of NaN; a run that has diverged would look like one that learns nothing.
     return loss + 0 * cosine.detach().sum()
 

@@ -108,7 +108,6 @@ class SimCSE(nn.Layer):
         self.precision = "fp32"  # what `forward` and `embed` compute in; bf16 and fp16 need a GPU
         self.recomputes = False  # whether the encoder's layers are computed again for their gradients
         self.cross_device_negatives = False  # whether `loss` is that of the rows of all ranks
-        self.symmetric = False  # see `contrastive_loss`
         self.distill_weight = 1.0  # of `distillation_loss`, where there is a teacher
         self.compared = None  # what the last `loss` was of: query, title, keys
         self.output_emb_size = output_emb_size or 0
@@ -236,7 +235,7 @@ class SimCSE(nn.Layer):
             sides = (query, candidates)
             if dim < self.embedding_size:
                 sides = (F.normalize(side[:, :dim], p=2, axis=-1) for side in sides)
-            return contrastive_loss(*sides, self.margin, self.scale, keys, self.symmetric)
+            return contrastive_loss(*sides, self.margin, self.scale, keys)
 
         loss = sum(map(of_first, self.matryoshka_dims)) / len(self.matryoshka_dims)
         if teacher is not None:

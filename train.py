@@ -77,10 +77,6 @@ def parse_args() -> argparse.Namespace:
                        help="each view of a text lacks up to this part of it, at its ends; 0: views are whole")
     group.add_argument("--dup_rate", type=cli.probability, default=0.0,
                        help="each view says up to this part of its tokens twice (ESimCSE); 0: none")
-    group.add_argument("--symmetric_loss", action="store_true",
-                       help="the mean of the loss of queries among titles and of titles among queries")
-    group.add_argument("--final_scale", type=cli.positive_float, default=None,
-                       help="--scale at the last step, to which it goes linearly; None: it stays")
     group.add_argument("--matryoshka_dims", type=cli.dims, default=None,
                        help="sizes below --output_emb_size, such as 128,64, for which the first numbers of an "
                        "embedding are trained too; later stages take any of them as --output_emb_size")
@@ -158,7 +154,7 @@ def parse_args() -> argparse.Namespace:
 
 # Flags of the contrastive objective, which --objective mlm does not have.
 CONTRASTIVE = ("test_set_file", "init_from_ckpt", "output_emb_size", "output_dropout", "margin", "scale", "pooling",
-               "infer_with_fc_pooler", "crop_rate", "dup_rate", "symmetric_loss", "final_scale", "matryoshka_dims",
+               "infer_with_fc_pooler", "crop_rate", "dup_rate", "matryoshka_dims",
                "distill_from", "whiten", "cross_device_negatives", "keep_duplicate_negatives", "gradient_cache",
                "use_recompute", "save_format", "visualdl_embeddings")
 
@@ -226,8 +222,7 @@ def build_model(args: argparse.Namespace) -> tuple[Any, Any, dict]:
         tokenizer = tokenizing.load_tokenizer(name)
     check_length(model, args.max_seq_length)
     model.infer_with_pooler = args.infer_with_fc_pooler or model.pooling != "pooler"
-    model.precision, model.symmetric = args.precision, args.symmetric_loss
-    model.distill_weight = args.distill_weight or 1.0
+    model.precision, model.distill_weight = args.precision, args.distill_weight or 1.0
     model.cross_device_negatives = args.cross_device_negatives and paddle.distributed.get_world_size() > 1
     set_dims(args, model)
     if args.use_recompute:
@@ -319,7 +314,6 @@ def train(args: argparse.Namespace, texts: data.TextFile, evaluate: Callable | N
             model.train()
             # Dropout is a function of seed, rank and step, so that a resumed run has what an unbroken one has.
             paddle.seed(((args.seed + rank) * 1_000_003 + step) % 2**31)
-            model.scale = scale_at(step, reporter.steps, args)
             for batch in group:
                 loss = backward(network, model, batch, lambda loss: scaler.scale(loss / len(group)),  # noqa: B023
                                 last=batch is group[-1])
@@ -347,11 +341,6 @@ def train(args: argparse.Namespace, texts: data.TextFile, evaluate: Callable | N
         reporter.whiten(step, args.whiten or model.embedding_size)
     reporter.finish()
     return 0
-
-
-def scale_at(step: int, steps: int, args: argparse.Namespace) -> float:
-    """--scale on its way to --final_scale, which the last of the steps has."""
-    return args.scale + ((args.final_scale or args.scale) - args.scale) * step / max(1, steps - 1)
 
 
 def numbers(state: dict) -> dict:

@@ -50,8 +50,6 @@ RECIPES: dict[str, tuple[list[str], dict[str, str]]] = {
     "first_last_avg": ([f"train.py {ENCODER} --pooling first_last_avg"], {"": ""}),
     "crop": ([f"train.py {ENCODER} {PLAIN} --crop_rate 0.5"], {"": ""}),
     "dup": ([f"train.py {ENCODER} {PLAIN} --dup_rate 0.3"], {"": ""}),
-    "symmetric": ([f"train.py {ENCODER} {PLAIN} --symmetric_loss"], {"": ""}),
-    "scale": ([f"train.py {ENCODER} {PLAIN} --scale 10 --final_scale 40"], {"": ""}),
     "pairs": ([f"train.py {ENCODER} {PLAIN}", FROM + " --train_set_file {pairs}"], {"": ""}),
     "triples": ([f"train.py {ENCODER} {PLAIN}", "recall.py --params_path {0} --corpus_file {corpus} "
                  "--similar_text_pair {pairs} --mine_negatives {new}", FROM + " --train_set_file {1}"], {"": ""}),

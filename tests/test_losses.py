@@ -30,13 +30,6 @@ def test_hard_negatives_are_more_candidates():
     assert float(got) == pytest.approx(cross_entropy(logits), rel=1e-5)
 
 
-def test_symmetric_loss_is_the_mean_of_both_directions():
-    query, title = vectors(2, 5, 8)
-    logits = 20 * (query @ title.T - 0.1 * np.eye(5))
-    got = losses.contrastive_loss(*tensors(query, title), 0.1, 20, None, True)
-    assert float(got) == pytest.approx((cross_entropy(logits) + cross_entropy(logits.T)) / 2, rel=1e-5)
-
-
 def test_what_says_the_same_is_no_negative():
     """Queries 0 and 3 are one; title 2 is query 1's text; hard negative 0 is title 1; title 4 is title 0."""
     keys = np.array([[1, 11, 12], [2, 12, 90], [3, 2, 91], [1, 13, 92], [5, 11, 93]])

@@ -38,7 +38,7 @@ def assert_equal(one, other):
 
 
 @pytest.mark.parametrize("more", [[], ["--gradient_accumulation_steps", 3, "--gradient_cache", "--chunk_size", 4], [
-    "--pooling", "mean", "--crop_rate", 0.5, "--dup_rate", 0.3, "--final_scale", 30, "--matryoshka_dims", 16]])
+    "--pooling", "mean", "--crop_rate", 0.5, "--dup_rate", 0.3, "--matryoshka_dims", 16]])
 def test_broken_by_kill_9_and_resumed_is_unbroken_to_the_bit(flags, tmp_path, more):
     steps = 18 if "--gradient_cache" in more else 48
     succeed("train.py", *flags("--save_dir", "whole", *more), cwd=tmp_path)
