@@ -17,7 +17,6 @@ from machine import available_memory
 
 # Exact search multiplies so many queries by so many documents at a time, on every core: 16 MB of cosines.
 QUERY_BLOCK, CORPUS_BLOCK = 256, 16384
-VECTOR_TYPES = ("float32", "int8")
 Found = tuple[np.ndarray, np.ndarray]  # of every query rows int64 [Q, k] and their cosines float32 [Q, k], best first
 
 

@@ -33,6 +33,7 @@ except ModuleNotFoundError:
 DEFAULT_MODEL = "rocketqa-zh-base-query-encoder"
 RECALL_KS = (1, 5, 10, 20, 50)
 POOLINGS = ("pooler", "cls", "mean", "first_last_avg")  # see model.py
+VECTOR_TYPES = ("float32", "int8")  # of an exact index; see ann_util.py
 # Texts tokenized and sorted by length at a time: enough to make batches of even length, little enough to stream.
 WINDOW = 16384
 STDIN = "-"  # the path that means stdin

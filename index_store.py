@@ -31,7 +31,7 @@ def new_index(made_of: dict, documents: int, dim: int, cpu_threads: int = 0, ran
             "vector_type" too, float32 where it is not said.
         cpu_threads: 0: all cores.
     """
-    from ann_util import VECTOR_TYPES, ExactIndex, HnswIndex, Shards
+    from ann_util import ExactIndex, HnswIndex, Shards
     from machine import default_threads
 
     threads = cpu_threads or default_threads()
@@ -41,7 +41,7 @@ def new_index(made_of: dict, documents: int, dim: int, cpu_threads: int = 0, ran
 
     def shard(size: int) -> ExactIndex | HnswIndex:
         if made_of["ann_engine"] == "exact":
-            return ExactIndex(made_of.get("vector_type", VECTOR_TYPES[0]))
+            return ExactIndex(made_of.get("vector_type", data.VECTOR_TYPES[0]))
         return HnswIndex(dim, max(size, room), made_of["hnsw_m"], made_of["hnsw_ef"], threads)
 
     return Shards(shard, documents, rank, ranks, threads, made_of["index_shards"])

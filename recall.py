@@ -78,7 +78,7 @@ def parse_args() -> argparse.Namespace:
                        f"--recall_num, of each shard; None: {HNSW_EF}")
     group.add_argument("--hnsw_max_elements", type=cli.positive_int, default=None,
                        help="documents the graph can hold; None: as many as the corpus has")
-    group.add_argument("--vector_type", choices=("float32", "int8"), default="float32",
+    group.add_argument("--vector_type", choices=data.VECTOR_TYPES, default="float32",
                        help="number format of the vectors of --ann_engine exact; int8: a quarter of the memory, and "
                        "cosines off by less than 0.01")
     add_fusion_arguments(parser.add_argument_group("fusion with BM25"))

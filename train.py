@@ -193,21 +193,31 @@ def set_seed(seed: int) -> None:
 
 def build_model(args: argparse.Namespace) -> tuple[Any, Any, dict]:
     """The network to train, its tokenizer and the record that goes beside its checkpoints."""
+    from backward import train_faster_on_cpu
+    from model import check_length
+
+    model, tokenizer, record = build_masked(args) if args.objective == "mlm" else build_contrastive(args)
+    check_length(model, args.max_seq_length)
+    if args.device == "cpu":
+        train_faster_on_cpu(model)
+    return model, tokenizer, record
+
+
+def build_masked(args: argparse.Namespace) -> tuple[Any, Any, dict]:
+    """`build_model` for --objective mlm, whose checkpoints are encoders and have no record."""
+    from mlm import MaskedLM
+
+    name = args.resume or args.model_name_or_path or data.DEFAULT_MODEL
+    return MaskedLM(name, args.dropout), tokenizing.load_tokenizer(name), {}
+
+
+def build_contrastive(args: argparse.Namespace) -> tuple[Any, Any, dict]:
+    """`build_model` for --objective contrastive."""
     import paddle
 
-    from backward import train_faster_on_cpu
     from loading import load_encoder, load_model, make_record
-    from model import SimCSE, check_length
+    from model import SimCSE
 
-    if args.objective == "mlm":
-        from mlm import MaskedLM
-
-        name = args.resume or args.model_name_or_path or data.DEFAULT_MODEL
-        model, tokenizer = MaskedLM(name, args.dropout), tokenizing.load_tokenizer(name)
-        check_length(model, args.max_seq_length)
-        if args.device == "cpu":
-            train_faster_on_cpu(model)
-        return model, tokenizer, {}
     settings = {"dropout": args.output_dropout, "margin": args.margin, "scale": args.scale,
                 **({"pooling": args.pooling} if args.pooling else {})}
     if args.resume or args.init_from_ckpt:
@@ -220,15 +230,12 @@ def build_model(args: argparse.Namespace) -> tuple[Any, Any, dict]:
         name = args.model_name_or_path or data.DEFAULT_MODEL
         model = SimCSE(load_encoder(name, args.dropout), output_emb_size=args.output_emb_size, **settings)
         tokenizer = tokenizing.load_tokenizer(name)
-    check_length(model, args.max_seq_length)
     model.infer_with_pooler = args.infer_with_fc_pooler or model.pooling != "pooler"
     model.precision, model.distill_weight = args.precision, args.distill_weight or 1.0
     model.cross_device_negatives = args.cross_device_negatives and paddle.distributed.get_world_size() > 1
     set_dims(args, model)
     if args.use_recompute:
         model.use_recompute()
-    if args.device == "cpu":
-        train_faster_on_cpu(model)
     return model, tokenizer, make_record(model, name, args.max_seq_length)
 
 
