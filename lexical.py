@@ -60,6 +60,8 @@ class Bm25:
         bm25 = cls.__new__(cls)
         try:
             bm25._index = bm25s.BM25.load(folder, mmap=True, show_progress=False)
+            if bm25._index.scores["num_docs"] != len(documents):
+                raise ValueError(f"of {bm25._index.scores['num_docs']} documents instead of {len(documents)}")
         except (OSError, EOFError, KeyError, ValueError) as error:
             raise console.InputError(f"{folder}: damaged: {console.first_line(error)}; remove this folder to build it "
                                      "again") from None

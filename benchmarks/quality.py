@@ -33,6 +33,9 @@ PLAIN, ENCODER = "--output_emb_size 256 --infer_with_fc_pooler", "--model_name_o
 WHITE = "--epochs 0 --pooling first_last_avg --whiten --max_seq_length 64"
 MLM = f"train.py {ENCODER} --objective mlm --learning_rate 1e-4 --warmup_proportion 0.1 --epochs 2"
 FROM = "train.py --init_from_ckpt {0} --infer_with_fc_pooler"
+PAIRS = [FROM + " --train_set_file {pairs}"]
+TRIPLES = ["recall.py --params_path {0} --corpus_file {corpus} --similar_text_pair {pairs} --mine_negatives {new}",
+           FROM + " --train_set_file {1}"]
 SIZES = {f" at {size}": f"--output_emb_size {size}" for size in (128, 64, 32)}
 INT8 = {f"{at} int8": f"{flags} --vector_type int8" for at, flags in {"": "", **SIZES}.items()}
 SEEN = 62  # characters of a document that an encoder of 64 tokens sees, about
@@ -50,16 +53,18 @@ RECIPES: dict[str, tuple[list[str], dict[str, str]]] = {
     "first_last_avg": ([f"train.py {ENCODER} --pooling first_last_avg"], {"": ""}),
     "crop": ([f"train.py {ENCODER} {PLAIN} --crop_rate 0.5"], {"": ""}),
     "dup": ([f"train.py {ENCODER} {PLAIN} --dup_rate 0.3"], {"": ""}),
-    "pairs": ([f"train.py {ENCODER} {PLAIN}", FROM + " --train_set_file {pairs}"], {"": ""}),
-    "triples": ([f"train.py {ENCODER} {PLAIN}", "recall.py --params_path {0} --corpus_file {corpus} "
-                 "--similar_text_pair {pairs} --mine_negatives {new}", FROM + " --train_set_file {1}"], {"": ""}),
+    "pairs": ([f"train.py {ENCODER} {PLAIN}", *PAIRS], {"": ""}),
+    "triples": ([f"train.py {ENCODER} {PLAIN}", *TRIPLES], {"": ""}),
+    "first_last_avg, pairs": ([f"train.py {ENCODER} --pooling first_last_avg", *PAIRS], {"": ""}),
+    "first_last_avg, triples": ([f"train.py {ENCODER} --pooling first_last_avg", *TRIPLES], {"": ""}),
     "matryoshka": ([f"train.py {ENCODER} {PLAIN} --matryoshka_dims 128,64,32"], {"": "", **SIZES}),
     "distilled": ([f"train.py {ENCODER} {WHITE}", "inference.py --params_path {0} --input_file {texts} --output_file "
                    "{new}", f"train.py {ENCODER} {PLAIN} " "--distill_from {1} --distill_weight 5"], {"": ""}),
     "mlm": ([MLM, f"train.py {PLAIN} " "--model_name_or_path {0}"], {"": ""}),
     "mean, whitened": ([f"train.py {ENCODER} {WHITE} --pooling mean"], {"": ""}),
     "whitened": ([f"train.py {ENCODER} {WHITE}"], {"": "", **SIZES, **INT8, **SHORT, **HYBRID}),
-    "whitened, pairs": ([f"train.py {ENCODER} {WHITE}", FROM + " --train_set_file {pairs}"], {"": ""}),
+    "whitened, pairs": ([f"train.py {ENCODER} {WHITE}", *PAIRS], {"": ""}),
+    "whitened, triples": ([f"train.py {ENCODER} {WHITE}", *TRIPLES], {"": ""}),
     "whitened, SimCSE": ([f"train.py {ENCODER} {WHITE}", FROM + " --learning_rate 1e-5 --crop_rate 0.5"], {"": ""}),
     "mlm, whitened": ([MLM, f"train.py {WHITE} " "--model_name_or_path {0}"], {"": ""}),
 }

@@ -62,9 +62,13 @@ def test_bm25_is_the_formula():
 def test_kept_and_read_again(tmp_path, capsys):
     queries, folder = ["语义检索", "BM25模型", "不在", "？"], tmp_path / "bm25"
     built = Bm25.kept(str(folder), CORPUS).search(queries, 6)
-    kept = Bm25.kept(str(folder), None).search(queries, 6)
+    assert "BM25 over 7 documents" in capsys.readouterr().err
+    kept = Bm25.kept(str(folder), CORPUS).search(queries, 6)
+    assert capsys.readouterr().err == f"using BM25 in {folder}\n"
     for one, other in zip(built, kept):
         np.testing.assert_array_equal(one, other)
+    with pytest.raises(InputError, match="damaged: of 7 documents instead of 6"):
+        Bm25.kept(str(folder), CORPUS[1:])
     (folder / "vocab.index.json").write_text("{")
     with pytest.raises(InputError, match="bm25: damaged: .*; remove this folder"):
         Bm25.kept(str(folder), CORPUS)
