@@ -37,10 +37,10 @@ PAIRS = [FROM + " --train_set_file {pairs}"]
 TRIPLES = ["recall.py --params_path {0} --corpus_file {corpus} --similar_text_pair {pairs} --mine_negatives {new}",
            FROM + " --train_set_file {1}"]
 SIZES = {f" at {size}": f"--output_emb_size {size}" for size in (128, 64, 32)}
-INT8 = {f"{at} int8": f"{flags} --vector_type int8" for at, flags in {"": "", **SIZES}.items()}
+INT8 = {f"{at} int8": f"{flags} --vector_type int8".strip() for at, flags in {"": "", **SIZES}.items()}
 SEEN = 62  # characters of a document that an encoder of 64 tokens sees, about
 SHORT = {f", first {SEEN} characters": "--corpus_file {corpus_seen} --similar_text_pair {queries_seen}"}
-HYBRID = {f"{cut} + BM25 by {by}": f"{flags} --hybrid_bm25 {how}" for cut, flags in {"": "", **SHORT}.items()
+HYBRID = {f"{cut} + BM25 by {by}": f"{flags} --hybrid_bm25 {how}".strip() for cut, flags in {"": "", **SHORT}.items()
           for by, how in (("rank", ""), ("rank, weight 3", "--bm25_weight 3"), ("score", "--fusion score"))}
 # Commands, {0} being what the first of them made and {new} what this one makes; {encoder}, {texts}, {pairs} and
 # {corpus} are files. And recall.py's flags, by what is added to the recipe's name; {corpus_seen} and {queries_seen}
