@@ -78,7 +78,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--dup_rate", type=cli.probability, default=0.0,
                        help="each view says up to this part of its tokens twice (ESimCSE); 0: none")
     group.add_argument("--matryoshka_dims", type=cli.dims, default=None,
-                       help="sizes below --output_emb_size, such as 128,64, for which the first numbers of an "
+                       help="sizes up to --output_emb_size, such as 256,128,64, for which the first numbers of an "
                        "embedding are trained too; later stages take any of them as --output_emb_size")
     group.add_argument("--distill_from", type=cli.readable_file, default=None,
                        help="another encoder's embeddings of the training texts, .npy, as inference.py writes them, "
@@ -241,13 +241,13 @@ def build_contrastive(args: argparse.Namespace) -> tuple[Any, Any, dict]:
 
 def set_dims(args: argparse.Namespace, model) -> None:
     """Have the network train embeddings of --matryoshka_dims as well; refuse sizes that it cannot have."""
-    size, smaller = model.embedding_size, args.matryoshka_dims or []
-    if smaller and (not model.output_emb_size or max(smaller) >= size):
-        raise console.InputError(f"--matryoshka_dims {','.join(map(str, smaller))}: have to be smaller than "
-                                 f"--output_emb_size, which is {model.output_emb_size}")
+    size, dims = model.embedding_size, args.matryoshka_dims or []
+    if dims and (not model.output_emb_size or max(dims) > size):
+        raise console.InputError(f"--matryoshka_dims {','.join(map(str, dims))}: no more than --output_emb_size is "
+                                 f"possible, which is {model.output_emb_size}")
     if args.whiten and args.whiten > size:
         raise console.InputError(f"--whiten {args.whiten}: embeddings have {size} numbers")
-    model.matryoshka_dims = [size, *smaller]
+    model.matryoshka_dims = [size, *(dim for dim in dims if dim < size)]
 
 
 def build_batches(args: argparse.Namespace, texts: data.TextFile, tokenizer):

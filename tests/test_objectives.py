@@ -85,7 +85,7 @@ def test_every_flag_of_the_loss_changes_it(texts, tmp_path):
 
 
 def test_smaller_sizes_of_a_matryoshka_are_prefixes(texts, tmp_path):
-    succeed("train.py", *START, "--train_set_file", texts, "--output_emb_size", 32, "--matryoshka_dims", "8,16",
+    succeed("train.py", *START, "--train_set_file", texts, "--output_emb_size", 32, "--matryoshka_dims", "8,32,16",
             "--infer_with_fc_pooler", cwd=tmp_path)
     folder = tmp_path / "checkpoints" / "model_8"
     whole = embeddings(folder, texts, tmp_path)
@@ -102,7 +102,8 @@ def test_smaller_sizes_of_a_matryoshka_are_prefixes(texts, tmp_path):
     assert printed.startswith("(1, 8)")
     error = refuse("inference.py", "--device", "cpu", "--params_path", folder, "--output_emb_size", 12)
     assert "--output_emb_size 12" in error and "has 32, 16, 8" in error
-    for sizes, told in (("32", "smaller than --output_emb_size, which is 32"), ("8,x", "'x' is not a whole number")):
+    for sizes, told in (("33", "no more than --output_emb_size is possible, which is 32"),
+                        ("8,x", "'x' is not a whole number")):
         assert told in refuse("train.py", *START, "--train_set_file", texts, "--output_emb_size", 32,
                               "--matryoshka_dims", sizes, cwd=tmp_path)
 
