@@ -41,7 +41,7 @@ def new_index(made_of: dict, documents: int, dim: int, cpu_threads: int = 0, ran
 
     def shard(size: int) -> ExactIndex | HnswIndex:
         if made_of["ann_engine"] == "exact":
-            return ExactIndex(made_of.get("vector_type", data.VECTOR_TYPES[0]))
+            return ExactIndex(made_of.get("vector_type", "float32"))
         return HnswIndex(dim, max(size, room), made_of["hnsw_m"], made_of["hnsw_ef"], threads)
 
     return Shards(shard, documents, rank, ranks, threads, made_of["index_shards"])

@@ -32,48 +32,19 @@ class Bm25:
 
     Args:
         documents: the corpus, numbered from 0; all its words are held in memory while the index is built.
+        folder: where the index is kept: read there, or else built and written there; None: only built.
+
+    Raises:
+        InputError: the folder is damaged.
     """
 
-    def __init__(self, documents: Sequence[str]) -> None:
-        started, vocabulary, ids = time.time(), {"": 0}, []
-        with console.progress("BM25", len(documents), "documents") as advance:
-            for document in documents:
-                ids.append([vocabulary.setdefault(word, len(vocabulary)) for word in words(document)])
-                advance()
-        self._index = bm25s.BM25(k1=K1, b=B, method="lucene") if any(ids) else None  # None: no document has a word
-        if self._index:
-            self._index.index((ids, vocabulary), show_progress=False)
-        console.log(f"BM25 over {len(ids)} documents, {len(vocabulary) - 1} words: {time.time() - started:.1f} s")
-
-    @classmethod
-    def kept(cls, folder: str | None, documents: Sequence[str]) -> "Bm25":
-        """BM25 over the documents, from the folder where it is kept, or else built and kept there; None: only built.
-
-        Raises:
-            InputError: the folder is damaged.
-        """
-        if not folder or not os.path.isdir(folder):
-            bm25 = cls(documents)
-            if folder and bm25._index:
-                bm25._keep(folder)
-            return bm25
-        bm25 = cls.__new__(cls)
-        try:
-            bm25._index = bm25s.BM25.load(folder, mmap=True, show_progress=False)
-            if bm25._index.scores["num_docs"] != len(documents):
-                raise ValueError(f"of {bm25._index.scores['num_docs']} documents instead of {len(documents)}")
-        except (OSError, EOFError, KeyError, ValueError) as error:
-            raise console.InputError(f"{folder}: damaged: {console.first_line(error)}; remove this folder to build it "
-                                     "again") from None
-        console.log(f"using BM25 in {folder}")
-        return bm25
-
-    def _keep(self, folder: str) -> None:
-        try:
-            with new_folder(folder) as temporary:
-                self._index.save(temporary, show_progress=False)
-        except OSError as error:  # the index may be another user's, or on a disk that cannot be written
-            console.warn(f"BM25 is not kept in {folder}: {error.strerror or error}")
+    def __init__(self, documents: Sequence[str], folder: str | None = None) -> None:
+        if folder and os.path.isdir(folder):
+            self._index = _read(folder, len(documents))
+        else:
+            self._index = _build(documents)
+            if folder and self._index:
+                _keep(self._index, folder)
 
     def search(self, queries: Sequence[str], k: int) -> Found:
         """The k documents of the highest scores above 0 of every query.
@@ -92,6 +63,42 @@ class Bm25:
                 rows[number, : len(best)], scores[number, : len(best)] = best, of_all[best]
                 advance()
         return rows, scores
+
+
+def _build(documents: Sequence[str]) -> bm25s.BM25 | None:
+    """The index of the documents; None: no document has a word."""
+    started, vocabulary, ids = time.time(), {"": 0}, []
+    with console.progress("BM25", len(documents), "documents") as advance:
+        for document in documents:
+            ids.append([vocabulary.setdefault(word, len(vocabulary)) for word in words(document)])
+            advance()
+    index = bm25s.BM25(k1=K1, b=B, method="lucene") if any(ids) else None
+    if index:
+        index.index((ids, vocabulary), show_progress=False)
+    console.log(f"BM25 over {len(ids)} documents, {len(vocabulary) - 1} words: {time.time() - started:.1f} s")
+    return index
+
+
+def _read(folder: str, documents: int) -> bm25s.BM25:
+    """The index in a folder of `_keep`, of so many documents."""
+    try:
+        index = bm25s.BM25.load(folder, mmap=True, show_progress=False)
+        if index.scores["num_docs"] != documents:
+            raise ValueError(f"of {index.scores['num_docs']} documents instead of {documents}")
+    except (OSError, EOFError, KeyError, ValueError) as error:
+        raise console.InputError(f"{folder}: damaged: {console.first_line(error)}; remove this folder to build it "
+                                 "again") from None
+    console.log(f"using BM25 in {folder}")
+    return index
+
+
+def _keep(index: bm25s.BM25, folder: str) -> None:
+    """Write an index to a folder, or say why it cannot be."""
+    try:
+        with new_folder(folder) as temporary:
+            index.save(temporary, show_progress=False)
+    except OSError as error:  # the index may be another user's, or on a disk that cannot be written
+        console.warn(f"BM25 is not kept in {folder}: {error.strerror or error}")
 
 
 def _best(scores: np.ndarray, k: int) -> np.ndarray:

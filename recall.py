@@ -156,8 +156,8 @@ def check_files(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 
 def check_fusion(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse what BM25 cannot do; make up its defaults."""
-    if not args.hybrid_bm25 and (args.bm25_weight or args.fusion):
-        parser.error(f"--{'bm25_weight' if args.bm25_weight else 'fusion'} needs --hybrid_bm25")
+    if not args.hybrid_bm25 and (asked := [flag for flag in ("bm25_weight", "fusion") if getattr(args, flag)]):
+        parser.error(f"--{asked[0]} needs --hybrid_bm25")
     if args.hybrid_bm25 and args.ann_engine == "milvus" and not args.corpus_file:
         parser.error("--hybrid_bm25 with --ann_engine milvus needs --corpus_file")
     args.fusion, args.bm25_weight = args.fusion or "rrf", args.bm25_weight or BM25_WEIGHT
@@ -312,7 +312,7 @@ def write_results(args: argparse.Namespace, blocks: Iterable[list[str]], index, 
     if args.hybrid_bm25 and not RANK:
         from lexical import Bm25, fuse
 
-        bm25 = Bm25.kept(args.index_path and os.path.join(args.index_path, "bm25"), corpus)
+        bm25 = Bm25(corpus, args.index_path and os.path.join(args.index_path, "bm25"))
     if args.mine_negatives and not RANK:
         miner = mining.Miner(pairs, args.negative_depth, args.negatives_per_pair, args.negative_max_score,
                              args.negative_max_overlap)

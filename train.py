@@ -154,9 +154,9 @@ def parse_args() -> argparse.Namespace:
 
 # Flags of the contrastive objective, which --objective mlm does not have.
 CONTRASTIVE = ("test_set_file", "init_from_ckpt", "output_emb_size", "output_dropout", "margin", "scale", "pooling",
-               "infer_with_fc_pooler", "crop_rate", "dup_rate", "matryoshka_dims",
-               "distill_from", "whiten", "cross_device_negatives", "keep_duplicate_negatives", "gradient_cache",
-               "use_recompute", "save_format", "visualdl_embeddings")
+               "infer_with_fc_pooler", "crop_rate", "dup_rate", "matryoshka_dims", "distill_from", "whiten",
+               "cross_device_negatives", "keep_duplicate_negatives", "gradient_cache", "use_recompute", "save_format",
+               "visualdl_embeddings")
 
 
 def check_objective(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:

@@ -37,10 +37,10 @@ PAIRS = [FROM + " --train_set_file {pairs}"]
 TRIPLES = ["recall.py --params_path {0} --corpus_file {corpus} --similar_text_pair {pairs} --mine_negatives {new}",
            FROM + " --train_set_file {1}"]
 SIZES = {f" at {size}": f"--output_emb_size {size}" for size in (128, 64, 32)}
-INT8 = {f"{at} int8": f"{flags} --vector_type int8".strip() for at, flags in {"": "", **SIZES}.items()}
+INT8 = {f"{at} int8": f"{flags} --vector_type int8" for at, flags in {"": "", **SIZES}.items()}
 SEEN = 62  # characters of a document that an encoder of 64 tokens sees, about
 SHORT = {f", first {SEEN} characters": "--corpus_file {corpus_seen} --similar_text_pair {queries_seen}"}
-HYBRID = {f"{cut} + BM25 by {by}": f"{flags} --hybrid_bm25 {how}".strip() for cut, flags in {"": "", **SHORT}.items()
+HYBRID = {f"{cut} + BM25 by {by}": f"{flags} --hybrid_bm25 {how}" for cut, flags in {"": "", **SHORT}.items()
           for by, how in (("rank", ""), ("rank, weight 3", "--bm25_weight 3"), ("score", "--fusion score"))}
 # Commands, {0} being what the first of them made and {new} what this one makes; {encoder}, {texts}, {pairs} and
 # {corpus} are files. And recall.py's flags, by what is added to the recipe's name; {corpus_seen} and {queries_seen}
@@ -173,9 +173,9 @@ def bm25(args: argparse.Namespace, data_set: str) -> dict[str, dict[str, float]]
     with tempfile.TemporaryDirectory() as folder:
         files = prepare(args, data_set, folder)
         os.makedirs(f"{folder}/recall_result_dir")
-        for suffix, part in {"": "", **dict.fromkeys(SHORT, "_seen")}.items():
+        queries = data.distinct(query for query, _ in data.read_text_pairs(files["queries"], "--data_dir"))
+        for suffix, part in zip(("", *SHORT), ("", "_seen")):
             corpus = data.read_texts(files[f"corpus{part}"], "--data_dir")
-            queries = data.distinct(query for query, _ in data.read_text_pairs(files["queries"], "--data_dir"))
             rows, scores = Bm25(corpus).search(queries, 50)
             with open(f"{folder}/recall_result_dir/recall_result.txt", "w", encoding="utf-8") as file:
                 file.writelines(recall_lines("tsv", query, [corpus[row] for row in found if row >= 0], score.tolist())
@@ -232,7 +232,8 @@ def main() -> None:
     if args.show:
         for name in names:
             print(f"{name}:", *(f"    python {' '.join(command)}" for command in commands(name)),
-                  *(f"    python recall.py ... {flags}".rstrip() for flags in RECIPES[name][1].values()), sep="\n")
+                  *(" ".join(["    python recall.py ...", *flags.split()]) for flags in RECIPES[name][1].values()),
+                  sep="\n")
         return
     results: dict[str, dict] = {}
     if os.path.exists(args.json):

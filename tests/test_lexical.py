@@ -61,23 +61,23 @@ def test_bm25_is_the_formula():
 
 def test_kept_and_read_again(tmp_path, capsys):
     queries, folder = ["语义检索", "BM25模型", "不在", "？"], tmp_path / "bm25"
-    built = Bm25.kept(str(folder), CORPUS).search(queries, 6)
+    built = Bm25(CORPUS, str(folder)).search(queries, 6)
     assert "BM25 over 7 documents" in capsys.readouterr().err
-    kept = Bm25.kept(str(folder), CORPUS).search(queries, 6)
+    kept = Bm25(CORPUS, str(folder)).search(queries, 6)
     assert capsys.readouterr().err == f"using BM25 in {folder}\n"
     for one, other in zip(built, kept):
         np.testing.assert_array_equal(one, other)
     with pytest.raises(InputError, match="damaged: of 7 documents instead of 6"):
-        Bm25.kept(str(folder), CORPUS[1:])
+        Bm25(CORPUS[1:], str(folder))
     (folder / "vocab.index.json").write_text("{")
     with pytest.raises(InputError, match="bm25: damaged: .*; remove this folder"):
-        Bm25.kept(str(folder), CORPUS)
+        Bm25(CORPUS, str(folder))
     (folder / "data.csc.index.npy").unlink()
     with pytest.raises(InputError, match="damaged"):
-        Bm25.kept(str(folder), CORPUS)
-    Bm25.kept(str(folder / "vocab.index.json" / "below a file"), CORPUS)
+        Bm25(CORPUS, str(folder))
+    Bm25(CORPUS, str(folder / "vocab.index.json" / "below a file"))
     assert "BM25 is not kept in " in capsys.readouterr().err
-    Bm25.kept(str(tmp_path / "no words"), ["。"])
+    Bm25(["。"], str(tmp_path / "no words"))
     assert not (tmp_path / "no words").exists()
 
 
