@@ -75,12 +75,16 @@ def write_weights(path: str, state: Mapping[str, Any]) -> None:
 class new_folder:
     """`with new_folder(path) as temporary:` fill it, and it becomes `path` when all is written and on the disk.
 
-    Where `path` exists, it is exchanged for the new folder in one step, and files of other names are kept. On an error
-    the temporary folder is removed, and `path` stays as it was.
+    Where `path` exists, it is exchanged for the new folder in one step. On an error the temporary folder is removed,
+    and `path` stays as it was.
+
+    Args:
+        cache: whether the content can be made again, and is checked before it is used. Then nothing waits for the
+            disk, and all that the folder held goes; else files of other names are kept.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = os.path.abspath(path)
+    def __init__(self, path: str, cache: bool = False) -> None:
+        self.path, self.cache = os.path.abspath(path), cache
 
     def __enter__(self) -> str:
         parent, name = os.path.split(self.path)
@@ -91,7 +95,9 @@ class new_folder:
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
         try:
-            if kind is None:
+            if kind is None and self.cache:
+                self._take_the_place()
+            elif kind is None:
                 sync(self.temporary)
                 self._take_the_place()
                 sync(os.path.dirname(self.path), files=False)
@@ -102,7 +108,7 @@ class new_folder:
         if not os.path.isdir(self.path):
             os.rename(self.temporary, self.path)
             return
-        for name in set(os.listdir(self.path)) - set(os.listdir(self.temporary)):
+        for name in () if self.cache else set(os.listdir(self.path)) - set(os.listdir(self.temporary)):
             copy = shutil.copytree if os.path.isdir(os.path.join(self.path, name)) else shutil.copy2
             copy(os.path.join(self.path, name), os.path.join(self.temporary, name))
         exchange(self.temporary, self.path)

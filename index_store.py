@@ -1,5 +1,6 @@
 """Indexes kept in a folder: the shards, the corpus, and in fingerprint.json what they were made of."""
 
+import functools
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import console
 import data
 
 
+@functools.cache  # weights are large, and a process reads them once
 def model_digest(params_path: str, model_name_or_path: str | None, output_emb_size: int | None = None) -> str:
     """SHA-256 of what makes the embeddings: the checkpoint and what is beside it, or the encoder named instead; and the
     size, where it is smaller than the checkpoint's."""

@@ -1,11 +1,12 @@
 """Encoders and checkpoints: from a folder or a name to a network and its tokenizer, and back."""
 
 # isort: off
+import contextlib
 import json
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 # `model` first: it prepares the environment in which paddle is imported.
@@ -74,8 +75,20 @@ def load_encoder(model_name_or_path: str, dropout: float | None = None, kind: st
     return encoder
 
 
+@contextlib.contextmanager
+def _weights_unset() -> Iterator[None]:
+    """Build layers without drawing weights: for ERNIE-base, drawing them takes longer than all else of its start."""
+    normal = paddle.tensor.normal  # what paddlenlp draws them with, after Paddle's own layers have
+    paddle.tensor.normal = lambda mean, std, shape: paddle.empty(shape)
+    try:
+        with paddle.LazyGuard():
+            yield
+    finally:
+        paddle.tensor.normal = normal
+
+
 def _encoder_from_record(record: dict, dropout: float | None) -> nn.Layer:
-    """The encoder that a checkpoint describes, with random weights: the checkpoint has them all."""
+    """The encoder that a checkpoint describes, its weights not set yet: the checkpoint has them all."""
     import paddlenlp
 
     paddlenlp.utils.log.logger.set_level("WARNING")
@@ -83,7 +96,8 @@ def _encoder_from_record(record: dict, dropout: float | None) -> nn.Layer:
     config = encoder_class.config_class.from_dict(_portable(record["encoder_config"]))
     if dropout is not None:
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
-    return encoder_class(config)
+    with _weights_unset():
+        return encoder_class(config)
 
 
 def _portable(config: dict) -> dict:
@@ -166,8 +180,7 @@ def load_model(params_path: str, model_name_or_path: str | None = None, output_e
     else:
         name = record["model_name_or_path"]
         encoder = _encoder_from_record(record, dropout)
-    has_tokenizer = os.path.isfile(os.path.join(folder, "tokenizer_config.json"))
-    tokenizer = load_tokenizer(folder if has_tokenizer else name)
+    tokenizer = checkpoint_tokenizer(params_path, name)
     recorded = {key: record[key] for key in ("margin", "scale", "pooling") if key in record}
     model = SimCSE(encoder, output_emb_size=size, **{**recorded, **(settings or {})})
     model.infer_with_pooler = record.get("with_pooler", True)
@@ -175,6 +188,14 @@ def load_model(params_path: str, model_name_or_path: str | None = None, output_e
     load_state(model, state, f"{flag} {params_path}")
     model.eval()
     return model, tokenizer, make_record(model, name, record.get("max_seq_length"))
+
+
+def checkpoint_tokenizer(params_path: str, model_name_or_path: str | None = None) -> Any:
+    """The tokenizer beside a checkpoint; where there is none, that of its encoder, named or recorded."""
+    folder = os.path.dirname(params_path) or "."
+    if os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
+        return load_tokenizer(folder)
+    return load_tokenizer(model_name_or_path or read_record(folder).get("model_name_or_path", DEFAULT_MODEL))
 
 
 def make_record(model: SimCSE, model_name_or_path: str, max_seq_length: int | None) -> dict:
@@ -189,11 +210,15 @@ def make_record(model: SimCSE, model_name_or_path: str, max_seq_length: int | No
             "versions": {"paddlepaddle": paddle.__version__, "paddlenlp": paddlenlp.__version__}}
 
 
+def write_json(path: str, content: dict) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(content, file, ensure_ascii=False, indent=2)
+
+
 def write_record(folder: str, record: dict, tokenizer: Any) -> None:
     """Write simcse_config.json and the tokenizer's files."""
     tokenizer.save_pretrained(folder)
-    with open(os.path.join(folder, CONFIG_FILE), "w", encoding="utf-8") as file:
-        json.dump(record, file, ensure_ascii=False, indent=2)
+    write_json(os.path.join(folder, CONFIG_FILE), record)
 
 
 def save_checkpoint(folder: str, model: SimCSE, tokenizer: Any, record: dict, params_file: str = PARAMS_FILE,

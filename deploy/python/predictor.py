@@ -3,16 +3,24 @@
 # isort: off
 import argparse
 import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import json
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # `model` first: it prepares the environment in which paddle is imported.
-from console import InputError
-from machine import CPU_HAS_BF16, auto_precision, default_threads
+from checkpoint import new_folder
+from console import InputError, log
+from data import file_digest
+from index_store import model_digest
+from machine import CPU_HAS_BF16, RANK, auto_precision, default_threads
 from model import BATCH_TOKENS, Engine, SimCSE, set_device
-from loading import load_model, read_record
+from loading import CONFIG_FILE, checkpoint_tokenizer, load_model, read_record, write_json
 
 import numpy as np
 import paddle
@@ -58,9 +66,13 @@ def export_graph(model: SimCSE, folder: str) -> None:
         paddle.jit.save(graph, os.path.join(folder, "inference"))
 
 
-def make_engine(model: SimCSE, precision: str = "auto", cpu_threads: int = 0) -> Engine:
+def make_engine(model: SimCSE, precision: str = "auto", cpu_threads: int = 0,
+                keep: Callable[[str], None] | None = None) -> Engine:
     """What encodes fastest on the current device: on a CPU a `Predictor` of the weights as they are now, on a GPU the
     network itself, in `precision`.
+
+    Args:
+        keep: is given the folder of the exported graph, on a CPU.
 
     Raises:
         InputError: the processor or GPU has no such precision.
@@ -73,14 +85,78 @@ def make_engine(model: SimCSE, precision: str = "auto", cpu_threads: int = 0) ->
         return model
     with tempfile.TemporaryDirectory() as folder:
         export_graph(model, folder)
-        return Predictor(folder, cpu_threads=cpu_threads, precision=precision, max_positions=model.max_positions)
+        engine = Predictor(folder, cpu_threads=cpu_threads, precision=precision, max_positions=model.max_positions,
+                           embedding_size=model.embedding_size)
+        if keep:
+            keep(folder)
+        return engine
 
 
 def load_engine(args: argparse.Namespace) -> tuple[Engine, Any]:
-    """The engine and the tokenizer that a stage's flags ask for (`add_model_arguments`, `add_encode_arguments`)."""
+    """The engine and the tokenizer that a stage's flags ask for (`add_model_arguments`, `add_encode_arguments`).
+
+    On a CPU the graph, once exported, is kept beside the checkpoint; later starts need neither the network nor
+    paddlenlp.
+    """
     set_device(args.device, args.cpu_threads)
-    model, tokenizer, _ = load_model(args.params_path, args.model_name_or_path, args.output_emb_size)
-    return make_engine(model, args.precision, args.cpu_threads), tokenizer
+    keep = None
+    if args.device == "cpu":
+        kept, fingerprint = f"{os.path.splitext(args.params_path)[0]}.graph", graph_fingerprint(args)
+        if engine := read_kept_graph(kept, fingerprint, args):
+            return engine, checkpoint_tokenizer(args.params_path, args.model_name_or_path)
+    model, tokenizer, record = load_model(args.params_path, args.model_name_or_path, args.output_emb_size)
+    if args.device == "cpu" and not RANK:
+        keep = functools.partial(keep_graph, kept, fingerprint, record)
+    return make_engine(model, args.precision, args.cpu_threads, keep), tokenizer
+
+
+# ---------------------------------------------------------------------------------- the graph kept beside a checkpoint
+def graph_fingerprint(args: argparse.Namespace) -> dict[str, Any]:
+    """What an exported graph depends on: the checkpoint and the encoder by content, the libraries, this code."""
+    encoder = args.model_name_or_path or ""
+    beside = [os.path.join(encoder, name) for name in sorted(os.listdir(encoder))] if os.path.isdir(encoder) else []
+    described = hashlib.sha256()  # an encoder named by a flag describes the network; its weights are the checkpoint's
+    for path in filter(os.path.isfile, beside):
+        if not path.endswith((".pdparams", ".safetensors")):
+            described.update(file_digest(path).encode())
+    here = os.path.abspath(__file__)
+    code = [here, *(os.path.join(os.path.dirname(here), "..", "..", name) for name in ("model.py", "loading.py"))]
+    try:
+        paddlenlp = importlib.metadata.version("paddlenlp")
+    except importlib.metadata.PackageNotFoundError:
+        paddlenlp = None
+    return {"model": model_digest(args.params_path, args.model_name_or_path, args.output_emb_size),
+            "encoder": described.hexdigest(), "paddlepaddle": paddle.__version__, "paddlenlp": paddlenlp,
+            "code": [file_digest(path) for path in code]}
+
+
+def read_kept_graph(folder: str, fingerprint: dict, args: argparse.Namespace) -> Engine | None:
+    """The engine of the graph that `keep_graph` wrote to `folder`; None where it has to be exported (again)."""
+    try:
+        with open(os.path.join(folder, "fingerprint.json"), encoding="utf-8") as file:
+            found = json.load(file)
+        files = {name: file_digest(os.path.join(folder, name)) for name in found["files"]}
+        size = read_record(folder)["output_emb_size"]
+    except (OSError, LookupError, TypeError, ValueError, InputError):
+        return None
+    if found != {**fingerprint, "files": files} or args.output_emb_size not in (None, size):
+        return None
+    return Predictor(folder, cpu_threads=args.cpu_threads, precision=args.precision)
+
+
+def keep_graph(kept: str, fingerprint: dict, record: dict, exported: str) -> None:
+    """Move the `exported` graph, its record and its fingerprint to the folder `kept`, which appears whole or, where it
+    cannot be written, not at all."""
+    try:
+        with new_folder(kept, cache=True) as folder:
+            for name in os.listdir(exported):
+                shutil.move(os.path.join(exported, name), folder)
+            write_json(os.path.join(folder, CONFIG_FILE), record)
+            files = {name: file_digest(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
+            write_json(os.path.join(folder, "fingerprint.json"), {**fingerprint, "files": files})
+    except OSError:
+        return
+    log(f"kept the graph in {kept}, for quicker starts")
 
 
 class Predictor:
@@ -95,6 +171,8 @@ class Predictor:
         precision: "fp32", "bf16", "fp16" (GPU), "int8" (TensorRT), or "auto": bf16 on a CPU that has it and with
             oneDNN, else fp32.
         max_positions: positions of the encoder; None: what the folder records.
+        embedding_size: numbers of an embedding; None: what the folder records or, where it records none, what a run
+            gives.
         shapes: how many shapes of batches oneDNN keeps kernels for, each with a copy of the weights: ERNIE-base's are
             333 MB in fp32, 170 MB in bf16, and take tenths of a second to make.
 
@@ -104,11 +182,13 @@ class Predictor:
 
     def __init__(self, model_dir: str, device: str = "cpu", cpu_threads: int = 0, enable_mkldnn: bool = True,
                  use_tensorrt: bool = False, precision: str = "fp32", max_batch_size: int = 32,
-                 max_seq_length: int = 128, max_positions: int | None = None, shapes: int = 10) -> None:
+                 max_seq_length: int = 128, max_positions: int | None = None, embedding_size: int | None = None,
+                 shapes: int = 10) -> None:
         config = paddle.inference.Config(*_graph_files(model_dir))
         config.disable_glog_info()
-        self.max_positions = max_positions or read_record(model_dir).get("encoder_config", {}).get(
-            "max_position_embeddings", 512)
+        record = read_record(model_dir)
+        encoder_config = record.get("encoder_config", {})
+        self.max_positions = max_positions or encoder_config.get("max_position_embeddings", 512)
         self.batch_tokens, self.shapes = BATCH_TOKENS[device == "cpu"], shapes
         self.precision = auto_precision(device, enable_mkldnn) if precision == "auto" else precision
         if device == "gpu":
@@ -123,7 +203,8 @@ class Predictor:
         self.predictor = paddle.inference.create_predictor(config)
         self.inputs = [self.predictor.get_input_handle(name) for name in self.predictor.get_input_names()]
         self.output = self.predictor.get_output_handle(self.predictor.get_output_names()[0])
-        self.embedding_size = self.embed(*[np.ones([1, 3], "int64")] * 2).shape[1]  # known only after a run
+        self.embedding_size = (embedding_size or record.get("output_emb_size") or encoder_config.get("hidden_size")
+                               or self.embed(*[np.ones([1, 3], "int64")] * 2).shape[1])
 
     def _use_cpu(self, config: Any, threads: int, enable_mkldnn: bool) -> None:
         config.disable_gpu()
