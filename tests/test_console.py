@@ -9,14 +9,14 @@ import termios
 
 import numpy as np
 import pytest
-from conftest import ROOT, refuse, succeed
+from conftest import ROOT, command, refuse, succeed
 
 
-def on_a_terminal(*command, **options):
+def on_a_terminal(*words, **options):
     """Run a command whose stderr is a terminal: exit code, stdout, what the terminal got."""
     terminal, end = pty.openpty()
     termios.tcsetwinsize(end, (24, 100))
-    with subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=end, text=True, cwd=ROOT,
+    with subprocess.Popen([*map(str, words)], stdout=subprocess.PIPE, stderr=end, text=True, cwd=ROOT,
                           **options) as process:
         os.close(end)
         shown = b""
@@ -116,7 +116,8 @@ def test_quiet_keeps_errors(tmp_path):
 def test_reading_and_encoding_show_bars_on_a_terminal(checkpoint, tmp_path):
     lines = "".join(f"第{row}条关于语义检索和向量召回的文本,长一些\n" for row in range(30000))
     (tmp_path / "texts.txt").write_text(lines, encoding="utf-8")
-    code, _, shown = on_a_terminal(sys.executable, "inference.py", "--device", "cpu", "--params_path", checkpoint,
-                                   "--input_file", tmp_path / "texts.txt", "--output_file", tmp_path / "texts.npy")
+    code, _, shown = on_a_terminal(*command(
+        "inference.py", "--device", "cpu", "--params_path", checkpoint, "--input_file", tmp_path / "texts.txt",
+        "--output_file", tmp_path / "texts.npy"))
     assert code == 0 and len(np.load(tmp_path / "texts.npy")) == 30000
     assert re.search(r"encoding: +\d+%\|.*?\| \d+/30000 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+ texts/s", shown)

@@ -8,7 +8,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import ROOT, refuse, succeed
+from conftest import ROOT, command, refuse, succeed
 
 from console import InputError
 from data import distinct, read_text_pairs, read_texts
@@ -175,8 +175,8 @@ def test_recall_writes_the_fused_ranking(checkpoint, sample, tmp_path, engine):
 def test_queries_of_stdin(checkpoint, kept_index, tmp_path):
     flags = ["--device", "cpu", "--params_path", checkpoint, "--index_path", kept_index, "--max_seq_length", 32,
              "--precision", "fp32", "--hybrid_bm25", "--query"]
-    piped = subprocess.run([sys.executable, ROOT / "recall.py", *map(str, flags)], capture_output=True,
-                           input="语义\n检索\n".encode(), cwd=tmp_path)
+    piped = subprocess.run(command("recall.py", *flags), capture_output=True, cwd=tmp_path,
+                           input="语义\n检索\n".encode())
     assert piped.returncode == 0, piped.stderr.decode()
     assert piped.stdout.decode() == succeed("recall.py", *flags, "语义", "--query", "检索", cwd=tmp_path).stdout
     assert piped.stdout.count(b"\n") == 20

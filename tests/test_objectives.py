@@ -2,12 +2,11 @@
 
 import json
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-from conftest import ENCODER, FP32, ROOT, refuse, succeed
+from conftest import ENCODER, FP32, command, refuse, succeed
 
 import checkpoint as c
 import loading
@@ -186,8 +185,7 @@ def test_masked_words_make_an_encoder(texts, tmp_path):
     assert len(told) == 4 and told[-1] < told[0] - 0.5, told
     assert "cls.predictions" in result.stderr and result.stderr.count("start at random") == 1
     whole = weights(tmp_path / "whole" / "model_40")
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, [*mlm[1:], "--save_dir", "broken",
-                                                                           "--save_steps", 8])], cwd=tmp_path)
+    process = subprocess.Popen(command(*mlm, "--save_dir", "broken", "--save_steps", 8), cwd=tmp_path)
     while not (tmp_path / "broken" / "model_16").exists():
         assert process.poll() is None
         time.sleep(0.1)

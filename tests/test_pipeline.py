@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ENCODER, FP32, ROOT, refuse, succeed
+from conftest import ENCODER, FP32, ROOT, command, refuse, succeed
 
 import loading
 import machine
@@ -120,9 +120,8 @@ def test_without_infer_with_fc_pooler_later_stages_take_the_raw_first_token(samp
 
 def test_ctrl_c_saves_and_ends_with_130(sample, tmp_path):
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *map(str, train_flags(sample, "--epochs", 500, "--save_dir",
-                                                                       tmp_path))],
-        stderr=subprocess.PIPE, text=True)
+        command("train.py", *train_flags(sample, "--epochs", 500, "--save_dir", tmp_path)), stderr=subprocess.PIPE,
+        text=True)
     for line in process.stderr:
         if line.startswith("global step 10,"):
             break

@@ -3,11 +3,10 @@
 import json
 import signal
 import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import FP32, ROOT, refuse, succeed
+from conftest import FP32, command, refuse, succeed
 
 CPU = ["--device", "cpu", "--cpu_threads", 1, *FP32]
 GBK = "语义索引".encode("gbk")
@@ -31,8 +30,8 @@ def lines_for(name):
 
 
 def start(script, *args, **options):
-    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, args)], stdin=subprocess.PIPE,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    return subprocess.Popen(command(script, *args), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, **options)
 
 
 def pipe(content, script, *args):

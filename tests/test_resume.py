@@ -6,11 +6,10 @@ import pickle
 import shutil
 import signal
 import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import ENCODER, ROOT, refuse, run_script, succeed
+from conftest import ENCODER, command, refuse, run_script, succeed
 
 import checkpoint as c
 from console import InputError
@@ -42,20 +41,20 @@ def assert_equal(one, other):
 def test_broken_by_kill_9_and_resumed_is_unbroken_to_the_bit(flags, tmp_path, more):
     steps = 18 if "--gradient_cache" in more else 48
     succeed("train.py", *flags("--save_dir", "whole", *more), cwd=tmp_path)
-    command = flags("--save_dir", "broken", "--resume", *more)
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, command)], cwd=tmp_path,
-                               stderr=subprocess.PIPE, text=True)
+    going_on = flags("--save_dir", "broken", "--resume", *more)
+    process = subprocess.Popen(command("train.py", *going_on, bare=True), cwd=tmp_path, stderr=subprocess.PIPE,
+                               text=True)
     assert any("global step 10," in line for line in process.stderr)
     process.send_signal(signal.SIGKILL)
     process.wait(30)
     left = c.saved_steps(str(tmp_path / "broken"))
     assert left and 8 <= left[-1] < steps
     (tmp_path / "broken" / ".model_99.abc.tmp").mkdir()  # as a kill in the middle of a save leaves one
-    result = succeed("train.py", *command, cwd=tmp_path)
+    result = succeed("train.py", *going_on, cwd=tmp_path)
     assert f"going on from broken/model_{left[-1]}" in result.stderr and "saved broken/model_4\n" not in result.stderr
     assert_equal(weights(tmp_path / "whole" / f"model_{steps}"), weights(tmp_path / "broken" / f"model_{steps}"))
     assert not [name for name in os.listdir(tmp_path / "broken") if name.startswith(".")]
-    again = succeed("train.py", *command, cwd=tmp_path)  # nothing is left to do
+    again = succeed("train.py", *going_on, cwd=tmp_path)  # nothing is left to do
     assert f"going on from broken/model_{steps}" in again.stderr and "global step" not in again.stderr
 
 
@@ -63,9 +62,8 @@ def test_broken_by_kill_9_and_resumed_is_unbroken_to_the_bit(flags, tmp_path, mo
                                            ([signal.SIGINT, signal.SIGTERM], -signal.SIGTERM)])
 def test_signals_save_and_a_second_ends_at_once(flags, tmp_path, signals, code):
     """Steps of 128 texts take long enough for a second signal to come before the first is acted on."""
-    command = flags("--batch_size", 128, "--max_seq_length", 32, "--epochs", 100, "--save_steps", 1000)
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, command)], cwd=tmp_path,
-                               stderr=subprocess.PIPE, text=True)
+    long = flags("--batch_size", 128, "--max_seq_length", 32, "--epochs", 100, "--save_steps", 1000)
+    process = subprocess.Popen(command("train.py", *long), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     assert any("global step 10," in line for line in process.stderr)
     process.send_signal(signals[0])
     assert any("saving after this step" in line for line in process.stderr)

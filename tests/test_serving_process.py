@@ -6,13 +6,12 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, free_port, refuse, succeed, wait_for_answer
+from conftest import ROOT, command, free_port, refuse, succeed, wait_for_answer
 
 pytest.importorskip("fastapi_offline", reason="requirements-serving.txt is not installed")
 SERVER = ["deploy/serving/server.py", "--device", "cpu"]
@@ -34,9 +33,9 @@ def listening(port):
 @pytest.mark.parametrize("flags, address", [([], "0100007F"), (["--host", "0.0.0.0"], "00000000")])
 def test_what_it_says_and_where_it_listens(exported, kept_index, flags, address):
     port = free_port()
-    command = [sys.executable, *SERVER, "--model_dir", exported, "--index_path", kept_index, "--port", port, *flags]
-    with subprocess.Popen([str(word) for word in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          text=True, encoding="utf-8") as process:
+    words = command(*SERVER, "--model_dir", exported, "--index_path", kept_index, "--port", port, *flags)
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          encoding="utf-8") as process:
         try:
             wait_for_answer(f"http://127.0.0.1:{port}/healthz", process=process)
             assert listening(port) == [address]
