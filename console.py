@@ -39,6 +39,14 @@ def log(message: str) -> None:
         warn(message)
 
 
+def log_from_handler(message: str) -> None:
+    """`log` for a signal handler: past stderr's buffer, which must not be entered again where it is being written to.
+    """
+    if not _Settings.quiet:
+        line_break = "\n" if _Settings.bars else ""  # a bar is left where it is
+        os.write(2, f"{line_break}{message}\n".encode())
+
+
 def warn(message: str) -> None:
     """Print one line to stderr, above the progress bar where there is one."""
     _print(message, sys.stderr)

@@ -8,7 +8,7 @@ from model import LAUNCHER_GONE  # isort: skip
 
 import paddle
 
-from console import log
+from console import log_from_handler
 
 
 class Stop:
@@ -31,7 +31,7 @@ class Stop:
         self.signal = number
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
-        log(f"{signal.Signals(number).name}: saving after this step; once more to stop without saving")
+        log_from_handler(f"{signal.Signals(number).name}: saving after this step; once more to stop without saving")
 
     def requested(self, step: int) -> bool:
         """Whether to stop after `step`. Ranks stop after the same one, so they ask each other, every 10 steps."""

@@ -56,12 +56,17 @@ def encode(encoder: str, cases: dict[str, list[str]]) -> dict[str, float]:
     return speeds
 
 
-def latency(encoder: str, text: str, folder: str, runs: int) -> dict[str, float]:
-    """Milliseconds (median) of one text: Paddle Inference as deploy/python/predict.py set it by default."""
-    network, tokenizer = Network(encoder), AutoTokenizer.from_pretrained(encoder)
+def export(encoder: str, folder: str) -> dict[str, float]:
+    """Nothing to return: run.py times the process."""
+    network = Network(encoder)
     network.eval()
     spec = [paddle.static.InputSpec([None, None], "int64") for _ in range(2)]
     paddle.jit.save(paddle.jit.to_static(network, input_spec=spec, full_graph=True), f"{folder}/inference")
+    return {}
+
+
+def predictor_of(folder: str):
+    """Paddle Inference as deploy/python/predict.py set it by default: a function from a batch to its embeddings."""
     graph = f"{folder}/inference." + ("pdmodel" if paddle.__version__.startswith("2.") else "json")
     config = paddle.inference.Config(graph, f"{folder}/inference.pdiparams")
     config.disable_gpu()
@@ -70,13 +75,29 @@ def latency(encoder: str, text: str, folder: str, runs: int) -> dict[str, float]
     predictor = paddle.inference.create_predictor(config)
     inputs = [predictor.get_input_handle(name) for name in predictor.get_input_names()]
     output = predictor.get_output_handle(predictor.get_output_names()[0])
-    seconds = []
-    for _ in range(runs + 2):
-        start = time.perf_counter()
-        for handle, tensor in zip(inputs, batch_of(tokenizer, [text], 128)):
+
+    def embed(batch: list[paddle.Tensor]):
+        for handle, tensor in zip(inputs, batch):
             handle.copy_from_cpu(tensor.numpy())
         predictor.run()
-        output.copy_to_cpu()
+        return output.copy_to_cpu()
+
+    return embed
+
+
+def deployed(encoder: str, text: str, folder: str) -> dict[str, float]:
+    """Nothing to return: one text from the graph that `export` wrote."""
+    predictor_of(folder)(batch_of(AutoTokenizer.from_pretrained(encoder), [text], 128))
+    return {}
+
+
+def latency(encoder: str, text: str, folder: str, runs: int) -> dict[str, float]:
+    """Milliseconds (median) of one text."""
+    export(encoder, folder)
+    embed, tokenizer, seconds = predictor_of(folder), AutoTokenizer.from_pretrained(encoder), []
+    for _ in range(runs + 2):
+        start = time.perf_counter()
+        embed(batch_of(tokenizer, [text], 128))
         seconds.append(time.perf_counter() - start)
     return {"batch 1": 1000 * sorted(seconds[2:])[runs // 2]}
 
@@ -112,12 +133,20 @@ def lines(path: str) -> dict[str, float]:
             "MB": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
 
 
-def first_result(encoder: str, text: str) -> dict[str, float]:
-    """Nothing to return: run.py times the process, from its start to the first embedding."""
+def first_result(encoder: str, texts: list[str]) -> dict[str, float]:
+    """Nothing to return: run.py times the process, from its start to the first embeddings."""
     with paddle.no_grad():
         network = Network(encoder)
         network.eval()
-        network(*batch_of(AutoTokenizer.from_pretrained(encoder), [text], 64)).numpy()
+        network(*batch_of(AutoTokenizer.from_pretrained(encoder), texts, 64)).numpy()
+    return {}
+
+
+def before_training(encoder: str) -> dict[str, float]:
+    """Nothing to return: all that comes before the first step."""
+    network = Network(encoder)
+    AutoTokenizer.from_pretrained(encoder)
+    paddle.optimizer.AdamW(5e-5, parameters=network.parameters(), weight_decay=0.0)
     return {}
 
 

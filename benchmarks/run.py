@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -150,8 +151,7 @@ def latency(bench: Bench) -> None:
     bench.base()
     graph, logs = f"{bench.scratch}/graph", f"{bench.scratch}/latency"
     if not os.path.isdir(graph):
-        subprocess.run([sys.executable, f"{ROOT}/export_model.py", "--params_path", bench.checkpoint, "--output_path",
-                        graph], check=True, stderr=subprocess.DEVNULL)
+        seconds_of_export(bench.checkpoint, graph)
 
     def ours() -> dict[str, float]:
         bench.stage("deploy/python/predict.py", "--model_dir", graph, "--benchmark", "true", "--save_log_path", logs)
@@ -242,30 +242,76 @@ def lines(bench: Bench) -> None:
                   reference[unit], unit)
 
 
-def startup(bench: Bench) -> None:
-    def seconds(command: list[str], codes: tuple[int, ...] = (0,)) -> float:
-        start = time.perf_counter()
-        result = subprocess.run(command, capture_output=True, cwd=bench.scratch)
+def timed_side(bench: Bench, function: str, **arguments) -> float:
+    """Seconds that a function of original.py takes as a process."""
+    started = time.perf_counter()
+    bench.side("original", function, **arguments)
+    return time.perf_counter() - started
+
+
+def start(bench: Bench) -> None:
+    """What a stage takes from its start to its first result, with little to do: the first time for a checkpoint, and
+    again; against the original's way of getting as far."""
+    def seconds(*command: str, codes: tuple[int, ...] = (0,)) -> float:
+        started = time.perf_counter()
+        result = subprocess.run([sys.executable, *command], capture_output=True, cwd=bench.scratch)
         if result.returncode not in codes:
             raise console.InputError(f"{command} failed:\n{result.stderr.decode()[-2000:]}")
-        return time.perf_counter() - start
+        return time.perf_counter() - started
 
-    def median(*command: str, codes: tuple[int, ...] = (0,), runs: int = 3) -> float:
-        return sorted(seconds([sys.executable, *command], codes) for _ in range(runs))[runs // 2]
-
-    imports = median("-c", "import paddle, paddlenlp")
-    bench.add("startup", "recall.py --help, against importing paddle and paddlenlp",
-              median(f"{ROOT}/recall.py", "--help"), imports, "s")
-    bench.add("startup", "train.py with a typo, against the same", median(f"{ROOT}/train.py", "--epoch", codes=(2,)),
-              imports, "s")
+    bench.in_turn("start", "s", 3, lambda: {"recall.py --help": seconds(f"{ROOT}/recall.py", "--help"),
+                                            "train.py, a typo": seconds(f"{ROOT}/train.py", "--epoch", codes=(2,))},
+                  {"importing paddle and paddlenlp": lambda: dict.fromkeys(
+                      ("recall.py --help", "train.py, a typo"), seconds("-c", "import paddle, paddlenlp"))})
     bench.base()
-    first = sorted(bench.stage("inference.py", "--params_path", bench.checkpoint)[0] for _ in range(3))[1]
-    reference = []
-    for _ in range(3):
-        start = time.perf_counter()
-        bench.side("original", "first_result", encoder=bench.encoder, text=cli.README_TEXT)
-        reference.append(time.perf_counter() - start)
-    bench.add("startup", "first embedding, against the original", first, sorted(reference)[1], "s")
+    for name, encoder, checkpoint in (("ernie_mini_zh", MINI, bench.mini()),
+                                      ("ERNIE-base's size", bench.encoder, bench.checkpoint)):
+        start_of_stages(bench, name, encoder, checkpoint)
+
+
+def start_of_stages(bench: Bench, name: str, encoder: str, checkpoint: str) -> None:
+    folder = tempfile.mkdtemp(dir=bench.scratch)
+    for file, lines in (("texts", [cli.README_TEXT]), ("pairs", [f"{cli.README_TEXT}\t语义检索"])):
+        with open(f"{folder}/{file}", "w", encoding="utf-8") as written:
+            written.writelines(line + "\n" for line in lines)
+    model, index = ["--params_path", checkpoint], ["--index_path", f"{folder}/index"]
+    bench.stage("recall.py", *model, *index, "--corpus_file", f"{folder}/texts", "--query", "语义检索")
+    training = ["--model_name_or_path", encoder, "--train_set_file", f"{folder}/texts", "--epochs", 0, "--save_dir",
+                f"{folder}/trained", "--visualdl_dir", f"{folder}/log"]
+
+    def ours() -> dict[str, float]:
+        shutil.rmtree(f"{checkpoint}/model_state.graph", ignore_errors=True)
+        stages = {"inference.py, a checkpoint's first time": ["inference.py", *model, "--text", cli.README_TEXT],
+                  "inference.py": ["inference.py", *model, "--text", cli.README_TEXT],
+                  "predict.py": ["predict.py", *model, "--text_pair_file", f"{folder}/pairs"],
+                  "recall.py --query, a kept index": ["recall.py", *model, *index, "--query", "语义检索"],
+                  "deploy/python/predict.py": ["deploy/python/predict.py", "--model_dir", f"{folder}/exported",
+                                               "--precision", "auto", "--text", cli.README_TEXT],
+                  "train.py --epochs 0": ["train.py", *training]}
+        export = seconds_of_export(checkpoint, f"{folder}/exported")
+        return {f"export_model.py, {name}": export,
+                **{f"{stage}, {name}": bench.stage(*words)[0] for stage, words in stages.items()}}
+
+    def original() -> dict[str, float]:
+        os.makedirs(f"{folder}/original", exist_ok=True)
+        export = timed_side(bench, "export", encoder=encoder, folder=f"{folder}/original")
+        deployed = timed_side(bench, "deployed", encoder=encoder, text=cli.README_TEXT, folder=f"{folder}/original")
+        training = timed_side(bench, "before_training", encoder=encoder)
+        one, two = (timed_side(bench, "first_result", encoder=encoder, texts=texts)
+                    for texts in ([cli.README_TEXT], [cli.README_TEXT, "语义检索"]))
+        stages = {"export_model.py": export, "inference.py, a checkpoint's first time": one, "inference.py": one,
+                  "predict.py": two, "recall.py --query, a kept index": one, "deploy/python/predict.py": deployed,
+                  "train.py --epochs 0": training}
+        return {f"{stage}, {name}": seconds for stage, seconds in stages.items()}
+
+    bench.in_turn("start", "s", 3, ours, {"the original's way": original})
+
+
+def seconds_of_export(checkpoint: str, folder: str) -> float:
+    started = time.perf_counter()
+    subprocess.run([sys.executable, f"{ROOT}/export_model.py", "--params_path", checkpoint, "--output_path", folder],
+                   check=True, stderr=subprocess.DEVNULL)
+    return time.perf_counter() - started
 
 
 def shapes(bench: Bench) -> None:
@@ -275,8 +321,8 @@ def shapes(bench: Bench) -> None:
         "fp32": lambda: bench.side("ours", "shapes", precision="fp32", **arguments)})
 
 
-ALL = {each.__name__: each for each in (tokenize, encode, latency, train, index, memory, growth, lines,
-                                        startup, shapes, serving)}
+ALL = {each.__name__: each for each in (tokenize, encode, latency, train, index, memory, growth, lines, start,
+                                        shapes, serving)}
 
 
 def parse_args() -> argparse.Namespace:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Make a virtual environment, install, check the style and run the tests. Further arguments go to pytest.
+# Make a virtual environment, install, check the style and run the tests, two at a time. Further arguments go to pytest:
+# a file, -k WORD, -n 0 for one at a time, --slow for what takes minutes.
 #   STACK   paddle3.3 (default): everything; paddle2.6: the tests of the pipeline and of the original's figures
 #   PYTHON  the Python to make the environment with
 set -euo pipefail
@@ -9,7 +10,7 @@ case "${STACK:-paddle3.3}" in
 paddle3.3)
     venv=.venv
     make_venv "$venv" requirements.txt requirements-milvus.txt requirements-onnx.txt requirements-serving.txt \
-        requirements-dev.txt
+        requirements-test.txt requirements-dev.txt
     # The tests of pages need a browser; without one they are skipped, and say so.
     if ! command -v chromedriver >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
         echo "installing chromium and a Chinese font for the tests of pages" >&2
@@ -23,7 +24,7 @@ paddle2.6)
     venv=.venv-paddle2.6
     mkdir -p "$venv"
     sed 's/^paddlepaddle-gpu/paddlepaddle/' requirements-gpu.txt >"$venv.requirements.tmp"
-    make_venv "$venv" "$venv.requirements.tmp" requirements-serving.txt requirements-dev.txt
+    make_venv "$venv" "$venv.requirements.tmp" requirements-serving.txt requirements-test.txt
     tests="tests/test_compat.py tests/test_pipeline.py tests/test_distributed.py tests/test_resume.py
         tests/test_pipes.py tests/test_serving.py tests/test_losses.py tests/test_objectives.py"
     ;;
@@ -32,5 +33,8 @@ paddle2.6)
     exit 2
     ;;
 esac
+for word in "$@"; do # files that are named are run instead of all
+    case $word in tests/*) tests= ;; esac
+done
 # shellcheck disable=SC2086  # a word a file on purpose
-exec "$venv/bin/python" -m pytest $tests -ra "$@"
+exec "$venv/bin/python" -m pytest $tests -ra -n 2 --dist loadgroup --no-loadscope-reorder "$@"

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -22,22 +24,44 @@ FP32 = ["--precision", "fp32"]  # where figures are compared with the dynamic gr
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="all 50 recorded training steps, not the first ten alone")
+
+
+# The tests of a file go to one worker of xdist, and so do files that share what is costly: one browser, the launcher.
+GROUPS = {"test_visualdl": "pages", "test_search_page": "pages"}
+# What takes longest comes first, so that no worker is left with it at the end.
+FIRST = ("test_scripts", "test_distributed", "test_search_page", "test_visualdl", "test_resume", "test_objectives")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(GROUPS.get(item.path.stem, item.path.stem)))
+
+
 def pytest_configure(config):
     """Start the server that forks scripts, once for all of xdist's workers; it is ready when the first one is run."""
-    if "SIMCSE_FORKSERVER" not in os.environ:
-        folder = tempfile.mkdtemp()
-        os.environ["SIMCSE_FORKSERVER"] = os.path.join(folder, "socket")
-        server = subprocess.Popen([sys.executable, FORKSERVER, "serve", os.environ["SIMCSE_FORKSERVER"]],
-                                  stdin=subprocess.PIPE)
-        config.add_cleanup(lambda: (server.stdin.close(), server.wait(), shutil.rmtree(folder),
-                                    os.environ.pop("SIMCSE_FORKSERVER")))
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # by nohup, or & in a script; what is started inherits it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if "SIMCSE_FORKED_PYTHON" in os.environ:
+        return
+    folder = Path(tempfile.mkdtemp())
+    socket, python = folder / "socket", folder / "python"
+    words = [sys.executable, "-I", "-S", str(FORKSERVER), "run", str(socket)]
+    python.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+    python.chmod(0o755)
+    server = subprocess.Popen([sys.executable, FORKSERVER, "serve", socket], stdin=subprocess.PIPE)
+    os.environ["SIMCSE_FORKED_PYTHON"] = str(python)
+    config.add_cleanup(lambda: (server.stdin.close(), server.wait(), shutil.rmtree(folder),
+                                os.environ.pop("SIMCSE_FORKED_PYTHON")))
 
 
 def command(script, *args, bare=False):
     """The words of a command that runs a script of the project: as `bare` Python, or forked (see forkserver.py), which
     takes a tenth of a second instead of several."""
-    python = [] if bare else ["-I", "-S", str(FORKSERVER), "run", os.environ["SIMCSE_FORKSERVER"]]
-    return [sys.executable, *python, str(ROOT / script), *map(str, args)]
+    python = sys.executable if bare else os.environ["SIMCSE_FORKED_PYTHON"]
+    return [python, str(ROOT / script), *map(str, args)]
 
 
 def run_script(script, *args, cwd=None, env=None, timeout=600, bare=False):
@@ -45,6 +69,13 @@ def run_script(script, *args, cwd=None, env=None, timeout=600, bare=False):
     env = env or {}
     return subprocess.run(command(script, *args, bare=bare or "PYTHONPATH" in env), cwd=cwd, timeout=timeout,
                           capture_output=True, text=True, encoding="utf-8", env={**os.environ, **env})
+
+
+def launch(script, *args, cwd, ranks=2, env=None, **options):
+    """Run a script on CPU ranks, with paddle's launcher; the process, and the log of every rank."""
+    flags = ["--nproc_per_node", ranks, "--backend", "gloo", "--log_dir", cwd / "ranks", ROOT / script, *args]
+    result = run_script("tests/launch.py", *flags, cwd=cwd, env=env, **options)
+    return result, [(cwd / "ranks" / f"workerlog.{rank}").read_text(encoding="utf-8") for rank in range(ranks)]
 
 
 def succeed(script, *args, **options):
@@ -107,7 +138,7 @@ class Service:
         self.address, self.log = f"http://127.0.0.1:{(port := free_port())}", folder / f"server_{port}.log"
         with open(self.log, "w", encoding="utf-8") as log:
             self.process = subprocess.Popen(
-                command("deploy/serving/server.py", "--device", "cpu", "--port", port, *flags),
+                command("deploy/serving/server.py", "--device", "cpu", "--port", port, *flags, bare=True),
                 stdout=subprocess.DEVNULL, stderr=log, env={**os.environ, **(env or {})})
         wait_for_answer(f"{self.address}/healthz", process=self.process)
 
@@ -169,10 +200,13 @@ def serve(exported, kept_index, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def compat():
-    folder = SHARED / "compat" / "simcse_tiny"
-    if not folder.is_dir():
-        pytest.skip(f"the figures recorded from the original are not here ({folder})")
+def compat(tmp_path_factory):
+    """The original's checkpoint and figures; links, since a graph is kept beside a checkpoint."""
+    source, folder = SHARED / "compat" / "simcse_tiny", tmp_path_factory.mktemp("compat")
+    if not source.is_dir():
+        pytest.skip(f"the figures recorded from the original are not here ({source})")
+    for each in source.iterdir():
+        (folder / each.name).symlink_to(each)
     return folder
 
 

@@ -2,7 +2,7 @@
 forks a process for each.
 
     python tests/forkserver.py serve SOCKET
-    python -I -S tests/forkserver.py run SOCKET recall.py --device cpu ...
+    python -I -S tests/forkserver.py run SOCKET recall.py --device cpu ...    # anything but a script as it is
 
 The process has its own arguments, environment, working folder, standard streams, signals and exit code, as one that
 was started with `python recall.py` has. What runs it passes signals on, and ends as it did; where that is killed, the
@@ -11,6 +11,7 @@ own is that libraries have read their settings (MKL_DEBUG_CPU_TYPE and the like)
 paddle's teardown does not run.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -71,10 +72,8 @@ def preload() -> dict[str, str]:
     import model  # noqa: F401  and that of paddle
 
     for name in PRELOADED:
-        try:
+        with contextlib.suppress(ImportError):  # not of this stack
             __import__(name)
-        except ImportError:  # not of this stack
-            pass
     for name, module in list(sys.modules.items()):
         path = getattr(module, "__file__", None) or ""
         if path.startswith(ROOT + os.sep) and os.sep + "site-packages" + os.sep not in path and name != "__main__":
@@ -120,11 +119,8 @@ def reap(clients: dict[int, socket.socket]) -> None:
     for pid in list(clients):
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
-            with clients.pop(pid) as client:
-                try:
-                    client.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
-                except OSError:
-                    pass
+            with clients.pop(pid) as client, contextlib.suppress(OSError):
+                client.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
 
 
 def start(client: socket.socket, added: dict[str, str], listener: socket.socket, clients: dict) -> int:
@@ -164,9 +160,9 @@ def become(request: dict, streams: list[int], added: dict[str, str]) -> int:
     os.environ.clear()
     os.environ.update({**added, **request["environment"]})
     os.chdir(request["cwd"])
-    sys.stdin, sys.stdout, sys.stderr = (
-        open(0, encoding="utf-8", closefd=False), open(1, "w", encoding="utf-8", closefd=False),
-        open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False))
+    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
     if "COVERAGE_PROCESS_START" in os.environ:
         import coverage
 
@@ -197,5 +193,9 @@ def become(request: dict, streams: list[int], added: dict[str, str]) -> int:
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
         serve(sys.argv[2])
-    else:
-        end_as(run(sys.argv[2], sys.argv[3:]))
+    words = sys.argv[3:]
+    if sys.argv[1] == "run":
+        script = words[words[:1] == ["-u"]:]
+        if script and script[0].endswith(".py"):
+            end_as(run(sys.argv[2], script))
+        os.execv(sys.executable, [sys.executable, *words])

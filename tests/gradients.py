@@ -16,6 +16,7 @@ from paddlenlp.transformers import ErnieConfig, ErnieModel
 
 import backward
 import batches
+import console
 import tokenizing
 
 SIZES = {"vocab_size": 200, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -84,4 +85,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    console.run(lambda: main(sys.argv[1]))  # which ends ranks the safe way

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import ROOT, refuse, succeed
@@ -12,13 +11,8 @@ SCRIPTS = ["train.py", "recall.py", "evaluate.py", "predict.py", "inference.py",
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_lists_flags_with_defaults_in_under_a_second(script):
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        result = succeed(script, "--help")
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 1
+def test_help_lists_flags_with_defaults(script):
+    result = succeed(script, "--help")
     assert "usage:" in result.stdout and "(default:" in result.stdout
 
 

@@ -10,20 +10,11 @@ import gradients
 import numpy as np
 import paddle
 import pytest
-from conftest import ENCODER, ROOT, succeed
+from conftest import ENCODER, ROOT, launch, succeed
 from gradients import CASES, batch_of, texts, tiny
 
 from checkpoint import read_weights, saved_steps
 from tokenizing import ShuffledBatches
-
-
-def launch(script, *args, cwd, ranks=2, timeout=600, env=None):
-    """Run a script on CPU ranks; the process, and the log of every rank."""
-    result = subprocess.run(
-        [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", str(ranks), "--backend", "gloo",
-         "--log_dir", str(cwd / "ranks"), str(ROOT / script), *map(str, args)],
-        capture_output=True, text=True, timeout=timeout, cwd=cwd, env={**os.environ, **(env or {})})
-    return result, [(cwd / "ranks" / f"workerlog.{rank}").read_text(encoding="utf-8") for rank in range(ranks)]
 
 
 # ------------------------------------------------------------------------------------------------------ gradients

@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ENCODER, FP32, ROOT, command, refuse, succeed
+from conftest import ENCODER, FP32, ROOT, command, launch, refuse, succeed
 
 import loading
 import machine
@@ -136,14 +136,10 @@ def test_ctrl_c_saves_and_ends_with_130(sample, tmp_path):
 
 def test_two_processes_train_one_model(sample, tmp_path):
     """paddle.distributed.launch with gloo: both ranks work, rank 0 alone logs, evaluates and saves."""
-    result = subprocess.run(
-        [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--backend", "gloo", "--log_dir",
-         str(tmp_path / "launch"), str(ROOT / "train.py"),
-         *map(str, train_flags(sample, "--test_set_file", sample / "dev.csv", "--save_dir", tmp_path / "ck",
-                               "--batch_size", 4, "--visualdl_dir", tmp_path / "log"))],
-        capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    result, logs = launch("train.py", *train_flags(
+        sample, "--test_set_file", sample / "dev.csv", "--save_dir", tmp_path / "ck", "--batch_size", 4,
+        "--visualdl_dir", tmp_path / "log"), cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
-    logs = [(tmp_path / "launch" / f"workerlog.{rank}").read_text() for rank in (0, 1)]
     assert "global step 10," in logs[0] and "recall@1=" in logs[0]
     assert "global step" not in logs[1] and "saved" not in logs[1]
     assert os.listdir(tmp_path / "ck") == ["model_16"], "128 texts in batches of 4 on each of two ranks"

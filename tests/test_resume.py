@@ -70,7 +70,7 @@ def test_signals_save_and_a_second_ends_at_once(flags, tmp_path, signals, code):
     for number in signals[1:]:
         process.send_signal(number)
     rest = process.stderr.read()
-    assert process.wait(60) == code and "Traceback" not in rest
+    assert process.wait(60) == code and "Traceback" not in rest, rest
     if len(signals) == 1:
         (step,) = c.saved_steps(str(tmp_path / "checkpoints"))
         assert f"saved ./checkpoints/model_{step}" in rest

@@ -12,10 +12,10 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import ROOT, succeed
+from conftest import ROOT, command, succeed
 
 # Stands in for `python` where there is no GPU: runs the same script without the launcher, on the CPU, at a small size.
-SHIM = """#!{python}
+SHIM = """#!{python} -IS
 import os, sys
 words = sys.argv[1:]
 if "paddle.distributed.launch" in words:
@@ -27,7 +27,7 @@ if script == "train.py":
     words += ["--epochs", "1"] * ("--epochs 0" not in " ".join(words))
 elif os.path.basename(os.path.dirname(script)) == "python" and "--device" not in words:
     words += ["--device", "cpu"]
-os.execv({python!r}, [{python!r}, *words])
+os.execv({forked!r}, [{forked!r}, *words])
 """
 
 
@@ -42,7 +42,7 @@ def clone(sample, tmp_path_factory):
     shutil.copytree(sample, folder / "recall")
     shim = folder / "bin" / "python"
     shim.parent.mkdir()
-    shim.write_text(SHIM.format(python=sys.executable))
+    shim.write_text(SHIM.format(python=sys.executable, forked=command("")[0]))
     shim.chmod(0o755)
     return folder
 
@@ -52,9 +52,9 @@ def commands(name):
     return re.findall(r"^```bash\n(.*?)^```$", (ROOT / name).read_text(encoding="utf-8"), re.S | re.M)
 
 
-def shell(clone, command, program="bash", **env):
+def shell(clone, lines, program="bash", **env):
     path = f"{clone / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.run([program, "-e", "-c", command], cwd=clone, capture_output=True, text=True, timeout=600,
+    return subprocess.run([program, "-e", "-c", lines], cwd=clone, capture_output=True, text=True, timeout=600,
                           env={**os.environ, "PATH": path, "PYTHON": str(clone / "bin" / "python"), **env})
 
 
@@ -64,11 +64,11 @@ def test_both_readmes_have_the_same_commands():
 
 def test_the_readmes_commands(clone):
     outputs = {}
-    for command in commands("README.md"):
-        result = shell(clone, command)
-        assert result.returncode == 0, command + result.stdout + result.stderr
-        outputs[command.split("\n")[-2]] = result.stdout
-        if "train.py" in command and not (clone / "checkpoints" / "model_20000").exists():
+    for lines in commands("README.md"):
+        result = shell(clone, lines)
+        assert result.returncode == 0, lines + result.stdout + result.stderr
+        outputs[lines.split("\n")[-2]] = result.stdout
+        if "train.py" in lines and not (clone / "checkpoints" / "model_20000").exists():
             # The README's checkpoint of 20000 steps is here the one of two.
             shutil.copytree(clone / "checkpoints" / "model_2", clone / "checkpoints" / "model_20000")
     assert len(outputs) >= 16

@@ -33,7 +33,7 @@ def listening(port):
 @pytest.mark.parametrize("flags, address", [([], "0100007F"), (["--host", "0.0.0.0"], "00000000")])
 def test_what_it_says_and_where_it_listens(exported, kept_index, flags, address):
     port = free_port()
-    words = command(*SERVER, "--model_dir", exported, "--index_path", kept_index, "--port", port, *flags)
+    words = command(*SERVER, "--model_dir", exported, "--index_path", kept_index, "--port", port, *flags, bare=True)
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                           encoding="utf-8") as process:
         try:

@@ -145,15 +145,15 @@ def read_kept_graph(folder: str, fingerprint: dict, args: argparse.Namespace) ->
 
 
 def keep_graph(kept: str, fingerprint: dict, record: dict, exported: str) -> None:
-    """Move the `exported` graph, its record and its fingerprint to the folder `kept`, which appears whole or, where it
-    cannot be written, not at all."""
+    """Move the `exported` graph, with its record and its fingerprint, to the folder `kept`, which appears whole or,
+    where it cannot be written, not at all."""
+    write_json(os.path.join(exported, CONFIG_FILE), record)
+    files = {name: file_digest(os.path.join(exported, name)) for name in sorted(os.listdir(exported))}
+    write_json(os.path.join(exported, "fingerprint.json"), {**fingerprint, "files": files})
     try:
         with new_folder(kept, cache=True) as folder:
             for name in os.listdir(exported):
                 shutil.move(os.path.join(exported, name), folder)
-            write_json(os.path.join(folder, CONFIG_FILE), record)
-            files = {name: file_digest(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
-            write_json(os.path.join(folder, "fingerprint.json"), {**fingerprint, "files": files})
     except OSError:
         return
     log(f"kept the graph in {kept}, for quicker starts")

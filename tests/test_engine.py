@@ -1,0 +1,80 @@
+"""The graph that is kept beside a checkpoint: when it is used, and when it is made again."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import FP32, refuse, succeed
+
+from checkpoint import read_weights, write_weights
+
+WEIGHTS, GRAPH = "model_state.pdparams", "model_state.graph"
+KEPT = f"/{GRAPH}, for quicker starts"
+
+
+@pytest.fixture
+def trained_anew(checkpoint, tmp_path):
+    """A copy of the checkpoint, without a graph."""
+    return shutil.copytree(checkpoint, tmp_path / "model", ignore=shutil.ignore_patterns("*.graph"))
+
+
+def start(checkpoint, *flags, **options):
+    """The vector of a text, and whether the graph was made for it."""
+    result = succeed("inference.py", "--device", "cpu", "--params_path", checkpoint, "--text", "语义检索", "--format",
+                     "jsonl", *FP32, *flags, **options)
+    return json.loads(result.stdout)["embedding"], KEPT in result.stderr
+
+
+def test_the_second_start_needs_no_paddlenlp(trained_anew, tmp_path):
+    """And gives the same vector, to the bit."""
+    first, made = start(trained_anew)
+    assert made and sorted(path.name for path in (trained_anew / GRAPH).iterdir())[0] == "fingerprint.json"
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['paddlenlp'] = None\n")
+    assert start(trained_anew, env={"PYTHONPATH": str(tmp_path)}) == (first, False)
+
+
+def test_it_is_made_again_for_other_weights_and_another_record(trained_anew):
+    first, _ = start(trained_anew)
+    path = str(trained_anew / WEIGHTS)
+    write_weights(path, {name: array * 1.1 for name, array in read_weights(path, "--flag").items()})
+    other, made = start(trained_anew)
+    assert made and other != first and start(trained_anew) == (other, False)
+    record = json.loads((trained_anew / "simcse_config.json").read_text(encoding="utf-8"))
+    record["with_pooler"] = not record["with_pooler"]
+    (trained_anew / "simcse_config.json").write_text(json.dumps(record), encoding="utf-8")
+    raw, made = start(trained_anew)
+    assert made and raw != other and start(trained_anew) == (raw, False)
+
+
+def test_it_is_made_again_where_it_is_another_versions_or_damaged(trained_anew):
+    first, _ = start(trained_anew)
+    fingerprint = trained_anew / GRAPH / "fingerprint.json"
+    told = json.loads(fingerprint.read_text())
+    for name in ("paddlepaddle", "paddlenlp", "code"):
+        fingerprint.write_text(json.dumps({**told, name: "another"}))
+        assert start(trained_anew) == (first, True), name
+    for path in sorted((trained_anew / GRAPH).iterdir()):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        assert start(trained_anew) == (first, True), path.name
+    (trained_anew / GRAPH / "inference.pdiparams").unlink()
+    assert start(trained_anew) == (first, True) and start(trained_anew) == (first, False)
+    assert not [path.name for path in trained_anew.iterdir() if path.name.startswith(".")]
+
+
+def test_where_it_cannot_be_kept_it_goes_without(trained_anew):
+    (trained_anew / GRAPH).write_text("a file is in the way")
+    first, made = start(trained_anew)
+    assert not made and np.isfinite(first).all() and (trained_anew / GRAPH).read_text() == "a file is in the way"
+    assert not [path.name for path in trained_anew.iterdir() if path.name.startswith(".")]
+
+
+def test_an_originals_checkpoint(compat):
+    """It has no record: the encoder is named by a flag, and its config is part of what the graph depends on."""
+    flags = ["--model_name_or_path", compat / "ernie"]
+    first, _ = start(compat, *flags)
+    assert start(compat, *flags, "--output_emb_size", 256) == (first, False)
+    line = refuse("inference.py", "--device", "cpu", "--params_path", compat, *flags, "--output_emb_size", 128)
+    assert "--output_emb_size 128" in line and "has 256" in line
