@@ -34,6 +34,7 @@ GROUPS = {"test_visualdl": "pages", "test_search_page": "pages"}
 FIRST = ("test_scripts", "test_distributed", "test_search_page", "test_visualdl", "test_resume", "test_objectives")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
     for item in items:
@@ -45,6 +46,9 @@ def pytest_configure(config):
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # by nohup, or & in a script; what is started inherits it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if "SIMCSE_FORKED_PYTHON" in os.environ:
+        # A worker of xdist: a core for each, since threads of two programs that wait for one another cost a fifth.
+        number, cores = int(os.environ["PYTEST_XDIST_WORKER"][2:]), sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[number % len(cores)]})
         return
     folder = Path(tempfile.mkdtemp())
     socket, python = folder / "socket", folder / "python"

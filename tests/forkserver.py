@@ -32,6 +32,7 @@ def run(address: str, words: list[str]) -> int:
     with socket.socket(socket.AF_UNIX) as server:
         connect(server, address)
         request = json.dumps({"words": words, "cwd": os.getcwd(), "environment": dict(os.environ),
+                              "cores": sorted(os.sched_getaffinity(0)),
                               "ignored": [s for s in PASSED_ON if signal.getsignal(s) == signal.SIG_IGN]},
                              ensure_ascii=True).encode()
         socket.send_fds(server, [len(request).to_bytes(LENGTH, "big")], [0, 1, 2])
@@ -160,6 +161,7 @@ def become(request: dict, streams: list[int], added: dict[str, str]) -> int:
     os.environ.clear()
     os.environ.update({**added, **request["environment"]})
     os.chdir(request["cwd"])
+    os.sched_setaffinity(0, request["cores"])
     sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
     sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)

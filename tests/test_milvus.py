@@ -4,14 +4,20 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
-from conftest import FP32, ROOT, refuse, succeed
+from conftest import ENCODER, FP32, ROOT, refuse, succeed
 
 from ann_util import ann_recall, exact_search
+from data import read_text_pairs, read_texts
+from deploy.python.predictor import make_engine
+from index_store import new_index
+from loading import load_encoder
 from milvus_index import MilvusIndex
+from model import SimCSE, encode
+from recall import HNSW_EF, HNSW_M, SHARDS
+from tokenizing import load_tokenizer
 
 pytest.importorskip("pymilvus", reason="pymilvus is not installed (requirements-milvus.txt)")
 
@@ -47,25 +53,33 @@ def test_agrees_with_exact_search(flags, checkpoint, sample, tmp_path, metric, i
         np.testing.assert_allclose(cosines, exact_cosines, atol=1e-5)
 
 
-def test_csl_in_milvus_and_hnswlib_against_exact(real_data, tmp_path):
+def test_csl_in_milvus_and_hnswlib_against_exact(real_data, tmp_path, monkeypatch):
     """6,092 abstracts and 1,000 titles by the encoder as it comes: both at least 0.99 of the exact 50."""
+    monkeypatch.chdir(tmp_path)
     folder = real_data / "csl" / "recall"
-    found = {}
-    (tmp_path / "train.csv").write_text("一句话\n", encoding="utf-8")
-    succeed("train.py", "--device", "cpu", "--epochs", 0, "--model_name_or_path", ROOT / "pretrained" / "ernie_mini_zh",
-            "--train_set_file", "train.csv", "--infer_with_fc_pooler", "--save_dir", "ck", cwd=tmp_path)
-    for engine in ("exact", "hnswlib", "milvus"):
-        succeed("recall.py", "--device", "cpu", "--params_path", "ck/model_0", "--corpus_file", folder / "corpus.csv",
-                "--similar_text_pair", folder / "dev.csv", "--recall_num", 50, "--ann_engine", engine, cwd=tmp_path)
-        found[engine] = np.array([float(line[2]) for line in result_of(tmp_path)]).reshape(1000, 50)
-    for engine in ("hnswlib", "milvus"):
-        assert ann_recall(found[engine], found["exact"]) >= 0.99
+    corpus = read_texts(str(folder / "corpus.csv"), "--flag")
+    queries = [query for query, _ in read_text_pairs(str(folder / "dev.csv"), "--flag")]
+    network = SimCSE(load_encoder(str(ENCODER)))
+    engine, tokenizer = make_engine(network), load_tokenizer(str(ENCODER))
+    asked, vectors = (encode(engine, tokenizer, texts, 64) for texts in (queries, corpus))
+    _, exact = exact_search(asked, vectors, 50)
+    made_of = {"documents": len(corpus), "dim": vectors.shape[1], "index_type": "FLAT", "metric": "COSINE"}
+    graph = new_index({"ann_engine": "hnswlib", "index_shards": SHARDS, "hnsw_m": HNSW_M, "hnsw_ef": HNSW_EF,
+                       "hnsw_max_elements": len(corpus)}, len(corpus), vectors.shape[1])
+    collection = MilvusIndex("csl.db", "csl", made_of)
+    for index in (graph, collection):
+        for rows in index.pieces:
+            part = slice(rows.start, rows.stop)
+            index.add(rows, vectors[part], *([corpus[part]] if index is collection else []))
+        index.finish()
+        assert ann_recall(index.search(asked, 50)[1], exact) >= 0.99
+        index.close()
 
 
 def test_a_broken_run_goes_on_where_it_ended(flags, sample, tmp_path):
     """Killed after the first piece: the second run encodes the rest alone, a third nothing, and the result is that of
     a run in one go."""
-    documents = [f"{line}{n}" for n in range(80) for line in (sample / "corpus.csv").read_text("utf-8").splitlines()]
+    documents = [f"{line}{n}" for n in range(40) for line in (sample / "corpus.csv").read_text("utf-8").splitlines()]
     (tmp_path / "corpus.csv").write_text("\n".join(documents) + "\n", encoding="utf-8")
     wanted = [str(word) for word in flags("--max_seq_length", 32, corpus="corpus.csv")]
     process = subprocess.Popen(
@@ -79,7 +93,7 @@ def test_a_broken_run_goes_on_where_it_ended(flags, sample, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait(30)
     second = succeed("recall.py", *wanted, cwd=tmp_path)
-    assert f"encoding and indexing {9600 - 4096} of 9600 documents" in second.stderr
+    assert f"encoding and indexing {4800 - 4096} of 4800 documents" in second.stderr
     resumed = result_of(tmp_path)
     third = succeed("recall.py", *wanted, cwd=tmp_path)
     assert "using the collection simcse" in third.stderr and "encoding" not in third.stderr
@@ -94,9 +108,8 @@ def test_one_query_without_the_corpus(flags, checkpoint, sample, tmp_path):
     expected = result_of(tmp_path)[:5]
     ask = ["--device", "cpu", "--params_path", checkpoint, "--ann_engine", "milvus", *FP32, "--query", query, "--top_k",
            5]
-    started = time.monotonic()
     answer = [line.split("\t") for line in succeed("recall.py", *ask, cwd=tmp_path).stdout.splitlines()]
-    assert [line[:2] for line in answer] == [line[:2] for line in expected] and time.monotonic() - started < 60
+    assert [line[:2] for line in answer] == [line[:2] for line in expected]
     assert "was built with another max_seq_length;" in refuse("recall.py", *ask, "--max_seq_length", 9, cwd=tmp_path)
 
 

@@ -39,7 +39,8 @@ def assert_equal(one, other):
 @pytest.mark.parametrize("more", [[], ["--gradient_accumulation_steps", 3, "--gradient_cache", "--chunk_size", 4], [
     "--pooling", "mean", "--crop_rate", 0.5, "--dup_rate", 0.3, "--matryoshka_dims", 16]])
 def test_broken_by_kill_9_and_resumed_is_unbroken_to_the_bit(flags, tmp_path, more):
-    steps = 18 if "--gradient_cache" in more else 48
+    steps = 12 if "--gradient_cache" in more else 32
+    more = ["--epochs", 2, *more]
     succeed("train.py", *flags("--save_dir", "whole", *more), cwd=tmp_path)
     going_on = flags("--save_dir", "broken", "--resume", *more)
     process = subprocess.Popen(command("train.py", *going_on, bare=True), cwd=tmp_path, stderr=subprocess.PIPE,
@@ -61,8 +62,8 @@ def test_broken_by_kill_9_and_resumed_is_unbroken_to_the_bit(flags, tmp_path, mo
 @pytest.mark.parametrize("signals, code", [([signal.SIGTERM], 143), ([signal.SIGINT], 130),
                                            ([signal.SIGINT, signal.SIGTERM], -signal.SIGTERM)])
 def test_signals_save_and_a_second_ends_at_once(flags, tmp_path, signals, code):
-    """Steps of 128 texts take long enough for a second signal to come before the first is acted on."""
-    long = flags("--batch_size", 128, "--max_seq_length", 32, "--epochs", 100, "--save_steps", 1000)
+    """Steps of 64 texts take long enough for a second signal to come before the first is acted on."""
+    long = flags("--batch_size", 64, "--max_seq_length", 32, "--epochs", 100, "--save_steps", 1000)
     process = subprocess.Popen(command("train.py", *long), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     assert any("global step 10," in line for line in process.stderr)
     process.send_signal(signals[0])

@@ -197,11 +197,11 @@ def test_schemathesis_finds_nothing(service, serve, token, tmp_path):
     service = serve(env={"SIMCSE_TOKEN": token}) if token else service
     result = subprocess.run(
         [sys.executable, "-m", "schemathesis.cli", "run", f"{service.address}/openapi.json", "--checks", "all",
-         "--seed", "1", "--max-examples", "120", "--continue-on-failure", "--no-color",
+         "--seed", "1", "--max-examples", "30" if token else "120", "--continue-on-failure", "--no-color",
          *(["--header", f"Authorization: Bearer {token}"] if token else [])],
         cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", timeout=300)
     assert result.returncode == 0, result.stdout
-    assert "Tested: 5" in result.stdout and int(re.search(r"(\d+) generated", result.stdout)[1]) > 400, result.stdout
+    assert "Tested: 5" in result.stdout and int(re.search(r"(\d+) generated", result.stdout)[1]) > (100 if token else 400), result.stdout
     assert "Traceback" not in service.log.read_text(encoding="utf-8")
 
 
