@@ -70,9 +70,8 @@ def command(script, *args, bare=False):
 
 def run_script(script, *args, cwd=None, env=None, timeout=600, bare=False):
     """Run a script of the project with this Python; the caller looks at returncode, stdout and stderr."""
-    env = env or {}
-    return subprocess.run(command(script, *args, bare=bare or "PYTHONPATH" in env), cwd=cwd, timeout=timeout,
-                          capture_output=True, text=True, encoding="utf-8", env={**os.environ, **env})
+    return subprocess.run(command(script, *args, bare=bare), cwd=cwd, timeout=timeout, capture_output=True, text=True,
+                          encoding="utf-8", env={**os.environ, **(env or {})})
 
 
 def launch(script, *args, cwd, ranks=2, env=None, **options):

@@ -2,13 +2,14 @@
 forks a process for each.
 
     python tests/forkserver.py serve SOCKET
-    python -I -S tests/forkserver.py run SOCKET recall.py --device cpu ...    # anything but a script as it is
+    python -I -S tests/forkserver.py run SOCKET recall.py --device cpu ...
 
 The process has its own arguments, environment, working folder, standard streams, signals and exit code, as one that
 was started with `python recall.py` has. What runs it passes signals on, and ends as it did; where that is killed, the
 process is killed as well. Modules of the project are imported anew in each; what is different from a process of its
 own is that libraries have read their settings (MKL_DEBUG_CPU_TYPE and the like) from the server's environment, and that
-paddle's teardown does not run.
+paddle's teardown does not run. What is no script (-m, -c), and what has a PYTHONPATH, whose sitecustomize.py has to
+come before any import, is run by Python itself.
 """
 
 import contextlib
@@ -75,6 +76,7 @@ def preload() -> dict[str, str]:
     for name in PRELOADED:
         with contextlib.suppress(ImportError):  # not of this stack
             __import__(name)
+    sys.modules["paddle"].distributed.parallel._global_parallel_env = None  # which rank a process is, asked meanwhile
     for name, module in list(sys.modules.items()):
         path = getattr(module, "__file__", None) or ""
         if path.startswith(ROOT + os.sep) and os.sep + "site-packages" + os.sep not in path and name != "__main__":
@@ -171,7 +173,7 @@ def become(request: dict, streams: list[int], added: dict[str, str]) -> int:
         coverage.process_startup()
     sys.argv = request["words"]
     sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
-    sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    sys.executable = os.environ["SIMCSE_FORKED_PYTHON"]  # what it starts is forked as well
     code = 0
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
@@ -197,7 +199,7 @@ if __name__ == "__main__":
         serve(sys.argv[2])
     words = sys.argv[3:]
     if sys.argv[1] == "run":
-        script = words[words[:1] == ["-u"]:]
-        if script and script[0].endswith(".py"):
+        script = words[words[:1] == ["-u"] :]
+        if script and script[0].endswith(".py") and "PYTHONPATH" not in os.environ:
             end_as(run(sys.argv[2], script))
         os.execv(sys.executable, [sys.executable, *words])

@@ -61,7 +61,7 @@ def test_csl_in_milvus_and_hnswlib_against_exact(real_data, tmp_path, monkeypatc
     queries = [query for query, _ in read_text_pairs(str(folder / "dev.csv"), "--flag")]
     network = SimCSE(load_encoder(str(ENCODER)))
     engine, tokenizer = make_engine(network), load_tokenizer(str(ENCODER))
-    asked, vectors = (encode(engine, tokenizer, texts, 64) for texts in (queries, corpus))
+    asked, vectors = (encode(engine, tokenizer, texts, 32) for texts in (queries, corpus))
     _, exact = exact_search(asked, vectors, 50)
     made_of = {"documents": len(corpus), "dim": vectors.shape[1], "index_type": "FLAT", "metric": "COSINE"}
     graph = new_index({"ann_engine": "hnswlib", "index_shards": SHARDS, "hnsw_m": HNSW_M, "hnsw_ef": HNSW_EF,
@@ -81,7 +81,7 @@ def test_a_broken_run_goes_on_where_it_ended(flags, sample, tmp_path):
     a run in one go."""
     documents = [f"{line}{n}" for n in range(40) for line in (sample / "corpus.csv").read_text("utf-8").splitlines()]
     (tmp_path / "corpus.csv").write_text("\n".join(documents) + "\n", encoding="utf-8")
-    wanted = [str(word) for word in flags("--max_seq_length", 32, corpus="corpus.csv")]
+    wanted = [str(word) for word in flags("--max_seq_length", 16, corpus="corpus.csv")]
     process = subprocess.Popen(
         [sys.executable, "-c", f"import sys, runpy, milvus_index\nsys.argv = ['recall.py', *{wanted!r}]\n"
          "real = milvus_index.MilvusIndex._upsert\n"

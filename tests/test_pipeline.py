@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -361,17 +360,18 @@ def test_exact_engine(checkpoint, sample, recalled, tmp_path):
 def test_memory_of_a_cached_step_does_not_grow_with_the_batch(sample, tmp_path):
     """Peak memory of batches of 32 and of 192, plain and in chunks of 8."""
     texts = read_texts(str(sample / "train_unsupervised.csv"), "--flag")
-    (tmp_path / "train.csv").write_text("".join(f"{n}{text}\n" for n in range(2) for text in texts[:96]), encoding="utf-8")
+    (tmp_path / "train.csv").write_text("".join(f"{n}{text}\n" for n in range(2) for text in texts[:96]),
+                                        encoding="utf-8")
+    (tmp_path / "measured.py").write_text(
+        f"import resource, runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\nsys.argv[0] = {str(ROOT / 'train.py')!r}\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally:\n    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n")
     peak = {}
     for batch, more in ((32, []), (192, []), (32, ["--gradient_cache", "--chunk_size", 8]),
                         (192, ["--gradient_cache", "--chunk_size", 8])):
-        command = [sys.executable, ROOT / "train.py", "--device", "cpu", "--model_name_or_path", ENCODER,
-                   "--train_set_file", "train.csv", "--batch_size", batch, "--max_seq_length", 64, "--save_dir", "ck",
-                   *more]
-        code = (f"import resource, subprocess; subprocess.run({list(map(str, command))!r}, check=True); "
-                "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
+        result = succeed(tmp_path / "measured.py", "--device", "cpu", "--model_name_or_path", ENCODER,
+                         "--train_set_file", "train.csv", "--batch_size", batch, "--max_seq_length", 64, "--save_dir",
+                         "ck", *more, cwd=tmp_path)
         peak[batch, bool(more)] = int(result.stdout) / 1024
     plain, cached = (peak[192, how] - peak[32, how] for how in (False, True))
     assert plain > 250 and cached < plain / 5, peak
