@@ -116,9 +116,10 @@ def wait_for_answer(address, seconds=120, process=None):
             time.sleep(0.2)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    """Headless Chromium, driven by Selenium."""
+    """Headless Chromium, driven by Selenium; ended with the module, since a page that is left open takes half a core.
+    """
     program, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (program and driver):
         pytest.skip("there is no chromium with chromedriver (Debian: apt-get install chromium chromium-driver)")
