@@ -31,7 +31,7 @@ def pytest_addoption(parser):
 # The tests of a file go to one worker of xdist, and so do files that share what is costly: one browser, the launcher.
 GROUPS = {"test_visualdl": "pages", "test_search_page": "pages"}
 # What takes longest comes first, so that no worker is left with it at the end.
-FIRST = ("test_scripts", "test_distributed", "test_search_page", "test_visualdl", "test_resume", "test_objectives")
+FIRST = ("test_scripts", "test_distributed", "test_search_page", "test_visualdl", "test_resume", "test_serving")
 
 
 @pytest.hookimpl(tryfirst=True)

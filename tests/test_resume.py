@@ -1,19 +1,15 @@
-"""Training that is broken off and gone on with; checkpoints that come from elsewhere; losses that are no numbers."""
+"""Training that is broken off and gone on with."""
 
-import json
 import os
-import pickle
 import shutil
 import signal
 import subprocess
 
 import numpy as np
 import pytest
-from conftest import ENCODER, command, refuse, run_script, succeed
+from conftest import ENCODER, command, refuse, succeed
 
 import checkpoint as c
-from console import InputError
-from data import TextFile
 
 
 @pytest.fixture
@@ -45,11 +41,11 @@ def test_broken_by_kill_9_and_resumed_is_unbroken_to_the_bit(flags, tmp_path, mo
     going_on = flags("--save_dir", "broken", "--resume", *more)
     process = subprocess.Popen(command("train.py", *going_on, bare=True), cwd=tmp_path, stderr=subprocess.PIPE,
                                text=True)
-    assert any("global step 10," in line for line in process.stderr)
+    assert any("saved broken/model_4" in line for line in process.stderr)
     process.send_signal(signal.SIGKILL)
     process.wait(30)
     left = c.saved_steps(str(tmp_path / "broken"))
-    assert left and 8 <= left[-1] < steps
+    assert left and 4 <= left[-1] < steps
     (tmp_path / "broken" / ".model_99.abc.tmp").mkdir()  # as a kill in the middle of a save leaves one
     result = succeed("train.py", *going_on, cwd=tmp_path)
     assert f"going on from broken/model_{left[-1]}" in result.stderr and "saved broken/model_4\n" not in result.stderr
@@ -59,41 +55,12 @@ def test_broken_by_kill_9_and_resumed_is_unbroken_to_the_bit(flags, tmp_path, mo
     assert f"going on from broken/model_{steps}" in again.stderr and "global step" not in again.stderr
 
 
-@pytest.mark.parametrize("signals, code", [([signal.SIGTERM], 143), ([signal.SIGINT], 130),
-                                           ([signal.SIGINT, signal.SIGTERM], -signal.SIGTERM)])
-def test_signals_save_and_a_second_ends_at_once(flags, tmp_path, signals, code):
-    """Steps of 64 texts take long enough for a second signal to come before the first is acted on."""
-    long = flags("--batch_size", 64, "--max_seq_length", 32, "--epochs", 100, "--save_steps", 1000)
-    process = subprocess.Popen(command("train.py", *long), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    assert any("global step 10," in line for line in process.stderr)
-    process.send_signal(signals[0])
-    assert any("saving after this step" in line for line in process.stderr)
-    for number in signals[1:]:
-        process.send_signal(number)
-    rest = process.stderr.read()
-    assert process.wait(60) == code and "Traceback" not in rest, rest
-    if len(signals) == 1:
-        (step,) = c.saved_steps(str(tmp_path / "checkpoints"))
-        assert f"saved ./checkpoints/model_{step}" in rest
-    else:
-        assert "saved" not in rest and not c.saved_steps(str(tmp_path / "checkpoints"))
-
-
 def test_only_the_newest_has_training_state_and_old_ones_go(flags, tmp_path):
-    succeed("train.py", *flags("--keep_checkpoints", 3), cwd=tmp_path)
+    succeed("train.py", *flags("--epochs", 1, "--keep_checkpoints", 3), cwd=tmp_path)
     folder = tmp_path / "checkpoints"
-    assert sorted(os.listdir(folder)) == ["model_40", "model_44", "model_48"]
-    assert [name for name in os.listdir(folder) if "training_state.json" in os.listdir(folder / name)] == ["model_48"]
-    assert c.newest_resumable(str(folder)) == str(folder / "model_48")
-
-
-@pytest.mark.parametrize("keep", range(6))
-def test_how_many_are_kept(tmp_path, keep):
-    """After each save the newest `keep`, however few there are by then; 0: all."""
-    for number in range(1, 6):
-        (tmp_path / f"model_{number}").mkdir()
-        c.remove_old(str(tmp_path), number, keep)
-        assert c.saved_steps(str(tmp_path)) == list(range(1, number + 1))[-keep if keep else 0 :]
+    assert sorted(os.listdir(folder)) == ["model_12", "model_16", "model_8"]
+    assert [name for name in os.listdir(folder) if "training_state.json" in os.listdir(folder / name)] == ["model_16"]
+    assert c.newest_resumable(str(folder)) == str(folder / "model_16")
 
 
 def test_resuming_another_run_is_refused(flags, sample, tmp_path):
@@ -115,129 +82,9 @@ def test_nothing_to_resume_starts_from_the_beginning(flags, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------- weights as files
-def test_safetensors_is_the_same_checkpoint(flags, sample, tmp_path):
-    for kind in ("pdparams", "safetensors"):
-        succeed("train.py", *flags("--epochs", 1, "--save_format", kind, "--save_dir", kind), cwd=tmp_path)
-        succeed("inference.py", "--device", "cpu", "--params_path", f"{kind}/model_16", "--input_file",
-                sample / "corpus.csv", "--output_file", f"{kind}.npy", cwd=tmp_path)
-    assert "model_state.safetensors" in os.listdir(tmp_path / "safetensors" / "model_16")
-    np.testing.assert_array_equal(np.load(tmp_path / "pdparams.npy"), np.load(tmp_path / "safetensors.npy"))
-    (tmp_path / "safetensors" / "model_16" / "model_state.safetensors").write_bytes(b"\x10" * 100)
-    line = refuse("inference.py", "--device", "cpu", "--params_path", "safetensors/model_16", cwd=tmp_path)
-    assert "not a paddle checkpoint" in line
-
-
 class Evil:
     def __reduce__(self):
         return os.system, ("touch pwned",)
 
 
-def test_a_malicious_pickle_does_not_run(flags, tmp_path):
-    """As a checkpoint, as an encoder, and hidden in the state of an array."""
-    array = np.zeros(1, dtype=object)
-    array[0] = Evil()
-    for content in (Evil(), {"ptm.x": Evil()}, {"ptm.x": array}):
-        (tmp_path / "model_state.pdparams").write_bytes(pickle.dumps(content))
-        line = refuse("inference.py", "--device", "cpu", "--params_path", tmp_path, cwd=tmp_path)
-        assert "could run code and was not loaded" in line
-    shutil.copytree(ENCODER, tmp_path / "encoder")
-    (tmp_path / "encoder" / "model_state.pdparams").write_bytes(pickle.dumps({"x": Evil()}))
-    line = refuse("train.py", *flags("--model_name_or_path", tmp_path / "encoder"), cwd=tmp_path)
-    assert "could run code and was not loaded" in line
-    assert not (tmp_path / "pwned").exists()
-    pickle.loads(pickle.dumps(Evil()))
-    assert os.path.exists("pwned"), "it would have run"
-    os.remove("pwned")
-
-
-def test_large_arrays_in_pieces_and_bfloat16_are_read(tmp_path):
-    """As paddle.save writes them: pieces where pickles are limited, bfloat16 by its bits."""
-    path = str(tmp_path / "model_state.pdparams")
-    state = {"a@@.0": np.arange(3.0), "a@@.1": np.arange(3.0, 6.0), "StructuredToParameterName@@": {"a": "b"},
-             "UnpackBigParamInfor@@": {"a": {"OriginShape": (2, 3), "slices": ["a@@.0", "a@@.1"]}},
-             "b": ("name", np.array([0x3F80, 0xC000], "uint16"))}
-    with open(path, "wb") as file:
-        pickle.dump(state, file, protocol=2)
-    read = c.read_weights(path, "--flag")
-    assert read.keys() == {"a", "b"}
-    np.testing.assert_array_equal(read["a"], np.arange(6.0).reshape(2, 3))
-    np.testing.assert_array_equal(read["b"], np.array([1.0, -2.0], "float32"))
-
-
-@pytest.mark.parametrize("kind", ["pdparams", "safetensors"])
-def test_weights_survive_the_disk_and_damage_is_found(tmp_path, kind):
-    path = str(tmp_path / f"w.{kind}")
-    state = {"a": np.arange(6, dtype="float32").reshape(2, 3), "b": np.array([1.5], "float32")}
-    c.write_weights(path, state)
-    read = c.read_weights(path, "--flag")
-    assert all((read[name] == state[name]).all() for name in state) and read.keys() == state.keys()
-    with open(path, "rb") as file:
-        whole = file.read()
-    for damaged in (b"", whole[: len(whole) // 2], b"\x00" * 50):
-        with open(path, "wb") as file:
-            file.write(damaged)
-        with pytest.raises(InputError, match="--flag .*: not a paddle checkpoint"):
-            c.read_weights(path, "--flag")
-
-
-def test_a_folder_takes_the_place_of_another_at_once(tmp_path):
-    path = tmp_path / "out"
-    for content in ("old", "new"):
-        with c.new_folder(str(path)) as folder, open(os.path.join(folder, "a"), "w") as file:
-            file.write(content)
-        (path / "kept").write_text("kept")
-    assert (path / "a").read_text() == "new" and (path / "kept").read_text() == "kept"
-    with pytest.raises(RuntimeError), c.new_folder(str(path)) as folder:
-        raise RuntimeError
-    assert sorted(os.listdir(path)) == ["a", "kept"] and os.listdir(tmp_path) == ["out"]
-
-
 # -------------------------------------------------------------------------------------------------------- bad values
-def test_a_loss_that_is_no_number_stops_with_lines(flags, tmp_path):
-    """Weights with a NaN from the start: the first batch's lines, exit code 1, and nothing is saved over them."""
-    succeed("train.py", *flags("--epochs", 0), cwd=tmp_path)
-    path = tmp_path / "checkpoints" / "model_0" / "model_state.pdparams"
-    state = weights(path.parent)
-    state["emb_reduce_linear.bias"] = state["emb_reduce_linear.bias"] + np.nan
-    c.write_weights(str(path), state)
-    result = run_script("train.py", *flags("--init_from_ckpt", path, "--save_dir", "after"), cwd=tmp_path)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "error: the loss of step 1 is nan; its batch is lines " in result.stderr
-    assert "--max_grad_norm" in result.stderr and os.listdir(tmp_path / "after") == []
-
-
-def test_a_loss_that_becomes_no_number_leaves_the_weights_before_it(flags, tmp_path):
-    result = run_script("train.py", *flags("--learning_rate", 1e30, "--warmup_proportion", 0), cwd=tmp_path)
-    assert result.returncode == 1 and "its batch is lines" in result.stderr, result.stderr
-
-
-def test_max_grad_norm(flags, tmp_path):
-    """A tiny norm changes the weights other than none does, AdamW's epsilon being what it is."""
-    for name, more in (("free", []), ("clipped", ["--max_grad_norm", 1e-9])):
-        succeed("train.py", *flags("--epochs", 1, "--save_dir", name, *more), cwd=tmp_path)
-    free, clipped = (weights(tmp_path / name / "model_16") for name in ("free", "clipped"))
-    start = {name: abs(free[name] - clipped[name]).max() for name in free}
-    assert max(start.values()) > 1e-5
-
-
-def test_line_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr(TextFile, "_CHUNK", 4)
-    path = tmp_path / "file.txt"
-    path.write_bytes(b"\xef\xbb\xbfa\r\n\r\nb\rc\n\n\nd\r\ne")
-    texts = TextFile(str(path), "--flag")
-    assert [(text, texts.line_number(row)) for row, text in enumerate(texts)] == [
-        ("a", 1), ("b", 3), ("c", 4), ("d", 7), ("e", 8)]
-
-
-def test_a_save_dir_that_cannot_be_used(flags, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    assert "--save_dir file: file exists" in refuse("train.py", *flags("--save_dir", "file"), cwd=tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 100))
-    with pytest.raises(InputError, match="--save_dir .*: 0.0 GB are free, and a checkpoint takes 2.0 GB"):
-        c.prepare_save_dir(str(tmp_path / "new"), 2 * 10**9)
-
-
-def test_record_of_the_state_is_plain_json(flags, tmp_path):
-    succeed("train.py", *flags("--epochs", 1), cwd=tmp_path)
-    record = json.loads((tmp_path / "checkpoints" / "model_16" / "training_state.json").read_text())
-    assert record["step"] == 16 and record["run"]["batch_size"] == 8 and record["schedule"]["last_epoch"] == 16

@@ -1,0 +1,64 @@
+"""train.py --objective mlm: masked words make an encoder."""
+
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from conftest import ENCODER, command, refuse, succeed
+
+import checkpoint as c
+
+ON = ["--device", "cpu", "--batch_size", 16, "--max_seq_length", 16]
+
+START = [*ON, "--model_name_or_path", ENCODER]
+
+NAME = "model_state.pdparams"
+
+
+def weights(folder):
+    return c.read_weights(str(folder / NAME), "--flag")
+
+
+def losses(result):
+    return [float(line.split("loss: ")[1].split(",")[0]) for line in result.stderr.splitlines() if ", loss: " in line]
+
+
+@pytest.fixture(scope="module")
+def texts(sample):
+    return sample / "train_unsupervised.csv"
+
+
+def test_masked_words_make_an_encoder(texts, tmp_path):
+    """The loss falls; the checkpoint is what --model_name_or_path takes; broken off and resumed it is the same."""
+    mlm = ["train.py", *START, "--objective", "mlm", "--train_set_file", texts, "--learning_rate", 5e-4, "--epochs", 5]
+    result = succeed(*mlm, "--save_dir", "whole", cwd=tmp_path)
+    told = losses(result)
+    assert len(told) == 4 and told[-1] < told[0] - 0.5, told
+    assert "cls.predictions" in result.stderr and result.stderr.count("start at random") == 1
+    whole = weights(tmp_path / "whole" / "model_40")
+    process = subprocess.Popen(command(*mlm, "--save_dir", "broken", "--save_steps", 8), cwd=tmp_path)
+    while not (tmp_path / "broken" / "model_16").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    succeed(*mlm, "--save_dir", "broken", "--resume", cwd=tmp_path)
+    other = weights(tmp_path / "broken" / "model_40")
+    assert whole.keys() == other.keys() and all((whole[name] == other[name]).all() for name in whole)
+    succeed("train.py", *ON, "--model_name_or_path", tmp_path / "whole" / "model_40", "--train_set_file", texts,
+            "--epochs", 0, "--pooling", "mean", "--save_dir", "simcse", cwd=tmp_path)
+    made = weights(tmp_path / "simcse" / "model_0")
+    name = "encoder.layers.0.linear1.weight"
+    np.testing.assert_array_equal(made[f"ptm.{name}"], whole[f"ernie.{name}"])
+
+
+@pytest.mark.parametrize("flags", [["--pooling", "mean"], ["--crop_rate", 0.3], ["--test_set_file", "t.csv"],
+                                   ["--whiten"], ["--gradient_cache"]])
+def test_flags_of_the_other_objective(texts, tmp_path, flags):
+    (tmp_path / "t.csv").write_text("甲\t乙\n", encoding="utf-8")
+    error = refuse("train.py", *START, "--train_set_file", texts, "--objective", "mlm", *flags, cwd=tmp_path)
+    assert f"{flags[0]} is not for --objective mlm" in error
+    for more, needs in ((["--mlm_probability", 0.2], "--objective mlm"), (["--distill_weight", 2], "--distill_from")):
+        error = refuse("train.py", *START, "--train_set_file", texts, *more, cwd=tmp_path)
+        assert f"{more[0]} needs {needs}" in error

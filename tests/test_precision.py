@@ -1,0 +1,48 @@
+"""What bfloat16 costs on a CPU: cosines and recall on real text."""
+
+
+import numpy as np
+import pytest
+from conftest import ENCODER, succeed
+
+import loading
+import machine
+import model as m
+from ann_util import exact_search
+from data import RECALL_KS, distinct, read_text_pairs, read_texts
+from deploy.python.predictor import make_engine
+from metrics import first_hits, recall_at
+
+
+@pytest.fixture(scope="module")
+def half_trained(real_data, tmp_path_factory):
+    """40 steps on csl: as it comes, the encoder has all its vectors in one corner, where a bit decides on ranks."""
+    folder = tmp_path_factory.mktemp("half_trained")
+    lines = (real_data / "csl" / "recall" / "train_unsupervised.csv").read_text(encoding="utf-8").splitlines(True)
+    (folder / "train.csv").write_text("".join(lines[:640]), encoding="utf-8")
+    succeed("train.py", "--device", "cpu", "--model_name_or_path", ENCODER, "--train_set_file", "train.csv",
+            "--batch_size", 16, "--max_seq_length", 32, "--output_emb_size", 256, "--infer_with_fc_pooler", cwd=folder)
+    return folder / "checkpoints" / "model_40" / "model_state.pdparams"
+
+
+@pytest.mark.parametrize("name", ["csl", "lcqmc"])
+def test_bfloat16_recalls_what_float32_does(real_data, half_trained, name):
+    """The corpus and 1,000 queries, of which one is 0.1 points: cosine to float32 at least 0.999, Recall@k within 0.3
+    on average, and nowhere 0.6 lower."""
+    if not machine.CPU_HAS_BF16:
+        pytest.skip("this processor has neither AVX-512 BF16 nor AMX")
+    network, tokenizer, _ = loading.load_model(str(half_trained))
+    corpus = distinct(read_texts(str(real_data / name / "recall" / "corpus.csv"), "--flag"))
+    pairs = read_text_pairs(str(real_data / name / "recall" / "dev.csv"), "--flag")
+    queries = distinct(query for query, _ in pairs)[:1000]
+    row_of = {text: row for row, text in enumerate(corpus)}
+    targets = [{row_of.get(target, -1) for query, target in pairs if query == each} for each in queries]
+    vectors, recalls = [], []
+    for precision in ("fp32", "bf16"):
+        engine = make_engine(network, precision)
+        embeddings = [m.encode(engine, tokenizer, texts, 64) for texts in (queries, corpus)]
+        vectors.append(np.concatenate(embeddings))
+        recalls.append(recall_at(first_hits(exact_search(*embeddings, 50)[0], targets), RECALL_KS))
+    assert (vectors[0] * vectors[1]).sum(axis=1).min() > 0.999
+    lower = [value - recalls[1][k] for k, value in recalls[0].items()]
+    assert abs(np.mean(lower)) < 0.3 and max(lower) < 0.6 and recalls[0][1] > 10, recalls

@@ -1,0 +1,41 @@
+"""Training that is told to stop: once it saves, a second time it ends at once."""
+
+import signal
+import subprocess
+
+import pytest
+from conftest import ENCODER, command
+
+import checkpoint as c
+import loading
+
+
+@pytest.fixture
+def flags(sample):
+    def flags(*more):
+        return ["--device", "cpu", "--model_name_or_path", ENCODER, "--train_set_file",
+                sample / "train_unsupervised.csv", "--max_seq_length", 16, "--batch_size", 8, "--epochs", 3,
+                "--warmup_proportion", 0.2, "--output_emb_size", 32, "--save_steps", 4, *more]
+
+    return flags
+
+
+@pytest.mark.parametrize("signals, code", [([signal.SIGTERM], 143), ([signal.SIGINT], 130),
+                                           ([signal.SIGINT, signal.SIGTERM], -signal.SIGTERM)])
+def test_signals_save_and_a_second_ends_at_once(flags, tmp_path, signals, code):
+    """Steps of 32 texts take long enough for a second signal to come before the first is acted on."""
+    long = flags("--batch_size", 32, "--max_seq_length", 32, "--epochs", 100, "--save_steps", 1000)
+    process = subprocess.Popen(command("train.py", *long), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert any("global step 10," in line for line in process.stderr)
+    process.send_signal(signals[0])
+    assert any("saving after this step" in line for line in process.stderr)
+    for number in signals[1:]:
+        process.send_signal(number)
+    rest = process.stderr.read()
+    assert process.wait(60) == code and "Traceback" not in rest, rest
+    if len(signals) == 1:
+        (step,) = c.saved_steps(str(tmp_path / "checkpoints"))
+        assert f"saved ./checkpoints/model_{step}" in rest
+        loading.load_model(str(tmp_path / "checkpoints" / f"model_{step}" / "model_state.pdparams"))
+    else:
+        assert "saved" not in rest and not c.saved_steps(str(tmp_path / "checkpoints"))

@@ -1,0 +1,121 @@
+"""train.py by its command line: what it logs, evaluates and saves, alone and on two ranks."""
+
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+from conftest import ENCODER, launch, succeed
+
+import loading
+import model as m
+from ann_util import exact_search
+from data import read_text_pairs
+from deploy.python.predictor import make_engine
+from metrics import first_hits, recall_at
+
+
+def embed(checkpoint, texts, max_seq_length=64):
+    """By the dynamic graph, in float32."""
+    network, tokenizer, _ = loading.load_model(str(checkpoint / "model_state.pdparams"))
+    return m.encode(network, tokenizer, texts, max_seq_length, 32)
+
+
+def embed_as_stages_do(checkpoint, texts, max_seq_length):
+    """By the engine that stages use where nothing is said of precision."""
+    network, tokenizer, _ = loading.load_model(str(checkpoint / "model_state.pdparams"))
+    return m.encode(make_engine(network), tokenizer, texts, max_seq_length)
+
+
+def test_training_logs_evaluates_and_saves(trained):
+    folder, result = trained
+    line = r"global step 10, epoch: 3, batch: 2, loss: \d+\.\d{5}, speed: \d+\.\d\d step/s"
+    assert re.search(line, result.stderr)
+    evaluations = [line for line in result.stdout.splitlines() if line]
+    assert [int(re.match(r"global step (\d+), recall@1=", line)[1]) for line in evaluations] == [2, 4, 6, 8, 10, 12]
+    assert sorted(os.listdir(folder / "checkpoints")) == ["model_12", "model_3", "model_6", "model_9"]
+    assert [name for name in os.listdir(folder / "log") if name.startswith("vdlrecords")]
+
+
+def test_visualdl_log_holds_scalars(trained):
+    from visualdl import LogReader
+
+    (log,) = (trained[0] / "log").iterdir()
+    reader = LogReader(file_path=str(log))
+    tags = reader.get_tags()["scalar"]
+    assert {"train/loss", "train/learning_rate", "train/speed", "eval/recall@1", "eval/recall@50"} <= set(tags)
+    assert [record.id for record in reader.get_data("scalar", "eval/recall@50")] == [2, 4, 6, 8, 10, 12]
+
+
+def test_the_last_evaluation_is_what_the_checkpoint_gives(trained, checkpoint, sample):
+    pairs = read_text_pairs(str(sample / "dev.csv"), "--flag")
+    queries, corpus = [list(dict.fromkeys(side)) for side in zip(*pairs)]
+    rows, _ = exact_search(*[embed_as_stages_do(checkpoint, texts, 32) for texts in (queries, corpus)], 50)
+    targets = [{corpus.index(target) for query, target in pairs if query == wanted} for wanted in queries]
+    expected = recall_at(first_hits(rows, targets), (1, 5, 10, 20, 50))
+    assert trained[1].stdout.splitlines()[-1] == "global step 12, " + ", ".join(
+        f"recall@{k}={value}" for k, value in expected.items())
+
+
+def test_record_beside_the_checkpoint(checkpoint):
+    record = json.loads((checkpoint / "simcse_config.json").read_text(encoding="utf-8"))
+    assert record["model_name_or_path"] == str(ENCODER) and record["encoder_config"]["hidden_size"] == 256
+    assert {key: record[key] for key in ("output_emb_size", "with_pooler", "scale", "margin", "max_seq_length")} == {
+        "output_emb_size": 128, "with_pooler": True, "scale": 20, "margin": 0.0, "max_seq_length": 32}
+    assert set(record["versions"]) == {"paddlepaddle", "paddlenlp"}
+
+
+def train_flags(sample, *more):
+    return ["--device", "cpu", "--model_name_or_path", ENCODER, "--train_set_file", sample / "train_unsupervised.csv",
+            "--max_seq_length", 16, "--batch_size", 8, *more]
+
+
+def losses(result):
+    return re.findall(r"loss: (\d+\.\d+)", result.stderr)
+
+
+def test_the_same_seed_gives_the_same_run(sample, tmp_path):
+    runs = [succeed("train.py", *train_flags(sample, "--seed", seed, "--save_dir", tmp_path / name))
+            for name, seed in (("a", 7), ("b", 7), ("c", 8))]
+    assert len(losses(runs[0])) == 1 and losses(runs[0]) == losses(runs[1]) != losses(runs[2])
+    weights = [m.paddle.load(str(tmp_path / name / "model_16" / "model_state.pdparams")) for name in "ab"]
+    for name in weights[0]:
+        np.testing.assert_array_equal(weights[0][name].numpy(), weights[1][name].numpy(), err_msg=name)
+
+
+def test_spearman_on_three_columns_and_training_on(sample, checkpoint, tmp_path):
+    """A labelled test set; --init_from_ckpt without --model_name_or_path; --epochs 0; the misspelt flag."""
+    from scipy.stats import spearmanr
+
+    pairs = read_text_pairs(str(sample / "test.csv"), "--flag")
+    labels = [1 - row % 2 for row in range(len(pairs))]
+    (tmp_path / "labeled.csv").write_text(
+        "".join(f"{a}\t{b}\t{label}\n" for (a, b), label in zip(pairs, labels)), encoding="utf-8")
+    result = succeed("train.py", "--device", "cpu", "--init_from_ckpt", checkpoint, "--epochs", 0, "--train_set_file",
+                     sample / "train_unsupervised.csv", "--test_set_file", tmp_path / "labeled.csv",
+                     "--max_seq_length", 32, "--infer_with_fc_pooler", "--warmup_proption", 0.1, cwd=tmp_path)
+    first, second = (embed_as_stages_do(checkpoint, list(side), 32) for side in zip(*pairs))
+    expected = 100 * spearmanr((first * second).sum(axis=1), labels)[0]
+    assert float(re.search(r"global step 0, spearman=(\S+)", result.stdout)[1]) == pytest.approx(expected, abs=2e-3)
+    assert expected > 10, "even the hardly trained network tells matching pairs"
+    assert os.listdir(tmp_path / "checkpoints") == ["model_0"]
+
+
+def test_without_infer_with_fc_pooler_later_stages_take_the_raw_first_token(sample, tmp_path):
+    succeed("train.py", *train_flags(sample, "--epochs", 0, "--output_emb_size", 32, "--save_dir", tmp_path))
+    network, tokenizer, _ = loading.load_model(str(tmp_path / "model_0" / "model_state.pdparams"))
+    ids, types = map(m.paddle.to_tensor, m.np.split(np.array([tokenizer(["语义索引"], 16)[0], [0] * 6]), 2))
+    raw = network.get_pooled_embedding(ids, types, with_pooler=False).numpy()
+    np.testing.assert_allclose(embed(tmp_path / "model_0", ["语义索引"]), raw, atol=1e-6)
+
+
+def test_two_processes_train_one_model(sample, tmp_path):
+    """paddle.distributed.launch with gloo: both ranks work, rank 0 alone logs, evaluates and saves."""
+    result, logs = launch("train.py", *train_flags(
+        sample, "--test_set_file", sample / "dev.csv", "--save_dir", tmp_path / "ck", "--batch_size", 4,
+        "--visualdl_dir", tmp_path / "log"), cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "global step 10," in logs[0] and "recall@1=" in logs[0]
+    assert "global step" not in logs[1] and "saved" not in logs[1]
+    assert os.listdir(tmp_path / "ck") == ["model_16"], "128 texts in batches of 4 on each of two ranks"
