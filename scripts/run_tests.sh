@@ -25,10 +25,11 @@ paddle2.6)
     mkdir -p "$venv"
     sed 's/^paddlepaddle-gpu/paddlepaddle/' requirements-gpu.txt >"$venv.requirements.tmp"
     make_venv "$venv" "$venv.requirements.tmp" requirements-serving.txt requirements-test.txt
-    tests="tests/test_compat.py tests/test_train.py tests/test_backward.py tests/test_recall.py tests/test_pipeline.py
-        tests/test_distributed.py tests/test_resume.py tests/test_stopping.py tests/test_checkpoint.py tests/test_engine.py
-        tests/test_pipes.py tests/test_serving.py tests/test_losses.py tests/test_objectives.py tests/test_distillation.py
-        tests/test_whitening.py tests/test_mlm.py tests/test_precision.py"
+    tests=
+    for name in compat train backward recall pipeline pipes engine precision losses objectives distillation whitening \
+        mlm resume stopping checkpoint distributed serving; do
+        tests="$tests tests/test_$name.py"
+    done
     ;;
 *)
     echo "STACK=$STACK: there are paddle3.3 and paddle2.6" >&2

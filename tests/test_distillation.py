@@ -1,14 +1,11 @@
 """train.py --distill_from: the similarities of another encoder's embeddings are followed."""
 
-
 import numpy as np
 import pytest
 from conftest import ENCODER, FP32, refuse, succeed
 
 ON = ["--device", "cpu", "--batch_size", 16, "--max_seq_length", 16]
-
 START = [*ON, "--model_name_or_path", ENCODER]
-
 
 
 def embeddings(checkpoint, texts, cwd, *more):

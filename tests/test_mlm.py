@@ -10,7 +10,6 @@ from conftest import ENCODER, command, refuse, succeed
 import checkpoint as c
 
 ON = ["--device", "cpu", "--batch_size", 16, "--max_seq_length", 16]
-
 START = [*ON, "--model_name_or_path", ENCODER]
 
 NAME = "model_state.pdparams"

@@ -9,7 +9,6 @@ from conftest import ENCODER, FP32, refuse, succeed
 import checkpoint as c
 
 ON = ["--device", "cpu", "--batch_size", 16, "--max_seq_length", 16]
-
 START = [*ON, "--model_name_or_path", ENCODER]
 
 NAME = "model_state.pdparams"
@@ -34,7 +33,6 @@ def texts(sample):
     return sample / "train_unsupervised.csv"
 
 
-# ------------------------------------------------------------------------------------------------------------- pairs
 def test_pairs_then_triples_from_a_checkpoint(sample, tmp_path):
     """dev.csv as pairs: the loss falls; and with hard negatives of another query each, on from there."""
     result = succeed("train.py", *START, "--train_set_file", sample / "dev.csv", "--epochs", 5, "--save_dir", "pairs",
@@ -67,7 +65,6 @@ def test_what_is_for_texts_refuses_pairs(sample, tmp_path, flags):
     assert f"--{flags[0].strip('-')}" in error and "dev.csv has 2 columns" in error
 
 
-# --------------------------------------------------------------------------------------------------------- objectives
 def test_every_flag_of_the_loss_changes_it(texts, tmp_path):
     """16 steps of 8 texts each, dropout off: the same start, another loss at the tenth."""
     seen = {}
@@ -104,5 +101,3 @@ def test_smaller_sizes_of_a_matryoshka_are_prefixes(texts, tmp_path):
                               "--matryoshka_dims", sizes, cwd=tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------------- whitening
-# -------------------------------------------------------------------------------------------------------- masked words

@@ -28,8 +28,6 @@ def embed_as_stages_do(checkpoint, texts, max_seq_length):
     return m.encode(make_engine(network), tokenizer, texts, max_seq_length)
 
 
-# ------------------------------------------------------------------------------------------------------- training
-# --------------------------------------------------------------------------- recall, prediction, inference, export
 def test_predict_prints_cosines_alone(checkpoint, sample):
     result = succeed("predict.py", "--device", "cpu", "--params_path", checkpoint, "--text_pair_file",
                      sample / "test.csv", "--margin", 0.1, "--scale", 5, "--batch_size", 16, *FP32)

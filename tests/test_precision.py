@@ -1,6 +1,5 @@
 """What bfloat16 costs on a CPU: cosines and recall on real text."""
 
-
 import numpy as np
 import pytest
 from conftest import ENCODER, succeed

@@ -81,10 +81,8 @@ def test_nothing_to_resume_starts_from_the_beginning(flags, tmp_path):
     assert "going on" not in succeed("train.py", *flags("--epochs", 0, "--resume"), cwd=tmp_path).stderr
 
 
-# ------------------------------------------------------------------------------------------------- weights as files
 class Evil:
     def __reduce__(self):
         return os.system, ("touch pwned",)
 
 
-# -------------------------------------------------------------------------------------------------------- bad values

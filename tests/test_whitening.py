@@ -1,6 +1,5 @@
 """Whitening, by its formula and by train.py --whiten."""
 
-
 import numpy as np
 import pytest
 from conftest import ENCODER, FP32, refuse, succeed
@@ -11,7 +10,6 @@ import model as m
 import whitening
 
 ON = ["--device", "cpu", "--batch_size", 16, "--max_seq_length", 16]
-
 START = [*ON, "--model_name_or_path", ENCODER]
 
 NAME = "model_state.pdparams"
