@@ -76,15 +76,19 @@ def load_encoder(model_name_or_path: str, dropout: float | None = None, kind: st
 
 
 @contextlib.contextmanager
-def _weights_unset() -> Iterator[None]:
-    """Build layers without drawing weights: for ERNIE-base, drawing them takes longer than all else of its start."""
-    normal = paddle.tensor.normal  # what paddlenlp draws them with, after Paddle's own layers have
-    paddle.tensor.normal = lambda mean, std, shape: paddle.empty(shape)
+def _weights_not_drawn() -> Iterator[None]:
+    """Build layers without drawing weights at random: for ERNIE-base that takes longer than all else of its start."""
+    from unittest.mock import patch
+
+    zeros = nn.initializer.Constant(0.0)
+    # Paddle's layers draw them by the global initializer or, in ERNIE, by TruncatedNormal; paddlenlp then draws again.
+    nn.initializer.set_global_initializer(zeros)
     try:
-        with paddle.LazyGuard():
+        with (patch.object(nn.initializer.TruncatedNormal, "forward", lambda _, *where: zeros.forward(*where)),
+              patch.object(paddle.tensor, "normal", lambda mean, std, shape: paddle.empty(shape))):
             yield
     finally:
-        paddle.tensor.normal = normal
+        nn.initializer.set_global_initializer(None)
 
 
 def _encoder_from_record(record: dict, dropout: float | None) -> nn.Layer:
@@ -96,7 +100,7 @@ def _encoder_from_record(record: dict, dropout: float | None) -> nn.Layer:
     config = encoder_class.config_class.from_dict(_portable(record["encoder_config"]))
     if dropout is not None:
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
-    with _weights_unset():
+    with _weights_not_drawn():
         return encoder_class(config)
 
 
