@@ -1,21 +1,12 @@
 """How training computes its gradients, by the command line: in chunks, again, summed up over batches."""
 
 import os
-import re
 
 import numpy as np
 from conftest import ENCODER, ROOT, succeed
+from training import losses, train_flags
 
 from data import read_texts
-
-
-def train_flags(sample, *more):
-    return ["--device", "cpu", "--model_name_or_path", ENCODER, "--train_set_file", sample / "train_unsupervised.csv",
-            "--max_seq_length", 16, "--batch_size", 8, *more]
-
-
-def losses(result):
-    return re.findall(r"loss: (\d+\.\d+)", result.stderr)
 
 
 def test_memory_of_a_cached_step_does_not_grow_with_the_batch(sample, tmp_path):

@@ -1,5 +1,6 @@
 """Checkpoints that come from elsewhere, files and folders of weights; losses that are no numbers."""
 
+import functools
 import json
 import os
 import pickle
@@ -8,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 from conftest import ENCODER, refuse, run_script, succeed
+from training import saving_flags, weights
 
 import checkpoint as c
 from console import InputError
@@ -16,16 +18,7 @@ from data import TextFile
 
 @pytest.fixture
 def flags(sample):
-    def flags(*more):
-        return ["--device", "cpu", "--model_name_or_path", ENCODER, "--train_set_file",
-                sample / "train_unsupervised.csv", "--max_seq_length", 16, "--batch_size", 8, "--epochs", 3,
-                "--warmup_proportion", 0.2, "--output_emb_size", 32, "--save_steps", 4, *more]
-
-    return flags
-
-
-def weights(folder):
-    return c.read_weights(str(folder / "model_state.pdparams"), "--flag")
+    return functools.partial(saving_flags, sample)
 
 
 @pytest.mark.parametrize("keep", range(6))

@@ -2,16 +2,8 @@
 
 import numpy as np
 import pytest
-from conftest import ENCODER, FP32, refuse, succeed
-
-ON = ["--device", "cpu", "--batch_size", 16, "--max_seq_length", 16]
-START = [*ON, "--model_name_or_path", ENCODER]
-
-
-def embeddings(checkpoint, texts, cwd, *more):
-    succeed("inference.py", "--device", "cpu", "--params_path", checkpoint, "--input_file", texts, "--output_file",
-            "v.npy", "--max_seq_length", 16, *FP32, *more, cwd=cwd)
-    return np.load(cwd / "v.npy")
+from conftest import refuse, succeed
+from training import START, embeddings
 
 
 @pytest.fixture(scope="module")

@@ -5,22 +5,8 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ENCODER, command, refuse, succeed
-
-import checkpoint as c
-
-ON = ["--device", "cpu", "--batch_size", 16, "--max_seq_length", 16]
-START = [*ON, "--model_name_or_path", ENCODER]
-
-NAME = "model_state.pdparams"
-
-
-def weights(folder):
-    return c.read_weights(str(folder / NAME), "--flag")
-
-
-def losses(result):
-    return [float(line.split("loss: ")[1].split(",")[0]) for line in result.stderr.splitlines() if ", loss: " in line]
+from conftest import command, refuse, succeed
+from training import ON, START, losses, weights
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +18,7 @@ def test_masked_words_make_an_encoder(texts, tmp_path):
     """The loss falls; the checkpoint is what --model_name_or_path takes; broken off and resumed it is the same."""
     mlm = ["train.py", *START, "--objective", "mlm", "--train_set_file", texts, "--learning_rate", 5e-4, "--epochs", 5]
     result = succeed(*mlm, "--save_dir", "whole", cwd=tmp_path)
-    told = losses(result)
+    told = list(map(float, losses(result)))
     assert len(told) == 4 and told[-1] < told[0] - 0.5, told
     assert "cls.predictions" in result.stderr and result.stderr.count("start at random") == 1
     whole = weights(tmp_path / "whole" / "model_40")

@@ -4,28 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from conftest import ENCODER, FP32, refuse, succeed
-
-import checkpoint as c
-
-ON = ["--device", "cpu", "--batch_size", 16, "--max_seq_length", 16]
-START = [*ON, "--model_name_or_path", ENCODER]
-
-NAME = "model_state.pdparams"
-
-
-def weights(folder):
-    return c.read_weights(str(folder / NAME), "--flag")
-
-
-def losses(result):
-    return [float(line.split("loss: ")[1].split(",")[0]) for line in result.stderr.splitlines() if ", loss: " in line]
-
-
-def embeddings(checkpoint, texts, cwd, *more):
-    succeed("inference.py", "--device", "cpu", "--params_path", checkpoint, "--input_file", texts, "--output_file",
-            "v.npy", "--max_seq_length", 16, *FP32, *more, cwd=cwd)
-    return np.load(cwd / "v.npy")
+from conftest import refuse, succeed
+from training import ON, START, embeddings, losses
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +52,7 @@ def test_every_flag_of_the_loss_changes_it(texts, tmp_path):
              "--output_emb_size", 32, "--scale", 5]
     for name, flags in {"plain": [], "dup": ["--dup_rate", 0.3], "crop": ["--crop_rate", 0.5], "dims":
                         ["--matryoshka_dims", "16,8"], "mean": ["--pooling", "mean"]}.items():
-        (seen[name],) = losses(succeed("train.py", *start, *flags, "--save_dir", name, cwd=tmp_path))
+        (seen[name],) = map(float, losses(succeed("train.py", *start, *flags, "--save_dir", name, cwd=tmp_path)))
     assert len(set(seen.values())) == len(seen), seen
     assert seen["plain"] < seen["crop"]
 

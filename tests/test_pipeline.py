@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 from conftest import FP32, refuse, succeed
+from training import embed
 
 import loading
 import machine
@@ -14,12 +15,6 @@ import model as m
 from cli import README_TEXT
 from data import read_text_pairs, read_texts
 from deploy.python.predictor import make_engine
-
-
-def embed(checkpoint, texts, max_seq_length=64):
-    """By the dynamic graph, in float32."""
-    network, tokenizer, _ = loading.load_model(str(checkpoint / "model_state.pdparams"))
-    return m.encode(network, tokenizer, texts, max_seq_length, 32)
 
 
 def embed_as_stages_do(checkpoint, texts, max_seq_length):

@@ -7,17 +7,11 @@ import shutil
 import numpy as np
 import pytest
 from conftest import FP32, refuse, succeed
+from training import embed
 
-import loading
 import model as m
 from ann_util import exact_search
 from data import read_text_pairs, read_texts
-
-
-def embed(checkpoint, texts, max_seq_length=64):
-    """By the dynamic graph, in float32."""
-    network, tokenizer, _ = loading.load_model(str(checkpoint / "model_state.pdparams"))
-    return m.encode(network, tokenizer, texts, max_seq_length, 32)
 
 
 @pytest.fixture(scope="module")

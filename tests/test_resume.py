@@ -1,5 +1,6 @@
 """Training that is broken off and gone on with."""
 
+import functools
 import os
 import shutil
 import signal
@@ -7,23 +8,15 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import ENCODER, command, refuse, succeed
+from conftest import command, refuse, succeed
+from training import saving_flags, weights
 
 import checkpoint as c
 
 
 @pytest.fixture
 def flags(sample):
-    def flags(*more):
-        return ["--device", "cpu", "--model_name_or_path", ENCODER, "--train_set_file",
-                sample / "train_unsupervised.csv", "--max_seq_length", 16, "--batch_size", 8, "--epochs", 3,
-                "--warmup_proportion", 0.2, "--output_emb_size", 32, "--save_steps", 4, *more]
-
-    return flags
-
-
-def weights(folder):
-    return c.read_weights(str(folder / "model_state.pdparams"), "--flag")
+    return functools.partial(saving_flags, sample)
 
 
 def assert_equal(one, other):

@@ -1,10 +1,12 @@
 """Training that is told to stop: once it saves, a second time it ends at once."""
 
+import functools
 import signal
 import subprocess
 
 import pytest
-from conftest import ENCODER, command
+from conftest import command
+from training import saving_flags
 
 import checkpoint as c
 import loading
@@ -12,12 +14,7 @@ import loading
 
 @pytest.fixture
 def flags(sample):
-    def flags(*more):
-        return ["--device", "cpu", "--model_name_or_path", ENCODER, "--train_set_file",
-                sample / "train_unsupervised.csv", "--max_seq_length", 16, "--batch_size", 8, "--epochs", 3,
-                "--warmup_proportion", 0.2, "--output_emb_size", 32, "--save_steps", 4, *more]
-
-    return flags
+    return functools.partial(saving_flags, sample)
 
 
 @pytest.mark.parametrize("signals, code", [([signal.SIGTERM], 143), ([signal.SIGINT], 130),

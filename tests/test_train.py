@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 from conftest import ENCODER, launch, succeed
+from training import embed, losses, train_flags
 
 import loading
 import model as m
@@ -14,12 +15,6 @@ from ann_util import exact_search
 from data import read_text_pairs
 from deploy.python.predictor import make_engine
 from metrics import first_hits, recall_at
-
-
-def embed(checkpoint, texts, max_seq_length=64):
-    """By the dynamic graph, in float32."""
-    network, tokenizer, _ = loading.load_model(str(checkpoint / "model_state.pdparams"))
-    return m.encode(network, tokenizer, texts, max_seq_length, 32)
 
 
 def embed_as_stages_do(checkpoint, texts, max_seq_length):
@@ -64,15 +59,6 @@ def test_record_beside_the_checkpoint(checkpoint):
     assert {key: record[key] for key in ("output_emb_size", "with_pooler", "scale", "margin", "max_seq_length")} == {
         "output_emb_size": 128, "with_pooler": True, "scale": 20, "margin": 0.0, "max_seq_length": 32}
     assert set(record["versions"]) == {"paddlepaddle", "paddlenlp"}
-
-
-def train_flags(sample, *more):
-    return ["--device", "cpu", "--model_name_or_path", ENCODER, "--train_set_file", sample / "train_unsupervised.csv",
-            "--max_seq_length", 16, "--batch_size", 8, *more]
-
-
-def losses(result):
-    return re.findall(r"loss: (\d+\.\d+)", result.stderr)
 
 
 def test_the_same_seed_gives_the_same_run(sample, tmp_path):

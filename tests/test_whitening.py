@@ -2,27 +2,12 @@
 
 import numpy as np
 import pytest
-from conftest import ENCODER, FP32, refuse, succeed
+from conftest import refuse, succeed
+from training import NAME, START, embeddings, weights
 
-import checkpoint as c
 import loading
 import model as m
 import whitening
-
-ON = ["--device", "cpu", "--batch_size", 16, "--max_seq_length", 16]
-START = [*ON, "--model_name_or_path", ENCODER]
-
-NAME = "model_state.pdparams"
-
-
-def weights(folder):
-    return c.read_weights(str(folder / NAME), "--flag")
-
-
-def embeddings(checkpoint, texts, cwd, *more):
-    succeed("inference.py", "--device", "cpu", "--params_path", checkpoint, "--input_file", texts, "--output_file",
-            "v.npy", "--max_seq_length", 16, *FP32, *more, cwd=cwd)
-    return np.load(cwd / "v.npy")
 
 
 @pytest.fixture(scope="module")

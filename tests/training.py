@@ -1,0 +1,45 @@
+"""What the tests of training share: flags of small runs, and what a run leaves."""
+
+import numpy as np
+from conftest import ENCODER, FP32, succeed
+
+import checkpoint as c
+import loading
+import model as m
+
+NAME = "model_state.pdparams"
+ON = ["--device", "cpu", "--batch_size", 16, "--max_seq_length", 16]
+START = [*ON, "--model_name_or_path", ENCODER]
+
+
+def weights(folder):
+    return c.read_weights(str(folder / NAME), "--flag")
+
+
+def losses(result):
+    """Every loss that train.py logged, as text."""
+    return [line.split("loss: ")[1].split(",")[0] for line in result.stderr.splitlines() if ", loss: " in line]
+
+
+def train_flags(sample, *more):
+    return ["--device", "cpu", "--model_name_or_path", ENCODER, "--train_set_file", sample / "train_unsupervised.csv",
+            "--max_seq_length", 16, "--batch_size", 8, *more]
+
+
+def saving_flags(sample, *more):
+    """Of a run that saves every 4 of its 48 steps."""
+    return train_flags(sample, "--epochs", 3, "--warmup_proportion", 0.2, "--output_emb_size", 32, "--save_steps", 4,
+                       *more)
+
+
+def embeddings(checkpoint, texts, cwd, *more):
+    """Of a file of texts, by inference.py."""
+    succeed("inference.py", "--device", "cpu", "--params_path", checkpoint, "--input_file", texts, "--output_file",
+            "v.npy", "--max_seq_length", 16, *FP32, *more, cwd=cwd)
+    return np.load(cwd / "v.npy")
+
+
+def embed(checkpoint, texts, max_seq_length=64):
+    """By the dynamic graph, in float32."""
+    network, tokenizer, _ = loading.load_model(str(checkpoint / NAME))
+    return m.encode(network, tokenizer, texts, max_seq_length, 32)
