@@ -12,7 +12,7 @@ import os
 
 import cli
 import console
-from deploy.python.onnx_predictor import ONNX_FILE, OPSET, OnnxPredictor, export_onnx
+from deploy.python.onnx_predictor import ONNX_FILE, OPSET, OnnxPredictor, check_packages, export_onnx
 from index_store import model_digest
 
 # Short, long, more than one batch and more than one length: what the dynamic axes of the graph have to bear.
@@ -45,6 +45,8 @@ def check_folder(args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse_args()
     check_folder(args)
+    if args.format == "onnx":
+        check_packages()
     cli.announce(argparse.Namespace(device="cpu"), f"{args.params_path} to {args.output_path}")
 
     from checkpoint import new_folder

@@ -36,8 +36,11 @@ paddle2.6)
     exit 2
     ;;
 esac
+files=0
 for word in "$@"; do # files that are named are run instead of all
-    case $word in tests/*) tests= ;; esac
+    case $word in tests/*) tests='' files=$((files + 1)) ;; esac
 done
+workers="-n 2 --dist loadgroup --no-loadscope-reorder"
+[ "$files" = 1 ] && workers="-n 0" # the tests of a file are one worker's
 # shellcheck disable=SC2086  # a word a file on purpose
-exec "$venv/bin/python" -m pytest $tests -ra -n 2 --dist loadgroup --no-loadscope-reorder "$@"
+exec "$venv/bin/python" -m pytest $tests -ra -p no:schemathesis $workers "$@"

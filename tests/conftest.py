@@ -29,9 +29,10 @@ def pytest_addoption(parser):
 
 
 # The tests of a file go to one worker of xdist, and so do files that share what is costly: one browser, the launcher.
-GROUPS = {"test_visualdl": "pages", "test_search_page": "pages"}
+GROUPS = dict.fromkeys(("test_visualdl", "test_search_page", "test_search_page_errors"), "pages")
 # What takes longest comes first, so that no worker is left with it at the end.
-FIRST = ("test_scripts", "test_distributed", "test_search_page", "test_visualdl", "test_resume", "test_serving")
+FIRST = ("test_scripts", "test_distributed", "test_search_page", "test_search_page_errors", "test_visualdl",
+         "test_resume", "test_serving")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -135,6 +136,38 @@ def browser(tmp_path_factory):
         yield chrome
 
 
+@pytest.fixture
+def visit(browser):
+    """Opens the page of a server in English, as if for the first time; whatever a test does there, the browser asks
+    no other address, and neither scripts nor the security policy have anything to say."""
+    from page import Page, speak
+
+    def start(address):
+        browser.get("about:blank")
+        for log in ("browser", "performance"):
+            browser.get_log(log)
+        browser.execute_cdp_cmd("Storage.clearDataForOrigin", {"origin": address, "storageTypes": "all"})
+        speak(browser, "en-US")
+        visited.append(Page(browser, address))
+        visited[-1].open()
+        return visited[-1]
+
+    visited = []
+    yield start
+    for page in visited:
+        assert all(url.startswith((f"{page.address}/", "about:")) for url in page.requests())
+    said = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    assert all("Failed to load resource" in entry["message"] for entry in said), said
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    browser.get("about:blank")
+
+
+@pytest.fixture
+def page(visit, service):
+    return visit(service.address)
+
+
 class Service:
     """A running search service: its address, its process, and the file that it writes stderr to."""
 
@@ -235,20 +268,13 @@ def sample(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def trained(sample, tmp_path_factory):
-    """A training run by the command line: 4 steps, evaluated every 2, saved every 3. Returns (folder, process)."""
-    folder = tmp_path_factory.mktemp("trained")
-    result = succeed(
-        "train.py", "--device", "cpu", "--model_name_or_path", ENCODER, "--train_set_file",
-        sample / "train_unsupervised.csv", "--test_set_file", sample / "dev.csv", "--max_seq_length", 32,
-        "--output_emb_size", 128, "--infer_with_fc_pooler", "--eval_steps", 2, "--save_steps", 3, "--epochs", 3,
-        cwd=folder)
-    return folder, result
-
-
-@pytest.fixture(scope="session")
-def checkpoint(trained):
-    return trained[0] / "checkpoints" / "model_12"
+def checkpoint(sample, tmp_path_factory):
+    """What four steps of training left; model_2 beside it is of the same run."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    succeed("train.py", "--device", "cpu", "--model_name_or_path", ENCODER, "--train_set_file",
+            sample / "train_unsupervised.csv", "--max_seq_length", 32, "--output_emb_size", 128,
+            "--infer_with_fc_pooler", "--save_steps", 2, cwd=folder)
+    return folder / "checkpoints" / "model_4"
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,13 @@
 """recall.py with a real Milvus Lite: agreement with exact search, a broken run, one query, refusals."""
 
-import os
+import functools
+import shutil
 import signal
 import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import ENCODER, FP32, ROOT, refuse, succeed
+from conftest import ENCODER, FP32, ROOT, command, refuse, succeed
 
 from ann_util import ann_recall, exact_search
 from data import read_text_pairs, read_texts
@@ -22,13 +22,14 @@ from tokenizing import load_tokenizer
 pytest.importorskip("pymilvus", reason="pymilvus is not installed (requirements-milvus.txt)")
 
 
+def flags_of(checkpoint, sample, *more, corpus=None):
+    return ["--device", "cpu", "--params_path", checkpoint, "--corpus_file", corpus or sample / "corpus.csv",
+            "--similar_text_pair", sample / "dev.csv", "--recall_num", 20, "--ann_engine", "milvus", *FP32, *more]
+
+
 @pytest.fixture
 def flags(checkpoint, sample):
-    def flags(*more, corpus=sample / "corpus.csv"):
-        return ["--device", "cpu", "--params_path", checkpoint, "--corpus_file", corpus, "--similar_text_pair",
-                sample / "dev.csv", "--recall_num", 20, "--ann_engine", "milvus", *FP32, *more]
-
-    return flags
+    return functools.partial(flags_of, checkpoint, sample)
 
 
 def result_of(folder):
@@ -36,15 +37,32 @@ def result_of(folder):
     return [line.split("\t") for line in lines]
 
 
+@pytest.fixture
+def filled(filled_once, tmp_path):
+    """A folder with the sample's corpus in ./recall.db and the result of recalling dev.csv; each test has its own."""
+    return shutil.copytree(filled_once, tmp_path / "filled")
+
+
+@pytest.fixture(scope="module")
+def filled_once(checkpoint, sample, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("milvus")
+    succeed("recall.py", *flags_of(checkpoint, sample), cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exact(checkpoint, sample, tmp_path_factory):
+    """Like `filled`, by exact search."""
+    folder = tmp_path_factory.mktemp("exact")
+    succeed("recall.py", *flags_of(checkpoint, sample, "--ann_engine", "exact"), cwd=folder)
+    return folder
+
+
 @pytest.mark.parametrize("metric, index_type", [("COSINE", "FLAT"), ("L2", "FLAT"), ("IP", "HNSW"), ("IP", "IVF_FLAT")])
-def test_agrees_with_exact_search(flags, checkpoint, sample, tmp_path, metric, index_type):
+def test_agrees_with_exact_search(flags, exact, tmp_path, metric, index_type):
     result = succeed("recall.py", *flags("--milvus_metric", metric, "--milvus_index_type", index_type), cwd=tmp_path)
     assert "Traceback" not in result.stderr and "faiss" not in result.stderr
-    found = result_of(tmp_path)
-    (tmp_path / "exact").mkdir()
-    exact = [*flags(), "--ann_engine", "exact"]
-    succeed("recall.py", *exact, cwd=tmp_path / "exact")
-    expected = result_of(tmp_path / "exact")
+    found, expected = result_of(tmp_path), result_of(exact)
     assert [line[0] for line in found] == [line[0] for line in expected] and len(found) == 60 * 20
     cosines, exact_cosines = (np.array([float(line[2]) for line in lines]).reshape(60, 20)
                               for lines in (found, expected))
@@ -54,14 +72,14 @@ def test_agrees_with_exact_search(flags, checkpoint, sample, tmp_path, metric, i
 
 
 def test_csl_in_milvus_and_hnswlib_against_exact(real_data, tmp_path, monkeypatch):
-    """6,092 abstracts and 1,000 titles by the encoder as it comes: both at least 0.99 of the exact 50."""
+    """6,092 abstracts and 250 titles, the beginning of each: both at least 0.99 of the exact 50."""
     monkeypatch.chdir(tmp_path)
     folder = real_data / "csl" / "recall"
     corpus = read_texts(str(folder / "corpus.csv"), "--flag")
-    queries = [query for query, _ in read_text_pairs(str(folder / "dev.csv"), "--flag")]
+    queries = [query for query, _ in read_text_pairs(str(folder / "dev.csv"), "--flag")[:250]]
     network = SimCSE(load_encoder(str(ENCODER)))
     engine, tokenizer = make_engine(network), load_tokenizer(str(ENCODER))
-    asked, vectors = (encode(engine, tokenizer, texts, 32) for texts in (queries, corpus))
+    asked, vectors = (encode(engine, tokenizer, texts, 16) for texts in (queries, corpus))
     _, exact = exact_search(asked, vectors, 50)
     made_of = {"documents": len(corpus), "dim": vectors.shape[1], "index_type": "FLAT", "metric": "COSINE"}
     graph = new_index({"ann_engine": "hnswlib", "index_shards": SHARDS, "hnsw_m": HNSW_M, "hnsw_ef": HNSW_EF,
@@ -79,21 +97,24 @@ def test_csl_in_milvus_and_hnswlib_against_exact(real_data, tmp_path, monkeypatc
 def test_a_broken_run_goes_on_where_it_ended(flags, sample, tmp_path):
     """Killed after the first piece: the second run encodes the rest alone, a third nothing, and the result is that of
     a run in one go."""
-    documents = [f"{line}{n}" for n in range(40) for line in (sample / "corpus.csv").read_text("utf-8").splitlines()]
+    documents = [f"{line}{n}" for n in range(35) for line in (sample / "corpus.csv").read_text("utf-8").splitlines()]
     (tmp_path / "corpus.csv").write_text("\n".join(documents) + "\n", encoding="utf-8")
     wanted = [str(word) for word in flags("--max_seq_length", 16, corpus="corpus.csv")]
-    process = subprocess.Popen(
-        [sys.executable, "-c", f"import sys, runpy, milvus_index\nsys.argv = ['recall.py', *{wanted!r}]\n"
-         "real = milvus_index.MilvusIndex._upsert\n"
-         "def slow(self, rows, *more):\n    if rows.start:\n        print('SECOND', flush=True)\n"
-         "        import time; time.sleep(60)\n    real(self, rows, *more)\n"
-         f"milvus_index.MilvusIndex._upsert = slow\nrunpy.run_path({str(ROOT / 'recall.py')!r}, run_name='__main__')"],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    script = tmp_path / "slow.py"
+    script.write_text(
+        f"import sys, runpy\nsys.path.insert(0, {str(ROOT)!r})\nimport milvus_index\n"
+        "real = milvus_index.MilvusIndex._upsert\n"
+        "def slow(self, rows, *more):\n    if rows.start:\n        print('SECOND', flush=True)\n"
+        "        import time; time.sleep(60)\n    real(self, rows, *more)\n"
+        f"milvus_index.MilvusIndex._upsert = slow\nrunpy.run_path({str(ROOT / 'recall.py')!r}, run_name='__main__')",
+        encoding="utf-8")
+    process = subprocess.Popen(command(script, *wanted), cwd=tmp_path, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL)
     assert process.stdout.readline() == b"SECOND\n"
     process.send_signal(signal.SIGKILL)
     process.wait(30)
     second = succeed("recall.py", *wanted, cwd=tmp_path)
-    assert f"encoding and indexing {4800 - 4096} of 4800 documents" in second.stderr
+    assert f"encoding and indexing {4200 - 4096} of 4200 documents" in second.stderr
     resumed = result_of(tmp_path)
     third = succeed("recall.py", *wanted, cwd=tmp_path)
     assert "using the collection simcse" in third.stderr and "encoding" not in third.stderr
@@ -102,29 +123,27 @@ def test_a_broken_run_goes_on_where_it_ended(flags, sample, tmp_path):
     assert result_of(tmp_path) == resumed
 
 
-def test_one_query_without_the_corpus(flags, checkpoint, sample, tmp_path):
-    succeed("recall.py", *flags(), cwd=tmp_path)
+def test_one_query_without_the_corpus(checkpoint, sample, filled):
     query, *_ = (sample / "dev.csv").read_text(encoding="utf-8").split("\t")
-    expected = result_of(tmp_path)[:5]
+    expected = result_of(filled)[:5]
     ask = ["--device", "cpu", "--params_path", checkpoint, "--ann_engine", "milvus", *FP32, "--query", query, "--top_k",
            5]
-    answer = [line.split("\t") for line in succeed("recall.py", *ask, cwd=tmp_path).stdout.splitlines()]
+    answer = [line.split("\t") for line in succeed("recall.py", *ask, cwd=filled).stdout.splitlines()]
     assert [line[:2] for line in answer] == [line[:2] for line in expected]
-    assert "was built with another max_seq_length;" in refuse("recall.py", *ask, "--max_seq_length", 9, cwd=tmp_path)
+    assert "was built with another max_seq_length;" in refuse("recall.py", *ask, "--max_seq_length", 9, cwd=filled)
 
 
-def test_refusals(flags, checkpoint, sample, tmp_path):
-    succeed("recall.py", *flags(), cwd=tmp_path)
+def test_refusals(flags, checkpoint, filled, tmp_path):
     (tmp_path / "other.csv").write_text("另一个\n" * 120, encoding="utf-8")
-    assert "was built with another corpus;" in refuse("recall.py", *flags(corpus=tmp_path / "other.csv"), cwd=tmp_path)
-    assert "another metric;" in refuse("recall.py", *flags("--milvus_metric", "IP"), cwd=tmp_path)
+    assert "was built with another corpus;" in refuse("recall.py", *flags(corpus=tmp_path / "other.csv"), cwd=filled)
+    assert "another metric;" in refuse("recall.py", *flags("--milvus_metric", "IP"), cwd=filled)
     ask = ["--device", "cpu", "--params_path", checkpoint, "--ann_engine", "milvus", "--query", "问"]
     assert "--milvus_collection none: ./recall.db has no such collection" in refuse(
-        "recall.py", *ask, "--milvus_collection", "none", cwd=tmp_path)
-    line = refuse("recall.py", *ask, "--milvus_uri", "http://127.0.0.1:1", cwd=tmp_path)
+        "recall.py", *ask, "--milvus_collection", "none", cwd=filled)
+    line = refuse("recall.py", *ask, "--milvus_uri", "http://127.0.0.1:1", cwd=filled)
     assert line.startswith("recall.py: error: --milvus_uri http://127.0.0.1:1: ")
-    assert "is neither http://host:port nor" in refuse("recall.py", *ask, "--milvus_uri", "recall", cwd=tmp_path)
-    assert "nowhere: no such folder" in refuse("recall.py", *ask, "--milvus_uri", "nowhere/x.db", cwd=tmp_path)
+    assert "is neither http://host:port nor" in refuse("recall.py", *ask, "--milvus_uri", "recall", cwd=filled)
+    assert "nowhere: no such folder" in refuse("recall.py", *ask, "--milvus_uri", "nowhere/x.db", cwd=filled)
 
 
 def test_without_pymilvus_a_hint(checkpoint, tmp_path):

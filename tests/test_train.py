@@ -23,6 +23,17 @@ def embed_as_stages_do(checkpoint, texts, max_seq_length):
     return m.encode(make_engine(network), tokenizer, texts, max_seq_length)
 
 
+@pytest.fixture(scope="module")
+def trained(sample, tmp_path_factory):
+    """A run of 12 steps, evaluated every 2, saved every 3: its folder, and what the process said."""
+    folder = tmp_path_factory.mktemp("trained")
+    return folder, succeed(
+        "train.py", "--device", "cpu", "--model_name_or_path", ENCODER, "--train_set_file",
+        sample / "train_unsupervised.csv", "--test_set_file", sample / "dev.csv", "--max_seq_length", 32,
+        "--output_emb_size", 128, "--infer_with_fc_pooler", "--eval_steps", 2, "--save_steps", 3, "--epochs", 3,
+        cwd=folder)
+
+
 def test_training_logs_evaluates_and_saves(trained):
     folder, result = trained
     line = r"global step 10, epoch: 3, batch: 2, loss: \d+\.\d{5}, speed: \d+\.\d\d step/s"
@@ -43,7 +54,8 @@ def test_visualdl_log_holds_scalars(trained):
     assert [record.id for record in reader.get_data("scalar", "eval/recall@50")] == [2, 4, 6, 8, 10, 12]
 
 
-def test_the_last_evaluation_is_what_the_checkpoint_gives(trained, checkpoint, sample):
+def test_the_last_evaluation_is_what_the_checkpoint_gives(trained, sample):
+    checkpoint = trained[0] / "checkpoints" / "model_12"
     pairs = read_text_pairs(str(sample / "dev.csv"), "--flag")
     queries, corpus = [list(dict.fromkeys(side)) for side in zip(*pairs)]
     rows, _ = exact_search(*[embed_as_stages_do(checkpoint, texts, 32) for texts in (queries, corpus)], 50)

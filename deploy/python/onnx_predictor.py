@@ -4,7 +4,7 @@ Light on purpose: paddle, paddle2onnx and onnxruntime are imported by what needs
 """
 
 import contextlib
-import importlib
+import importlib.util
 import os
 import sys
 import tempfile
@@ -29,6 +29,17 @@ def _import(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise InputError(f"ONNX: {error.name} is not installed; pip install -r requirements-onnx.txt") from None
+
+
+def check_packages() -> None:
+    """Before any work: is here what exports to ONNX and runs it?
+
+    Raises:
+        InputError: a package is missing.
+    """
+    for name in ("paddle2onnx", "onnxruntime"):
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"ONNX: {name} is not installed; pip install -r requirements-onnx.txt")
 
 
 def holds_onnx(model_dir: str) -> bool:
