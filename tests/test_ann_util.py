@@ -4,12 +4,16 @@ import json
 
 import numpy as np
 import pytest
-from conftest import refuse, succeed
+from conftest import ENCODER, refuse, succeed
 
 import ann_util
 from ann_util import ExactIndex, HnswIndex, Shards, ann_recall, exact_search, fill_up, from_int8, merge, to_int8
 from console import InputError
-from data import file_digest
+from data import file_digest, read_text_pairs, read_texts
+from deploy.python.predictor import make_engine
+from index_store import new_index
+from recall import HNSW_EF, HNSW_M, SHARDS
+from tokenizing import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -198,3 +202,31 @@ def test_too_little_memory_says_how_much(monkeypatch):
         HnswIndex(256, 10**7)
     monkeypatch.undo()
     assert 10**8 < ann_util.available_memory() < 10**13
+
+
+def test_csl_in_milvus_and_hnswlib_against_exact(real_data, tmp_path, monkeypatch):
+    """6,092 abstracts and 250 titles, the beginning of each: both at least 0.99 of the exact 50."""
+    pytest.importorskip("pymilvus", reason="requirements-milvus.txt is not installed")
+    from loading import load_encoder
+    from milvus_index import MilvusIndex
+    from model import SimCSE, encode
+
+    monkeypatch.chdir(tmp_path)
+    folder = real_data / "csl" / "recall"
+    corpus = read_texts(str(folder / "corpus.csv"), "--flag")
+    queries = [query for query, _ in read_text_pairs(str(folder / "dev.csv"), "--flag")[:250]]
+    network = SimCSE(load_encoder(str(ENCODER)))
+    engine, tokenizer = make_engine(network), load_tokenizer(str(ENCODER))
+    asked, vectors = (encode(engine, tokenizer, texts, 16) for texts in (queries, corpus))
+    _, exact = exact_search(asked, vectors, 50)
+    made_of = {"documents": len(corpus), "dim": vectors.shape[1], "index_type": "FLAT", "metric": "COSINE"}
+    graph = new_index({"ann_engine": "hnswlib", "index_shards": SHARDS, "hnsw_m": HNSW_M, "hnsw_ef": HNSW_EF,
+                       "hnsw_max_elements": len(corpus)}, len(corpus), vectors.shape[1])
+    collection = MilvusIndex("csl.db", "csl", made_of)
+    for index in (graph, collection):
+        for rows in index.pieces:
+            part = slice(rows.start, rows.stop)
+            index.add(rows, vectors[part], *([corpus[part]] if index is collection else []))
+        index.finish()
+        assert ann_recall(index.search(asked, 50)[1], exact) >= 0.99
+        index.close()

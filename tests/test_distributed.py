@@ -12,6 +12,7 @@ import paddle
 import pytest
 from conftest import ENCODER, ROOT, launch, succeed
 from gradients import CASES, batch_of, texts, tiny
+from training import train_flags
 
 from checkpoint import read_weights, saved_steps
 from tokenizing import ShuffledBatches
@@ -213,3 +214,14 @@ def wait_for(condition, seconds=120):
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.2)
+
+
+def test_two_processes_train_one_model(sample, tmp_path):
+    """paddle.distributed.launch with gloo: both ranks work, rank 0 alone logs, evaluates and saves."""
+    result, logs = launch("train.py", *train_flags(
+        sample, "--test_set_file", sample / "dev.csv", "--save_dir", tmp_path / "ck", "--batch_size", 4,
+        "--visualdl_dir", tmp_path / "log"), cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "global step 10," in logs[0] and "recall@1=" in logs[0]
+    assert "global step" not in logs[1] and "saved" not in logs[1]
+    assert os.listdir(tmp_path / "ck") == ["model_16"], "128 texts in batches of 4 on each of two ranks"

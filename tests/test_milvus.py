@@ -7,17 +7,10 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import ENCODER, FP32, ROOT, command, refuse, succeed
+from conftest import FP32, ROOT, command, refuse, succeed
 
 from ann_util import ann_recall, exact_search
-from data import read_text_pairs, read_texts
-from deploy.python.predictor import make_engine
-from index_store import new_index
-from loading import load_encoder
 from milvus_index import MilvusIndex
-from model import SimCSE, encode
-from recall import HNSW_EF, HNSW_M, SHARDS
-from tokenizing import load_tokenizer
 
 pytest.importorskip("pymilvus", reason="pymilvus is not installed (requirements-milvus.txt)")
 
@@ -69,29 +62,6 @@ def test_agrees_with_exact_search(flags, exact, tmp_path, metric, index_type):
     assert ann_recall(cosines, exact_cosines) > (0.9 if index_type == "IVF_FLAT" else 0.99)
     if index_type == "FLAT":
         np.testing.assert_allclose(cosines, exact_cosines, atol=1e-5)
-
-
-def test_csl_in_milvus_and_hnswlib_against_exact(real_data, tmp_path, monkeypatch):
-    """6,092 abstracts and 250 titles, the beginning of each: both at least 0.99 of the exact 50."""
-    monkeypatch.chdir(tmp_path)
-    folder = real_data / "csl" / "recall"
-    corpus = read_texts(str(folder / "corpus.csv"), "--flag")
-    queries = [query for query, _ in read_text_pairs(str(folder / "dev.csv"), "--flag")[:250]]
-    network = SimCSE(load_encoder(str(ENCODER)))
-    engine, tokenizer = make_engine(network), load_tokenizer(str(ENCODER))
-    asked, vectors = (encode(engine, tokenizer, texts, 16) for texts in (queries, corpus))
-    _, exact = exact_search(asked, vectors, 50)
-    made_of = {"documents": len(corpus), "dim": vectors.shape[1], "index_type": "FLAT", "metric": "COSINE"}
-    graph = new_index({"ann_engine": "hnswlib", "index_shards": SHARDS, "hnsw_m": HNSW_M, "hnsw_ef": HNSW_EF,
-                       "hnsw_max_elements": len(corpus)}, len(corpus), vectors.shape[1])
-    collection = MilvusIndex("csl.db", "csl", made_of)
-    for index in (graph, collection):
-        for rows in index.pieces:
-            part = slice(rows.start, rows.stop)
-            index.add(rows, vectors[part], *([corpus[part]] if index is collection else []))
-        index.finish()
-        assert ann_recall(index.search(asked, 50)[1], exact) >= 0.99
-        index.close()
 
 
 def test_a_broken_run_goes_on_where_it_ended(flags, sample, tmp_path):

@@ -1,4 +1,4 @@
-"""train.py by its command line: what it logs, evaluates and saves, alone and on two ranks."""
+"""train.py by its command line: what it logs, evaluates and saves."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import ENCODER, launch, succeed
+from conftest import ENCODER, succeed
 from training import embed, losses, train_flags
 
 import loading
@@ -25,12 +25,12 @@ def embed_as_stages_do(checkpoint, texts, max_seq_length):
 
 @pytest.fixture(scope="module")
 def trained(sample, tmp_path_factory):
-    """A run of 12 steps, evaluated every 2, saved every 3: its folder, and what the process said."""
+    """A run of 12 steps, evaluated every 4, saved every 3: its folder, and what the process said."""
     folder = tmp_path_factory.mktemp("trained")
     return folder, succeed(
         "train.py", "--device", "cpu", "--model_name_or_path", ENCODER, "--train_set_file",
         sample / "train_unsupervised.csv", "--test_set_file", sample / "dev.csv", "--max_seq_length", 32,
-        "--output_emb_size", 128, "--infer_with_fc_pooler", "--eval_steps", 2, "--save_steps", 3, "--epochs", 3,
+        "--output_emb_size", 128, "--infer_with_fc_pooler", "--eval_steps", 4, "--save_steps", 3, "--epochs", 3,
         cwd=folder)
 
 
@@ -39,7 +39,7 @@ def test_training_logs_evaluates_and_saves(trained):
     line = r"global step 10, epoch: 3, batch: 2, loss: \d+\.\d{5}, speed: \d+\.\d\d step/s"
     assert re.search(line, result.stderr)
     evaluations = [line for line in result.stdout.splitlines() if line]
-    assert [int(re.match(r"global step (\d+), recall@1=", line)[1]) for line in evaluations] == [2, 4, 6, 8, 10, 12]
+    assert [int(re.match(r"global step (\d+), recall@1=", line)[1]) for line in evaluations] == [4, 8, 12]
     assert sorted(os.listdir(folder / "checkpoints")) == ["model_12", "model_3", "model_6", "model_9"]
     assert [name for name in os.listdir(folder / "log") if name.startswith("vdlrecords")]
 
@@ -51,7 +51,7 @@ def test_visualdl_log_holds_scalars(trained):
     reader = LogReader(file_path=str(log))
     tags = reader.get_tags()["scalar"]
     assert {"train/loss", "train/learning_rate", "train/speed", "eval/recall@1", "eval/recall@50"} <= set(tags)
-    assert [record.id for record in reader.get_data("scalar", "eval/recall@50")] == [2, 4, 6, 8, 10, 12]
+    assert [record.id for record in reader.get_data("scalar", "eval/recall@50")] == [4, 8, 12]
 
 
 def test_the_last_evaluation_is_what_the_checkpoint_gives(trained, sample):
@@ -106,14 +106,3 @@ def test_without_infer_with_fc_pooler_later_stages_take_the_raw_first_token(samp
     ids, types = map(m.paddle.to_tensor, m.np.split(np.array([tokenizer(["语义索引"], 16)[0], [0] * 6]), 2))
     raw = network.get_pooled_embedding(ids, types, with_pooler=False).numpy()
     np.testing.assert_allclose(embed(tmp_path / "model_0", ["语义索引"]), raw, atol=1e-6)
-
-
-def test_two_processes_train_one_model(sample, tmp_path):
-    """paddle.distributed.launch with gloo: both ranks work, rank 0 alone logs, evaluates and saves."""
-    result, logs = launch("train.py", *train_flags(
-        sample, "--test_set_file", sample / "dev.csv", "--save_dir", tmp_path / "ck", "--batch_size", 4,
-        "--visualdl_dir", tmp_path / "log"), cwd=tmp_path)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "global step 10," in logs[0] and "recall@1=" in logs[0]
-    assert "global step" not in logs[1] and "saved" not in logs[1]
-    assert os.listdir(tmp_path / "ck") == ["model_16"], "128 texts in batches of 4 on each of two ranks"
