@@ -1,19 +1,24 @@
 """Nearest neighbours by cosine of L2-normalized embeddings: hnswlib's graph, and exact search as the reference.
 
 `HnswIndex` and `ExactIndex` have `add(embeddings)`, `search(queries, k)`, `blocks()`, `save(path)` and `load(path)`;
-`Shards` is an index of several of them.
+`Shards` is an index of several of them; `save_index` and `load_index` keep it in a folder with its corpus.
 """
 
+import contextlib
+import json
 import os
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-import numpy as np
+from data import WINDOW, TextFile
+from simcse import console
+from simcse.console import InputError, first_line, progress
+from simcse.files import check_fingerprint, file_digest, new_folder, write_json
+from simcse.machine import available_memory, default_threads
 
-from console import InputError, progress
-from data import WINDOW, file_digest
-from machine import available_memory
+import numpy as np
 
 # Exact search multiplies so many queries by so many documents at a time, on every core: 16 MB of cosines.
 QUERY_BLOCK, CORPUS_BLOCK = 256, 16384
@@ -75,52 +80,28 @@ def blocks_of(vectors: np.ndarray, size: int | None = None) -> Iterator[np.ndarr
     return (vectors[start : start + size] for start in range(0, len(vectors), size))
 
 
-def to_int8(embeddings: np.ndarray) -> np.ndarray:
-    """Embeddings in a quarter of the memory, [n] of "values" int8 [dim] and "factor" float32.
-
-    The values are round(127 * v / max|v|), and the factor gives back |v|: with it cosines are off by less than 0.01.
-    """
-    packed = np.empty(len(embeddings), [("values", "int8", embeddings.shape[1:]), ("factor", "float32")])
-    most = np.abs(embeddings).max(axis=1, keepdims=True, initial=0)
-    packed["values"] = values = np.rint(127 * embeddings / np.maximum(most, np.finfo("float32").tiny))
-    packed["factor"] = np.linalg.norm(embeddings, axis=1) / np.maximum(1, np.linalg.norm(values, axis=1))
-    return packed
-
-
-def from_int8(packed: np.ndarray) -> np.ndarray:
-    """The embeddings, float32 [n, dim], that `to_int8` packed."""
-    return packed["values"] * packed["factor"][:, None]
-
-
 class ExactIndex:
-    """All embeddings in memory, searched by `exact_search`: for small corpora, and as the reference.
+    """All embeddings in memory, searched by `exact_search`: for small corpora, and as the reference."""
 
-    Args:
-        vector_type: float32, or int8: a quarter of the memory, see `to_int8`; products are of float32 all the same.
-    """
-
-    def __init__(self, vector_type: str = "float32") -> None:
-        self.vector_type = vector_type
-        self._blocks: list[np.ndarray] = []  # as they are kept, float32 [n, dim] or packed [n]
+    def __init__(self) -> None:
+        self._blocks: list[np.ndarray] = []  # float32 [n, dim]
 
     def __len__(self) -> int:
         return sum(map(len, self._blocks))
 
     def add(self, embeddings: np.ndarray) -> None:
         """Add float32 [n, dim]; their rows are numbered on from those before."""
-        if self.vector_type == "int8":
-            embeddings = to_int8(embeddings)
         if self._blocks and len(self._blocks[-1]) < CORPUS_BLOCK:  # cosines depend on blocks, in their last bit
             embeddings = np.concatenate([self._blocks.pop(), embeddings])
         self._blocks += blocks_of(embeddings)
 
     def blocks(self) -> Iterable[np.ndarray]:
         """The embeddings in the order in which they were added, float32 [n, dim] at a time."""
-        return map(from_int8, self._blocks) if self.vector_type == "int8" else self._blocks
+        return self._blocks
 
     def search(self, queries: np.ndarray, k: int) -> Found:
         """See `exact_search`."""
-        return exact_search(queries, self.blocks(), k)
+        return exact_search(queries, self._blocks, k)
 
     def save(self, path: str) -> None:
         with open(path, "wb") as file:
@@ -274,18 +255,6 @@ class Shards:
             index.load(os.path.join(folder, name))
 
 
-def check_made_of(found: dict, wanted: dict, where: str, remedy: str) -> None:
-    """Refuse an index that was made of something other than what is wanted.
-
-    Args:
-        found, wanted: what each depends on, by name; what `wanted` does not name may be anything.
-        where: the flag and its value, for the message.
-        remedy: what the user may do about it.
-    """
-    if other := [name for name in wanted if found.get(name) != wanted[name]]:
-        raise InputError(f"{where}: was built with another {', '.join(other)}; {remedy}")
-
-
 def ann_recall(cosines: np.ndarray, exact_cosines: np.ndarray) -> float:
     """The part of the exact result that an approximate one has; documents of equal cosine stand for each other.
 
@@ -293,3 +262,76 @@ def ann_recall(cosines: np.ndarray, exact_cosines: np.ndarray) -> float:
         cosines, exact_cosines: [Q, k] of the same queries, best first.
     """
     return float(np.mean(cosines >= exact_cosines[:, -1:] - 1e-6))
+
+
+# --------------------------------------------------------------------------------------------------- kept in a folder
+def new_index(fingerprint: dict, documents: int, dim: int, cpu_threads: int = 0, rank: int = 0,
+              ranks: int = 1) -> Shards:
+    """An empty index for so many embeddings of `dim`, or this rank's part of it.
+
+    Args:
+        fingerprint: its "ann_engine", "index_shards", "hnsw_m", "hnsw_ef" and "hnsw_max_elements".
+        cpu_threads: 0: all cores.
+    """
+    threads = cpu_threads or default_threads()
+    if ranks > fingerprint["index_shards"]:
+        raise InputError(f"--index_shards {fingerprint['index_shards']}: there are {ranks} processes")
+    room = -(-fingerprint["hnsw_max_elements"] // fingerprint["index_shards"])
+
+    def shard(size: int) -> ExactIndex | HnswIndex:
+        if fingerprint["ann_engine"] == "exact":
+            return ExactIndex()
+        return HnswIndex(dim, max(size, room), fingerprint["hnsw_m"], fingerprint["hnsw_ef"], threads)
+
+    return Shards(shard, documents, rank, ranks, threads, fingerprint["index_shards"])
+
+
+def read_fingerprint(path: str, wanted: dict) -> dict:
+    """What the index in the folder `path` was made of.
+
+    Raises:
+        InputError: it was built for something other than `wanted`, or is none.
+    """
+    wanted = {**wanted, "vector_type": "float32"}  # there were others
+    try:
+        with open(os.path.join(path, "fingerprint.json"), encoding="utf-8") as file:
+            found = {"vector_type": "float32", **json.load(file)}
+    except (OSError, TypeError, ValueError):
+        raise InputError(f"--index_path {path}: exists, but is not an index that recall.py wrote") from None
+    check_fingerprint(found, wanted, f"--index_path {path}",
+                      "name another folder, or remove this one to build it again")
+    return found
+
+
+def read_kept_corpus(path: str, digest: str) -> TextFile:
+    """The documents in the folder of an index."""
+    corpus = os.path.join(path, "corpus.csv")
+    if not os.path.isfile(corpus) or file_digest(corpus) != digest:
+        raise InputError(f"--index_path {path}: damaged: corpus.csv is not what was written")
+    return TextFile(corpus, "--index_path")
+
+
+def load_index(path: str, index: Shards, fingerprint: dict) -> None:
+    """Read the shards in the folder `path` into an empty index of `new_index`."""
+    try:
+        index.load(path, fingerprint.get("shards", {}))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"--index_path {path}: damaged: {first_line(error)}") from None
+    console.log(f"using the index in {path}")
+
+
+def save_index(path: str, index: Shards, fingerprint: dict, corpus: TextFile) -> None:
+    """Write the index of all ranks, and the corpus, to the folder `path`, which appears when all is written."""
+    from simcse.ranks import is_first_rank, wait_for_ranks
+
+    partial = f"{path.rstrip('/')}.partial"  # the same name on all ranks
+    with new_folder(path, temporary=partial) if is_first_rank() else contextlib.nullcontext():
+        os.makedirs(partial, exist_ok=True)
+        index.save(partial)
+        wait_for_ranks()
+        if is_first_rank():
+            digests = {name: file_digest(os.path.join(partial, name)) for name in sorted(os.listdir(partial))}
+            shutil.copyfile(corpus.path, os.path.join(partial, "corpus.csv"))
+            write_json(os.path.join(partial, "fingerprint.json"), {**fingerprint, "shards": digests})
+    if is_first_rank():
+        console.log(f"kept the index in {path}")

@@ -10,17 +10,21 @@ appends the figures, tab-separated, as a row to result.tsv. Needs neither paddle
 
 import argparse
 import importlib.util
+import logging
 import math
 import os
+import unicodedata
+import warnings
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+
+import data
+from simcse import console, flags
+from simcse.files import new_file
+from simcse.measures import METRICS, RECALL_KS, paired_bootstrap, per_query, percent
 
 import numpy as np
-
-import charts
-import cli
-import console
-import data
-from metrics import METRICS, paired_bootstrap, per_query, percent
 
 SHOWN = 3  # documents of a missed query that --show_errors lists
 Targets = dict[str, dict[str, float]]  # of every query and each of its targets the rank, from 0; infinite: none
@@ -28,15 +32,24 @@ Values = dict[str, np.ndarray]  # by measure its value for every query, float64 
 Tops = dict[str, list[tuple[str, str]]]  # of a query the first documents and their scores
 
 
+ENDINGS = (".png", ".svg", ".pdf")
+# Okabe and Ito 2008: told apart with any colour vision.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
+# Fonts with Chinese characters, of Linux, Windows and macOS.
+CJK_FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "Source Han Sans CN", "WenQuanYi Zen Hei",
+             "WenQuanYi Micro Hei", "Droid Sans Fallback", "Microsoft YaHei", "SimHei", "PingFang SC",
+             "Hiragino Sans GB", "Heiti SC", "Arial Unicode MS")
+
+
 def parse_args() -> argparse.Namespace:
-    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--similar_text_pair", type=cli.readable_file, default="recall/dev.csv",
+    parser = flags.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--similar_text_pair", type=flags.readable_file, default="recall/dev.csv",
                         help="query and target, tab-separated, a pair a line; a query may stand on several lines")
-    parser.add_argument("--recall_result_file", type=cli.readable_file, nargs="+",
+    parser.add_argument("--recall_result_file", type=flags.readable_file, nargs="+",
                         default="./recall_result_dir/recall_result.txt",
                         help="what recall.py wrote: query, document, score, best first; several files of the same "
                         "queries are evaluated one after the other")
-    parser.add_argument("--recall_num", type=cli.positive_int, default=50,
+    parser.add_argument("--recall_num", type=flags.positive_int, default=50,
                         help="documents looked at for each query; those below are ignored")
     parser.add_argument("--metrics", type=metric_names, default="recall",
                         help=f"what to print, separated by commas: {', '.join(METRICS)}")
@@ -45,10 +58,10 @@ def parse_args() -> argparse.Namespace:
                         "bootstrap 95 %% interval")
     parser.add_argument("--plot", type=picture_file, default=None,
                         help="draw Recall@k of all files there, .png, .svg or .pdf; None: draw nothing")
-    parser.add_argument("--show_errors", type=cli.positive_int, default=None,
+    parser.add_argument("--show_errors", type=flags.positive_int, default=None,
                         help="list so many of the queries whose first document is no target, the worst first; None: "
                         "none")
-    cli.add_strict_argument(parser)
+    flags.add_strict_argument(parser)
     args = parser.parse_args()
     if isinstance(args.recall_result_file, str):  # argparse checks a default only where it is no list
         args.recall_result_file = [args.recall_result_file]
@@ -71,9 +84,9 @@ def metric_names(text: str) -> list[str]:
 
 def picture_file(path: str) -> str:
     """Check that a picture can be written there."""
-    if not path.lower().endswith(charts.ENDINGS):
-        raise argparse.ArgumentTypeError(f"{path}: the name has to end in {', '.join(charts.ENDINGS)}")
-    cli.folder(os.path.dirname(path) or ".")
+    if not path.lower().endswith(ENDINGS):
+        raise argparse.ArgumentTypeError(f"{path}: the name has to end in {', '.join(ENDINGS)}")
+    flags.folder(os.path.dirname(path) or ".")
     return path
 
 
@@ -114,7 +127,7 @@ def report(args: argparse.Namespace, path: str, missing: list[str], unknown: int
                      + ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else ""))
     if unknown:
         console.warn(f"{unknown} lines of {path} belong to no query of {args.similar_text_pair}")
-    if (depth := min(args.recall_num, most)) < max(data.RECALL_KS):
+    if (depth := min(args.recall_num, most)) < max(RECALL_KS):
         console.warn(f"only {depth} documents a query were looked at in {path}: recall@k is recall@{depth} for every "
                      "larger k")
 
@@ -136,7 +149,7 @@ def compare(names: list[str], results: list[Values]) -> str:
         figures = np.round([differences.mean(axis=0), *paired_bootstrap(differences)], 3) + 0.0
         for row, (mean, low, high) in zip(rows, figures.T):
             row += [f"{mean:+.3f}", f"{low:+8.3f} .. {high:+8.3f} {'*' if low > 0 or high < 0 else ' '}"]
-    return (f"{charts.table([head, *rows])}\n\n{queries:,} queries, in percent. Interval: of the difference, by paired "
+    return (f"{table([head, *rows])}\n\n{queries:,} queries, in percent. Interval: of the difference, by paired "
             "bootstrap (10,000 resamples of the queries, percentiles). *: it excludes 0.")
 
 
@@ -158,6 +171,82 @@ def errors(args: argparse.Namespace, ranks: Targets, tops: Tops) -> str:
     return "\n".join(lines)
 
 
+def labels(paths: Sequence[str]) -> list[str]:
+    """What tells the paths apart: each without the folders, and the name, that all have in common; of one its name.
+
+    before/recall.txt and after/recall.txt are before and after. A path that is there again gets a number.
+    """
+    parts = [PurePath(os.path.normpath(path)).parts for path in paths]
+    if len(paths) == 1:
+        return [parts[0][-1]]
+    for end, rest in ((0, slice(1, None)), (-1, slice(None, -1))):
+        while min(map(len, parts)) > 1 and len({each[end] for each in parts}) == 1:
+            parts = [each[rest] for each in parts]
+    seen: Counter[str] = Counter()
+    names = []
+    for name in ("/".join(each) for each in parts):
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return names
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """The rows in columns, the first to the left, the others to the right; Chinese characters are two places wide."""
+    def width(text: str) -> int:
+        return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
+
+    widths = [max(map(width, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        spaces = [" " * (most - width(cell)) for cell, most in zip(row, widths)]
+        cells = [row[0] + spaces[0], *(space + cell for cell, space in zip(row[1:], spaces[1:]))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def draw_recall(path: str, results: Mapping[str, Sequence[float]], queries: int) -> None:
+    """Draw Recall@k as bars, a group for every k and a colour for every result.
+
+    Args:
+        path: where to, ending in one of ENDINGS; complete or not at all.
+        results: by label Recall@k in percent, for every k of RECALL_KS.
+        queries: of how many it is the mean.
+    """
+    import matplotlib
+    from matplotlib import font_manager
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    installed = set(font_manager.get_font_names())
+    fonts = ["DejaVu Sans", *(name for name in CJK_FONTS if name in installed)]
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+    places, width = range(len(RECALL_KS)), 0.84 / len(results)
+    columns = 2 if max(map(len, results)) <= 40 else 1  # of the legend
+    with matplotlib.rc_context({"font.family": fonts, "svg.fonttype": "none"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        size = min(16, max(6.4, 1.6 + 2.2 * len(results))), 4.6 + 0.22 * -(-len(results) // columns)
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        for number, recall in enumerate(results.values()):
+            shift = (number - (len(results) - 1) / 2) * width
+            bars = axes.bar([place + shift for place in places], recall, 0.94 * width, label=str(number),
+                            color=COLOURS[number % len(COLOURS)], hatch="/" * (3 * (number // len(COLOURS))))
+            if len(results) <= 6:  # more would overlap
+                axes.bar_label(bars, [f"{value:.1f}" for value in recall], padding=2, fontsize=8)
+        axes.set_title(f"Recall@k of {queries:,} queries", pad=16)
+        axes.set(xlabel="k", ylabel="queries with a target among the first k, %", ylim=(0, 100), xticks=places,
+                 xticklabels=RECALL_KS, yticks=range(0, 101, 20))
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        legend = figure.legend(loc="outside lower center", ncols=columns, frameon=False)
+        for text, label in zip(legend.get_texts(), results):  # as it is: matplotlib leaves _x out and reads $x$ as TeX
+            text.set(text=label, parse_math=False)
+        with new_file(path, "wb") as file:
+            figure.savefig(file, format=path.rsplit(".")[-1].lower(), dpi=150, bbox_inches="tight")
+
+
 def main() -> None:
     args = parse_args()
     targets, files = read_targets(args), args.recall_result_file
@@ -165,7 +254,7 @@ def main() -> None:
     for path in files:
         values, ranks, tops = read_result(args, targets, path)
         results.append(values)
-    names = charts.labels(files)
+    names = labels(files)
     if args.compare:
         print(compare(names, [asked_for(args, values) for values in results]))
     else:
@@ -180,7 +269,7 @@ def main() -> None:
     with open("result.tsv", "a", encoding="utf-8") as file:
         file.writelines("\t".join(map(str, recall)) + "\n" for recall in recalls)
     if args.plot:
-        charts.draw_recall(args.plot, dict(zip(names, recalls)), len(targets))
+        draw_recall(args.plot, dict(zip(names, recalls)), len(targets))
         console.log(f"wrote {args.plot}")
 
 

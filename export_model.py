@@ -3,26 +3,26 @@
     python export_model.py --params_path checkpoints/model_900 --output_path ./output
     python export_model.py --params_path checkpoints/model_900 --output_path ./output_onnx --format onnx
 
-Writes the graph with its weights, the tokenizer and simcse_config.json; deploy/python/predict.py needs nothing else.
+Writes the graph with its weights, the tokenizer and simcse_config.json: all that deploy/python/predict.py needs.
 The exported graph is run against the dynamic one before the folder appears.
 """
 
 import argparse
+import importlib.util
 import os
 
-import cli
-import console
-from deploy.python.onnx_predictor import ONNX_FILE, OPSET, OnnxPredictor, check_packages, export_onnx
-from index_store import model_digest
+from data import WordPiece, make_batches
+from simcse import console, flags
 
 # Short, long, more than one batch and more than one length: what the dynamic axes of the graph have to bear.
-CHECK_TEXTS = ["语义索引", cli.README_TEXT, "SimCSE", cli.README_TEXT * 3, "中西方语言与文化的差异"]
+CHECK_TEXTS = ["语义索引", flags.README_TEXT, "SimCSE", flags.README_TEXT * 3, "中西方语言与文化的差异"]
 TOLERANCE = 1e-5
+ONNX_FILE, OPSET = "inference.onnx", 17  # the first with LayerNormalization as one operator
 
 
 def parse_args() -> argparse.Namespace:
-    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
-    cli.add_model_arguments(parser, params_path=cli.DEFAULT_PARAMS)
+    parser = flags.ArgumentParser(description=__doc__.splitlines()[0])
+    flags.add_model_arguments(parser, params_path=flags.DEFAULT_PARAMS)
     parser.add_argument("--output_path", default="./output",
                         help="folder to write; files of the same names are replaced")
     parser.add_argument("--format", choices=("paddle", "onnx"), default="paddle",
@@ -42,31 +42,68 @@ def check_folder(args: argparse.Namespace) -> None:
                                      "name another folder")
 
 
+def check_packages() -> None:
+    """Before any work: is here what exports to ONNX and runs it?
+
+    Raises:
+        InputError: a package is missing.
+    """
+    for name in ("paddle2onnx", "onnxruntime"):
+        if importlib.util.find_spec(name) is None:
+            raise console.InputError(f"ONNX: {name} is not installed; pip install -r requirements-onnx.txt")
+
+
+def check_graph(model, tokenizer, graph) -> float:
+    """The largest difference of an exported graph's embeddings to the network's.
+
+    Args:
+        graph: gives the embeddings of input_ids and token_type_ids.
+
+    Raises:
+        InputError: it is larger than TOLERANCE.
+    """
+    ids = tokenizer(CHECK_TEXTS, 64)
+    difference = max(float(abs(model.embed(*batch).numpy() - graph(*batch)).max())
+                     for _, *batch in make_batches(ids, tokenizer.pad_token_id, batch_size=2))
+    if not difference <= TOLERANCE:
+        raise console.InputError(f"the exported graph differs from the dynamic one by {difference:.2g}, more than "
+                                 f"{TOLERANCE:g}; nothing was written")
+    return difference
+
+
 def main() -> None:
     args = parse_args()
     check_folder(args)
     if args.format == "onnx":
         check_packages()
-    cli.announce(argparse.Namespace(device="cpu"), f"{args.params_path} to {args.output_path}")
+    flags.announce(argparse.Namespace(device="cpu"), f"{args.params_path} to {args.output_path}")
 
-    from checkpoint import new_folder
-    from deploy.python.predictor import Predictor, export_graph
-    from loading import load_model, write_record
-    from model import encode, set_device
+    from model import load_model
+    from simcse import engine
+    from simcse.files import new_folder
+    from simcse.ranks import set_device
+    from simcse.weights import model_digest, write_record
 
     set_device("cpu")
     model, tokenizer, record = load_model(args.params_path, args.model_name_or_path, args.output_emb_size)
-    export, run = {"paddle": (export_graph, Predictor), "onnx": (export_onnx, OnnxPredictor)}[args.format]
+    # By its digest a server knows the indexes that are of this model.
+    record = {**record, "embedding_size": model.embedding_size, "max_positions": model.max_positions,
+              "model": model_digest(args.params_path, args.model_name_or_path)}
     with new_folder(args.output_path) as folder:
-        export(model, folder)
-        # By this a server knows the indexes that are of this model.
-        digest = model_digest(args.params_path, args.model_name_or_path, args.output_emb_size)
-        write_record(folder, {**record, "model": digest}, tokenizer)
-        predictor = run(folder)
-        dynamic, static = (encode(network, tokenizer, CHECK_TEXTS, 64, 2) for network in (model, predictor))
-        if not (difference := abs(dynamic - static).max()) <= TOLERANCE:
-            raise console.InputError(f"the exported graph differs from the dynamic one by {difference:.2g}, "
-                                     f"more than {TOLERANCE:g}; nothing was written")
+        if args.format == "onnx":
+            engine.export_onnx(model, folder)
+            graph = engine.onnx_graph(folder)
+        else:
+            engine.export_graph(model, folder)
+            graph = engine.CpuEngine(folder, model.max_positions, model.embedding_size).embed
+        write_record(folder, record, tokenizer)
+        if isinstance(tokenizer, WordPiece):
+            with open(os.path.join(folder, "tokenizer.json"), "w", encoding="utf-8") as file:
+                file.write(tokenizer.to_json())
+        else:
+            console.warn("the encoder's tokenizer is not ERNIE's or BERT's: deploy/python cannot read it; "
+                         "deploy/serving can")
+        difference = check_graph(model, tokenizer, graph)
     console.log(f"exported {args.params_path} to {args.output_path}; largest difference to the dynamic graph "
                 f"{difference:.2g}")
 

@@ -1,84 +1,32 @@
-"""The network and its loss: the one way from token ids to embeddings.
+"""SimCSE: the network, its loss, its checkpoints, and the one way from texts to embeddings.
 
-`SimCSE` is the network in dynamic graph; the Predictor of deploy/python/predictor.py is the same network as a static
-graph in Paddle Inference. Both have `embed(input_ids, token_type_ids)`, and `encode` turns texts into embeddings with
-either.
+Read it from the top: `SimCSE` (encoder, pooling, fc, dropout), `contrastive_loss`, checkpoints, `encode`.
 """
 
+import argparse
 import contextlib
-import ctypes
+import functools
 import os
-import signal
-import warnings
-import zlib  # noqa: F401  paddlepaddle 2.6 dies in inflateReset2 if its own zlib is loaded before Python's
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
-from machine import PROCESSOR, default_threads
+from data import load_tokenizer, make_batches, tokenize_windows
+from simcse.console import InputError, progress
+from simcse.encoders import encoder_from_record, first_token_only, freeze_pooler, load_encoder, portable
+from simcse.engine import Engine, graph_fingerprint, keep_graph, make_engine, read_kept_graph
+from simcse.files import new_folder
+from simcse.flags import DEFAULT_MODEL, POOLINGS
+from simcse.machine import BATCH_TOKENS, RANK
+from simcse.ranks import gather_rows, set_device
+from simcse.weights import CONFIG_FILE, PARAMS_FILE, load_state, read_record, read_weights, write_record, write_weights
 
-if "AuthenticAMD" in PROCESSOR and " avx2" in PROCESSOR:
-    # paddle's MKL, of 2019, runs processors that are not Intel's on SSE unless this names a kind before it is loaded:
-    # 5 for AVX2, 7 for AVX-512. Matrix products are up to five times faster for it.
-    wide = all(f" {part}" in PROCESSOR for part in ("avx512f", "avx512bw", "avx512dq", "avx512vl"))
-    os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "7" if wide else "5")
-os.environ.setdefault("GLOG_minloglevel", "2")  # paddle's C++ notes and warnings say nothing that a user can act on
-warnings.filterwarnings("ignore", message="No ccache found|Setuptools is replacing distutils")
-
-import numpy as np  # noqa: E402
-import paddle  # noqa: E402
-import paddle.nn.functional as F  # noqa: E402
-from paddle import nn  # noqa: E402
-
-from console import InputError, progress  # noqa: E402
-from losses import contrastive_loss, distillation_loss, gather_rows  # noqa: E402
-from tokenizing import make_batches, tokenize_windows  # noqa: E402
-
-LAUNCHER_GONE = signal.SIGUSR1  # not SIGTERM: it comes once for each thread of the launcher
-# Tokens of a batch, padding included, that keep a processor busy, by whether it is a CPU.
-BATCH_TOKENS = {True: 2048, False: 65536}
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from paddle import nn
 
 
-def set_device(device: str, cpu_threads: int = 0) -> None:
-    """Make `device` ("cpu", "gpu") the current one, with `cpu_threads` math threads (0: all cores) on a CPU.
-
-    Raises:
-        InputError: this paddle, or this machine, has no such device.
-    """
-    if device == "gpu" and not (paddle.device.is_compiled_with_cuda() and paddle.device.cuda.device_count()):
-        raise InputError("--device gpu: no GPU that this paddlepaddle can use; run with --device cpu, "
-                         "or install paddlepaddle-gpu (requirements-gpu.txt)")
-    paddle.set_device(device)
-    # paddle starts with one math thread.
-    paddle.base.core.set_num_threads(cpu_threads or default_threads())
-
-
-# ------------------------------------------------------------------------------------------------- the network
-def first_token_only(encoder: nn.Layer) -> None:
-    """Let the last layer of an encoder compute its first token only, the one that becomes the embedding.
-
-    Keys and values come from all tokens, as before, so the first token is the same; its queries, and all that follows
-    them, are one row a text. Where the encoder is no stack of post-norm `nn.TransformerEncoderLayer`, nothing changes.
-    """
-    layers = getattr(getattr(encoder, "encoder", None), "layers", None)
-    layer = layers[-1] if layers else None
-    if type(layer) is not nn.TransformerEncoderLayer or layer.normalize_before:
-        return
-
-    def forward(src, src_mask=None, cache=None, output_attentions=False):
-        first = src[:, :1]
-        first = layer.norm1(first + layer.dropout1(layer.self_attn(first, src, src, src_mask)))
-        hidden = layer.dropout(layer.activation(layer.linear1(first)))
-        return layer.norm2(first + layer.dropout2(layer.linear2(hidden)))
-
-    layer.forward = forward
-
-
-def freeze_pooler(encoder: nn.Layer) -> None:
-    """Take an encoder's pooler, where it has one and nothing asks it, out of training."""
-    for parameter in encoder.pooler.parameters() if getattr(encoder, "pooler", None) else ():
-        parameter.stop_gradient = True
-
-
+# ---------------------------------------------------------------------------------------------------------- the network
 class SimCSE(nn.Layer):
     """A dual tower with shared weights: encoder -> pooling [-> fc] -> dropout -> L2 norm.
 
@@ -88,32 +36,33 @@ class SimCSE(nn.Layer):
         dropout: rate on the output vector; None: 0.1.
         margin, scale: see `contrastive_loss`.
         output_emb_size: size of the embedding; None or 0: the encoder's hidden size, without fc.
-        pooling: one of data.POOLINGS; see `pool`.
+        pooling: one of flags.POOLINGS; see `pool`.
+        infer_with_pooler: whether `embed` and the exported graph take the pooled output; training always does.
+        precision: what matrix products are computed in: fp32, or on a GPU bf16 or fp16.
+        cross_device_negatives: whether `loss` is that of the rows of all ranks.
     """
 
     def __init__(self, pretrained_model: nn.Layer, dropout: float | None = None, margin: float = 0.0,
-                 scale: float = 20, output_emb_size: int | None = None, pooling: str = "pooler") -> None:
+                 scale: float = 20, output_emb_size: int | None = None, pooling: str = "pooler",
+                 infer_with_pooler: bool = True, precision: str = "fp32", cross_device_negatives: bool = False) -> None:
         super().__init__()
-        if pooling in ("pooler", "cls"):
+        if pooling == "pooler":
             first_token_only(pretrained_model)
-        if pooling != "pooler":
+        else:
             freeze_pooler(pretrained_model)
         self.ptm = pretrained_model
         self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
         self.margin = margin
         self.scale = scale
         self.pooling = pooling
+        self.infer_with_pooler = infer_with_pooler or pooling != "pooler"
+        self.precision = precision
+        self.cross_device_negatives = cross_device_negatives
         self.normalizes = True  # whether embeddings are L2-normalized, as they are but for whitening
-        self.infer_with_pooler = True  # what `embed` and the exported graph do; training always uses the pooler
-        self.precision = "fp32"  # what `forward` and `embed` compute in; bf16 and fp16 need a GPU
-        self.recomputes = False  # whether the encoder's layers are computed again for their gradients
-        self.cross_device_negatives = False  # whether `loss` is that of the rows of all ranks
-        self.distill_weight = 1.0  # of `distillation_loss`, where there is a teacher
         self.compared = None  # what the last `loss` was of: query, title, keys
         self.output_emb_size = output_emb_size or 0
         hidden_size = pretrained_model.config.hidden_size
         self.embedding_size = self.output_emb_size or hidden_size
-        self.matryoshka_dims = [self.embedding_size]  # the first so many numbers of an embedding have the loss, each
         self.max_positions = getattr(pretrained_model.config, "max_position_embeddings", 512)
         if self.output_emb_size:
             weight_attr = paddle.ParamAttr(initializer=nn.initializer.TruncatedNormal(std=0.02))
@@ -124,15 +73,15 @@ class SimCSE(nn.Layer):
              with_pooler: bool = True) -> paddle.Tensor:
         """A vector a text, float [batch, hidden]; arguments as in `get_pooled_embedding`.
 
-        pooler: tanh of a layer on the first token, or the first token where not `with_pooler`; cls: the first token;
-        mean: the mean over the text's tokens, [CLS] and [SEP] left out; first_last_avg: likewise, of the mean of what
-        goes into the first layer and what comes out of the last (the first-last average of Gao et al. 2021).
+        pooler: tanh of a layer on the first token, or the first token itself where not `with_pooler`. mean: the mean
+        over the text's tokens, [CLS] and [SEP] left out. first_last_avg: the same mean, of the average of what goes
+        into the first layer and what comes out of the last (Gao et al. 2021).
         """
         hidden_states = {"output_hidden_states": True} if self.pooling == "first_last_avg" else {}
         outputs = self.ptm(input_ids, token_type_ids=token_type_ids, position_ids=position_ids,
                            attention_mask=attention_mask, **hidden_states)
-        if self.pooling in ("pooler", "cls"):
-            return outputs[1] if with_pooler and self.pooling == "pooler" else outputs[0][:, 0]
+        if self.pooling == "pooler":
+            return outputs[1] if with_pooler else outputs[0][:, 0]
         tokens = (outputs[2][0] + outputs[2][-1]) / 2 if hidden_states else outputs[0]
         if attention_mask is None:
             attention_mask = input_ids != self.ptm.config.pad_token_id
@@ -159,11 +108,6 @@ class SimCSE(nn.Layer):
         embedding = self.dropout(embedding)
         return F.normalize(embedding, p=2, axis=-1) if self.normalizes else embedding
 
-    def use_recompute(self) -> None:
-        """Keep the encoder layers' inputs only, and compute each layer again for its gradients."""
-        self.ptm.recompute_enable()
-        self.recomputes = True
-
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context in which matrix products are computed in `precision`."""
         if self.precision == "fp32":
@@ -184,12 +128,6 @@ class SimCSE(nn.Layer):
         """Yield the embeddings, float [batch, embedding_size], of every (input_ids, token_type_ids) batch."""
         for input_ids, token_type_ids in data_loader:
             yield self.embed(input_ids, token_type_ids)
-
-    @staticmethod
-    def inputs(chunk: tuple) -> tuple:
-        """`forward`'s arguments of a chunk of `batches.Batches`."""
-        query, query_types, title, title_types = chunk
-        return query, title, query_types, None, None, title_types
 
     @property
     def batch_tokens(self) -> int:
@@ -214,44 +152,32 @@ class SimCSE(nn.Layer):
         return (query * title).sum(axis=-1)
 
     def loss(self, query: paddle.Tensor, title: paddle.Tensor, keys: paddle.Tensor | None = None,
-             negative: paddle.Tensor | None = None, teacher: paddle.Tensor | None = None) -> paddle.Tensor:
-        """The training loss of embeddings, with `cross_device_negatives` of those of all ranks: the same on each.
-
-        `contrastive_loss`, of `matryoshka_dims` the mean (Kusupati et al. 2022, arXiv:2205.13147, eq. 1, all weights
-        equal); with a teacher and the `distillation_loss`.
+             negative: paddle.Tensor | None = None) -> paddle.Tensor:
+        """`contrastive_loss` of embeddings, a scalar; with `cross_device_negatives` of those of all ranks, on each the
+        same.
 
         Args:
             query, title, negative: float [batch, embedding_size]; `negative` has more negatives for all queries.
             keys: int64 [batch] or [batch, 2 or 3], see `same_texts`.
-            teacher: another encoder's embeddings of the queries, see `distillation_loss`.
         """
         if self.cross_device_negatives:
-            query, title, keys, negative, teacher = (
-                None if rows is None else gather_rows(rows) for rows in (query, title, keys, negative, teacher))
+            query, title, keys, negative = (
+                None if rows is None else gather_rows(rows) for rows in (query, title, keys, negative))
         self.compared = query.detach(), title.detach(), keys
         candidates = title if negative is None else paddle.concat([title, negative])
-
-        def of_first(dim: int) -> paddle.Tensor:
-            sides = (query, candidates)
-            if dim < self.embedding_size:
-                sides = (F.normalize(side[:, :dim], p=2, axis=-1) for side in sides)
-            return contrastive_loss(*sides, self.margin, self.scale, keys)
-
-        loss = sum(map(of_first, self.matryoshka_dims)) / len(self.matryoshka_dims)
-        if teacher is not None:
-            loss = loss + self.distill_weight * distillation_loss(query, title, teacher, self.scale)
-        return loss
+        return contrastive_loss(query, candidates, self.margin, self.scale, keys)
 
     def forward(self, query_input_ids: paddle.Tensor, title_input_ids: paddle.Tensor, query_token_type_ids=None,
                 query_position_ids=None, query_attention_mask=None, title_token_type_ids=None,
                 title_position_ids=None, title_attention_mask=None, keys: paddle.Tensor | None = None,
-                teacher: paddle.Tensor | None = None,
                 embeddings_only: bool = False) -> paddle.Tensor | tuple[paddle.Tensor, ...]:
         """The training loss, a scalar. In SimCSE both sides are the same texts under different dropout.
 
+        The order of the arguments is the original's, whose callers may pass positions and masks; train.py does not.
+
         Args:
             title_*: of the queries' titles; twice as many rows are titles, then hard negatives.
-            keys, teacher: see `loss`.
+            keys: see `loss`.
             embeddings_only: return the embeddings of queries, titles and hard negatives, where there are any, each
                 float [batch, embedding_size], instead of the loss.
         """
@@ -259,49 +185,153 @@ class SimCSE(nn.Layer):
             [query_input_ids, query_token_type_ids, query_position_ids, query_attention_mask],
             [title_input_ids, title_token_type_ids, title_position_ids, title_attention_mask])
         sides = (query, *paddle.split(title, len(title) // len(query)))
-        return sides if embeddings_only else self.loss(*sides[:2], keys, *sides[2:], teacher=teacher)
+        return sides if embeddings_only else self.loss(*sides[:2], keys, *sides[2:])
 
 
-class Engine(Protocol):
-    """What `encode` needs: `SimCSE`, or the Predictor of deploy/python/predictor.py."""
+# ------------------------------------------------------------------------------------------------------------- the loss
+def same_texts(keys: paddle.Tensor) -> paddle.Tensor:
+    """Which candidates say what a row's own texts say, and are no negatives of it.
 
-    embedding_size: int
-    max_positions: int
-    batch_tokens: int  # tokens of a batch, padding included, where no batch size is asked for
+    Args:
+        keys: int64 [batch], equal for equal texts, where a row is one text; or [batch, 2 or 3], a column each for
+            queries, titles and hard negatives.
 
-    def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> Any: ...
-
-
-def is_first_rank() -> bool:
-    """Whether this process is rank 0, or the only one."""
-    return paddle.distributed.get_rank() == 0
-
-
-def join_ranks() -> tuple[int, int]:
-    """Make this process one of those that the launcher started, if it did; its rank, and how many there are."""
-    if (ranks := paddle.distributed.get_world_size()) > 1:
-        if hasattr(libc := ctypes.CDLL(None), "prctl"):  # Linux: a launcher that is killed does not end its processes
-            pr_set_pdeathsig = 1
-            libc.prctl(pr_set_pdeathsig, LAUNCHER_GONE)
-        paddle.distributed.init_parallel_env()
-    return paddle.distributed.get_rank(), ranks
+    Returns:
+        bool [batch, candidates], titles first, then hard negatives: the candidate is the row's query or title again, or
+        it is the title of the same query.
+    """
+    keys = keys.reshape([keys.shape[0], -1])
+    query, titles = keys[:, :1], keys[:, 1:] if keys.shape[1] > 1 else keys
+    candidates = titles.t().reshape([1, -1])
+    same_query = query == query.t()
+    if more := candidates.shape[1] - len(keys):
+        same_query = paddle.concat([same_query, paddle.zeros([len(keys), more], "bool")], axis=1)
+    return (candidates == query) | (candidates == titles[:, :1]) | same_query
 
 
-def wait_for_ranks() -> None:
-    """Wait until all ranks are here."""
-    if paddle.distributed.get_world_size() > 1:
-        paddle.distributed.barrier()
+def contrastive_loss(query: paddle.Tensor, title: paddle.Tensor, margin: float, scale: float,
+                     keys: paddle.Tensor | None = None) -> paddle.Tensor:
+    """In-batch contrastive loss of SimCSE (Gao et al. 2021, eq. 1), a margin taken off the positives' cosine.
+
+    mean_i -log softmax_j(scale * (cos(q_i, t_j) - margin * [i = j]))[i]
+
+    Args:
+        query: L2-normalized embeddings, float [batch, dim].
+        title: likewise [batch or more, dim]; row i is the positive of query i, all other rows are its negatives.
+        margin: how much more similar than a negative a positive has to be, in cosine.
+        scale: the inverse of the temperature.
+        keys: of `same_texts`, whose texts then are not each other's negatives; None: they are.
+
+    Returns:
+        A scalar tensor.
+    """
+    cosine = paddle.matmul(query, title, transpose_y=True)
+    batch, candidates = cosine.shape
+    positive = paddle.eye(batch, candidates, dtype=cosine.dtype)
+    logits = scale * (cosine - margin * positive)
+    if keys is not None:
+        logits = logits - 1e9 * (same_texts(keys).astype(cosine.dtype) - positive)
+    loss = F.cross_entropy(logits, paddle.arange(batch, dtype="int64"))
+    # On a CPU paddle's softmax makes ln(batch) of NaN; a run that has diverged would look like one that learns nothing.
+    return loss + 0 * cosine.detach().sum()
 
 
-def gather_arrays(array: np.ndarray) -> list[np.ndarray]:
-    """The arrays of all ranks, which have one shape and dtype."""
-    if paddle.distributed.get_world_size() == 1:
-        return [array]
-    parts: list[paddle.Tensor] = []
-    paddle.distributed.all_gather(parts, paddle.to_tensor(array))
-    return [part.numpy() for part in parts]
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+def load_model(params_path: str, model_name_or_path: str | None = None, output_emb_size: int | None = None,
+               flag: str = "--params_path", dropout: float | None = None,
+               settings: dict | None = None) -> tuple[SimCSE, Any, dict]:
+    """Load a checkpoint, strictly.
+
+    Args:
+        params_path: the .pdparams file, this project's or the original's (which has no simcse_config.json beside it).
+        model_name_or_path: the encoder; None: what the checkpoint records, else DEFAULT_MODEL.
+        output_emb_size: None, or what the checkpoint must have (0: no fc).
+        flag: the flag that named the file, for messages.
+        dropout: the encoder's dropout rate, for training on.
+        settings: further arguments of `SimCSE`; what they lack is taken from the checkpoint's record.
+
+    Returns:
+        The network in evaluation mode, the tokenizer, and the checkpoint's record.
+
+    Raises:
+        InputError: unreadable file; a tensor is missing, unexpected or wrongly shaped; `output_emb_size` contradicts.
+    """
+    folder = os.path.dirname(params_path) or "."
+    state = read_weights(params_path, flag)
+    if not any(name.startswith("ptm.") for name in state):
+        raise InputError(f"{flag} {params_path}: not a SimCSE checkpoint (no ptm.* tensors); "
+                         "an encoder without SimCSE training is given by --model_name_or_path")
+    record = read_record(folder)
+    size = state["emb_reduce_linear.weight"].shape[-1] if "emb_reduce_linear.weight" in state else 0
+    if output_emb_size not in (None, size):
+        raise InputError(f"--output_emb_size {output_emb_size}: {params_path} has {size or 'no fc: 0'}")
+    if record.get("pooling", "pooler") not in POOLINGS:
+        raise InputError(f"{flag} {params_path}: its {CONFIG_FILE} has pooling {record['pooling']}, which is none of "
+                         f"{', '.join(POOLINGS)}")
+    if model_name_or_path or not record:
+        name = model_name_or_path or DEFAULT_MODEL
+        encoder = load_encoder(name, dropout)
+    else:
+        name = record["model_name_or_path"]
+        encoder = encoder_from_record(record, dropout)
+    tokenizer = checkpoint_tokenizer(params_path, name)
+    recorded = {key: record[key] for key in ("margin", "scale", "pooling") if key in record}
+    recorded["infer_with_pooler"] = record.get("with_pooler", True)
+    model = SimCSE(encoder, output_emb_size=size, **{**recorded, **(settings or {})})
+    load_state(model, state, f"{flag} {params_path}")
+    model.eval()
+    return model, tokenizer, make_record(model, name, record.get("max_seq_length"))
 
 
+def checkpoint_tokenizer(params_path: str, model_name_or_path: str | None = None) -> Any:
+    """The tokenizer beside a checkpoint; where there is none, that of its encoder, named or recorded."""
+    folder = os.path.dirname(params_path) or "."
+    if os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
+        return load_tokenizer(folder)
+    return load_tokenizer(model_name_or_path or read_record(folder).get("model_name_or_path", DEFAULT_MODEL))
+
+
+def make_record(model: SimCSE, model_name_or_path: str, max_seq_length: int | None) -> dict:
+    """What later stages have to know of a checkpoint: the content of simcse_config.json."""
+    import paddlenlp
+
+    return {"model_name_or_path": model_name_or_path, "output_emb_size": model.output_emb_size,
+            "pooling": model.pooling, "with_pooler": model.infer_with_pooler, "scale": model.scale,
+            "margin": model.margin, "max_seq_length": max_seq_length, "encoder_class": type(model.ptm).__name__,
+            "encoder_config": portable(model.ptm.config.to_dict()),
+            "versions": {"paddlepaddle": paddle.__version__, "paddlenlp": paddlenlp.__version__}}
+
+
+def save_checkpoint(folder: str, model: SimCSE, tokenizer: Any, record: dict, params_file: str = PARAMS_FILE,
+                    also: Callable[[str], None] | None = None) -> None:
+    """Write weights, tokenizer, simcse_config.json and what `also` adds to `folder`, which appears complete or not at
+    all."""
+    with new_folder(folder) as temporary:
+        write_weights(os.path.join(temporary, params_file), model.state_dict())
+        write_record(temporary, record, tokenizer)
+        if also:
+            also(temporary)
+
+
+def load_engine(args: argparse.Namespace) -> tuple[Engine, Any]:
+    """The engine and the tokenizer that a stage's flags ask for (`add_model_arguments`, `add_encode_arguments`).
+
+    On a CPU the graph, once exported, is kept beside the checkpoint; later starts need neither the network nor
+    paddlenlp.
+    """
+    set_device(args.device, args.cpu_threads)
+    keep = None
+    if args.device == "cpu":
+        kept, fingerprint = f"{os.path.splitext(args.params_path)[0]}.graph", graph_fingerprint(args)
+        if engine := read_kept_graph(kept, fingerprint, args):
+            return engine, checkpoint_tokenizer(args.params_path, args.model_name_or_path)
+    model, tokenizer, record = load_model(args.params_path, args.model_name_or_path, args.output_emb_size)
+    if args.device == "cpu" and not RANK:
+        keep = functools.partial(keep_graph, kept, fingerprint, record)
+    return make_engine(model, args.precision, args.cpu_threads, keep), tokenizer
+
+
+# --------------------------------------------------------------------------------------------- from texts to embeddings
 def check_length(model: Engine, max_seq_length: int) -> None:
     """Raise InputError where texts of `max_seq_length` tokens have more positions than the encoder."""
     if max_seq_length > model.max_positions:

@@ -1,7 +1,7 @@
 """Cosine similarity of text pairs.
 
     python predict.py --device cpu --params_path checkpoints/model_900 --text_pair_file recall/test.csv
-    tail -n 9 recall/test.csv | python predict.py --device cpu --params_path checkpoints/model_900 - --format jsonl
+    tail -n 9 recall/test.csv | python predict.py --device cpu --params_path ... --text_pair_file - --format jsonl
 
 Prints one cosine a line, in input order, and nothing else, to stdout; pairs of stdin are answered as they come. The
 contrastive loss of a file's pairs, each pair against the others of its batch, goes to stderr.
@@ -9,23 +9,22 @@ contrastive loss of a file's pairs, each pair against the others of its batch, g
 
 import argparse
 
-import cli
-import console
 import data
-import results
+from simcse import console, flags
+from simcse.files import STDIN, arriving
 
 
 def parse_args() -> argparse.Namespace:
-    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
-    cli.add_lines_argument(parser, "--text_pair_file", "two texts, tab-separated, a pair a line", required=True)
-    cli.add_format_argument(parser, "what is printed, a line a pair. tsv: query, title, cosine; "
+    parser = flags.ArgumentParser(description=__doc__.splitlines()[0])
+    flags.add_lines_argument(parser, "--text_pair_file", "two texts, tab-separated, a pair a line", required=True)
+    flags.add_format_argument(parser, "what is printed, a line a pair. tsv: query, title, cosine; "
                             'jsonl: {"query", "title", "cosine"}; None: the cosine alone')
-    cli.add_model_arguments(parser)
-    cli.add_encode_arguments(parser)
-    parser.add_argument("--margin", type=cli.natural_float, default=0.0, help="margin of the loss, in cosine")
-    parser.add_argument("--scale", type=cli.positive_float, default=20, help="factor on the cosines in the loss")
-    args = cli.check_encode_arguments(parser, parser.parse_args())
-    if args.text_pair_file == data.STDIN and any(getattr(args, name) != parser.get_default(name)
+    flags.add_model_arguments(parser)
+    flags.add_encode_arguments(parser)
+    parser.add_argument("--margin", type=flags.natural_float, default=0.0, help="margin of the loss, in cosine")
+    parser.add_argument("--scale", type=flags.positive_float, default=20, help="factor on the cosines in the loss")
+    args = flags.check_encode_arguments(parser, parser.parse_args())
+    if args.text_pair_file == STDIN and any(getattr(args, name) != parser.get_default(name)
                                                  for name in ("margin", "scale")):
         parser.error("--margin and --scale are of the loss, which is of a file's pairs, not of stdin's")
     return args
@@ -33,21 +32,20 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    streams = args.text_pair_file == data.STDIN
+    streams = args.text_pair_file == STDIN
     pairs = [] if streams else data.read_text_pairs(args.text_pair_file, "--text_pair_file", args.strict_data)
-    cli.announce(args, args.params_path, "pairs of stdin" if streams else cli.count(pairs, "pair"))
+    flags.announce(args, args.params_path, "pairs of stdin" if streams else flags.count(pairs, "pair"))
 
-    from deploy.python.predictor import load_engine
-    from model import encode_pairs, mean_loss
+    from model import encode_pairs, load_engine, mean_loss
 
     engine, tokenizer = load_engine(args)
     blocks = [pairs]
     if streams:
-        blocks = data.arriving(data.read_rows(data.STDIN, 2, "--text_pair_file", args.strict_data))
+        blocks = arriving(data.read_rows(STDIN, 2, "--text_pair_file", args.strict_data))
     for block in blocks:
         query, title = encode_pairs(engine, tokenizer, block, args.max_seq_length, args.batch_size)
         cosines = (query * title).sum(axis=1).tolist()
-        results.write(results.pair_line(args.format, *pair, cosine) for pair, cosine in zip(block, cosines))
+        console.write(console.pair_line(args.format, *pair, cosine) for pair, cosine in zip(block, cosines))
     if streams:
         return
     batch_size = args.batch_size or 32

@@ -9,37 +9,36 @@ import time
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
 sys.path.insert(0, ROOT)
 
-import numpy as np  # noqa: E402
-
 import data  # noqa: E402
-import tokenizing  # noqa: E402
+
+import numpy as np  # noqa: E402
 
 
 def prepare(folder: str, sizes: dict, vocab_folder: str) -> dict:
     """Write an encoder of random weights, and a checkpoint of it with fc 256."""
+    import model
+
     import paddle
     from paddlenlp.transformers import ErnieConfig, ErnieModel
 
-    import loading
-    import model as m
-
     paddle.seed(0)
-    network = m.SimCSE(ErnieModel(ErnieConfig(**sizes)), output_emb_size=256)
+    network = model.SimCSE(ErnieModel(ErnieConfig(**sizes)), output_emb_size=256)
     network.ptm.save_pretrained(f"{folder}/encoder")
-    tokenizer = tokenizing.load_tokenizer(vocab_folder)
+    tokenizer = data.load_tokenizer(vocab_folder)
     tokenizer.save_pretrained(f"{folder}/encoder")
-    record = loading.make_record(network, f"{folder}/encoder", 64)
-    loading.save_checkpoint(f"{folder}/checkpoint", network, tokenizer, record)
+    record = model.make_record(network, f"{folder}/encoder", 64)
+    model.save_checkpoint(f"{folder}/checkpoint", network, tokenizer, record)
     return {}
 
 
 def engine_of(checkpoint: str, precision: str = "auto"):
-    import loading
-    import model as m
-    from deploy.python.predictor import make_engine
+    """The engine and the tokenizer of a checkpoint."""
+    import model
+    from simcse import ranks
+    from simcse.engine import make_engine
 
-    m.set_device("cpu")
-    network, tokenizer, _ = loading.load_model(f"{checkpoint}/model_state.pdparams")
+    ranks.set_device("cpu")
+    network, tokenizer, _ = model.load_model(f"{checkpoint}/model_state.pdparams")
     return make_engine(network, precision), tokenizer
 
 
@@ -55,7 +54,7 @@ def best_of(times: int, work) -> float:
 
 def tokenize(encoder: str, cases: dict[str, list[str]]) -> dict[str, float]:
     """Texts/s."""
-    tokenizer = tokenizing.load_tokenizer(encoder)
+    tokenizer = data.load_tokenizer(encoder)
     return {name: len(texts) / best_of(5, lambda texts=texts: tokenizer(texts, 64)) for name, texts in cases.items()}
 
 
@@ -83,7 +82,7 @@ def lines(path: str) -> dict[str, float]:
     """Seconds from a file of training texts to its first batch, and peak memory in MB."""
     start = time.perf_counter()
     texts = data.TextFile(path, "--train_set_file")
-    [texts[row] for row in next(iter(tokenizing.ShuffledBatches(len(texts), 64)))]
+    [texts[row] for row in next(iter(data.ShuffledBatches(len(texts), 64)))]
     return {"s": time.perf_counter() - start, "MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
 
@@ -99,9 +98,9 @@ def index(count: int, checkpoint: str | None, texts: list[str], queries: list[st
 
     Vectors are those of `texts`, or, without a checkpoint, `count` clustered ones.
     """
-    import hnswlib
-
     from ann_util import HnswIndex, Shards, ann_recall, exact_search
+
+    import hnswlib
 
     if checkpoint:
         from model import encode

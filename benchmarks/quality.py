@@ -11,7 +11,6 @@ evaluate.py. Runs that are in --json are not run again. Prints a table: the mean
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -21,69 +20,63 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 
+import data  # noqa: E402
+from simcse import console, files, flags, measures  # noqa: E402
+
 import numpy as np  # noqa: E402
 
-import cli  # noqa: E402
-import console  # noqa: E402
-import data  # noqa: E402
-
-MEASURES = [*(f"recall@{k}" for k in data.RECALL_KS), "mrr"]
+MEASURES = [*(f"recall@{k}" for k in measures.RECALL_KS), "mrr"]
 TRAINING_FILES = {"csl": "train_unsupervised.csv", "lcqmc": "corpus.csv"}
 PLAIN, ENCODER = "--output_emb_size 256 --infer_with_fc_pooler", "--model_name_or_path {encoder}"
 WHITE = "--epochs 0 --pooling first_last_avg --whiten --max_seq_length 64"
-MLM = f"train.py {ENCODER} --objective mlm --learning_rate 1e-4 --warmup_proportion 0.1 --epochs 2"
+MLM = f"scripts/pretrain.py {ENCODER} --learning_rate 1e-4 --warmup_proportion 0.1 --epochs 2"
 FROM = "train.py --init_from_ckpt {0} --infer_with_fc_pooler"
 PAIRS = [FROM + " --train_set_file {pairs}"]
-TRIPLES = ["recall.py --params_path {0} --corpus_file {corpus} --similar_text_pair {pairs} --mine_negatives {new}",
-           FROM + " --train_set_file {1}"]
-SIZES = {f" at {size}": f"--output_emb_size {size}" for size in (128, 64, 32)}
-INT8 = {f"{at} int8": f"{flags} --vector_type int8" for at, flags in {"": "", **SIZES}.items()}
+TRIPLES = ["recall.py --params_path {0} --corpus_file {corpus} --similar_text_pair {pairs} --recall_num 50",
+           "predict.py --params_path {0} --text_pair_file {pairs}",
+           "scripts/mine_negatives.py --similar_text_pair {pairs} --positive_scores {2} --output_file {new} "
+           "--recall_result_file recall_result_dir/recall_result.txt", FROM + " --train_set_file {3}"]
 SEEN = 62  # characters of a document that an encoder of 64 tokens sees, about
 SHORT = {f", first {SEEN} characters": "--corpus_file {corpus_seen} --similar_text_pair {queries_seen}"}
-HYBRID = {f"{cut} + BM25 by {by}": f"{flags} --hybrid_bm25 {how}" for cut, flags in {"": "", **SHORT}.items()
-          for by, how in (("rank", ""), ("rank, weight 3", "--bm25_weight 3"), ("score", "--fusion score"))}
+HYBRID = {f"{cut} + BM25": f"{flags} --hybrid_bm25" for cut, flags in {"": "", **SHORT}.items()}
 # Commands, {0} being what the first of them made and {new} what this one makes; {encoder}, {texts}, {pairs} and
 # {corpus} are files. And recall.py's flags, by what is added to the recipe's name; {corpus_seen} and {queries_seen}
 # have only so much of every document as an encoder sees.
 RECIPES: dict[str, tuple[list[str], dict[str, str]]] = {
     "untrained": ([f"train.py {ENCODER} {PLAIN} --epochs 0"], {"": ""}),
     "plain": ([f"train.py {ENCODER} {PLAIN}"], {"": ""}),
-    "cls": ([f"train.py {ENCODER} --pooling cls"], {"": ""}),
     "mean": ([f"train.py {ENCODER} --pooling mean"], {"": ""}),
     "first_last_avg": ([f"train.py {ENCODER} --pooling first_last_avg"], {"": ""}),
     "crop": ([f"train.py {ENCODER} {PLAIN} --crop_rate 0.5"], {"": ""}),
-    "dup": ([f"train.py {ENCODER} {PLAIN} --dup_rate 0.3"], {"": ""}),
     "pairs": ([f"train.py {ENCODER} {PLAIN}", *PAIRS], {"": ""}),
     "triples": ([f"train.py {ENCODER} {PLAIN}", *TRIPLES], {"": ""}),
     "first_last_avg, pairs": ([f"train.py {ENCODER} --pooling first_last_avg", *PAIRS], {"": ""}),
     "first_last_avg, triples": ([f"train.py {ENCODER} --pooling first_last_avg", *TRIPLES], {"": ""}),
-    "matryoshka": ([f"train.py {ENCODER} {PLAIN} --matryoshka_dims 128,64,32"], {"": "", **SIZES}),
-    "distilled": ([f"train.py {ENCODER} {WHITE}", "inference.py --params_path {0} --input_file {texts} --output_file "
-                   "{new}", f"train.py {ENCODER} {PLAIN} " "--distill_from {1} --distill_weight 5"], {"": ""}),
-    "mlm": ([MLM, f"train.py {PLAIN} " "--model_name_or_path {0}"], {"": ""}),
+    "mlm": ([MLM, f"train.py {PLAIN} --model_name_or_path {{0}}"], {"": ""}),
     "mean, whitened": ([f"train.py {ENCODER} {WHITE} --pooling mean"], {"": ""}),
-    "whitened": ([f"train.py {ENCODER} {WHITE}"], {"": "", **SIZES, **INT8, **SHORT, **HYBRID}),
+    "whitened": ([f"train.py {ENCODER} {WHITE}"], {"": "", **SHORT, **HYBRID}),
     "whitened, pairs": ([f"train.py {ENCODER} {WHITE}", *PAIRS], {"": ""}),
     "whitened, triples": ([f"train.py {ENCODER} {WHITE}", *TRIPLES], {"": ""}),
     "whitened, SimCSE": ([f"train.py {ENCODER} {WHITE}", FROM + " --learning_rate 1e-5 --crop_rate 0.5"], {"": ""}),
-    "mlm, whitened": ([MLM, f"train.py {WHITE} " "--model_name_or_path {0}"], {"": ""}),
+    "mlm, whitened": ([MLM, f"train.py {WHITE} --model_name_or_path {{0}}"], {"": ""}),
 }
-COMMON = {"train.py": "--batch_size 64 --max_seq_length 32 --save_steps 1000000 --eval_steps 1000000 --save_dir {new} "
-                      "--train_set_file {texts}",
-          "recall.py": "--ann_engine exact", "inference.py": ""}
+TRAINING = ("--device cpu --batch_size 64 --max_seq_length 32 --save_steps 1000000 --save_dir {new} "
+            "--train_set_file {texts}")
+COMMON = {"train.py": TRAINING, "scripts/pretrain.py": TRAINING, "recall.py": "--device cpu --ann_engine exact",
+          "predict.py": "--device cpu", "scripts/mine_negatives.py": ""}
 
 
 def parse_args() -> argparse.Namespace:
-    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = flags.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="recipe", help=f"of {', '.join(RECIPES)}; none: all")
-    parser.add_argument("--data_dir", type=cli.folder, required=True, help="folder of csl/recall and lcqmc/recall")
+    parser.add_argument("--data_dir", type=flags.folder, required=True, help="folder of csl/recall and lcqmc/recall")
     parser.add_argument("--data_sets", nargs="+", choices=TRAINING_FILES, default=list(TRAINING_FILES),
                         help="which of them")
-    parser.add_argument("--seeds", nargs="+", type=cli.natural_int, default=[1000, 1001, 1002], help="random seeds")
-    parser.add_argument("--lines", type=cli.natural_int, default=0, help="training lines to take; 0: all")
-    parser.add_argument("--jobs", type=cli.positive_int, default=1, help="runs side by side, a share of the cores each")
+    parser.add_argument("--seeds", nargs="+", type=flags.natural_int, default=[1000, 1001, 1002], help="random seeds")
+    parser.add_argument("--lines", type=flags.natural_int, default=0, help="training lines to take; 0: all")
+    parser.add_argument("--jobs", type=flags.positive_int, default=1,
+                        help="runs side by side, a share of the cores each")
     parser.add_argument("--json", default="quality.json", help="results, read and added to")
-    parser.add_argument("--chart", default=None, help="draw Recall@10 against a vector's bytes there; None: nothing")
     parser.add_argument("--show", action="store_true", help="print the commands and run nothing")
     args = parser.parse_args()
     if unknown := [name for name in args.names if name not in RECIPES]:
@@ -136,7 +129,7 @@ def prepare(args: argparse.Namespace, data_set: str, folder: str) -> dict[str, s
 def commands(name: str) -> list[list[str]]:
     """A recipe's commands, script first."""
     parts = (command.split() for command in RECIPES[name][0])
-    return [[script, "--device", "cpu", *COMMON[script].split(), *flags] for script, *flags in parts]
+    return [[script, *COMMON[script].split(), *flags] for script, *flags in parts]
 
 
 def measure(args: argparse.Namespace, data_set: str, name: str, seed: int) -> dict[str, dict[str, float]]:
@@ -145,10 +138,14 @@ def measure(args: argparse.Namespace, data_set: str, name: str, seed: int) -> di
     with tempfile.TemporaryDirectory() as folder:
         files, made = prepare(args, data_set, folder), []
         for number, (script, *flags) in enumerate(commands(name)):
-            new = f"{folder}/{number}.npy"
+            new, trains = f"{folder}/{number}", COMMON[script] == TRAINING
             flags = [flag.format(*made, new=new, **files) for flag in flags]
-            run(script, [*flags, *threads, *(["--seed", str(seed)] if script == "train.py" else [])], folder)
-            made.append(newest(new) if script == "train.py" else new)
+            printed = run(script, [*flags, *(threads if "cpu" in flags else []),
+                                   *(["--seed", str(seed)] if trains else [])], folder)
+            if script == "predict.py":
+                with open(new, "w", encoding="utf-8") as file:
+                    file.write(printed)
+            made.append(newest(new) if trains else new)
         figures = {}
         for suffix, flags in RECIPES[name][1].items():
             run("recall.py", ["--device", "cpu", "--params_path", made[-1], "--corpus_file", files["corpus"],
@@ -166,8 +163,8 @@ def evaluate(queries: str, folder: str) -> dict[str, float]:
 
 def bm25(args: argparse.Namespace, data_set: str) -> dict[str, dict[str, float]]:
     """BM25 alone, over whole documents and over what an encoder sees of them."""
-    from lexical import Bm25
-    from results import recall_lines
+    from simcse.bm25 import Bm25
+    from simcse.console import recall_lines
 
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -199,33 +196,6 @@ def table(results: dict, args: argparse.Namespace, names: list[str]) -> str:
     return "\n".join(lines)
 
 
-def vector_bytes(suffix: str) -> int:
-    """What a vector takes in the index: so many numbers, in int8 with a factor for them all."""
-    size = int(found[1]) if (found := re.search(r"at (\d+)", suffix)) else 256
-    return size + 4 if "int8" in suffix else 4 * size
-
-
-def draw(path: str, results: dict, args: argparse.Namespace) -> None:
-    """Recall@10 against the bytes of a vector, of the recipes measured in several sizes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    for axes, data_set in zip(figure.subplots(1, len(args.data_sets), squeeze=False)[0], args.data_sets):
-        for name in ("whitened", "matryoshka"):
-            runs = [values for key, values in results.items() if key.startswith(f"{data_set}/{name}/")]
-            for kind, suffixes in (("float32", {"": "", **SIZES}), ("int8", INT8)):
-                points = [(vector_bytes(suffix), np.mean([run[suffix]["recall@10"] for run in runs]))
-                          for suffix in suffixes if runs and suffix in runs[0]]
-                if points:
-                    axes.plot(*zip(*sorted(points)), "o-" if kind == "float32" else "s--", label=f"{name}, {kind}")
-        axes.set(title=data_set, xscale="log", xlabel="bytes a vector", ylabel="Recall@10, %")
-        axes.set_xticks(ticks := [36, 128, 256, 512, 1024], ticks, minor=False)
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path)
-
-
 def main() -> None:
     args = parse_args()
     names = args.names or list(RECIPES)
@@ -245,13 +215,11 @@ def main() -> None:
         for each, values in zip(todo, workers.map(lambda each: measure(args, *each), todo)):
             results["/".join(map(str, each))] = values
             console.log(f"{each}: {values}")
-            with data.new_file(args.json) as file:
+            with files.new_file(args.json) as file:
                 json.dump(results, file, ensure_ascii=False, indent=1)
     for data_set in args.data_sets:
         results.setdefault(f"{data_set}/BM25/", bm25(args, data_set))
     print(table(results, args, ["BM25", *names]))
-    if args.chart:
-        draw(args.chart, results, args)
 
 
 if __name__ == "__main__":

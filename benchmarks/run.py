@@ -11,106 +11,16 @@ The encoder has ERNIE-base's dimensions and random weights, except where `ernie_
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(HERE)
-sys.path.insert(0, ROOT)
+from bench import BASE, FILES, MINI, ROOT, Bench  # first: it makes the project importable
+from simcse import console, files, flags
 
-from serving import serving  # noqa: E402
-
-import cli  # noqa: E402
-import console  # noqa: E402
-import data  # noqa: E402
-
-MINI = os.path.join(ROOT, "pretrained", "ernie_mini_zh")
-BASE = {"vocab_size": 17964, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-        "intermediate_size": 3072, "hidden_act": "relu", "max_position_embeddings": 513}
-FILES = {"titles": "dev.csv", "corpus": "corpus.csv", "training": "train_unsupervised.csv"}
-
-
-class Bench:
-    """What the measurements share: arguments, a scratch folder with encoder and checkpoint, texts, rows."""
-
-    def __init__(self, args: argparse.Namespace, scratch: str) -> None:
-        self.args, self.scratch, self.rows, self.machine = args, scratch, [], describe_machine()
-        self.encoder, self.checkpoint = f"{scratch}/encoder", f"{scratch}/checkpoint"
-
-    def texts(self, kind: str, most: int) -> list[str]:
-        """Up to `most` texts, taken evenly over the file; of pairs the first."""
-        with open(os.path.join(self.args.data_dir, FILES[kind]), encoding="utf-8") as file:
-            texts = data.distinct(line.split("\t")[0].strip() for line in file if line.strip())
-        return texts[:: max(1, len(texts) // most)][:most]
-
-    def base(self) -> None:
-        """Make the encoder and the checkpoint of ERNIE-base's dimensions, once."""
-        if not os.path.isdir(self.checkpoint):
-            self.side("ours", "prepare", folder=self.scratch, sizes=BASE, vocab_folder=MINI)
-
-    def mini(self) -> str:
-        """A checkpoint of ernie_mini_zh, made once by train.py."""
-        folder = f"{self.scratch}/mini"
-        if not os.path.isdir(folder):
-            self.stage("train.py", "--epochs", 0, "--model_name_or_path", MINI, "--output_emb_size", 256,
-                       "--infer_with_fc_pooler", "--save_dir", folder, "--visualdl_dir", f"{self.scratch}/log",
-                       "--train_set_file", os.path.join(self.args.data_dir, FILES["training"]))
-        return f"{folder}/model_0"
-
-    def side(self, module: str, function: str, env: dict | None = None, python: str = sys.executable,
-             **arguments) -> dict[str, float]:
-        """Run a function of ours.py, original.py or peer.py in a process of its own."""
-        result = subprocess.run([python, f"{HERE}/{module}.py", function], input=json.dumps(arguments), text=True,
-                                capture_output=True, env={**os.environ, **(env or {})})
-        if result.returncode:
-            raise console.InputError(f"{module}.py {function} failed:\n{result.stderr[-2000:]}")
-        return json.loads(result.stdout.split("RESULT ")[-1])
-
-    def stage(self, script: str, *flags) -> tuple[float, float, str]:
-        """Run a stage on the CPU: seconds, peak memory in MB, stderr."""
-        with tempfile.TemporaryFile("w+") as log:
-            start = time.perf_counter()
-            process = subprocess.Popen([sys.executable, f"{ROOT}/{script}", "--device", "cpu", *map(str, flags)],
-                                       stdout=subprocess.DEVNULL, stderr=log)
-            _, status, usage = os.wait4(process.pid, 0)
-            seconds = time.perf_counter() - start
-            log.seek(0)
-            text = log.read()
-        if status:
-            raise console.InputError(f"{script} failed:\n{text[-2000:]}")
-        return seconds, usage.ru_maxrss / 1024, text
-
-    def add(self, name: str, case: str, ours: float, reference: float, unit: str) -> None:
-        """A row; less is better for times and memory, more for everything else."""
-        ratio = reference / ours if unit in ("s", "ms", "MB") else ours / reference
-        self.rows.append({"name": name, "case": case, "ours": round(ours, 4), "reference": round(reference, 4),
-                          "ratio": round(ratio, 3), "unit": unit, "machine": self.machine})
-        print(f"{name:9} {case:66} {ours:10.4g} {reference:10.4g} {unit:10} {ratio:7.2f}", flush=True)
-
-    def in_turn(self, name: str, unit: str, repeats: int, ours: Callable, references: dict[str, Callable]) -> None:
-        """Both sides in turn, `repeats` times; a row for each case and reference, of medians."""
-        sides = {"": ours, **references}
-        runs = {side: [] for side in sides}
-        for _ in range(repeats):
-            for side, run in sides.items():
-                runs[side].append(run())
-        middle = {side: {case: sorted(run[case] for run in done)[(len(done) - 1) // 2] for case in done[0]}
-                  for side, done in runs.items()}
-        for reference in references:
-            for case, value in middle[reference].items():
-                self.add(name, f"{case}, against {reference}", middle[""][case], value, unit)
-
-
-def describe_machine() -> str:
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "")
-    system = f"{platform.system()}, Python {platform.python_version()}"
-    return f"{os.cpu_count()} x {model or platform.processor()}, {system}"
+from serving import serving
 
 
 def tokenize(bench: Bench) -> None:
@@ -161,7 +71,7 @@ def latency(bench: Bench) -> None:
 
     os.makedirs(f"{bench.scratch}/original", exist_ok=True)
     bench.in_turn("latency", "ms", 2, ours, {"the original's defaults": lambda: bench.side(
-        "original", "latency", encoder=bench.encoder, text=cli.README_TEXT, folder=f"{bench.scratch}/original",
+        "original", "latency", encoder=bench.encoder, text=flags.README_TEXT, folder=f"{bench.scratch}/original",
         runs=20)})
 
 
@@ -271,7 +181,7 @@ def start(bench: Bench) -> None:
 
 def start_of_stages(bench: Bench, name: str, encoder: str, checkpoint: str) -> None:
     folder = tempfile.mkdtemp(dir=bench.scratch)
-    for file, lines in (("texts", [cli.README_TEXT]), ("pairs", [f"{cli.README_TEXT}\t语义检索"])):
+    for file, lines in (("texts", [flags.README_TEXT]), ("pairs", [f"{flags.README_TEXT}\t语义检索"])):
         with open(f"{folder}/{file}", "w", encoding="utf-8") as written:
             written.writelines(line + "\n" for line in lines)
     model, index = ["--params_path", checkpoint], ["--index_path", f"{folder}/index"]
@@ -281,12 +191,12 @@ def start_of_stages(bench: Bench, name: str, encoder: str, checkpoint: str) -> N
 
     def ours() -> dict[str, float]:
         shutil.rmtree(f"{checkpoint}/model_state.graph", ignore_errors=True)
-        stages = {"inference.py, a checkpoint's first time": ["inference.py", *model, "--text", cli.README_TEXT],
-                  "inference.py": ["inference.py", *model, "--text", cli.README_TEXT],
+        stages = {"inference.py, a checkpoint's first time": ["inference.py", *model, "--text", flags.README_TEXT],
+                  "inference.py": ["inference.py", *model, "--text", flags.README_TEXT],
                   "predict.py": ["predict.py", *model, "--text_pair_file", f"{folder}/pairs"],
                   "recall.py --query, a kept index": ["recall.py", *model, *index, "--query", "语义检索"],
                   "deploy/python/predict.py": ["deploy/python/predict.py", "--model_dir", f"{folder}/exported",
-                                               "--precision", "auto", "--text", cli.README_TEXT],
+                                               "--precision", "auto", "--text", flags.README_TEXT],
                   "train.py --epochs 0": ["train.py", *training]}
         export = seconds_of_export(checkpoint, f"{folder}/exported")
         return {f"export_model.py, {name}": export,
@@ -295,10 +205,10 @@ def start_of_stages(bench: Bench, name: str, encoder: str, checkpoint: str) -> N
     def original() -> dict[str, float]:
         os.makedirs(f"{folder}/original", exist_ok=True)
         export = timed_side(bench, "export", encoder=encoder, folder=f"{folder}/original")
-        deployed = timed_side(bench, "deployed", encoder=encoder, text=cli.README_TEXT, folder=f"{folder}/original")
+        deployed = timed_side(bench, "deployed", encoder=encoder, text=flags.README_TEXT, folder=f"{folder}/original")
         training = timed_side(bench, "before_training", encoder=encoder)
         one, two = (timed_side(bench, "first_result", encoder=encoder, texts=texts)
-                    for texts in ([cli.README_TEXT], [cli.README_TEXT, "语义检索"]))
+                    for texts in ([flags.README_TEXT], [flags.README_TEXT, "语义检索"]))
         stages = {"export_model.py": export, "inference.py, a checkpoint's first time": one, "inference.py": one,
                   "predict.py": two, "recall.py --query, a kept index": one, "deploy/python/predict.py": deployed,
                   "train.py --epochs 0": training}
@@ -326,12 +236,12 @@ ALL = {each.__name__: each for each in (tokenize, encode, latency, train, index,
 
 
 def parse_args() -> argparse.Namespace:
-    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = flags.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="name", help=f"what to measure, of {', '.join(ALL)}; none: all")
     parser.add_argument("--json", default=None, help="write the rows there, with the machine's description")
-    parser.add_argument("--data_dir", type=cli.folder, default=None,
+    parser.add_argument("--data_dir", type=flags.folder, default=None,
                         help="folder of train_unsupervised.csv, corpus.csv and dev.csv; None: generated sample data")
-    parser.add_argument("--peer_python", type=cli.readable_file, default=None,
+    parser.add_argument("--peer_python", type=flags.readable_file, default=None,
                         help="a Python that has torch and sentence-transformers, for `encode`; None: not measured")
     args = parser.parse_args()
     if unknown := [name for name in args.names if name not in ALL]:
@@ -356,7 +266,7 @@ def main() -> None:
             ALL[name](bench)
             console.log(f"{name}: {time.perf_counter() - started:.0f} s")
     if args.json:
-        with data.new_file(args.json) as file:
+        with files.new_file(args.json) as file:
             json.dump(bench.rows, file, indent=1)
 
 

@@ -14,16 +14,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(HERE)
-sys.path.insert(0, ROOT)
-
-import console  # noqa: E402
-
-if TYPE_CHECKING:
-    from run import Bench
+from bench import ROOT, Bench
+from simcse import console
 
 SIDES = {"batched": (), "one by one": ("--max_batch", "1")}
 CLIENTS, SECONDS, REPEATS = (1, 8, 64), 6, 3
@@ -76,7 +69,7 @@ def service(model_dir: str, index: str, flags: tuple[str, ...]) -> Iterator[int]
             process.wait()
 
 
-def prepare(bench: "Bench", encoder: str, checkpoint: str) -> tuple[str, str]:
+def prepare(bench: Bench, encoder: str, checkpoint: str) -> tuple[str, str]:
     """An exported model, and the index of 1,000 documents."""
     folder = f"{bench.scratch}/serving_{encoder}"
     os.makedirs(folder)
@@ -89,7 +82,7 @@ def prepare(bench: "Bench", encoder: str, checkpoint: str) -> tuple[str, str]:
     return f"{folder}/output", f"{folder}/index"
 
 
-def serving(bench: "Bench") -> None:
+def serving(bench: Bench) -> None:
     bench.base()
     for encoder, checkpoint in (("base", bench.checkpoint), ("ernie_mini_zh", bench.mini())):
         model_dir, index = prepare(bench, encoder, checkpoint)

@@ -26,8 +26,8 @@ paddle2.6)
     sed 's/^paddlepaddle-gpu/paddlepaddle/' requirements-gpu.txt >"$venv.requirements.tmp"
     make_venv "$venv" "$venv.requirements.tmp" requirements-serving.txt requirements-test.txt
     tests=
-    for name in compat train backward recall pipeline pipes engine precision losses objectives distillation whitening \
-        mlm resume stopping checkpoint distributed serving; do
+    for name in compat train gradients recall pipeline pipes engine precision losses objectives whitening \
+        pretrain mining resume stopping checkpoint distributed serving; do
         tests="$tests tests/test_$name.py"
     done
     ;;

@@ -5,17 +5,14 @@
 #   MODEL       encoder, hub name or folder             (rocketqa-zh-base-query-encoder)
 #   DATA_DIR    folder of train_unsupervised.csv, dev.csv  (./recall)
 #   SAVE_DIR    folder of the checkpoints               (./checkpoints)
-#   OBJECTIVE   contrastive, or mlm: the encoder itself on these texts, for MODEL  (contrastive)
 #   EPOCHS BATCH_SIZE LEARNING_RATE MAX_SEQ_LENGTH DROPOUT OUTPUT_EMB_SIZE SAVE_STEPS EVAL_STEPS
 cd "$(dirname "$0")/.." || exit 1
 . scripts/common.sh
-if [ "${OBJECTIVE:-contrastive}" = mlm ]; then
-    set -- --objective mlm --warmup_proportion 0.1 "$@"
-else
-    set -- --eval_steps "${EVAL_STEPS:-100}" --infer_with_fc_pooler --output_emb_size "${OUTPUT_EMB_SIZE:-256}" \
-        --test_set_file "$DATA_DIR/dev.csv" "$@"
-fi
 launch "${GPUS:-0,1,2,3}" "${LOG_DIR:-./train_log}" train.py \
+    --eval_steps "${EVAL_STEPS:-100}" \
+    --infer_with_fc_pooler \
+    --output_emb_size "${OUTPUT_EMB_SIZE:-256}" \
+    --test_set_file "$DATA_DIR/dev.csv" \
     --device "$DEVICE" \
     --save_dir "$SAVE_DIR" \
     --batch_size "${BATCH_SIZE:-64}" \

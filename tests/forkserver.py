@@ -70,8 +70,9 @@ def preload() -> dict[str, str]:
     """Import what takes long; what that added to the environment."""
     before = dict(os.environ)
     sys.path.insert(0, ROOT)
-    import data  # noqa: F401  sets the environment in which numpy is imported
-    import model  # noqa: F401  and that of paddle
+    import simcse  # noqa: F401  sets the environment in which numpy and paddle are imported
+
+
 
     for name in PRELOADED:
         with contextlib.suppress(ImportError):  # not of this stack

@@ -9,15 +9,14 @@ import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
-import model as m  # noqa: I001  first: it prepares the environment in which paddle is imported
+import data
+import model as m
+from simcse import console, ranks
+from simcse.gradients import backward
+
 import numpy as np
 import paddle
 from paddlenlp.transformers import ErnieConfig, ErnieModel
-
-import backward
-import batches
-import console
-import tokenizing
 
 SIZES = {"vocab_size": 200, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
          "intermediate_size": 32, "max_position_embeddings": 40}
@@ -25,9 +24,8 @@ ROWS = 6
 # What each rank does: options of `gradients`.
 CASES = {
     "plain": {}, "cross": {"cross": True}, "cached": {"chunk": 4}, "cross_cached": {"cross": True, "chunk": 4},
-    "recomputed": {"recompute": True}, "recomputed_cached": {"recompute": True, "chunk": 4},
-    "accumulated": {"batches": 2}, "accumulated_cached": {"batches": 2, "chunk": 4}, "pairs": {"pairs": True},
-    "cross_pairs": {"pairs": True, "cross": True}, "cross_pairs_cached": {"pairs": True, "cross": True, "chunk": 4}}
+    "pairs": {"pairs": True}, "cross_pairs": {"pairs": True, "cross": True},
+    "cross_pairs_cached": {"pairs": True, "cross": True, "chunk": 4}}
 
 
 def texts(number: int, rows: int = ROWS) -> list[list[int]]:
@@ -42,46 +40,38 @@ def rotated(ids: list, by: int) -> list:
     return [text for start in range(0, len(ids), ROWS) for text in (ids[start : start + ROWS] * 2)[by : by + ROWS]]
 
 
-def batch_of(ids: list[list[int]], chunk: int | None = None, keys: bool = True, pairs: bool = False) -> batches.Batch:
+def batch_of(ids: list[list[int]], chunk: int | None = None, keys: bool = True, pairs: bool = False) -> data.Batch:
     """The texts under two dropouts; or, with `pairs`, each with the one after it as its title and the one after that as
     its hard negative."""
     sides = [rotated(ids, by) for by in range(3)] if pairs else [ids, ids]
     texts = sides if pairs else sides[:1]
-    return batches.Batch(batches.chunks_of(sides, chunk or len(ids), 0),
-                         np.stack([tokenizing.text_keys(side) for side in texts], axis=1) if keys else None)
+    return data.Batch(data.chunks_of(sides, chunk or len(ids), 0), data.keys_of(texts) if keys else None)
 
 
-def tiny(dropout: float = 0.0, recompute: bool = False) -> m.SimCSE:
+def tiny(dropout: float = 0.0, **settings) -> m.SimCSE:
     paddle.seed(1)
     encoder = ErnieModel(ErnieConfig(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **SIZES))
-    network = m.SimCSE(encoder, dropout=dropout, output_emb_size=8, margin=0.1)
-    if recompute:
-        network.use_recompute()
+    network = m.SimCSE(encoder, dropout=dropout, output_emb_size=8, margin=0.1, **settings)
     network.train()
     return network
 
 
-def gradients(steps: list[list[list[int]]], dropout: float = 0.0, chunk: int | None = None, cross: bool = False,
-              recompute: bool = False, keys: bool = True, pairs: bool = False, **about) -> dict[str, np.ndarray]:
-    """The loss of the last of the steps, and the mean of the gradients of all."""
-    model = tiny(dropout, recompute)
+def gradients(ids: list[list[int]], dropout: float = 0.0, chunk: int | None = None, cross: bool = False,
+              keys: bool = True, pairs: bool = False) -> dict[str, np.ndarray]:
+    """The loss of a step, and its gradients."""
+    model = tiny(dropout, cross_device_negatives=cross)
     network = paddle.DataParallel(model) if paddle.distributed.get_world_size() > 1 else model
-    model.cross_device_negatives = cross
     paddle.seed(7)
-    for number, ids in enumerate(steps, start=1):
-        batch = batch_of(ids, chunk, keys, pairs)._replace(**about)
-        loss = backward.backward(network, model, batch, lambda loss: loss / len(steps), last=number == len(steps))
+    loss = backward(network, model, batch_of(ids, chunk, keys, pairs), lambda loss: loss)
     named = {name: tensor.grad.numpy() for name, tensor in model.named_parameters() if tensor.grad is not None}
     return {"loss": loss.numpy(), **named}
 
 
 def main(folder: str) -> None:
     paddle.set_device("cpu")
-    rank, _ = m.join_ranks()
+    rank, _ = ranks.join_ranks()
     for name, options in CASES.items():
-        options = dict(options)
-        numbers = range(rank, 2 * options.pop("batches", 1), 2)
-        np.savez(os.path.join(folder, f"{name}_{rank}.npz"), **gradients([texts(n) for n in numbers], **options))
+        np.savez(os.path.join(folder, f"{name}_{rank}.npz"), **gradients(texts(rank), **options))
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import checkpoint as c  # noqa: E402
-import tokenizing  # noqa: E402
+import data  # noqa: E402
+from simcse import weights  # noqa: E402
 
 MARK = "SIMCSE_SOAK"
 
@@ -66,11 +66,11 @@ class Soak:
     def check_checkpoints(self, save_dir: str) -> None:
         """Every folder under its final name has all its files, and they can be read."""
         folder = self.folder / save_dir
-        for step in c.saved_steps(str(folder)):
+        for step in weights.saved_steps(str(folder)):
             path = folder / f"model_{step}"
-            assert len(c.read_weights(str(path / "model_state.pdparams"), "--flag")) > 50
+            assert len(weights.read_weights(str(path / "model_state.pdparams"), "--flag")) > 50
             json.loads((path / "simcse_config.json").read_text(encoding="utf-8"))
-            tokenizing.load_tokenizer(str(path))
+            data.load_tokenizer(str(path))
             self.count("checkpoints verified")
 
     def digest(self, *names: str) -> str:
@@ -80,7 +80,7 @@ class Soak:
         return digest.hexdigest()
 
     def weights(self, save_dir: str) -> str:
-        state = c.read_weights(str(self.folder / save_dir / "model_64" / "model_state.pdparams"), "--flag")
+        state = weights.read_weights(str(self.folder / save_dir / "model_64" / "model_state.pdparams"), "--flag")
         return hashlib.sha256(b"".join(name.encode() + state[name].tobytes() for name in sorted(state))).hexdigest()
 
     def recall(self, name: str) -> list:

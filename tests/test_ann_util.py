@@ -2,18 +2,27 @@
 
 import json
 
+import ann_util
+from ann_util import (
+    ExactIndex,
+    HnswIndex,
+    Shards,
+    ann_recall,
+    exact_search,
+    fill_up,
+    merge,
+    new_index,
+)
+from data import load_tokenizer, read_text_pairs, read_texts
+from recall import HNSW_EF, HNSW_M, SHARDS
+from simcse import machine
+from simcse.console import InputError
+from simcse.engine import make_engine
+from simcse.files import file_digest
+
 import numpy as np
 import pytest
-from conftest import ENCODER, refuse, succeed
-
-import ann_util
-from ann_util import ExactIndex, HnswIndex, Shards, ann_recall, exact_search, fill_up, from_int8, merge, to_int8
-from console import InputError
-from data import file_digest, read_text_pairs, read_texts
-from deploy.python.predictor import make_engine
-from index_store import new_index
-from recall import HNSW_EF, HNSW_M, SHARDS
-from tokenizing import load_tokenizer
+from conftest import ENCODER, FP32, refuse, succeed
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +56,7 @@ def test_equal_cosines_come_in_row_order():
 
 
 @pytest.mark.parametrize("make, kept", [
-    (lambda size: ExactIndex(), lambda corpus: corpus), (lambda size: HnswIndex(32, size), lambda corpus: corpus),
-    (lambda size: ExactIndex("int8"), lambda corpus: from_int8(to_int8(corpus)))])
+    (lambda size: ExactIndex(), lambda corpus: corpus), (lambda size: HnswIndex(32, size), lambda corpus: corpus)])
 @pytest.mark.parametrize("documents", [1, 3, 700])
 def test_shards_find_the_same_on_any_number_of_ranks(vectors, documents, make, kept, tmp_path, monkeypatch):
     """Rows, cosines and what is on the disk; against one exact index, too, where the shards are."""
@@ -95,65 +103,14 @@ def test_an_index_survives_the_disk(vectors, make, tmp_path):
         assert (one == other).all()
 
 
-def test_int8_is_a_quarter_and_close(vectors, tmp_path):
-    """Cosines against float32, through the disk too; norms are those of what was packed."""
-    plain, small, again = ExactIndex(), ExactIndex("int8"), ExactIndex("int8")
-    for rows in (slice(0, 300), slice(300, 700)):
-        plain.add(vectors[rows])
-        small.add(vectors[rows])
-    (restored,) = small.blocks()
-    assert restored.dtype == np.float32 and 0 < np.abs(vectors[:50] @ (restored - vectors).T).max() < 0.01
-    np.testing.assert_allclose(np.linalg.norm(restored, axis=1), 1, atol=1e-6)
-    (rows, cosines), (exact_rows, exact_cosines) = (index.search(vectors[:50], 20) for index in (small, plain))
-    np.testing.assert_allclose(cosines, exact_cosines, atol=0.01)
-    assert np.mean([len(set(a) & set(b)) / 20 for a, b in zip(rows.tolist(), exact_rows.tolist())]) > 0.95
-    small.save(str(tmp_path / "small"))
-    plain.save(str(tmp_path / "plain"))
-    again.load(str(tmp_path / "small"))
-    assert (again.search(vectors[:50], 20)[1] == cosines).all() and len(again) == 700
-    header = 256
-    assert (tmp_path / "small").stat().st_size <= 700 * (32 + 4) + header
-    assert (tmp_path / "plain").stat().st_size >= 700 * 4 * 32
-
-
-def test_int8_of_zeros_and_of_other_norms():
-    vectors = np.array([[0, 0], [3, -4], [1e-20, 0]], "float32")
-    np.testing.assert_allclose(from_int8(to_int8(vectors)), vectors, atol=0.02)
-    assert to_int8(vectors)["values"].tolist() == [[0, 0], [95, -127], [127, 0]]
-
-
 def test_a_kept_index_of_another_vector_type_is_refused(checkpoint, sample, tmp_path):
-    """In both directions, without the corpus too; one that does not say is of float32."""
-    flags = ["--device", "cpu", "--params_path", checkpoint, "--query", "语义", "--top_k", 120, "--precision", "fp32"]
-    found = {}
-    for kind in ("float32", "int8"):
-        build = [*flags, "--corpus_file", sample / "corpus.csv", "--ann_engine", "exact", "--index_path", kind]
-        answer = succeed("recall.py", *build, "--vector_type", kind, cwd=tmp_path).stdout
-        assert json.loads((tmp_path / kind / "fingerprint.json").read_text())["vector_type"] == kind
-        assert succeed("recall.py", *flags, "--index_path", kind, cwd=tmp_path).stdout == answer
-        other = {"float32": "int8", "int8": "float32"}[kind]
-        line = refuse("recall.py", *build, "--vector_type", other, cwd=tmp_path)
-        assert f"--index_path {kind}: was built with another vector_type;" in line
-        found[kind] = {line.split("\t")[1]: float(line.split("\t")[2]) for line in answer.splitlines()}
-    line = refuse("recall.py", *flags, "--index_path", "float32", "--ann_engine", "exact", "--vector_type", "int8",
-                  cwd=tmp_path)
-    assert "was built with another vector_type;" in line
-    exact = list(found["float32"])
-    np.testing.assert_allclose(*([each[text] for text in exact] for each in found.values()), atol=0.01)
-    assert found["float32"] != found["int8"]
-    path = tmp_path / "float32" / "fingerprint.json"
-    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items()
-                                if name != "vector_type"}))
-    succeed("recall.py", *flags, "--index_path", "float32", "--corpus_file", sample / "corpus.csv", "--ann_engine",
-            "exact", cwd=tmp_path)
-
-
-@pytest.mark.parametrize("engine", ["hnswlib", "milvus"])
-def test_int8_is_for_exact_search(tmp_path, engine):
-    (tmp_path / "file").write_text("a\tb\n")
-    line = refuse("recall.py", "--params_path", "file", "--corpus_file", "file", "--similar_text_pair", "file",
-                  "--ann_engine", engine, "--vector_type", "int8", cwd=tmp_path)
-    assert "--vector_type int8 needs --ann_engine exact" in line
+    """Of a former version, which had int8."""
+    flags = ["--device", "cpu", "--params_path", checkpoint, "--query", "语义", "--index_path", "index", *FP32]
+    succeed("recall.py", *flags, "--corpus_file", sample / "corpus.csv", "--ann_engine", "exact", cwd=tmp_path)
+    path = tmp_path / "index" / "fingerprint.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "vector_type": "int8"}))
+    line = refuse("recall.py", *flags, cwd=tmp_path)
+    assert "--index_path index: was built with another vector_type;" in line
 
 
 def test_ann_recall_counts_what_is_missing():
@@ -201,15 +158,15 @@ def test_too_little_memory_says_how_much(monkeypatch):
     with pytest.raises(InputError, match=r"the graph of 10,000,000 documents of 256 needs 13\.4 GB .* 1\.0 are free"):
         HnswIndex(256, 10**7)
     monkeypatch.undo()
-    assert 10**8 < ann_util.available_memory() < 10**13
+    assert 10**8 < machine.available_memory() < 10**13
 
 
 def test_csl_in_milvus_and_hnswlib_against_exact(real_data, tmp_path, monkeypatch):
-    """6,092 abstracts and 250 titles, the beginning of each: both at least 0.99 of the exact 50."""
+    """6,092 abstracts and 250 titles, the beginning of each: all at least 0.99 of the exact 50."""
     pytest.importorskip("pymilvus", reason="requirements-milvus.txt is not installed")
-    from loading import load_encoder
-    from milvus_index import MilvusIndex
     from model import SimCSE, encode
+    from simcse.encoders import load_encoder
+    from simcse.milvus import MilvusIndex
 
     monkeypatch.chdir(tmp_path)
     folder = real_data / "csl" / "recall"
@@ -219,14 +176,16 @@ def test_csl_in_milvus_and_hnswlib_against_exact(real_data, tmp_path, monkeypatc
     engine, tokenizer = make_engine(network), load_tokenizer(str(ENCODER))
     asked, vectors = (encode(engine, tokenizer, texts, 16) for texts in (queries, corpus))
     _, exact = exact_search(asked, vectors, 50)
-    made_of = {"documents": len(corpus), "dim": vectors.shape[1], "index_type": "FLAT", "metric": "COSINE"}
+    fingerprint = {"documents": len(corpus), "dim": vectors.shape[1], "metric": "COSINE", "hnsw_m": HNSW_M,
+               "hnsw_ef": HNSW_EF}
     graph = new_index({"ann_engine": "hnswlib", "index_shards": SHARDS, "hnsw_m": HNSW_M, "hnsw_ef": HNSW_EF,
                        "hnsw_max_elements": len(corpus)}, len(corpus), vectors.shape[1])
-    collection = MilvusIndex("csl.db", "csl", made_of)
-    for index in (graph, collection):
+    collections = [MilvusIndex("csl.db", kind, {**fingerprint, "index_type": kind}) for kind in ("FLAT", "HNSW")]
+    for index in (graph, *collections):
         for rows in index.pieces:
             part = slice(rows.start, rows.stop)
-            index.add(rows, vectors[part], *([corpus[part]] if index is collection else []))
+            index.add(rows, vectors[part], *([corpus[part]] if index in collections else []))
         index.finish()
         assert ann_recall(index.search(asked, 50)[1], exact) >= 0.99
-        index.close()
+    graph.close()
+    collections[0].close()

@@ -2,14 +2,15 @@
 
 import argparse
 
+import data
+from data import ShuffledBatches, load_tokenizer, text_keys
+from scripts import pretrain
+
 import numpy as np
 import pytest
 from conftest import ENCODER
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import batches as b
-from tokenizing import ShuffledBatches, load_tokenizer, text_keys
 
 TEXTS = ["语义索引召回一批语义相关的文本", "SimCSE unsupervised training 2021", "短", "城市道路交通流中观仿真研究",
          "语义索引召回一批语义相关的文本"]
@@ -22,106 +23,87 @@ def tokenizer():
 
 def arguments(**changed):
     return argparse.Namespace(**{
-        "max_seq_length": 32, "seed": 7, "crop_rate": 0.0, "dup_rate": 0.0, "gradient_cache": False, "chunk_size": None,
-        "keep_duplicate_negatives": False, "gradient_accumulation_steps": 1, "epochs": 2, "mlm_probability": 0.15,
-        **changed})
+        "max_seq_length": 32, "seed": 7, "crop_rate": 0.0, "chunk_size": None,
+        "keep_duplicate_negatives": False, "epochs": 2, "mlm_probability": 0.15, **changed})
 
 
 def arrays(batch):
-    return [array for chunk in batch.chunks for array in chunk]
+    return [array for chunk in batch.chunks for array in chunk.values()]
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(1, 60), st.floats(0, 0.99), st.integers(0, 2**32 - 1))
 def test_crop_is_a_run_of_tokens(inner, rate, seed):
     ids = [101, *range(1000, 1000 + inner), 102]
-    cropped = b.crop(ids, rate, np.random.default_rng(seed))
+    cropped = data.crop(ids, rate, np.random.default_rng(seed))
     assert cropped[0] == 101 and cropped[-1] == 102 and len(cropped) - 2 >= inner - int(rate * inner)
     run = cropped[1:-1]
     assert run and run == list(range(run[0], run[0] + len(run))) and run[0] >= 1000 and run[-1] < 1000 + inner
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.integers(0, 60), st.floats(0.01, 0.99), st.integers(0, 2**32 - 1))
-def test_repeated_words_are_said_twice_in_place(inner, rate, seed):
-    ids = [101, *range(1000, 1000 + inner), 102]
-    said = b.repeat_words(ids, rate, np.random.default_rng(seed))
-    assert sorted(set(said)) == sorted(set(ids)) and said == sorted(said[:-1]) + [102]
-    assert len(said) - len(ids) <= min(inner, max(2, int(rate * inner)))
-    assert max(map(said.count, said)) <= 2
-
-
 def test_views_draw_all_lengths():
     ids = [101, *range(1000, 1010), 102]
     random = np.random.default_rng(0)
-    assert {len(b.crop(ids, 0.5, random)) for _ in range(300)} == set(range(7, 13))
-    assert {len(b.repeat_words(ids, 0.3, random)) for _ in range(300)} == {12, 13, 14, 15}
+    assert {len(data.crop(ids, 0.5, random)) for _ in range(300)} == set(range(7, 13))
 
 
 def test_a_batch_is_the_texts_twice_or_two_views_of_each(tokenizer):
     ids = tokenizer(TEXTS, 32)
-    plain = b.Batches(TEXTS, tokenizer, arguments()).make(range(5), 0)
-    query, _, title, _ = plain.chunks[0]
+    plain = data.Batches(TEXTS, tokenizer, arguments()).make(range(5), 0)
+    query, _, title, _ = plain.chunks[0].values()
     np.testing.assert_array_equal(query, title)
     assert [row[row != 0].tolist() for row in query] == ids
     np.testing.assert_array_equal(plain.keys[:, 0], text_keys(ids))
-    assert plain.keys.shape == (5, 1) and plain.keys[0] == plain.keys[4] and plain.teacher is None
-    views = b.Batches(TEXTS, tokenizer, arguments(crop_rate=0.5, dup_rate=0.3)).make(range(5), 0)
+    assert plain.keys.shape == (5, 1) and plain.keys[0] == plain.keys[4]
+    views = data.Batches(TEXTS, tokenizer, arguments(crop_rate=0.5)).make(range(5), 0)
     np.testing.assert_array_equal(views.keys, plain.keys)
-    sides = [[row[row != 0].tolist() for row in views.chunks[0][number]] for number in (0, 2)]
+    sides = [[row[row != 0].tolist() for row in views.chunks[0][f"{side}_input_ids"]] for side in ("query", "title")]
     assert sides[0] != sides[1] and sides[0] != ids
     assert all(set(view) <= set(whole) for side in sides for view, whole in zip(side, ids))
 
 
 def test_views_depend_on_seed_epoch_and_row_alone(tokenizer):
-    make = b.Batches(TEXTS, tokenizer, arguments(crop_rate=0.5)).make
-    whole, part = make([0, 1, 2, 3], 1).chunks[0][0], make([3, 1], 1).chunks[0][0]
+    make = data.Batches(TEXTS, tokenizer, arguments(crop_rate=0.5)).make
+    whole, part = (arrays(make(rows, 1))[0] for rows in ([0, 1, 2, 3], [3, 1]))
     for row, of in ((3, 0), (1, 1)):
         np.testing.assert_array_equal(whole[row][whole[row] != 0], part[of][part[of] != 0])
-    reseeded = b.Batches(TEXTS, tokenizer, arguments(crop_rate=0.5, seed=8)).make
+    reseeded = data.Batches(TEXTS, tokenizer, arguments(crop_rate=0.5, seed=8)).make
     for other in (make([0, 1, 2, 3], 2), reseeded([0, 1, 2, 3], 1)):
         assert any(one.shape != two.shape or (one != two).any() for one, two in zip([whole], arrays(other)))
 
 
 def test_a_view_is_cut_to_the_length(tokenizer):
     long = ["城市道路交通流中观仿真研究" * 5]
-    query = b.Batches(long, tokenizer, arguments(dup_rate=0.9, max_seq_length=16)).make([0], 0).chunks[0][0]
+    batch = data.Batches(long, tokenizer, arguments(crop_rate=0.01, max_seq_length=16)).make([0], 0)
+    query = batch.chunks[0]["query_input_ids"]
     assert query.shape == (1, 16) and query[0, -1] == tokenizer.sep
 
 
 def test_pairs_and_triples_are_sides(tokenizer):
     triples = [["甲乙", "甲乙丙", "丁"], ["甲乙", "戊己", "庚"], ["辛", "壬癸", "甲乙丙"]]
-    batch = b.Batches(triples, tokenizer, arguments(gradient_cache=True, chunk_size=2)).make([0, 1, 2], 0)
+    batch = data.Batches(triples, tokenizer, arguments(chunk_size=2)).make([0, 1, 2], 0)
     expected = [tokenizer(side, 32) for side in zip(*triples)]
-    assert [[len(array) for array in chunk] for chunk in batch.chunks] == [[2, 2, 4, 4], [1, 1, 2, 2]]
-    rows = [[row[row != 0].tolist() for row in chunk[2]] for chunk in batch.chunks]
+    assert [[len(array) for array in chunk.values()] for chunk in batch.chunks] == [[2, 2, 4, 4], [1, 1, 2, 2]]
+    rows = [[row[row != 0].tolist() for row in chunk["title_input_ids"]] for chunk in batch.chunks]
     assert rows == [expected[1][:2] + expected[2][:2], expected[1][2:] + expected[2][2:]]
     assert batch.keys.shape == (3, 3) and batch.keys[0, 0] == batch.keys[1, 0] and batch.keys[0, 1] == batch.keys[2, 2]
-    assert b.Batches(triples, tokenizer, arguments(keep_duplicate_negatives=True)).make([0], 0).keys is None
-
-
-def test_the_teacher_goes_with_its_rows(tokenizer):
-    teacher = np.arange(10, dtype="float16").reshape(5, 2)
-    got = b.Batches(TEXTS, tokenizer, arguments(), teacher).make(np.array([3, 0]), 0).teacher
-    np.testing.assert_array_equal(got, [[6, 7], [0, 1]])
-    assert got.dtype == np.float32
+    assert data.Batches(triples, tokenizer, arguments(keep_duplicate_negatives=True)).make([0], 0).keys is None
 
 
 def test_steps_after_a_step_are_those_of_the_whole_run(tokenizer):
-    args = arguments(gradient_accumulation_steps=2)
-    makes = b.Batches(TEXTS * 3, tokenizer, args)
+    make = data.Batches(TEXTS * 3, tokenizer, arguments()).make
 
     def steps(first):
-        groups = b.groups_after(first, 4, args, ShuffledBatches(15, 2), makes)
-        return [(epoch, number, [batch.rows.tolist() for batch in group]) for epoch, number, group in groups]
+        batches = data.batches_after(first, 2, ShuffledBatches(15, 2), make)
+        return [(epoch, number, batch.rows.tolist()) for epoch, number, batch in batches]
 
-    assert len(steps(0)) == 8 and all(steps(first) == steps(0)[first:] for first in range(9))
+    assert len(steps(0)) == 16 and all(steps(first) == steps(0)[first:] for first in range(17))
 
 
 # ------------------------------------------------------------------------------------------------------ masked words
 def test_whole_words_are_masked(tokenizer):
     text = "城市道路交通流中观仿真研究,SimCSE is unsupervised"
-    masked = b.MaskedBatches([text], tokenizer, arguments(max_seq_length=64))
+    masked = pretrain.MaskedBatches([text], tokenizer, arguments(max_seq_length=64))
     (ids,), (starts,) = tokenizer.with_places([text], 64)
     assert ids == tokenizer([text], 64)[0] and len(starts) == len(ids) - 2
     words = masked.words(text, starts)
@@ -142,7 +124,7 @@ def test_whole_words_are_masked(tokenizer):
 def test_masks_are_eighty_ten_ten(tokenizer):
     texts = ["城市道路交通流中观仿真研究与应用" * 3] * 500
     args = arguments(max_seq_length=64, mlm_probability=0.3)
-    (ids, types, places, labels), = b.MaskedBatches(texts, tokenizer, args).make(range(500), 0).chunks
+    ids, types, places, labels, _ = pretrain.MaskedBatches(texts, tokenizer, args).make(range(500), 0)
     whole = np.array(tokenizer(texts[:1], 64)[0])
     np.testing.assert_array_equal(labels, np.tile(whole, 500)[places])
     seen = ids.reshape(-1)[places]
@@ -153,5 +135,5 @@ def test_masks_are_eighty_ten_ten(tokenizer):
     np.testing.assert_array_equal(ids.reshape(-1)[untouched], np.tile(whole, 500)[untouched])
     assert 0.2 < len(places) / (500 * (len(whole) - 2)) <= 0.3 and not types.any()
     assert not set(seen.tolist()) & {tokenizer.cls, tokenizer.sep, tokenizer.pad_token_id}
-    again, = b.MaskedBatches(texts, tokenizer, args).make(range(500), 0).chunks
+    again = pretrain.MaskedBatches(texts, tokenizer, args).make(range(500), 0)
     np.testing.assert_array_equal(again[0], ids)

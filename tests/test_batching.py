@@ -3,9 +3,9 @@
 import asyncio
 import threading
 
-import pytest
-
 from deploy.serving.batching import Batcher, Job, OverloadedError
+
+import pytest
 
 
 class Answers:

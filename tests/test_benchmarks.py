@@ -26,15 +26,15 @@ def test_quality_shows_the_commands_of_its_recipes(tmp_path):
     """And every command is one that its script takes, files aside."""
     shown = succeed("benchmarks/quality.py", "--show", "--data_dir", tmp_path).stdout
     lines = [line.strip() for line in shown.splitlines() if "    python " in line]
-    assert len(lines) > 30 and all(line.startswith(("python train.py ", "python recall.py ", "python inference.py "))
-                                   for line in lines)
-    assert "--pooling first_last_avg --whiten" in shown and "recall.py ... --hybrid_bm25 --fusion score" in shown
+    assert len(lines) > 30 and all(line.startswith(tuple(f"python {script}.py " for script in (
+        "train", "recall", "predict", "scripts/pretrain", "scripts/mine_negatives"))) for line in lines)
+    assert "--pooling first_last_avg --whiten" in shown and "recall.py ... --hybrid_bm25" in shown
     assert "no such recipe: plane; there are untrained, plain" in refuse("benchmarks/quality.py", "plane", "--data_dir",
                                                                          tmp_path)
 
 
 def test_quality_runs_a_recipe_and_keeps_what_it_found(real_data, tmp_path):
-    """On a part of LCQMC: BM25 and a whitened network; the second time nothing is run but BM25."""
+    """On a part of LCQMC: BM25 and training with hard negatives; the second time nothing is run but BM25."""
     folder = tmp_path / "lcqmc" / "recall"
     folder.mkdir(parents=True)
     for name, most in (("dev.csv", 200), ("dev_labeled.csv", 20)):
@@ -42,13 +42,11 @@ def test_quality_runs_a_recipe_and_keeps_what_it_found(real_data, tmp_path):
         (folder / name).write_text("".join(lines), encoding="utf-8")
         if name == "dev.csv":
             (folder / "corpus.csv").write_text("".join(line.split("\t")[1] for line in lines), encoding="utf-8")
-    flags = ["mean, whitened", "--data_dir", tmp_path, "--data_sets", "lcqmc", "--seeds", 7, "--json", "q.json",
-             "--chart", "q.svg"]
+    flags = ["triples", "--data_dir", tmp_path, "--data_sets", "lcqmc", "--seeds", 7, "--json", "q.json"]
     table = succeed("benchmarks/quality.py", *flags, cwd=tmp_path).stdout
     rows = {line.split(" | ")[0].strip("| "): line for line in table.splitlines() if "±" in line}
-    assert rows.keys() == {"BM25", "BM25, first 62 characters", "mean, whitened"}
-    kept = json.loads((tmp_path / "q.json").read_text(encoding="utf-8"))["lcqmc/mean, whitened/7"]
-    assert f"| mean, whitened | {kept['']['recall@1']:.1f} ± 0.0 |" in table and kept[""]["recall@50"] > 50
-    assert (tmp_path / "q.svg").stat().st_size > 5000
+    assert rows.keys() == {"BM25", "BM25, first 62 characters", "triples"}
+    kept = json.loads((tmp_path / "q.json").read_text(encoding="utf-8"))["lcqmc/triples/7"]
+    assert f"| triples | {kept['']['recall@1']:.1f} ± 0.0 |" in table and kept[""]["recall@50"] > 50
     again = run_script("benchmarks/quality.py", *flags, cwd=tmp_path, timeout=60)
     assert again.returncode == 0 and again.stdout == table

@@ -6,14 +6,15 @@ import os
 import pickle
 import shutil
 
+from data import TextFile
+from simcse import files, run
+from simcse import weights as w
+from simcse.console import InputError
+
 import numpy as np
 import pytest
 from conftest import ENCODER, refuse, run_script, succeed
 from training import saving_flags, weights
-
-import checkpoint as c
-from console import InputError
-from data import TextFile
 
 
 @pytest.fixture
@@ -26,16 +27,19 @@ def test_how_many_are_kept(tmp_path, keep):
     """After each save the newest `keep`, however few there are by then; 0: all."""
     for number in range(1, 6):
         (tmp_path / f"model_{number}").mkdir()
-        c.remove_old(str(tmp_path), number, keep)
-        assert c.saved_steps(str(tmp_path)) == list(range(1, number + 1))[-keep if keep else 0 :]
+        run.remove_old(str(tmp_path), number, keep)
+        assert w.saved_steps(str(tmp_path)) == list(range(1, number + 1))[-keep if keep else 0 :]
 
 
 def test_safetensors_is_the_same_checkpoint(flags, sample, tmp_path):
+    succeed("train.py", *flags("--epochs", 1, "--save_dir", "pdparams"), cwd=tmp_path)
+    other = tmp_path / "safetensors" / "model_16"
+    shutil.copytree(tmp_path / "pdparams" / "model_16", other)
+    w.write_weights(str(other / "model_state.safetensors"), w.read_weights(str(other / w.PARAMS_FILE), "--flag"))
+    (other / w.PARAMS_FILE).unlink()
     for kind in ("pdparams", "safetensors"):
-        succeed("train.py", *flags("--epochs", 1, "--save_format", kind, "--save_dir", kind), cwd=tmp_path)
         succeed("inference.py", "--device", "cpu", "--params_path", f"{kind}/model_16", "--input_file",
                 sample / "corpus.csv", "--output_file", f"{kind}.npy", cwd=tmp_path)
-    assert "model_state.safetensors" in os.listdir(tmp_path / "safetensors" / "model_16")
     np.testing.assert_array_equal(np.load(tmp_path / "pdparams.npy"), np.load(tmp_path / "safetensors.npy"))
     (tmp_path / "safetensors" / "model_16" / "model_state.safetensors").write_bytes(b"\x10" * 100)
     line = refuse("inference.py", "--device", "cpu", "--params_path", "safetensors/model_16", cwd=tmp_path)
@@ -73,7 +77,7 @@ def test_large_arrays_in_pieces_and_bfloat16_are_read(tmp_path):
              "b": ("name", np.array([0x3F80, 0xC000], "uint16"))}
     with open(path, "wb") as file:
         pickle.dump(state, file, protocol=2)
-    read = c.read_weights(path, "--flag")
+    read = w.read_weights(path, "--flag")
     assert read.keys() == {"a", "b"}
     np.testing.assert_array_equal(read["a"], np.arange(6.0).reshape(2, 3))
     np.testing.assert_array_equal(read["b"], np.array([1.0, -2.0], "float32"))
@@ -83,8 +87,8 @@ def test_large_arrays_in_pieces_and_bfloat16_are_read(tmp_path):
 def test_weights_survive_the_disk_and_damage_is_found(tmp_path, kind):
     path = str(tmp_path / f"w.{kind}")
     state = {"a": np.arange(6, dtype="float32").reshape(2, 3), "b": np.array([1.5], "float32")}
-    c.write_weights(path, state)
-    read = c.read_weights(path, "--flag")
+    w.write_weights(path, state)
+    read = w.read_weights(path, "--flag")
     assert all((read[name] == state[name]).all() for name in state) and read.keys() == state.keys()
     with open(path, "rb") as file:
         whole = file.read()
@@ -92,17 +96,17 @@ def test_weights_survive_the_disk_and_damage_is_found(tmp_path, kind):
         with open(path, "wb") as file:
             file.write(damaged)
         with pytest.raises(InputError, match="--flag .*: not a paddle checkpoint"):
-            c.read_weights(path, "--flag")
+            w.read_weights(path, "--flag")
 
 
 def test_a_folder_takes_the_place_of_another_at_once(tmp_path):
     path = tmp_path / "out"
     for content in ("old", "new"):
-        with c.new_folder(str(path)) as folder, open(os.path.join(folder, "a"), "w") as file:
+        with files.new_folder(str(path)) as folder, open(os.path.join(folder, "a"), "w") as file:
             file.write(content)
         (path / "kept").write_text("kept")
     assert (path / "a").read_text() == "new" and (path / "kept").read_text() == "kept"
-    with pytest.raises(RuntimeError), c.new_folder(str(path)) as folder:
+    with pytest.raises(RuntimeError), files.new_folder(str(path)) as folder:
         raise RuntimeError
     assert sorted(os.listdir(path)) == ["a", "kept"] and os.listdir(tmp_path) == ["out"]
 
@@ -113,7 +117,7 @@ def test_a_loss_that_is_no_number_stops_with_lines(flags, tmp_path):
     path = tmp_path / "checkpoints" / "model_0" / "model_state.pdparams"
     state = weights(path.parent)
     state["emb_reduce_linear.bias"] = state["emb_reduce_linear.bias"] + np.nan
-    c.write_weights(str(path), state)
+    w.write_weights(str(path), state)
     result = run_script("train.py", *flags("--init_from_ckpt", path, "--save_dir", "after"), cwd=tmp_path)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "error: the loss of step 1 is nan; its batch is lines " in result.stderr
@@ -148,7 +152,7 @@ def test_a_save_dir_that_cannot_be_used(flags, tmp_path, monkeypatch):
     assert "--save_dir file: file exists" in refuse("train.py", *flags("--save_dir", "file"), cwd=tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 100))
     with pytest.raises(InputError, match="--save_dir .*: 0.0 GB are free, and a checkpoint takes 2.0 GB"):
-        c.prepare_save_dir(str(tmp_path / "new"), 2 * 10**9)
+        run.prepare_save_dir(str(tmp_path / "new"), 2 * 10**9)
 
 
 def test_record_of_the_state_is_plain_json(flags, tmp_path):

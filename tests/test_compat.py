@@ -2,14 +2,13 @@
 
 import json
 
+import model as m
+from data import read_text_pairs, read_texts
+
 import numpy as np
 import paddle
 import pytest
 from conftest import ROOT, succeed
-
-import loading
-import model as m
-from data import read_text_pairs, read_texts
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,7 @@ def test_pair_scores(compat, flags, expected):
 
 
 def test_losses(compat, expected):
-    network, tokenizer, _ = loading.load_model(str(compat / "model_state.pdparams"), str(compat / "ernie"))
+    network, tokenizer, _ = m.load_model(str(compat / "model_state.pdparams"), str(compat / "ernie"))
     pairs = read_text_pairs(str(compat / "dev.csv"), "--flag")[:32]
     query, title = m.encode_pairs(network, tokenizer, pairs, 64, 32)
     (losses,) = (value for key, value in expected.items() if key.startswith("eval_mode_losses"))
@@ -99,13 +98,13 @@ def test_training(compat, tmp_path, request):
     np.testing.assert_allclose(losses, recorded["loss_at_step"][:steps], rtol=1e-3)
     if not slow:
         return
-    network, tokenizer, _ = loading.load_model(str(tmp_path / "checkpoints" / "model_50" / "model_state.pdparams"))
+    network, tokenizer, _ = m.load_model(str(tmp_path / "checkpoints" / "model_50" / "model_state.pdparams"))
     vectors = m.encode(network, tokenizer, read_texts(str(compat / "titles.txt"), "--flag"), 60, 64)
     np.testing.assert_allclose(vectors, np.load(compat / "title_embeddings_after_training.npy"), atol=1e-3)
 
 
 def test_the_checkpoint_needs_no_flags_beside_its_encoder(compat):
     """What the original saved: no simcse_config.json; output_emb_size is read off the tensors."""
-    network, _, record = loading.load_model(str(compat / "model_state.pdparams"), str(compat / "ernie"))
+    network, _, record = m.load_model(str(compat / "model_state.pdparams"), str(compat / "ernie"))
     assert network.output_emb_size == 256 and record["with_pooler"] is True
     assert set(paddle.load(str(compat / "model_state.pdparams"))) == set(network.state_dict())

@@ -29,7 +29,8 @@ def on_a_terminal(*words, **options):
 
 
 STEPS = """
-import sys, time, console
+import sys, time
+from simcse import console
 console.SECONDS_PER_LINE = 0.2
 console.be_quiet("quiet" in sys.argv)
 terminal = sys.stderr.isatty()

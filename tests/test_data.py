@@ -3,12 +3,12 @@
 import subprocess
 import sys
 
+import data
+from simcse import console, files
+
 import numpy as np
 import pytest
 from conftest import ROOT
-
-import console
-import data
 
 
 def rows(tmp_path, content, columns=2, **options):
@@ -121,9 +121,9 @@ def test_a_pipe_is_a_text_file_too():
 
 def test_new_file_is_all_or_nothing(tmp_path):
     path = tmp_path / "new" / "file.txt"
-    with data.new_file(str(path)) as file:
+    with files.new_file(str(path)) as file:
         file.write("whole")
-    with pytest.raises(RuntimeError), data.new_file(str(path)) as file:
+    with pytest.raises(RuntimeError), files.new_file(str(path)) as file:
         file.write("half")
         raise RuntimeError
     assert path.read_text() == "whole" and [p.name for p in path.parent.iterdir()] == ["file.txt"]
@@ -131,6 +131,6 @@ def test_new_file_is_all_or_nothing(tmp_path):
     ended.wait()
     for pid in (ended.pid, 1):  # what a killed process left goes, what another one writes stays
         (path.parent / f"file.txt.{pid}.tmp").write_text("half")
-    with data.new_file(str(path)) as file:
+    with files.new_file(str(path)) as file:
         file.write("again")
     assert sorted(p.name for p in path.parent.iterdir()) == ["file.txt", "file.txt.1.tmp"]

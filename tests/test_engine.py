@@ -3,11 +3,11 @@
 import json
 import shutil
 
+from simcse.weights import read_weights, write_weights
+
 import numpy as np
 import pytest
 from conftest import FP32, refuse, succeed
-
-from checkpoint import read_weights, write_weights
 
 WEIGHTS, GRAPH = "model_state.pdparams", "model_state.graph"
 KEPT = f"/{GRAPH}, for quicker starts"

@@ -3,11 +3,11 @@
 import re
 import xml.etree.ElementTree as xml
 
+from evaluate import labels, table
+
 import numpy as np
 import pytest
 from conftest import refuse, run_script, succeed
-
-import charts
 
 FILES = ["--similar_text_pair", "dev.csv", "--recall_result_file", "result.txt"]
 
@@ -119,17 +119,17 @@ def expected(ranks):
     """The figures of queries with one target, written out."""
     ranks = np.array([rank or np.inf for rank in ranks])
     return {**{f"recall@{k}": ranks <= k for k in (1, 5, 10, 20, 50)}, "mrr": 1 / ranks,
-            "ndcg@10": np.where(ranks <= 10, 1 / np.log2(ranks + 1), 0), "map": 1 / ranks}
+            "ndcg@10": np.where(ranks <= 10, 1 / np.log2(ranks + 1), 0)}
 
 
 def test_several_files_and_all_metrics(tmp_path, results):
     flags, ranks = results
-    printed = succeed("evaluate.py", *flags, "--metrics", "map,recall, ndcg,mrr,map", cwd=tmp_path).stdout
+    printed = succeed("evaluate.py", *flags, "--metrics", "recall, ndcg,mrr,recall", cwd=tmp_path).stdout
     for (name, ranks_of_one), text in zip(ranks.items(), printed.split("\n\n")):
         title, *lines = text.splitlines()
         assert title == f"{name}/recall.txt"
         figures = {measure: float(value) for measure, value in (line.split("=") for line in lines)}
-        assert list(figures) == ["map", *(f"recall@{k}" for k in (1, 5, 10, 20, 50)), "ndcg@10", "mrr"]
+        assert list(figures) == [*(f"recall@{k}" for k in (1, 5, 10, 20, 50)), "ndcg@10", "mrr"]
         for measure, values in expected(ranks_of_one).items():
             assert figures[measure] == pytest.approx(100 * np.mean(values), abs=1e-3)
     rows = [[float(value) for value in line.split("\t")] for line in
@@ -152,7 +152,7 @@ ROW = re.compile(r"(\S+) +([\d.]+) +([\d.]+) +([-+][\d.]+) +([-+][\d.]+) \.\. +(
 
 def test_compare_against_drawing_query_by_query(tmp_path, results):
     flags, ranks = results
-    table, note = succeed("evaluate.py", *flags, "--compare", "--metrics", "recall,mrr,ndcg,map",
+    table, note = succeed("evaluate.py", *flags, "--compare", "--metrics", "recall,mrr,ndcg",
                           cwd=tmp_path).stdout.split("\n\n")
     head, *lines = table.splitlines()
     assert re.split("  +", head.strip()) == ["before", "之后", "之后 - before", "95 % interval"]
@@ -191,11 +191,11 @@ def test_compare_a_file_with_itself_and_another(tmp_path, results):
     (["r.txt", "old/r.txt"], ["r.txt", "old/r.txt"]), (["r.txt", "r.txt"], ["r.txt", "r.txt (2)"]),
     (["/t/1/ck/r.txt", "/t/2/ck/r.txt"], ["1", "2"])])
 def test_labels(paths, names):
-    assert charts.labels(paths) == names
+    assert labels(paths) == names
 
 
 def test_columns_of_chinese_are_twice_as_wide():
-    assert charts.table([["", "训练后", "b"], ["map", "1", "22"]]) == "     训练后   b\nmap       1  22"
+    assert table([["", "训练后", "b"], ["mrr", "1", "22"]]) == "     训练后   b\nmrr       1  22"
 
 
 def test_plot_svg_names_files_and_shows_the_figures(tmp_path, results):
@@ -243,7 +243,7 @@ def test_plot_without_a_chinese_font_or_without_matplotlib(tmp_path, results):
     (["--compare"], "--compare needs at least two files after --recall_result_file"),
     (["result.txt", "--show_errors", 3], "--show_errors takes one --recall_result_file"),
     (["nowhere.txt"], "argument --recall_result_file: nowhere.txt: no such file"),
-    (["--metrics", "recall,mmr"], "argument --metrics: 'mmr' is not one of recall, mrr, ndcg, map"),
+    (["--metrics", "recall,mmr"], "argument --metrics: 'mmr' is not one of recall, mrr, ndcg"),
     (["--metrics", ""], "argument --metrics: '' is not one of"),
     (["--show_errors", 0], "argument --show_errors: '0' is not a whole number from 1 up"),
     (["--plot", "a.jpg"], "argument --plot: a.jpg: the name has to end in .png, .svg, .pdf"),

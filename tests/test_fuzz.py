@@ -4,19 +4,18 @@ import argparse
 import os
 import tempfile
 
+import ann_util
+import data
+import evaluate
+from ann_util import ExactIndex, HnswIndex, Shards, exact_search, fill_up, merge
+from simcse import console, files, measures
+from simcse.measures import percent
+
 import numpy as np
 import pytest
 from conftest import ENCODER
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-
-import ann_util
-import console
-import data
-import evaluate
-import tokenizing
-from ann_util import ExactIndex, HnswIndex, Shards, exact_search, fill_up, merge
-from metrics import percent
 
 settings.register_profile("here", max_examples=int(os.environ.get("FUZZ_EXAMPLES", 60)), deadline=None,
                           derandomize=True, suppress_health_check=list(HealthCheck))
@@ -37,7 +36,7 @@ def path():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return tokenizing.load_tokenizer(str(ENCODER))
+    return data.load_tokenizer(str(ENCODER))
 
 
 def outcome(read):
@@ -98,7 +97,7 @@ def test_tokens_of_any_text(tokenizer, texts, length):
 def test_batches_restore_the_order(lengths, size, tokens):
     ids = [[number + 1] * length for number, length in enumerate(lengths)]
     seen = {}
-    for rows, input_ids, types in tokenizing.make_batches(ids, 0, size, tokens):
+    for rows, input_ids, types in data.make_batches(ids, 0, size, tokens):
         assert len(rows) == len(input_ids) and not types.any()
         seen.update({row: [i for i in line if i] for row, line in zip(rows, input_ids.tolist())})
     assert [seen[row] for row in range(len(ids))] == ids
@@ -106,7 +105,7 @@ def test_batches_restore_the_order(lengths, size, tokens):
 
 @given(count=st.integers(1, 60), batch=st.integers(1, 9), ranks=st.integers(1, 5), start=st.integers(0, 5))
 def test_ranks_share_every_text(count, batch, ranks, start):
-    parts = [tokenizing.ShuffledBatches(count, batch, rank, ranks) for rank in range(ranks)]
+    parts = [data.ShuffledBatches(count, batch, rank, ranks) for rank in range(ranks)]
     batches = [list(part) for part in parts]
     assert len({tuple(map(len, part)) for part in batches}) == 1 and len(batches[0]) == len(parts[0])
     rows = np.concatenate([np.concatenate(part) for part in batches])
@@ -130,8 +129,8 @@ def test_recall_by_counting(path, pairs, result, depth):
     args = argparse.Namespace(similar_text_pair=path, recall_num=depth, strict_data=False, metrics=["recall"],
                               show_errors=None)
     values = evaluate.read_result(args, evaluate.read_targets(args), path + "2")[0]
-    recall = {k: percent(values[f"recall@{k}"]) for k in data.RECALL_KS}
-    queries = set(query for query, _ in pairs)
+    recall = {k: percent(values[f"recall@{k}"]) for k in measures.RECALL_KS}
+    queries = {query for query, _ in pairs}
     for k, value in recall.items():
         hits = sum(any((query, document) in pairs for document in [d for q, d in result if q == query][: min(k, depth)])
                    for query in queries)
@@ -156,7 +155,7 @@ def test_shards_round_trip(documents, k, ranks, graph, seed):
         index.finish()
         with tempfile.TemporaryDirectory() as folder:
             index.save(folder)
-            again.load(folder, {name: data.file_digest(os.path.join(folder, name)) for name in os.listdir(folder)})
+            again.load(folder, {name: files.file_digest(os.path.join(folder, name)) for name in os.listdir(folder)})
         one, other = index.search(queries, k), again.search(queries, k)
         assert all((a == b).all() for a, b in zip(one, other))
         found.append(fill_up(one, k))

@@ -1,16 +1,15 @@
 """The losses of training against formulas written out in numpy, and poolings against their definitions."""
 
+import model as m
+from data import pad
+from simcse.engine import make_engine
+from simcse.flags import POOLINGS
+
 import numpy as np
 import paddle
 import pytest
 from paddlenlp.transformers import BertConfig, BertModel
 from test_model import SIZES, ids, tensors, tiny
-
-import losses
-import model as m
-from data import POOLINGS
-from deploy.python.predictor import make_engine
-from tokenizing import pad
 
 
 def vectors(*shape, seed=0):
@@ -26,14 +25,14 @@ def cross_entropy(logits):
 def test_hard_negatives_are_more_candidates():
     query, title, negative = vectors(3, 5, 8)
     logits = 20 * (query @ np.concatenate([title, negative]).T - 0.1 * np.eye(5, 10))
-    got = losses.contrastive_loss(*tensors(query, np.concatenate([title, negative])), 0.1, 20)
+    got = m.contrastive_loss(*tensors(query, np.concatenate([title, negative])), 0.1, 20)
     assert float(got) == pytest.approx(cross_entropy(logits), rel=1e-5)
 
 
 def test_what_says_the_same_is_no_negative():
     """Queries 0 and 3 are one; title 2 is query 1's text; hard negative 0 is title 1; title 4 is title 0."""
     keys = np.array([[1, 11, 12], [2, 12, 90], [3, 2, 91], [1, 13, 92], [5, 11, 93]])
-    hidden = losses.same_texts(paddle.to_tensor(keys)).numpy()
+    hidden = m.same_texts(paddle.to_tensor(keys)).numpy()
     expected = np.zeros((5, 10), bool)
     expected[range(5), range(5)] = True
     for row, column in ((0, 3), (3, 0), (1, 2), (0, 4), (4, 0), (1, 5)):
@@ -42,46 +41,15 @@ def test_what_says_the_same_is_no_negative():
     query, title, negative = vectors(3, 5, 8)
     candidates = np.concatenate([title, negative])
     logits = np.where(expected & ~np.eye(5, 10, dtype=bool), -np.inf, 20 * query @ candidates.T)
-    got = losses.contrastive_loss(*tensors(query, candidates), 0.0, 20, paddle.to_tensor(keys))
+    got = m.contrastive_loss(*tensors(query, candidates), 0.0, 20, paddle.to_tensor(keys))
     assert float(got) == pytest.approx(cross_entropy(logits), rel=1e-5)
 
 
 def test_one_column_of_keys_is_texts_against_themselves():
     keys = paddle.to_tensor([4, 5, 4])
     expected = [[True, False, True], [False, True, False], [True, False, True]]
-    np.testing.assert_array_equal(losses.same_texts(keys).numpy(), expected)
-    np.testing.assert_array_equal(losses.same_texts(keys.reshape([3, 1])).numpy(), expected)
-
-
-def test_matryoshka_is_the_mean_over_prefixes():
-    network = tiny()
-    network.matryoshka_dims = [8, 4, 2]
-    query, title = vectors(2, 5, 8)
-    expected = []
-    for dim in (8, 4, 2):
-        sides = [side[:, :dim] / np.linalg.norm(side[:, :dim], axis=1, keepdims=True) for side in (query, title)]
-        expected.append(cross_entropy(20 * sides[0] @ sides[1].T))
-    assert float(network.loss(*tensors(query, title))) == pytest.approx(np.mean(expected), rel=1e-5)
-
-
-def test_distillation_is_the_divergence_from_the_teacher():
-    (query, title), teacher = vectors(2, 5, 8), vectors(5, 3, seed=1)
-
-    def softmax(logits):
-        return np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-
-    others = ~np.eye(5, dtype=bool)
-    wanted, student = (softmax((20 * cosines)[others].reshape(5, 4))
-                       for cosines in (teacher @ teacher.T, query @ title.T))
-    expected = np.mean((wanted * np.log(wanted / student)).sum(axis=1))
-    got = losses.distillation_loss(*tensors(query, title, teacher), 20)
-    assert float(got) == pytest.approx(expected, rel=1e-4)
-    same = losses.distillation_loss(*tensors(teacher, teacher, teacher), 20)
-    assert float(same) == pytest.approx(0, abs=1e-5)
-    network = tiny()
-    network.distill_weight = 2.0
-    total = network.loss(*tensors(query, title), teacher=paddle.to_tensor(teacher))
-    assert float(total) == pytest.approx(float(network.loss(*tensors(query, title))) + 2 * expected, rel=1e-4)
+    np.testing.assert_array_equal(m.same_texts(keys).numpy(), expected)
+    np.testing.assert_array_equal(m.same_texts(keys.reshape([3, 1])).numpy(), expected)
 
 
 # -------------------------------------------------------------------------------------------------------- poolings

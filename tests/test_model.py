@@ -4,17 +4,17 @@ import json
 import os
 import pickle
 
+import model as m
+from data import load_tokenizer
+from simcse import encoders, weights
+from simcse.console import InputError
+from simcse.engine import make_engine
+
 import numpy as np
 import paddle
 import pytest
 from conftest import ENCODER
 from paddlenlp.transformers import BertConfig, BertModel, ErnieConfig, ErnieModel
-
-import loading
-import model as m
-from console import InputError
-from deploy.python.predictor import make_engine
-from tokenizing import load_tokenizer
 
 SIZES = {"vocab_size": 200, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
          "intermediate_size": 32, "max_position_embeddings": 40}
@@ -119,7 +119,7 @@ def test_dropout_makes_two_views():
 
 def test_padding_and_batching_change_nothing():
     tokenizer, texts = load_tokenizer(str(ENCODER)), ["语义索引", "召回一批语义相关的文本" * 3, "短", "SimCSE"] * 3
-    network = m.SimCSE(loading.load_encoder(str(ENCODER)), output_emb_size=32)
+    network = m.SimCSE(encoders.load_encoder(str(ENCODER)), output_emb_size=32)
     one_by_one = m.encode(network, tokenizer, texts, 24, 1)
     np.testing.assert_allclose(m.encode(network, tokenizer, texts, 24, 5), one_by_one, atol=1e-5)
     assert one_by_one.shape == (12, 32) and one_by_one.dtype == np.float32
@@ -134,14 +134,14 @@ def saved(tmp_path):
     network = tiny(margin=0.25, scale=7)
     network.infer_with_pooler = False
     folder = tmp_path / "model_1"
-    loading.save_checkpoint(str(folder), network, load_tokenizer(str(ENCODER)),
-                            loading.make_record(network, "an encoder", 48))
+    m.save_checkpoint(str(folder), network, load_tokenizer(str(ENCODER)),
+                            m.make_record(network, "an encoder", 48))
     return network, folder
 
 
 def test_round_trip(saved):
     network, folder = saved
-    loaded, _, record = loading.load_model(str(folder / loading.PARAMS_FILE))
+    loaded, _, record = m.load_model(str(folder / weights.PARAMS_FILE))
     np.testing.assert_array_equal(loaded.embed(ids(), ids() * 0), network.embed(ids(), ids() * 0))
     assert (loaded.margin, loaded.scale, loaded.infer_with_pooler, loaded.output_emb_size) == (0.25, 7, False, 8)
     assert record["model_name_or_path"] == "an encoder" and record["max_seq_length"] == 48
@@ -158,36 +158,36 @@ def test_round_trip(saved):
     (lambda s: s.pop("emb_reduce_linear.bias"), r"missing: emb_reduce_linear\.bias"),
     (lambda s: [s.pop(name) for name in list(s) if name.startswith("ptm.")], "not a SimCSE checkpoint")])
 def test_loading_is_strict(saved, change, message):
-    path = str(saved[1] / loading.PARAMS_FILE)
+    path = str(saved[1] / weights.PARAMS_FILE)
     state = paddle.load(path)
     change(state)
     paddle.save(state, path)
     with pytest.raises(InputError, match=message):
-        loading.load_model(path)
+        m.load_model(path)
 
 
 @pytest.mark.parametrize("size", [0, 16])
 def test_a_contradicting_output_emb_size_is_an_error(saved, size):
     with pytest.raises(InputError, match=f"--output_emb_size {size}.* has 8"):
-        loading.load_model(str(saved[1] / loading.PARAMS_FILE), output_emb_size=size)
-    assert loading.load_model(str(saved[1] / loading.PARAMS_FILE), output_emb_size=8)
+        m.load_model(str(saved[1] / weights.PARAMS_FILE), output_emb_size=size)
+    assert m.load_model(str(saved[1] / weights.PARAMS_FILE), output_emb_size=8)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a pickle", pickle.dumps([1, 2])])
 def test_a_damaged_checkpoint_is_an_input_error(saved, content):
-    path = saved[1] / loading.PARAMS_FILE
+    path = saved[1] / weights.PARAMS_FILE
     path.write_bytes(content)
     with pytest.raises(InputError, match="not a .*checkpoint"):
-        loading.load_model(str(path))
+        m.load_model(str(path))
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(saved, monkeypatch):
     network, folder = saved
-    before = (folder / loading.PARAMS_FILE).read_bytes()
-    monkeypatch.setattr(loading, "write_record", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    before = (folder / weights.PARAMS_FILE).read_bytes()
+    monkeypatch.setattr(m, "write_record", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        loading.save_checkpoint(str(folder), tiny(), None, {})
-    assert (folder / loading.PARAMS_FILE).read_bytes() == before
+        m.save_checkpoint(str(folder), tiny(), None, {})
+    assert (folder / weights.PARAMS_FILE).read_bytes() == before
     assert [path.name for path in folder.parent.iterdir()] == ["model_1"]
 
 
@@ -198,13 +198,13 @@ def test_another_encoder_of_automodel(tmp_path):
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(chr, range(0x4E00, 0x4E00 + 195))]
     (tmp_path / "bert" / "vocab.txt").write_text("\n".join(vocab) + "\n", encoding="utf-8")
     (tmp_path / "bert" / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
-    network = m.SimCSE(loading.load_encoder(str(tmp_path / "bert"), dropout=0.3), output_emb_size=4)
+    network = m.SimCSE(encoders.load_encoder(str(tmp_path / "bert"), dropout=0.3), output_emb_size=4)
     assert network.ptm.config.hidden_dropout_prob == 0.3 and type(network.ptm).__name__ == "BertModel"
     tokenizer = load_tokenizer(str(tmp_path / "bert"))
-    loading.save_checkpoint(str(tmp_path / "ck"), network, tokenizer,
-                            loading.make_record(network, str(tmp_path / "bert"), 32))
+    m.save_checkpoint(str(tmp_path / "ck"), network, tokenizer,
+                            m.make_record(network, str(tmp_path / "bert"), 32))
     os.rename(tmp_path / "bert", tmp_path / "gone")
-    loaded, tokenizer, _ = loading.load_model(str(tmp_path / "ck" / loading.PARAMS_FILE))
+    loaded, tokenizer, _ = m.load_model(str(tmp_path / "ck" / weights.PARAMS_FILE))
     texts = ["一丁七", "万"]
     np.testing.assert_array_equal(m.encode(loaded, tokenizer, texts, 16, 2), m.encode(network, tokenizer, texts, 16, 2))
 
@@ -216,30 +216,30 @@ def test_an_encoder_with_missing_layers_is_an_error(tmp_path, capsys):
     state = paddle.load(path)
     no_pooler = {name: value for name, value in state.items() if "pooler" not in name}
     paddle.save(no_pooler, path)
-    loading.load_encoder(str(tmp_path))
+    encoders.load_encoder(str(tmp_path))
     assert "has no trained pooler" in capsys.readouterr().err
     paddle.save({name: value for name, value in no_pooler.items() if "layers.1.linear1" not in name}, path)
     with pytest.raises(InputError, match=r"lack .*layers\.1\.linear1"):
-        loading.load_encoder(str(tmp_path))
+        encoders.load_encoder(str(tmp_path))
 
 
 def test_record_is_plain_json(saved):
-    record = json.loads((saved[1] / loading.CONFIG_FILE).read_text(encoding="utf-8"))
+    record = json.loads((saved[1] / weights.CONFIG_FILE).read_text(encoding="utf-8"))
     assert record["encoder_class"] == "ErnieModel" and record["versions"]["paddlepaddle"] == paddle.__version__
-    (saved[1] / loading.CONFIG_FILE).write_text("{")
+    (saved[1] / weights.CONFIG_FILE).write_text("{")
     with pytest.raises(InputError, match="simcse_config.json: not valid JSON"):
-        loading.load_model(str(saved[1] / loading.PARAMS_FILE))
+        m.load_model(str(saved[1] / weights.PARAMS_FILE))
 
 
 def test_a_checkpoint_of_the_other_stack_loads(saved):
     """paddlenlp 3 writes a quantization_config that paddlenlp 2.8 does not read, and may others."""
     network, folder = saved
-    path = folder / loading.CONFIG_FILE
+    path = folder / weights.CONFIG_FILE
     record = json.loads(path.read_text(encoding="utf-8"))
     assert "quantization_config" not in record["encoder_config"]
     record["encoder_config"]["quantization_config"] = {"of_another_version": "dynamic"}
     path.write_text(json.dumps(record), encoding="utf-8")
-    loaded, _, _ = loading.load_model(str(folder / loading.PARAMS_FILE))
+    loaded, _, _ = m.load_model(str(folder / weights.PARAMS_FILE))
     np.testing.assert_array_equal(loaded.embed(ids(), ids() * 0), network.embed(ids(), ids() * 0))
 
 
@@ -265,23 +265,23 @@ def test_an_encoder_of_another_kind_is_left_alone():
     class Encoder(paddle.nn.Layer):
         pass
 
-    m.first_token_only(Encoder())
+    encoders.first_token_only(Encoder())
     pre_norm = Encoder()
     pre_norm.encoder = paddle.nn.TransformerEncoder(
         paddle.nn.TransformerEncoderLayer(16, 2, 32, normalize_before=True), 2)
-    m.first_token_only(pre_norm)
+    encoders.first_token_only(pre_norm)
     assert "forward" not in pre_norm.encoder.layers[-1].__dict__
 
 
 def test_fast_bias_gradients_are_the_same():
-    import backward
+    from simcse import encoders
 
     gradients = []
     (batch,) = tensors(ids())
     for fast in (True, False):
         network = tiny()
         if fast:
-            backward.train_faster_on_cpu(network)
+            encoders.train_faster_on_cpu(network)
             assert sum("forward" in layer.__dict__ for layer in network.sublayers()) > 10
         network(batch, batch).backward()
         gradients.append({name: p.grad.numpy() for name, p in network.named_parameters() if p.grad is not None})

@@ -4,22 +4,21 @@ import json
 import os
 import re
 
+import model as m
+from data import read_text_pairs, read_texts
+from simcse import machine
+from simcse.engine import make_engine
+from simcse.flags import README_TEXT
+
 import numpy as np
 import pytest
 from conftest import FP32, refuse, succeed
 from training import embed
 
-import loading
-import machine
-import model as m
-from cli import README_TEXT
-from data import read_text_pairs, read_texts
-from deploy.python.predictor import make_engine
-
 
 def embed_as_stages_do(checkpoint, texts, max_seq_length):
     """By the engine that stages use where nothing is said of precision."""
-    network, tokenizer, _ = loading.load_model(str(checkpoint / "model_state.pdparams"))
+    network, tokenizer, _ = m.load_model(str(checkpoint / "model_state.pdparams"))
     return m.encode(make_engine(network), tokenizer, texts, max_seq_length)
 
 

@@ -65,17 +65,17 @@ def test_stdin_is_answered_as_a_file_is(commands, tmp_path, name, flag):
     lines are batched together."""
     lines, command = lines_for(name), commands[name]
     (tmp_path / "lines").write_text("\n".join(lines), encoding="utf-8")
-    by_flag, by_name = [*command[:-1], flag, tmp_path / "lines"], [*command[:-1], tmp_path / "lines"]
+    by_flag = [*command[:-1], flag, tmp_path / "lines"]
     texts, numbers = split(succeed(*by_flag, "--format", "tsv").stdout.splitlines(), "tsv")
     assert texts == [line.split("\t") for line in lines] and len(numbers) == 7
-    same_texts, same_numbers = split(succeed(*by_name, "--format", "jsonl").stdout.splitlines(), "jsonl")
+    same_texts, same_numbers = split(succeed(*by_flag, "--format", "jsonl").stdout.splitlines(), "jsonl")
     assert same_texts == texts and (same_numbers == numbers).all()
     for form in ("tsv", "jsonl"):
         of_stdin = split(piped(lines, *command, "--format", form), form)
         assert of_stdin[0] == texts
         np.testing.assert_allclose(of_stdin[1], numbers, atol=1e-6)
     if name == "predict":
-        assert list(map(float, succeed(*by_name).stdout.split())) == numbers.tolist(), "the cosines alone"
+        assert list(map(float, succeed(*by_flag).stdout.split())) == numbers.tolist(), "the cosines alone"
 
 
 def test_formats_of_an_exported_folder(commands, exported, tmp_path):
@@ -189,11 +189,11 @@ def test_embeddings_of_stdin_to_a_file(commands, tmp_path):
 
 @pytest.mark.parametrize("script, flags, message", [
     ("inference.py", ["-", "--text", "x"], "--text and texts of stdin: one of them"),
-    ("inference.py", ["-", "--input_file", "-"], "argument --input_file: not allowed with argument FILE"),
-    ("inference.py", ["nowhere"], "argument FILE: nowhere: no such file"),
+    ("inference.py", ["-", "--input_file", "-"], "argument --input_file: not allowed with argument -"),
+    ("inference.py", ["nowhere"], "argument -: invalid choice: 'nowhere'"),
     ("inference.py", ["-", "--output_file", "v.npy", "--format", "tsv"], "--format is how embeddings are printed"),
     ("inference.py", ["--format", "csv"], "argument --format: invalid choice: 'csv'"),
-    ("predict.py", [], "one of the arguments --text_pair_file FILE is required"),
+    ("predict.py", [], "one of the arguments --text_pair_file - is required"),
     ("predict.py", ["-", "--scale", 5], "--margin and --scale are of the loss"),
     ("recall.py", ["--query", "--query", "x", "--corpus_file", "-"], "argument --corpus_file: -: no such file"),
     ("recall.py", ["--query", "--query", "x"], "--query TEXT and queries of stdin: one of them")])

@@ -4,14 +4,14 @@ import os
 import re
 import shutil
 
+import model as m
+from ann_util import exact_search
+from data import read_text_pairs, read_texts
+
 import numpy as np
 import pytest
 from conftest import FP32, refuse, succeed
 from training import embed
-
-import model as m
-from ann_util import exact_search
-from data import read_text_pairs, read_texts
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The README's own commands, the shell scripts, the sample data, the download and the quickstart."""
+"""The documentation's own commands and links, the shell scripts, the sample data, the download and the quickstart."""
 
 import filecmp
 import http.server
@@ -13,6 +13,11 @@ import zipfile
 import numpy as np
 import pytest
 from conftest import ROOT, command, succeed
+
+# In the order in which their commands are run.
+PAGES = ["training", "better-recall", "index", "deployment", "benchmarks", "reliability"]
+CHINESE = ["README.md", *(f"docs/zh/{page}.md" for page in PAGES)]
+ENGLISH = ["README_en.md", *(f"docs/en/{page}.md" for page in PAGES)]
 
 # Stands in for `python` where there is no GPU: runs the same script without the launcher, on the CPU, at a small size.
 SHIM = """#!{python} -IS
@@ -33,13 +38,17 @@ os.execv({forked!r}, [{forked!r}, *words])
 
 @pytest.fixture(scope="module")
 def clone(sample, tmp_path_factory):
-    """What a fresh clone has, the small sample data in recall/, and the shim as `python`."""
+    """What a fresh clone has, the small sample data in recall/, and the shim as `python`.
+
+    The downloaded data has training pairs and the sample none: here those of dev.csv stand for them.
+    """
     folder = tmp_path_factory.mktemp("clone")
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     for name in listed.stdout.splitlines():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     shutil.copytree(sample, folder / "recall")
+    shutil.copy(sample / "dev.csv", folder / "recall" / "train.csv")
     shim = folder / "bin" / "python"
     shim.parent.mkdir()
     shim.write_text(SHIM.format(python=sys.executable, forked=command("")[0]))
@@ -48,7 +57,7 @@ def clone(sample, tmp_path_factory):
 
 
 def commands(name):
-    """The ```bash blocks of a README, in order."""
+    """The ```bash blocks of a page, in order."""
     return re.findall(r"^```bash\n(.*?)^```$", (ROOT / name).read_text(encoding="utf-8"), re.S | re.M)
 
 
@@ -59,12 +68,36 @@ def shell(clone, lines, program="bash", **env):
 
 
 def test_both_readmes_have_the_same_commands():
-    assert commands("README.md") == commands("README_en.md")
+    assert sorted(CHINESE[1:]) == sorted(f"docs/zh/{path.name}" for path in (ROOT / "docs" / "zh").iterdir())
+    assert sorted(ENGLISH[1:]) == sorted(f"docs/en/{path.name}" for path in (ROOT / "docs" / "en").iterdir())
+    for chinese, english in zip(CHINESE, ENGLISH):
+        assert commands(chinese) == commands(english), chinese
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_en.md"])
+def test_a_readme_stays_short(name):
+    assert (ROOT / name).stat().st_size <= 18_000
+
+
+@pytest.mark.parametrize("name", CHINESE + ENGLISH)
+def test_links_and_pictures_exist(name):
+    page = ROOT / name
+    targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+               if not re.match(r"https?:", target)]
+    for target in targets:
+        path, _, anchor = target.partition("#")
+        there = page.parent / path if path else page
+        assert there.is_file(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", there.read_text(encoding="utf-8"), re.M)
+            assert anchor in [title.lower().replace(" ", "-") for title in titles], target
+    twin = dict(zip(CHINESE + ENGLISH, ENGLISH + CHINESE))[name]
+    assert (ROOT / twin).resolve() in [(page.parent / target).resolve() for target in targets], "the other language"
 
 
 def test_the_readmes_commands(clone):
     outputs = {}
-    for lines in commands("README.md"):
+    for lines in (each for name in CHINESE for each in commands(name)):
         result = shell(clone, lines)
         assert result.returncode == 0, lines + result.stdout + result.stderr
         outputs[lines.split("\n")[-2]] = result.stdout
@@ -79,6 +112,9 @@ def test_the_readmes_commands(clone):
     assert len(outputs["sh scripts/predict.sh"].splitlines()) == 40
     assert outputs["sh deploy/python/deploy.sh"].startswith("(1, 256)\n")
     assert np.load(clone / "corpus.npy").shape == (120, 256)
+    triples = [line.split("\t") for line in (clone / "train_triples.csv").read_text(encoding="utf-8").splitlines()]
+    pairs = [line.split("\t") for line in (clone / "recall" / "train.csv").read_text(encoding="utf-8").splitlines()]
+    assert triples and all(len(row) == 3 and row[:2] in pairs and row[2] != row[1] for row in triples)
 
 
 def test_scripts_run_under_dash_and_from_elsewhere(clone):
@@ -92,9 +128,10 @@ def test_scripts_run_under_dash_and_from_elsewhere(clone):
     assert result.returncode == 2 and "nowhere/recall_result.txt: no such file" in result.stderr
 
 
-def test_train_sh_takes_either_objective(clone):
+def test_train_sh_takes_a_pretrained_encoder(clone):
     """The encoder by masked words, and SimCSE on from it."""
-    result = shell(clone, "sh scripts/train.sh", DEVICE="cpu", OBJECTIVE="mlm", EPOCHS="1", SAVE_DIR="mlm")
+    result = shell(clone, "python scripts/pretrain.py --device cpu --model_name_or_path pretrained/ernie_mini_zh "
+                   "--train_set_file recall/train_unsupervised.csv --batch_size 64 --save_dir mlm")
     assert result.returncode == 0 and (clone / "mlm" / "model_2").is_dir(), result.stderr
     result = shell(clone, "sh scripts/train.sh --model_name_or_path mlm/model_2", DEVICE="cpu", SAVE_DIR="after",
                    PYTHON=sys.executable, EPOCHS="0")

@@ -54,7 +54,7 @@ def test_embed_is_inference(service, checkpoint, sample, tmp_path):
 
 def test_similarity_is_predict(service, checkpoint, sample):
     lines = succeed("predict.py", "--device", "cpu", "--params_path", checkpoint, "--max_seq_length", 32, *FP32,
-                    sample / "test.csv").stdout.splitlines()
+                    "--text_pair_file", sample / "test.csv").stdout.splitlines()
     pairs = [line.split("\t") for line in lines_of(sample / "test.csv", None)]
     found = answered(service, "/similarity", "cosines", {"pairs": pairs})
     np.testing.assert_allclose(found, [float(line) for line in lines], atol=1e-5)
@@ -190,8 +190,8 @@ def test_onnx(checkpoint, kept_index, service, tmp_path):
 
 def test_errors_of_the_index_and_of_the_service_itself():
     """Milvus is gone: 503; anything else: 500; no detail of either is told, and the next request is answered."""
-    from console import InputError
     from deploy.serving.app import Limits, make_app
+    from simcse.console import InputError
 
     class Failing:
         documents, embedding_size = 3, 2

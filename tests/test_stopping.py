@@ -4,12 +4,12 @@ import functools
 import signal
 import subprocess
 
+import model
+from simcse import weights
+
 import pytest
 from conftest import command
 from training import saving_flags
-
-import checkpoint as c
-import loading
 
 
 @pytest.fixture
@@ -31,8 +31,8 @@ def test_signals_save_and_a_second_ends_at_once(flags, tmp_path, signals, code):
     rest = process.stderr.read()
     assert process.wait(60) == code and "Traceback" not in rest, rest
     if len(signals) == 1:
-        (step,) = c.saved_steps(str(tmp_path / "checkpoints"))
+        (step,) = weights.saved_steps(str(tmp_path / "checkpoints"))
         assert f"saved ./checkpoints/model_{step}" in rest
-        loading.load_model(str(tmp_path / "checkpoints" / f"model_{step}" / "model_state.pdparams"))
+        model.load_model(str(tmp_path / "checkpoints" / f"model_{step}" / "model_state.pdparams"))
     else:
-        assert "saved" not in rest and not c.saved_steps(str(tmp_path / "checkpoints"))
+        assert "saved" not in rest and not weights.saved_steps(str(tmp_path / "checkpoints"))

@@ -2,18 +2,18 @@
 
 import json
 
+import data
+from deploy.serving import searcher
+from simcse import console, files
+
 import numpy as np
 import pytest
 from conftest import ENCODER, SHARED
 
-import console
-import data
-import tokenizing
-
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return tokenizing.load_tokenizer(str(ENCODER))
+    return data.load_tokenizer(str(ENCODER))
 
 
 def test_tokens_agree_with_the_original(tokenizer):
@@ -35,7 +35,7 @@ def test_tokens_agree_with_paddlenlp(tokenizer, tmp_path):
     expected = [python(text, max_length=20, truncation=True)["input_ids"] for text in texts]
     assert tokenizer(texts, 20) == expected
     tokenizer.save_pretrained(str(tmp_path))
-    assert tokenizing.load_tokenizer(str(tmp_path))(texts, 20) == expected
+    assert data.load_tokenizer(str(tmp_path))(texts, 20) == expected
     reloaded = AutoTokenizer.from_pretrained(str(tmp_path))
     assert type(reloaded).__name__ == "ErnieTokenizer"
     assert reloaded("国有企业 SimCSE")["input_ids"] == python("国有企业 SimCSE")["input_ids"]
@@ -45,7 +45,7 @@ def test_batches_cover_every_text_once(tokenizer, monkeypatch):
     """Windows in order; within one, batches of like length, padded to the multiple, by count or by tokens."""
     monkeypatch.setattr(data, "WINDOW", 7)
     texts = ["字" * (1 + 7 * i % 11) for i in range(23)]
-    windows = list(tokenizing.tokenize_windows(texts, tokenizer, 9))
+    windows = list(data.tokenize_windows(texts, tokenizer, 9))
     assert [len(ids) for ids in windows] == [7, 7, 7, 2]
     assert sum(windows, []) == tokenizer(texts, 9)
     for options, fits in (({"batch_size": 3}, lambda shape: shape[0] <= 3),
@@ -53,7 +53,7 @@ def test_batches_cover_every_text_once(tokenizer, monkeypatch):
                           ({"batch_tokens": 1}, lambda shape: shape[0] == 1)):
         for ids in windows:
             seen = {}
-            for rows_, input_ids, token_type_ids in tokenizing.make_batches(ids, 0, **options):
+            for rows_, input_ids, token_type_ids in data.make_batches(ids, 0, **options):
                 longest = max(len(ids[row]) for row in rows_)
                 assert input_ids.dtype == token_type_ids.dtype == np.int64 and input_ids.shape == token_type_ids.shape
                 assert fits(input_ids.shape) and not token_type_ids.any()
@@ -71,7 +71,7 @@ def test_prefetch_is_one_ahead_and_passes_errors_on():
             yield number
         raise console.InputError("broken")
 
-    ahead = tokenizing.prefetch(items())
+    ahead = files.prefetch(items())
     assert next(ahead) == 0
     assert next(ahead) == 1 and made[:2] == [0, 1]
     assert next(ahead) == 2
@@ -90,8 +90,8 @@ def test_a_tokenizer_that_does_not_split_han_characters_is_paddlenlps(tmp_path):
     (tmp_path / "vocab.txt").write_bytes((ENCODER / "vocab.txt").read_bytes())
     config = json.loads((ENCODER / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "tokenize_chinese_chars": False}))
-    assert tokenizing._read_wordpiece(str(tmp_path)) is None
-    assert tokenizing._read_wordpiece(str(ENCODER)) is not None
+    assert data._read_wordpiece(str(tmp_path)) is None
+    assert data._read_wordpiece(str(ENCODER)) is not None
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -100,7 +100,7 @@ def test_fixed_batches_have_few_shapes_and_every_text_once(seed):
     sizes, lengths = (1, 8, 32), [8, 16, 24, 60]
     ids = [list(rng.integers(1, 100, rng.integers(2, 61))) for _ in range(rng.integers(1, 150))]
     seen = {}
-    for rows, input_ids, token_type_ids in tokenizing.fixed_batches(ids, 0, sizes, lengths):
+    for rows, input_ids, token_type_ids in searcher.fixed_batches(ids, 0, sizes, lengths):
         assert input_ids.shape[0] in sizes and input_ids.shape[1] in lengths and not token_type_ids.any()
         assert 3 * len(rows) >= 2 * len(input_ids), "two thirds full"
         assert input_ids.shape[1] == min(each for each in lengths if each >= len(ids[rows[0]]))

@@ -9,13 +9,13 @@ import sys
 import urllib.request
 from pathlib import Path
 
+from model import SimCSE
+from simcse.encoders import load_encoder
+from simcse.run import BINS, alignment, uniformity
+
 import numpy as np
 import pytest
 from conftest import ENCODER, free_port, succeed, wait_for_answer
-
-from loading import load_encoder
-from model import SimCSE
-from reporting import BINS, alignment, uniformity
 
 RUN = ["--device", "cpu", "--model_name_or_path", ENCODER, "--max_seq_length", 32, "--batch_size", 16,
        "--output_emb_size", 64, "--infer_with_fc_pooler"]

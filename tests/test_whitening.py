@@ -1,13 +1,12 @@
 """Whitening, by its formula and by train.py --whiten."""
 
+import model as m
+from simcse import whitening
+
 import numpy as np
 import pytest
 from conftest import refuse, succeed
 from training import NAME, START, embeddings, weights
-
-import loading
-import model as m
-import whitening
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +41,8 @@ def test_a_whitened_checkpoint(texts, tmp_path, flags):
         one, other = (weights(tmp_path / name / "model_8") for name in ("plain", "white"))
         assert one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
     folder = tmp_path / "white" / "model_8_whitened"
-    model, tokenizer, record = loading.load_model(str(folder / NAME))
-    assert record["matryoshka_dims"] == [20, 10, 5, 2] and record["output_emb_size"] == 20
+    model, tokenizer, record = m.load_model(str(folder / NAME))
+    assert record["output_emb_size"] == 20
     lines = list(dict.fromkeys(texts.read_text(encoding="utf-8").split("\n")[:-1]))
     model.normalizes = False
     white = m.encode(model, tokenizer, lines, 16)

@@ -1,11 +1,10 @@
 """What the tests of training share: flags of small runs, and what a run leaves."""
 
+import model as m
+from simcse import weights as w
+
 import numpy as np
 from conftest import ENCODER, FP32, succeed
-
-import checkpoint as c
-import loading
-import model as m
 
 NAME = "model_state.pdparams"
 ON = ["--device", "cpu", "--batch_size", 16, "--max_seq_length", 16]
@@ -13,7 +12,7 @@ START = [*ON, "--model_name_or_path", ENCODER]
 
 
 def weights(folder):
-    return c.read_weights(str(folder / NAME), "--flag")
+    return w.read_weights(str(folder / NAME), "--flag")
 
 
 def losses(result):
@@ -41,5 +40,5 @@ def embeddings(checkpoint, texts, cwd, *more):
 
 def embed(checkpoint, texts, max_seq_length=64):
     """By the dynamic graph, in float32."""
-    network, tokenizer, _ = loading.load_model(str(checkpoint / NAME))
+    network, tokenizer, _ = m.load_model(str(checkpoint / NAME))
     return m.encode(network, tokenizer, texts, max_seq_length, 32)

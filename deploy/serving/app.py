@@ -14,6 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from deploy.serving.batching import Batcher, Job, OverloadedError
+from deploy.serving.middleware import BodyLimit, Watch
+from deploy.serving.searcher import Searcher
+from simcse.console import InputError
+
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
@@ -23,11 +28,6 @@ from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 from starlette.exceptions import HTTPException as HTTPError
-
-from console import InputError
-from deploy.serving.batching import Batcher, Job, OverloadedError
-from deploy.serving.middleware import BodyLimit, Watch
-from deploy.serving.searcher import Searcher
 
 PAGE = Path(__file__).parent / "page"
 # A character that str.strip would leave; what \S means differs between Python, pydantic and JSON Schema.

@@ -9,8 +9,8 @@ import signal
 from multiprocessing.connection import Connection
 from typing import Any
 
-import console
 from deploy.serving.batching import Job
+from simcse import console
 
 
 def _answer(connection: Connection, args: argparse.Namespace) -> None:

@@ -3,17 +3,16 @@
 import argparse
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
-import console
-import index_store
-from data import distinct
-from deploy.python.onnx_predictor import OnnxPredictor, holds_onnx
+import ann_util
+from data import distinct, load_tokenizer, pad
+from deploy.python import predictor
 from deploy.serving.batching import Job
-from tokenizing import fixed_batches, load_tokenizer
+from simcse import console
+
+import numpy as np
 
 Hits = list[tuple[str, float]]  # documents and their cosines, best first
 SHAPES_BYTES = 2 << 30
@@ -23,7 +22,7 @@ class Searcher:
     """Answers batches of jobs.
 
     Args:
-        engine: see model.Engine.
+        engine: see `simcse.engine.Engine`.
         index: a `Shards` or a `MilvusIndex`.
         corpus: its documents, by row.
         max_seq_length: tokens per text, of the corpus and of what is asked.
@@ -75,6 +74,26 @@ class Searcher:
                 for each, scores, depth in zip(rows.tolist(), cosines.tolist(), depths)]
 
 
+def fixed_batches(ids: Sequence[Sequence[int]], pad_id: int, sizes: Sequence[int],
+                  lengths: Sequence[int]) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+    """Batch token ids in few shapes, longest first, for an engine that has to make something anew for each shape.
+
+    Args:
+        sizes: texts of a batch, rising, the first 1; one that is two thirds full is filled up with its last text.
+        lengths: tokens of a batch, rising, the last as long as any text may be.
+
+    Yields:
+        rows: the positions of the batch's texts in `ids`, without those that fill it up.
+        input_ids, token_type_ids: int64 [one of `sizes`, one of `lengths`].
+    """
+    order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
+    while left := len(order):
+        size = max(size for size in sizes if size <= max(1, 1.5 * left))
+        rows, order = order[:size], order[size:]
+        length = next(length for length in lengths if length >= len(ids[rows[0]]))
+        yield rows, *pad([ids[row] for row in rows + rows[-1:] * (size - len(rows))], pad_id, length)
+
+
 def shapes_for(weights: int, max_seq_length: int) -> tuple[list[int], list[int]]:
     """Texts and tokens of batches, rising: a fine grid, or a coarse one for a large model.
 
@@ -97,51 +116,53 @@ def open_searcher(args: argparse.Namespace) -> Searcher:
     Raises:
         InputError: no exported model, no index, or one of another model.
     """
-    from loading import CONFIG_FILE, read_record
+    from simcse.weights import CONFIG_FILE, read_record
 
     digest = read_record(args.model_dir).get("model")
     if not digest:
         raise console.InputError(f"--model_dir {args.model_dir}: its {CONFIG_FILE} does not say of which checkpoint it "
                                  "is; export it again")
-    index, made_of = None, {"model": digest}
+    index, fingerprint = None, {"model": digest}
     if args.index_path:
-        made_of = index_store.read_made_of(args.index_path, made_of)
+        fingerprint = ann_util.read_fingerprint(args.index_path, fingerprint)
     else:
-        index, made_of = _open_collection(args, made_of)
+        index, fingerprint = _open_collection(args, fingerprint)
     weights = sum(file.stat().st_size for file in os.scandir(args.model_dir) if file.name.startswith("inference."))
-    shapes = shapes_for(weights, made_of["max_seq_length"])
-    engine = _open_engine(args, made_of["precision"], len(shapes[0]) * len(shapes[1]))
+    shapes = shapes_for(weights, fingerprint["max_seq_length"])
+    engine = _open_engine(args, fingerprint["precision"], len(shapes[0]) * len(shapes[1]))
     if index is None:
-        corpus = index_store.read_kept_corpus(args.index_path, made_of["corpus"])
-        index = index_store.new_index(made_of, len(corpus), engine.embedding_size, args.cpu_threads)
-        index_store.load_index(args.index_path, index, made_of)
+        corpus = ann_util.read_kept_corpus(args.index_path, fingerprint["corpus"])
+        index = ann_util.new_index(fingerprint, len(corpus), engine.embedding_size, args.cpu_threads)
+        ann_util.load_index(args.index_path, index, fingerprint)
     else:
         corpus = index.texts
-    searcher = Searcher(engine, load_tokenizer(args.model_dir), index, corpus, made_of["max_seq_length"], shapes)
+    searcher = Searcher(engine, load_tokenizer(args.model_dir), index, corpus, fingerprint["max_seq_length"], shapes)
     searcher.warm_up()
     return searcher
 
 
-def _open_collection(args: argparse.Namespace, made_of: dict) -> tuple[Any, dict]:
-    from milvus_index import MilvusIndex
+def _open_collection(args: argparse.Namespace, fingerprint: dict) -> tuple[Any, dict]:
+    from simcse.milvus import MilvusIndex
 
     if args.max_top_k > MilvusIndex.MOST:
         raise console.InputError(f"--max_top_k {args.max_top_k}: Milvus gives at most {MilvusIndex.MOST}")
-    index = MilvusIndex(args.milvus_uri, args.milvus_collection, made_of)
+    index = MilvusIndex(args.milvus_uri, args.milvus_collection, fingerprint)
     if index.pieces:
         raise console.InputError(f"--milvus_collection {index.collection}: not all documents are in it yet; finish it "
                                  "with recall.py")
     console.log(f"using the collection {index.collection} in {args.milvus_uri}")
-    return index, index.made_of
+    return index, index.fingerprint
 
 
 def _open_engine(args: argparse.Namespace, precision: str, shapes: int) -> Any:
     """The exported model, in the precision that the corpus was encoded in where none is asked for."""
-    if holds_onnx(args.model_dir):
-        if args.device != "cpu" or args.precision not in (None, "fp32"):
-            raise console.InputError(f"--model_dir {args.model_dir}: holds ONNX, which runs with --device cpu, in fp32")
-        return OnnxPredictor(args.model_dir, args.cpu_threads)
-    from deploy.python.predictor import Predictor
-
-    return Predictor(args.model_dir, args.device, args.cpu_threads, enable_mkldnn=args.device == "cpu",
-                     precision=args.precision or precision, shapes=shapes)
+    onnx = predictor.holds_onnx(args.model_dir)
+    if onnx and (args.device != "cpu" or args.precision not in (None, "fp32")):
+        raise console.InputError(f"--model_dir {args.model_dir}: holds ONNX, which runs with --device cpu, in fp32")
+    try:
+        if onnx:
+            return predictor.OnnxPredictor(args.model_dir, args.cpu_threads)
+        return predictor.Predictor(args.model_dir, args.device, args.cpu_threads, enable_mkldnn=args.device == "cpu",
+                                   precision=args.precision or precision, shapes=shapes)
+    except predictor.InputError as error:
+        raise console.InputError(str(error)) from None

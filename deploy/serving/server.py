@@ -19,38 +19,37 @@ import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
-import cli
-import console
+from simcse import console, flags
 
 
 def parse_args() -> argparse.Namespace:
-    parser = cli.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = flags.ArgumentParser(description=__doc__.splitlines()[0])
     group = parser.add_argument_group("model and index")
-    group.add_argument("--model_dir", type=cli.folder, default="./output", help="what export_model.py wrote")
-    group.add_argument("--index_path", type=cli.folder, default=None, help="what recall.py --index_path kept")
-    group.add_argument("--milvus_uri", type=cli.milvus_uri, default=None,
+    group.add_argument("--model_dir", type=flags.folder, default="./output", help="what export_model.py wrote")
+    group.add_argument("--index_path", type=flags.folder, default=None, help="what recall.py --index_path kept")
+    group.add_argument("--milvus_uri", type=flags.milvus_uri, default=None,
                        help="instead of --index_path: http://host:port of Milvus, its token in the environment as "
                        "MILVUS_TOKEN; or the .db file of Milvus Lite")
-    group.add_argument("--milvus_collection", type=cli.nonempty_text, default=None,
-                       help=f"collection that recall.py filled; None: {cli.COLLECTION}")
-    cli.add_device_argument(group)
+    group.add_argument("--milvus_collection", type=flags.nonempty_text, default=None,
+                       help=f"collection that recall.py filled; None: {flags.COLLECTION}")
+    flags.add_device_argument(group)
     group.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default=None,
                        help="number format of the matrix products; None: that of the index")
-    group.add_argument("--cpu_threads", type=cli.natural_int, default=0, help="math threads on a CPU; 0: all cores")
+    group.add_argument("--cpu_threads", type=flags.natural_int, default=0, help="math threads on a CPU; 0: all cores")
     group = parser.add_argument_group("server")
-    group.add_argument("--host", type=cli.nonempty_text, default="127.0.0.1",
+    group.add_argument("--host", type=flags.nonempty_text, default="127.0.0.1",
                        help="address to listen on; 0.0.0.0: all of this machine's")
-    group.add_argument("--port", type=cli.port, default=8000, help="port to listen on; 0: any that is free")
+    group.add_argument("--port", type=flags.port, default=8000, help="port to listen on; 0: any that is free")
     group = parser.add_argument_group("limits")
-    group.add_argument("--max_texts", type=cli.positive_int, default=64, help="texts, pairs or queries of a request")
-    group.add_argument("--max_text_length", type=cli.positive_int, default=2000, help="characters of a text")
-    group.add_argument("--max_top_k", type=cli.positive_int, default=100, help="documents recalled for a query")
-    group.add_argument("--max_body", type=cli.positive_int, default=1 << 20, help="bytes of a request's body")
-    group.add_argument("--max_seconds", type=cli.positive_float, default=30.0,
+    group.add_argument("--max_texts", type=flags.positive_int, default=64, help="texts, pairs or queries of a request")
+    group.add_argument("--max_text_length", type=flags.positive_int, default=2000, help="characters of a text")
+    group.add_argument("--max_top_k", type=flags.positive_int, default=100, help="documents recalled for a query")
+    group.add_argument("--max_body", type=flags.positive_int, default=1 << 20, help="bytes of a request's body")
+    group.add_argument("--max_seconds", type=flags.positive_float, default=30.0,
                        help="seconds to read a body, to answer it, and to finish when stopped")
-    group.add_argument("--max_batch", type=cli.positive_int, default=64,
+    group.add_argument("--max_batch", type=flags.positive_int, default=64,
                        help="texts of concurrent requests that are computed together")
-    group.add_argument("--max_waiting", type=cli.positive_int, default=1024,
+    group.add_argument("--max_waiting", type=flags.positive_int, default=1024,
                        help="texts that may wait; what comes then is answered 503")
     args = parser.parse_args()
     check(parser, args)
@@ -63,8 +62,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("one of --index_path and --milvus_uri is needed" + (", not both" if args.index_path else ""))
     if args.milvus_collection and not args.milvus_uri:
         parser.error("--milvus_collection needs --milvus_uri")
-    args.milvus_collection = args.milvus_collection or cli.COLLECTION
-    cli.check_device_arguments(parser, args)
+    args.milvus_collection = args.milvus_collection or flags.COLLECTION
+    flags.check_device_arguments(parser, args)
     token = os.environ.get("SIMCSE_TOKEN", "")
     if token != token.strip():
         parser.error("SIMCSE_TOKEN in the environment begins or ends with white space, which no client can send")
@@ -86,10 +85,10 @@ def listen(args: argparse.Namespace) -> socket.socket:
 
 def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     """Answer until SIGINT or SIGTERM."""
-    import uvicorn
-
     from deploy.serving.app import Limits, make_app
     from deploy.serving.remote import RemoteSearcher
+
+    import uvicorn
 
     searcher = RemoteSearcher(args)
     limits = Limits(args.max_texts, args.max_text_length, args.max_top_k, args.max_body, args.max_seconds,
@@ -124,7 +123,7 @@ def main() -> None:
     args = parse_args()
     listener = listen(args)
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.ERROR)
-    cli.announce(argparse.Namespace(**{**vars(args), "precision": args.precision or "precision of the index"}),
+    flags.announce(argparse.Namespace(**{**vars(args), "precision": args.precision or "precision of the index"}),
                  f"{args.model_dir} with {args.index_path or args.milvus_uri}")
     try:
         serve(args, listener)

@@ -1,7 +1,4 @@
-"""Command-line flags: the kinds of their values, those that several scripts share, and what is refused.
-
-Light on purpose (numpy only), so that `--help`, a typo or a missing file answers at once.
-"""
+"""Command-line flags: the kinds of their values, those that several scripts share, and what is refused."""
 
 import argparse
 import difflib
@@ -12,10 +9,12 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import console
-from data import DEFAULT_MODEL, STDIN, read_texts
-from machine import RANK, RANKS, auto_precision, default_threads
+from simcse import console
+from simcse.files import STDIN
+from simcse.machine import RANK, RANKS, auto_precision, default_threads
 
+DEFAULT_MODEL = "rocketqa-zh-base-query-encoder"
+POOLINGS = ("pooler", "mean", "first_last_avg")  # see model.py
 DEFAULT_PARAMS = "checkpoints/model_20000/model_state.pdparams"
 COLLECTION = "simcse"  # of Milvus
 README_TEXT = "国有企业引入非国有资本对创新绩效的影响——基于制造业国有上市公司的经验证据"
@@ -70,19 +69,6 @@ hnsw_links = _number(int, lambda v: v >= 2, "a whole number from 2 up")
 sequence_length = _number(int, lambda v: v >= 3, "a whole number from 3 up ([CLS], a token, [SEP])")
 
 
-def dims(text: str) -> list[int]:
-    """Sizes separated by commas, each once, the largest first."""
-    return sorted({positive_int(part) for part in text.split(",")}, reverse=True)
-
-
-def boolean(text: str) -> bool:
-    """Parse True/False, yes/no, on/off, 1/0 in any case; argparse reports anything else."""
-    for value, names in ((True, ("true", "yes", "on", "1")), (False, ("false", "no", "off", "0"))):
-        if text.lower() in names:
-            return value
-    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-
-
 def readable_file(path: str) -> str:
     """Check, before anything heavy is imported, that `path` is a file that can be opened."""
     try:
@@ -98,7 +84,7 @@ def file_or_stdin(path: str) -> str:
 
 
 class _SetIfGiven(argparse.Action):
-    """An optional positional argument that is another way to say what a flag says."""
+    """A positional argument that is another way to say what a flag says."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         if values is not None:
@@ -106,11 +92,11 @@ class _SetIfGiven(argparse.Action):
 
 
 def add_lines_argument(parser: argparse.ArgumentParser, flag: str, what: str, required: bool = False) -> None:
-    """`flag` FILE, or FILE alone; both take - for stdin."""
+    """`flag` FILE, or - for stdin, with the flag or without it."""
     group = parser.add_mutually_exclusive_group(required=required)
     group.add_argument(flag, type=file_or_stdin, default=None, help=f"{what}; -: from stdin, answered as they come")
-    group.add_argument(flag.removeprefix("--"), nargs="?", metavar="FILE", type=file_or_stdin, action=_SetIfGiven,
-                       help=f"the same as {flag} FILE")
+    group.add_argument(flag.removeprefix("--"), nargs="?", metavar="-", choices=[STDIN], action=_SetIfGiven,
+                       help=f"the same as {flag} -")
 
 
 def add_format_argument(parser: argparse.ArgumentParser, what: str, default: str | None = None) -> None:
@@ -165,17 +151,15 @@ def add_model_arguments(parser: argparse.ArgumentParser, params_path: str | None
                         "checkpoint is an error")
 
 
-def add_encode_arguments(parser: argparse.ArgumentParser, max_seq_length: int = 64,
-                         devices: Sequence[str] = ("cpu", "gpu"),
-                         precisions: Sequence[str] = ("auto", "fp32", "bf16", "fp16")) -> None:
+def add_encode_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of every stage that turns texts into embeddings."""
-    parser.add_argument("--max_seq_length", type=sequence_length, default=max_seq_length,
+    parser.add_argument("--max_seq_length", type=sequence_length, default=64,
                         help="tokens per text, [CLS] and [SEP] included; longer texts are cut")
     parser.add_argument("--batch_size", type=positive_int, default=None,
                         help="texts per batch; None: as many as fill 2,048 tokens on a CPU, 65,536 on a GPU")
     add_strict_argument(parser)
-    add_device_argument(parser, devices)
-    parser.add_argument("--precision", choices=precisions, default="auto",
+    add_device_argument(parser)
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
                         help="number format of the matrix products; auto: bf16 on a CPU that is faster in it (AMX, "
                         "or AMD's AVX-512 BF16), else fp32. fp16 needs --device gpu")
     parser.add_argument("--cpu_threads", type=natural_int, default=0, help="math threads on a CPU; 0: all cores")
@@ -209,22 +193,8 @@ def check_encode_arguments(parser: argparse.ArgumentParser, args: argparse.Names
     check_device_arguments(parser, args)
     named = vars(args)
     check_positions(parser, args.max_seq_length, (
-        named.get("model_name_or_path"), named.get("model_dir"), os.path.dirname(named.get("params_path") or "")))
+        named.get("model_name_or_path"), os.path.dirname(named.get("params_path") or "")))
     return args
-
-
-def add_text_arguments(parser: argparse.ArgumentParser, stdin: bool = False) -> None:
-    """The flags of what extracts embeddings: which texts, of stdin too where the script can, and where to."""
-    parser.add_argument("--text", action="append", type=nonempty_text, default=[],
-                        help=f"a text; may be given several times. Without --text and --input_file: {README_TEXT}")
-    if stdin:
-        add_lines_argument(parser, "--input_file", "texts, one a line")
-    else:
-        parser.add_argument("--input_file", type=readable_file, default=None, help="texts, one a line")
-    parser.add_argument("--output_file", type=_npy_file, default=None,
-                        help="write the embeddings there, .npy, float32 [texts, embedding size]; None: print them")
-    add_format_argument(parser, "how embeddings are printed, a line a text. tsv: text, tab, numbers with blanks "
-                        'between them; jsonl: {"text", "embedding"}; None: shape and matrix, of stdin tsv')
 
 
 def nonempty_text(text: str) -> str:
@@ -236,20 +206,8 @@ def nonempty_text(text: str) -> str:
     return text
 
 
-def _npy_file(path: str) -> str:
-    if not path.endswith(".npy"):
-        raise argparse.ArgumentTypeError(f"{path}: the name has to end in .npy")
-    return path
-
-
-def given_texts(args: argparse.Namespace) -> list[str]:
-    """The texts that `add_text_arguments` was given, --text first; the README's where there are none."""
-    texts = args.text + (read_texts(args.input_file, "--input_file", args.strict_data) if args.input_file else [])
-    return texts or [README_TEXT]
-
-
-def add_device_argument(parser: argparse.ArgumentParser, choices: Sequence[str] = ("cpu", "gpu")) -> None:
-    parser.add_argument("--device", choices=choices, default="gpu", help="device to run on")
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="gpu", help="device to run on")
 
 
 def add_strict_argument(parser: argparse.ArgumentParser) -> None:
@@ -261,7 +219,7 @@ def announce(args: argparse.Namespace, *parts: str) -> None:
     """Say, before anything takes time, what is about to happen: on what, in what precision, with which files.
 
     Args:
-        args: with `device`; also `precision`, `cpu_threads` and `enable_mkldnn` where the script has them.
+        args: with `device`; also `precision` and `cpu_threads` where the script has them.
         parts: what else there is to say, the model first.
     """
     named, what = vars(args), [args.device]
@@ -269,7 +227,7 @@ def announce(args: argparse.Namespace, *parts: str) -> None:
         threads = named.get("cpu_threads") or default_threads()
         what.append(f"{threads} thread{'s' * (threads > 1)}")
     precision = named.get("precision", "fp32")
-    what.append(auto_precision(args.device, named.get("enable_mkldnn", True)) if precision == "auto" else precision)
+    what.append(auto_precision(args.device) if precision == "auto" else precision)
     if RANKS > 1:
         what.append(f"{RANKS} processes")
     if not RANK:
@@ -279,3 +237,55 @@ def announce(args: argparse.Namespace, *parts: str) -> None:
 def count(items: Sequence[Any], noun: str) -> str:
     """How many there are, as in "1,000 texts"."""
     return f"{len(items):,} {noun}{'s' * (len(items) != 1)}"
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+def names_of(*groups: argparse._ArgumentGroup) -> list[str]:
+    """The names that the flags of some groups have in the parsed arguments."""
+    return list(dict.fromkeys(action.dest for group in groups for action in group._group_actions))
+
+
+def add_optimization_arguments(group: argparse._ArgumentGroup) -> None:
+    """The flags by which a network is trained, whatever its loss is."""
+    group.add_argument("--batch_size", type=positive_int, default=32, help="texts per batch and device")
+    group.add_argument("--learning_rate", type=positive_float, default=5e-5, help="highest learning rate of AdamW")
+    group.add_argument("--weight_decay", type=natural_float, default=0.0,
+                       help="weight decay of AdamW, not on biases and norms")
+    group.add_argument("--epochs", type=natural_int, default=1,
+                       help="passes over the training texts; 0: save and evaluate the untrained network")
+    group.add_argument("--warmup_proportion", type=proportion, default=0.0,
+                       help="part of the steps over which the learning rate rises, before it falls linearly to 0")
+    group.add_argument("--warmup_proption", dest="warmup_proportion", type=proportion, help=argparse.SUPPRESS)
+    group.add_argument("--max_grad_norm", type=positive_float, default=None,
+                       help="scale gradients down to this norm; None: leave them as they are")
+    group.add_argument("--dropout", type=probability, default=0.1, help="hidden and attention dropout rate")
+    group.add_argument("--seed", type=natural_int, default=1000, help="random seed")
+    group.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32",
+                       help="number format of the matrix products; bf16 and fp16, with loss scaling, need --device gpu")
+
+
+def add_run_arguments(device: argparse._ArgumentGroup, output: argparse._ArgumentGroup) -> None:
+    """Where a training run computes, where it writes, and what it goes on from."""
+    add_device_argument(device)
+    device.add_argument("--cpu_threads", type=natural_int, default=0, help="math threads on a CPU; 0: all cores")
+    output.add_argument("--resume", nargs="?", const="auto", default=None,
+                        help="go on from a checkpoint folder, with its optimizer, schedule and place in the data, as "
+                        "if there had been no break; auto: from the newest in --save_dir, or from the start where "
+                        "there is none")
+    output.add_argument("--keep_checkpoints", type=natural_int, default=0,
+                        help="how many of the newest checkpoints to keep; 0: all. Only the newest can be gone on from")
+    output.add_argument("--save_dir", default="./checkpoints", help="folder of the checkpoints")
+    output.add_argument("--save_steps", type=positive_int, default=10000, help="steps between checkpoints")
+    output.add_argument("--visualdl_dir", default="./log", help="folder of the VisualDL log")
+
+
+def check_run_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace,
+                        folders: Iterable[str | None]) -> None:
+    """Refuse training flags that contradict the device, the encoder in one of `folders`, or each other."""
+    if args.precision != "fp32" and args.device != "gpu":
+        parser.error(f"--precision {args.precision} needs --device gpu: paddle has no such training on a CPU")
+    check_device_arguments(parser, args)
+    check_positions(parser, args.max_seq_length, [*folders, args.resume])
+    if args.resume not in (None, "auto") and not os.path.isfile(os.path.join(args.resume, "training_state.json")):
+        parser.error(f"argument --resume: {args.resume}: no checkpoint folder that training can go on from (it has no "
+                     "training_state.json); --init_from_ckpt starts anew from a checkpoint's weights")

@@ -1,4 +1,4 @@
-"""train.py --objective mlm: masked words make an encoder."""
+"""scripts/pretrain.py: masked words make an encoder."""
 
 import subprocess
 import time
@@ -16,7 +16,7 @@ def texts(sample):
 
 def test_masked_words_make_an_encoder(texts, tmp_path):
     """The loss falls; the checkpoint is what --model_name_or_path takes; broken off and resumed it is the same."""
-    mlm = ["train.py", *START, "--objective", "mlm", "--train_set_file", texts, "--learning_rate", 5e-4, "--epochs", 5]
+    mlm = ["scripts/pretrain.py", *START, "--train_set_file", texts, "--learning_rate", 5e-4, "--epochs", 5]
     result = succeed(*mlm, "--save_dir", "whole", cwd=tmp_path)
     told = list(map(float, losses(result)))
     assert len(told) == 4 and told[-1] < told[0] - 0.5, told
@@ -38,12 +38,10 @@ def test_masked_words_make_an_encoder(texts, tmp_path):
     np.testing.assert_array_equal(made[f"ptm.{name}"], whole[f"ernie.{name}"])
 
 
-@pytest.mark.parametrize("flags", [["--pooling", "mean"], ["--crop_rate", 0.3], ["--test_set_file", "t.csv"],
-                                   ["--whiten"], ["--gradient_cache"]])
-def test_flags_of_the_other_objective(texts, tmp_path, flags):
-    (tmp_path / "t.csv").write_text("甲\t乙\n", encoding="utf-8")
-    error = refuse("train.py", *START, "--train_set_file", texts, "--objective", "mlm", *flags, cwd=tmp_path)
-    assert f"{flags[0]} is not for --objective mlm" in error
-    for more, needs in ((["--mlm_probability", 0.2], "--objective mlm"), (["--distill_weight", 2], "--distill_from")):
-        error = refuse("train.py", *START, "--train_set_file", texts, *more, cwd=tmp_path)
-        assert f"{more[0]} needs {needs}" in error
+def test_what_is_refused(texts, tmp_path):
+    (tmp_path / "pairs.csv").write_text("甲\t乙\n" * 9, encoding="utf-8")
+    for flags, message in ((["--train_set_file", texts, "--pooling", "mean"], "no such flag: --pooling"),
+                           (["--train_set_file", texts, "--mlm_probability", 2], "'2' is not a number from 0 to 1"),
+                           (["--train_set_file", texts, "--resume", "nowhere"], "no checkpoint folder that training"),
+                           (["--train_set_file", "pairs.csv"], "pairs.csv: 9 of 9 lines are malformed")):
+        assert message in refuse("scripts/pretrain.py", *START, *flags, cwd=tmp_path)

@@ -1,13 +1,14 @@
-"""What a person sees of a running script beside its results: log lines, progress and errors on stderr, exit codes."""
+"""What a person sees of a running script: log lines, progress and errors on stderr, results on stdout, exit codes."""
 
 import contextlib
+import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TextIO
 
-from machine import RANK, RANKS
+from simcse.machine import RANK, RANKS
 
 HOW_TO_INSTALL = f"is not installed for {sys.executable}; pip install -r requirements.txt, or . .venv/bin/activate"
 SECONDS_PER_LINE = 10
@@ -136,27 +137,70 @@ def run(main: Callable[[], None]) -> None:
     sys.exit(code)
 
 
+def program() -> str:
+    """The name of the script that runs."""
+    return os.path.basename(sys.argv[0])
+
+
 def _run(main: Callable[[], None]) -> int:
     """Run `main`; the exit code."""
-    program = os.path.basename(sys.argv[0])
     try:
         main()
         sys.stdout.flush()
     except SystemExit as end:
         return end.code or 0
     except InputError as error:
-        warn(f"{program}: error: {error}")
+        warn(f"{program()}: error: {error}")
         return 2
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # the reader of stdout (head, less) has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
-        warn(f"{program}: error: {error}")
+        warn(f"{program()}: error: {error}")
         return 2
     except ModuleNotFoundError as error:
-        warn(f"{program}: error: {error.name} {HOW_TO_INSTALL}")
+        warn(f"{program()}: error: {error.name} {HOW_TO_INSTALL}")
         return 2
     except KeyboardInterrupt:
-        warn(f"{program}: interrupted")
+        warn(f"{program()}: interrupted")
         return 130
     return 0
+
+
+def some(names: Sequence[str], most: int = 12) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _json(**fields) -> str:
+    return json.dumps(fields, ensure_ascii=False) + "\n"
+
+
+def recall_lines(kind: str, query: str, documents: Sequence[str], scores: Sequence[float],
+                 measure: str = "cosine") -> str:
+    """What was recalled for a query, best first: "tsv" is a line a document, "jsonl" a line a query, in which a
+    document's score has the name `measure`: "cosine", or "score" where rankings were fused."""
+    if kind == "tsv":
+        return "".join(f"{query}\t{document}\t{score}\n" for document, score in zip(documents, scores))
+    return _json(query=query, results=[{"rank": rank, "document": document, measure: score}
+                                       for rank, (document, score) in enumerate(zip(documents, scores), 1)])
+
+
+def embedding_line(kind: str, text: str, embedding: Sequence[float]) -> str:
+    """A text and its embedding: "tsv" has the numbers, separated by blanks, after the tab."""
+    if kind == "tsv":
+        return f"{text}\t{' '.join(map(str, embedding))}\n"
+    return _json(text=text, embedding=embedding)
+
+
+def pair_line(kind: str | None, query: str, title: str, cosine: float) -> str:
+    """A pair and its cosine; None: the cosine alone."""
+    if kind == "jsonl":
+        return _json(query=query, title=title, cosine=cosine)
+    return f"{query}\t{title}\t{cosine}\n" if kind else f"{cosine}\n"
+
+
+def write(lines: Iterable[str]) -> None:
+    """Print `lines` to stdout, where they are at once."""
+    sys.stdout.writelines(lines)
+    sys.stdout.flush()

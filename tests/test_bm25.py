@@ -6,13 +6,13 @@ import subprocess
 import sys
 from collections import Counter
 
+from data import distinct, read_text_pairs, read_texts
+from simcse.bm25 import Bm25, fuse, words
+from simcse.console import InputError
+
 import numpy as np
 import pytest
 from conftest import ROOT, command, refuse, succeed
-
-from console import InputError
-from data import distinct, read_text_pairs, read_texts
-from lexical import Bm25, fuse, words
 
 CORPUS = ["语义索引与语义检索", "向量检索的近似算法", "。。。", "BM25 检索 模型", "中文分词与语义",
           "语义 语义 语义 bm25", "检索 模型 BM25"]
@@ -28,15 +28,6 @@ def bm25(query, corpus):
         idf = math.log(1 + (len(corpus) - df + 0.5) / (df + 0.5))
         scores += [idf * each[word] / (each[word] + 1.5 * (0.25 + 0.75 * each.total() / mean)) for each in counts]
     return scores
-
-
-def rrf(rankings, weights=(1, 1)):
-    """Of every document its score and its rank in the first ranking, as a sorted list (-score, rank, document)."""
-    documents = dict.fromkeys(document for ranking in rankings for document in ranking)
-    return sorted((-sum(weight / (61 + ranking.index(document)) for weight, ranking in zip(weights, rankings)
-                        if document in ranking),
-                   rankings[0].index(document) if document in rankings[0] else math.inf, document)
-                  for document in documents)
 
 
 def test_words_are_lower_case_letters_and_digits():
@@ -83,7 +74,7 @@ def test_kept_and_read_again(tmp_path, capsys):
 
 def test_no_log_lines_but_the_projects_own():
     """Where another library, as that of Milvus does, has set up logging of everything."""
-    code = ("import logging; logging.basicConfig(level=0); from lexical import Bm25; "
+    code = ("import logging; logging.basicConfig(level=0); from simcse.bm25 import Bm25; "
             "Bm25(['语义', '索引']).search(['语义', '。'], 1)")
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and not result.stdout
@@ -95,21 +86,19 @@ def test_a_corpus_without_words():
     assert (rows == -1).all()
 
 
-@pytest.mark.parametrize("weight", [1.0, 0.3])
-def test_fusion_is_the_formula(weight):
-    random = np.random.default_rng(0)
-    dense, lexical = (np.array([random.permutation(40)[:count] for _ in range(30)]) for count in (20, 15))
-    lexical[::3, 9:] = -1
-    rows, scores = fuse((dense, None), (lexical, None), 12, weight)
-    for near, matching, row, score in zip(dense.tolist(), lexical.tolist(), rows.tolist(), scores):
-        expected = rrf([near, [each for each in matching if each >= 0]], (1, weight))[:12]
-        assert row == [document for *_, document in expected]
-        np.testing.assert_allclose(score, [-negated for negated, *_ in expected], rtol=1e-12)
+def fused(cosines, scores, k):
+    """Of every document that is in a ranking its points, by rank: the cosine and BM25's share of its highest; a ranking
+    that lacks a document counts with its last score. Rankings are {document: score}, best first."""
+    highest = max(scores.values(), default=1)
+    sides = [cosines, {document: score / highest for document, score in scores.items()}]
+    last = [list(cosines.values())[-1], 0 if len(scores) < k else list(sides[1].values())[-1]]
+    points = {document: sum(side.get(document, lowest) for side, lowest in zip(sides, last))
+              for document in dict.fromkeys([*cosines, *scores])}
+    return sorted(points.items(), key=lambda each: -each[1])
 
 
-@pytest.mark.parametrize("weight", [1.0, 0.3])
-def test_fusion_by_score_is_the_formula(weight):
-    """The cosine plus BM25's share of its highest; in a ranking cut off at 20 the others have its last score."""
+def test_fusion_is_the_formula():
+    """In a ranking cut off at 20 the others have its last score; some have fewer, whose others have 0."""
     random = np.random.default_rng(0)
     cosines, scores = random.uniform(-1, 1, (30, 40)), random.uniform(0.1, 9, (30, 40))
     scores[::3, 5:] = 0  # no word of the query in most documents
@@ -117,19 +106,20 @@ def test_fusion_by_score_is_the_formula(weight):
     orders = [np.argsort(-each, axis=1, kind="stable")[:, :20] for each in (cosines, scores)]
     found = [(order, np.take_along_axis(each, order, 1)) for order, each in zip(orders, (cosines, scores))]
     found[1] = tuple(np.where(found[1][1] > 0, side, none) for side, none in zip(found[1], (-1, -np.inf)))
-    rows, fused = fuse(*found, 12, weight, "score")
-    for number, (row, score) in enumerate(zip(rows.tolist(), fused)):
-        known = np.maximum(cosines[number], np.sort(cosines[number])[-20])
-        matched = np.maximum(scores[number], np.sort(scores[number])[-20]) / max(1e-9, scores[number].max())
-        points = known + weight * matched
-        union = [each for each in range(40) if each in orders[0][number] or each in found[1][0][number]]
-        assert row == sorted(union, key=lambda each: -points[each])[:12]
-        np.testing.assert_allclose(score, points[row], rtol=1e-12)
+    rows, points = fuse(*found, 12)
+    for number, (row, each) in enumerate(zip(rows.tolist(), points)):
+        dense, lexical = ({document: score for document, score in zip(side[0][number].tolist(), side[1][number])
+                           if document >= 0} for side in found)
+        expected = fused(dense, lexical, 20)[:12]
+        assert row == [document for document, _ in expected]
+        np.testing.assert_allclose(each, [score for _, score in expected], rtol=1e-12)
 
 
 def test_fusion_of_too_little_and_of_equal_scores():
-    rows, scores = fuse((np.array([[7]]), None), (np.array([[3, -1]]), None), 3)
-    assert rows.tolist() == [[7, 3, -1]] and scores[0, 0] == scores[0, 1] == 1 / 61 and scores[0, 2] == -math.inf
+    rows, scores = fuse((np.array([[7]]), np.array([[0.5]])), (np.array([[3, -1]]), np.array([[2.0, -np.inf]])), 3)
+    assert rows.tolist() == [[3, 7, -1]] and scores[0].tolist() == [1.5, 0.5, -math.inf]
+    rows, scores = fuse((np.array([[7, 3]]), np.array([[0.5, 0.5]])), (np.array([[-1]]), np.array([[-np.inf]])), 2)
+    assert rows.tolist() == [[7, 3]] and scores[0, 0] == scores[0, 1] == 0.5, "equal ones in the order of `dense`"
 
 
 # ------------------------------------------------------------------------------------------------------- recall.py
@@ -152,21 +142,22 @@ def test_recall_writes_the_fused_ranking(checkpoint, sample, tmp_path, engine):
     corpus = read_texts(str(sample / "corpus.csv"), "--flag")
     flags = ["--similar_text_pair", sample / "dev.csv", "--ann_engine", engine, "--index_path", "index"]
     recall(checkpoint, tmp_path, sample / "corpus.csv", *flags, "--top_k", 100, "--recall_result_file", "dense.txt")
-    result = recall(checkpoint, tmp_path, sample / "corpus.csv", *flags, "--hybrid_bm25", "--bm25_weight", 0.7)
+    result = recall(checkpoint, tmp_path, sample / "corpus.csv", *flags, "--hybrid_bm25")
     assert "BM25 over 120 documents" in result.stderr and "jieba" not in result.stderr
-    dense, fused = (read_result(tmp_path / "recall_result_dir" / name) for name in ("dense.txt", "recall_result.txt"))
-    assert list(dense) == list(fused) and len(corpus) == len(set(corpus))
-    matching = Bm25(corpus).search(list(dense), 100)[0].tolist()
-    for (query, near), rows in zip(dense.items(), matching):
-        expected = rrf([[document for document, _ in near], [corpus[row] for row in rows if row >= 0]], (1, 0.7))[:10]
-        assert [document for document, _ in fused[query]] == [document for *_, document in expected]
-        np.testing.assert_allclose([score for _, score in fused[query]], [-negated for negated, *_ in expected])
+    dense, hybrid = (read_result(tmp_path / "recall_result_dir" / name) for name in ("dense.txt", "recall_result.txt"))
+    assert list(dense) == list(hybrid) and len(corpus) == len(set(corpus))
+    for (query, near), rows, scores in zip(dense.items(), *Bm25(corpus).search(list(dense), 100)):
+        matching = {corpus[row]: float(score) for row, score in zip(rows.tolist(), scores) if row >= 0}
+        expected = fused(dict(near), matching, 100)[:10]
+        assert [document for document, _ in hybrid[query]] == [document for document, _ in expected]
+        np.testing.assert_allclose([score for _, score in hybrid[query]], [score for _, score in expected], rtol=1e-6)
 
-    query, best = next(iter(fused.items()))
-    asked = ["--device", "cpu", "--params_path", checkpoint, "--index_path", "index", "--hybrid_bm25", "--bm25_weight",
-             0.7, "--format", "jsonl", "--top_k", 10]
+    query, best = next(iter(hybrid.items()))
+    asked = ["--device", "cpu", "--params_path", checkpoint, "--index_path", "index", "--hybrid_bm25",
+             "--format", "jsonl", "--top_k", 10]
     answer = json.loads(succeed("recall.py", *asked, "--query", query, cwd=tmp_path).stdout)
-    assert [(each["document"], each["score"]) for each in answer["results"]] == best
+    assert [each["document"] for each in answer["results"]] == [document for document, _ in best]
+    np.testing.assert_allclose([each["score"] for each in answer["results"]], [score for _, score in best], rtol=1e-5)
     assert set(answer["results"][0]) == {"rank", "document", "score"}
     again = succeed("recall.py", *asked, "--query", query, cwd=tmp_path).stderr
     assert "using BM25 in index/bm25" in again and "BM25 over" not in again
@@ -187,27 +178,20 @@ def test_words_help_a_hardly_trained_network_on_real_text(checkpoint, real_data,
     pairs = read_text_pairs(str(csl / "dev.csv"), "--flag")
     flags = ["--similar_text_pair", csl / "dev.csv", "--top_k", 50, "--index_path", "index"]
     recall_at = {}
-    for name, more in (("dense", []), ("rrf", ["--hybrid_bm25"]), ("score", ["--hybrid_bm25", "--fusion", "score"])):
+    for name, more in (("dense", []), ("hybrid", ["--hybrid_bm25"])):
         recall(checkpoint, tmp_path, csl / "corpus.csv", *flags, *more)
         found = read_result(tmp_path / "recall_result_dir" / "recall_result.txt")
         tops = [([document for document, _ in found[query]], target) for query, target in pairs]
         recall_at[name] = [100 * np.mean([target in top[:k] for top, target in tops]) for k in (1, 10, 50)]
-    assert (np.array(recall_at["rrf"]) > recall_at["dense"]).all(), recall_at
-    assert (np.array(recall_at["score"]) > recall_at["dense"]).all(), recall_at
+    assert (np.array(recall_at["hybrid"]) > recall_at["dense"]).all(), recall_at
     assert len(distinct(query for query, _ in pairs)) == len(pairs)
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--similar_text_pair", "file", "--corpus_file", "file", "--bm25_weight", 2], "--bm25_weight needs --hybrid_bm25"),
-    (["--query", "x", "--corpus_file", "file", "--fusion", "score"], "--fusion needs --hybrid_bm25"),
-    (["--similar_text_pair", "file", "--corpus_file", "file", "--hybrid_bm25", "--bm25_weight", 0],
-     "argument --bm25_weight: '0' is not a number above 0"),
-    (["--query", "x", "--ann_engine", "milvus", "--hybrid_bm25"],
-     "--hybrid_bm25 with --ann_engine milvus needs --corpus_file")])
-def test_what_is_refused(tmp_path, flags, message):
+def test_milvus_has_no_words_without_the_corpus(tmp_path):
     (tmp_path / "file").write_text("a\tb\n")
-    line = refuse("recall.py", "--params_path", "file", *flags, cwd=tmp_path)
-    assert line.startswith("recall.py: error: ") and message in line
+    line = refuse("recall.py", "--params_path", "file", "--query", "x", "--ann_engine", "milvus", "--hybrid_bm25",
+                  cwd=tmp_path)
+    assert line.startswith("recall.py: error: --hybrid_bm25 with --ann_engine milvus needs --corpus_file")
 
 
 def test_without_bm25s_it_is_one_line_before_any_work(tmp_path):

@@ -3,15 +3,14 @@
 import contextlib
 import json
 import logging
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
+from simcse.console import InputError, first_line
+from simcse.files import check_fingerprint
 
-from ann_util import Found, blocks_of, check_made_of, fill_up, merge, nothing
-from console import InputError, first_line
+import numpy as np
 
 
 class MilvusIndex:
@@ -23,9 +22,9 @@ class MilvusIndex:
     Args:
         uri: http://host:port of a server, or a path ending in .db: Milvus Lite, in this process.
         collection: its name.
-        made_of: what the collection depends on, kept with it. Of one that is there already it may name a part; to make
-            one it takes "documents", how many, "dim", "index_type" (FLAT, IVF_FLAT or HNSW, with "hnsw_m" and "hnsw_ef"
-            as in `HnswIndex`) and "metric" (COSINE, IP or L2; results are cosines all the same).
+        fingerprint: what the collection depends on, kept with it. Of one that is there already it may name a part; to
+            make one it takes "documents", how many, "dim", "metric" (COSINE) and "index_type": FLAT, or HNSW with
+            "hnsw_m" and "hnsw_ef" as in `HnswIndex`.
         rank, ranks: this process, and how many there are; a .db file can be used by one alone.
         wait: waits for all ranks.
 
@@ -36,7 +35,7 @@ class MilvusIndex:
     _PIECE, _QUERIES, _TEXT_BYTES, _KEY = 4096, 1000, 65535, "simcse"
     MOST = 16384  # documents for a query
 
-    def __init__(self, uri: str, collection: str, made_of: dict, rank: int = 0, ranks: int = 1,
+    def __init__(self, uri: str, collection: str, fingerprint: dict, rank: int = 0, ranks: int = 1,
                  wait: Callable[[], None] = int) -> None:
         try:
             from pymilvus import MilvusClient
@@ -51,17 +50,17 @@ class MilvusIndex:
             raise InputError(f"--milvus_uri {uri}: a file can be used by one process; {ranks} need a server")
         with self._errors():
             self._client = MilvusClient(uri=uri, token=os.environ.get("MILVUS_TOKEN", ""), timeout=30)
-            if rank == 0 and "documents" in made_of and not self._client.has_collection(collection):
-                self._create(made_of)
+            if rank == 0 and "documents" in fingerprint and not self._client.has_collection(collection):
+                self._create(fingerprint)
             wait()
             if not self._client.has_collection(collection):
                 raise InputError(f"--milvus_collection {collection}: {uri} has no such collection; --corpus_file is "
                                  "needed to make it")
-            self.made_of = self._read_made_of()
-            check_made_of(self.made_of, made_of, f"--milvus_collection {collection}",
+            self.fingerprint = self._read_fingerprint()
+            check_fingerprint(self.fingerprint, fingerprint, f"--milvus_collection {collection}",
                           "name another collection, or drop this one to build it again")
             self._client.load_collection(collection)
-            documents = self.made_of["documents"]
+            documents = self.fingerprint["documents"]
             pieces = [range(start, min(start + self._PIECE, documents)) for start in range(0, documents, self._PIECE)]
             self.pieces = [rows for rows in pieces[rank::ranks] if not self._has(rows[-1])]
         self._worker, self._adding, self.texts = ThreadPoolExecutor(1), None, MilvusTexts(self)
@@ -77,31 +76,29 @@ class MilvusIndex:
         except (MilvusException, grpc.RpcError, ValueError) as error:
             raise InputError(f"--milvus_uri {self.uri}: {first_line(error)}") from None
 
-    def _parameters(self, made_of: dict) -> tuple[dict, dict]:
+    def _parameters(self, fingerprint: dict) -> tuple[dict, dict]:
         """Of the index type, how to build and how to search, without the depth that k asks for."""
-        if made_of["index_type"] == "HNSW":
-            return {"M": made_of["hnsw_m"], "efConstruction": made_of["hnsw_ef"]}, {"ef": made_of["hnsw_ef"]}
-        if made_of["index_type"] == "IVF_FLAT":  # 4 sqrt(N) lists, as Milvus advises, of which a search reads a part
-            lists = min(65536, 4 * math.isqrt(made_of["documents"]))
-            return {"nlist": lists}, {"nprobe": max(32, lists // 4)}
+        if fingerprint["index_type"] == "HNSW":
+            ef = fingerprint["hnsw_ef"]
+            return {"M": fingerprint["hnsw_m"], "efConstruction": ef}, {"ef": ef}
         return {}, {}
 
-    def _create(self, made_of: dict) -> None:
+    def _create(self, fingerprint: dict) -> None:
         from pymilvus import DataType
 
-        kept, build = json.dumps(made_of), self._parameters(made_of)[0]
+        kept, build = json.dumps(fingerprint), self._parameters(fingerprint)[0]
         # Milvus Lite forgets descriptions and reads an index's parameters from one called params.
         schema = self._client.create_schema(auto_id=False, enable_dynamic_field=False, description=kept)
         schema.add_field("id", DataType.INT64, is_primary=True)
         schema.add_field("text", DataType.VARCHAR, max_length=self._TEXT_BYTES)
-        schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=made_of["dim"])
+        schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=fingerprint["dim"])
         index = self._client.prepare_index_params()
-        index.add_index(field_name="embedding", index_type=made_of["index_type"], metric_type=made_of["metric"],
+        index.add_index(field_name="embedding", index_type=fingerprint["index_type"], metric_type=fingerprint["metric"],
                         params={"params": build} if self._lite else build)
         self._client.create_collection(self.collection, schema=schema, index_params=index, consistency_level="Strong",
                                        **({"properties": {self._KEY: kept}} if self._lite else {}))
 
-    def _read_made_of(self) -> dict:
+    def _read_fingerprint(self) -> dict:
         about = self._client.describe_collection(self.collection)
         try:
             return json.loads(about.get("properties", {}).get(self._KEY) or about.get("description") or "")
@@ -112,7 +109,7 @@ class MilvusIndex:
         return bool(self._client.get(self.collection, ids=[row], output_fields=["id"]))
 
     def __len__(self) -> int:
-        return self.made_of["documents"]
+        return self.fingerprint["documents"]
 
     def add(self, rows: range, embeddings: np.ndarray, texts: Sequence[str]) -> None:
         """Upsert one of `pieces`, float32 [len(rows), dim], in the background; `finish` waits for the last."""
@@ -134,25 +131,26 @@ class MilvusIndex:
             with self._errors():
                 self._client.flush(self.collection)
 
-    def search(self, queries: np.ndarray, k: int) -> Found:
-        """As `Shards.search`, on rank 0; other ranks find nothing."""
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `Shards.search`, on rank 0; other ranks find nothing. Of fewer than k the rest are rows -1, cosines -inf.
+        """
         if self.rank:
-            return nothing(queries)
+            return np.empty((len(queries), 0), "int64"), np.empty((len(queries), 0), "float32")
         if k > self.MOST:
             raise InputError(f"--recall_num {k}: Milvus gives at most {self.MOST}")
-        depth, parts = self._parameters(self.made_of)[1], []
+        depth = self._parameters(self.fingerprint)[1]
         if "ef" in depth:
             depth["ef"] = max(depth["ef"], 2 * k)
-        for some in blocks_of(queries, self._QUERIES):
+        rows, cosines = np.full((len(queries), k), -1), np.full((len(queries), k), -np.inf, "float32")
+        for start in range(0, len(queries), self._QUERIES):
             with self._errors():
-                hits = self._client.search(self.collection, data=some, anns_field="embedding", limit=k,
-                                           search_params={"params": depth})
-            for one in hits:
-                rows = np.array([[hit["id"] for hit in one]], "int64")
-                scores = np.array([[hit["distance"] for hit in one]], "float32")
-                cosines = 1 - scores / 2 if self.made_of["metric"] == "L2" else scores
-                parts.append(fill_up(merge([(rows, cosines)], k), k))
-        return tuple(np.concatenate(side) for side in zip(*parts))
+                hits = self._client.search(self.collection, data=queries[start : start + self._QUERIES],
+                                           anns_field="embedding", limit=k, search_params={"params": depth})
+            for number, one in enumerate(hits, start):
+                best = sorted((-hit["distance"], hit["id"]) for hit in one)  # of equal cosines the lower row first
+                rows[number, : len(best)] = [row for _, row in best]
+                cosines[number, : len(best)] = [-negated for negated, _ in best]
+        return rows, cosines
 
     def close(self) -> None:
         """Let go of the file, or of the connection."""

@@ -5,16 +5,15 @@ import os
 import time
 from collections.abc import Sequence
 
+from simcse import console
+from simcse.files import new_folder
+
 import bm25s
 import jieba
 import numpy as np
 
-import console
-from ann_util import Found
-from checkpoint import new_folder
-
+Found = tuple[np.ndarray, np.ndarray]  # of every query rows int64 [Q, k] and scores [Q, k], best first
 K1, B = 1.5, 0.75
-RRF_K = 60  # Cormack, Clarke and Buettcher 2009 found it best, and little to depend on it
 jieba.setLogLevel(logging.WARNING)
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # else it logs wherever another library has set up logging
 
@@ -109,49 +108,30 @@ def _best(scores: np.ndarray, k: int) -> np.ndarray:
     return rows[np.argsort(-scores[rows], kind="stable")][:k]
 
 
-Points = tuple[np.ndarray, np.ndarray]  # of a ranking's documents [Q, any], and of each that is not in it [Q]
+def fuse(dense: Found, lexical: Found, k: int) -> Found:
+    """Two rankings of the same queries as one: a document's score is its cosine plus its BM25 score divided by that of
+    the query's first (a convex combination; Bruch et al. 2023, arXiv:2210.11934).
 
-
-def by_rank(found: Found) -> Points:
-    """1 / (60 + rank), ranks from 1; 0 for what is not in the ranking."""
-    points = np.broadcast_to(1 / (RRF_K + np.arange(1, 1 + found[0].shape[1])), found[0].shape)
-    return points, np.zeros(len(points))
-
-
-def by_score(found: Found) -> Points:
-    """The scores; for what is not in the ranking the last one there, which it has at most, or 0 where that is none."""
-    scores = np.where(found[0] >= 0, found[1], 0.0)
-    return scores, scores[:, -1]
-
-
-def fuse(dense: Found, lexical: Found, k: int, weight: float = 1.0, fusion: str = "rrf") -> Found:
-    """Two rankings of the same queries as one, a document's score being its points in both.
-
-    "rrf": reciprocal rank fusion (Cormack, Clarke and Buettcher 2009, SIGIR), see `by_rank`; "score": the cosine plus
-    BM25's score divided by that of the query's first (a convex combination; Bruch et al. 2023,
-    arXiv:2210.11934), see `by_score`.
+    A document that is not in a ranking has the last score there, which it has at most, or 0 where that is none.
 
     Args:
         dense, lexical: cosines and scores of BM25 [Q, any], best first; rows of -1 are none.
         k: documents wanted.
-        weight: of the points in the second ranking.
-        fusion: "rrf" or "score".
 
     Returns:
         Rows int64 and scores float64 [Q, k], best first, of equal scores the better rank in `dense` first; where there
         are fewer, rows -1 with scores -inf at the end.
     """
-    if fusion == "score":
-        highest = np.where(lexical[0][:, :1] >= 0, lexical[1][:, :1], 1.0)
-        sides = by_score(dense), by_score((lexical[0], lexical[1] / highest))
-    else:
-        sides = by_rank(dense), by_rank(lexical)
+    highest = np.where(lexical[0][:, :1] >= 0, lexical[1][:, :1], 1.0)
+    sides = [(found, np.where(found >= 0, scores, 0.0))
+             for found, scores in (dense, (lexical[0], lexical[1] / highest))]
     rows, scores = np.full((len(dense[0]), k), -1, "int64"), np.full((len(dense[0]), k), -np.inf)
-    for number, rankings in enumerate(zip(dense[0].tolist(), lexical[0].tolist())):
-        near, matching = (dict(zip(ranking, points[number])) for ranking, (points, _) in zip(rankings, sides))
-        others = [float(absent[number]) for _, absent in sides]
-        fused = {row: near.get(row, others[0]) + weight * matching.get(row, others[1])
-                 for row in (*rankings[0], *rankings[1]) if row >= 0}
+    for number in range(len(rows)):
+        (near, cosines), (matching, shares) = ((found[number].tolist(), points[number].tolist())
+                                               for found, points in sides)
+        cosine_of, share_of = dict(zip(near, cosines)), dict(zip(matching, shares))
+        fused = {row: cosine_of.get(row, cosines[-1]) + share_of.get(row, shares[-1])
+                 for row in (*near, *matching) if row >= 0}
         best = sorted(fused, key=fused.__getitem__, reverse=True)[:k]  # stable: equal ones stay in dense order
         rows[number, : len(best)], scores[number, : len(best)] = best, [fused[row] for row in best]
     return rows, scores

@@ -5,8 +5,6 @@ from collections.abc import Callable
 import numpy as np
 from paddle import nn
 
-from model import SimCSE
-
 SAMPLE = 16384  # rows of the training file that mean and covariance are taken of
 RIDGE = 0.01
 
@@ -33,9 +31,8 @@ def whitening(vectors: np.ndarray, dim: int, ridge: float = RIDGE) -> tuple[np.n
     return weight, -mean @ weight
 
 
-def whiten(model: SimCSE, encode: Callable[[], np.ndarray], dim: int) -> None:
-    """Whiten the network's embeddings; it gets an fc of `dim`, of which the first half, quarter and eighth are
-    embeddings too.
+def whiten(model: nn.Layer, encode: Callable[[], np.ndarray], dim: int) -> None:
+    """Whiten the network's embeddings; it gets an fc of `dim`.
 
     Args:
         encode: gives the network's embeddings of some texts, float32 [texts, embedding_size].
@@ -49,7 +46,6 @@ def whiten(model: SimCSE, encode: Callable[[], np.ndarray], dim: int) -> None:
         before = model.emb_reduce_linear
         weight, bias = before.weight.numpy() @ weight, before.bias.numpy() @ weight + bias
     model.output_emb_size = model.embedding_size = dim
-    model.matryoshka_dims = [dim // part for part in (1, 2, 4, 8) if dim // part]
     model.emb_reduce_linear = nn.Linear(*weight.shape)
     model.emb_reduce_linear.weight.set_value(weight.astype("float32"))
     model.emb_reduce_linear.bias.set_value(bias.astype("float32"))

@@ -27,9 +27,9 @@ def default_threads() -> int:
     return max(1, CPU_CORES // RANKS)
 
 
-def auto_precision(device: str, onednn: bool = True) -> str:
-    """What `--precision auto` is: bf16 on a CPU where it is faster and with oneDNN, else fp32."""
-    return "bf16" if device == "cpu" and onednn and CPU_BF16_IS_FASTER else "fp32"
+def auto_precision(device: str) -> str:
+    """What `--precision auto` is: bf16 on a CPU that is faster in it, else fp32."""
+    return "bf16" if device == "cpu" and CPU_BF16_IS_FASTER else "fp32"
 
 
 def available_memory() -> float:
@@ -39,3 +39,7 @@ def available_memory() -> float:
             return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return math.inf
+
+
+# Tokens of a batch, padding included, that keep a processor busy, by whether it is a CPU.
+BATCH_TOKENS = {True: 2048, False: 65536}

@@ -9,8 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from data import RECALL_KS
-
+RECALL_KS = (1, 5, 10, 20, 50)
 NDCG_K = 10
 
 
@@ -34,18 +33,11 @@ def ndcg(ranks: Sequence[float], k: int = NDCG_K) -> float:
     return sum(1 / math.log2(2 + rank) for rank in ranks if rank < k) / best
 
 
-def average_precision(ranks: Sequence[float]) -> float:
-    """The sum of i / (1 + rank of the i-th target recalled) over the number of targets; the mean is MAP (Manning,
-    Raghavan and Schütze 2008, section 8.4)."""
-    return sum(number / (1 + rank) for number, rank in enumerate(sorted(ranks), start=1)) / len(ranks)
-
-
 # What --metrics may ask for, and the figures that each gives.
 METRICS: dict[str, dict[str, Callable[[Sequence[float]], float]]] = {
     "recall": {f"recall@{k}": partial(hit, k=k) for k in RECALL_KS},
     "mrr": {"mrr": reciprocal_rank},
     "ndcg": {f"ndcg@{NDCG_K}": ndcg},
-    "map": {"map": average_precision},
 }
 
 
@@ -58,15 +50,6 @@ def per_query(ranks: Sequence[Sequence[float]], metrics: Iterable[str]) -> dict[
 def percent(values: np.ndarray) -> float:
     """The mean in percent, to three digits."""
     return round(100 * float(np.mean(values)), 3)
-
-
-def recall_at(ranks: np.ndarray, ks: Iterable[int]) -> dict[int, float]:
-    """Recall@k in percent, to three digits.
-
-    Args:
-        ranks: for every query the rank of its first target, from 0; infinite where it was not recalled.
-    """
-    return {k: percent(np.asarray(ranks) < k) for k in ks}
 
 
 def first_hits(rows: np.ndarray, targets: Sequence[set[int]]) -> np.ndarray:

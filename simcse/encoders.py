@@ -1,0 +1,158 @@
+"""PaddleNLP's encoders: loaded strictly, and made faster."""
+
+import contextlib
+import ctypes
+import logging
+import os
+import re
+from collections.abc import Iterator
+
+from simcse.console import InputError, first_line, some, warn
+from simcse.weights import read_weights
+
+import paddle
+from paddle import nn
+from paddle.nn import Linear
+from paddle.nn.functional import linear
+
+
+class _NewlyInitialized(logging.Handler):
+    """Collects the layers that paddlenlp says it left at random: it only logs them."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.layers: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        named = re.search(r"newly initialized: \[(.*?)\]", record.getMessage())
+        self.layers += re.findall(r"'([^']+)'", named[1]) if named else []
+
+
+def load_encoder(model_name_or_path: str, dropout: float | None = None, kind: str = "AutoModel",
+                 may_start_at_random: str = "pooler") -> nn.Layer:
+    """A pretrained encoder by hub name or folder, every layer of it loaded, in float32.
+
+    Args:
+        dropout: hidden and attention dropout rate; None: the encoder's own.
+        kind: the class of paddlenlp that loads it.
+        may_start_at_random: layers that may be missing from its weights, by what is in their names. Encoders pretrained
+            without a pooler get a random one, which is said on stderr, to be trained.
+
+    Raises:
+        InputError: no such encoder, or other layers are missing from its weights.
+    """
+    import paddlenlp
+    from paddlenlp.utils.log import logger
+
+    logger.set_level("WARNING")
+    rates = {} if dropout is None else {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    for name in os.listdir(model_name_or_path) if os.path.isdir(model_name_or_path) else ():
+        if name.endswith(".pdparams"):  # paddlenlp would run what is in it
+            read_weights(os.path.join(model_name_or_path, name), "--model_name_or_path")
+    seen = _NewlyInitialized()
+    handlers, logger.logger.handlers = logger.logger.handlers, [seen]  # its several lines become one below
+    try:
+        encoder = getattr(paddlenlp.transformers, kind).from_pretrained(model_name_or_path, **rates)
+    except Exception as error:  # paddlenlp raises OSError, ValueError, KeyError, RuntimeError for the same reasons
+        raise InputError(f"--model_name_or_path {model_name_or_path}: neither a folder with an encoder nor one that "
+                         f"can be fetched by that name: {first_line(error)}") from None
+    finally:
+        logger.logger.handlers = handlers
+    if missing := [name for name in seen.layers if may_start_at_random not in name and "pooler" not in name]:
+        raise InputError(f"--model_name_or_path {model_name_or_path}: its weights lack {some(missing)}")
+    if seen.layers:
+        warn(f"{model_name_or_path} has no trained {may_start_at_random}: {some(seen.layers)} start at random")
+    return encoder
+
+
+@contextlib.contextmanager
+def _weights_not_drawn() -> Iterator[None]:
+    """Build layers without drawing weights at random: for ERNIE-base that takes longer than all else of its start."""
+    from unittest.mock import patch
+
+    zeros = nn.initializer.Constant(0.0)
+    # Paddle's layers draw them by the global initializer or, in ERNIE, by TruncatedNormal; paddlenlp then draws again.
+    nn.initializer.set_global_initializer(zeros)
+    try:
+        with (patch.object(nn.initializer.TruncatedNormal, "forward", lambda _, *where: zeros.forward(*where)),
+              patch.object(paddle.tensor, "normal", lambda mean, std, shape: paddle.empty(shape))):
+            yield
+    finally:
+        nn.initializer.set_global_initializer(None)
+
+
+def encoder_from_record(record: dict, dropout: float | None) -> nn.Layer:
+    """The encoder that a checkpoint describes, its weights not set yet: the checkpoint has them all."""
+    import paddlenlp
+
+    paddlenlp.utils.log.logger.set_level("WARNING")
+    encoder_class = getattr(paddlenlp.transformers, record["encoder_class"])
+    config = encoder_class.config_class.from_dict(portable(record["encoder_config"]))
+    if dropout is not None:
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
+    with _weights_not_drawn():
+        return encoder_class(config)
+
+
+def portable(config: dict) -> dict:
+    """An encoder's config without what one paddlenlp writes and another refuses to read."""
+    return {key: value for key, value in config.items() if key != "quantization_config"}
+
+
+# ------------------------------------------------------------------------------------------------- the network
+def first_token_only(encoder: nn.Layer) -> None:
+    """Let the last layer of an encoder compute its first token only, the one that becomes the embedding.
+
+    Keys and values come from all tokens, as before, so the first token is the same; its queries, and all that follows
+    them, are one row a text. Where the encoder is no stack of post-norm `nn.TransformerEncoderLayer`, nothing changes.
+    """
+    layers = getattr(getattr(encoder, "encoder", None), "layers", None)
+    layer = layers[-1] if layers else None
+    if type(layer) is not nn.TransformerEncoderLayer or layer.normalize_before:
+        return
+
+    def forward(src, src_mask=None, cache=None, output_attentions=False):
+        first = src[:, :1]
+        first = layer.norm1(first + layer.dropout1(layer.self_attn(first, src, src, src_mask)))
+        hidden = layer.dropout(layer.activation(layer.linear1(first)))
+        return layer.norm2(first + layer.dropout2(layer.linear2(hidden)))
+
+    layer.forward = forward
+
+
+def freeze_pooler(encoder: nn.Layer) -> None:
+    """Take an encoder's pooler, where it has one and nothing asks it, out of training."""
+    for parameter in encoder.pooler.parameters() if getattr(encoder, "pooler", None) else ():
+        parameter.stop_gradient = True
+
+
+def train_faster_on_cpu(model) -> None:
+    """The same gradients in less time.
+
+    glibc is told to keep what is freed; else it maps and zeroes anew every large tensor of a step. And the gradients of
+    biases become matrix products, since paddle sums rows on a CPU several times slower than MKL multiplies.
+    """
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        m_mmap_threshold, m_trim_threshold = -3, -1
+        libc.mallopt(m_mmap_threshold, 1 << 30)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+    class FastBias(paddle.autograd.PyLayer):
+        @staticmethod
+        def forward(ctx, x, weight, bias):
+            ctx.save_for_backward(x, weight)
+            return linear(x, weight, bias)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            x, weight = ctx.saved_tensor()
+            x_rows, rows = (tensor.reshape([-1, tensor.shape[-1]]) for tensor in (x, gradient))
+            return (paddle.matmul(gradient, weight, transpose_y=True), paddle.matmul(x_rows, rows, transpose_x=True),
+                    paddle.matmul(paddle.ones([1, rows.shape[0]]), rows)[0])
+
+    def replace(layer) -> None:
+        layer.forward = lambda x: (FastBias.apply if layer.training else linear)(x, layer.weight, layer.bias)
+
+    for layer in model.sublayers():
+        if type(layer) is Linear and layer.bias is not None:
+            replace(layer)

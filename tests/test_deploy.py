@@ -1,0 +1,114 @@
+"""deploy/python on a server: an exported folder and these files, without paddlenlp and without the project."""
+
+import os
+import subprocess
+import sys
+
+import simcse.engine
+from data import load_tokenizer, read_texts
+from deploy.python import predictor
+
+import numpy as np
+import paddle
+import pytest
+from conftest import FP32, ROOT, run_script, succeed
+from training import embed
+
+# Imports of what a server does not have fail.
+BLOCKER = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"blocked: {{name}}", name=name)
+sys.meta_path.insert(0, Blocker())
+"""
+PROJECT = {"simcse", "model", "data", "ann_util", "deploy", "paddlenlp", "hnswlib", "jieba", "visualdl"}
+TEXTS = ["语义检索", "", "a [SEP] b[CLS]", "😀 ①ⅷ", "Ünïcödé ÄÖ\u00ad", "長" * 600, "x" * 300,
+         "𠮷野 \u2b820 \x1f\u200b.", "2型  糖尿病。"]
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A folder with the files of deploy/python alone, and what runs predict.py there."""
+    for path in ROOT.glob("deploy/python/*.py"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "site").mkdir()
+
+    def predict(blocked, *args):
+        (tmp_path / "site" / "sitecustomize.py").write_text(BLOCKER.format(blocked=blocked), encoding="utf-8")
+        return subprocess.run([sys.executable, tmp_path / "predict.py", "--device", "cpu", *map(str, args)],
+                              cwd=tmp_path, capture_output=True, text=True, encoding="utf-8",
+                              env={**os.environ, "PYTHONPATH": str(tmp_path / "site")})
+
+    return predict
+
+
+@pytest.mark.parametrize("kind", ["paddle", "onnx"])
+def test_a_copied_folder_gives_the_same_vectors(kind, server, exported, checkpoint, sample, tmp_path):
+    folder = exported
+    if kind == "onnx":
+        pytest.importorskip("paddle2onnx", reason="requirements-onnx.txt is not installed", exc_type=ImportError)
+        folder = tmp_path / "output"
+        succeed("export_model.py", "--params_path", checkpoint, "--output_path", folder, "--format", "onnx")
+    blocked = PROJECT | ({"paddle"} if kind == "onnx" else {"onnxruntime"})
+    result = server(blocked, "--model_dir", folder, "--input_file", sample / "corpus.csv", "--output_file", "v.npy",
+                    *FP32)
+    assert result.returncode == 0, result.stderr
+    expected = embed(checkpoint, read_texts(str(sample / "corpus.csv"), "--flag"), 128)
+    np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected, atol=1e-5)
+
+
+def test_what_is_missing_is_one_line(server, exported, tmp_path):
+    result = server(PROJECT | {"paddle"}, "--model_dir", exported)
+    assert result.returncode == 2 and "paddle is not installed for" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr and not result.stdout
+    for name in os.listdir(exported):
+        if name != "tokenizer.json":
+            (tmp_path / name).symlink_to(exported / name)
+    result = server(PROJECT, "--model_dir", ".")
+    assert result.returncode == 2 and "--model_dir .: no tokenizer.json; export the" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("content, message", [
+    ("甲\n".encode("gbk"), "texts:1: not UTF-8 at byte 1 of the line; if it is GBK"), (b"\n", "the file holds no text"),
+    ("a\tb\n甲\n\n".encode(), "texts:1 (columns: 2 instead of 1)"), (b"a\tb\nc\td\ne\n", "2 of 3 lines are malformed")])
+def test_files(server, exported, tmp_path, content, message):
+    """Malformed lines are skipped and said; nothing of them is silently wrong."""
+    (tmp_path / "texts").write_bytes(content)
+    result = run_script(tmp_path / "predict.py", "--device", "cpu", "--model_dir", exported, "--input_file", "texts",
+                        "--format", "tsv", cwd=tmp_path)
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert (result.returncode, result.stdout[:2]) == ((0, "甲\t") if b"\xe7" in content else (2, ""))
+
+
+@pytest.mark.parametrize("length", [3, 16, 512])
+def test_tokens_are_those_of_the_project(exported, sample, length):
+    texts = TEXTS + read_texts(str(sample / "corpus.csv"), "--flag")
+    ours, theirs = load_tokenizer(str(exported)), predictor.Tokenizer(str(exported))
+    assert theirs(texts, length) == ours(texts, length) and theirs.pad_token_id == ours.pad_token_id
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_onednn_is_set_up_as_by_the_stages(exported, precision, monkeypatch):
+    """simcse/engine.py and predictor.py make the same calls of paddle.inference.Config."""
+    calls = []
+
+    class Config:
+        def __init__(self, *paths):
+            calls.append([paths])
+
+        def __getattr__(self, name):
+            if name.startswith("_"):
+                raise AttributeError(name)
+            return lambda *args: calls[-1].append((name, *args))
+
+    monkeypatch.setattr(paddle.inference, "Config", Config)
+    monkeypatch.setattr(simcse.engine, "CPU_HAS_BF16", True)
+    monkeypatch.setattr(predictor, "CPU_HAS_BF16", True)
+    for make in (lambda: simcse.engine.CpuEngine(str(exported), 9, 9, precision, 2),
+                 lambda: predictor.Predictor(str(exported), "cpu", 2, precision=precision)):
+        with pytest.raises(TypeError):  # there is no predictor of such a config
+            make()
+    assert calls[0][0] == calls[1][0] and set(calls[0]) == set(calls[1]) and len(calls[0]) > 5, calls
+    assert predictor.auto_precision("cpu") == simcse.machine.auto_precision("cpu")
