@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -49,7 +50,7 @@ def exact_search(queries: np.ndarray, corpus: np.ndarray | Iterable[np.ndarray],
 
     Args:
         queries: L2-normalized float32 [Q, dim].
-        corpus: likewise [N, dim], whole or as blocks one after the other.
+        corpus: L2-normalized float32 [N, dim], whole or as blocks one after the other.
         k: how many; at most N are returned.
 
     Returns:
@@ -59,11 +60,17 @@ def exact_search(queries: np.ndarray, corpus: np.ndarray | Iterable[np.ndarray],
     best, seen = nothing(queries), 0
     with ThreadPoolExecutor(os.cpu_count()) as workers:
         for block in blocks_of(corpus) if isinstance(corpus, np.ndarray) else corpus:
-            found = workers.map(lambda some, block=block: _best(some @ block.T, k), blocks_of(queries, QUERY_BLOCK))
+            search = functools.partial(_search_block, block.T, k)
+            found = workers.map(search, blocks_of(queries, QUERY_BLOCK))
             rows, cosines = (np.concatenate(part) for part in zip(*found))
             best = merge([best, (rows + seen, cosines)], k)
             seen += len(block)
     return best
+
+
+def _search_block(transposed: np.ndarray, k: int, queries: np.ndarray) -> Found:
+    """The k most similar columns of `transposed`, float32 [dim, block], for some queries."""
+    return _best(queries @ transposed, k)
 
 
 def _best(similarity: np.ndarray, k: int) -> Found:

@@ -113,7 +113,8 @@ def read_result(args: argparse.Namespace, targets: Targets, path: str) -> tuple[
         # A document that stands there twice counts where it stands first; so does a query that recall.py wrote twice.
         if document in ranks[query]:
             ranks[query][document] = min(ranks[query][document], rank)
-        if args.show_errors and (query in tops and rank < SHOWN or rank == 0 and document not in targets[query]):
+        missed = rank == 0 and document not in targets[query]
+        if args.show_errors and (missed or (query in tops and rank < SHOWN)):
             tops.setdefault(query, []).append((document, score))
     report(args, path, [query for query in targets if query not in seen], unknown, max(seen.values(), default=0))
     looked_at = [[rank if rank < args.recall_num else math.inf for rank in each.values()] for each in ranks.values()]

@@ -13,11 +13,11 @@ import os
 
 from data import WordPiece, make_batches
 from simcse import console, flags
+from simcse.weights import ONNX_FILE, OPSET
 
 # Short, long, more than one batch and more than one length: what the dynamic axes of the graph have to bear.
 CHECK_TEXTS = ["语义索引", flags.README_TEXT, "SimCSE", flags.README_TEXT * 3, "中西方语言与文化的差异"]
 TOLERANCE = 1e-5
-ONNX_FILE, OPSET = "inference.onnx", 17  # the first with LayerNormalization as one operator
 
 
 def parse_args() -> argparse.Namespace:

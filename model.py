@@ -217,7 +217,8 @@ def contrastive_loss(query: paddle.Tensor, title: paddle.Tensor, margin: float, 
 
     Args:
         query: L2-normalized embeddings, float [batch, dim].
-        title: likewise [batch or more, dim]; row i is the positive of query i, all other rows are its negatives.
+        title: L2-normalized embeddings, float [batch or more, dim]; row i is the positive of query i, all other rows
+            are its negatives.
         margin: how much more similar than a negative a positive has to be, in cosine.
         scale: the inverse of the temperature.
         keys: of `same_texts`, whose texts then are not each other's negatives; None: they are.
@@ -367,7 +368,8 @@ def encode(model: Engine, tokenizer: Any, texts: Sequence[str], max_seq_length: 
     """The one way from texts to embeddings: float32 [len(texts), embedding_size], in the order of `texts`."""
     embeddings, row = np.empty((len(texts), model.embedding_size), "float32"), 0
     for block in encode_stream(model, tokenizer, texts, max_seq_length, batch_size):
-        embeddings[row : (row := row + len(block))] = block
+        embeddings[row : row + len(block)] = block
+        row += len(block)
     return embeddings
 
 

@@ -16,14 +16,12 @@ from typing import Any, Protocol
 from simcse.console import InputError, first_line, log
 from simcse.files import file_digest, new_folder, write_json
 from simcse.machine import BATCH_TOKENS, CPU_HAS_BF16, auto_precision, default_threads
-from simcse.weights import CONFIG_FILE, model_digest, read_record
+from simcse.weights import CONFIG_FILE, ONNX_FILE, OPSET, model_digest, read_record
 
 import numpy as np
 import paddle
 from paddle import nn
 
-ONNX_FILE = "inference.onnx"
-OPSET = 17  # the first with LayerNormalization as one operator
 # What `paddle.jit.save` writes: paddle 3 .json, paddle 2 .pdmodel; the last is what the original exported.
 GRAPH_FILES = ("inference.json", "inference.pdmodel", "inference.get_pooled_embedding.pdmodel")
 
@@ -175,8 +173,8 @@ def read_kept_graph(folder: str, fingerprint: dict, args: argparse.Namespace) ->
         return None
     if found != {**fingerprint, "files": files} or args.output_emb_size not in (None, size):
         return None
-    return CpuEngine(folder, encoder["max_position_embeddings"], size or encoder["hidden_size"], args.precision,
-                     args.cpu_threads)
+    positions = encoder.get("max_position_embeddings", 512)
+    return CpuEngine(folder, positions, size or encoder["hidden_size"], args.precision, args.cpu_threads)
 
 
 def keep_graph(kept: str, fingerprint: dict, record: dict, exported: str) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 
 CONFIG_FILE = "simcse_config.json"
 PARAMS_FILE = "model_state.pdparams"
+ONNX_FILE, OPSET = "inference.onnx", 17  # 17: the first with LayerNormalization as one operator
 STATE_FILE, STATE_RECORD = "training_state.safetensors", "training_state.json"
 # What paddle.save's pickles name: numpy arrays, in dicts and tuples. Anything else could run code while it is read.
 _ALLOWED = {("collections", "OrderedDict"), ("builtins", "tuple"), ("_codecs", "encode"), ("numpy", "ndarray"),

@@ -1,6 +1,7 @@
 """deploy/python on a server: an exported folder and these files, without paddlenlp and without the project."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -55,6 +56,21 @@ def test_a_copied_folder_gives_the_same_vectors(kind, server, exported, checkpoi
     result = server(blocked, "--model_dir", folder, "--input_file", sample / "corpus.csv", "--output_file", "v.npy",
                     *FP32)
     assert result.returncode == 0, result.stderr
+    expected = embed(checkpoint, read_texts(str(sample / "corpus.csv"), "--flag"), 128)
+    np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected, atol=1e-5)
+
+
+def test_in_an_environment_of_its_requirements_alone(request, exported, checkpoint, sample, tmp_path):
+    if not request.config.getoption("--slow"):
+        pytest.skip("only with --slow: makes an environment and installs deploy/python/requirements.txt")
+    shutil.copytree(ROOT / "deploy" / "python", tmp_path / "python")
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    subprocess.run([python, "-m", "pip", "install", "-q", "-r", tmp_path / "python" / "requirements.txt"], check=True)
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    subprocess.run(["sh", "python/deploy.sh", "--input_file", sample / "corpus.csv", "--output_file", "v.npy", *FP32],
+                   cwd=tmp_path, check=True, env={**environment, "PYTHON": str(python), "DEVICE": "cpu",
+                                                  "OUTPUT_DIR": str(exported)})
     expected = embed(checkpoint, read_texts(str(sample / "corpus.csv"), "--flag"), 128)
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected, atol=1e-5)
 

@@ -1,7 +1,11 @@
 #!/bin/sh
-# Embeddings and pair scores from the exported model, by Paddle Inference. Further flags are passed on.
+# Embeddings and pair scores from the exported model. Further flags are passed on. On a server this folder is enough.
 #   OUTPUT_DIR  exported folder  (./output)
 #   DEVICE      gpu or cpu       (gpu)
-cd "$(dirname "$0")/../.." || exit 1
-. scripts/common.sh
-exec "$PYTHON" deploy/python/predict.py --model_dir="${OUTPUT_DIR:-./output}" --device "$DEVICE" "$@"
+#   PYTHON      the Python to run
+here=$(cd "$(dirname "$0")" && pwd)
+if [ -f "$here/../../scripts/common.sh" ]; then # in the project, from whose folder ./output is
+    cd "$here/../.." || exit 1
+    . scripts/common.sh
+fi
+exec "${PYTHON:-python3}" "$here/predict.py" --model_dir="${OUTPUT_DIR:-./output}" --device "${DEVICE:-gpu}" "$@"
