@@ -27,7 +27,7 @@ paddle2.6)
     make_venv "$venv" "$venv.requirements.tmp" requirements-serving.txt requirements-test.txt
     tests=
     for name in compat train gradients recall pipeline pipes engine precision losses objectives whitening \
-        pretrain mining resume stopping checkpoint distributed serving; do
+        pretrain mining deploy resume stopping checkpoint distributed serving; do
         tests="$tests tests/test_$name.py"
     done
     ;;

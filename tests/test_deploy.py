@@ -49,7 +49,9 @@ def server(tmp_path):
 def test_a_copied_folder_gives_the_same_vectors(kind, server, exported, checkpoint, sample, tmp_path):
     folder = exported
     if kind == "onnx":
-        pytest.importorskip("paddle2onnx", reason="requirements-onnx.txt is not installed", exc_type=ImportError)
+        if paddle.__version__.startswith("2."):
+            pytest.skip("paddle 2 exports no ONNX")
+        pytest.importorskip("onnxruntime", reason="requirements-onnx.txt is not installed", exc_type=ImportError)
         folder = tmp_path / "output"
         succeed("export_model.py", "--params_path", checkpoint, "--output_path", folder, "--format", "onnx")
     blocked = PROJECT | ({"paddle"} if kind == "onnx" else {"onnxruntime"})
