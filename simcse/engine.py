@@ -237,6 +237,8 @@ def onnx_graph(folder: str) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """What `export_onnx` wrote, as a function of input_ids and token_type_ids, run by onnxruntime."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(os.path.join(folder, ONNX_FILE), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors alone
+    session = onnxruntime.InferenceSession(os.path.join(folder, ONNX_FILE), options, ["CPUExecutionProvider"])
     return lambda input_ids, token_type_ids: session.run(
         None, {"input_ids": input_ids, "token_type_ids": token_type_ids})[0]

@@ -12,7 +12,7 @@ from deploy.python import predictor
 import numpy as np
 import paddle
 import pytest
-from conftest import FP32, ROOT, run_script, succeed
+from conftest import FP32, ROOT, refuse, run_script, succeed
 from training import embed
 
 # Imports of what a server does not have fail.
@@ -58,6 +58,7 @@ def test_a_copied_folder_gives_the_same_vectors(kind, server, exported, checkpoi
     result = server(blocked, "--model_dir", folder, "--input_file", sample / "corpus.csv", "--output_file", "v.npy",
                     *FP32)
     assert result.returncode == 0, result.stderr
+    assert [line.split()[0] for line in result.stderr.splitlines()] == ["predict.py:", "wrote"]  # and nothing of paddle
     expected = embed(checkpoint, read_texts(str(sample / "corpus.csv"), "--flag"), 128)
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected, atol=1e-5)
 
@@ -78,9 +79,10 @@ def test_in_an_environment_of_its_requirements_alone(request, exported, checkpoi
 
 
 def test_what_is_missing_is_one_line(server, exported, tmp_path):
-    result = server(PROJECT | {"paddle"}, "--model_dir", exported)
-    assert result.returncode == 2 and "paddle is not installed for" in result.stderr.splitlines()[-1]
-    assert "Traceback" not in result.stderr and not result.stdout
+    for name in ("numpy", "paddle"):
+        result = server(PROJECT | {name}, "--model_dir", exported)
+        assert result.returncode == 2 and f"{name} is not installed for" in result.stderr.splitlines()[-1]
+        assert "Traceback" not in result.stderr and not result.stdout
     for name in os.listdir(exported):
         if name != "tokenizer.json":
             (tmp_path / name).symlink_to(exported / name)
@@ -88,8 +90,24 @@ def test_what_is_missing_is_one_line(server, exported, tmp_path):
     assert result.returncode == 2 and "--model_dir .: no tokenizer.json; export the" in result.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize("name, message", [
+    ("tokenizer.json", "tokenizer.json: not a tokenizer: "), ("inference.json", "the graph cannot be run: "),
+    ("inference.pdiparams", "the graph cannot be run: ")])
+def test_what_is_damaged_is_one_line(exported, tmp_path, name, message):
+    if not (exported / name).exists():
+        pytest.skip("the graph is of paddle 2, which crashes on a damaged one")
+    for each in os.listdir(exported):
+        (tmp_path / each).symlink_to(exported / each)
+    (tmp_path / name).unlink()
+    (tmp_path / name).write_bytes(b"{nope")
+    assert message in refuse("deploy/python/predict.py", "--device", "cpu", "--model_dir", tmp_path)
+
+
 @pytest.mark.parametrize("content, message", [
-    ("甲\n".encode("gbk"), "texts:1: not UTF-8 at byte 1 of the line; if it is GBK"), (b"\n", "the file holds no text"),
+    ("甲\n".encode("gbk"), "texts:1: not UTF-8 at byte 1 of the line; it looks like GBK"),
+    ("甲\n".encode("utf-16"), "texts:1: not UTF-8 at byte 1 of the line; it looks like UTF-16"),
+    (b"a\n\xff\xfa\x81\n", "texts:2: not UTF-8 at byte 1 of the line; the file is damaged or not text"),
+    (b"\n", "the file holds no text"),
     ("a\tb\n甲\n\n".encode(), "texts:1 (columns: 2 instead of 1)"), (b"a\tb\nc\td\ne\n", "2 of 3 lines are malformed")])
 def test_files(server, exported, tmp_path, content, message):
     """Malformed lines are skipped and said; nothing of them is silently wrong."""
@@ -105,6 +123,27 @@ def test_tokens_are_those_of_the_project(exported, sample, length):
     texts = TEXTS + read_texts(str(sample / "corpus.csv"), "--flag")
     ours, theirs = load_tokenizer(str(exported)), predictor.Tokenizer(str(exported))
     assert theirs(texts, length) == ours(texts, length) and theirs.pad_token_id == ours.pad_token_id
+
+
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_windows_give_the_rows_of_the_whole(exported, sample, batch_size, monkeypatch):
+    """A file of many texts is tokenized a window at a time, and every embedding is in its text's row."""
+    texts = read_texts(str(sample / "corpus.csv"), "--flag")
+    graph, tokenizer = predictor.Predictor(str(exported)), predictor.Tokenizer(str(exported))
+    whole = predictor.encode(graph, tokenizer, texts, 64, batch_size)
+    monkeypatch.setattr(predictor, "WINDOW", 7)
+    np.testing.assert_allclose(predictor.encode(graph, tokenizer, texts, 64, batch_size), whole, atol=1e-5)
+    assert predictor.encode(graph, tokenizer, [], 64).shape == (0, graph.embedding_size)
+
+
+def test_requirements_are_pinned_as_the_projects():
+    def pins(name):
+        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+        return {line for line in lines if line and not line.startswith("#")}
+
+    assert pins("deploy/python/requirements.txt") < pins("requirements.txt")
+    onnxruntime, = (pin for pin in pins("requirements-onnx.txt") if pin.startswith("onnxruntime"))
+    assert onnxruntime in (ROOT / "deploy/python/requirements.txt").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -9,7 +9,7 @@ from importlib import metadata
 import pytest
 from conftest import ROOT
 
-SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("deploy/**/*.py"), *ROOT.glob("scripts/*.py")])
+SOURCES = sorted(path for folder in ("", "simcse/", "scripts/", "deploy/**/") for path in ROOT.glob(f"{folder}*.py"))
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
@@ -29,7 +29,8 @@ def test_bandit_finds_nothing():
 
 
 @pytest.mark.parametrize("name", ["requirements.txt", "requirements-gpu.txt", "requirements-milvus.txt",
-                                  "requirements-onnx.txt", "requirements-serving.txt", "requirements-dev.txt"])
+                                  "requirements-onnx.txt", "requirements-serving.txt", "requirements-test.txt",
+                                  "requirements-dev.txt", "deploy/python/requirements.txt"])
 def test_pins_are_exact_and_installed(name):
     """Every package at one version, except where the file may say less; and, of this stack, that version is here."""
     loose = {"scipy", "setuptools", "pip"}

@@ -8,6 +8,7 @@ Without texts or pairs it takes the README's. Needs the folder that export_model
 """
 
 import argparse
+import contextlib
 import difflib
 import json
 import os
@@ -17,8 +18,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-import predictor as p
+try:
+    import numpy as np
+    import predictor as p
+except ModuleNotFoundError as error:
+    print(f"predict.py: error: {error.name} is not installed for {sys.executable}; pip install -r requirements.txt",
+          file=sys.stderr)
+    sys.exit(2)
 
 README_TEXT = "国有企业引入非国有资本对创新绩效的影响——基于制造业国有上市公司的经验证据"
 README_PAIRS = [("中西方语言与文化的差异", "中西方文化差异以及语言体现中西方文化,差异,语言体现"),
@@ -44,12 +50,13 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """The type of a flag that takes a whole number from `least` up."""
+def at_least(least: int, why: str = "") -> Callable[[str], int]:
+    """The type of a flag that takes a whole number from `least` up, for the reason `why`."""
     def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} up")
-        return int(text)
+        with contextlib.suppress(ValueError):
+            if (number := int(text)) >= least:
+                return number
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} up{why}")
 
     return parse
 
@@ -113,7 +120,7 @@ def parse_args() -> argparse.Namespace:
                        help="stop at the first malformed line instead of skipping and reporting it")
     group = parser.add_argument_group("model")
     group.add_argument("--model_dir", type=folder, default="./output", help="what export_model.py wrote")
-    group.add_argument("--max_seq_length", type=at_least(3), default=128,
+    group.add_argument("--max_seq_length", type=at_least(3, " ([CLS], a token, [SEP])"), default=128,
                        help="tokens per text, [CLS] and [SEP] included; longer texts are cut")
     group.add_argument("--batch_size", type=at_least(1), default=None,
                        help="texts per batch; None: as many as fill 2,048 tokens on a CPU, 65,536 on a GPU")
@@ -172,6 +179,21 @@ def check_device(parser: ArgumentParser, args: argparse.Namespace) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- files
+def decode(line: bytes, where: str) -> str:
+    """A line of a UTF-8 file; InputError says what it looks like instead."""
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        cause = "the file is damaged or not text"
+        if line[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            cause = "it looks like UTF-16; convert it: iconv -f UTF-16 -t UTF-8"
+        else:
+            with contextlib.suppress(UnicodeDecodeError):
+                line.decode("gb18030")
+                cause = "it looks like GBK; convert it: iconv -f GB18030 -t UTF-8"
+        raise p.InputError(f"{where}: not UTF-8 at byte {error.start + 1} of the line; {cause}") from None
+
+
 def read_rows(path: str, columns: int, flag: str, strict: bool) -> list[list[str]]:
     """The rows of a tab-separated UTF-8 file; malformed ones are skipped and reported on stderr.
 
@@ -182,11 +204,7 @@ def read_rows(path: str, columns: int, flag: str, strict: bool) -> list[list[str
         lines = file.read().removeprefix(b"\xef\xbb\xbf").splitlines()  # of bytes: at \n, \r\n and \r, nowhere else
     rows, bad = [], []
     for number, line in enumerate(lines, 1):
-        try:
-            row = [field.strip() for field in line.decode("utf-8").split("\t")]
-        except UnicodeDecodeError as error:
-            raise p.InputError(f"{flag} {path}:{number}: not UTF-8 at byte {error.start + 1} of the line; if it is GBK,"
-                               " convert it: iconv -f GB18030 -t UTF-8") from None
+        row = [field.strip() for field in decode(line, f"{flag} {path}:{number}").split("\t")]
         if not any(row):
             continue
         if len(row) == columns and all(row):

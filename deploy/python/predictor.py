@@ -6,6 +6,8 @@ onnxruntime (requirements.txt), which are imported by what needs them.
 
 import json
 import os
+import re
+import warnings
 import zlib  # noqa: F401  paddlepaddle 2.6 dies in inflateReset2 if its own zlib is loaded before Python's
 from collections.abc import Sequence
 from typing import Any
@@ -17,11 +19,17 @@ CONFIG_FILE, ONNX_FILE, TOKENIZER_FILE = "simcse_config.json", "inference.onnx",
 GRAPH_FILES = ("inference.json", "inference.pdmodel", "inference.get_pooled_embedding.pdmodel")
 # Tokens of a batch, padding included, that keep a processor busy, by whether it is a CPU.
 BATCH_TOKENS = {True: 2048, False: 65536}
+WINDOW = 16384  # texts tokenized and sorted by length at a time: enough for batches of even length, in little memory
 LENGTH_MULTIPLE = 4  # batches are padded to a multiple of so many tokens, so that kernels are made for few shapes
 
 
 class InputError(Exception):
     """A mistake in a flag or an input file: reported in one line, exit code 2, no traceback."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, for one-line reports."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # -------------------------------------------------------------------------------------------------------- the machine
@@ -41,6 +49,7 @@ if AMD and " avx2" in PROCESSOR:  # else paddle's MKL runs AMD's processors on S
     wide = all(f" {part}" in PROCESSOR for part in ("avx512f", "avx512bw", "avx512dq", "avx512vl"))
     os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "7" if wide else "5")
 os.environ.setdefault("GLOG_minloglevel", "2")  # paddle's C++ notes and warnings say nothing that a user can act on
+warnings.filterwarnings("ignore", message="No ccache found|Setuptools is replacing distutils")
 
 
 def default_threads() -> int:
@@ -110,8 +119,7 @@ class OnnxPredictor(_Predictor):
         try:
             self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own have no common base
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"--model_dir {model_dir}: {ONNX_FILE} cannot be run: {reason}") from None
+            raise InputError(f"--model_dir {model_dir}: {ONNX_FILE} cannot be run: {first_line(error)}") from None
         self._read_facts(model_dir)
 
     def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
@@ -133,7 +141,7 @@ class Predictor(_Predictor):
             333 MB in fp32, 170 MB in bf16, and take tenths of a second to make.
 
     Raises:
-        InputError: no exported graph in `model_dir`, or the device or precision is not there.
+        InputError: no exported graph in `model_dir`, or a damaged one; the device or precision is not there.
     """
 
     def __init__(self, model_dir: str, device: str = "cpu", cpu_threads: int = 0, enable_mkldnn: bool = True,
@@ -156,7 +164,10 @@ class Predictor(_Predictor):
             config.enable_xpu()
         else:
             self._use_cpu(config, cpu_threads or default_threads(), enable_mkldnn)
-        self.predictor = paddle.inference.create_predictor(config)
+        try:
+            self.predictor = paddle.inference.create_predictor(config)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise InputError(f"--model_dir {model_dir}: the graph cannot be run: {first_line(error)}") from None
         self.inputs = [self.predictor.get_input_handle(name) for name in self.predictor.get_input_names()]
         self.output = self.predictor.get_output_handle(self.predictor.get_output_names()[0])
         self._read_facts(model_dir)
@@ -209,7 +220,7 @@ class Tokenizer:
     """The tokenizer that export_model.py wrote to a folder.
 
     Raises:
-        InputError: the folder has none.
+        InputError: the folder has none, or a damaged one.
     """
 
     def __init__(self, model_dir: str) -> None:
@@ -219,13 +230,20 @@ class Tokenizer:
         if not os.path.isfile(path):
             raise InputError(f"--model_dir {model_dir}: no {TOKENIZER_FILE}; export the checkpoint again with "
                              "export_model.py")
-        self._rust = tokenizers.Tokenizer.from_file(path)
+        try:
+            self._rust = tokenizers.Tokenizer.from_file(path)
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise InputError(f"{path}: not a tokenizer: {first_line(error)}") from None
         self.pad_token_id = self._rust.token_to_id("[PAD]")
 
     def __call__(self, texts: Sequence[str], max_seq_length: int) -> list[list[int]]:
         """Token ids of each text, [CLS] and [SEP] included, cut to `max_seq_length`."""
         self._rust.enable_truncation(max_seq_length)
-        return [encoding.ids for encoding in self._rust.encode_batch_fast(list(texts))]
+        room = max_seq_length - 2
+        # A han character is a token and ends the one before it, so what follows the last that has room is cut anyway.
+        enough = re.compile(f"(?:[^\u4e00-\u9fff]*[\u4e00-\u9fff]){{{room}}}").match
+        texts = [found[0] if len(text) > room and (found := enough(text)) else text for text in texts]
+        return [encoding.ids for encoding in self._rust.encode_batch_fast(texts)]
 
 
 def encode(predictor: Any, tokenizer: Tokenizer, texts: Sequence[str], max_seq_length: int,
@@ -240,15 +258,17 @@ def encode(predictor: Any, tokenizer: Tokenizer, texts: Sequence[str], max_seq_l
     """
     if max_seq_length > predictor.max_positions:
         raise InputError(f"--max_seq_length {max_seq_length}: the encoder has {predictor.max_positions} positions")
-    ids = tokenizer(texts, max_seq_length)
-    embeddings = np.empty((len(ids), predictor.embedding_size), "float32")
-    order, longest = sorted(range(len(ids)), key=lambda row: -len(ids[row])), max(map(len, ids), default=0)
-    while order:
-        length = min(longest, -(-len(ids[order[0]]) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
-        size = batch_size or max(1, predictor.batch_tokens // length)
-        rows, order = order[:size], order[size:]
-        input_ids = np.full((len(rows), length), tokenizer.pad_token_id, "int64")
-        for line, row in zip(input_ids, rows):
-            line[: len(ids[row])] = ids[row]
-        embeddings[rows] = predictor.embed(input_ids, np.zeros_like(input_ids))
+    embeddings = np.empty((len(texts), predictor.embedding_size), "float32")
+    for start in range(0, len(texts), WINDOW):
+        ids, window = tokenizer(texts[start : start + WINDOW], max_seq_length), embeddings[start : start + WINDOW]
+        order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
+        longest = len(ids[order[0]])
+        while order:
+            length = min(longest, -(-len(ids[order[0]]) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
+            size = batch_size or max(1, predictor.batch_tokens // length)
+            rows, order = order[:size], order[size:]
+            input_ids = np.full((len(rows), length), tokenizer.pad_token_id, "int64")
+            for line, row in zip(input_ids, rows):
+                line[: len(ids[row])] = ids[row]
+            window[rows] = predictor.embed(input_ids, np.zeros_like(input_ids))
     return embeddings
