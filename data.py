@@ -1,11 +1,7 @@
-"""Text files, tokens and batches: what goes into the network.
-
-It imports numpy, and tokenizers when one is made; paddlenlp is imported by `load_tokenizer` alone.
-"""
+"""Text files, tokens and batches: what goes into the network. paddlenlp is imported by `load_tokenizer` alone."""
 
 import argparse
 import codecs
-import hashlib
 import itertools
 import json
 import math
@@ -18,15 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from simcse.console import InputError, first_line, warn
-from simcse.files import STDIN, prefetch, reading
+from simcse.console import InputError, reported, warn
+from simcse.files import STDIN, prefetch, read_json, reading
 
 import numpy as np
 
-# Texts tokenized and sorted by length at a time: enough to make batches of even length, little enough to stream.
-WINDOW = 16384
+WINDOW = 16384  # texts tokenized and sorted by length at a time: enough for batches of even length, in little memory
 WHOLE = 512  # tokens of a text that views are cropped from
-BOM = codecs.BOM_UTF8
+BOM = "\ufeff"
 Ids = list[int]  # of a text, [CLS] and [SEP] included
 
 
@@ -45,54 +40,31 @@ def _decode(line: bytes, where: str) -> str:
         raise InputError(f"{where}: not UTF-8 at byte {error.start + 1} of the line; {cause}") from None
 
 
-def _name(path: str) -> str:
-    return "stdin" if path == STDIN else path
-
-
-def _lines(path: str, flag: str) -> Iterator[tuple[str, int, str]]:
-    """Yield (file:line, offset, line) of a UTF-8 file or of stdin as it comes, BOM and line ends (\\n, \\r\\n or \\r)
-    removed, blank lines left out."""
-    number = offset = 0
-    stdin = path == STDIN
+def _lines(path: str, flag: str) -> Iterator[tuple[int, str]]:
+    """Yield number, from 1, and text of the lines of a UTF-8 file or of stdin as it comes; blank lines and, wherever
+    files were joined, BOMs are left out."""
+    number, stdin, name = 0, path == STDIN, "stdin" if path == STDIN else path
     with open(0 if stdin else path, "rb", closefd=not stdin) as file, reading(path) as advance:
         for chunk in file:
             advance(len(chunk))
-            for line in chunk.splitlines(keepends=True):  # of bytes: splits at \n, \r\n and \r, and nowhere else
+            for line in chunk.splitlines():  # of bytes: splits at \n, \r\n and \r, and nowhere else
                 number += 1
-                where, start = f"{_name(path)}:{number}", offset
-                offset += len(line)
-                if number == 1 and line.startswith(BOM):
-                    line, start = line.removeprefix(BOM), len(BOM)
-                text = _decode(line.rstrip(b"\r\n"), f"{flag} {where}")
+                text = _decode(line, f"{flag} {name}:{number}").replace(BOM, "")
                 if text.strip():
-                    yield where, start, text
+                    yield number, text
 
 
 def read_rows(path: str, columns: int, flag: str, strict: bool = False,
-              check: Callable[[list[str]], str | None] | None = None) -> Iterator[list[str]]:
-    """Stream the rows of a tab-separated text file.
+              check: Callable[[list[str]], str | None] | None = None) -> Iterator[tuple[int, list[str]]]:
+    """Stream the rows of a tab-separated UTF-8 file, or of stdin (STDIN), each with the number of its line, from 1.
 
-    Every field loses the white space around it and keeps what is inside. Blank lines are skipped. A row with
-    another number of columns, an empty field, or for which `check(row)` returns a complaint is skipped, counted,
-    and reported on stderr with file:line of the first three; of stdin these three are reported at once as well.
-
-    Args:
-        path: a UTF-8 file, with or without BOM, lines ending in \\n, \\r\\n or \\r; STDIN: stdin.
-        columns: how many fields a good row has.
-        flag: the flag that named the file, for messages.
-        strict: raise at the first bad row.
-
-    Raises:
-        InputError: not UTF-8; a bad row where `strict`; more than half of the rows bad; no good row.
-    """
-    return (row for _, row in _good_rows(path, columns, flag, strict, check))
-
-
-def _good_rows(path: str, columns: int, flag: str, strict: bool,
-               check: Callable[[list[str]], str | None] | None = None) -> Iterator[tuple[int, list[str]]]:
-    """The rows of `read_rows`, each with the offset at which its line starts."""
-    good, bad, first_bad = 0, 0, []
-    for where, offset, line in _lines(path, flag):
+    Lines end in \\n, \\r\\n or \\r. Every field loses the white space around it and keeps what is inside. Blank lines
+    are skipped. A row with another number of columns, an empty field, or for which `check(row)` returns a complaint is
+    skipped, counted, and reported on stderr with file:line of the first three; of stdin these three are reported at
+    once as well. InputError, which names the `flag`: not UTF-8; a bad row where `strict`; more than half of the rows
+    bad; no good row."""
+    good, bad, first_bad, name = 0, 0, [], "stdin" if path == STDIN else path
+    for number, line in _lines(path, flag):
         row = [field.strip() for field in line.split("\t")]
         if len(row) != columns:
             complaint = f"columns: {len(row)} instead of {columns}"
@@ -102,39 +74,35 @@ def _good_rows(path: str, columns: int, flag: str, strict: bool,
             complaint = check(row) if check else None
         if complaint is None:
             good += 1
-            yield offset, row
-        elif strict:
+            yield number, row
+            continue
+        bad, where = bad + 1, f"{name}:{number}"
+        if strict:
             raise InputError(f"{flag} {where}: {complaint} (--strict_data)")
-        else:
-            bad += 1
-            if bad <= 3:
-                first_bad.append(f"{where} ({complaint})")
-                if path == STDIN:  # whoever waits for the answer has to know
-                    warn(f"{flag} {where}: skipped; {complaint}")
+        if bad <= 3:
+            first_bad.append(f"{where} ({complaint})")
+            if path == STDIN:  # whoever waits for the answer has to know
+                warn(f"{flag} {where}: skipped; {complaint}")
     report = f"{bad} of {good + bad} lines are malformed: {', '.join(first_bad)}"
     if bad > good or not good:
-        raise InputError(f"{flag} {_name(path)}: {report}" if bad else f"{flag} {_name(path)}: the file holds no text")
+        raise InputError(f"{flag} {name}: {report if bad else 'the file holds no text'}")
     if bad:
-        warn(f"{flag} {_name(path)}: skipped; {report}")
+        warn(f"{flag} {name}: skipped; {report}")
 
 
 def read_texts(path: str, flag: str, strict: bool = False) -> list[str]:
     """One text a line."""
-    return [text for (text,) in read_rows(path, 1, flag, strict)]
+    return [text for _, (text,) in read_rows(path, 1, flag, strict)]
 
 
 class TextFile(Sequence):
     """The texts that `read_texts` gives, found by their offsets and read when asked for: 8 bytes of memory a line. Of
-    several columns a row is a list of texts.
-
-    Arguments and errors are those of `read_rows`. A pipe is copied to a temporary file first.
-    """
+    several columns a row is a list of texts. Arguments and errors are those of `read_rows`. A pipe is copied first."""
 
     _CHUNK = 1 << 22
-    _LINE = re.compile(rb"[^\r\n]*")
 
     def __init__(self, path: str, flag: str, strict: bool = False, columns: int = 1) -> None:
-        self.columns = columns
+        self.columns, self._lines = columns, None  # the numbers of the texts' lines, from 0; None: all of the file's
         self._file = open(path, "rb")  # noqa: SIM115  read from as long as this object lives
         if not os.path.isfile(path):
             with self._file as pipe:
@@ -142,55 +110,45 @@ class TextFile(Sequence):
                 shutil.copyfileobj(pipe, self._file)
             path = self._file.name
             self._file.seek(0)
-        self.path = path
-        self._starts, self._size = np.zeros(0, "int64"), os.path.getsize(path)
+        self.path, self._size = path, os.path.getsize(path)
         with reading(path) as advance:
-            starts, doubtful = self._scan(advance) if columns == 1 else (None, array("q"))
-        if starts is None:  # something is there to be reported, or to be left out
-            starts, doubtful = array("q", (offset for offset, _ in _good_rows(path, columns, flag, strict))), []
-        self._starts = np.frombuffer(starts, "int64")
-        if blank := [row for row in doubtful if not self[row]]:
-            self._starts = np.delete(self._starts, blank)
+            plain, maybe_blank = self._scan(advance)
+        if columns > 1 or not plain:  # something may have to be reported, or left out
+            self._lines = np.fromiter((number - 1 for number, _ in read_rows(path, columns, flag, strict)), "int32")
+        elif blank := [row for row in maybe_blank if not self[row]]:
+            self._lines = np.delete(np.arange(len(self), dtype="int32"), blank)
         if not len(self):
             raise InputError(f"{flag} {path}: the file holds no text")
 
-    def _scan(self, advance: Callable[[int], Any]) -> tuple[array | None, array]:
-        """The offsets of the lines that are not empty, None if any has a tab or is not UTF-8; and the numbers of those
-        that may be white space alone, by their first byte."""
-        starts, doubtful, offset, after_break = array("q"), array("q"), 0, True
-        decoder = codecs.getincrementaldecoder("utf-8")()
+    def _scan(self, advance: Callable[[int], Any]) -> tuple[bool, array]:
+        """Find where lines start. Returns whether all is UTF-8 without tabs; and the numbers, from 0, of the lines that
+        may be blank, by their first byte."""
+        starts, maybe_blank, plain, offset, after_break = array("q"), array("q"), True, 0, True
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
         while chunk := self._file.read(self._CHUNK):
-            if not offset and chunk.startswith(BOM):
-                chunk = chunk.replace(BOM, b"\n" * len(BOM), 1)
-            try:
-                decoder.decode(chunk)
-            except UnicodeDecodeError:
-                return None, doubtful
-            if b"\t" in chunk:
-                return None, doubtful
+            while chunk.endswith(b"\r") and (more := self._file.read(1)):  # \r\n is one break
+                chunk += more
             codes = np.frombuffer(chunk, "uint8")
-            breaks = (codes == 10) | (codes == 13)
-            found = np.flatnonzero(~breaks & np.concatenate([[after_break], breaks[:-1]]))
-            odd = np.flatnonzero((codes[found] <= 32) | np.isin(codes[found], (0xC2, 0xE1, 0xE2, 0xE3)))
-            doubtful.frombytes((odd + len(starts)).tobytes())
-            starts.frombytes((found + offset).tobytes())
+            breaks = codes == 10
+            if b"\r" in chunk:
+                breaks |= (codes == 13) & ~np.append(breaks[1:], False)
+            begins = np.flatnonzero(np.concatenate([[after_break], breaks[:-1]]))
+            first = codes[begins]
+            odd = np.flatnonzero((first <= 32) | np.isin(first, (0xC2, 0xE1, 0xE2, 0xE3, 0xEF)))
+            maybe_blank.frombytes((odd + len(starts)).tobytes())
+            starts.frombytes((begins + offset).tobytes())
             offset, after_break = offset + len(chunk), breaks[-1]
+            plain = plain and b"\t" not in chunk and "\ufffd" not in decoder.decode(chunk)
             advance(len(chunk))
-        if decoder.getstate()[0]:
-            return None, doubtful
-        return starts, doubtful
+        self._starts = np.frombuffer(starts, "int64")
+        return plain and not decoder.getstate()[0], maybe_blank
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._starts if self._lines is None else self._lines)
 
     def line_number(self, row: int) -> int:
         """The number, from 1, of a text's line in the file."""
-        before, breaks = b"", 1
-        for start in range(0, int(self._starts[row]), self._CHUNK):
-            chunk = os.pread(self._file.fileno(), min(self._CHUNK, int(self._starts[row]) - start), start)
-            breaks += chunk.count(b"\n") + chunk.count(b"\r") - (before[-1:] + chunk).count(b"\r\n")
-            before = chunk
-        return breaks
+        return 1 + int(row if self._lines is None else self._lines[row])
 
     def take(self, rows: Iterable[int]) -> list[str]:
         """The texts of some rows."""
@@ -198,11 +156,11 @@ class TextFile(Sequence):
 
     def __getitem__(self, row):
         if isinstance(row, slice):
-            return [self[each] for each in range(len(self))[row]]
-        row = range(len(self))[row]
-        start, end = int(self._starts[row]), int(self._starts[row + 1]) if row + 1 < len(self) else self._size
-        line = self._LINE.match(os.pread(self._file.fileno(), end - start, start))[0].decode("utf-8").strip()
-        return line if self.columns == 1 else [field.strip() for field in line.split("\t")]
+            return self.take(range(len(self))[row])
+        line = self.line_number(range(len(self))[row])  # the one after the text's
+        start, end = int(self._starts[line - 1]), int(self._starts[line]) if line < len(self._starts) else self._size
+        text = os.pread(self._file.fileno(), end - start, start).decode("utf-8").replace(BOM, "").strip()
+        return text if self.columns == 1 else [field.strip() for field in text.split("\t")]
 
     def sample(self, count: int) -> list[str]:
         """The different texts of so many rows from all over the file, in its order."""
@@ -212,7 +170,7 @@ class TextFile(Sequence):
 
 def read_text_pairs(path: str, flag: str, strict: bool = False) -> list[tuple[str, str]]:
     """Two texts a line: query and title."""
-    return [(query, title) for query, title in read_rows(path, 2, flag, strict)]
+    return [(query, title) for _, (query, title) in read_rows(path, 2, flag, strict)]
 
 
 def read_labeled_pairs(path: str, flag: str, strict: bool = False) -> list[tuple[str, str, float]]:
@@ -223,13 +181,13 @@ def read_labeled_pairs(path: str, flag: str, strict: bool = False) -> list[tuple
         except ValueError:
             return f"label {row[2]!r} is not a number"
 
-    return [(a, b, float(label)) for a, b, label in read_rows(path, 3, flag, strict, not_a_number)]
+    return [(a, b, float(label)) for _, (a, b, label) in read_rows(path, 3, flag, strict, not_a_number)]
 
 
 def count_columns(path: str, flag: str, choices: tuple[int, ...]) -> int:
     """Which of `choices` is the number of columns of most of the first 1,000 lines; of as many the one that comes
     first."""
-    counted = Counter(itertools.islice((line.count("\t") + 1 for _, _, line in _lines(path, flag)), 1000))
+    counted = Counter(line.count("\t") + 1 for _, line in itertools.islice(_lines(path, flag), 1000))
     if found := [count for count in counted if count in choices]:
         return max(found, key=counted.get)
     raise InputError(f"{flag} {path}: {'' if counted else 'the file holds no text; '}no line has "
@@ -241,28 +199,20 @@ def distinct(texts: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(texts))
 
 
-# The tokenizers of PaddleNLP that are BERT WordPiece.
-WORDPIECE_CLASSES = ("ErnieTokenizer", "BertTokenizer")
-# Batches are padded to a multiple of this many tokens, so that kernels are made for few shapes.
-LENGTH_MULTIPLE = 4
+WORDPIECE_CLASSES = ("ErnieTokenizer", "BertTokenizer")  # of PaddleNLP
+LENGTH_MULTIPLE = 4  # batches are padded to a multiple of so many tokens, so that kernels are made for few shapes
 
 
 class WordPiece:
     """BERT WordPiece in Rust, token for token what PaddleNLP's ErnieTokenizer and BertTokenizer give, text being text:
-    a literal "[SEP]" in it is no separator.
-
-    Args:
-        vocab: token to id.
-        lowercase: lower-case and strip accents.
-        kind: PaddleNLP's class name, recorded by `save_pretrained`.
-    """
+    a literal "[SEP]" in it is no separator. `lowercase` also strips accents; `kind` is PaddleNLP's class name."""
 
     # PaddleNLP splits at symbols and at some more code points; BertPreTokenizer only at punctuation.
     # The last range is missing from the Rust normalizer's han (a typo in its table).
     _SPLIT = r"[\p{S}\x{AD}\x{B2}\x{B5}\x{BA}\x{D8}\x{14B}\x{1B1}\x{3007}\x{2B820}-\x{2B91F}]"
 
     def __init__(self, vocab: dict[str, int], lowercase: bool = True, kind: str = "ErnieTokenizer") -> None:
-        from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+        from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
         self.vocab, self.lowercase, self.kind = vocab, lowercase, kind
         self.cls, self.sep, self.pad_token_id = (vocab[token] for token in ("[CLS]", "[SEP]", "[PAD]"))
@@ -270,34 +220,26 @@ class WordPiece:
         self._rust.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
         self._rust.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Split(Regex(self._SPLIT), "isolated")])
+        self._rust.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", self.cls), ("[SEP]", self.sep)])
 
-    def __call__(self, texts: Sequence[str], max_seq_length: int) -> list[list[int]]:
+    def __call__(self, texts: Sequence[str], max_seq_length: int) -> list[Ids]:
         """Token ids of each text, [CLS] and [SEP] included, cut to `max_seq_length`."""
-        return [[self.cls, *encoding.ids, self.sep] for encoding in self._encode(texts, max_seq_length)]
+        return [encoding.ids for encoding in self.encode(texts, max_seq_length)]
 
-    def with_places(self, texts: Sequence[str], max_seq_length: int) -> tuple[list[list[int]], list[list[int]]]:
-        """Token ids as above; and where in its text each token between [CLS] and [SEP] starts."""
-        encodings = self._encode(texts, max_seq_length, self._rust.encode_batch)
-        return ([[self.cls, *encoding.ids, self.sep] for encoding in encodings],
-                [[start for start, _ in encoding.offsets] for encoding in encodings])
-
-    def _encode(self, texts: Sequence[str], max_seq_length: int, encode: Callable | None = None) -> list:
+    def encode(self, texts: Sequence[str], max_seq_length: int, offsets: bool = False) -> list:
+        """What the tokenizers library gives of each text, ids and, if `offsets`, where in it each token stands."""
+        encode = self._rust.encode_batch if offsets else self._rust.encode_batch_fast
+        self._rust.enable_truncation(max_seq_length)
         room = max_seq_length - 2
-        self._rust.enable_truncation(room)
         # A han character is a token and ends the one before it, so what follows the last that has room is cut anyway.
         enough = re.compile(f"(?:[^\u4e00-\u9fff]*[\u4e00-\u9fff]){{{room}}}").match
-        texts = [found[0] if len(text) > room and (found := enough(text)) else text for text in texts]
-        return (encode or self._rust.encode_batch_fast)(texts)  # the fast one leaves out where tokens are
+        return encode([found[0] if len(text) > room and (found := enough(text)) else text for text in texts])
 
-    def to_json(self) -> str:
-        """This tokenizer for the tokenizers library alone, [CLS] and [SEP] included: what is in tokenizer.json."""
-        from tokenizers import Tokenizer, processors
-
-        whole = Tokenizer.from_str(self._rust.to_str())
-        whole.no_truncation()
-        whole.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", self.cls), ("[SEP]", self.sep)])
-        return whole.to_str()
+    def save_rust(self, folder: str) -> None:
+        """Write tokenizer.json: this tokenizer for the tokenizers library alone."""
+        self._rust.no_truncation()
+        self._rust.save(os.path.join(folder, "tokenizer.json"), pretty=False)
 
     def save_pretrained(self, folder: str) -> None:
         """Write vocab.txt and tokenizer_config.json, as PaddleNLP's AutoTokenizer reads them."""
@@ -312,51 +254,40 @@ class AnyTokenizer:
     """Any other tokenizer of PaddleNLP behind the interface of `WordPiece`; slower."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._python, self.pad_token_id, self.save_pretrained = (
-            tokenizer, tokenizer.pad_token_id, tokenizer.save_pretrained)
+        self._python, self.pad_token_id = tokenizer, tokenizer.pad_token_id
+        self.save_pretrained = tokenizer.save_pretrained
 
-    def __call__(self, texts: Sequence[str], max_seq_length: int) -> list[list[int]]:
+    def __call__(self, texts: Sequence[str], max_seq_length: int) -> list[Ids]:
         return self._python(list(texts), max_length=max_seq_length, truncation=True, return_token_type_ids=False,
                             return_attention_mask=False)["input_ids"]
 
 
 def load_tokenizer(name_or_path: str) -> WordPiece | AnyTokenizer:
-    """The tokenizer of an encoder or of a checkpoint folder, by hub name or path.
-
-    A folder with a vocab.txt is read without importing paddlenlp.
-
-    Raises:
-        InputError: there is none.
-    """
-    if (record := _read_wordpiece(name_or_path)) is not None:
-        return WordPiece(*record)
+    """The tokenizer of an encoder or of a checkpoint folder, by hub name or path; InputError where there is none. A
+    folder with a vocab.txt is read without importing paddlenlp."""
+    if tokenizer := _read_wordpiece(name_or_path):
+        return tokenizer
     from paddlenlp.transformers import AutoTokenizer
 
-    try:
+    with reported(f"no tokenizer in {name_or_path}", Exception):  # OSError, ValueError, KeyError or paddlenlp's own
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)  # nosec B615  the user names what is fetched
-    except Exception as error:  # paddlenlp raises OSError, ValueError, KeyError or its own, for the same reason
-        raise InputError(f"no tokenizer in {name_or_path}: {first_line(error)}") from None
     kind = type(tokenizer).__name__
     if kind in WORDPIECE_CLASSES:
         return WordPiece(dict(tokenizer.vocab.token_to_idx), tokenizer.do_lower_case, kind)
     return AnyTokenizer(tokenizer)
 
 
-def _read_wordpiece(folder: str) -> tuple[dict[str, int], bool, str] | None:
-    """Vocabulary, lowercase and class name of a folder's WordPiece tokenizer; None where it is another kind."""
-    paths = [os.path.join(folder, name) for name in ("vocab.txt", "tokenizer_config.json")]
-    if not all(map(os.path.isfile, paths)):
-        return None
-    with open(paths[1], encoding="utf-8") as file:
-        config = json.load(file)
+def _read_wordpiece(folder: str) -> WordPiece | None:
+    """A folder's tokenizer; None where it is of another kind."""
+    vocabulary = os.path.join(folder, "vocab.txt")
+    config = read_json(os.path.join(folder, "tokenizer_config.json"))
     kind = config.get("tokenizer_class")
-    if kind not in WORDPIECE_CLASSES or config.get("added_tokens_decoder"):
+    if (not os.path.isfile(vocabulary) or kind not in WORDPIECE_CLASSES or config.get("added_tokens_decoder")
+            or config.get("tokenize_chinese_chars") is False):
         return None
-    if config.get("tokenize_chinese_chars") is False:
-        return None
-    with open(paths[0], encoding="utf-8", newline="\n") as file:
+    with open(vocabulary, encoding="utf-8", newline="\n") as file:
         vocab = {line.rstrip("\r\n"): number for number, line in enumerate(file)}
-    return vocab, config.get("do_lower_case", True), kind
+    return WordPiece(vocab, config.get("do_lower_case", True), kind)
 
 
 def pad(sequences: Sequence[Sequence[int]], pad_id: int, length: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -367,29 +298,11 @@ def pad(sequences: Sequence[Sequence[int]], pad_id: int, length: int = 0) -> tup
     return input_ids, np.zeros_like(input_ids)
 
 
-def tokenize_windows(texts: Sequence[str], tokenizer: Any, max_seq_length: int,
-                     windows: Iterable[range] | None = None) -> Iterator[list[list[int]]]:
-    """Yield the token ids of a window of texts at a time, one window ahead of whoever uses them.
-
-    Args:
-        windows: the rows of each; None: all, WINDOW at a time.
-    """
-    if windows is None:
-        windows = (range(start, min(start + WINDOW, len(texts))) for start in range(0, len(texts), WINDOW))
-    return prefetch(tokenizer(texts[rows.start : rows.stop], max_seq_length) for rows in windows)
-
-
 def make_batches(ids: Sequence[Sequence[int]], pad_id: int, batch_size: int | None = None,
                  batch_tokens: int = 2048) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-    """Batch token ids of like length, longest first, each batch padded to a multiple of LENGTH_MULTIPLE.
-
-    Args:
-        batch_size: texts per batch; None: as many as fill `batch_tokens`, padding included.
-
-    Yields:
-        rows: the positions of the batch's texts in `ids`.
-        input_ids, token_type_ids: int64 [len(rows), length].
-    """
+    """Batch token ids of like length, longest first, each batch padded to a multiple of LENGTH_MULTIPLE, `batch_size`
+    texts at a time or, None, as many as fill `batch_tokens`, padding included. Yields the positions of the batch's
+    texts in `ids`, its input_ids and its token_type_ids, int64 [texts, length]."""
     order, longest = sorted(range(len(ids)), key=lambda i: -len(ids[i])), max(map(len, ids), default=0)
     while order:
         length = min(longest, -(-len(ids[order[0]]) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
@@ -399,134 +312,84 @@ def make_batches(ids: Sequence[Sequence[int]], pad_id: int, batch_size: int | No
 
 
 class ShuffledBatches:
-    """The batches of one rank of several: the order of paddle.io.DistributedBatchSampler(shuffle=True), epoch after
-    epoch, for 4 bytes of memory a text.
-
-    All ranks together take every text once, and the first ones again where the ranks would not have as many each.
-
-    Args:
-        count: how many texts there are.
-        batch_size: texts per batch and rank.
-    """
+    """The batches of `batch_size` of `count` texts for one rank of several: the order of
+    paddle.io.DistributedBatchSampler(shuffle=True), for 4 bytes of memory a text. All ranks together take every text
+    once, and the first ones again where the ranks would not have as many each."""
 
     def __init__(self, count: int, batch_size: int, rank: int = 0, ranks: int = 1) -> None:
-        self.count, self.batch_size, self.rank, self.ranks, self.epoch = count, batch_size, rank, ranks, 0
-        self._first = 0
-
-    def start_at(self, epoch: int, batch: int) -> None:
-        """Have the next iteration be that of an epoch, from 0, without its first batches."""
-        self.epoch, self._first = epoch, batch
+        self.count, self.batch_size, self.rank, self.ranks = count, batch_size, rank, ranks
 
     def __len__(self) -> int:
+        """Batches of an epoch."""
         return -(-self.count // (self.batch_size * self.ranks))
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        """Yield row numbers, int32 [batch]."""
+    def epoch(self, number: int, first: int = 0) -> Iterator[np.ndarray]:
+        """Yield the row numbers, int32 [batch], of an epoch, from 0, without its `first` batches."""
         order = np.resize(np.arange(self.count, dtype="int32"), -(-self.count // self.ranks) * self.ranks)
-        np.random.RandomState(self.epoch).shuffle(order)
-        first, self._first = self._first, 0
-        self.epoch += 1
+        np.random.RandomState(number).shuffle(order)
         size = self.batch_size * self.ranks
         for start in range(first * size, len(order), size):
             yield np.split(order[start : start + size], self.ranks)[self.rank]
 
 
-def text_keys(ids: Iterable[Sequence[int]]) -> np.ndarray:
-    """A number for each list of token ids, the same for the same list in every process: int64 [texts]."""
-    hashes = (hashlib.blake2b(array("l", each).tobytes(), digest_size=8).digest() for each in ids)
-    return np.frombuffer(b"".join(hashes), "int64")
+def text_keys(sides: Sequence[Sequence[Ids]]) -> np.ndarray:
+    """A number for each text's token ids, the same for the same ids in every process: int64 [texts, sides]."""
+    return np.array([[hash(tuple(ids)) for ids in texts] for texts in zip(*sides)])  # of numbers it is no random one
+
+
+INPUTS = ("query_input_ids", "query_token_type_ids", "title_input_ids", "title_token_type_ids")  # of SimCSE.forward
 
 
 class Batch(NamedTuple):
-    """The texts of one step.
-
-    Attributes:
-        chunks: what the network is given at a time, arrays by name; one chunk, or with --chunk_size several.
-        keys: see `model.same_texts`; None: equal texts are each other's negatives.
-        rows: the texts' rows in the training file.
-    """
+    """The texts of one step: what the network is given of them at a time, in one chunk or with --chunk_size in several;
+    the keys of `model.same_texts`, without which equal texts are each other's negatives; rows of the training file."""
 
     chunks: list[dict[str, np.ndarray]]
     keys: np.ndarray | None = None
     rows: Sequence[int] = ()
 
 
-def crop(ids: Ids, rate: float, random: np.random.Generator) -> Ids:
+def crop(ids: Ids, rate: float, random: np.random.Generator, most: int = WHOLE) -> Ids:
     """A run of the tokens, `rate` of them less at most (independent cropping; Izacard et al. 2022, Contriever,
-    arXiv:2112.09118)."""
+    arXiv:2112.09118), cut to `most` with [CLS] and [SEP]."""
     inner = len(ids) - 2
     length = random.integers(inner - int(rate * inner), inner + 1)
     start = 1 + random.integers(0, inner - length + 1)
-    return [ids[0], *ids[start : start + length], ids[-1]]
-
-
-def view(ids: Ids, args: argparse.Namespace, random: np.random.Generator) -> Ids:
-    """A text's tokens as --crop_rate changes them, at most --max_seq_length."""
-    ids = crop(ids, args.crop_rate, random)
-    return ids if len(ids) <= args.max_seq_length else [*ids[: args.max_seq_length - 1], ids[-1]]
+    return [ids[0], *ids[start : start + min(length, most - 2)], ids[-1]]
 
 
 def chunks_of(sides: list[list[Ids]], size: int, pad_id: int) -> list[dict[str, np.ndarray]]:
-    """The queries and their titles, `size` of each at a time, by the names of `SimCSE.forward`'s arguments."""
+    """The queries and their titles, then hard negatives, `size` of each at a time, as INPUTS."""
     chunks = []
     for start in range(0, len(sides[0]), size):
         query, *others = (side[start : start + size] for side in sides)
-        chunk = {}
-        for name, ids in (("query", query), ("title", list(itertools.chain(*others)))):
-            chunk[f"{name}_input_ids"], chunk[f"{name}_token_type_ids"] = pad(ids, pad_id)
-        chunks.append(chunk)
+        chunks.append(dict(zip(INPUTS, (*pad(query, pad_id), *pad(list(itertools.chain(*others)), pad_id)))))
     return chunks
 
 
-class Batches:
-    """Makes the batches of train.py. What is random in them is a function of seed, epoch and row, so that a resumed
-    run, or one of several processes, sees what an unbroken one does.
-
-    Args:
-        texts: the training file: a text a row, or a list of two or three.
-        tokenizer: see `load_tokenizer`.
-        args: of train.py.
-    """
-
-    def __init__(self, texts: Sequence[Any], tokenizer: Any, args: argparse.Namespace) -> None:
-        self.texts, self.tokenizer, self.args = texts, tokenizer, args
-
-    def sides(self, rows: Sequence[int], epoch: int) -> tuple[list[list[Ids]], list[list[Ids]]]:
-        """Token ids of queries, titles and hard negatives; as the network sees them, and as they are in the file."""
-        texts, args = [self.texts[row] for row in rows], self.args
-        if not isinstance(texts[0], str):
-            sides = [self.tokenizer(side, args.max_seq_length) for side in zip(*texts)]
-            return sides, sides
-        ids = self.tokenizer(texts, max(args.max_seq_length, WHOLE) if args.crop_rate else args.max_seq_length)
-        if not args.crop_rate:
-            return [ids, ids], [ids]
-        views = [[view(each, args, np.random.default_rng([args.seed, epoch, row, side]))
-                  for each, row in zip(ids, rows)] for side in range(2)]
-        return views, [ids]
-
-    def make(self, rows: Sequence[int], epoch: int) -> Batch:
-        """The batch of some rows of the training file, in an epoch from 0."""
-        sides, texts = self.sides(rows, epoch)
-        chunks = chunks_of(sides, self.args.chunk_size or len(rows), self.tokenizer.pad_token_id)
-        return Batch(chunks, None if self.args.keep_duplicate_negatives else keys_of(texts), rows)
-
-
-def keys_of(sides: Sequence[list[Ids]]) -> np.ndarray:
-    """`text_keys` of each side: int64 [texts, sides]."""
-    return np.stack([text_keys(ids) for ids in sides], axis=1)
+def make_batch(texts: Sequence[Any], tokenizer: Any, args: argparse.Namespace, rows: Sequence[int],
+               epoch: int) -> Batch:
+    """The batch of some rows of the training file, a text a row or a list of two or three, in an epoch from 0. What is
+    random in it is a function of seed, epoch and row, so that a resumed run, or one of several processes, sees what an
+    unbroken one does."""
+    taken = [texts[row] for row in rows]
+    columns = [taken] if isinstance(taken[0], str) else zip(*taken)
+    most = max(args.max_seq_length, WHOLE) if args.crop_rate else args.max_seq_length
+    own = [tokenizer(column, most) for column in columns]  # as they are in the file
+    sides = own if len(own) > 1 else own * 2
+    if args.crop_rate:
+        sides = [[crop(ids, args.crop_rate, np.random.default_rng([args.seed, epoch, row, side]), args.max_seq_length)
+                  for ids, row in zip(each, rows)] for side, each in enumerate(sides)]
+    chunks = chunks_of(sides, args.chunk_size or len(rows), tokenizer.pad_token_id)
+    return Batch(chunks, None if args.keep_duplicate_negatives else text_keys(own), rows)
 
 
 def batches_after(step: int, epochs: int, sampler: ShuffledBatches,
                   make: Callable[[Sequence[int], int], Batch]) -> Iterator[tuple[int, int, Batch]]:
-    """Yield, for every step after `step`, its epoch and its place in it, both from 1, and its batch; the next batch is
-    made while a step runs.
-
-    Args:
-        make: gives the batch of some rows in an epoch from 0.
-    """
+    """Yield, for every step after `step`, its epoch and its place in it, both from 1, and its batch, which `make` gives
+    of some rows in an epoch from 0; the next batch is made while a step runs."""
     for epoch in range(step // len(sampler), epochs):
         first = max(0, step - epoch * len(sampler))
-        sampler.start_at(epoch, first)
-        made = prefetch(make(rows, epoch) for rows in sampler)
+        made = prefetch(make(rows, epoch) for rows in sampler.epoch(epoch, first))
         for number, batch in enumerate(made, start=first + 1):
             yield epoch + 1, number, batch

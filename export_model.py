@@ -31,8 +31,9 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check_folder(args: argparse.Namespace) -> None:
-    """Refuse an output path where the export would be no folder, or one of two graphs."""
+def check_output(args: argparse.Namespace) -> None:
+    """Before any work: refuse an output path where the export would be no folder, or one of two graphs, and ONNX
+    without what writes and runs it."""
     path = args.output_path
     if os.path.exists(path) and not os.path.isdir(path):
         raise console.InputError(f"--output_path {path}: exists and is not a folder")
@@ -40,28 +41,14 @@ def check_folder(args: argparse.Namespace) -> None:
         if name.startswith("inference.") and (name == ONNX_FILE) != (args.format == "onnx"):
             raise console.InputError(f"--output_path {path}: holds {name}, which is not of --format {args.format}; "
                                      "name another folder")
-
-
-def check_packages() -> None:
-    """Before any work: is here what exports to ONNX and runs it?
-
-    Raises:
-        InputError: a package is missing.
-    """
-    for name in ("paddle2onnx", "onnxruntime"):
+    for name in ("paddle2onnx", "onnxruntime") if args.format == "onnx" else ():
         if importlib.util.find_spec(name) is None:
             raise console.InputError(f"ONNX: {name} is not installed; pip install -r requirements-onnx.txt")
 
 
 def check_graph(model, tokenizer, graph) -> float:
-    """The largest difference of an exported graph's embeddings to the network's.
-
-    Args:
-        graph: gives the embeddings of input_ids and token_type_ids.
-
-    Raises:
-        InputError: it is larger than TOLERANCE.
-    """
+    """The largest difference of the embeddings that an exported graph gives of input_ids and token_type_ids to the
+    network's; InputError where it is larger than TOLERANCE."""
     ids = tokenizer(CHECK_TEXTS, 64)
     difference = max(float(abs(model.embed(*batch).numpy() - graph(*batch)).max())
                      for _, *batch in make_batches(ids, tokenizer.pad_token_id, batch_size=2))
@@ -73,9 +60,7 @@ def check_graph(model, tokenizer, graph) -> float:
 
 def main() -> None:
     args = parse_args()
-    check_folder(args)
-    if args.format == "onnx":
-        check_packages()
+    check_output(args)
     flags.announce(argparse.Namespace(device="cpu"), f"{args.params_path} to {args.output_path}")
 
     from model import load_model
@@ -87,19 +72,17 @@ def main() -> None:
     set_device("cpu")
     model, tokenizer, record = load_model(args.params_path, args.model_name_or_path, args.output_emb_size)
     # By its digest a server knows the indexes that are of this model.
-    record = {**record, "embedding_size": model.embedding_size, "max_positions": model.max_positions,
-              "model": model_digest(args.params_path, args.model_name_or_path)}
+    record["model"] = model_digest(args.params_path, args.model_name_or_path)
     with new_folder(args.output_path) as folder:
         if args.format == "onnx":
             engine.export_onnx(model, folder)
             graph = engine.onnx_graph(folder)
         else:
             engine.export_graph(model, folder)
-            graph = engine.CpuEngine(folder, model.max_positions, model.embedding_size).embed
+            graph = engine.CpuEngine(folder).embed
         write_record(folder, record, tokenizer)
         if isinstance(tokenizer, WordPiece):
-            with open(os.path.join(folder, "tokenizer.json"), "w", encoding="utf-8") as file:
-                file.write(tokenizer.to_json())
+            tokenizer.save_rust(folder)
         else:
             console.warn("the encoder's tokenizer is not ERNIE's or BERT's: deploy/python cannot read it; "
                          "deploy/serving can")

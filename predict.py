@@ -17,15 +17,14 @@ from simcse.files import STDIN, arriving
 def parse_args() -> argparse.Namespace:
     parser = flags.ArgumentParser(description=__doc__.splitlines()[0])
     flags.add_lines_argument(parser, "--text_pair_file", "two texts, tab-separated, a pair a line", required=True)
-    flags.add_format_argument(parser, "what is printed, a line a pair. tsv: query, title, cosine; "
-                            'jsonl: {"query", "title", "cosine"}; None: the cosine alone')
+    parser.add_argument("--format", choices=("tsv", "jsonl"), help="what is printed, a line a pair. tsv: query, title, "
+                        'cosine; jsonl: {"query", "title", "cosine"}; None: the cosine alone')
     flags.add_model_arguments(parser)
     flags.add_encode_arguments(parser)
     parser.add_argument("--margin", type=flags.natural_float, default=0.0, help="margin of the loss, in cosine")
     parser.add_argument("--scale", type=flags.positive_float, default=20, help="factor on the cosines in the loss")
-    args = flags.check_encode_arguments(parser, parser.parse_args())
-    if args.text_pair_file == STDIN and any(getattr(args, name) != parser.get_default(name)
-                                                 for name in ("margin", "scale")):
+    args = flags.check_arguments(parser, parser.parse_args())
+    if args.text_pair_file == STDIN and (args.margin, args.scale) != (0, 20):
         parser.error("--margin and --scale are of the loss, which is of a file's pairs, not of stdin's")
     return args
 
@@ -41,15 +40,16 @@ def main() -> None:
     engine, tokenizer = load_engine(args)
     blocks = [pairs]
     if streams:
-        blocks = arriving(data.read_rows(STDIN, 2, "--text_pair_file", args.strict_data))
+        blocks = arriving(pair for _, pair in data.read_rows(STDIN, 2, "--text_pair_file", args.strict_data))
     for block in blocks:
-        query, title = encode_pairs(engine, tokenizer, block, args.max_seq_length, args.batch_size)
-        cosines = (query * title).sum(axis=1).tolist()
-        console.write(console.pair_line(args.format, *pair, cosine) for pair, cosine in zip(block, cosines))
+        first, second = encode_pairs(engine, tokenizer, block, args.max_seq_length, args.batch_size)
+        cosines = (first * second).sum(axis=1).tolist()
+        print(*(console.line(args.format, query=query, title=title, cosine=cosine) if args.format else f"{cosine}\n"
+                for (query, title), cosine in zip(block, cosines)), sep="", end="", flush=True)
     if streams:
         return
     batch_size = args.batch_size or 32
-    loss = mean_loss(query, title, batch_size, args.margin, args.scale)
+    loss = mean_loss(first, second, batch_size, args.margin, args.scale)
     console.log(f"{len(pairs)} pairs, contrastive loss in batches of {batch_size}: {loss:.6f} "
                 f"(margin {args.margin:g}, scale {args.scale:g})")
 

@@ -82,7 +82,7 @@ def lines(path: str) -> dict[str, float]:
     """Seconds from a file of training texts to its first batch, and peak memory in MB."""
     start = time.perf_counter()
     texts = data.TextFile(path, "--train_set_file")
-    [texts[row] for row in next(iter(data.ShuffledBatches(len(texts), 64)))]
+    [texts[row] for row in next(data.ShuffledBatches(len(texts), 64).epoch(0))]
     return {"s": time.perf_counter() - start, "MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
 
@@ -98,7 +98,7 @@ def index(count: int, checkpoint: str | None, texts: list[str], queries: list[st
 
     Vectors are those of `texts`, or, without a checkpoint, `count` clustered ones.
     """
-    from ann_util import HnswIndex, Shards, ann_recall, exact_search
+    from ann_util import Shards, ann_recall, exact_search
 
     import hnswlib
 
@@ -118,14 +118,10 @@ def index(count: int, checkpoint: str | None, texts: list[str], queries: list[st
         result[f"{name} build"] = len(vectors) / (time.perf_counter() - start)
         result[f"{name} recall"] = ann_recall(search(), exact)
 
-    ours = Shards(lambda size: HnswIndex(256, size), len(vectors), threads=os.cpu_count())
-
-    def fill() -> None:
-        for rows in ours.pieces:
-            ours.add(rows, vectors[rows.start : rows.stop])
-        ours.finish()
-
-    build("ours", fill, lambda: ours.search(asked, 50)[1])
+    ours = Shards({"ann_engine": "hnswlib", "index_shards": 8, "hnsw_m": 32, "hnsw_ef": 100,
+                   "hnsw_max_elements": len(vectors)}, len(vectors), 256, os.cpu_count())
+    build("ours", lambda: ours.fill(vectors[rows.start : rows.stop] for rows in ours.pieces),
+          lambda: ours.search(asked, 50)[1])
     for name, m in (("hnswlib", 32), ("original", 100)) if checkpoint else (("hnswlib", 32),):
         alone = hnswlib.Index("ip", 256)
         alone.init_index(len(vectors), ef_construction=100, M=m)

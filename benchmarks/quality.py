@@ -164,7 +164,6 @@ def evaluate(queries: str, folder: str) -> dict[str, float]:
 def bm25(args: argparse.Namespace, data_set: str) -> dict[str, dict[str, float]]:
     """BM25 alone, over whole documents and over what an encoder sees of them."""
     from simcse.bm25 import Bm25
-    from simcse.console import recall_lines
 
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -175,8 +174,8 @@ def bm25(args: argparse.Namespace, data_set: str) -> dict[str, dict[str, float]]
             corpus = data.read_texts(files[f"corpus{part}"], "--data_dir")
             rows, scores = Bm25(corpus).search(queries, 50)
             with open(f"{folder}/recall_result_dir/recall_result.txt", "w", encoding="utf-8") as file:
-                file.writelines(recall_lines("tsv", query, [corpus[row] for row in found if row >= 0], score.tolist())
-                                for query, found, score in zip(queries, rows, scores))
+                file.writelines(f"{query}\t{corpus[row]}\t{score}\n" for query, *best in zip(queries, rows, scores)
+                                for row, score in zip(*best) if row >= 0)
             figures[suffix] = evaluate(files[f"queries{part}"], folder)
     return figures
 

@@ -104,7 +104,7 @@ def read_candidates(args: argparse.Namespace, queries: Mapping) -> dict[str, dic
 
     rows = data.read_rows(args.recall_result_file, 3, "--recall_result_file", args.strict_data, not_a_number)
     lowest: dict[str, float] = {}
-    for query, document, cosine in rows:
+    for _, (query, document, cosine) in rows:
         if float(cosine) > lowest.get(query, math.inf):  # recall.py wrote a query of several pairs once more
             lowest[query] = -math.inf
             continue

@@ -12,7 +12,6 @@ import argparse
 import logging
 import os
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,9 +19,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 import data
 from simcse import console, flags
-from simcse.console import InputError
 from simcse.machine import RANK, RANKS
-from simcse.weights import newest_resumable
 
 import numpy as np
 
@@ -38,17 +35,11 @@ def parse_args() -> argparse.Namespace:
     start.add_argument("--model_name_or_path", type=flags.model_name, default=flags.DEFAULT_MODEL,
                        help="pretrained encoder, hub name or folder")
     optimization = parser.add_argument_group("optimization")
-    optimization.add_argument("--max_seq_length", type=flags.sequence_length, default=128,
-                              help="tokens per text, [CLS] and [SEP] included; longer texts are cut")
     optimization.add_argument("--mlm_probability", type=flags.proportion, default=0.15,
                               help="part of the tokens that are predicted, whole words at a time")
     flags.add_optimization_arguments(optimization)
     flags.add_run_arguments(parser.add_argument_group("device"), parser.add_argument_group("output"))
-    args = parser.parse_args()
-    flags.check_run_arguments(parser, args, [args.model_name_or_path])
-    args.learns_by = flags.names_of(optimization)
-    args.hyper_parameters = flags.names_of(start) + args.learns_by
-    return args
+    return flags.check_run_arguments(parser, parser.parse_args(), start, optimization)
 
 
 class MaskedBatch(NamedTuple):
@@ -67,13 +58,18 @@ class MaskedBatch(NamedTuple):
     rows: Sequence[int]
 
 
+def starts_of(encoding: Any) -> list[int]:
+    """Where in its text each token between [CLS] and [SEP] starts."""
+    return [start for start, _ in encoding.offsets[1:-1]]
+
+
 class MaskedBatches:
     """Makes the batches: whole words masked (Sun et al. 2019, ERNIE, arXiv:1904.09223; Cui et al.
-    2019, arXiv:1906.08101), words being jieba's. Arguments as in `Batches`, texts being one a row."""
+    2019, arXiv:1906.08101), words being jieba's. Texts are one a row."""
 
     def __init__(self, texts: Sequence[str], tokenizer: Any, args: argparse.Namespace) -> None:
         if not isinstance(tokenizer, data.WordPiece):
-            raise InputError("--model_name_or_path: the encoder's tokenizer is not ERNIE's or BERT's")
+            raise console.InputError("--model_name_or_path: the encoder's tokenizer is not ERNIE's or BERT's")
         import jieba
 
         jieba.setLogLevel(logging.WARNING)
@@ -104,11 +100,11 @@ class MaskedBatches:
     def make(self, rows: Sequence[int], epoch: int) -> MaskedBatch:
         """The batch of some rows of the training file, in an epoch from 0."""
         texts = [self.texts[row] for row in rows]
-        ids, places = self.tokenizer.with_places(texts, self.args.max_seq_length)
-        input_ids, types = data.pad(ids, self.tokenizer.pad_token_id)
+        encodings = self.tokenizer.encode(texts, self.args.max_seq_length, offsets=True)
+        input_ids, types = data.pad([encoding.ids for encoding in encodings], self.tokenizer.pad_token_id)
         chosen = np.zeros(input_ids.shape, bool)
-        for line, (row, text, starts) in enumerate(zip(rows, texts, places)):
-            random = np.random.default_rng([self.args.seed, epoch, row])
+        for line, (row, text, encoding) in enumerate(zip(rows, texts, encodings)):
+            random, starts = np.random.default_rng([self.args.seed, epoch, row]), starts_of(encoding)
             chosen[line, 1 : 1 + len(starts)] = self.choose(self.words(text, starts), random)
         labels = input_ids[chosen]
         random = np.random.default_rng([self.args.seed, epoch, *rows])
@@ -134,7 +130,8 @@ def masked_lm(name: str, dropout: float) -> Any:
 
     network = load_encoder(name, dropout, "AutoModelForMaskedLM", may_start_at_random="cls")
     if not hasattr(network, "cls"):
-        raise InputError(f"--model_name_or_path {name}: {type(network).__name__} has no head that is known here")
+        raise console.InputError(
+            f"--model_name_or_path {name}: {type(network).__name__} has no head that is known here")
     encoder = getattr(network, network.base_model_prefix)
     freeze_pooler(encoder)
 
@@ -154,22 +151,17 @@ def masked_lm(name: str, dropout: float) -> Any:
     return MaskedLM()
 
 
-def train(args: argparse.Namespace, texts: data.TextFile) -> int:
-    """The training loop; returns the exit code, as that of train.py does."""
+def train(args: argparse.Namespace, texts: data.TextFile) -> Any:
+    """The training loop; returns the `Run`."""
     from model import check_length
-    from simcse.encoders import train_faster_on_cpu
     from simcse.files import new_folder
-    from simcse.ranks import wait_for_ranks
-    from simcse.run import Run, set_seed
+    from simcse.run import Run
 
     import paddle
 
-    set_seed(args.seed)
     name = args.resume or args.model_name_or_path
     model, tokenizer = masked_lm(name, args.dropout), data.load_tokenizer(name)
     check_length(model, args.max_seq_length)
-    if args.device == "cpu":
-        train_faster_on_cpu(model)
 
     def write(folder: str, also) -> None:
         with new_folder(folder) as temporary:
@@ -182,30 +174,20 @@ def train(args: argparse.Namespace, texts: data.TextFile) -> int:
     run = Run(args, model, texts, len(sampler), write)
     for batch in run.batches(data.batches_after(run.step, args.epochs, sampler, batches.make)):
         loss = run.network(*map(paddle.to_tensor, batch[:4]))
-        run.scale_loss(loss).backward()
+        run.scaler.scale(loss).backward()
         run.update(loss, batch)
-    if not run.code:
-        run.reporter.finish()
-    wait_for_ranks()
-    return run.code
+    return run
 
 
 def main() -> None:
     args = parse_args()
     texts = data.TextFile(args.train_set_file, "--train_set_file", args.strict_data)
-    if args.resume == "auto":
-        args.resume = newest_resumable(args.save_dir)
-    flags.announce(args, args.resume or args.model_name_or_path, flags.count(texts, "training text"),
-                   f"{args.epochs} epochs in batches of {args.batch_size}")
 
-    from simcse.ranks import set_device
+    flags.announce_training(args, args.model_name_or_path, flags.count(texts, "training text"))
 
-    set_device(args.device, args.cpu_threads)
-    started = time.time()
-    code = train(args, texts)
-    if not RANK:
-        console.log(f"totally cost {time.time() - started:.1f} s")
-    raise SystemExit(code)
+    from simcse.run import run_training
+
+    run_training(args, lambda: train(args, texts))
 
 
 if __name__ == "__main__":

@@ -29,36 +29,35 @@ class Bm25:
     A document's score is the sum, over the words of the query, each as often as it is there, of
     ln(1 + (N - df + 0.5) / (df + 0.5)) * tf / (tf + k1 * (1 - b + b * length / mean length)); lengths are in words.
 
-    Args:
-        documents: the corpus, numbered from 0; all its words are held in memory while the index is built.
-        folder: where the index is kept: read there, or else built and written there; None: only built.
-
-    Raises:
-        InputError: the folder is damaged.
+    The index is read from `folder`, InputError where that is damaged, or else built, with all words of the documents in
+    memory, and kept there; None: it is only built.
     """
 
     def __init__(self, documents: Sequence[str], folder: str | None = None) -> None:
         if folder and os.path.isdir(folder):
             self._index = _read(folder, len(documents))
-        else:
-            self._index = _build(documents)
-            if folder and self._index:
-                _keep(self._index, folder)
+            return
+        self._index = _build(documents)
+        if folder and self._index:
+            try:
+                with new_folder(folder) as temporary:
+                    self._index.save(temporary, show_progress=False)
+            except OSError as error:  # the index may be another user's, or on a disk that cannot be written
+                console.warn(f"BM25 is not kept in {folder}: {error.strerror or error}")
 
     def search(self, queries: Sequence[str], k: int) -> Found:
-        """The k documents of the highest scores above 0 of every query.
-
-        Returns:
-            Rows int64 [Q, k] and scores float32 [Q, k], best first, of equal scores the lower row first; where there
-            are fewer, rows -1 with scores -inf at the end.
-        """
+        """The k documents of the highest scores above 0 of every query: rows int64 and scores float32 [Q, k], best
+        first, of equal scores the lower row first; where there are fewer, rows -1 with scores -inf at the end."""
         rows, scores = np.full((len(queries), k), -1, "int64"), np.full((len(queries), k), -np.inf, "float32")
         if not self._index:
             return rows, scores
         with console.progress("BM25: searching", len(queries), "queries") as advance:
             for number, query in enumerate(queries):
                 of_all = self._index.get_scores_from_ids(self._index.get_tokens_ids(words(query)))
-                best = _best(of_all, k)
+                best = np.flatnonzero(of_all > 0)
+                if k < len(best):
+                    best = best[of_all[best] >= np.partition(of_all[best], -k)[-k]]
+                best = best[np.argsort(-of_all[best], kind="stable")][:k]
                 rows[number, : len(best)], scores[number, : len(best)] = best, of_all[best]
                 advance()
         return rows, scores
@@ -79,56 +78,29 @@ def _build(documents: Sequence[str]) -> bm25s.BM25 | None:
 
 
 def _read(folder: str, documents: int) -> bm25s.BM25:
-    """The index in a folder of `_keep`, of so many documents."""
-    try:
+    """The index that is kept in a folder, of so many documents."""
+    with console.reported(f"{folder}: damaged", OSError, EOFError, KeyError, ValueError,
+                          remedy="; remove this folder to build it again"):
         index = bm25s.BM25.load(folder, mmap=True, show_progress=False)
         if index.scores["num_docs"] != documents:
             raise ValueError(f"of {index.scores['num_docs']} documents instead of {documents}")
-    except (OSError, EOFError, KeyError, ValueError) as error:
-        raise console.InputError(f"{folder}: damaged: {console.first_line(error)}; remove this folder to build it "
-                                 "again") from None
     console.log(f"using BM25 in {folder}")
     return index
-
-
-def _keep(index: bm25s.BM25, folder: str) -> None:
-    """Write an index to a folder, or say why it cannot be."""
-    try:
-        with new_folder(folder) as temporary:
-            index.save(temporary, show_progress=False)
-    except OSError as error:  # the index may be another user's, or on a disk that cannot be written
-        console.warn(f"BM25 is not kept in {folder}: {error.strerror or error}")
-
-
-def _best(scores: np.ndarray, k: int) -> np.ndarray:
-    """The rows of the k highest of the scores [N] that are above 0, best first, of equal ones the lower row first."""
-    rows = np.flatnonzero(scores > 0)
-    if k < len(rows):
-        rows = rows[scores[rows] >= np.partition(scores[rows], -k)[-k]]
-    return rows[np.argsort(-scores[rows], kind="stable")][:k]
 
 
 def fuse(dense: Found, lexical: Found, k: int) -> Found:
     """Two rankings of the same queries as one: a document's score is its cosine plus its BM25 score divided by that of
     the query's first (a convex combination; Bruch et al. 2023, arXiv:2210.11934).
 
-    A document that is not in a ranking has the last score there, which it has at most, or 0 where that is none.
-
-    Args:
-        dense, lexical: cosines and scores of BM25 [Q, any], best first; rows of -1 are none.
-        k: documents wanted.
-
-    Returns:
-        Rows int64 and scores float64 [Q, k], best first, of equal scores the better rank in `dense` first; where there
-        are fewer, rows -1 with scores -inf at the end.
+    Both are [Q, any], best first, rows of -1 none. A document that is not in a ranking has the last score there, which
+    it has at most, or 0 where that is none. The k best are rows int64 and scores float64 [Q, k], of equal scores the
+    better rank in `dense` first; where there are fewer, rows -1 with scores -inf at the end.
     """
     highest = np.where(lexical[0][:, :1] >= 0, lexical[1][:, :1], 1.0)
-    sides = [(found, np.where(found >= 0, scores, 0.0))
-             for found, scores in (dense, (lexical[0], lexical[1] / highest))]
+    sides = [side.tolist() for found, points in (dense, (lexical[0], lexical[1] / highest))
+             for side in (found, np.where(found >= 0, points, 0.0))]
     rows, scores = np.full((len(dense[0]), k), -1, "int64"), np.full((len(dense[0]), k), -np.inf)
-    for number in range(len(rows)):
-        (near, cosines), (matching, shares) = ((found[number].tolist(), points[number].tolist())
-                                               for found, points in sides)
+    for number, (near, cosines, matching, shares) in enumerate(zip(*sides)):
         cosine_of, share_of = dict(zip(near, cosines)), dict(zip(matching, shares))
         fused = {row: cosine_of.get(row, cosines[-1]) + share_of.get(row, shares[-1])
                  for row in (*near, *matching) if row >= 0}

@@ -1,46 +1,26 @@
 """PaddleNLP's encoders: loaded strictly, and made faster."""
 
-import contextlib
 import ctypes
+import functools
 import logging
 import os
 import re
-from collections.abc import Iterator
+from unittest.mock import patch
 
-from simcse.console import InputError, first_line, some, warn
+from simcse.console import InputError, reported, some, warn
 from simcse.weights import read_weights
 
 import paddle
 from paddle import nn
-from paddle.nn import Linear
 from paddle.nn.functional import linear
-
-
-class _NewlyInitialized(logging.Handler):
-    """Collects the layers that paddlenlp says it left at random: it only logs them."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.layers: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        named = re.search(r"newly initialized: \[(.*?)\]", record.getMessage())
-        self.layers += re.findall(r"'([^']+)'", named[1]) if named else []
 
 
 def load_encoder(model_name_or_path: str, dropout: float | None = None, kind: str = "AutoModel",
                  may_start_at_random: str = "pooler") -> nn.Layer:
-    """A pretrained encoder by hub name or folder, every layer of it loaded, in float32.
-
-    Args:
-        dropout: hidden and attention dropout rate; None: the encoder's own.
-        kind: the class of paddlenlp that loads it.
-        may_start_at_random: layers that may be missing from its weights, by what is in their names. Encoders pretrained
-            without a pooler get a random one, which is said on stderr, to be trained.
-
-    Raises:
-        InputError: no such encoder, or other layers are missing from its weights.
-    """
+    """A pretrained encoder by hub name or folder, every layer of it loaded by paddlenlp's class `kind`, in float32,
+    with a rate of hidden and attention dropout or, None, its own. InputError: no such encoder, or its weights lack
+    layers other than those with `may_start_at_random` in their names: some encoders were pretrained without a pooler,
+    and get a random one to be trained, which is said on stderr."""
     import paddlenlp
     from paddlenlp.utils.log import logger
 
@@ -49,36 +29,18 @@ def load_encoder(model_name_or_path: str, dropout: float | None = None, kind: st
     for name in os.listdir(model_name_or_path) if os.path.isdir(model_name_or_path) else ():
         if name.endswith(".pdparams"):  # paddlenlp would run what is in it
             read_weights(os.path.join(model_name_or_path, name), "--model_name_or_path")
-    seen = _NewlyInitialized()
-    handlers, logger.logger.handlers = logger.logger.handlers, [seen]  # its several lines become one below
-    try:
+    records: list[logging.LogRecord] = []  # paddlenlp only logs which layers it left at random; one line says so below
+    with (reported(f"--model_name_or_path {model_name_or_path}: neither a folder with an encoder nor one that can be "
+                   "fetched by that name", Exception),  # OSError, ValueError, KeyError, RuntimeError of paddlenlp
+          patch.object(logger.logger, "handle", records.append)):
         encoder = getattr(paddlenlp.transformers, kind).from_pretrained(model_name_or_path, **rates)
-    except Exception as error:  # paddlenlp raises OSError, ValueError, KeyError, RuntimeError for the same reasons
-        raise InputError(f"--model_name_or_path {model_name_or_path}: neither a folder with an encoder nor one that "
-                         f"can be fetched by that name: {first_line(error)}") from None
-    finally:
-        logger.logger.handlers = handlers
-    if missing := [name for name in seen.layers if may_start_at_random not in name and "pooler" not in name]:
+    said = re.findall(r"newly initialized: \[(.*?)\]", "\n".join(record.getMessage() for record in records))
+    layers = re.findall(r"'([^']+)'", ",".join(said))
+    if missing := [name for name in layers if may_start_at_random not in name and "pooler" not in name]:
         raise InputError(f"--model_name_or_path {model_name_or_path}: its weights lack {some(missing)}")
-    if seen.layers:
-        warn(f"{model_name_or_path} has no trained {may_start_at_random}: {some(seen.layers)} start at random")
+    if layers:
+        warn(f"{model_name_or_path} has no trained {may_start_at_random}: {some(layers)} start at random")
     return encoder
-
-
-@contextlib.contextmanager
-def _weights_not_drawn() -> Iterator[None]:
-    """Build layers without drawing weights at random: for ERNIE-base that takes longer than all else of its start."""
-    from unittest.mock import patch
-
-    zeros = nn.initializer.Constant(0.0)
-    # Paddle's layers draw them by the global initializer or, in ERNIE, by TruncatedNormal; paddlenlp then draws again.
-    nn.initializer.set_global_initializer(zeros)
-    try:
-        with (patch.object(nn.initializer.TruncatedNormal, "forward", lambda _, *where: zeros.forward(*where)),
-              patch.object(paddle.tensor, "normal", lambda mean, std, shape: paddle.empty(shape))):
-            yield
-    finally:
-        nn.initializer.set_global_initializer(None)
 
 
 def encoder_from_record(record: dict, dropout: float | None) -> nn.Layer:
@@ -90,8 +52,16 @@ def encoder_from_record(record: dict, dropout: float | None) -> nn.Layer:
     config = encoder_class.config_class.from_dict(portable(record["encoder_config"]))
     if dropout is not None:
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
-    with _weights_not_drawn():
-        return encoder_class(config)
+    # For ERNIE-base drawing weights at random takes longer than all else of its start. Paddle's layers draw them by the
+    # global initializer or, in ERNIE, by TruncatedNormal; paddlenlp then draws again.
+    zeros = nn.initializer.Constant(0.0)
+    nn.initializer.set_global_initializer(zeros)
+    try:
+        with (patch.object(nn.initializer.TruncatedNormal, "forward", lambda _, *where: zeros.forward(*where)),
+              patch.object(paddle.tensor, "normal", lambda mean, std, shape: paddle.empty(shape))):
+            return encoder_class(config)
+    finally:
+        nn.initializer.set_global_initializer(None)
 
 
 def portable(config: dict) -> dict:
@@ -99,13 +69,9 @@ def portable(config: dict) -> dict:
     return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
-# ------------------------------------------------------------------------------------------------- the network
 def first_token_only(encoder: nn.Layer) -> None:
-    """Let the last layer of an encoder compute its first token only, the one that becomes the embedding.
-
-    Keys and values come from all tokens, as before, so the first token is the same; its queries, and all that follows
-    them, are one row a text. Where the encoder is no stack of post-norm `nn.TransformerEncoderLayer`, nothing changes.
-    """
+    """Let the last layer of an encoder compute its first token only, the one that becomes the embedding, with keys and
+    values of all tokens. Where the encoder is no stack of post-norm `nn.TransformerEncoderLayer`, nothing changes."""
     layers = getattr(getattr(encoder, "encoder", None), "layers", None)
     layer = layers[-1] if layers else None
     if type(layer) is not nn.TransformerEncoderLayer or layer.normalize_before:
@@ -127,11 +93,9 @@ def freeze_pooler(encoder: nn.Layer) -> None:
 
 
 def train_faster_on_cpu(model) -> None:
-    """The same gradients in less time.
-
-    glibc is told to keep what is freed; else it maps and zeroes anew every large tensor of a step. And the gradients of
-    biases become matrix products, since paddle sums rows on a CPU several times slower than MKL multiplies.
-    """
+    """The same gradients in less time: glibc is told to keep what is freed, else it maps and zeroes every large tensor
+    of a step anew; and the gradients of biases become matrix products, since paddle sums rows on a CPU several times
+    slower than MKL multiplies."""
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
         m_mmap_threshold, m_trim_threshold = -3, -1
         libc.mallopt(m_mmap_threshold, 1 << 30)
@@ -150,9 +114,9 @@ def train_faster_on_cpu(model) -> None:
             return (paddle.matmul(gradient, weight, transpose_y=True), paddle.matmul(x_rows, rows, transpose_x=True),
                     paddle.matmul(paddle.ones([1, rows.shape[0]]), rows)[0])
 
-    def replace(layer) -> None:
-        layer.forward = lambda x: (FastBias.apply if layer.training else linear)(x, layer.weight, layer.bias)
+    def forward(layer, x):
+        return (FastBias.apply if layer.training else linear)(x, layer.weight, layer.bias)
 
     for layer in model.sublayers():
-        if type(layer) is Linear and layer.bias is not None:
-            replace(layer)
+        if type(layer) is nn.Linear and layer.bias is not None:
+            layer.forward = functools.partial(forward, layer)

@@ -8,49 +8,57 @@ import os
 import queue
 import re
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import IO, Any, TypeVar
+from typing import IO, TypeVar
 
-from simcse.console import InputError, be_answering, log, progress
-
-import numpy as np
+from simcse.console import InputError, progress, reported, settings
 
 Item = TypeVar("Item")
 BLOCK = 16384  # lines of stdin that are answered at a time, at most
 STDIN = "-"  # the path that means stdin
 
 
-def _runs(pid: int) -> bool:
-    """Whether there is a process of that number."""
+def temporary_name(path: str, pid: int) -> str:
+    """Where a process writes what takes the place of `path`."""
+    parent, name = os.path.split(os.path.abspath(path))
+    return os.path.join(parent, f".{name}.{pid}.tmp")
+
+
+@contextlib.contextmanager
+def _beside(path: str) -> Iterator[str]:
+    """A path beside `path` for what takes its place; removed in the end, as is what killed processes left there."""
+    parent, name = os.path.split(os.path.abspath(path))
+    os.makedirs(parent, exist_ok=True)
+    for other in os.listdir(parent):
+        if found := re.fullmatch(rf"\.{re.escape(name)}\.(\d+)\.tmp", other):
+            try:
+                os.kill(int(found[1]), 0)
+            except ProcessLookupError:
+                _remove(os.path.join(parent, other))
+            except PermissionError:  # it runs, and is another user's
+                continue
+    temporary = temporary_name(path, os.getpid())
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+        yield temporary
+    finally:
+        _remove(temporary)
+
+
+def _remove(path: str) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.remove(path)
 
 
 @contextlib.contextmanager
 def new_file(path: str, mode: str = "w") -> Iterator[IO]:
     """Open a temporary file that takes the place of `path` when all is written; on an error `path` stays as it was."""
-    parent, name = os.path.split(path)
-    os.makedirs(parent or ".", exist_ok=True)
-    for other in os.listdir(parent or "."):  # what a killed process left
-        found = re.fullmatch(re.escape(name) + r"\.(\d+)\.tmp", other)
-        if found and not _runs(int(found[1])):
-            os.remove(os.path.join(parent, other))
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
+    with _beside(path) as temporary:
         with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as file:
             yield file
         os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
 
 
 def reading(path: str) -> contextlib.AbstractContextManager[Callable]:
@@ -70,57 +78,26 @@ def file_digest(path: str) -> str:
     return digest.hexdigest()
 
 
-def save_embeddings(path: str, embeddings: np.ndarray) -> None:
-    """Write embeddings as .npy, complete or not at all."""
-    with new_file(path, "wb") as file:
-        np.save(file, embeddings)
-    log(f"wrote {embeddings.shape[0]} x {embeddings.shape[1]} float32 to {path}")
-
-
-class new_folder:
-    """`with new_folder(path) as temporary:` fill it, and it becomes `path` when all is written and on the disk.
-
-    Where `path` exists, it is exchanged for the new folder in one step. On an error the temporary folder is removed,
-    and `path` stays as it was.
-
-    Args:
-        cache: whether the content can be made again, and is checked before it is used. Then nothing waits for the
-            disk, and all that the folder held goes; else files of other names are kept.
-        temporary: the folder to fill, where others have to know its name; None: one of a name of its own.
-    """
-
-    def __init__(self, path: str, cache: bool = False, temporary: str | None = None) -> None:
-        self.path, self.cache, self.temporary = os.path.abspath(path), cache, temporary
-
-    def __enter__(self) -> str:
-        parent, name = os.path.split(self.path)
-        os.makedirs(parent, exist_ok=True)
-        if self.temporary:
-            os.makedirs(self.temporary, exist_ok=True)
+@contextlib.contextmanager
+def new_folder(path: str, cache: bool = False) -> Iterator[str]:
+    """`with new_folder(path) as temporary:` fill it, and it becomes `path` when all is written and on the disk. Where
+    `path` exists, the two are exchanged in one step, and files of other names are kept. On an error `path` stays as it
+    was. A `cache`, which can be made again and is checked before it is used, waits for no disk and keeps no file."""
+    path = os.path.abspath(path)
+    with _beside(path) as temporary:
+        os.mkdir(temporary)
+        yield temporary
+        if not cache:
+            sync(temporary)
+        if os.path.isdir(path):
+            for name in () if cache else set(os.listdir(path)) - set(os.listdir(temporary)):
+                copy = shutil.copytree if os.path.isdir(os.path.join(path, name)) else shutil.copy2
+                copy(os.path.join(path, name), os.path.join(temporary, name))
+            exchange(temporary, path)
         else:
-            self.temporary = tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=parent)
-            os.chmod(self.temporary, 0o755)  # nosec B103  as any folder that a user makes; mkdtemp's is closed to others
-        return self.temporary
-
-    def __exit__(self, kind: type | None, *_: Any) -> None:
-        try:
-            if kind is None and self.cache:
-                self._take_the_place()
-            elif kind is None:
-                sync(self.temporary)
-                self._take_the_place()
-                sync(os.path.dirname(self.path), files=False)
-        finally:
-            shutil.rmtree(self.temporary, ignore_errors=True)
-
-    def _take_the_place(self) -> None:
-        if not os.path.isdir(self.path):
-            os.rename(self.temporary, self.path)
-            return
-        for name in () if self.cache else set(os.listdir(self.path)) - set(os.listdir(self.temporary)):
-            copy = shutil.copytree if os.path.isdir(os.path.join(self.path, name)) else shutil.copy2
-            copy(os.path.join(self.path, name), os.path.join(self.temporary, name))
-        exchange(self.temporary, self.path)
+            os.rename(temporary, path)
+        if not cache:
+            sync(os.path.dirname(path), files=False)
 
 
 def exchange(one: str, other: str) -> None:
@@ -146,15 +123,18 @@ def sync(folder: str, files: bool = True) -> None:
 
 
 def check_fingerprint(found: dict, wanted: dict, where: str, remedy: str) -> None:
-    """Refuse an index that was made of something other than what is wanted.
-
-    Args:
-        found, wanted: what each depends on, by name; what `wanted` does not name may be anything.
-        where: the flag and its value, for the message.
-        remedy: what the user may do about it.
-    """
+    """Refuse an index, named by the flag and value `where`, that depends on other values than `wanted`, which may name
+    a part of them."""
     if other := [name for name in wanted if found.get(name) != wanted[name]]:
         raise InputError(f"{where}: was built with another {', '.join(other)}; {remedy}")
+
+
+def read_json(path: str) -> dict:
+    """The object in a JSON file; {} where there is no such file, InputError where something else is in it."""
+    if not os.path.isfile(path):
+        return {}
+    with reported(f"{path}: not valid JSON", TypeError, ValueError), open(path, encoding="utf-8") as file:
+        return dict(json.load(file))
 
 
 def write_json(path: str, content: dict) -> None:
@@ -162,7 +142,6 @@ def write_json(path: str, content: dict) -> None:
         json.dump(content, file, ensure_ascii=False, indent=2)
 
 
-# ----------------------------------------------------------------------------------------------- reading ahead
 def prefetch(items: Iterator[Item]) -> Iterator[Item]:
     """Yield `items`; while one is in use, a thread makes the next."""
     end = object()
@@ -174,12 +153,10 @@ def prefetch(items: Iterator[Item]) -> Iterator[Item]:
 
 
 def arriving(items: Iterator[Item]) -> Iterator[list[Item]]:
-    """Yield what has come of `items` so far, as soon as there is any, BLOCK at most at a time.
-
-    So a line typed is answered at once, and a long file is encoded in large batches. A thread reads on meanwhile; an
-    error of `items` is raised after what came before it.
-    """
-    be_answering()
+    """Yield what has come of `items` so far, as soon as there is any, BLOCK at most at a time: a line typed is answered
+    at once, and a long file is encoded in large batches. A thread reads on meanwhile; an error of `items` is raised
+    after what came before it."""
+    settings.answering = True
     come: queue.Queue[Item | Exception] = queue.Queue(BLOCK)
 
     def read() -> None:
@@ -190,14 +167,13 @@ def arriving(items: Iterator[Item]) -> Iterator[list[Item]]:
             come.put(end)
 
     threading.Thread(target=read, daemon=True).start()  # daemon: it may wait for a line when all else has ended
-    while True:
+    end = None
+    while end is None:
         block = [come.get()]
         while len(block) < BLOCK and not come.empty():
             block.append(come.get())
         end = block.pop() if isinstance(block[-1], Exception) else None
         if block:
             yield block
-        if isinstance(end, StopIteration):
-            return
-        if end:
-            raise end
+    if not isinstance(end, StopIteration):
+        raise end

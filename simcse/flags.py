@@ -1,17 +1,18 @@
 """Command-line flags: the kinds of their values, those that several scripts share, and what is refused."""
 
 import argparse
+import contextlib
 import difflib
-import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from simcse import console
-from simcse.files import STDIN
-from simcse.machine import RANK, RANKS, auto_precision, default_threads
+from simcse.files import STDIN, read_json
+from simcse.machine import CPU_THREADS, RANK, RANKS, auto_precision
+from simcse.weights import CONFIG_FILE, STATE_RECORD, newest_resumable, read_record
 
 DEFAULT_MODEL = "rocketqa-zh-base-query-encoder"
 POOLINGS = ("pooler", "mean", "first_last_avg")  # see model.py
@@ -24,11 +25,10 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse with defaults in every help text, no abbreviations, and usage errors in one line."""
 
     def __init__(self, description: str) -> None:
-        super().__init__(
-            description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
-        self.add_argument("--quiet", action="store_true",
-                          help="no log lines and no progress on stderr, only warnings and errors")
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        self.add_argument("--quiet", action="store_true", help="no log lines and no progress on stderr, only warnings "
+                          "and errors")
 
     def parse_known_args(self, args=None, namespace=None):
         # argparse checks default values, which may name files, before it reports a flag that it does not know.
@@ -38,7 +38,7 @@ class ArgumentParser(argparse.ArgumentParser):
                 close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
                 self.error(f"no such flag: {flag}" + (f"; did you mean {close[0]}?" if close else ""))
         known, unknown = super().parse_known_args(args, namespace)
-        console.be_quiet(known.quiet)
+        console.settings.quiet = known.quiet
         return known, unknown
 
     def error(self, message: str) -> None:
@@ -47,13 +47,10 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def _number(kind: Callable[[str], Any], accepts: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not accepts(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-        return value
+        with contextlib.suppress(ValueError):
+            if accepts(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
 
     return parse
 
@@ -78,11 +75,6 @@ def readable_file(path: str) -> str:
         raise argparse.ArgumentTypeError(f"{path}: {(error.strerror or str(error)).lower()}") from None
 
 
-def file_or_stdin(path: str) -> str:
-    """A file that can be opened, or `-`: stdin."""
-    return path if path == STDIN else readable_file(path)
-
-
 class _SetIfGiven(argparse.Action):
     """A positional argument that is another way to say what a flag says."""
 
@@ -94,13 +86,10 @@ class _SetIfGiven(argparse.Action):
 def add_lines_argument(parser: argparse.ArgumentParser, flag: str, what: str, required: bool = False) -> None:
     """`flag` FILE, or - for stdin, with the flag or without it."""
     group = parser.add_mutually_exclusive_group(required=required)
-    group.add_argument(flag, type=file_or_stdin, default=None, help=f"{what}; -: from stdin, answered as they come")
+    group.add_argument(flag, type=lambda path: path if path == STDIN else readable_file(path), default=None,
+                       help=f"{what}; -: from stdin, answered as they come")
     group.add_argument(flag.removeprefix("--"), nargs="?", metavar="-", choices=[STDIN], action=_SetIfGiven,
                        help=f"the same as {flag} -")
-
-
-def add_format_argument(parser: argparse.ArgumentParser, what: str, default: str | None = None) -> None:
-    parser.add_argument("--format", choices=("tsv", "jsonl"), default=default, help=what)
 
 
 def folder(path: str) -> str:
@@ -112,10 +101,9 @@ def folder(path: str) -> str:
 
 def model_name(text: str) -> str:
     """A hub name, or a folder that exists: a mistyped folder must not be looked up on the hub."""
-    looks_local = text.startswith((".", "/", "~")) or text.endswith("/") or os.path.isdir(os.path.dirname(text))
-    if looks_local and not os.path.isdir(text):
-        raise argparse.ArgumentTypeError(f"{text}: no such folder")
-    if os.path.isfile(os.path.join(text, "simcse_config.json")):
+    if text.startswith((".", "/", "~")) or text.endswith("/") or os.path.isdir(os.path.dirname(text)):
+        folder(text)
+    if os.path.isfile(os.path.join(text, CONFIG_FILE)):
         raise argparse.ArgumentTypeError(f"{text} is a SimCSE checkpoint, not an encoder; give it as a checkpoint")
     return text
 
@@ -140,60 +128,44 @@ def milvus_uri(text: str) -> str:
 
 def add_model_arguments(parser: argparse.ArgumentParser, params_path: str | None = None) -> None:
     """The flags by which every later stage finds a trained checkpoint."""
-    parser.add_argument("--params_path", type=checkpoint_file, default=params_path, required=params_path is None,
-                        help="checkpoint to load: model_state.pdparams, model_state.safetensors or the folder that "
-                        "holds it")
-    parser.add_argument("--model_name_or_path", type=model_name, default=None,
-                        help="encoder (hub name or folder) of a checkpoint that has no simcse_config.json beside it; "
-                        f"None: what the checkpoint records, else {DEFAULT_MODEL}")
-    parser.add_argument("--output_emb_size", type=natural_int, default=None,
-                        help="size of the embedding; None: read off the checkpoint. A value that contradicts the "
-                        "checkpoint is an error")
+    add = parser.add_argument
+    add("--params_path", type=checkpoint_file, default=params_path, required=params_path is None,
+        help="checkpoint to load: model_state.pdparams, model_state.safetensors or the folder that holds it")
+    add("--model_name_or_path", type=model_name, help="encoder (hub name or folder) of a checkpoint that has no "
+        f"simcse_config.json beside it; None: what the checkpoint records, else {DEFAULT_MODEL}")
+    add("--output_emb_size", type=natural_int, help="size of the embedding; None: read off the checkpoint. A value "
+        "that contradicts the checkpoint is an error")
 
 
 def add_encode_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of every stage that turns texts into embeddings."""
-    parser.add_argument("--max_seq_length", type=sequence_length, default=64,
-                        help="tokens per text, [CLS] and [SEP] included; longer texts are cut")
-    parser.add_argument("--batch_size", type=positive_int, default=None,
-                        help="texts per batch; None: as many as fill 2,048 tokens on a CPU, 65,536 on a GPU")
+    add = parser.add_argument
+    add("--max_seq_length", type=sequence_length, default=64,
+        help="tokens per text, [CLS] and [SEP] included; longer texts are cut")
+    add("--batch_size", type=positive_int,
+        help="texts per batch; None: as many as fill 2,048 tokens on a CPU, 65,536 on a GPU")
     add_strict_argument(parser)
-    add_device_argument(parser)
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-                        help="number format of the matrix products; auto: bf16 on a CPU that is faster in it (AMX, "
-                        "or AMD's AVX-512 BF16), else fp32. fp16 needs --device gpu")
-    parser.add_argument("--cpu_threads", type=natural_int, default=0, help="math threads on a CPU; 0: all cores")
+    add_device_arguments(parser)
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+        help="number format of the matrix products; auto: bf16 on a CPU that is faster in it (AMX, or AMD's AVX-512 "
+        "BF16), else fp32. fp16 needs --device gpu")
 
 
-def check_positions(parser: argparse.ArgumentParser, max_seq_length: int, folders: Iterable[str | None]) -> None:
-    """Refuse texts longer than the encoder whose config is the first to be found in `folders`; a hub name has none."""
-    for path, key in ((os.path.join(folder, name), key) for folder in folders if folder
-                      for name, key in (("simcse_config.json", "encoder_config"), ("config.json", None))):
-        try:
-            with open(path, encoding="utf-8") as file:
-                config = json.load(file)
-            positions = (config[key] if key else config)["max_position_embeddings"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        if max_seq_length > positions:
-            parser.error(f"--max_seq_length {max_seq_length}: the encoder has {positions} positions")
-        return
-
-
-def check_device_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse `precision` and `cpu_threads` that would do nothing on the device asked for."""
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """Refuse what would do nothing on the device asked for, and texts longer than the encoder, where a flag names a
+    folder that describes it; returns `args`."""
     if args.precision == "fp16" and args.device != "gpu":
         parser.error("--precision fp16 needs --device gpu")
     if args.cpu_threads and args.device != "cpu":
         parser.error("--cpu_threads needs --device cpu")
-
-
-def check_encode_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
-    """Refuse flags of `add_encode_arguments` that would do nothing on the device asked for; returns `args`."""
-    check_device_arguments(parser, args)
     named = vars(args)
-    check_positions(parser, args.max_seq_length, (
-        named.get("model_name_or_path"), os.path.dirname(named.get("params_path") or "")))
+    checkpoint = os.path.dirname(named.get("params_path") or named.get("init_from_ckpt") or "")
+    for path in filter(None, (named.get("model_name_or_path"), checkpoint, named.get("resume"))):
+        config = read_record(path).get("encoder_config") or read_json(os.path.join(path, "config.json"))
+        if positions := config.get("max_position_embeddings"):
+            if args.max_seq_length > positions:
+                parser.error(f"--max_seq_length {args.max_seq_length}: the encoder has {positions} positions")
+            break
     return args
 
 
@@ -206,8 +178,9 @@ def nonempty_text(text: str) -> str:
     return text
 
 
-def add_device_argument(parser: argparse.ArgumentParser) -> None:
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "gpu"), default="gpu", help="device to run on")
+    parser.add_argument("--cpu_threads", type=natural_int, default=0, help="math threads on a CPU; 0: all cores")
 
 
 def add_strict_argument(parser: argparse.ArgumentParser) -> None:
@@ -216,22 +189,15 @@ def add_strict_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def announce(args: argparse.Namespace, *parts: str) -> None:
-    """Say, before anything takes time, what is about to happen: on what, in what precision, with which files.
-
-    Args:
-        args: with `device`; also `precision` and `cpu_threads` where the script has them.
-        parts: what else there is to say, the model first.
-    """
-    named, what = vars(args), [args.device]
-    if args.device == "cpu":
-        threads = named.get("cpu_threads") or default_threads()
-        what.append(f"{threads} thread{'s' * (threads > 1)}")
-    precision = named.get("precision", "fp32")
-    what.append(auto_precision(args.device) if precision == "auto" else precision)
-    if RANKS > 1:
-        what.append(f"{RANKS} processes")
+    """Say, before anything takes time, what is about to happen: on what, in what precision, and `parts`, the model
+    first."""
+    named = {"cpu_threads": 0, "precision": "fp32", **vars(args)}
+    threads = named["cpu_threads"] or CPU_THREADS
+    precision = auto_precision(args.device) if named["precision"] == "auto" else named["precision"]
+    what = [args.device, *[f"{threads} thread{'s' * (threads > 1)}"] * (args.device == "cpu"), precision,
+            *[f"{RANKS} processes"] * (RANKS > 1)]
     if not RANK:
-        console.log(f"{os.path.basename(sys.argv[0])}: " + "; ".join([", ".join(what), *parts]))
+        console.log(f"{console.PROGRAM}: " + "; ".join([", ".join(what), *parts]))
 
 
 def count(items: Sequence[Any], noun: str) -> str:
@@ -240,52 +206,56 @@ def count(items: Sequence[Any], noun: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------- training
-def names_of(*groups: argparse._ArgumentGroup) -> list[str]:
-    """The names that the flags of some groups have in the parsed arguments."""
-    return list(dict.fromkeys(action.dest for group in groups for action in group._group_actions))
-
-
 def add_optimization_arguments(group: argparse._ArgumentGroup) -> None:
     """The flags by which a network is trained, whatever its loss is."""
-    group.add_argument("--batch_size", type=positive_int, default=32, help="texts per batch and device")
-    group.add_argument("--learning_rate", type=positive_float, default=5e-5, help="highest learning rate of AdamW")
-    group.add_argument("--weight_decay", type=natural_float, default=0.0,
-                       help="weight decay of AdamW, not on biases and norms")
-    group.add_argument("--epochs", type=natural_int, default=1,
-                       help="passes over the training texts; 0: save and evaluate the untrained network")
-    group.add_argument("--warmup_proportion", type=proportion, default=0.0,
-                       help="part of the steps over which the learning rate rises, before it falls linearly to 0")
-    group.add_argument("--warmup_proption", dest="warmup_proportion", type=proportion, help=argparse.SUPPRESS)
-    group.add_argument("--max_grad_norm", type=positive_float, default=None,
-                       help="scale gradients down to this norm; None: leave them as they are")
-    group.add_argument("--dropout", type=probability, default=0.1, help="hidden and attention dropout rate")
-    group.add_argument("--seed", type=natural_int, default=1000, help="random seed")
-    group.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32",
-                       help="number format of the matrix products; bf16 and fp16, with loss scaling, need --device gpu")
+    add = group.add_argument
+    add("--batch_size", type=positive_int, default=32, help="texts per batch and device")
+    add("--learning_rate", type=positive_float, default=5e-5, help="highest learning rate of AdamW")
+    add("--weight_decay", type=natural_float, default=0.0, help="weight decay of AdamW, not on biases and norms")
+    add("--epochs", type=natural_int, default=1,
+        help="passes over the training texts; 0: save and evaluate the untrained network")
+    add("--warmup_proportion", type=proportion, default=0.0,
+        help="part of the steps over which the learning rate rises, before it falls linearly to 0")
+    add("--warmup_proption", dest="warmup_proportion", type=proportion, help=argparse.SUPPRESS)
+    add("--max_grad_norm", type=positive_float, help="scale gradients down to this norm; None: leave them as they are")
+    add("--dropout", type=probability, default=0.1, help="hidden and attention dropout rate")
+    add("--max_seq_length", type=sequence_length, default=128,
+        help="tokens per text, [CLS] and [SEP] included; longer texts are cut")
+    add("--seed", type=natural_int, default=1000, help="random seed")
+    add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32",
+        help="number format of the matrix products; bf16 and fp16, with loss scaling, need --device gpu")
 
 
 def add_run_arguments(device: argparse._ArgumentGroup, output: argparse._ArgumentGroup) -> None:
     """Where a training run computes, where it writes, and what it goes on from."""
-    add_device_argument(device)
-    device.add_argument("--cpu_threads", type=natural_int, default=0, help="math threads on a CPU; 0: all cores")
-    output.add_argument("--resume", nargs="?", const="auto", default=None,
-                        help="go on from a checkpoint folder, with its optimizer, schedule and place in the data, as "
-                        "if there had been no break; auto: from the newest in --save_dir, or from the start where "
-                        "there is none")
-    output.add_argument("--keep_checkpoints", type=natural_int, default=0,
-                        help="how many of the newest checkpoints to keep; 0: all. Only the newest can be gone on from")
-    output.add_argument("--save_dir", default="./checkpoints", help="folder of the checkpoints")
-    output.add_argument("--save_steps", type=positive_int, default=10000, help="steps between checkpoints")
-    output.add_argument("--visualdl_dir", default="./log", help="folder of the VisualDL log")
+    add_device_arguments(device)
+    add = output.add_argument
+    add("--resume", nargs="?", const="auto", help="go on from a checkpoint folder, with its optimizer, schedule and "
+        "place in the data, as if there had been no break; auto: from the newest in --save_dir, or from the start "
+        "where there is none")
+    add("--keep_checkpoints", type=natural_int, default=0,
+        help="how many of the newest checkpoints to keep; 0: all. Only the newest can be gone on from")
+    add("--save_dir", default="./checkpoints", help="folder of the checkpoints")
+    add("--save_steps", type=positive_int, default=10000, help="steps between checkpoints")
+    add("--visualdl_dir", default="./log", help="folder of the VisualDL log")
 
 
-def check_run_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace,
-                        folders: Iterable[str | None]) -> None:
-    """Refuse training flags that contradict the device, the encoder in one of `folders`, or each other."""
+def check_run_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace, start: argparse._ArgumentGroup,
+                        *learning: argparse._ArgumentGroup) -> argparse.Namespace:
+    """Refuse training flags that contradict the device, the encoder, or each other; returns `args`, with the names of
+    the flags of `learning`, which a resumed run has to share, and with those of `start` before them."""
     if args.precision != "fp32" and args.device != "gpu":
         parser.error(f"--precision {args.precision} needs --device gpu: paddle has no such training on a CPU")
-    check_device_arguments(parser, args)
-    check_positions(parser, args.max_seq_length, [*folders, args.resume])
-    if args.resume not in (None, "auto") and not os.path.isfile(os.path.join(args.resume, "training_state.json")):
+    if args.resume not in (None, "auto") and not os.path.isfile(os.path.join(args.resume, STATE_RECORD)):
         parser.error(f"argument --resume: {args.resume}: no checkpoint folder that training can go on from (it has no "
-                     "training_state.json); --init_from_ckpt starts anew from a checkpoint's weights")
+                     f"{STATE_RECORD}); --init_from_ckpt starts anew from a checkpoint's weights")
+    args.learns_by = list(dict.fromkeys(action.dest for group in learning for action in group._group_actions))
+    args.hyper_parameters = [action.dest for action in start._group_actions] + args.learns_by
+    return check_arguments(parser, args)
+
+
+def announce_training(args: argparse.Namespace, start: str, texts: str) -> None:
+    """Find the checkpoint that --resume auto means, and announce the run: from where, else `start`, on which texts."""
+    if args.resume == "auto":
+        args.resume = newest_resumable(args.save_dir)
+    announce(args, args.resume or start, texts, f"{args.epochs} epochs in batches of {args.batch_size}")

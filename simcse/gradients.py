@@ -4,6 +4,8 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
+from simcse.machine import RANKS
+
 import paddle
 from paddle import nn
 
@@ -11,30 +13,18 @@ from paddle import nn
 def backward(network: nn.Layer, model: Any, batch: Any, scale_loss: Callable) -> paddle.Tensor:
     """The loss of a batch, a scalar; its gradients are added to those of the parameters.
 
-    Args:
-        network: `model`, or the DataParallel that holds it.
-        model: the `SimCSE` of model.py.
-        batch: a `data.Batch`; of several chunks the gradients are taken by `cached_backward`.
-        scale_loss: scales the loss before its gradients are taken.
-    """
+    A batch of several chunks takes the memory of one (Gao et al. 2021, GradCache, arXiv:2101.06983): all are encoded
+    without a graph, the loss gives the gradients of the embeddings, and each chunk is encoded again, its dropout
+    replayed, to pass them on to the parameters. `network` is `model`, a `SimCSE`, or the DataParallel that holds it;
+    `batch` a `data.Batch`; `scale_loss` scales the loss before its gradients are taken. """
     # Ranks take the mean of their gradients; of a loss over all ranks' rows each rank has but its own rows' part.
-    share = paddle.distributed.get_world_size() if model.cross_device_negatives else 1
+    share = RANKS if model.cross_device_negatives else 1
     chunks = [{name: paddle.to_tensor(array) for name, array in chunk.items()} for chunk in batch.chunks]
     keys = None if batch.keys is None else paddle.to_tensor(batch.keys)
-    if len(chunks) > 1:
-        return cached_backward(network, model, chunks, keys, lambda loss: scale_loss(loss * share))
-    loss = network(**chunks[0], keys=keys)
-    scale_loss(loss * share).backward()
-    return loss
-
-
-def cached_backward(network: nn.Layer, model: Any, chunks: list[dict], keys: paddle.Tensor | None,
-                    scale_loss: Callable) -> paddle.Tensor:
-    """Gradients of a batch in the memory of a chunk (Gao et al. 2021, GradCache, arXiv:2101.06983).
-
-    All chunks are encoded without a graph, the loss gives the gradients of the embeddings, and each chunk is encoded
-    again, its dropout replayed, to pass them on to the parameters.
-    """
+    if len(chunks) == 1:
+        loss = network(**chunks[0], keys=keys)
+        scale_loss(loss * share).backward()
+        return loss
     states, embeddings = [], []
     with paddle.no_grad():
         for chunk in chunks:
@@ -44,9 +34,9 @@ def cached_backward(network: nn.Layer, model: Any, chunks: list[dict], keys: pad
     for side in sides:
         side.stop_gradient = False
     loss = model.loss(*sides[:2], keys, *sides[2:])
-    scale_loss(loss).backward()
-    gradients = zip(*(side.grad.detach().split([len(part) for part in parts])
-                      for side, parts in zip(sides, zip(*embeddings))))
+    scale_loss(loss * share).backward()
+    sizes = [len(query) for query, *_ in embeddings]
+    gradients = zip(*(side.grad.detach().split(sizes) for side in sides))
     for chunk, state, gradient in zip(chunks, states, gradients):
         paddle.set_rng_state(state)
         ranks_wait = network is model or chunk is chunks[-1]  # DataParallel exchanges gradients with the last chunk

@@ -1,7 +1,5 @@
-"""How good a recall result is, query by query and on average, and whether two results differ by more than chance.
-
-A query's `ranks` are those of its targets, from 0, a number each; infinite where a target was not recalled.
-"""
+"""How good a recall result is, query by query and on average, and whether two results differ by more than chance. A
+query's `ranks` are those of its targets, from 0, a number each; infinite where a target was not recalled."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -10,7 +8,6 @@ from functools import partial
 import numpy as np
 
 RECALL_KS = (1, 5, 10, 20, 50)
-NDCG_K = 10
 
 
 def hit(ranks: Sequence[float], k: int) -> float:
@@ -24,11 +21,9 @@ def reciprocal_rank(ranks: Sequence[float]) -> float:
     return 1 / (1 + min(ranks))
 
 
-def ndcg(ranks: Sequence[float], k: int = NDCG_K) -> float:
-    """DCG@k over that of the best order; DCG@k is the sum of 1 / log2(2 + rank) over the targets of rank < k.
-
-    Järvelin and Kekäläinen 2002, with binary gains and the discount that trec_eval and scikit-learn take.
-    """
+def ndcg(ranks: Sequence[float], k: int = 10) -> float:
+    """DCG@k over that of the best order; DCG@k is the sum of 1 / log2(2 + rank) over the targets of rank < k (Järvelin
+    and Kekäläinen 2002, with binary gains and the discount that trec_eval and scikit-learn take)."""
     best = sum(1 / math.log2(2 + rank) for rank in range(min(k, len(ranks))))
     return sum(1 / math.log2(2 + rank) for rank in ranks if rank < k) / best
 
@@ -37,13 +32,16 @@ def ndcg(ranks: Sequence[float], k: int = NDCG_K) -> float:
 METRICS: dict[str, dict[str, Callable[[Sequence[float]], float]]] = {
     "recall": {f"recall@{k}": partial(hit, k=k) for k in RECALL_KS},
     "mrr": {"mrr": reciprocal_rank},
-    "ndcg": {f"ndcg@{NDCG_K}": ndcg},
+    "ndcg": {"ndcg@10": ndcg},
 }
 
 
-def per_query(ranks: Sequence[Sequence[float]], metrics: Iterable[str]) -> dict[str, np.ndarray]:
-    """Every figure of the `metrics` named, of every query: by name float64 [Q], from 0 to 1."""
-    return {name: np.array([measure(each) for each in ranks])
+def per_query(ranks: Iterable[Iterable[float]], metrics: Iterable[str],
+              depth: float = math.inf) -> dict[str, np.ndarray]:
+    """Every figure of the `metrics` named, of every query: by name float64 [Q], from 0 to 1. Targets from rank `depth`
+    on count as not recalled."""
+    looked_at = [[rank if rank < depth else math.inf for rank in each] for each in ranks]
+    return {name: np.array([measure(each) for each in looked_at])
             for metric in metrics for name, measure in METRICS[metric].items()}
 
 
@@ -58,21 +56,13 @@ def first_hits(rows: np.ndarray, targets: Sequence[set[int]]) -> np.ndarray:
                      for result, target in zip(rows.tolist(), targets)])
 
 
-def paired_bootstrap(differences: np.ndarray, resamples: int = 10_000, level: float = 0.95,
-                     seed: int = 0) -> np.ndarray:
-    """Percentile intervals of mean differences, queries being drawn with replacement (Efron and Tibshirani 1993,
-    chapter 13; of two systems on the same queries Koehn 2004).
-
-    Args:
-        differences: float64 [Q, M], of each query and measure the one system less the other.
-
-    Returns:
-        Lower and upper bounds, float64 [2, M].
-    """
+def paired_bootstrap(differences: np.ndarray, resamples: int = 10_000) -> np.ndarray:
+    """95 % percentile intervals, float64 [2, M], of the mean differences of two systems, float64 [Q, M] for each query
+    and measure; queries are drawn with replacement (Efron and Tibshirani 1993, chapter 13; Koehn 2004)."""
     # Queries of the same differences are drawn together, how many of them by a multinomial: there are few kinds.
     kinds, counts = np.unique(differences, axis=0, return_counts=True)
-    random, queries = np.random.default_rng(seed), len(differences)
+    random, queries = np.random.default_rng(0), len(differences)
     block = max(1, 1_000_000 // len(kinds))
     means = [random.multinomial(queries, counts / queries, size=min(block, resamples - start)) @ kinds / queries
              for start in range(0, resamples, block)]
-    return np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return np.quantile(np.concatenate(means), [0.025, 0.975], axis=0)

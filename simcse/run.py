@@ -1,95 +1,121 @@
 """A training run: its optimizer, its place in the data, how it is stopped and gone on with, and what it tells."""
 
 import argparse
-import contextlib
-import json
 import math
 import os
 import random
-import re
 import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from simcse import console
 from simcse.console import InputError, log, log_from_handler
-from simcse.files import file_digest
-from simcse.ranks import LAUNCHER_GONE, is_first_rank, join_ranks, wait_for_ranks
+from simcse.encoders import train_faster_on_cpu
+from simcse.files import file_digest, read_json, write_json
+from simcse.machine import RANK, RANKS
+from simcse.ranks import LAUNCHER_GONE, join_ranks, set_device, wait_for_ranks
 from simcse.weights import STATE_FILE, STATE_RECORD, read_weights, saved_steps, write_weights
 
 import numpy as np
 import paddle
+from tqdm import tqdm
 
 BINS = np.linspace(-1, 1, 51)  # of the histograms of cosines
+
+
+def run_training(args: argparse.Namespace, train: Callable[[], "Run"]) -> None:
+    """Train on the device asked for, and exit with the code of the run that `train` returns."""
+    set_device(args.device, args.cpu_threads)
+    started = time.time()
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    paddle.seed(args.seed)
+    run = train()
+    if not run.code:
+        run.finish()
+    if not RANK:
+        log(f"totally cost {time.time() - started:.1f} s")
+    raise SystemExit(run.code)
 
 
 class Run:
     """The steps of a training run, from the checkpoint in --resume on where there is one.
 
         for batch in run.batches(...):
-            loss = ...  # and its gradients, of run.network, scaled by run.scale_loss
+            loss = ...  # and its gradients, of run.network, scaled by run.scaler.scale
             run.update(loss, batch)
 
-    Args:
-        args: the flags, with `learns_by`: the names of those that the result depends on.
-        model: the network; `network` is it too, or the DataParallel that holds it.
-        texts: the training file, a `data.TextFile`.
-        epoch_steps: how many steps an epoch has.
-        write: writes a checkpoint to a folder, with what a function of that folder, its second argument, adds.
+    `args` are as `flags.check_run_arguments` returns them, `texts` is the training file, a `data.TextFile`; `write`
+    writes a checkpoint to a folder, with what a function of that folder, its second argument, adds. `network` is the
+    model, or the DataParallel that holds it; `step` of `steps` steps are done; `code` is the exit code of a run that
+    was ended before its last one: 1 for a loss that is no number, 128 + the signal. """
 
-    Attributes:
-        step: how many steps are done.
-        code: exit code of a run that was ended before its last step: 1 for a loss that is no number, 128 + the signal.
-    """
+    def __init__(self, args: argparse.Namespace, model: Any, texts: Any, epoch_steps: int, write: Callable) -> None:
+        from paddlenlp.transformers import LinearDecayWithWarmup
+        from visualdl import LogWriter
 
-    def __init__(self, args: argparse.Namespace, model: Any, texts: Any, epoch_steps: int,
-                 write: Callable[[str, Callable[[str], None]], None]) -> None:
         self.args, self.model, self.texts, self.write = args, model, texts, write
-        self.rank, ranks = join_ranks()
-        if is_first_rank():  # weights, and two moments of each
+        join_ranks()
+        if not RANK:  # weights, and two moments of each
             prepare_save_dir(args.save_dir, 12 * sum(parameter.size for parameter in model.parameters()))
         wait_for_ranks()
-        self.network = paddle.DataParallel(model) if ranks > 1 else model  # gives all ranks the weights of rank 0
-        self.steps, self.code, self.saved = epoch_steps * args.epochs, 0, None
-        self.optimizer, self.schedule = build_optimizer(args, model, self.steps)
+        if args.device == "cpu":
+            train_faster_on_cpu(model)
+        self.network = paddle.DataParallel(model) if RANKS > 1 else model  # gives all ranks the weights of rank 0
+        self.steps, self.step, self.code, self.saved = epoch_steps * args.epochs, 0, 0, None
+        self.schedule = LinearDecayWithWarmup(args.learning_rate, self.steps, args.warmup_proportion)
+        decayed = {parameter.name for name, parameter in model.named_parameters()
+                   if "bias" not in name and "norm" not in name}
+        self.optimizer = paddle.optimizer.AdamW(
+            self.schedule, parameters=model.parameters(), weight_decay=args.weight_decay,
+            apply_decay_param_fun=decayed.__contains__,
+            grad_clip=paddle.nn.ClipGradByGlobalNorm(args.max_grad_norm) if args.max_grad_norm else None)
         self.scaler = paddle.amp.GradScaler(enable=args.precision == "fp16", init_loss_scaling=2.0**15)
-        self.scale_loss = self.scaler.scale
-        self.settings = {"train_set_file": file_digest(texts.path), "number of processes": ranks,
+        self.settings = {"train_set_file": file_digest(texts.path), "number of processes": RANKS,
                          **{name: getattr(args, name) for name in args.learns_by}}
-        self.step = resume(args.resume, self.settings, model, self.optimizer, self.scaler) if args.resume else 0
-        self.reporter, self.stop = Reporter(args, self.steps, self.step), Stop()
+        if args.resume:
+            self._read_state(args.resume)
+        self.signal = 0  # that was sent to stop this process
+        for number in (signal.SIGINT, signal.SIGTERM, LAUNCHER_GONE):
+            signal.signal(number, self._request_stop)
+        self.logged_step, self.logged_at = self.step, time.time()
+        self.scalars: dict[str, None] = {}  # those that were logged, in the order of their first appearance
+        self.writer = None if RANK else LogWriter(logdir=args.visualdl_dir)
 
     def batches(self, batches: Iterable[tuple[int, int, Any]]) -> Iterator[Any]:
-        """Yield the batches of the steps to come, and save when it is time, until `code` says that the run ends.
-
-        Args:
-            batches: epoch, place in it, and batch of each step.
-        """
+        """Yield the batches of the steps to come, which come with their epoch and their place in it, and save when it
+        is time, until `code` says that the run ends."""
         with console.progress("training", self.steps, "steps", lines=False, done=self.step) as advance:
-            for epoch, number, batch in batches:
+            for self.epoch, self.number, batch in batches:
                 self.model.train()
                 # Dropout is a function of seed, rank and step, so that a resumed run has what an unbroken one has.
-                paddle.seed(((self.args.seed + self.rank) * 1_000_003 + self.step) % 2**31)
-                self.epoch, self.number = epoch, number
+                paddle.seed(((self.args.seed + RANK) * 1_000_003 + self.step) % 2**31)
                 yield batch
                 if self.code:
                     return
                 advance()
                 if self.step % self.args.save_steps == 0:
                     self.save()
-                if self.stop.requested(self.step):
-                    self.save()
-                    self.code = 128 + self.stop.signal
-                    return
+                if self._stops():
+                    self.code = 128 + self.signal
+                    break
         self.save()
 
     def update(self, loss: paddle.Tensor, batch: Any) -> None:
-        """Take a step by the gradients of `loss`, unless it is no number."""
+        """Take a step by the gradients of `loss`; where it is no number, say what can be said of it, and save, where
+        the weights still are numbers."""
         if (self.args.device == "cpu" or self.step % 10 == 9) and not math.isfinite(float(loss)):
-            self._diverged(float(loss), batch)
+            self.code = 1
+            if all(bool(paddle.isfinite(parameter).all()) for parameter in self.model.parameters()):
+                self.save()
+            lines = sorted(self.texts.line_number(row) for row in batch.rows)
+            log(f"{console.PROGRAM}: error: the loss of step {self.step + 1} is {float(loss)}; its batch is lines "
+                f"{', '.join(map(str, lines[:100]))} of --train_set_file. A lower --learning_rate, --max_grad_norm 1 "
+                "or --warmup_proportion 0.1 may help")
             return
         learning_rate = self.optimizer.get_lr()
         self.scaler.step(self.optimizer)
@@ -97,25 +123,34 @@ class Run:
         self.schedule.step()
         self.optimizer.clear_grad()
         self.step += 1
-        if self.step % 10 == 0:
-            self.reporter.log_step(self.step, self.epoch, self.number, loss, learning_rate,
-                                   getattr(self.model, "compared", None))
+        if self.step % 10 == 0 and not RANK:
+            self._log_step(float(loss), learning_rate)  # on a GPU the only wait for the device
 
-    def _diverged(self, loss: float, batch: Any) -> None:
-        """Say what can be said of a loss that is no number, and save, where the weights still are numbers."""
-        self.code = 1
-        if all(bool(paddle.isfinite(parameter).all()) for parameter in self.model.parameters()):
-            self.save()
-        lines = sorted(self.texts.line_number(row) for row in batch.rows)
-        log(f"{console.program()}: error: the loss of step {self.step + 1} is {loss}; its batch is lines "
-            f"{', '.join(map(str, lines[:100]))} of --train_set_file. A lower --learning_rate, --max_grad_norm 1 or "
-            "--warmup_proportion 0.1 may help")
+    def _request_stop(self, number: int, _) -> None:
+        """Have the run stop after the step at hand; a second Ctrl-C or SIGTERM ends it at once."""
+        if "PADDLE_TRAINER_ID" in os.environ:  # a launcher sends SIGTERM twice, a second apart, and kills in three more
+            self.signal = signal.SIGTERM
+            return
+        self.signal = number
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+        log_from_handler(f"{signal.Signals(number).name}: saving after this step; once more to stop without saving")
+
+    def _stops(self) -> bool:
+        """Whether to stop after this step. Ranks stop after the same one, so they ask each other, every 10 steps."""
+        if RANKS > 1:
+            if self.step % 10:
+                return False
+            signals = paddle.to_tensor([self.signal])
+            paddle.distributed.all_reduce(signals, op=paddle.distributed.ReduceOp.MAX)
+            self.signal = int(signals)
+        return bool(self.signal)
 
     def save(self) -> None:
         """Write a checkpoint, on rank 0, while the others wait."""
         if self.saved == self.step:
             return
-        if is_first_rank():
+        if not RANK:
             folder = os.path.join(self.args.save_dir, f"model_{self.step}")
             self.write(folder, self._write_state)
             log(f"saved {folder}")
@@ -124,255 +159,117 @@ class Run:
         wait_for_ranks()
 
     def _write_state(self, folder: str) -> None:
+        """Write what training goes on from: the optimizer's moments, by the names of the model's parameters, and a
+        record of the rest."""
+        state, own = self.optimizer.state_dict(), self.model.named_parameters()
+        write_weights(os.path.join(folder, STATE_FILE), {
+            f"{name}|{key.removeprefix(parameter.name + '_')}": tensor for name, parameter in own
+            for key, tensor in state.items() if key.startswith(parameter.name + "_")})
         scaler = {name: value if isinstance(value, (bool, int)) else float(value)
                   for name, value in self.scaler.state_dict().items()}
-        write_training_state(folder, self.model, self.optimizer, {
-            "step": self.step, "run": self.settings, "scaler": scaler})
+        write_json(os.path.join(folder, STATE_RECORD), {
+            "step": self.step, "run": self.settings, "scaler": scaler, "schedule": state["LR_Scheduler"]})
+
+    def _read_state(self, folder: str) -> None:
+        """Go on from what `_write_state` wrote. It raises InputError where that is of a run with another training file,
+        batch size or setting."""
+        record = read_json(os.path.join(folder, STATE_RECORD))
+        settings, run = self.settings, record["run"]
+        changes = [name if name == "train_set_file" else f"{name} {settings[name]} instead of {run[name]}"
+                   for name in settings if run.get(name, settings[name]) != settings[name]]  # older records have fewer
+        changes += [f"{name} {value}, which is no longer there" for name, value in run.items()
+                    if name not in settings and value not in (None, False, 0, 1, "contrastive")]
+        if changes:
+            raise InputError(f"--resume {folder}: is of a run with another {', '.join(changes)}; --init_from_ckpt "
+                             "starts a new run from its weights")
+        names = {name: parameter.name for name, parameter in self.model.named_parameters()}
+        state = {"LR_Scheduler": record["schedule"]}
+        for key, array in read_weights(os.path.join(folder, STATE_FILE), "--resume").items():
+            name, kind = key.rsplit("|", 1)
+            state[f"{names[name]}_{kind}"] = paddle.to_tensor(array)
+        self.optimizer.set_state_dict(state)
+        if record["scaler"]:
+            self.scaler.load_state_dict(record["scaler"])
+        self.step = record["step"]
+        log(f"going on from {folder}")
+
+    def _log_step(self, loss: float, learning_rate: float) -> None:
+        """Log a step, and how similar its positives and its negatives were, under the dropout of training."""
+        speed = (self.step - self.logged_step) / (time.time() - self.logged_at)
+        log(f"global step {self.step}, epoch: {self.epoch}, batch: {self.number}, loss: {loss:.5f}, "
+            f"speed: {speed:.2f} step/s, {tqdm.format_interval((self.steps - self.step) / speed)} left")
+        scalars = {"loss": loss, "learning_rate": learning_rate, "speed": speed}
+        if compared := getattr(self.model, "compared", None):  # of a contrastive loss
+            query, title, keys = (None if rows is None else rows.numpy() for rows in compared)
+            keys = np.arange(len(query)) if keys is None else keys.reshape(len(query), -1)[:, 0]
+            different = keys[:, None] != keys
+            positives = (query * title).sum(axis=1)
+            scalars["alignment"] = alignment(positives)
+            self.writer.add_histogram("train/positive_cosines", positives, self.step, buckets=BINS)
+            if different.any():  # a batch of one text, or of one text many times, has no negatives
+                scalars["uniformity"] = uniformity((query @ query.T)[different])
+                negatives = (query @ title.T)[different]
+                self.writer.add_histogram("train/negative_cosines", negatives, self.step, buckets=BINS)
+        self._log_scalars("train", scalars)
+        self.logged_step, self.logged_at = self.step, time.time()
+
+    def log_measures(self, measures: dict[str, float], group: str) -> None:
+        """Print the measures of an evaluation to stdout, and log them; `group`: "eval", or "whitened" after that."""
+        console.result(f"global step {self.step}, " + "whitened, " * (group == "whitened") + ", ".join(
+            f"{name}={value}" for name, value in measures.items()))
+        self._log_scalars(group, measures)
+
+    def _log_scalars(self, group: str, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(f"{group}/{name}", value, self.step)
+            self.scalars[f"{group}/{name}"] = None
+        self.writer.flush()
+
+    def finish(self) -> None:
+        """Log the hyper-parameters with the final measures, and wait for the other ranks."""
+        if measures := [name for name in self.scalars if name == "train/loss" or not name.startswith("train/")]:
+            values = {name: getattr(self.args, name) for name in self.args.hyper_parameters}
+            self.writer.add_hparams({name: value if type(value) in (int, float, str) else str(value)
+                                     for name, value in values.items()}, measures)
+        if not RANK:
+            self.writer.close()
+        wait_for_ranks()
 
 
-def set_seed(seed: int) -> None:
-    """Seed whatever draws at random."""
-    random.seed(seed)
-    np.random.seed(seed)
-    paddle.seed(seed)
+def alignment(positives: np.ndarray) -> float:
+    """How far apart positives of these cosines are, 0 at best: E |f(x) - f(x+)|^2 (Wang and Isola 2020,
+    arXiv:2005.10242, eq. 2)."""
+    return float(np.mean(2 - 2 * positives))
 
 
-def build_optimizer(args: argparse.Namespace, model: Any, steps: int) -> tuple[Any, Any]:
-    """AdamW, and its learning-rate schedule over `steps` steps."""
-    from paddlenlp.transformers import LinearDecayWithWarmup
-
-    schedule = LinearDecayWithWarmup(args.learning_rate, steps, args.warmup_proportion)
-    decayed = {parameter.name for name, parameter in model.named_parameters()
-               if not any(part in name for part in ("bias", "norm"))}
-    clip = paddle.nn.ClipGradByGlobalNorm(args.max_grad_norm) if args.max_grad_norm else None
-    optimizer = paddle.optimizer.AdamW(learning_rate=schedule, parameters=model.parameters(), grad_clip=clip,
-                                       weight_decay=args.weight_decay, apply_decay_param_fun=decayed.__contains__)
-    return optimizer, schedule
-
-
-class Stop:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step at hand; a second one ends at once.
-
-    Not so under a launcher: it sends SIGTERM twice, a second apart, and kills three seconds later.
-    """
-
-    signal = None
-
-    def __init__(self) -> None:
-        self.launched = "PADDLE_TRAINER_ID" in os.environ
-        for number in (signal.SIGINT, signal.SIGTERM, LAUNCHER_GONE):
-            signal.signal(number, self._request)
-
-    def _request(self, number: int, _) -> None:
-        if self.launched:
-            self.signal = signal.SIGTERM
-            return
-        self.signal = number
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
-        log_from_handler(f"{signal.Signals(number).name}: saving after this step; once more to stop without saving")
-
-    def requested(self, step: int) -> bool:
-        """Whether to stop after `step`. Ranks stop after the same one, so they ask each other, every 10 steps."""
-        if paddle.distributed.get_world_size() == 1:
-            return self.signal is not None
-        if step % 10:
-            return False
-        signals = paddle.to_tensor([self.signal or 0])
-        paddle.distributed.all_reduce(signals, op=paddle.distributed.ReduceOp.MAX)
-        self.signal = int(signals) or None
-        return self.signal is not None
-
-
-# ------------------------------------------------------------------------------------------- what training goes on from
-def write_training_state(folder: str, model: Any, optimizer: Any, record: dict) -> None:
-    """Write the optimizer's moments, by the names of the model's parameters, and `record` with the schedule's state."""
-    state, moments = optimizer.state_dict(), {}
-    for name, parameter in model.named_parameters():
-        start = f"{parameter.name}_"
-        moments.update({f"{name}|{key[len(start):]}": tensor for key, tensor in state.items() if key.startswith(start)})
-    write_weights(os.path.join(folder, STATE_FILE), moments)
-    with open(os.path.join(folder, STATE_RECORD), "w", encoding="utf-8") as file:
-        json.dump({**record, "schedule": state["LR_Scheduler"]}, file, indent=2)
-
-
-def read_training_record(folder: str) -> dict:
-    """What `write_training_state` was given as `record`, and the schedule's state.
-
-    Raises:
-        InputError: the folder is no checkpoint that training can go on from.
-    """
-    try:
-        with open(os.path.join(folder, STATE_RECORD), encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError):
-        raise InputError(f"--resume {folder}: not a checkpoint that training can go on from (no {STATE_RECORD}); "
-                         "--init_from_ckpt starts anew from its weights") from None
-
-
-def restore_optimizer(folder: str, model: Any, optimizer: Any, record: dict) -> None:
-    """Give the optimizer, and its schedule, the state of `write_training_state`."""
-    name_of = {name: parameter.name for name, parameter in model.named_parameters()}
-    state = {}
-    for key, array in read_weights(os.path.join(folder, STATE_FILE), "--resume").items():
-        name, kind = key.rsplit("|", 1)
-        state[f"{name_of[name]}_{kind}"] = paddle.to_tensor(array)
-    optimizer.set_state_dict({**state, "LR_Scheduler": record["schedule"]})
-
-
-def resume(folder: str, settings: dict, model: Any, optimizer: Any, scaler: Any) -> int:
-    """The step of the checkpoint in `folder`, whose state optimizer, schedule and scaler get.
-
-    Raises:
-        InputError: it is of a run with another training file, batch size or other setting.
-    """
-    record = read_training_record(folder)
-    run = record["run"]
-    changes = [name if name == "train_set_file" else f"{name} {settings[name]} instead of {run[name]}"
-               for name in settings if run.get(name, settings[name]) != settings[name]]  # older records have fewer
-    changes += [f"{name} {value}, which is no longer there" for name, value in run.items()
-                if name not in settings and value not in (None, False, 0, 1, "contrastive")]
-    if changes:
-        raise InputError(f"--resume {folder}: is of a run with another {', '.join(changes)}; --init_from_ckpt starts a "
-                         "new run from its weights")
-    restore_optimizer(folder, model, optimizer, record)
-    if record["scaler"]:
-        scaler.load_state_dict(record["scaler"])
-    log(f"going on from {folder}")
-    return record["step"]
+def uniformity(cosines: np.ndarray) -> float:
+    """How evenly different texts, of these cosines, fill the sphere, the lower the better:
+    log E exp(-2 |f(x) - f(y)|^2) (ibid., eq. 3)."""
+    return float(np.log(np.mean(np.exp(4 * cosines - 4))))
 
 
 def remove_old(save_dir: str, step: int, keep: int) -> None:
     """Of the checkpoints up to `step` keep the newest `keep` (0: all), and training state in the newest alone."""
-    older = [each for each in saved_steps(save_dir) if each < step]
-    kept = older[max(0, len(older) - keep + 1) :] if keep else older
-    for each in older:
-        folder = os.path.join(save_dir, f"model_{each}")
-        if each in kept:
+    steps = [each for each in saved_steps(save_dir) if each <= step]
+    for each in steps[:-1]:
+        folder = Path(save_dir, f"model_{each}")
+        if each in steps[-keep:]:
             for name in (STATE_RECORD, STATE_FILE):
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(os.path.join(folder, name))
+                (folder / name).unlink(missing_ok=True)
         else:
-            aside = os.path.join(save_dir, f".model_{each}.tmp")  # never half of it under its name
-            os.rename(folder, aside)
-            shutil.rmtree(aside)
+            shutil.rmtree(folder.rename(folder.with_name(f".model_{each}.tmp")))  # never half of it under its name
 
 
 def prepare_save_dir(save_dir: str, needed: int) -> None:
-    """Make the folder, remove what a killed run left half written, and refuse one that cannot hold `needed` bytes.
-
-    Raises:
-        InputError: not a folder, not writable, or too little space.
-    """
+    """Make the folder, and remove what a killed run left half written. It raises InputError where that is no folder, is
+    not writable, or cannot hold `needed` bytes."""
     try:
         os.makedirs(save_dir, exist_ok=True)
-        for name in os.listdir(save_dir):
-            if re.fullmatch(r"\.model_\d+\.(.*\.)?tmp", name):
-                shutil.rmtree(os.path.join(save_dir, name), ignore_errors=True)
-        with tempfile.TemporaryFile(dir=save_dir):
-            pass
+        for left in Path(save_dir).glob(".model_*.tmp"):
+            shutil.rmtree(left, ignore_errors=True)
+        tempfile.TemporaryFile(dir=save_dir).close()
     except OSError as error:
         raise InputError(f"--save_dir {save_dir}: {(error.strerror or str(error)).lower()}") from None
     if (free := shutil.disk_usage(save_dir).free) < needed:
         raise InputError(f"--save_dir {save_dir}: {free / 1e9:.1f} GB are free, and a checkpoint takes "
                          f"{needed / 1e9:.1f} GB")
-
-
-# -------------------------------------------------------------------------------------------------- what it tells
-def alignment(positives: np.ndarray) -> float:
-    """How far apart positives are, 0 at best: E |f(x) - f(x+)|^2 (Wang and Isola 2020, arXiv:2005.10242, eq. 2).
-
-    Args:
-        positives: their cosines, [batch].
-    """
-    return float(np.mean(2 - 2 * positives))
-
-
-def uniformity(cosines: np.ndarray) -> float:
-    """How evenly texts fill the sphere, the lower the better: log E exp(-2 |f(x) - f(y)|^2) (ibid., eq. 3).
-
-    Args:
-        cosines: of different texts.
-    """
-    return float(np.log(np.mean(np.exp(4 * cosines - 4))))
-
-
-class Reporter:
-    """What rank 0 tells of a run: log lines, evaluations, and the VisualDL log. Other ranks do nothing.
-
-    Args:
-        steps: how many the whole run has.
-        step: how many are done already.
-    """
-
-    def __init__(self, args: argparse.Namespace, steps: int, step: int) -> None:
-        self.args, self.steps, self.active = args, steps, is_first_rank()
-        self.logged_step, self.logged_at = step, time.time()
-        self.measures: dict[str, None] = {}  # the scalars that hyper-parameters are shown with
-        if self.active:
-            from visualdl import LogWriter
-
-            self.writer = LogWriter(logdir=args.visualdl_dir)
-
-    def _scalars(self, group: str, values: dict[str, float], step: int) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(f"{group}/{name}", value, step)
-        self.writer.flush()
-
-    def log_step(self, step: int, epoch: int, batch: int, loss: paddle.Tensor, learning_rate: float,
-                 compared: tuple | None) -> None:
-        """Log a step.
-
-        Args:
-            compared: what the loss is of, where it is contrastive; see `SimCSE.loss`.
-        """
-        if not self.active:
-            return
-        from tqdm import tqdm
-
-        value = float(loss)  # the only wait for the device
-        speed = (step - self.logged_step) / (time.time() - self.logged_at)
-        left = tqdm.format_interval((self.steps - step) / speed)
-        log(f"global step {step}, epoch: {epoch}, batch: {batch}, loss: {value:.5f}, speed: {speed:.2f} step/s, "
-            f"{left} left")
-        self._scalars("train", {"loss": value, "learning_rate": learning_rate, "speed": speed}, step)
-        if compared:
-            self._log_cosines(step, *(None if rows is None else rows.numpy() for rows in compared))
-        self.measures["train/loss"] = None
-        self.logged_step, self.logged_at = step, time.time()
-
-    def _log_cosines(self, step: int, query: np.ndarray, title: np.ndarray, keys: np.ndarray | None) -> None:
-        """How similar the last batch's positives and its negatives were, under the dropout of training."""
-        keys = np.arange(len(query)) if keys is None else keys.reshape(len(query), -1)[:, 0]
-        different = keys[:, None] != keys
-        positives = (query * title).sum(axis=1)
-        self._scalars("train", {"alignment": alignment(positives)}, step)
-        self.writer.add_histogram("train/positive_cosines", positives, step, buckets=BINS)
-        if different.any():  # a batch of one text, or of one text many times, has no negatives
-            self._scalars("train", {"uniformity": uniformity((query @ query.T)[different])}, step)
-            self.writer.add_histogram("train/negative_cosines", (query @ title.T)[different], step, buckets=BINS)
-        self.writer.flush()
-
-    def log_measures(self, step: int, measures: dict[str, float], group: str = "eval") -> None:
-        """Print the measures of an evaluation to stdout, and log them.
-
-        Args:
-            group: "eval", or "whitened" for those of the whitened network.
-        """
-        console.result(f"global step {step}, " + "whitened, " * (group == "whitened") + ", ".join(
-            f"{name}={value}" for name, value in measures.items()))
-        self._scalars(group, measures, step)
-        self.measures.update({f"{group}/{name}": None for name in measures})
-
-    def finish(self, texts: Sequence[str] = (), embeddings: np.ndarray | None = None) -> None:
-        """Log what there is to say of the whole run: some texts' embeddings, float32 [texts, embedding_size], and the
-        hyper-parameters with the final measures."""
-        if not self.active:
-            return
-        if embeddings is not None:
-            self.writer.add_embeddings("texts", mat=embeddings.tolist(), metadata=list(texts))
-        if self.measures:
-            values = {name: getattr(self.args, name) for name in self.args.hyper_parameters}
-            self.writer.add_hparams({name: value if type(value) in (int, float, str) else str(value)
-                                     for name, value in values.items()}, list(self.measures))
-        self.writer.close()

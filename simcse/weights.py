@@ -2,15 +2,14 @@
 
 import functools
 import hashlib
-import json
 import os
 import pickle
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from simcse.console import InputError, first_line, some
-from simcse.files import file_digest, write_json
+from simcse.console import InputError, reported, some
+from simcse.files import file_digest, read_json, write_json
 
 import numpy as np
 
@@ -21,71 +20,60 @@ STATE_FILE, STATE_RECORD = "training_state.safetensors", "training_state.json"
 # What paddle.save's pickles name: numpy arrays, in dicts and tuples. Anything else could run code while it is read.
 _ALLOWED = {("collections", "OrderedDict"), ("builtins", "tuple"), ("_codecs", "encode"), ("numpy", "ndarray"),
             ("numpy", "dtype"), ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")}
-_NAME_TABLE, _PARTS = "StructuredToParameterName@@", "UnpackBigParamInfor@@"
 
 
 class _TensorUnpickler(pickle.Unpickler):
     """Builds arrays and what holds them, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no tensor needs; it could run code and was "
-                                         "not loaded")
-        return super().find_class(module, name)
-
-
-def _array(value: Any) -> np.ndarray:
-    """A pickled tensor: an array, or a pair of the tensor's name and its array; of bfloat16 the bits as uint16."""
-    array = np.asarray(value[1] if isinstance(value, tuple) else value)
-    return (array.astype("uint32") << 16).view("float32") if array.dtype == np.uint16 else array
+        if (module, name) in _ALLOWED:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no tensor needs; it could run code and was not "
+                                     "loaded")
 
 
 def read_weights(path: str, flag: str) -> dict[str, np.ndarray]:
-    """The arrays in a .pdparams file, as paddle.save writes it, or in a .safetensors file, by name.
-
-    Raises:
-        InputError: damaged, of another kind, or a pickle of more than tensors, of which nothing is run.
-    """
-    try:
+    """The arrays in a .pdparams file, as paddle.save writes it, or in a .safetensors file, by name; InputError where it
+    is damaged, of another kind, or a pickle of more than tensors, of which nothing is run."""
+    with reported(f"{flag} {path}: not a paddle checkpoint", Exception):  # damaged files raise anything
         if path.endswith(".safetensors"):
             from safetensors.numpy import load_file
 
             return load_file(path)
         with open(path, "rb") as file:
             state = _TensorUnpickler(file).load()
-        for name, parts in state.pop(_PARTS, {}).items():  # paddle cuts large arrays into pieces
+        for name, parts in state.pop("UnpackBigParamInfor@@", {}).items():  # paddle cuts large arrays into pieces
             state[name] = np.concatenate([state.pop(part) for part in parts["slices"]]).reshape(parts["OriginShape"])
-        state.pop(_NAME_TABLE, None)
-        return {name: _array(value) for name, value in state.items()}
-    except Exception as error:  # damaged files raise anything, from EOFError to AttributeError
-        raise InputError(f"{flag} {path}: not a paddle checkpoint: {first_line(error)}") from None
+        state.pop("StructuredToParameterName@@", None)
+        # A tensor is an array, or a pair of its name and its array; of bfloat16 the bits as uint16.
+        arrays = {name: np.asarray(value[1] if isinstance(value, tuple) else value) for name, value in state.items()}
+        return {name: (array.astype("uint32") << 16).view("float32") if array.dtype == np.uint16 else array
+                for name, array in arrays.items()}
 
 
 def write_weights(path: str, state: Mapping[str, Any]) -> None:
-    """Write tensors, or arrays, to a .safetensors file or, as paddle.save does, to a .pdparams file."""
+    """Write tensors to a .safetensors file or, as paddle.save does, to a .pdparams file."""
     if path.endswith(".safetensors"):
         from safetensors.numpy import save_file
 
         save_file({name: np.ascontiguousarray(tensor) for name, tensor in state.items()}, path)
-        return
-    import paddle
+    else:
+        import paddle
 
-    paddle.save(dict(state), path)
+        paddle.save(dict(state), path)
 
 
 def load_state(model: Any, state: dict[str, np.ndarray], source: str) -> None:
-    """Load every tensor of `state` into `model`, cast to the model's own dtype.
-
-    Raises:
-        InputError: tensors that are missing, unexpected or of another shape, by name.
-    """
+    """Load every tensor of `state` into `model`, cast to the model's own dtype; InputError names those that are
+    missing, unexpected or of another shape."""
     import paddle
 
     own = model.state_dict()
-    wrong_shape = [f"{name} {list(state[name].shape)} instead of {list(own[name].shape)}"
-                   for name in own if name in state and list(state[name].shape) != list(own[name].shape)]
     faults = {"missing": [name for name in own if name not in state],
-              "unexpected": [name for name in state if name not in own], "wrongly shaped": wrong_shape}
+              "unexpected": [name for name in state if name not in own],
+              "wrongly shaped": [f"{name} {list(state[name].shape)} instead of {list(tensor.shape)}"
+                                 for name, tensor in own.items()
+                                 if name in state and list(state[name].shape) != list(tensor.shape)]}
     if any(faults.values()):
         found = "; ".join(f"{kind}: {some(names)}" for kind, names in faults.items() if names)
         raise InputError(f"{source} does not fit the network; {found}")
@@ -95,14 +83,7 @@ def load_state(model: Any, state: dict[str, np.ndarray], source: str) -> None:
 
 def read_record(folder: str) -> dict:
     """What `simcse_config.json` in a checkpoint or exported folder records; {} where there is none."""
-    path = os.path.join(folder, CONFIG_FILE)
-    if not os.path.isfile(path):
-        return {}
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON: {first_line(error)}") from None
+    return read_json(os.path.join(folder, CONFIG_FILE))
 
 
 def write_record(folder: str, record: dict, tokenizer: Any) -> None:
@@ -113,10 +94,14 @@ def write_record(folder: str, record: dict, tokenizer: Any) -> None:
 
 @functools.cache  # weights are large, and a process reads them once
 def model_digest(params_path: str, model_name_or_path: str | None) -> str:
-    """SHA-256 of what makes the embeddings: the checkpoint and what is beside it, or the encoder named instead."""
-    digest = hashlib.sha256((model_name_or_path or "").encode())
-    beside = (os.path.join(os.path.dirname(params_path), name) for name in (CONFIG_FILE, "vocab.txt"))
-    for path in [params_path, *filter(os.path.isfile, beside)]:
+    """SHA-256 of what makes the embeddings, by content: the weights, the record and the vocabulary beside them, and
+    what describes the encoder, where a folder or a hub name is given."""
+    named = model_name_or_path or ""
+    described = sorted(os.listdir(named)) if os.path.isdir(named) else []
+    paths = [params_path, *(os.path.join(os.path.dirname(params_path), name) for name in (CONFIG_FILE, "vocab.txt")),
+             *(os.path.join(named, name) for name in described if not name.endswith((".pdparams", ".safetensors")))]
+    digest = hashlib.sha256(b"" if described else named.encode())
+    for path in filter(os.path.isfile, paths):
         digest.update(file_digest(path).encode())
     return digest.hexdigest()
 

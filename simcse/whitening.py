@@ -10,17 +10,11 @@ RIDGE = 0.01
 
 
 def whitening(vectors: np.ndarray, dim: int, ridge: float = RIDGE) -> tuple[np.ndarray, np.ndarray]:
-    """The affine map to `dim` uncorrelated numbers of equal variance, those of largest variance first: x -> x W + b.
+    """The affine map of vectors, float [texts, size], to `dim` uncorrelated numbers of equal variance, those of largest
+    variance first: x -> x W + b, W float64 [size, dim], b float64 [dim].
 
-    With U S U' the covariance, W = U (S + ridge * mean(S))^-1/2 (there without a ridge), b = -mean W.
-
-    Args:
-        vectors: float [texts, size].
-        dim: at most size.
-        ridge: what keeps directions of next to no variance, which are noise, from being blown up.
-
-    Returns:
-        W float64 [size, dim], b float64 [dim].
+    With U S U' the covariance, W = U (S + ridge * mean(S))^-1/2 (there without a ridge), b = -mean W. The ridge keeps
+    directions of next to no variance, which are noise, from being blown up.
     """
     vectors = vectors.astype("float64")
     mean = vectors.mean(axis=0)
@@ -32,11 +26,8 @@ def whitening(vectors: np.ndarray, dim: int, ridge: float = RIDGE) -> tuple[np.n
 
 
 def whiten(model: nn.Layer, encode: Callable[[], np.ndarray], dim: int) -> None:
-    """Whiten the network's embeddings; it gets an fc of `dim`.
-
-    Args:
-        encode: gives the network's embeddings of some texts, float32 [texts, embedding_size].
-    """
+    """Whiten the network's embeddings, of which `encode` gives some, float32 [texts, embedding_size]; the network gets
+    an fc of `dim`."""
     model.normalizes = False  # the fc comes before the norm
     try:
         weight, bias = whitening(encode(), dim)

@@ -13,6 +13,7 @@ import data
 import model as m
 from simcse import console, ranks
 from simcse.gradients import backward
+from simcse.machine import RANK
 
 import numpy as np
 import paddle
@@ -45,7 +46,7 @@ def batch_of(ids: list[list[int]], chunk: int | None = None, keys: bool = True, 
     its hard negative."""
     sides = [rotated(ids, by) for by in range(3)] if pairs else [ids, ids]
     texts = sides if pairs else sides[:1]
-    return data.Batch(data.chunks_of(sides, chunk or len(ids), 0), data.keys_of(texts) if keys else None)
+    return data.Batch(data.chunks_of(sides, chunk or len(ids), 0), data.text_keys(texts) if keys else None)
 
 
 def tiny(dropout: float = 0.0, **settings) -> m.SimCSE:
@@ -69,9 +70,9 @@ def gradients(ids: list[list[int]], dropout: float = 0.0, chunk: int | None = No
 
 def main(folder: str) -> None:
     paddle.set_device("cpu")
-    rank, _ = ranks.join_ranks()
+    ranks.join_ranks()
     for name, options in CASES.items():
-        np.savez(os.path.join(folder, f"{name}_{rank}.npz"), **gradients(texts(rank), **options))
+        np.savez(os.path.join(folder, f"{name}_{RANK}.npz"), **gradients(texts(RANK), **options))
 
 
 if __name__ == "__main__":

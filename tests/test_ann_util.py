@@ -1,5 +1,6 @@
 """Exact and approximate search against numpy's own sorting."""
 
+import functools
 import json
 
 import ann_util
@@ -9,9 +10,7 @@ from ann_util import (
     Shards,
     ann_recall,
     exact_search,
-    fill_up,
     merge,
-    new_index,
 )
 from data import load_tokenizer, read_text_pairs, read_texts
 from recall import HNSW_EF, HNSW_M, SHARDS
@@ -49,55 +48,56 @@ def test_exact_search_is_a_full_sort(vectors, k, monkeypatch):
     assert (rows == expected[:, :k])[clear].all() and clear.mean() > 0.9
 
 
-def test_equal_cosines_come_in_row_order():
+@pytest.mark.parametrize("block", [2, 4, 6])
+def test_equal_cosines_come_in_row_order(block, monkeypatch):
+    monkeypatch.setattr(ann_util, "CORPUS_BLOCK", block)
     corpus = np.ones((6, 1), "float32")
-    for blocks in (corpus, [corpus[:2], corpus[2:]]):
-        assert exact_search(corpus[:1], blocks, 6)[0].tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert exact_search(corpus[:1], corpus, 6)[0].tolist() == [[0, 1, 2, 3, 4, 5]]
 
 
-@pytest.mark.parametrize("make, kept", [
-    (lambda size: ExactIndex(), lambda corpus: corpus), (lambda size: HnswIndex(32, size), lambda corpus: corpus)])
+@pytest.mark.parametrize("engine", ["exact", "hnswlib"])
 @pytest.mark.parametrize("documents", [1, 3, 700])
-def test_shards_find_the_same_on_any_number_of_ranks(vectors, documents, make, kept, tmp_path, monkeypatch):
+def test_shards_find_the_same_on_any_number_of_ranks(vectors, documents, engine, tmp_path, monkeypatch):
     """Rows, cosines and what is on the disk; against one exact index, too, where the shards are."""
     monkeypatch.setattr(ann_util, "WINDOW", 64)
     corpus, queries = vectors[:documents], vectors[-30:]
+    fingerprint = {"ann_engine": engine, "index_shards": 4, "hnsw_m": 32, "hnsw_ef": 100,
+                   "hnsw_max_elements": documents}
     results = []
     for ranks, threads in ((1, 1), (1, 3), (3, 2)):
         folder = tmp_path / f"{ranks}_{threads}"
         folder.mkdir()
         found = []
         for rank in range(ranks):
-            parts = [Shards(make, documents, rank, ranks, threads, shards=4) for _ in range(2)]
-            for rows in parts[0].pieces:
-                parts[0].add(rows, corpus[rows.start : rows.stop])
-            parts[0].finish()
-            parts[0].save(str(folder))
-            parts[1].load(str(folder), {path.name: file_digest(str(path)) for path in folder.iterdir()})
-            one, again = (part.search(queries, 9) for part in parts)
-            exact = parts[0].search(queries, 9, exact=True)
+            built = Shards(fingerprint, documents, 32, threads, rank=rank, ranks=ranks)
+            built.fill(corpus[rows.start : rows.stop] for rows in built.pieces)
+            built.save(str(folder))
+            digests = {path.name: file_digest(str(path)) for path in folder.iterdir()}
+            kept = Shards({**fingerprint, "shards": digests}, documents, 32, threads, str(folder), rank, ranks)
+            one, again = (index.search(queries, 9) for index in (built, kept))
             assert all((a == b).all() for a, b in zip(one, again))
-            found.append((fill_up(one, 9), fill_up(exact, 9)))
+            found.append((one, built.search(queries, 9, exact=True)))
         k = min(9, documents)
         results.append([merge(part, k) for part in zip(*found)])
         assert sorted(path.name for path in folder.iterdir()) == [f"shard_{n}.bin" for n in range(min(4, documents))]
     for (rows, cosines), (exact_rows, exact_cosines) in results:
         assert (rows == results[0][0][0]).all() and (cosines == results[0][0][1]).all()
-        expected = exact_search(queries, kept(corpus), k)
+        expected = exact_search(queries, corpus, k)
         np.testing.assert_allclose(exact_cosines, expected[1], atol=1e-6)
         assert np.mean(exact_rows == expected[0]) > 0.99 and np.mean(rows == exact_rows) > 0.97
     for path in (tmp_path / "1_1").iterdir():
         assert path.read_bytes() == (tmp_path / "3_2" / path.name).read_bytes()
 
 
-@pytest.mark.parametrize("make", [ExactIndex, lambda: HnswIndex(32, 700)])
+@pytest.mark.parametrize("make", [ExactIndex, functools.partial(HnswIndex, 32, 700)])
 def test_an_index_survives_the_disk(vectors, make, tmp_path):
-    index, again = make(), make()
+    index, path = make(), str(tmp_path / "index.bin")
     index.add(vectors[:400])
     index.add(vectors[400:])
-    np.testing.assert_allclose(np.concatenate(list(index.blocks())), vectors, atol=1e-6)
-    index.save(str(tmp_path / "index.bin"))
-    again.load(str(tmp_path / "index.bin"))
+    np.testing.assert_allclose(index[:], vectors, atol=1e-6)
+    np.testing.assert_allclose(index[300:500], vectors[300:500], atol=1e-6)
+    index.save(path)
+    again = make(path=path)
     assert len(again) == len(index) == 700
     for one, other in zip(index.search(vectors[:50], 20), again.search(vectors[:50], 20)):
         assert (one == other).all()
@@ -178,14 +178,11 @@ def test_csl_in_milvus_and_hnswlib_against_exact(real_data, tmp_path, monkeypatc
     _, exact = exact_search(asked, vectors, 50)
     fingerprint = {"documents": len(corpus), "dim": vectors.shape[1], "metric": "COSINE", "hnsw_m": HNSW_M,
                "hnsw_ef": HNSW_EF}
-    graph = new_index({"ann_engine": "hnswlib", "index_shards": SHARDS, "hnsw_m": HNSW_M, "hnsw_ef": HNSW_EF,
-                       "hnsw_max_elements": len(corpus)}, len(corpus), vectors.shape[1])
-    collections = [MilvusIndex("csl.db", kind, {**fingerprint, "index_type": kind}) for kind in ("FLAT", "HNSW")]
+    graph = Shards({"ann_engine": "hnswlib", "index_shards": SHARDS, "hnsw_m": HNSW_M, "hnsw_ef": HNSW_EF,
+                    "hnsw_max_elements": len(corpus)}, len(corpus), vectors.shape[1])
+    collections = [MilvusIndex("csl.db", kind, {**fingerprint, "index_type": kind}, corpus)
+                   for kind in ("FLAT", "HNSW")]
     for index in (graph, *collections):
-        for rows in index.pieces:
-            part = slice(rows.start, rows.stop)
-            index.add(rows, vectors[part], *([corpus[part]] if index in collections else []))
-        index.finish()
+        index.fill(vectors[rows.start : rows.stop] for rows in index.pieces)
         assert ann_recall(index.search(asked, 50)[1], exact) >= 0.99
-    graph.close()
     collections[0].close()

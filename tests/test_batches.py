@@ -1,6 +1,7 @@
 """Views of texts, pairs, masked words: what a training step is made of."""
 
 import argparse
+from functools import partial
 
 import data
 from data import ShuffledBatches, load_tokenizer, text_keys
@@ -49,13 +50,13 @@ def test_views_draw_all_lengths():
 
 def test_a_batch_is_the_texts_twice_or_two_views_of_each(tokenizer):
     ids = tokenizer(TEXTS, 32)
-    plain = data.Batches(TEXTS, tokenizer, arguments()).make(range(5), 0)
+    plain = data.make_batch(TEXTS, tokenizer, arguments(), range(5), 0)
     query, _, title, _ = plain.chunks[0].values()
     np.testing.assert_array_equal(query, title)
     assert [row[row != 0].tolist() for row in query] == ids
-    np.testing.assert_array_equal(plain.keys[:, 0], text_keys(ids))
+    np.testing.assert_array_equal(plain.keys[:, 0], text_keys([ids])[:, 0])
     assert plain.keys.shape == (5, 1) and plain.keys[0] == plain.keys[4]
-    views = data.Batches(TEXTS, tokenizer, arguments(crop_rate=0.5)).make(range(5), 0)
+    views = data.make_batch(TEXTS, tokenizer, arguments(crop_rate=0.5), range(5), 0)
     np.testing.assert_array_equal(views.keys, plain.keys)
     sides = [[row[row != 0].tolist() for row in views.chunks[0][f"{side}_input_ids"]] for side in ("query", "title")]
     assert sides[0] != sides[1] and sides[0] != ids
@@ -63,35 +64,35 @@ def test_a_batch_is_the_texts_twice_or_two_views_of_each(tokenizer):
 
 
 def test_views_depend_on_seed_epoch_and_row_alone(tokenizer):
-    make = data.Batches(TEXTS, tokenizer, arguments(crop_rate=0.5)).make
+    make = partial(data.make_batch, TEXTS, tokenizer, arguments(crop_rate=0.5))
     whole, part = (arrays(make(rows, 1))[0] for rows in ([0, 1, 2, 3], [3, 1]))
     for row, of in ((3, 0), (1, 1)):
         np.testing.assert_array_equal(whole[row][whole[row] != 0], part[of][part[of] != 0])
-    reseeded = data.Batches(TEXTS, tokenizer, arguments(crop_rate=0.5, seed=8)).make
+    reseeded = partial(data.make_batch, TEXTS, tokenizer, arguments(crop_rate=0.5, seed=8))
     for other in (make([0, 1, 2, 3], 2), reseeded([0, 1, 2, 3], 1)):
         assert any(one.shape != two.shape or (one != two).any() for one, two in zip([whole], arrays(other)))
 
 
 def test_a_view_is_cut_to_the_length(tokenizer):
     long = ["城市道路交通流中观仿真研究" * 5]
-    batch = data.Batches(long, tokenizer, arguments(crop_rate=0.01, max_seq_length=16)).make([0], 0)
+    batch = data.make_batch(long, tokenizer, arguments(crop_rate=0.01, max_seq_length=16), [0], 0)
     query = batch.chunks[0]["query_input_ids"]
     assert query.shape == (1, 16) and query[0, -1] == tokenizer.sep
 
 
 def test_pairs_and_triples_are_sides(tokenizer):
     triples = [["甲乙", "甲乙丙", "丁"], ["甲乙", "戊己", "庚"], ["辛", "壬癸", "甲乙丙"]]
-    batch = data.Batches(triples, tokenizer, arguments(chunk_size=2)).make([0, 1, 2], 0)
+    batch = data.make_batch(triples, tokenizer, arguments(chunk_size=2), [0, 1, 2], 0)
     expected = [tokenizer(side, 32) for side in zip(*triples)]
     assert [[len(array) for array in chunk.values()] for chunk in batch.chunks] == [[2, 2, 4, 4], [1, 1, 2, 2]]
     rows = [[row[row != 0].tolist() for row in chunk["title_input_ids"]] for chunk in batch.chunks]
     assert rows == [expected[1][:2] + expected[2][:2], expected[1][2:] + expected[2][2:]]
     assert batch.keys.shape == (3, 3) and batch.keys[0, 0] == batch.keys[1, 0] and batch.keys[0, 1] == batch.keys[2, 2]
-    assert data.Batches(triples, tokenizer, arguments(keep_duplicate_negatives=True)).make([0], 0).keys is None
+    assert data.make_batch(triples, tokenizer, arguments(keep_duplicate_negatives=True), [0], 0).keys is None
 
 
 def test_steps_after_a_step_are_those_of_the_whole_run(tokenizer):
-    make = data.Batches(TEXTS * 3, tokenizer, arguments()).make
+    make = partial(data.make_batch, TEXTS * 3, tokenizer, arguments())
 
     def steps(first):
         batches = data.batches_after(first, 2, ShuffledBatches(15, 2), make)
@@ -104,7 +105,8 @@ def test_steps_after_a_step_are_those_of_the_whole_run(tokenizer):
 def test_whole_words_are_masked(tokenizer):
     text = "城市道路交通流中观仿真研究,SimCSE is unsupervised"
     masked = pretrain.MaskedBatches([text], tokenizer, arguments(max_seq_length=64))
-    (ids,), (starts,) = tokenizer.with_places([text], 64)
+    (encoding,) = tokenizer.encode([text], 64, offsets=True)
+    ids, starts = encoding.ids, pretrain.starts_of(encoding)
     assert ids == tokenizer([text], 64)[0] and len(starts) == len(ids) - 2
     words = masked.words(text, starts)
     spelled = ["".join(text[start] for start, word in zip(starts, words) if word == each) for each in range(3)]

@@ -32,7 +32,7 @@ STEPS = """
 import sys, time
 from simcse import console
 console.SECONDS_PER_LINE = 0.2
-console.be_quiet("quiet" in sys.argv)
+console.settings.quiet = "quiet" in sys.argv
 terminal = sys.stderr.isatty()
 now = time.monotonic()
 if not terminal:

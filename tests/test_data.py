@@ -14,7 +14,7 @@ from conftest import ROOT
 def rows(tmp_path, content, columns=2, **options):
     path = tmp_path / "file.csv"
     path.write_bytes(content)
-    return list(data.read_rows(str(path), columns, "--flag", **options))
+    return [row for _, row in data.read_rows(str(path), columns, "--flag", **options)]
 
 
 @pytest.mark.parametrize("content", [
@@ -130,7 +130,7 @@ def test_new_file_is_all_or_nothing(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     for pid in (ended.pid, 1):  # what a killed process left goes, what another one writes stays
-        (path.parent / f"file.txt.{pid}.tmp").write_text("half")
+        (path.parent / f".file.txt.{pid}.tmp").write_text("half")
     with files.new_file(str(path)) as file:
         file.write("again")
-    assert sorted(p.name for p in path.parent.iterdir()) == ["file.txt", "file.txt.1.tmp"]
+    assert sorted(p.name for p in path.parent.iterdir()) == [".file.txt.1.tmp", "file.txt"]

@@ -149,6 +149,7 @@ def test_requirements_are_pinned_as_the_projects():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_onednn_is_set_up_as_by_the_stages(exported, precision, monkeypatch):
     """simcse/engine.py and predictor.py make the same calls of paddle.inference.Config."""
+    assert predictor.auto_precision("cpu") == simcse.machine.auto_precision("cpu")
     calls = []
 
     class Config:
@@ -163,9 +164,8 @@ def test_onednn_is_set_up_as_by_the_stages(exported, precision, monkeypatch):
     monkeypatch.setattr(paddle.inference, "Config", Config)
     monkeypatch.setattr(simcse.engine, "CPU_HAS_BF16", True)
     monkeypatch.setattr(predictor, "CPU_HAS_BF16", True)
-    for make in (lambda: simcse.engine.CpuEngine(str(exported), 9, 9, precision, 2),
+    for make in (lambda: simcse.engine.CpuEngine(str(exported), precision, 2),
                  lambda: predictor.Predictor(str(exported), "cpu", 2, precision=precision)):
         with pytest.raises(TypeError):  # there is no predictor of such a config
             make()
     assert calls[0][0] == calls[1][0] and set(calls[0]) == set(calls[1]) and len(calls[0]) > 5, calls
-    assert predictor.auto_precision("cpu") == simcse.machine.auto_precision("cpu")

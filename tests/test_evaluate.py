@@ -229,7 +229,8 @@ def test_plot_of_many_files_and_odd_names(tmp_path, results):
 
 def test_plot_without_a_chinese_font_or_without_matplotlib(tmp_path, results):
     (tmp_path / "sitecustomize.py").write_text(
-        "import matplotlib.font_manager as fonts\nfonts.get_font_names = lambda: ['DejaVu Sans']\n")
+        "from matplotlib.font_manager import fontManager as fonts\n"
+        "fonts.ttflist = [font for font in fonts.ttflist if font.name == 'DejaVu Sans']\n")
     result = succeed("evaluate.py", *results[0], "--plot", "a.png", "--quiet", cwd=tmp_path,
                      env={"PYTHONPATH": str(tmp_path)})
     assert not result.stderr and (tmp_path / "a.png").stat().st_size > 5000

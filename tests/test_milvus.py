@@ -123,11 +123,10 @@ def test_a_long_text_is_kept_to_the_limit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     vectors = np.eye(3, 8, dtype="float32")
     fingerprint = {"documents": 3, "dim": 8, "index_type": "FLAT", "metric": "COSINE"}
-    index = MilvusIndex("long.db", "texts", fingerprint)
-    (rows,) = index.pieces
-    index.add(rows, vectors, ["长" * 50000, "", "短"])
-    index.finish()
-    assert index.texts[0] == "长" * 21845 and index.texts[1] == "" and index.texts[2] == "短" and len(index.texts) == 3
+    index = MilvusIndex("long.db", "texts", fingerprint, ["长" * 50000, "", "短"])
+    assert index.pieces == [range(3)]
+    index.fill([vectors])
+    assert index.take([2, 0, 1]) == ["短", "长" * 21845, ""] and len(index) == 3
     found, cosines = index.search(vectors, 3)
     assert (found[:, 0] == exact_search(vectors, vectors, 1)[0][:, 0]).all() and cosines[0, 0] == pytest.approx(1)
     index.close()

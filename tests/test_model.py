@@ -302,7 +302,7 @@ def test_engine_is_the_network(kind):
     expected = m.encode(network, tokenizer, texts, 30)
     np.testing.assert_allclose(m.encode(engine, tokenizer, texts, 30), expected, atol=1e-5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data.WINDOW", 11)
+        patch.setattr(m, "WINDOW", 11)
         blocks = list(m.encode_stream(engine, tokenizer, texts, 30))
     assert [len(block) for block in blocks] == [11, 11, 7]
     np.testing.assert_allclose(np.concatenate(blocks), expected, atol=1e-5)

@@ -16,7 +16,7 @@ from simcse import console
 def _answer(connection: Connection, args: argparse.Namespace) -> None:
     """The other process: opens what the flags name, tells of it, and answers batches until nobody asks any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    console.be_quiet(args.quiet)
+    console.settings.quiet = args.quiet
     from deploy.serving.searcher import open_searcher
 
     try:
@@ -25,7 +25,7 @@ def _answer(connection: Connection, args: argparse.Namespace) -> None:
         connection.send(error)
         return
     try:
-        console.be_answering()
+        console.settings.answering = True
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the server ends this process when all is answered
         connection.send((searcher.documents, searcher.embedding_size, searcher.engine.precision))
         while True:

@@ -24,12 +24,12 @@ class Searcher:
     Args:
         engine: see `simcse.engine.Engine`.
         index: a `Shards` or a `MilvusIndex`.
-        corpus: its documents, by row.
+        corpus: its documents, of which `take` gives those of some rows; a `MilvusIndex` has them itself.
         max_seq_length: tokens per text, of the corpus and of what is asked.
         shapes: texts and tokens that a batch may have.
     """
 
-    def __init__(self, engine: Any, tokenizer: Any, index: Any, corpus: Sequence[str], max_seq_length: int,
+    def __init__(self, engine: Any, tokenizer: Any, index: Any, corpus: Any, max_seq_length: int,
                  shapes: tuple[Sequence[int], Sequence[int]]) -> None:
         self.engine, self.tokenizer, self.index, self.corpus = engine, tokenizer, index, corpus
         self.max_seq_length, self.documents, self.embedding_size = max_seq_length, len(corpus), engine.embedding_size
@@ -131,11 +131,9 @@ def open_searcher(args: argparse.Namespace) -> Searcher:
     shapes = shapes_for(weights, fingerprint["max_seq_length"])
     engine = _open_engine(args, fingerprint["precision"], len(shapes[0]) * len(shapes[1]))
     if index is None:
-        corpus = ann_util.read_kept_corpus(args.index_path, fingerprint["corpus"])
-        index = ann_util.new_index(fingerprint, len(corpus), engine.embedding_size, args.cpu_threads)
-        ann_util.load_index(args.index_path, index, fingerprint)
+        index, corpus = ann_util.load_index(args.index_path, fingerprint, engine.embedding_size, args.cpu_threads)
     else:
-        corpus = index.texts
+        corpus = index
     searcher = Searcher(engine, load_tokenizer(args.model_dir), index, corpus, fingerprint["max_seq_length"], shapes)
     searcher.warm_up()
     return searcher
@@ -150,19 +148,14 @@ def _open_collection(args: argparse.Namespace, fingerprint: dict) -> tuple[Any, 
     if index.pieces:
         raise console.InputError(f"--milvus_collection {index.collection}: not all documents are in it yet; finish it "
                                  "with recall.py")
-    console.log(f"using the collection {index.collection} in {args.milvus_uri}")
     return index, index.fingerprint
 
 
 def _open_engine(args: argparse.Namespace, precision: str, shapes: int) -> Any:
     """The exported model, in the precision that the corpus was encoded in where none is asked for."""
-    onnx = predictor.holds_onnx(args.model_dir)
-    if onnx and (args.device != "cpu" or args.precision not in (None, "fp32")):
+    if predictor.holds_onnx(args.model_dir) and (args.device != "cpu" or args.precision not in (None, "fp32")):
         raise console.InputError(f"--model_dir {args.model_dir}: holds ONNX, which runs with --device cpu, in fp32")
     try:
-        if onnx:
-            return predictor.OnnxPredictor(args.model_dir, args.cpu_threads)
-        return predictor.Predictor(args.model_dir, args.device, args.cpu_threads, enable_mkldnn=args.device == "cpu",
-                                   precision=args.precision or precision, shapes=shapes)
+        return predictor.Predictor(args.model_dir, args.device, args.cpu_threads, args.precision or precision, shapes)
     except predictor.InputError as error:
         raise console.InputError(str(error)) from None

@@ -32,10 +32,9 @@ def parse_args() -> argparse.Namespace:
                        "MILVUS_TOKEN; or the .db file of Milvus Lite")
     group.add_argument("--milvus_collection", type=flags.nonempty_text, default=None,
                        help=f"collection that recall.py filled; None: {flags.COLLECTION}")
-    flags.add_device_argument(group)
+    flags.add_device_arguments(group)
     group.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default=None,
                        help="number format of the matrix products; None: that of the index")
-    group.add_argument("--cpu_threads", type=flags.natural_int, default=0, help="math threads on a CPU; 0: all cores")
     group = parser.add_argument_group("server")
     group.add_argument("--host", type=flags.nonempty_text, default="127.0.0.1",
                        help="address to listen on; 0.0.0.0: all of this machine's")
@@ -63,7 +62,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.milvus_collection and not args.milvus_uri:
         parser.error("--milvus_collection needs --milvus_uri")
     args.milvus_collection = args.milvus_collection or flags.COLLECTION
-    flags.check_device_arguments(parser, args)
+    flags.check_arguments(parser, args)
     token = os.environ.get("SIMCSE_TOKEN", "")
     if token != token.strip():
         parser.error("SIMCSE_TOKEN in the environment begins or ends with white space, which no client can send")
