@@ -221,7 +221,9 @@ def ann_recall(cosines: np.ndarray, exact_cosines: np.ndarray) -> float:
 
 def read_fingerprint(path: str, wanted: dict) -> dict:
     """What the index in the folder `path` was made of; InputError where that is other than `wanted`, or it is none."""
-    found = read_json(os.path.join(path, "fingerprint.json"))
+    found = {}
+    with contextlib.suppress(InputError):
+        found = read_json(os.path.join(path, "fingerprint.json"))
     if not found:
         raise InputError(f"--index_path {path}: exists, but is not an index that recall.py wrote")
     check_fingerprint({"vector_type": "float32", **found}, {**wanted, "vector_type": "float32"},  # there were others
