@@ -29,6 +29,17 @@ launch() {
     exec "$PYTHON" -u "$@"
 }
 
+# given FLAGS "$@": whether one of the FLAGS, with blanks between them, is among the words. A script names its own file
+# only where it is not: argparse checks every file that is named, also one that a later flag replaces.
+given() {
+    flags=$1
+    shift
+    for word in "$@"; do
+        case " $flags " in *" ${word%%=*} "*) return 0 ;; esac
+    done
+    return 1
+}
+
 # The checkpoint of PARAMS_PATH; without it the newest in SAVE_DIR.
 params_path() {
     if [ -n "${PARAMS_PATH:-}" ]; then

@@ -5,5 +5,5 @@
 #   MODEL        encoder, for a checkpoint that has no simcse_config.json
 cd "$(dirname "$0")/.." || exit 1
 . scripts/common.sh
-exec "$PYTHON" export_model.py --params_path "$(params_path)" ${MODEL:+--model_name_or_path "$MODEL"} \
-    --output_path="${OUTPUT_DIR:-./output}" "$@"
+given --params_path "$@" || set -- --params_path "$(params_path)" "$@"
+exec "$PYTHON" export_model.py ${MODEL:+--model_name_or_path "$MODEL"} --output_path="${OUTPUT_DIR:-./output}" "$@"

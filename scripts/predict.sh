@@ -9,10 +9,10 @@
 # On GPUs the launcher writes what the script prints to LOG_DIR/workerlog.0 (predict_log) as well.
 cd "$(dirname "$0")/.." || exit 1
 . scripts/common.sh
+given --params_path "$@" || set -- --params_path "$(params_path)" "$@"
+given "--text_pair_file -" "$@" || set -- --text_pair_file "$DATA_DIR/test.csv" "$@"
 launch "${GPUS:-0}" "${LOG_DIR:-predict_log}" predict.py \
     --device "$DEVICE" \
-    --params_path "$(params_path)" \
     ${MODEL:+--model_name_or_path "$MODEL"} \
     --batch_size "${BATCH_SIZE:-128}" \
-    --max_seq_length "${MAX_SEQ_LENGTH:-64}" \
-    --text_pair_file "$DATA_DIR/test.csv" "$@"
+    --max_seq_length "${MAX_SEQ_LENGTH:-64}" "$@"

@@ -9,16 +9,16 @@
 #   BATCH_SIZE MAX_SEQ_LENGTH RECALL_NUM HNSW_M HNSW_EF
 cd "$(dirname "$0")/.." || exit 1
 . scripts/common.sh
+given --params_path "$@" || set -- --params_path "$(params_path)" "$@"
+given --corpus_file "$@" || set -- --corpus_file "$DATA_DIR/corpus.csv" "$@"
+given "--similar_text_pair --similar_text_pair_file --query" "$@" || set -- --similar_text_pair "$DATA_DIR/dev.csv" "$@"
 launch "${GPUS:-0}" "${LOG_DIR:-recall_log/}" recall.py \
     --device "$DEVICE" \
     --recall_result_dir "${RESULT_DIR:-recall_result_dir}" \
     --recall_result_file "recall_result.txt" \
-    --params_path "$(params_path)" \
     ${MODEL:+--model_name_or_path "$MODEL"} \
     ${HNSW_M:+--hnsw_m "$HNSW_M"} \
     ${HNSW_EF:+--hnsw_ef "$HNSW_EF"} \
     --batch_size "${BATCH_SIZE:-64}" \
     --max_seq_length "${MAX_SEQ_LENGTH:-60}" \
-    --recall_num "${RECALL_NUM:-50}" \
-    --similar_text_pair "$DATA_DIR/dev.csv" \
-    --corpus_file "$DATA_DIR/corpus.csv" "$@"
+    --recall_num "${RECALL_NUM:-50}" "$@"

@@ -7,5 +7,6 @@
 #   HOST PORT   where to listen                           (127.0.0.1 8000)
 cd "$(dirname "$0")/.." || exit 1
 . scripts/common.sh
-exec "$PYTHON" deploy/serving/server.py --device "$DEVICE" --model_dir "${OUTPUT_DIR:-./output}" \
-    --index_path "${INDEX_PATH:-my_index}" --host "${HOST:-127.0.0.1}" --port "${PORT:-8000}" "$@"
+given --model_dir "$@" || set -- --model_dir "${OUTPUT_DIR:-./output}" "$@"
+given "--index_path --milvus_uri" "$@" || set -- --index_path "${INDEX_PATH:-my_index}" "$@"
+exec "$PYTHON" deploy/serving/server.py --device "$DEVICE" --host "${HOST:-127.0.0.1}" --port "${PORT:-8000}" "$@"

@@ -8,11 +8,13 @@
 #   EPOCHS BATCH_SIZE LEARNING_RATE MAX_SEQ_LENGTH DROPOUT OUTPUT_EMB_SIZE SAVE_STEPS EVAL_STEPS
 cd "$(dirname "$0")/.." || exit 1
 . scripts/common.sh
+given --train_set_file "$@" || set -- --train_set_file "$DATA_DIR/train_unsupervised.csv" "$@"
+given --test_set_file "$@" || set -- --test_set_file "$DATA_DIR/dev.csv" "$@"
+given --model_name_or_path "$@" || set -- --model_name_or_path "${MODEL:-rocketqa-zh-base-query-encoder}" "$@"
 launch "${GPUS:-0,1,2,3}" "${LOG_DIR:-./train_log}" train.py \
     --eval_steps "${EVAL_STEPS:-100}" \
     --infer_with_fc_pooler \
     --output_emb_size "${OUTPUT_EMB_SIZE:-256}" \
-    --test_set_file "$DATA_DIR/dev.csv" \
     --device "$DEVICE" \
     --save_dir "$SAVE_DIR" \
     --batch_size "${BATCH_SIZE:-64}" \
@@ -20,6 +22,4 @@ launch "${GPUS:-0,1,2,3}" "${LOG_DIR:-./train_log}" train.py \
     --epochs "${EPOCHS:-3}" \
     --save_steps "${SAVE_STEPS:-2000}" \
     --max_seq_length "${MAX_SEQ_LENGTH:-64}" \
-    --dropout "${DROPOUT:-0.2}" \
-    --train_set_file "$DATA_DIR/train_unsupervised.csv" \
-    --model_name_or_path "${MODEL:-rocketqa-zh-base-query-encoder}" "$@"
+    --dropout "${DROPOUT:-0.2}" "$@"
