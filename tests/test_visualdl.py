@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from pathlib import Path
 
 from model import SimCSE
 from simcse.encoders import load_encoder
@@ -15,7 +14,7 @@ from simcse.run import BINS, alignment, uniformity
 
 import numpy as np
 import pytest
-from conftest import ENCODER, free_port, succeed, wait_for_answer
+from conftest import ENCODER, ROOT, free_port, succeed, wait_for_answer
 
 RUN = ["--device", "cpu", "--model_name_or_path", ENCODER, "--max_seq_length", 32, "--batch_size", 16,
        "--output_emb_size", 64, "--infer_with_fc_pooler"]
@@ -100,8 +99,9 @@ def test_one_text_alone_has_no_negatives(tmp_path):
 def server(run):
     """VisualDL's server on the log, as its users start it; its address."""
     port = free_port()
-    process = subprocess.Popen([Path(sys.executable).with_name("visualdl"), "--logdir", "log", "--port", str(port)],
-                               cwd=run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    env = {**os.environ, "PYTHON": sys.executable, "VISUALDL_DIR": str(run / "log"), "LC_ALL": "C.UTF-8"}
+    process = subprocess.Popen(["sh", ROOT / "scripts" / "visualdl.sh", "--port", str(port)], env=env, cwd=run,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     wait_for_answer(f"http://127.0.0.1:{port}/app/api/runs")
     yield f"http://127.0.0.1:{port}/app"
     os.killpg(process.pid, signal.SIGKILL)
@@ -128,6 +128,19 @@ def test_embeddings_have_their_texts(server, sample):
     with urllib.request.urlopen(f"{server}/api/embedding/metadata?name={one['name'].replace('%', '%25')}") as answer:
         shown = answer.read().decode("utf-8").splitlines()
     assert one["shape"] == [len(shown), 64] and 15 <= len(shown) <= 20 and set(shown) <= texts
+
+
+@pytest.mark.parametrize("language", ["fr", "de-DE,de;q=0.9", "zh-CN", "en", "*", None])
+def test_the_page_opens_whatever_the_browsers_language_is(server, language):
+    asked = urllib.request.Request(f"{server}/scalar", headers={"Accept-Language": language} if language else {})
+    with urllib.request.urlopen(asked, timeout=20) as answer:
+        assert answer.status == 200 and b"VisualDL" in answer.read() and "vdl_lng=en" in answer.headers["Set-Cookie"]
+
+
+def test_a_log_that_is_not_there(tmp_path):
+    ran = subprocess.run(["sh", ROOT / "scripts" / "visualdl.sh"], capture_output=True, text=True,
+                         env={**os.environ, "VISUALDL_DIR": str(tmp_path / "log")})
+    assert ran.returncode == 2 and ran.stderr.startswith(f"visualdl.sh: {tmp_path}/log: no such folder"), ran.stderr
 
 
 # Charts are canvases, titles and all; a canvas that is drawn on differs from an empty one.
