@@ -222,3 +222,42 @@ def test_errors_of_the_index_and_of_the_service_itself():
                                                     ("RuntimeError", "KeyError")]
     assert list(gone.json()) == ["error"] and "secret" not in gone.text
     assert good.json() == {"embeddings": [[0, 0]]}
+
+
+def test_no_cosine_is_above_one():
+    """Of float32 vectors of length 1 the sum of the products is now and then 1.0000001; whatever the index gives."""
+    from deploy.serving.app import Limits, make_app
+    from deploy.serving.batching import Job
+    from deploy.serving.searcher import Searcher
+
+    class Rounded:
+        """An engine, a tokenizer, an index and a corpus in which all is a little too long."""
+
+        embedding_size, pad_token_id, texts = 2, 0, ["甲", "乙"]
+
+        def __call__(self, texts, max_seq_length):
+            return [[1]] * len(texts)
+
+        def embed(self, input_ids, token_type_ids):
+            return np.full([len(input_ids), 2], 0.70710725, "float32")
+
+        def search(self, queries, depth):
+            return np.array([[1, 0]] * len(queries)), np.array([[1.0000007, -1.0000002]] * len(queries), "float32")
+
+        def take(self, rows):
+            return [self.texts[row] for row in rows]
+
+        def __len__(self):
+            return 2
+
+    one = Rounded()
+    searcher = Searcher(one, one, one, one, 8, ([1, 2], [8]))
+    assert searcher.answer([Job(["a"], 2)]) == [[[("乙", 1.0), ("甲", -1.0)]]]
+    app = make_app(searcher, Limits())
+
+    async def asked():
+        transport = httpx.ASGITransport(app)
+        async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://a") as web:
+            return await web.post("/similarity", json={"pairs": [["a", "a"], ["a", "b"]]})
+
+    assert asyncio.run(asked()).json() == {"cosines": [1.0, 1.0]}

@@ -50,6 +50,30 @@ def test_what_is_no_json_or_no_text(service, body):
     still_answers(service)
 
 
+@pytest.mark.parametrize("path, body", [("/embed", '{"texts": ["语义"]}'), ("/search", '{"queries": ["语义"]}'),
+                                        ("/similarity", '{"pairs": [["语义", "检索"]]}')])
+def test_the_cause_is_named_of_a_body_that_is_not_read(service, path, body):
+    """No Content-Type, which urllib would add; that of a form, as `curl -d` adds it; GBK, of Windows; no JSON."""
+    def refused(content, kind="application/json"):
+        connection = http.client.HTTPConnection("127.0.0.1", int(service.address.rsplit(":")[-1]), timeout=60)
+        connection.request("POST", path, content, {"Content-Type": kind} if kind else {})
+        answer = connection.getresponse()
+        return answer.status, is_one_line(json.loads(answer.read()))
+
+    needed, start = "Content-Type: application/json is needed, the request has ", body.index("语") + 1
+    assert refused(body.encode(), None) == (422, f"{needed}none")
+    for kind in ("application/x-www-form-urlencoded", "text/plain; charset=utf-8", "json"):
+        assert refused(body.encode(), kind) == (422, needed + kind)
+    assert refused(body.encode(), "x/\xe9\t" + "y" * 9999)[1].startswith(f"{needed}x/")
+    for kind in ("application/json", "application/json; charset=gbk"):
+        assert refused(body.encode("gbk"), kind) == (
+            400, f"the body is not UTF-8 at byte {start}; it looks like GBK; send it as UTF-8")
+    assert refused(body.replace("语", "\udcff").encode(errors="surrogateescape")) == (
+        400, f"the body is not UTF-8 at byte {start}; JSON is sent as UTF-8")
+    assert refused(body.replace("[", "[,").encode()) == (
+        422, f"body.{body.index('[') + 1}: JSON decode error: Expecting value")
+
+
 @pytest.mark.parametrize("path, body, where", [
     ("/embed", {}, "body.texts: "), ("/embed", {"texts": "a"}, "body.texts: "), ("/embed", {"texts": []}, "body.texts"),
     ("/embed", {"texts": ["a", 1]}, "body.texts.1: "), ("/embed", {"texts": [None]}, "body.texts.0: "),

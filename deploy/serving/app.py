@@ -156,18 +156,38 @@ def error(status: int, message: str, headers: dict[str, str] | None = None) -> J
     return JSONResponse({"error": message}, status, headers)
 
 
+def not_utf8(found: UnicodeDecodeError) -> str:
+    """What is wrong with a body that could not be decoded."""
+    try:
+        found.object.decode("gb18030")
+        looks = "it looks like GBK; send it as UTF-8"
+    except UnicodeDecodeError:
+        looks = "JSON is sent as UTF-8"
+    return f"the body is not UTF-8 at byte {found.start + 1}; {looks}"
+
+
 def handle_errors(app: FastAPI) -> None:
     """Every error as JSON of one line."""
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, found: RequestValidationError) -> JSONResponse:
+        if isinstance(found.body, bytes):  # what FastAPI leaves as it came
+            given = request.headers.get("Content-Type")
+            return error(422, "Content-Type: application/json is needed, the request has "
+                              + (ascii(given)[1:-1][:40] if given else "none"))
         first = found.errors()[0]
         # Not what was sent: it may be long, or no valid text; the name of a field that is not known is, too.
         where = ".".join(ascii(str(part))[1:-1][:40] for part in first["loc"])
-        blank = first["type"] == "string_pattern_mismatch"
-        return error(422, f"{where}: {'String should not be blank' if blank else first['msg']}")
+        what = first["msg"]
+        if first["type"] == "string_pattern_mismatch":
+            what = "String should not be blank"
+        elif first["type"] == "json_invalid":
+            what = f"{what}: {first['ctx']['error']}"
+        return error(422, f"{where}: {what}")
 
     @app.exception_handler(HTTPError)
     async def refused(request: Request, found: HTTPError) -> JSONResponse:
+        if isinstance(found.__cause__, UnicodeDecodeError):
+            return error(400, not_utf8(found.__cause__))
         return error(found.status_code, str(found.detail), found.headers)
 
     @app.exception_handler(Exception)
@@ -216,9 +236,10 @@ def make_app(searcher: Searcher, limits: Limits, token: str | None = None) -> Fa
 def add_endpoints(app: FastAPI, searcher: Searcher, batcher: Batcher, limits: Limits, guards: list[Any],
                   metrics: Metrics) -> None:
     Texts, Pairs, Queries = bodies(limits)
-    says = {400: "no JSON", **({401: "no token, or another one"} if guards else {}), 408: "the body came too slowly",
-            413: "the body is too large", 422: "not what is asked for", 500: "an error of the service",
-            503: "overloaded, or no index; try again after Retry-After seconds", 504: "it took too long"}
+    says = {400: "no UTF-8, or no JSON", **({401: "no token, or another one"} if guards else {}),
+            408: "the body came too slowly", 413: "the body is too large", 422: "not what is asked for",
+            500: "an error of the service", 503: "overloaded, or no index; try again after Retry-After seconds",
+            504: "it took too long"}
     asked = {"dependencies": guards, "responses": {status: {"model": Error, "description": text}
                                                    for status, text in says.items()}}
 
@@ -245,7 +266,9 @@ def add_endpoints(app: FastAPI, searcher: Searcher, batcher: Batcher, limits: Li
     async def similarity(body: Pairs) -> Cosines:
         """Cosine of each pair of texts."""
         embeddings = await ask([text for pair in body.pairs for text in pair])
-        return JSONResponse({"cosines": (embeddings[::2] * embeddings[1::2]).sum(axis=1).tolist()})
+        # Rounding of two unit vectors may go beyond 1.
+        cosines = (embeddings[::2] * embeddings[1::2]).sum(axis=1).clip(-1, 1)
+        return JSONResponse({"cosines": cosines.tolist()})
 
     @app.post("/search", **asked)
     async def search(body: Queries) -> Found:

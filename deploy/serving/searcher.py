@@ -71,7 +71,7 @@ class Searcher:
         wanted = sorted({row for each, depth in zip(rows.tolist(), depths) for row in each[:depth] if row >= 0})
         document = dict(zip(wanted, self.corpus.take(wanted)))
         return [[(document[row], cosine) for row, cosine in zip(each[:depth], scores) if row >= 0]
-                for each, scores, depth in zip(rows.tolist(), cosines.tolist(), depths)]
+                for each, scores, depth in zip(rows.tolist(), cosines.clip(-1, 1).tolist(), depths)]
 
 
 def fixed_batches(ids: Sequence[Sequence[int]], pad_id: int, sizes: Sequence[int],
