@@ -11,7 +11,7 @@ from typing import Any
 from data import WINDOW, load_tokenizer, make_batches
 from simcse.console import InputError, progress
 from simcse.encoders import encoder_from_record, first_token_only, freeze_pooler, load_encoder, portable
-from simcse.engine import Engine, KeptGraph, make_engine
+from simcse.engine import Engine, KeptGraph, gpu_precision, make_engine
 from simcse.files import new_folder, prefetch
 from simcse.flags import DEFAULT_MODEL, POOLINGS
 from simcse.machine import BATCH_TOKENS, RANK
@@ -99,10 +99,8 @@ class SimCSE(nn.Layer):
 
     @paddle.no_grad()
     def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> paddle.Tensor:
-        """Embeddings without dropout or gradient: int64 [batch, length] twice to float32 [batch, embedding_size].
-
-        On a GPU the work is only launched; whoever reads the result waits for it.
-        """
+        """Embeddings without dropout or gradient: int64 [batch, length] twice to float32 [batch, embedding_size]. On a
+        GPU the work is only launched; whoever reads the result waits for it."""
         self.eval()
         return self.get_pooled_embedding(paddle.to_tensor(input_ids), paddle.to_tensor(token_type_ids),
                                          with_pooler=self.infer_with_pooler)
@@ -265,7 +263,9 @@ def load_engine(args: argparse.Namespace) -> tuple[Engine, Any]:
     kept = KeptGraph(args) if args.device == "cpu" else None
     if kept and (engine := kept.read()):
         return engine, checkpoint_tokenizer(args.params_path, args.model_name_or_path)
-    model, tokenizer, record = load_model(args.params_path, args.model_name_or_path, args.output_emb_size)
+    settings = None if kept else {"precision": gpu_precision(args.precision)}
+    model, tokenizer, record = load_model(args.params_path, args.model_name_or_path, args.output_emb_size,
+                                          settings=settings)
     keep = functools.partial(kept.write, record) if kept and not RANK else None
     return make_engine(model, args.precision, args.cpu_threads, keep), tokenizer
 

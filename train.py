@@ -146,7 +146,7 @@ def train(args: argparse.Namespace, texts: data.TextFile, test_set: list[tuple])
 
     def encoder(precision: str = "auto") -> Callable:
         """What gives texts' embeddings by the weights as they are now."""
-        engine = make_engine(model, precision if args.device == "cpu" else args.precision, args.cpu_threads)
+        engine = make_engine(model, precision, args.cpu_threads)
         return lambda texts: encode(engine, tokenizer, texts, args.max_seq_length)
 
     def measure(group: str) -> None:

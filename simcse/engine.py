@@ -97,15 +97,19 @@ class CpuEngine:
         return self.output.copy_to_cpu().astype("float32", copy=False)
 
 
+def gpu_precision(precision: str) -> str:
+    """What `--precision` is on the GPU at hand; InputError where that does not have it."""
+    supported = {"bf16": paddle.amp.is_bfloat16_supported, "fp16": paddle.amp.is_float16_supported}
+    if precision in supported and not supported[precision]():
+        raise InputError(f"--precision {precision}: this GPU does not have it")
+    return "fp32" if precision == "auto" else precision
+
+
 def make_engine(model: nn.Layer, precision: str = "auto", cpu_threads: int = 0,
                 keep: Callable[[str], None] | None = None) -> Engine:
     """What encodes fastest on the current device: on a CPU a `CpuEngine` of the weights as they are now, the folder of
-    whose graph `keep` is given, on a GPU the network itself, in `precision`; InputError where it does not have that."""
+    whose graph `keep` is given; on a GPU the network itself, in its own precision."""
     if paddle.device.get_device() != "cpu":
-        supported = {"bf16": paddle.amp.is_bfloat16_supported, "fp16": paddle.amp.is_float16_supported}
-        model.precision = "fp32" if precision == "auto" else precision
-        if model.precision in supported and not supported[precision]():
-            raise InputError(f"--precision {precision}: this GPU does not have it")
         return model
     with tempfile.TemporaryDirectory() as folder:
         export_graph(model, folder)

@@ -100,7 +100,7 @@ def _run_onnx(model_dir: str, threads: int) -> Callable:
     try:
         import onnxruntime
     except ModuleNotFoundError as error:
-        raise InputError(f"ONNX: {error.name} is not installed; pip install -r requirements-onnx.txt") from None
+        raise InputError(f"ONNX: {error.name} is not installed; pip install onnxruntime") from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors alone
@@ -146,7 +146,7 @@ def _configure(config: Any, device: str, threads: int, precision: str, shapes: i
     if device == "gpu":
         if not (paddle.device.is_compiled_with_cuda() and paddle.device.cuda.device_count()):
             raise InputError("--device gpu: no GPU that this paddlepaddle can use; run with --device cpu, or install "
-                             "paddlepaddle-gpu (requirements-gpu.txt)")
+                             "paddlepaddle-gpu")
         types = paddle.inference.PrecisionType
         kind = {"fp32": types.Float32, "bf16": types.Bfloat16, "fp16": types.Half, "int8": types.Int8}[precision]
         config.enable_use_gpu(100, 0, types.Float32 if tensorrt else kind)
