@@ -49,7 +49,8 @@ class Malformed(Exception):
 
 def parse_args() -> argparse.Namespace:
     parser = flags.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--input_file", type=flags.file_or_stdin, required=True, help="what to convert; -: stdin")
+    parser.add_argument("--input_file", type=lambda path: path if path == STDIN else flags.readable_file(path),
+                        required=True, help="what to convert; -: stdin")
     parser.add_argument("--output_file", type=flags.nonempty_text, default=STDIN,
                         help="what to write, columns between tabs; -: stdout")
     parser.add_argument("--format", choices=(*DELIMITERS, "jsonl"), default=None,
@@ -89,13 +90,11 @@ def read_lines(args: argparse.Namespace) -> Lines:
     stdin = args.input_file == STDIN
     with (open(0 if stdin else args.input_file, encoding=args.encoding, errors="surrogateescape", newline="",
                closefd=not stdin) as file,
-          console.progress("reading", None, "lines") as advance):
-        try:
-            for number, line in enumerate(file, 1):
-                yield number, line
-                advance()
-        except UnicodeError as error:  # of UTF-16, say, which cannot go on after it
-            raise InputError(f"--input_file {args.name}: {console.first_line(error)} (--encoding)") from None
+          console.progress("reading", None, "lines") as advance,
+          console.reported(f"--input_file {args.name}", UnicodeError, remedy=" (--encoding)")):  # of UTF-16, say
+        for number, line in enumerate(file, 1):
+            yield number, line
+            advance()
 
 
 def guess_format(args: argparse.Namespace, sample: Sequence[str]) -> str:
@@ -164,7 +163,7 @@ def parse_objects(lines: Lines) -> Iterator[tuple[int, dict | Malformed]]:
                 found = json.loads(line)
                 yield number, found if isinstance(found, dict) else Malformed("JSON, but no object")
             except (ValueError, RecursionError) as error:
-                yield number, Malformed(f"no JSON: {console.first_line(error)}")
+                yield number, Malformed(f"no JSON: {error}")
 
 
 # --------------------------------------------------------------------------------------------------- what to take

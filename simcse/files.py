@@ -32,7 +32,7 @@ def _beside(path: str) -> Iterator[str]:
     parent, name = os.path.split(os.path.abspath(path))
     os.makedirs(parent, exist_ok=True)
     for other in os.listdir(parent):
-        if found := re.fullmatch(rf"\.{re.escape(name)}\.(\d+)\.tmp", other):
+        if found := re.fullmatch(rf"\.{re.escape(name)}\.(\d{{1,9}})\.tmp", other):
             try:
                 os.kill(int(found[1]), 0)
             except ProcessLookupError:
