@@ -134,22 +134,27 @@ def test_scripts_run_under_dash_and_from_elsewhere(clone):
     ("run_build_index", "--corpus_file mine.csv --similar_text_pair my.csv --params_path ck", ""),
     ("run_build_index", "--similar_text_pair_file corpus_file.csv", "--corpus_file --params_path"),
     ("run_build_index", "--query 语义 --corpus_file=mine.csv", "--params_path"),
+    ("run_build_index", "--query 语义", "--corpus_file --params_path"),
+    ("run_build_index", "--query 语义 --index_path index", "--params_path"),
     ("predict", "--text_pair_file mine.csv --params_path=ck", ""), ("predict", "-", "--params_path"),
     ("evaluate", "--similar_text_pair my.csv --recall_result_file one.txt two.txt --compare", ""),
     ("evaluate", "--recall_num 3", "--recall_result_file --similar_text_pair"),
     ("export_model", "--params_path ck", ""),
-    ("serve", "--model_dir out --milvus_uri a.db", ""), ("serve", "--index_path=index", "--model_dir")])
+    ("serve", "--model_dir out --milvus_uri a.db", ""), ("serve", "--index_path=index", "--model_dir"),
+    ("deploy", "--model_dir out", ""), ("deploy", "--text 语义", "--model_dir")])
 def test_a_script_names_no_file_of_its_own_where_flags_name_one(bare_clone, tmp_path, script, flags, named):
     """argparse checks each file that is named, also one that a later flag replaces."""
     stub = tmp_path / "python"
     stub.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     stub.chmod(0o755)
     own = dict.fromkeys(("DATA_DIR", "PARAMS_PATH", "RESULT_DIR", "OUTPUT_DIR", "INDEX_PATH"), "its own")
-    ran = subprocess.run(["sh", f"scripts/{script}.sh", *flags.split()], cwd=bare_clone, capture_output=True, text=True,
+    path = ROOT / "deploy" / "python" / "deploy.sh" if script == "deploy" else f"scripts/{script}.sh"
+    ran = subprocess.run(["sh", path, *flags.split()], cwd=bare_clone, capture_output=True, text=True,
                          env={**os.environ, **own, "PYTHON": str(stub), "DEVICE": "cpu"})
     assert ran.returncode == 0 and ran.stdout.endswith("\n".join(["", *flags.split(), ""])), ran.stderr
-    values = re.findall(r"^(--\w+)\n(its own.*|rocketqa.*)$", ran.stdout, re.M)
-    assert sorted(flag for flag, _ in values if flag != "--recall_result_dir") == named.split(), values
+    values = re.findall(r"^(--\w+)[\n=](its own.*|rocketqa.*)$", ran.stdout, re.M)
+    values = sorted(flag for flag, _ in values if flag not in ("--recall_result_dir", "--output_path"))
+    assert values == named.split()
 
 
 def test_train_sh_takes_a_pretrained_encoder(clone):

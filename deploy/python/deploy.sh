@@ -8,4 +8,8 @@ if [ -f "$here/../../scripts/common.sh" ]; then # in the project, from whose fol
     cd "$here/../.." || exit 1
     . scripts/common.sh
 fi
-exec "${PYTHON:-python3}" "$here/predict.py" --model_dir="${OUTPUT_DIR:-./output}" --device "${DEVICE:-gpu}" "$@"
+case " $*" in # a folder that a flag names takes the place of this one, which need not be there
+*" --model_dir"*) ;;
+*) set -- --model_dir="${OUTPUT_DIR:-./output}" "$@" ;;
+esac
+exec "${PYTHON:-python3}" "$here/predict.py" --device "${DEVICE:-gpu}" "$@"
