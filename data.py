@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import tempfile
+import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -110,7 +111,7 @@ class TextFile(Sequence):
                 shutil.copyfileobj(pipe, self._file)
             path = self._file.name
             self._file.seek(0)
-        self.path = path
+        self.path, self._size = path, os.path.getsize(path)
         with reading(path) as advance:
             plain, maybe_blank = self._scan(advance)
         if columns > 1 or not plain:  # something may have to be reported, or left out
@@ -140,16 +141,19 @@ class TextFile(Sequence):
             offset, after_break = offset + len(chunk), breaks[-1]
             plain = plain and b"\t" not in chunk and "\ufffd" not in decoder.decode(chunk)
             advance(len(chunk))
-        starts.append(offset)
-        self._starts = np.frombuffer(starts, "int64")  # and where the last line ends
+        self._starts = np.frombuffer(starts, "int64")
         return plain and not decoder.getstate()[0], maybe_blank
 
     def __len__(self) -> int:
-        return len(self._starts) - 1 if self._lines is None else len(self._lines)
+        return len(self._starts if self._lines is None else self._lines)
 
     def line_number(self, row: int) -> int:
         """The number, from 1, of a text's line in the file."""
         return 1 + int(row if self._lines is None else self._lines[row])
+
+    def place(self, row: int) -> str:
+        """Where a text stands, as file:line."""
+        return f"{self.path}:{self.line_number(row)}"
 
     def take(self, rows: Iterable[int]) -> list[str]:
         """The texts of some rows."""
@@ -159,21 +163,8 @@ class TextFile(Sequence):
         if isinstance(row, slice):
             return self.take(range(len(self))[row])
         line = self.line_number(range(len(self))[row])  # the one after the text's
-        start, end = map(int, self._starts[line - 1 : line + 1])
-        return self._row(os.pread(self._file.fileno(), end - start, start))
-
-    def __iter__(self):
-        """Yield the rows in their order, read by blocks of the file."""
-        for start in range(0, len(self), 256):
-            lines = np.arange(start, min(start + 256, len(self))) if self._lines is None else (
-                self._lines[start : start + 256])
-            begins, ends, offset = self._starts[lines], self._starts[lines + 1], int(self._starts[lines[0]])
-            block = os.pread(self._file.fileno(), int(ends[-1]) - offset, offset)
-            for begin, end in zip((begins - offset).tolist(), (ends - offset).tolist()):
-                yield self._row(block[begin:end])
-
-    def _row(self, line: bytes) -> str | list[str]:
-        text = line.decode("utf-8").replace(BOM, "").strip()
+        start, end = int(self._starts[line - 1]), int(self._starts[line]) if line < len(self._starts) else self._size
+        text = os.pread(self._file.fileno(), end - start, start).decode("utf-8").replace(BOM, "").strip()
         return text if self.columns == 1 else [field.strip() for field in text.split("\t")]
 
     def sample(self, count: int) -> list[str]:
@@ -208,6 +199,11 @@ def count_columns(path: str, flag: str, choices: tuple[int, ...]) -> int:
                      f"{' or '.join(map(str, choices))} tab-separated columns")
 
 
+def plain(text: str) -> str:
+    """A text without what the eye does not see: white space, invisible characters, and how wide characters are."""
+    return "".join(filter(str.isprintable, unicodedata.normalize("NFKC", text))).replace(" ", "")
+
+
 def distinct(texts: Iterable[str]) -> list[str]:
     """The different texts, in the order of their first appearance."""
     return list(dict.fromkeys(texts))
@@ -229,6 +225,9 @@ class WordPiece:
         from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
         self.vocab, self.lowercase, self.kind = vocab, lowercase, kind
+        self.unk_token_id = vocab.get("[UNK]")
+        self.wordless = {self.unk_token_id, *(number for token, number in vocab.items()
+                                              if not any(map(str.isalnum, token)))}
         self.cls, self.sep, self.pad_token_id = (vocab[token] for token in ("[CLS]", "[SEP]", "[PAD]"))
         self._rust = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
         self._rust.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
@@ -269,6 +268,7 @@ class AnyTokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self._python, self.pad_token_id = tokenizer, tokenizer.pad_token_id
+        self.unk_token_id, self.wordless = tokenizer.unk_token_id, {tokenizer.unk_token_id}
         self.save_pretrained = tokenizer.save_pretrained
 
     def __call__(self, texts: Sequence[str], max_seq_length: int) -> list[Ids]:
@@ -304,6 +304,13 @@ def _read_wordpiece(folder: str) -> WordPiece | None:
     return WordPiece(vocab, config.get("do_lower_case", True), kind)
 
 
+def unseen(tokenizer: WordPiece | AnyTokenizer, ids: Sequence[Ids]) -> list[int]:
+    """Which of the texts an encoder sees nothing of: they have no token, or [UNK] and no more than punctuation besides.
+    All of them are one and the same to it, so that they would be each other's perfect match."""
+    return [row for row, each in enumerate(ids) if tokenizer.wordless.issuperset(each[1:-1])
+            and (len(each) == 2 or tokenizer.unk_token_id in each)]
+
+
 def pad(sequences: Sequence[Sequence[int]], pad_id: int, length: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Pad token ids to `length`, or to the longest: input_ids and token_type_ids (all zero), int64 [batch, length]."""
     input_ids = np.full((len(sequences), length or max(map(len, sequences))), pad_id, dtype="int64")
@@ -328,22 +335,24 @@ def make_batches(ids: Sequence[Sequence[int]], pad_id: int, batch_size: int | No
 class ShuffledBatches:
     """The batches of `batch_size` of `count` texts for one rank of several: the order of
     paddle.io.DistributedBatchSampler(shuffle=True), for 4 bytes of memory a text. All ranks together take every text
-    once, and the first ones again where the ranks would not have as many each."""
+    once, and the first ones again where the ranks would not have as many each. A last batch of a single text, which
+    would have no negatives, is joined to the one before."""
 
     def __init__(self, count: int, batch_size: int, rank: int = 0, ranks: int = 1) -> None:
         self.count, self.batch_size, self.rank, self.ranks = count, batch_size, rank, ranks
 
     def __len__(self) -> int:
         """Batches of an epoch."""
-        return -(-self.count // (self.batch_size * self.ranks))
+        texts = -(-self.count // self.ranks)
+        return -(-texts // self.batch_size) - (1 < self.batch_size < texts and texts % self.batch_size == 1)
 
     def epoch(self, number: int, first: int = 0) -> Iterator[np.ndarray]:
         """Yield the row numbers, int32 [batch], of an epoch, from 0, without its `first` batches."""
         order = np.resize(np.arange(self.count, dtype="int32"), -(-self.count // self.ranks) * self.ranks)
         np.random.RandomState(number).shuffle(order)
-        size = self.batch_size * self.ranks
-        for start in range(first * size, len(order), size):
-            yield np.split(order[start : start + size], self.ranks)[self.rank]
+        size, last = self.batch_size * self.ranks, len(self) - 1
+        for batch in range(first, len(self)):
+            yield np.split(order[batch * size : (batch + 1) * size if batch < last else None], self.ranks)[self.rank]
 
 
 def text_keys(sides: Sequence[Sequence[Ids]]) -> np.ndarray:

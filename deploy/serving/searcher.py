@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ann_util
-from data import distinct, load_tokenizer, pad
+from data import distinct, load_tokenizer, pad, unseen
 from deploy.python import predictor
 from deploy.serving.batching import Job
 from simcse import console
@@ -24,17 +24,16 @@ class Searcher:
     Args:
         engine: see `simcse.engine.Engine`.
         index: a `Shards` or a `MilvusIndex`.
-        entries: what is in it: `ann_util.Entries`; a `MilvusIndex` has them itself.
+        corpus: its documents, of which `take` gives those of some rows; a `MilvusIndex` has them itself.
         max_seq_length: tokens per text, of the corpus and of what is asked.
         shapes: texts and tokens that a batch may have.
-        distinct: whether a text is given out once, however many lines have it.
     """
 
-    def __init__(self, engine: Any, tokenizer: Any, index: Any, entries: Any, max_seq_length: int,
-                 shapes: tuple[Sequence[int], Sequence[int]], distinct: bool = False) -> None:
-        self.engine, self.tokenizer, self.index, self.entries = engine, tokenizer, index, entries
-        self.documents, self.embedding_size = entries.documents, engine.embedding_size
-        self.max_seq_length, self.shapes, self.distinct = max_seq_length, shapes, distinct
+    def __init__(self, engine: Any, tokenizer: Any, index: Any, corpus: Any, max_seq_length: int,
+                 shapes: tuple[Sequence[int], Sequence[int]]) -> None:
+        self.engine, self.tokenizer, self.index, self.corpus = engine, tokenizer, index, corpus
+        self.max_seq_length, self.documents, self.embedding_size = max_seq_length, len(corpus), engine.embedding_size
+        self.shapes = shapes
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings, float32 [texts, embedding_size], by batches of few shapes."""
@@ -42,6 +41,7 @@ class Searcher:
         embeddings = np.empty((len(ids), self.embedding_size), "float32")
         for rows, *batch in fixed_batches(ids, self.tokenizer.pad_token_id, *self.shapes):
             embeddings[rows] = np.asarray(self.engine.embed(*batch))[: len(rows)]
+        embeddings[unseen(self.tokenizer, ids)] = 0  # as in model.encode_stream
         return embeddings
 
     def warm_up(self) -> None:
@@ -68,9 +68,11 @@ class Searcher:
         self.index.close()
 
     def _search(self, queries: Any, depths: list[int]) -> list[Hits]:
-        entries, cosines = self.index.search(queries, min(max(depths), len(self.entries)))
-        found = ann_util.expand((entries, cosines.clip(-1, 1)), self.entries, depths, self.distinct)
-        return [[(document, cosine) for document, _, cosine in hits] for hits in found]
+        rows, cosines = self.index.search(queries, min(max(depths), self.documents))
+        wanted = sorted({row for each, depth in zip(rows.tolist(), depths) for row in each[:depth] if row >= 0})
+        document = dict(zip(wanted, self.corpus.take(wanted)))
+        return [[(document[row], cosine) for row, cosine in zip(each[:depth], scores) if row >= 0]
+                for each, scores, depth in zip(rows.tolist(), cosines.clip(-1, 1).tolist(), depths)]
 
 
 def fixed_batches(ids: Sequence[Sequence[int]], pad_id: int, sizes: Sequence[int],
@@ -130,11 +132,10 @@ def open_searcher(args: argparse.Namespace) -> Searcher:
     shapes = shapes_for(weights, fingerprint["max_seq_length"])
     engine = _open_engine(args, fingerprint["precision"], len(shapes[0]) * len(shapes[1]))
     if index is None:
-        index, entries = ann_util.load_index(args.index_path, fingerprint, engine.embedding_size, args.cpu_threads)
+        index, corpus = ann_util.load_index(args.index_path, fingerprint, engine.embedding_size, args.cpu_threads)
     else:
-        entries = index
-    searcher = Searcher(engine, load_tokenizer(args.model_dir), index, entries, fingerprint["max_seq_length"], shapes,
-                        args.distinct)
+        corpus = index
+    searcher = Searcher(engine, load_tokenizer(args.model_dir), index, corpus, fingerprint["max_seq_length"], shapes)
     searcher.warm_up()
     return searcher
 
