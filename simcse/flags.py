@@ -12,9 +12,9 @@ from typing import Any
 from simcse import console
 from simcse.files import STDIN, read_json
 from simcse.machine import CPU_THREADS, RANK, RANKS, auto_precision
-from simcse.weights import CONFIG_FILE, DEFAULT_MODEL, STATE_RECORD, newest_resumable, read_record
+from simcse.weights import CONFIG_FILE, STATE_RECORD, newest_resumable, read_record
 
-ENCODE_LENGTH, TRAIN_LENGTH = 64, 128  # --max_seq_length where no checkpoint records one
+DEFAULT_MODEL = "rocketqa-zh-base-query-encoder"
 POOLINGS = ("pooler", "mean", "first_last_avg")  # see model.py
 DEFAULT_PARAMS = "checkpoints/model_20000/model_state.pdparams"
 COLLECTION = "simcse"  # of Milvus
@@ -38,35 +38,32 @@ class ArgumentParser(argparse.ArgumentParser):
                 close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
                 self.error(f"no such flag: {flag}" + (f"; did you mean {close[0]}?" if close else ""))
         known, unknown = super().parse_known_args(args, namespace)
-        console.settings.quiet, console.settings.strict = known.quiet, getattr(known, "strict_data", False)
+        console.settings.quiet = known.quiet
         return known, unknown
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def _kind(complaint: str, accepts: Callable[[Any], Any], convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
-    """The type of a flag, which converts its text and complains about one that cannot be, or is not accepted then."""
+def _number(kind: Callable[[str], Any], accepts: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         with contextlib.suppress(ValueError):
-            if accepts(value := convert(text)):
+            if accepts(value := kind(text)):
                 return value
-        raise argparse.ArgumentTypeError(complaint.format(text))
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
 
     return parse
 
 
-positive_int = _kind("{!r} is not a whole number from 1 up", lambda v: v >= 1, int)
-natural_int = _kind("{!r} is not a whole number from 0 up", lambda v: v >= 0, int)
-probability = _kind("{!r} is not a number from 0 up to, not including, 1", lambda v: 0 <= v < 1, float)
-proportion = _kind("{!r} is not a number from 0 to 1", lambda v: 0 <= v <= 1, float)
-positive_float = _kind("{!r} is not a number above 0", lambda v: 0 < v < math.inf, float)
-natural_float = _kind("{!r} is not a number from 0 up", lambda v: 0 <= v < math.inf, float)
-port = _kind("{!r} is not a port from 0 to 65535", lambda v: 0 <= v < 65536, int)
-hnsw_links = _kind("{!r} is not a whole number from 2 up", lambda v: v >= 2, int)
-sequence_length = _kind("{!r} is not a whole number from 3 up ([CLS], a token, [SEP])", lambda v: v >= 3, int)
-folder = _kind("{}: no such folder", os.path.isdir)
-npy_file = _kind("{}: the name has to end in .npy", lambda path: path.endswith(".npy"))
+positive_int = _number(int, lambda v: v >= 1, "a whole number from 1 up")
+natural_int = _number(int, lambda v: v >= 0, "a whole number from 0 up")
+probability = _number(float, lambda v: 0 <= v < 1, "a number from 0 up to, not including, 1")
+proportion = _number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+positive_float = _number(float, lambda v: 0 < v < math.inf, "a number above 0")
+natural_float = _number(float, lambda v: 0 <= v < math.inf, "a number from 0 up")
+port = _number(int, lambda v: 0 <= v < 65536, "a port from 0 to 65535")
+hnsw_links = _number(int, lambda v: v >= 2, "a whole number from 2 up")
+sequence_length = _number(int, lambda v: v >= 3, "a whole number from 3 up ([CLS], a token, [SEP])")
 
 
 def readable_file(path: str) -> str:
@@ -88,11 +85,20 @@ class _SetIfGiven(argparse.Action):
 
 def add_lines_argument(parser: argparse.ArgumentParser, flag: str, what: str, required: bool = False) -> None:
     """`flag` FILE, or - for stdin, with the flag or without it."""
+    def lines_file(path: str) -> str:
+        return path if path == STDIN else readable_file(path)
+
     group = parser.add_mutually_exclusive_group(required=required)
-    group.add_argument(flag, type=lambda path: path if path == STDIN else readable_file(path), default=None,
-                       help=f"{what}; -: from stdin, answered as they come")
-    group.add_argument(flag.removeprefix("--"), nargs="?", metavar="-", choices=[STDIN], action=_SetIfGiven,
-                       help=f"the same as {flag} -")
+    group.add_argument(flag, type=lines_file, default=None, help=f"{what}; -: from stdin, answered as they come")
+    group.add_argument(flag.removeprefix("--"), nargs="?", metavar="FILE", type=lines_file, action=_SetIfGiven,
+                       help=f"the same as {flag} FILE")
+
+
+def folder(path: str) -> str:
+    """Check that `path` is a folder."""
+    if not os.path.isdir(path):
+        raise argparse.ArgumentTypeError(f"{path}: no such folder")
+    return path
 
 
 def model_name(text: str) -> str:
@@ -136,8 +142,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, params_path: str | None
 def add_encode_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of every stage that turns texts into embeddings."""
     add = parser.add_argument
-    add("--max_seq_length", type=sequence_length, help="tokens per text, [CLS] and [SEP] included, others are cut. "
-        f"None: as many as the checkpoint was trained with, {ENCODE_LENGTH} where it records none")
+    add("--max_seq_length", type=sequence_length, default=64,
+        help="tokens per text, [CLS] and [SEP] included; longer texts are cut")
     add("--batch_size", type=positive_int,
         help="texts per batch; None: as many as fill 2,048 tokens on a CPU, 65,536 on a GPU")
     add_strict_argument(parser)
@@ -147,24 +153,16 @@ def add_encode_arguments(parser: argparse.ArgumentParser) -> None:
         "BF16), else fp32. fp16 needs --device gpu")
 
 
-def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace,
-                    length: int = ENCODE_LENGTH) -> argparse.Namespace:
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
     """Refuse what would do nothing on the device asked for, and texts longer than the encoder, where a flag names a
-    folder that describes it; returns `args`. Where no --max_seq_length is given it is the one that the checkpoint
-    records, else `length`."""
+    folder that describes it; returns `args`."""
     if args.precision == "fp16" and args.device != "gpu":
         parser.error("--precision fp16 needs --device gpu")
     if args.cpu_threads and args.device != "cpu":
         parser.error("--cpu_threads needs --device cpu")
     named = vars(args)
-    weights, given = named.get("params_path") or named.get("init_from_ckpt"), named.get("max_seq_length")
-    checkpoint = os.path.dirname(weights) or "." if weights else named.get("resume") or ""
-    recorded = read_record(checkpoint).get("max_seq_length") if checkpoint else None
-    if recorded and given not in (None, recorded) and not RANK:
-        console.warn(f"--max_seq_length {given}: {checkpoint} was trained with {recorded}; embeddings of texts that "
-                     "are cut differ")
-    args.max_seq_length = given or recorded or length
-    for path in filter(None, (named.get("model_name_or_path"), checkpoint)):
+    checkpoint = os.path.dirname(named.get("params_path") or named.get("init_from_ckpt") or "")
+    for path in filter(None, (named.get("model_name_or_path"), checkpoint, named.get("resume"))):
         config = read_record(path).get("encoder_config") or read_json(os.path.join(path, "config.json"))
         if positions := config.get("max_position_embeddings"):
             if args.max_seq_length > positions:
@@ -180,6 +178,11 @@ def nonempty_text(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("an empty text")
     return text
+
+
+def given_text(text: str) -> str:
+    """A text given on the command line, on one line as those of files are."""
+    return console.one_line(nonempty_text(text))
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
@@ -223,8 +226,8 @@ def add_optimization_arguments(group: argparse._ArgumentGroup) -> None:
     add("--warmup_proption", dest="warmup_proportion", type=proportion, help=argparse.SUPPRESS)
     add("--max_grad_norm", type=positive_float, help="scale gradients down to this norm; None: leave them as they are")
     add("--dropout", type=probability, default=0.1, help="hidden and attention dropout rate")
-    add("--max_seq_length", type=sequence_length, help="tokens per text, [CLS] and [SEP] included, others are cut. "
-        f"None: that of the checkpoint that training goes on from, else {TRAIN_LENGTH}")
+    add("--max_seq_length", type=sequence_length, default=128,
+        help="tokens per text, [CLS] and [SEP] included; longer texts are cut")
     add("--seed", type=natural_int, default=1000, help="random seed")
     add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32",
         help="number format of the matrix products; bf16 and fp16, with loss scaling, need --device gpu")
@@ -255,7 +258,7 @@ def check_run_arguments(parser: argparse.ArgumentParser, args: argparse.Namespac
                      f"{STATE_RECORD}); --init_from_ckpt starts anew from a checkpoint's weights")
     args.learns_by = list(dict.fromkeys(action.dest for group in learning for action in group._group_actions))
     args.hyper_parameters = [action.dest for action in start._group_actions] + args.learns_by
-    return check_arguments(parser, args, TRAIN_LENGTH)
+    return check_arguments(parser, args)
 
 
 def announce_training(args: argparse.Namespace, start: str, texts: str) -> None:

@@ -19,6 +19,7 @@ ONNX_FILE = "inference.onnx"
 # What `paddle.jit.save` writes: paddle 3 .json, paddle 2 .pdmodel; the last is what the original exported.
 GRAPH_FILES = ("inference.json", "inference.pdmodel", "inference.get_pooled_embedding.pdmodel")
 WINDOW = 16384  # texts tokenized and sorted by length at a time: enough for batches of even length, in little memory
+WASTE = re.compile("([0-9A-Za-z]{101})[0-9A-Za-z]+|( ) +")  # what a long text has more of than makes a difference
 LENGTH_MULTIPLE = 4  # batches are padded to a multiple of so many tokens, so that kernels are made for few shapes
 
 CPU_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -185,9 +186,7 @@ class Tokenizer:
                              "export_model.py")
         with reported(f"{path}: not a tokenizer", Exception):  # tokenizers raises nothing narrower
             self._rust = tokenizers.Tokenizer.from_file(path)
-        self.pad_token_id, self.unk_token_id = map(self._rust.token_to_id, ("[PAD]", "[UNK]"))
-        self._wordless = {self.unk_token_id, *(number for token, number in self._rust.get_vocab().items()
-                                               if not any(map(str.isalnum, token)))}
+        self.pad_token_id = self._rust.token_to_id("[PAD]")
 
     def __call__(self, texts: Sequence[str], max_seq_length: int) -> list[list[int]]:
         """Token ids of each text, [CLS] and [SEP] included, cut to `max_seq_length`."""
@@ -195,29 +194,36 @@ class Tokenizer:
         room = max_seq_length - 2
         # A han character is a token and ends the one before it, so what follows the last that has room is cut anyway.
         enough = re.compile(f"(?:[^\u4e00-\u9fff]*[\u4e00-\u9fff]){{{room}}}").match
-        texts = [found[0] if len(text) > room and (found := enough(text)) else text for text in texts]
+        texts = [found[0] if len(text) > room and (found := enough(text)) else text
+                 for text in (self._beginning(text, room) for text in texts)]
         return [encoding.ids for encoding in self._rust.encode_batch_fast(texts)]
 
-
-    def unseen(self, ids: list[int]) -> bool:
-        """Whether the encoder sees nothing of a text: no token, or [UNK] and no more than punctuation besides."""
-        return self._wordless.issuperset(ids[1:-1]) and (len(ids) == 2 or self.unk_token_id in ids)
+    def _beginning(self, text: str, room: int) -> str:
+        """A text, of a very long one a beginning with the same first `room` tokens and less of [UNK]s and blanks. A
+        word has 100 tokens at most, and [UNK] alone if it is longer than that: where there are 100 tokens more than
+        `room`, the word that the cut falls into is behind them."""
+        size = 16 * (room + 100)
+        if len(text) <= 4 * size:
+            return text
+        text = WASTE.sub(r"\1\2", text)
+        while size < len(text):
+            encoding, = self._rust.encode_batch_fast([text[:size]])
+            if room * len(encoding.overflowing) >= room + 100:
+                return text[:size]
+            size *= 4
+        return text
 
 
 def encode(predictor: Predictor, tokenizer: Tokenizer, texts: Sequence[str], max_seq_length: int,
-           batch_size: int | None = None, complain: Callable[[str], Any] = lambda message: None) -> np.ndarray:
+           batch_size: int | None = None) -> np.ndarray:
     """Embeddings, float32 [len(texts), embedding_size], in the order of `texts`; texts of like length are batched,
-    `batch_size` or, None, as many as fill the predictor's `batch_tokens`, padding included. Texts that the encoder sees
-    nothing of have zeros, whose cosine with any is 0. `complain` is told how many are cut or not seen. InputError where
-    texts of `max_seq_length` tokens have more positions than the encoder."""
+    `batch_size` or, None, as many as fill the predictor's `batch_tokens`, padding included. InputError where texts of
+    `max_seq_length` tokens have more positions than the encoder."""
     if max_seq_length > predictor.max_positions:
         raise InputError(f"--max_seq_length {max_seq_length}: the encoder has {predictor.max_positions} positions")
-    embeddings, cut, dark = np.empty((len(texts), predictor.embedding_size), "float32"), 0, []
+    embeddings = np.empty((len(texts), predictor.embedding_size), "float32")
     for start in range(0, len(texts), WINDOW):
-        ids, window = tokenizer(texts[start : start + WINDOW], max_seq_length + 1), embeddings[start : start + WINDOW]
-        cut += sum(len(each) > max_seq_length for each in ids)
-        ids = [[*each[: max_seq_length - 1], each[-1]] if len(each) > max_seq_length else each for each in ids]
-        dark += [start + row for row, each in enumerate(ids) if tokenizer.unseen(each)]
+        ids, window = tokenizer(texts[start : start + WINDOW], max_seq_length), embeddings[start : start + WINDOW]
         order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
         longest = len(ids[order[0]])
         while order:
@@ -228,9 +234,4 @@ def encode(predictor: Predictor, tokenizer: Tokenizer, texts: Sequence[str], max
             for line, row in zip(input_ids, rows):
                 line[: len(ids[row])] = ids[row]
             window[rows] = predictor.embed(input_ids, np.zeros_like(input_ids))
-    embeddings[dark] = 0
-    for count, remark in ((cut, f"are longer than {max_seq_length} tokens and are cut; a higher --max_seq_length reads "
-                           "on"), (len(dark), "are all [UNK] to the encoder, so that their cosine with any text is 0")):
-        if count:
-            complain(f"{count:,} of {len(texts):,} texts {remark}")
     return embeddings
