@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from simcse import formats
 from simcse.console import InputError, reported, warn
 from simcse.files import STDIN, prefetch, read_json, reading
 
@@ -25,52 +26,61 @@ BOM = "\ufeff"
 Ids = list[int]  # of a text, [CLS] and [SEP] included
 
 
-def _decode(line: bytes, where: str) -> str:
+def _decode(line: bytes, path: str, where: str) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        if line[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            cause = "it looks like UTF-16; convert it: iconv -f UTF-16 -t UTF-8"
-        else:
-            try:
-                line.decode("gb18030")
-                cause = "it looks like GBK; convert it: iconv -f GB18030 -t UTF-8"
-            except UnicodeDecodeError:
-                cause = "the file is damaged or not text"
-        raise InputError(f"{where}: not UTF-8 at byte {error.start + 1} of the line; {cause}") from None
+        raise InputError(f"{where}: not UTF-8 at byte {error.start + 1} of the line; "
+                         + formats.not_utf8(path, line, error)) from None
+
+
+def _refuse_bytes(head: bytes, where: str) -> None:
+    if kind := formats.known_bytes(head):
+        raise InputError(f"{where}:1: not UTF-8 text in lines, but {kind}")
 
 
 def _lines(path: str, flag: str) -> Iterator[tuple[int, str]]:
-    """Yield number, from 1, and text of the lines of a UTF-8 file or of stdin as it comes; BOMs, wherever files were
-    joined, are left out."""
+    """Yield number, from 1, and text of the lines of a UTF-8 file or of stdin as it comes; blank lines and, wherever
+    files were joined, BOMs are left out."""
     number, stdin, name = 0, path == STDIN, "stdin" if path == STDIN else path
-    with open(0 if stdin else path, "rb", closefd=not stdin) as file, reading(path) as advance:
+    with open(0 if stdin else path, "rb", formats.BLOCK, closefd=not stdin) as file, reading(path) as advance:
+        _refuse_bytes(file.peek(), f"{flag} {name}")
         for chunk in file:
             advance(len(chunk))
             for line in chunk.splitlines():  # of bytes: splits at \n, \r\n and \r, and nowhere else
                 number += 1
-                yield number, _decode(line, f"{flag} {name}:{number}").replace(BOM, "")
+                text = _decode(line, path, f"{flag} {name}:{number}").replace(BOM, "")
+                if text.strip():
+                    yield number, text
+
+
+def _checked(lines: Iterator[tuple[int, str]], path: str, flag: str, columns: tuple[int, ...],
+             plain: bool) -> Iterator[tuple[int, str]]:
+    """The same lines, whose first ones, unless `plain`, are not those of another format."""
+    ahead = [] if plain else list(itertools.islice(lines, 1 if path == STDIN else formats.SAMPLE))
+    formats.refuse_other_formats([line for _, line in ahead], path, flag, columns)
+    return itertools.chain(ahead, lines)
 
 
 def read_rows(path: str, columns: int, flag: str, strict: bool = False,
               check: Callable[[list[str]], str | None] | None = None,
-              every: bool = False) -> Iterator[tuple[int, list[str]]]:
+              plain: bool = False) -> Iterator[tuple[int, list[str]]]:
     """Stream the rows of a tab-separated UTF-8 file, or of stdin (STDIN), each with the number of its line, from 1.
 
     Lines end in \\n, \\r\\n or \\r. Every field loses the white space around it and keeps what is inside. Blank lines
     are skipped. A row with another number of columns, an empty field, or for which `check(row)` returns a complaint is
     skipped, counted, and reported on stderr with file:line of the first three; of stdin these three are reported at
-    once as well. With `every` these and blank lines, which are reported too, come as they are.
-    InputError, which names the `flag`: not UTF-8; a bad row where `strict`; more than half of the rows malformed,
-    unless every line of stdin has been answered; no good row."""
-    good, bad, blank, first_bad, name = 0, 0, 0, [], "stdin" if path == STDIN else path
-    fate = "no result (NaN, empty or null)" if every else "skipped"
-    for number, line in _lines(path, flag):
+    once as well. InputError, which names the `flag`: not UTF-8; another format, unless `plain` (--plain_text), by the
+    first lines, of stdin by the first; a bad row where `strict`; more than half of the rows bad; no good row."""
+    good, bad, first_bad, name = 0, 0, [], "stdin" if path == STDIN else path
+    for number, line in _checked(_lines(path, flag), path, flag, (columns,), plain):
         row = [field.strip() for field in line.split("\t")]
-        if not (any(row) or every):
-            continue
-        blank += not any(row)
-        complaint = _complaint(row, columns) or (check(row) if check else None)
+        if len(row) != columns:
+            complaint = f"columns: {len(row)} instead of {columns}"
+        elif not all(row):
+            complaint = "an empty field"
+        else:
+            complaint = check(row) if check else None
         if complaint is None:
             good += 1
             yield number, row
@@ -81,33 +91,17 @@ def read_rows(path: str, columns: int, flag: str, strict: bool = False,
         if bad <= 3:
             first_bad.append(f"{where} ({complaint})")
             if path == STDIN:  # whoever waits for the answer has to know
-                warn(f"{flag} {where}: {fate}; {complaint}")
-        if every:
-            yield number, row
-    report = f"{bad} of {good + bad} lines are {'blank or ' * every}malformed: {', '.join(first_bad)}"
-    if not good or (bad - blank > good and not (every and path == STDIN)):
-        raise InputError(f"{flag} {name}: {report if bad > blank else 'the file holds no text'}")
+                warn(f"{flag} {where}: skipped; {complaint}")
+    report = f"{bad} of {good + bad} lines are malformed: {', '.join(first_bad)}"
+    if bad > good or not good:
+        raise InputError(f"{flag} {name}: {report if bad else 'the file holds no text'}")
     if bad:
-        warn(f"{flag} {name}: {fate}; {report}; mend them or take them out")
+        warn(f"{flag} {name}: skipped; {report}")
 
 
-def _complaint(row: list[str], columns: int) -> str | None:
-    """What is wrong with a row of so many columns."""
-    if not any(row):
-        return "blank"
-    if len(row) != columns:
-        return f"columns: {len(row)} instead of {columns}"
-    return None if all(row) else "an empty field"
-
-
-def holds_text(line: str) -> bool:
-    """Whether a line of one column is neither blank nor malformed, of several."""
-    return line != "" and "\t" not in line
-
-
-def read_texts(path: str, flag: str, strict: bool = False) -> list[str]:
+def read_texts(path: str, flag: str, strict: bool = False, plain: bool = False) -> list[str]:
     """One text a line."""
-    return [text for _, (text,) in read_rows(path, 1, flag, strict)]
+    return [text for _, (text,) in read_rows(path, 1, flag, strict, plain=plain)]
 
 
 class TextFile(Sequence):
@@ -116,7 +110,7 @@ class TextFile(Sequence):
 
     _CHUNK = 1 << 22
 
-    def __init__(self, path: str, flag: str, strict: bool = False, columns: int = 1) -> None:
+    def __init__(self, path: str, flag: str, strict: bool = False, columns: int = 1, plain: bool = False) -> None:
         self.columns, self._lines = columns, None  # the numbers of the texts' lines, from 0; None: all of the file's
         self._file = open(path, "rb")  # noqa: SIM115  read from as long as this object lives
         if not os.path.isfile(path):
@@ -126,19 +120,23 @@ class TextFile(Sequence):
             path = self._file.name
             self._file.seek(0)
         self.path, self._size = path, os.path.getsize(path)
+        _refuse_bytes(os.pread(self._file.fileno(), formats.BLOCK, 0), f"{flag} {path}")
         with reading(path) as advance:
-            plain, maybe_blank = self._scan(advance)
-        if columns > 1 or not plain:  # something may have to be reported, or left out
-            self._lines = np.fromiter((number - 1 for number, _ in read_rows(path, columns, flag, strict)), "int32")
+            simple, maybe_blank = self._scan(advance)
+        if columns > 1 or not simple:  # something may have to be reported, or left out
+            rows = read_rows(path, columns, flag, strict, plain=plain)
+            self._lines = np.fromiter((number - 1 for number, _ in rows), "int32")
         elif blank := [row for row in maybe_blank if not self[row]]:
             self._lines = np.delete(np.arange(len(self), dtype="int32"), blank)
         if not len(self):
             raise InputError(f"{flag} {path}: the file holds no text")
+        if simple and not plain:
+            formats.refuse_other_formats(self[: formats.SAMPLE], path, flag, (columns,))
 
     def _scan(self, advance: Callable[[int], Any]) -> tuple[bool, array]:
         """Find where lines start. Returns whether all is UTF-8 without tabs; and the numbers, from 0, of the lines that
         may be blank, by their first byte."""
-        starts, maybe_blank, plain, offset, after_break = array("q"), array("q"), True, 0, True
+        starts, maybe_blank, simple, offset, after_break = array("q"), array("q"), True, 0, True
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         while chunk := self._file.read(self._CHUNK):
             while chunk.endswith(b"\r") and (more := self._file.read(1)):  # \r\n is one break
@@ -153,10 +151,10 @@ class TextFile(Sequence):
             maybe_blank.frombytes((odd + len(starts)).tobytes())
             starts.frombytes((begins + offset).tobytes())
             offset, after_break = offset + len(chunk), breaks[-1]
-            plain = plain and b"\t" not in chunk and "\ufffd" not in decoder.decode(chunk)
+            simple = simple and b"\t" not in chunk and "\ufffd" not in decoder.decode(chunk)
             advance(len(chunk))
         self._starts = np.frombuffer(starts, "int64")
-        return plain and not decoder.getstate()[0], maybe_blank
+        return simple and not decoder.getstate()[0], maybe_blank
 
     def __len__(self) -> int:
         return len(self._starts if self._lines is None else self._lines)
@@ -183,12 +181,13 @@ class TextFile(Sequence):
         return distinct(text for row in rows for text in ([self[row]] if self.columns == 1 else self[row]))
 
 
-def read_text_pairs(path: str, flag: str, strict: bool = False) -> list[tuple[str, str]]:
+def read_text_pairs(path: str, flag: str, strict: bool = False, plain: bool = False) -> list[tuple[str, str]]:
     """Two texts a line: query and title."""
-    return [(query, title) for _, (query, title) in read_rows(path, 2, flag, strict)]
+    return [(query, title) for _, (query, title) in read_rows(path, 2, flag, strict, plain=plain)]
 
 
-def read_labeled_pairs(path: str, flag: str, strict: bool = False) -> list[tuple[str, str, float]]:
+def read_labeled_pairs(path: str, flag: str, strict: bool = False,
+                       plain: bool = False) -> list[tuple[str, str, float]]:
     """Two texts and a number a line."""
     def not_a_number(row: list[str]) -> str | None:
         try:
@@ -196,14 +195,14 @@ def read_labeled_pairs(path: str, flag: str, strict: bool = False) -> list[tuple
         except ValueError:
             return f"label {row[2]!r} is not a number"
 
-    return [(a, b, float(label)) for _, (a, b, label) in read_rows(path, 3, flag, strict, not_a_number)]
+    return [(a, b, float(label)) for _, (a, b, label) in read_rows(path, 3, flag, strict, not_a_number, plain)]
 
 
-def count_columns(path: str, flag: str, choices: tuple[int, ...]) -> int:
+def count_columns(path: str, flag: str, choices: tuple[int, ...], plain: bool = False) -> int:
     """Which of `choices` is the number of columns of most of the first 1,000 lines; of as many the one that comes
-    first."""
-    first = itertools.islice(_lines(path, flag), 1000)
-    counted = Counter(line.count("\t") + 1 for _, line in first if line.strip())
+    first. InputError: none, or another format, unless `plain`."""
+    lines = _checked(_lines(path, flag), path, flag, choices, plain)
+    counted = Counter(line.count("\t") + 1 for _, line in itertools.islice(lines, 1000))
     if found := [count for count in counted if count in choices]:
         return max(found, key=counted.get)
     raise InputError(f"{flag} {path}: {'' if counted else 'the file holds no text; '}no line has "
@@ -216,7 +215,6 @@ def distinct(texts: Iterable[str]) -> list[str]:
 
 
 WORDPIECE_CLASSES = ("ErnieTokenizer", "BertTokenizer")  # of PaddleNLP
-WASTE = re.compile("([0-9A-Za-z]{101})[0-9A-Za-z]+|( ) +")  # what a long text has more of than makes a difference
 LENGTH_MULTIPLE = 4  # batches are padded to a multiple of so many tokens, so that kernels are made for few shapes
 
 
@@ -251,23 +249,7 @@ class WordPiece:
         room = max_seq_length - 2
         # A han character is a token and ends the one before it, so what follows the last that has room is cut anyway.
         enough = re.compile(f"(?:[^\u4e00-\u9fff]*[\u4e00-\u9fff]){{{room}}}").match
-        return encode([found[0] if len(text) > room and (found := enough(text)) else text
-                       for text in (self._beginning(text, room, offsets) for text in texts)])
-
-    def _beginning(self, text: str, room: int, offsets: bool) -> str:
-        """A text, of a very long one a beginning with the same first `room` tokens, and unless `offsets` with less of
-        [UNK]s and blanks. A word has 100 tokens at most, and [UNK] alone if it is longer than that: where there are 100
-        tokens more than `room`, the word that the cut falls into is behind them."""
-        size = 16 * (room + 100)
-        if len(text) <= 4 * size:
-            return text
-        text = text if offsets else WASTE.sub(r"\1\2", text)
-        while size < len(text):
-            encoding, = self._rust.encode_batch_fast([text[:size]])
-            if room * len(encoding.overflowing) >= room + 100:
-                return text[:size]
-            size *= 4
-        return text
+        return encode([found[0] if len(text) > room and (found := enough(text)) else text for text in texts])
 
     def save_rust(self, folder: str) -> None:
         """Write tokenizer.json: this tokenizer for the tokenizers library alone."""

@@ -16,11 +16,10 @@ cosine does. """
 
 import argparse
 import contextlib
-import itertools
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import IO
 
 import ann_util
@@ -43,9 +42,9 @@ def parse_args() -> argparse.Namespace:
         help="documents to search, one a line; may be left out with --query, where there is an index")
     add("--similar_text_pair", "--similar_text_pair_file", type=flags.readable_file,
         help="query and target, tab-separated, a pair a line; only the queries are used")
-    add("--query", action="append", nargs="?", const=STDIN, metavar="TEXT", type=flags.given_text, default=[],
+    add("--query", action="append", nargs="?", const=STDIN, metavar="TEXT", type=flags.nonempty_text, default=[],
         help="a query, instead of --similar_text_pair; may be given several times. Without TEXT, or -: queries of "
-        "stdin, one a line, answered as they come, a blank or malformed one with no document")
+        "stdin, one a line, answered as they come")
     add("--recall_result_dir", default="recall_result_dir", help="folder of the result, made if need be")
     add("--recall_result_file", default="recall_result.txt", help="name of the result in that folder")
     add("--format", choices=("tsv", "jsonl"), default="tsv", help="of the result. tsv: query, document, cosine, a line "
@@ -183,7 +182,6 @@ def write_results(args: argparse.Namespace, blocks: Iterable[list[str]], index, 
             report_ann_recall(index, embeddings, found[1])
         if RANK:
             continue
-        found = found[0], found[1].clip(-1, 1)  # rounding takes the cosine of a text with itself past 1
         if args.hybrid_bm25:
             found = fuse(found, bm25.search(queries, depth), min(args.recall_num, len(corpus)))
         found_of = dict(zip(queries, zip(*(side.tolist() for side in found))))
@@ -196,26 +194,13 @@ def write_results(args: argparse.Namespace, blocks: Iterable[list[str]], index, 
         file.flush()
 
 
-def asked(blocks: Iterable[list[str]], form: str) -> Iterator[list[str]]:
-    """The queries among the lines of stdin; a blank or malformed line between them is answered here, with no document,
-    when those before it have been."""
-    for block in blocks:
-        for are_queries, lines in itertools.groupby(block, data.holds_text):
-            if are_queries:
-                yield list(lines)
-                continue
-            for line in lines:
-                rest = {"results": []} if form == "jsonl" else {"document": None, "cosine": None}
-                print(console.line(form, query=line, **rest), end="")
-            sys.stdout.flush()
-
-
 def main() -> None:
     args = parse_args()
-    corpus = data.TextFile(args.corpus_file, "--corpus_file", args.strict_data) if args.corpus_file else None
+    corpus = args.corpus_file and data.TextFile(args.corpus_file, "--corpus_file", args.strict_data,
+                                                plain=args.plain_text)
     streams = args.query == [STDIN]
     queries = args.query or [query for query, _ in data.read_text_pairs(
-        args.similar_text_pair, "--similar_text_pair", args.strict_data)]
+        args.similar_text_pair, "--similar_text_pair", args.strict_data, args.plain_text)]
     if corpus and (args.hnsw_max_elements or len(corpus)) < len(corpus):
         raise console.InputError(f"--hnsw_max_elements {args.hnsw_max_elements}: the corpus has {len(corpus)} "
                                  "documents")
@@ -236,8 +221,8 @@ def main() -> None:
         console.warn(f"--recall_num {args.recall_num}: the corpus has only {len(corpus)} documents")
     blocks = (queries[start : start + data.WINDOW] for start in range(0, len(queries), data.WINDOW))
     if streams:
-        rows = data.read_rows(STDIN, 1, "--query", args.strict_data, every=True)
-        blocks = asked(arriving("\t".join(row) for _, row in rows), args.format)
+        blocks = arriving(query for _, (query,) in data.read_rows(STDIN, 1, "--query", args.strict_data,
+                                                                  plain=args.plain_text))
     with new_file(path) if path and not RANK else contextlib.nullcontext(sys.stdout) as file:
         write_results(args, blocks, index, corpus,
                       lambda texts: encode(engine, tokenizer, texts, args.max_seq_length, args.batch_size), file)

@@ -11,7 +11,6 @@ filters, nearest first; never the query or any of its positives. It needs neithe
 """
 
 import argparse
-import contextlib
 import math
 import os
 import sys
@@ -39,7 +38,7 @@ def parse_args() -> argparse.Namespace:
                        help="what recall.py wrote for --similar_text_pair: query, document, cosine, best first")
     group.add_argument("--output_file", type=flags.nonempty_text, required=True,
                        help="query, positive and negative, tab-separated, for train.py --train_set_file")
-    flags.add_strict_argument(group)
+    flags.add_data_arguments(group)
     group = parser.add_argument_group("filters")
     group.add_argument("--negatives_per_pair", type=flags.positive_int, metavar="N", default=1,
                        help="negatives of a pair, fewer where fewer pass")
@@ -65,34 +64,24 @@ def parse_args() -> argparse.Namespace:
 
 
 def read_pairs(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Of every query its positives and their cosines; blank and malformed lines, for which predict.py prints nan, are
-    left out.
+    """Of every query its positives and their cosines.
 
     Raises:
         InputError: the two files do not have as many lines, or a score is no number.
     """
-    pairs = [pair for _, pair in data.read_rows(args.similar_text_pair, 2, "--similar_text_pair", args.strict_data,
-                                                every=True)]
-    scores = [*data.read_rows(args.positive_scores, 1, "--positive_scores", args.strict_data)]
+    pairs = data.read_text_pairs(args.similar_text_pair, "--similar_text_pair", args.strict_data, args.plain_text)
+    scores = data.read_texts(args.positive_scores, "--positive_scores", args.strict_data, args.plain_text)
     if len(scores) != len(pairs):
         raise console.InputError(f"--positive_scores {args.positive_scores}: {flags.count(scores, 'line')} for "
-                                 f"{flags.count(pairs, 'line')} of {args.similar_text_pair}; predict.py prints one "
-                                 "a line")
+                                 f"{flags.count(pairs, 'pair')} of {args.similar_text_pair}")
     positives: dict[str, dict[str, float]] = {}
-    for pair, (number, (score,)) in zip(pairs, scores):
-        if len(pair) == 2 and all(pair):
-            query, positive = pair
-            positives.setdefault(query, {})[positive] = cosine_of(score, f"{args.positive_scores}:{number}")
+    for number, ((query, positive), score) in enumerate(zip(pairs, scores), 1):
+        try:
+            positives.setdefault(query, {})[positive] = float(score)
+        except ValueError:
+            raise console.InputError(f"--positive_scores {args.positive_scores}: text {number}, {score!r}, is not a "
+                                     "number; predict.py prints such ones without --format") from None
     return positives
-
-
-def cosine_of(score: str, where: str) -> float:
-    """The number that predict.py printed; InputError where that is another thing."""
-    with contextlib.suppress(ValueError):
-        if math.isfinite(cosine := float(score)):
-            return cosine
-    raise console.InputError(f"--positive_scores {where}: {score!r} is not a number; predict.py prints such ones "
-                             "without --format")
 
 
 def read_candidates(args: argparse.Namespace, queries: Mapping) -> dict[str, dict[str, float]]:
@@ -113,7 +102,8 @@ def read_candidates(args: argparse.Namespace, queries: Mapping) -> dict[str, dic
             return f"cosine {row[2]!r} is not a number"
         return None
 
-    rows = data.read_rows(args.recall_result_file, 3, "--recall_result_file", args.strict_data, not_a_number)
+    rows = data.read_rows(args.recall_result_file, 3, "--recall_result_file", args.strict_data, not_a_number,
+                          args.plain_text)
     lowest: dict[str, float] = {}
     for _, (query, document, cosine) in rows:
         if float(cosine) > lowest.get(query, math.inf):  # recall.py wrote a query of several pairs once more

@@ -85,13 +85,16 @@ class _SetIfGiven(argparse.Action):
 
 def add_lines_argument(parser: argparse.ArgumentParser, flag: str, what: str, required: bool = False) -> None:
     """`flag` FILE, or - for stdin, with the flag or without it."""
-    def lines_file(path: str) -> str:
-        return path if path == STDIN else readable_file(path)
-
     group = parser.add_mutually_exclusive_group(required=required)
-    group.add_argument(flag, type=lines_file, default=None, help=f"{what}; -: from stdin, answered as they come")
-    group.add_argument(flag.removeprefix("--"), nargs="?", metavar="FILE", type=lines_file, action=_SetIfGiven,
-                       help=f"the same as {flag} FILE")
+    group.add_argument(flag, type=lambda path: path if path == STDIN else readable_file(path), default=None,
+                       help=f"{what}; -: from stdin, answered as they come")
+    def stdin(path: str) -> str:
+        if path != STDIN:
+            raise argparse.ArgumentTypeError(f"{path}: only -, stdin, goes without {flag}")
+        return path
+
+    group.add_argument(flag.removeprefix("--"), nargs="?", metavar="-", type=stdin, action=_SetIfGiven,
+                       help=f"the same as {flag} -")
 
 
 def folder(path: str) -> str:
@@ -146,7 +149,7 @@ def add_encode_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens per text, [CLS] and [SEP] included; longer texts are cut")
     add("--batch_size", type=positive_int,
         help="texts per batch; None: as many as fill 2,048 tokens on a CPU, 65,536 on a GPU")
-    add_strict_argument(parser)
+    add_data_arguments(parser)
     add_device_arguments(parser)
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
         help="number format of the matrix products; auto: bf16 on a CPU that is faster in it (AMX, or AMD's AVX-512 "
@@ -180,11 +183,6 @@ def nonempty_text(text: str) -> str:
     return text
 
 
-def given_text(text: str) -> str:
-    """A text given on the command line, on one line as those of files are."""
-    return console.one_line(nonempty_text(text))
-
-
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "gpu"), default="gpu", help="device to run on")
     parser.add_argument("--cpu_threads", type=natural_int, default=0, help="math threads on a CPU; 0: all cores")
@@ -193,6 +191,13 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
 def add_strict_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strict_data", action="store_true",
                         help="stop at the first malformed line instead of skipping and reporting it")
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """How text files are read."""
+    add_strict_argument(parser)
+    parser.add_argument("--plain_text", action="store_true", help="a file's lines are texts, and tabs alone part "
+                        "columns, though it looks like CSV, JSON lines, labels or a header, which are refused")
 
 
 def announce(args: argparse.Namespace, *parts: str) -> None:
