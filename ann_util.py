@@ -240,7 +240,7 @@ def load_index(path: str, fingerprint: dict, dim: int, cpu_threads: int = 0,
         if not corpus:
             if not os.path.isfile(kept) or file_digest(kept) != fingerprint["corpus"]:
                 raise ValueError("corpus.csv is not what was written")
-            corpus = TextFile(kept, "--index_path", plain=True)
+            corpus = TextFile(kept, "--index_path")
         index = Shards(fingerprint, len(corpus), dim, cpu_threads, path)
     log(f"using the index in {path}")
     return index, corpus

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from simcse import formats
 from simcse.console import InputError, reported, warn
 from simcse.files import STDIN, prefetch, read_json, reading
 
@@ -26,54 +25,46 @@ BOM = "\ufeff"
 Ids = list[int]  # of a text, [CLS] and [SEP] included
 
 
-def _decode(line: bytes, path: str, where: str) -> str:
+def _decode(line: bytes, where: str) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not UTF-8 at byte {error.start + 1} of the line; "
-                         + formats.not_utf8(path, line, error)) from None
-
-
-def _refuse_bytes(head: bytes, where: str) -> None:
-    if kind := formats.known_bytes(head):
-        raise InputError(f"{where}:1: not UTF-8 text in lines, but {kind}")
+        if line[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            cause = "it looks like UTF-16; convert it: iconv -f UTF-16 -t UTF-8"
+        else:
+            try:
+                line.decode("gb18030")
+                cause = "it looks like GBK; convert it: iconv -f GB18030 -t UTF-8"
+            except UnicodeDecodeError:
+                cause = "the file is damaged or not text"
+        raise InputError(f"{where}: not UTF-8 at byte {error.start + 1} of the line; {cause}") from None
 
 
 def _lines(path: str, flag: str) -> Iterator[tuple[int, str]]:
     """Yield number, from 1, and text of the lines of a UTF-8 file or of stdin as it comes; blank lines and, wherever
     files were joined, BOMs are left out."""
     number, stdin, name = 0, path == STDIN, "stdin" if path == STDIN else path
-    with open(0 if stdin else path, "rb", formats.BLOCK, closefd=not stdin) as file, reading(path) as advance:
-        _refuse_bytes(file.peek(), f"{flag} {name}")
+    with open(0 if stdin else path, "rb", closefd=not stdin) as file, reading(path) as advance:
         for chunk in file:
             advance(len(chunk))
             for line in chunk.splitlines():  # of bytes: splits at \n, \r\n and \r, and nowhere else
                 number += 1
-                text = _decode(line, path, f"{flag} {name}:{number}").replace(BOM, "")
+                text = _decode(line, f"{flag} {name}:{number}").replace(BOM, "")
                 if text.strip():
                     yield number, text
 
 
-def _checked(lines: Iterator[tuple[int, str]], path: str, flag: str, columns: tuple[int, ...],
-             plain: bool) -> Iterator[tuple[int, str]]:
-    """The same lines, whose first ones, unless `plain`, are not those of another format."""
-    ahead = [] if plain else list(itertools.islice(lines, 1 if path == STDIN else formats.SAMPLE))
-    formats.refuse_other_formats([line for _, line in ahead], path, flag, columns)
-    return itertools.chain(ahead, lines)
-
-
 def read_rows(path: str, columns: int, flag: str, strict: bool = False,
-              check: Callable[[list[str]], str | None] | None = None,
-              plain: bool = False) -> Iterator[tuple[int, list[str]]]:
+              check: Callable[[list[str]], str | None] | None = None) -> Iterator[tuple[int, list[str]]]:
     """Stream the rows of a tab-separated UTF-8 file, or of stdin (STDIN), each with the number of its line, from 1.
 
     Lines end in \\n, \\r\\n or \\r. Every field loses the white space around it and keeps what is inside. Blank lines
     are skipped. A row with another number of columns, an empty field, or for which `check(row)` returns a complaint is
     skipped, counted, and reported on stderr with file:line of the first three; of stdin these three are reported at
-    once as well. InputError, which names the `flag`: not UTF-8; another format, unless `plain` (--plain_text), by the
-    first lines, of stdin by the first; a bad row where `strict`; more than half of the rows bad; no good row."""
+    once as well. InputError, which names the `flag`: not UTF-8; a bad row where `strict`; more than half of the rows
+    bad; no good row."""
     good, bad, first_bad, name = 0, 0, [], "stdin" if path == STDIN else path
-    for number, line in _checked(_lines(path, flag), path, flag, (columns,), plain):
+    for number, line in _lines(path, flag):
         row = [field.strip() for field in line.split("\t")]
         if len(row) != columns:
             complaint = f"columns: {len(row)} instead of {columns}"
@@ -99,9 +90,9 @@ def read_rows(path: str, columns: int, flag: str, strict: bool = False,
         warn(f"{flag} {name}: skipped; {report}")
 
 
-def read_texts(path: str, flag: str, strict: bool = False, plain: bool = False) -> list[str]:
+def read_texts(path: str, flag: str, strict: bool = False) -> list[str]:
     """One text a line."""
-    return [text for _, (text,) in read_rows(path, 1, flag, strict, plain=plain)]
+    return [text for _, (text,) in read_rows(path, 1, flag, strict)]
 
 
 class TextFile(Sequence):
@@ -110,7 +101,7 @@ class TextFile(Sequence):
 
     _CHUNK = 1 << 22
 
-    def __init__(self, path: str, flag: str, strict: bool = False, columns: int = 1, plain: bool = False) -> None:
+    def __init__(self, path: str, flag: str, strict: bool = False, columns: int = 1) -> None:
         self.columns, self._lines = columns, None  # the numbers of the texts' lines, from 0; None: all of the file's
         self._file = open(path, "rb")  # noqa: SIM115  read from as long as this object lives
         if not os.path.isfile(path):
@@ -120,23 +111,19 @@ class TextFile(Sequence):
             path = self._file.name
             self._file.seek(0)
         self.path, self._size = path, os.path.getsize(path)
-        _refuse_bytes(os.pread(self._file.fileno(), formats.BLOCK, 0), f"{flag} {path}")
         with reading(path) as advance:
-            simple, maybe_blank = self._scan(advance)
-        if columns > 1 or not simple:  # something may have to be reported, or left out
-            rows = read_rows(path, columns, flag, strict, plain=plain)
-            self._lines = np.fromiter((number - 1 for number, _ in rows), "int32")
+            plain, maybe_blank = self._scan(advance)
+        if columns > 1 or not plain:  # something may have to be reported, or left out
+            self._lines = np.fromiter((number - 1 for number, _ in read_rows(path, columns, flag, strict)), "int32")
         elif blank := [row for row in maybe_blank if not self[row]]:
             self._lines = np.delete(np.arange(len(self), dtype="int32"), blank)
         if not len(self):
             raise InputError(f"{flag} {path}: the file holds no text")
-        if simple and not plain:
-            formats.refuse_other_formats(self[: formats.SAMPLE], path, flag, (columns,))
 
     def _scan(self, advance: Callable[[int], Any]) -> tuple[bool, array]:
         """Find where lines start. Returns whether all is UTF-8 without tabs; and the numbers, from 0, of the lines that
         may be blank, by their first byte."""
-        starts, maybe_blank, simple, offset, after_break = array("q"), array("q"), True, 0, True
+        starts, maybe_blank, plain, offset, after_break = array("q"), array("q"), True, 0, True
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         while chunk := self._file.read(self._CHUNK):
             while chunk.endswith(b"\r") and (more := self._file.read(1)):  # \r\n is one break
@@ -151,10 +138,10 @@ class TextFile(Sequence):
             maybe_blank.frombytes((odd + len(starts)).tobytes())
             starts.frombytes((begins + offset).tobytes())
             offset, after_break = offset + len(chunk), breaks[-1]
-            simple = simple and b"\t" not in chunk and "\ufffd" not in decoder.decode(chunk)
+            plain = plain and b"\t" not in chunk and "\ufffd" not in decoder.decode(chunk)
             advance(len(chunk))
         self._starts = np.frombuffer(starts, "int64")
-        return simple and not decoder.getstate()[0], maybe_blank
+        return plain and not decoder.getstate()[0], maybe_blank
 
     def __len__(self) -> int:
         return len(self._starts if self._lines is None else self._lines)
@@ -181,13 +168,12 @@ class TextFile(Sequence):
         return distinct(text for row in rows for text in ([self[row]] if self.columns == 1 else self[row]))
 
 
-def read_text_pairs(path: str, flag: str, strict: bool = False, plain: bool = False) -> list[tuple[str, str]]:
+def read_text_pairs(path: str, flag: str, strict: bool = False) -> list[tuple[str, str]]:
     """Two texts a line: query and title."""
-    return [(query, title) for _, (query, title) in read_rows(path, 2, flag, strict, plain=plain)]
+    return [(query, title) for _, (query, title) in read_rows(path, 2, flag, strict)]
 
 
-def read_labeled_pairs(path: str, flag: str, strict: bool = False,
-                       plain: bool = False) -> list[tuple[str, str, float]]:
+def read_labeled_pairs(path: str, flag: str, strict: bool = False) -> list[tuple[str, str, float]]:
     """Two texts and a number a line."""
     def not_a_number(row: list[str]) -> str | None:
         try:
@@ -195,14 +181,13 @@ def read_labeled_pairs(path: str, flag: str, strict: bool = False,
         except ValueError:
             return f"label {row[2]!r} is not a number"
 
-    return [(a, b, float(label)) for _, (a, b, label) in read_rows(path, 3, flag, strict, not_a_number, plain)]
+    return [(a, b, float(label)) for _, (a, b, label) in read_rows(path, 3, flag, strict, not_a_number)]
 
 
-def count_columns(path: str, flag: str, choices: tuple[int, ...], plain: bool = False) -> int:
+def count_columns(path: str, flag: str, choices: tuple[int, ...]) -> int:
     """Which of `choices` is the number of columns of most of the first 1,000 lines; of as many the one that comes
-    first. InputError: none, or another format, unless `plain`."""
-    lines = _checked(_lines(path, flag), path, flag, choices, plain)
-    counted = Counter(line.count("\t") + 1 for _, line in itertools.islice(lines, 1000))
+    first."""
+    counted = Counter(line.count("\t") + 1 for _, line in itertools.islice(_lines(path, flag), 1000))
     if found := [count for count in counted if count in choices]:
         return max(found, key=counted.get)
     raise InputError(f"{flag} {path}: {'' if counted else 'the file holds no text; '}no line has "

@@ -43,7 +43,7 @@ def main() -> None:
     streams = args.input_file == STDIN and not args.output_file
     texts = list(args.text)
     if args.input_file and not streams:
-        texts += data.read_texts(args.input_file, "--input_file", args.strict_data, args.plain_text)
+        texts += data.read_texts(args.input_file, "--input_file", args.strict_data)
     if not texts and not streams:
         texts = [flags.README_TEXT]
     flags.announce(args, args.params_path, "texts of stdin" if streams else flags.count(texts, "text"))
@@ -53,8 +53,7 @@ def main() -> None:
     engine, tokenizer = load_engine(args)
     blocks = [texts]
     if streams:
-        blocks = arriving(text for _, (text,) in data.read_rows(STDIN, 1, "--input_file", args.strict_data,
-                                                                plain=args.plain_text))
+        blocks = arriving(text for _, (text,) in data.read_rows(STDIN, 1, "--input_file", args.strict_data))
     for block in blocks:
         embeddings = encode(engine, tokenizer, block, args.max_seq_length, args.batch_size)
         if args.output_file:

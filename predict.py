@@ -32,8 +32,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     streams = args.text_pair_file == STDIN
-    pairs = [] if streams else data.read_text_pairs(args.text_pair_file, "--text_pair_file", args.strict_data,
-                                                    args.plain_text)
+    pairs = [] if streams else data.read_text_pairs(args.text_pair_file, "--text_pair_file", args.strict_data)
     flags.announce(args, args.params_path, "pairs of stdin" if streams else flags.count(pairs, "pair"))
 
     from model import encode_pairs, load_engine, mean_loss
@@ -41,8 +40,7 @@ def main() -> None:
     engine, tokenizer = load_engine(args)
     blocks = [pairs]
     if streams:
-        blocks = arriving(pair for _, pair in data.read_rows(STDIN, 2, "--text_pair_file", args.strict_data,
-                                                       plain=args.plain_text))
+        blocks = arriving(pair for _, pair in data.read_rows(STDIN, 2, "--text_pair_file", args.strict_data))
     for block in blocks:
         first, second = encode_pairs(engine, tokenizer, block, args.max_seq_length, args.batch_size)
         cosines = (first * second).sum(axis=1).tolist()

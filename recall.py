@@ -196,11 +196,10 @@ def write_results(args: argparse.Namespace, blocks: Iterable[list[str]], index, 
 
 def main() -> None:
     args = parse_args()
-    corpus = args.corpus_file and data.TextFile(args.corpus_file, "--corpus_file", args.strict_data,
-                                                plain=args.plain_text)
+    corpus = data.TextFile(args.corpus_file, "--corpus_file", args.strict_data) if args.corpus_file else None
     streams = args.query == [STDIN]
     queries = args.query or [query for query, _ in data.read_text_pairs(
-        args.similar_text_pair, "--similar_text_pair", args.strict_data, args.plain_text)]
+        args.similar_text_pair, "--similar_text_pair", args.strict_data)]
     if corpus and (args.hnsw_max_elements or len(corpus)) < len(corpus):
         raise console.InputError(f"--hnsw_max_elements {args.hnsw_max_elements}: the corpus has {len(corpus)} "
                                  "documents")
@@ -221,8 +220,7 @@ def main() -> None:
         console.warn(f"--recall_num {args.recall_num}: the corpus has only {len(corpus)} documents")
     blocks = (queries[start : start + data.WINDOW] for start in range(0, len(queries), data.WINDOW))
     if streams:
-        blocks = arriving(query for _, (query,) in data.read_rows(STDIN, 1, "--query", args.strict_data,
-                                                                  plain=args.plain_text))
+        blocks = arriving(query for _, (query,) in data.read_rows(STDIN, 1, "--query", args.strict_data))
     with new_file(path) if path and not RANK else contextlib.nullcontext(sys.stdout) as file:
         write_results(args, blocks, index, corpus,
                       lambda texts: encode(engine, tokenizer, texts, args.max_seq_length, args.batch_size), file)

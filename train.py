@@ -38,7 +38,7 @@ def parse_args() -> argparse.Namespace:
         "being negatives; query, title and a hard negative")
     add("--test_set_file", type=flags.readable_file, help="evaluation set: text, text, label on a line (Spearman's "
         "rho), or query, target (Recall@k among all targets, exact search); None: no evaluation")
-    flags.add_data_arguments(group)
+    flags.add_strict_argument(group)
     start = parser.add_argument_group("start")
     add = start.add_argument
     add("--model_name_or_path", type=flags.model_name,
@@ -87,9 +87,8 @@ def read_test_set(args: argparse.Namespace) -> list[tuple]:
     path, flag = args.test_set_file, "--test_set_file"
     if not path:
         return []
-    read = {2: data.read_text_pairs, 3: data.read_labeled_pairs}[data.count_columns(
-        path, flag, (2, 3), args.plain_text)]
-    return read(path, flag, args.strict_data, args.plain_text)
+    read = {2: data.read_text_pairs, 3: data.read_labeled_pairs}[data.count_columns(path, flag, (2, 3))]
+    return read(path, flag, args.strict_data)
 
 
 def evaluate(embed: Callable, test_set: list[tuple]) -> dict[str, float]:
@@ -140,7 +139,7 @@ def train(args: argparse.Namespace, texts: data.TextFile, test_set: list[tuple])
     from simcse.gradients import backward
     from simcse.ranks import wait_for_ranks
     from simcse.run import Run
-    from simcse.whitening import SAMPLE, whiten
+    from simcse.whitening import SAMPLE, runs, whiten
 
     def save(folder: str, also: Callable | None = None) -> None:
         save_checkpoint(folder, model, tokenizer, make_record(model, name, args.max_seq_length), also=also)
@@ -171,7 +170,9 @@ def train(args: argparse.Namespace, texts: data.TextFile, test_set: list[tuple])
     if args.whiten is not None:
         if not RANK:
             sample = texts.sample(SAMPLE)
-            whiten(model, lambda: encoder("fp32")(sample), args.whiten or model.embedding_size)
+            sample += runs(sample, tokenizer, args.max_seq_length)
+            whiten(model, lambda: encoder("fp32")(sample), args.whiten or model.embedding_size,
+                   args.max_seq_length)
             folder = os.path.join(args.save_dir, f"model_{run.step}_whitened")
             save(folder)  # beside the checkpoint of the step, which stays as it is
             console.log(f"saved {folder}")
@@ -185,10 +186,10 @@ def train(args: argparse.Namespace, texts: data.TextFile, test_set: list[tuple])
 def main() -> None:
     args = parse_args()
     path, flag = args.train_set_file, "--train_set_file"
-    columns = data.count_columns(path, flag, (1, 2, 3), args.plain_text) if os.path.isfile(path) else 1
+    columns = data.count_columns(path, flag, (1, 2, 3)) if os.path.isfile(path) else 1
     if columns > 1 and args.crop_rate:
         raise console.InputError(f"--crop_rate is for texts, one a line; {path} has {columns} columns")
-    texts, test_set = data.TextFile(path, flag, args.strict_data, columns, args.plain_text), read_test_set(args)
+    texts, test_set = data.TextFile(path, flag, args.strict_data, columns), read_test_set(args)
 
     flags.announce_training(args, args.init_from_ckpt or args.model_name_or_path or flags.DEFAULT_MODEL,
                             flags.count(texts, ("training text", "training pair", "training triple")[columns - 1]))

@@ -38,7 +38,7 @@ def parse_args() -> argparse.Namespace:
                        help="what recall.py wrote for --similar_text_pair: query, document, cosine, best first")
     group.add_argument("--output_file", type=flags.nonempty_text, required=True,
                        help="query, positive and negative, tab-separated, for train.py --train_set_file")
-    flags.add_data_arguments(group)
+    flags.add_strict_argument(group)
     group = parser.add_argument_group("filters")
     group.add_argument("--negatives_per_pair", type=flags.positive_int, metavar="N", default=1,
                        help="negatives of a pair, fewer where fewer pass")
@@ -69,8 +69,8 @@ def read_pairs(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     Raises:
         InputError: the two files do not have as many lines, or a score is no number.
     """
-    pairs = data.read_text_pairs(args.similar_text_pair, "--similar_text_pair", args.strict_data, args.plain_text)
-    scores = data.read_texts(args.positive_scores, "--positive_scores", args.strict_data, args.plain_text)
+    pairs = data.read_text_pairs(args.similar_text_pair, "--similar_text_pair", args.strict_data)
+    scores = data.read_texts(args.positive_scores, "--positive_scores", args.strict_data)
     if len(scores) != len(pairs):
         raise console.InputError(f"--positive_scores {args.positive_scores}: {flags.count(scores, 'line')} for "
                                  f"{flags.count(pairs, 'pair')} of {args.similar_text_pair}")
@@ -102,8 +102,7 @@ def read_candidates(args: argparse.Namespace, queries: Mapping) -> dict[str, dic
             return f"cosine {row[2]!r} is not a number"
         return None
 
-    rows = data.read_rows(args.recall_result_file, 3, "--recall_result_file", args.strict_data, not_a_number,
-                          args.plain_text)
+    rows = data.read_rows(args.recall_result_file, 3, "--recall_result_file", args.strict_data, not_a_number)
     lowest: dict[str, float] = {}
     for _, (query, document, cosine) in rows:
         if float(cosine) > lowest.get(query, math.inf):  # recall.py wrote a query of several pairs once more

@@ -88,12 +88,7 @@ def add_lines_argument(parser: argparse.ArgumentParser, flag: str, what: str, re
     group = parser.add_mutually_exclusive_group(required=required)
     group.add_argument(flag, type=lambda path: path if path == STDIN else readable_file(path), default=None,
                        help=f"{what}; -: from stdin, answered as they come")
-    def stdin(path: str) -> str:
-        if path != STDIN:
-            raise argparse.ArgumentTypeError(f"{path}: only -, stdin, goes without {flag}")
-        return path
-
-    group.add_argument(flag.removeprefix("--"), nargs="?", metavar="-", type=stdin, action=_SetIfGiven,
+    group.add_argument(flag.removeprefix("--"), nargs="?", metavar="-", choices=[STDIN], action=_SetIfGiven,
                        help=f"the same as {flag} -")
 
 
@@ -149,7 +144,7 @@ def add_encode_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens per text, [CLS] and [SEP] included; longer texts are cut")
     add("--batch_size", type=positive_int,
         help="texts per batch; None: as many as fill 2,048 tokens on a CPU, 65,536 on a GPU")
-    add_data_arguments(parser)
+    add_strict_argument(parser)
     add_device_arguments(parser)
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
         help="number format of the matrix products; auto: bf16 on a CPU that is faster in it (AMX, or AMD's AVX-512 "
@@ -171,6 +166,10 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             if args.max_seq_length > positions:
                 parser.error(f"--max_seq_length {args.max_seq_length}: the encoder has {positions} positions")
             break
+    whitened_at = read_record(checkpoint).get("whitened_at") if checkpoint else None
+    if whitened_at and args.max_seq_length > whitened_at and not RANK:
+        console.warn(f"--max_seq_length {args.max_seq_length}: {checkpoint} was whitened at {whitened_at} tokens, and "
+                     "does not suit longer texts; whiten it (train.py --whiten) at the length that you use")
     return args
 
 
@@ -191,13 +190,6 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
 def add_strict_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strict_data", action="store_true",
                         help="stop at the first malformed line instead of skipping and reporting it")
-
-
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """How text files are read."""
-    add_strict_argument(parser)
-    parser.add_argument("--plain_text", action="store_true", help="a file's lines are texts, and tabs alone part "
-                        "columns, though it looks like CSV, JSON lines, labels or a header, which are refused")
 
 
 def announce(args: argparse.Namespace, *parts: str) -> None:

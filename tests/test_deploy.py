@@ -1,5 +1,6 @@
 """deploy/python on a server: an exported folder and these files, without paddlenlp and without the project."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -104,9 +105,9 @@ def test_what_is_damaged_is_one_line(exported, tmp_path, name, message):
 
 
 @pytest.mark.parametrize("content, message", [
-    ("甲\n".encode("gbk"), "texts:1: not UTF-8 at byte 1 of the line; iconv -f ENCODING -t UTF-8 FILE > NEW converts"),
+    ("甲\n".encode("gbk"), "texts:1: not UTF-8 at byte 1 of the line; it looks like GBK"),
     ("甲\n".encode("utf-16"), "texts:1: not UTF-8 at byte 1 of the line; it looks like UTF-16"),
-    (b"a\n\xff\xfa\x81\n", "texts:2: not UTF-8 at byte 1 of the line; iconv -f ENCODING"),
+    (b"a\n\xff\xfa\x81\n", "texts:2: not UTF-8 at byte 1 of the line; the file is damaged or not text"),
     (b"\n", "the file holds no text"),
     ("a\tb\n甲\n\n".encode(), "texts:1 (columns: 2 instead of 1)"), (b"a\tb\nc\td\ne\n", "2 of 3 lines are malformed")])
 def test_files(server, exported, tmp_path, content, message):
@@ -116,6 +117,18 @@ def test_files(server, exported, tmp_path, content, message):
                         "--format", "tsv", cwd=tmp_path)
     assert message in result.stderr and "Traceback" not in result.stderr
     assert (result.returncode, result.stdout[:2]) == ((0, "甲\t") if b"\xe7" in content else (2, ""))
+
+
+def test_what_was_whitened_at_a_length_is_told_of_longer_texts(exported, tmp_path):
+    for each in os.listdir(exported):
+        (tmp_path / each).symlink_to(exported / each)
+    config = tmp_path / "simcse_config.json"
+    record = json.loads(config.read_text(encoding="utf-8"))
+    config.unlink()
+    config.write_text(json.dumps({**record, "whitened_at": 16}), encoding="utf-8")
+    result = succeed("deploy/python/predict.py", "--device", "cpu", "--model_dir", tmp_path, "--text", "语义", *FP32,
+                     "--max_seq_length", 17)
+    assert f"--max_seq_length 17: {tmp_path} was whitened at 16 tokens" in result.stderr
 
 
 @pytest.mark.parametrize("length", [3, 16, 512])
