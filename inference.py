@@ -22,7 +22,7 @@ def parse_args() -> argparse.Namespace:
     add("--text", action="append", type=flags.nonempty_text, default=[], help="a text; may be given several times. "
         f"Without --text and --input_file: {flags.README_TEXT}")
     flags.add_lines_argument(parser, "--input_file", "texts, one a line")
-    add("--output_file",
+    add("--output_file", type=flags.npy_file,
         help="write the embeddings there, .npy, float32 [texts, embedding size]; None: print them")
     add("--format", choices=("tsv", "jsonl"), help="how embeddings are printed, a line a text. tsv: text, tab, numbers "
         'with blanks between them; jsonl: {"text", "embedding"}; None: shape and matrix, of stdin tsv')
@@ -31,8 +31,6 @@ def parse_args() -> argparse.Namespace:
     args = flags.check_arguments(parser, parser.parse_args())
     if args.text and args.input_file == STDIN:
         parser.error("--text and texts of stdin: one of them, please")
-    if args.output_file and not args.output_file.endswith(".npy"):
-        parser.error(f"argument --output_file: {args.output_file}: the name has to end in .npy")
     if args.output_file and args.format:
         parser.error("--format is how embeddings are printed; --output_file writes .npy instead")
     return args

@@ -45,25 +45,28 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def _number(kind: Callable[[str], Any], accepts: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
+def _kind(complaint: str, accepts: Callable[[Any], Any], convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
+    """The type of a flag, which converts its text and complains about one that cannot be, or is not accepted then."""
     def parse(text: str) -> Any:
         with contextlib.suppress(ValueError):
-            if accepts(value := kind(text)):
+            if accepts(value := convert(text)):
                 return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        raise argparse.ArgumentTypeError(complaint.format(text))
 
     return parse
 
 
-positive_int = _number(int, lambda v: v >= 1, "a whole number from 1 up")
-natural_int = _number(int, lambda v: v >= 0, "a whole number from 0 up")
-probability = _number(float, lambda v: 0 <= v < 1, "a number from 0 up to, not including, 1")
-proportion = _number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
-positive_float = _number(float, lambda v: 0 < v < math.inf, "a number above 0")
-natural_float = _number(float, lambda v: 0 <= v < math.inf, "a number from 0 up")
-port = _number(int, lambda v: 0 <= v < 65536, "a port from 0 to 65535")
-hnsw_links = _number(int, lambda v: v >= 2, "a whole number from 2 up")
-sequence_length = _number(int, lambda v: v >= 3, "a whole number from 3 up ([CLS], a token, [SEP])")
+positive_int = _kind("{!r} is not a whole number from 1 up", lambda v: v >= 1, int)
+natural_int = _kind("{!r} is not a whole number from 0 up", lambda v: v >= 0, int)
+probability = _kind("{!r} is not a number from 0 up to, not including, 1", lambda v: 0 <= v < 1, float)
+proportion = _kind("{!r} is not a number from 0 to 1", lambda v: 0 <= v <= 1, float)
+positive_float = _kind("{!r} is not a number above 0", lambda v: 0 < v < math.inf, float)
+natural_float = _kind("{!r} is not a number from 0 up", lambda v: 0 <= v < math.inf, float)
+port = _kind("{!r} is not a port from 0 to 65535", lambda v: 0 <= v < 65536, int)
+hnsw_links = _kind("{!r} is not a whole number from 2 up", lambda v: v >= 2, int)
+sequence_length = _kind("{!r} is not a whole number from 3 up ([CLS], a token, [SEP])", lambda v: v >= 3, int)
+folder = _kind("{}: no such folder", os.path.isdir)
+npy_file = _kind("{}: the name has to end in .npy", lambda path: path.endswith(".npy"))
 
 
 def readable_file(path: str) -> str:
@@ -90,13 +93,6 @@ def add_lines_argument(parser: argparse.ArgumentParser, flag: str, what: str, re
                        help=f"{what}; -: from stdin, answered as they come")
     group.add_argument(flag.removeprefix("--"), nargs="?", metavar="-", choices=[STDIN], action=_SetIfGiven,
                        help=f"the same as {flag} -")
-
-
-def folder(path: str) -> str:
-    """Check that `path` is a folder."""
-    if not os.path.isdir(path):
-        raise argparse.ArgumentTypeError(f"{path}: no such folder")
-    return path
 
 
 def model_name(text: str) -> str:
@@ -166,10 +162,6 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             if args.max_seq_length > positions:
                 parser.error(f"--max_seq_length {args.max_seq_length}: the encoder has {positions} positions")
             break
-    whitened_at = read_record(checkpoint).get("whitened_at") if checkpoint else None
-    if whitened_at and args.max_seq_length > whitened_at and not RANK:
-        console.warn(f"--max_seq_length {args.max_seq_length}: {checkpoint} was whitened at {whitened_at} tokens, and "
-                     "does not suit longer texts; whiten it (train.py --whiten) at the length that you use")
     return args
 
 

@@ -146,10 +146,6 @@ def check(parser: ArgumentParser, args: argparse.Namespace) -> None:
              f"--max_seq_length {args.max_seq_length}: the encoder has {positions} positions")):
         if refused:
             parser.error(message)
-    whitened_at = p.read_record(args.model_dir).get("whitened_at")
-    if whitened_at and args.max_seq_length > whitened_at:
-        print(f"--max_seq_length {args.max_seq_length}: {args.model_dir} was whitened at {whitened_at} tokens, and "
-              "does not suit longer texts; whiten it (train.py --whiten) at the length that you use", file=sys.stderr)
 
 
 def decode(line: bytes, where: str) -> str:
