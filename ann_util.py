@@ -1,16 +1,20 @@
-"""Nearest neighbours by cosine of L2-normalized embeddings: hnswlib's graph, and exact search as the reference; an
-index of several of either, the shards, and how it is kept in a folder with its corpus."""
+"""Nearest neighbours by cosine of L2-normalized embeddings: what has a vector, and which lines of the corpus that is;
+hnswlib's graph, and exact search as the reference; an index of several of either, the shards, and how it is kept in a
+folder with its corpus."""
 
 import contextlib
+import fcntl
+import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import repeat
+from itertools import islice, repeat
+from typing import Any
 
 from data import WINDOW, TextFile
-from simcse.console import InputError, log, progress, reported
+from simcse.console import InputError, log, progress, reported, warn
 from simcse.files import check_fingerprint, file_digest, new_folder, read_json, temporary_name, write_json
 from simcse.machine import CPU_THREADS, RANK, RANKS, available_memory
 
@@ -19,6 +23,67 @@ import numpy as np
 # Exact search multiplies so many queries by so many documents at a time, on every core: 16 MB of cosines.
 QUERY_BLOCK, CORPUS_BLOCK = 256, 16384
 Found = tuple[np.ndarray, np.ndarray]  # of every query rows int64 [Q, k] and their cosines float32 [Q, k], best first
+Hit = tuple[str, int | None, float]  # a document, the number of its line, None where that is not known, and its score
+FORMAT = 2  # of a kept index: its rows are entries
+MEASURED, MEASURED_K, DEEPER = 100, 10, 4  # documents that an index is measured with; how deep; a larger ef to compare
+POOR = 0.99  # ANN recall below which it is said what finds more
+
+
+class Entries(Sequence):
+    """What an index has a vector of: the distinct texts of a corpus, in the order of their first lines. Copies would
+    break the graph: they are each other's neighbours, and nothing leads out of them.
+
+    An entry is a row of the index. `rows`, int32, are the corpus' rows, entry by entry: rows[starts[e] : starts[e + 1]]
+    have the text of entry e, in their order. Equal texts are found by a hash of 64 bits, whose key is another in every
+    process: the odds that any two of 8 million texts are taken for one are 2 in a million.
+
+    Args:
+        folder: where `save` has written the two, which are then mapped instead of read; None: they are found.
+    """
+
+    def __init__(self, corpus: TextFile, folder: str | None = None) -> None:
+        self.corpus, self.documents = corpus, len(corpus)
+        if folder:
+            both = np.load(os.path.join(folder, "entries.npy"), mmap_mode="r")
+            self.rows, self.starts = np.split(both, [len(corpus)])
+            return
+        with progress("looking for copies", len(corpus), "documents") as advance:
+            keys, texts = np.empty(len(corpus), "int64"), iter(corpus)
+            for block in np.split(keys, range(WINDOW, len(keys), WINDOW)):
+                block[:] = np.fromiter(map(hash, islice(texts, len(block))), "int64")
+                advance(len(block))
+        _, first, entry, lines = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
+        self.rows = np.argsort(first[entry], kind="stable").astype("int32")
+        self.starts = np.append(0, np.cumsum(lines[np.argsort(first)])).astype("int32")
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, entry):
+        rows = self.rows[self.starts[:-1][entry]]
+        return self.corpus.take(rows) if isinstance(entry, slice) else self.corpus[int(rows)]
+
+    def lines(self, entry: int, most: int | None = None) -> list[int]:
+        """The numbers of the first `most` lines of an entry in the corpus' file, from 1; None: of all."""
+        start, end = self.starts[entry : entry + 2]
+        return [self.corpus.line_number(row) for row in self.rows[start:end][:most]]
+
+    def take(self, entries: Sequence[int], most: int | None = None) -> list[tuple[str, list[int]]]:
+        """The texts of some entries, and their `lines`."""
+        return [(self[entry], self.lines(entry, most)) for entry in entries]
+
+    def save(self, folder: str) -> None:
+        np.save(os.path.join(folder, "entries.npy"), np.append(self.rows, self.starts))
+
+
+def expand(found: Found, documents: Any, depths: Sequence[int], distinct: bool = False) -> list[list[Hit]]:
+    """Of every query the documents that were found, best first, at most its depth: each line that has an entry's text,
+    or, if `distinct`, the first of them alone. `documents` are `Entries` or a `MilvusIndex`."""
+    sides = [side.tolist() for side in found]
+    wanted = sorted({entry for entries, depth in zip(sides[0], depths) for entry in entries[:depth] if entry >= 0})
+    of_entry = dict(zip(wanted, documents.take(wanted, 1 if distinct else max(depths))))
+    return [[(of_entry[entry][0], line, score) for entry, score in zip(entries[:depth], scores) if entry >= 0
+             for line in of_entry[entry][1]][:depth] for entries, scores, depth in zip(*sides, depths)]
 
 
 def merge(parts: Iterable[Found], k: int) -> Found:
@@ -138,33 +203,34 @@ class HnswIndex:
 
 
 class Shards:
-    """An index in parts: the documents in pieces, piece i in shard i % shards, shard s on rank s % ranks. Which
-    document goes where, and in what order, depends on neither ranks nor threads, so results do not either. `pieces` are
-    the rows of this rank.
+    """An index in parts: the entries in pieces, piece i in shard i % shards, shard s on rank s % ranks. Which entry
+    goes where, and in what order, depends on neither ranks nor threads, so results do not either. `pieces` are the
+    rows of this rank.
 
     Args:
         fingerprint: its "ann_engine", "index_shards", "hnsw_m", "hnsw_ef", "hnsw_max_elements", and with a folder
-            "shards": the SHA-256 of its files by their names.
-        documents, dim: how many embeddings of what size there are on all ranks.
+            "files": the SHA-256 of its files by their names.
+        entries, dim: how many embeddings of what size there are on all ranks.
         cpu_threads: those of a search, and of adding, a shard each; 0: all cores.
         folder: where `save` has written the shards; None: they are empty.
 
     InputError: more ranks than shards, or too little memory. OSError, RuntimeError, ValueError: a damaged file.
     """
 
-    def __init__(self, fingerprint: dict, documents: int, dim: int, cpu_threads: int = 0, folder: str | None = None,
+    def __init__(self, fingerprint: dict, entries: int, dim: int, cpu_threads: int = 0, folder: str | None = None,
                  rank: int = RANK, ranks: int = RANKS) -> None:
+        self.fingerprint = fingerprint
         self._threads, self._count = cpu_threads or CPU_THREADS, fingerprint["index_shards"]
         if self._count < ranks:
             raise InputError(f"--index_shards {self._count}: there are {ranks} processes")
-        self._piece = min(WINDOW, -(-documents // self._count))
-        pieces = [range(start, min(start + self._piece, documents)) for start in range(0, documents, self._piece)]
+        self._piece = min(WINDOW, -(-entries // self._count))
+        pieces = [range(start, min(start + self._piece, entries)) for start in range(0, entries, self._piece)]
         self.pieces = [rows for number, rows in enumerate(pieces) if number % self._count % ranks == rank]
         self._shards = {}
         for shard in range(rank, min(self._count, len(pieces)), ranks):
             name = f"shard_{shard}.bin"
             path = folder and os.path.join(folder, name)
-            if path and file_digest(path) != fingerprint.get("shards", {}).get(name):
+            if path and file_digest(path) != fingerprint["files"].get(name):
                 raise ValueError(f"{name} is not what was written")
             if fingerprint["ann_engine"] == "exact":
                 self._shards[shard] = ExactIndex(path)
@@ -190,7 +256,7 @@ class Shards:
                     advance(count)
 
     def search(self, queries: np.ndarray, k: int, exact: bool = False) -> Found:
-        """The k best documents, approximately or exactly; where there are fewer, the last are rows -1 of cosine -inf.
+        """The k best entries, approximately or exactly; where there are fewer, the last are rows -1 of cosine -inf.
         All ranks ask together, and find the same."""
         from simcse.ranks import gather_arrays
 
@@ -203,6 +269,19 @@ class Shards:
                 parts.append(((shard + pieces * self._count) * self._piece + places, cosines))
                 advance()
         return merge(zip(*map(gather_arrays, merge(parts, k))), k)
+
+    def measure(self, queries: np.ndarray, k: int, what: str) -> dict:
+        """What the graph's approximation costs `queries`, which are `what`: "recall", the part of the exact k best
+        entries that is found with the search's "hnsw_ef", and with one DEEPER times as large."""
+        ef, recalls = self.fingerprint["hnsw_ef"], []
+        efs = [DEEPER * max(ef, 2 * k), ef]
+        _, exact = self.search(queries, k, exact=True)
+        for each in efs:
+            for shard in self._shards.values():
+                shard.ef = each
+            recalls.append(round(ann_recall(self.search(queries, k)[1], exact), 4))
+        return {"k": k, "queries": f"{len(queries)} {what}", "recall": recalls[1], "hnsw_ef": ef,
+                "deeper_recall": recalls[0], "deeper_ef": efs[0]}
 
     def save(self, folder: str) -> None:
         """Write this rank's shards to the folder."""
@@ -219,35 +298,78 @@ def ann_recall(cosines: np.ndarray, exact_cosines: np.ndarray) -> float:
     return float(np.mean(cosines >= exact_cosines[:, -1:] - 1e-6))
 
 
+def report(measured: dict | None) -> None:
+    """Say what `Shards.measure` has found, and, where much is missed, what has been seen to find more."""
+    if RANK or not measured:
+        return
+    remedy = ""
+    if measured["recall"] < POOR:
+        helps = measured["deeper_recall"] > measured["recall"] + 0.001
+        remedy = (f"; --hnsw_ef {measured['deeper_ef']} finds {measured['deeper_recall']:.4f}" if helps else
+                  "; --ann_engine exact finds all, a larger --hnsw_ef does not help")
+    (warn if remedy else log)(
+        f"ANN recall@{measured['k']} against exact search, {measured['queries']}: {measured['recall']:.4f} "
+        f"with --hnsw_ef {measured['hnsw_ef']}{remedy}")
+
+
+@contextlib.contextmanager
+def building(path: str, wanted: dict, new: dict) -> Iterator[None]:
+    """While an index, `new`, is built in the folder `path`, no other process builds one there: it waits, or, where
+    `new` is other than what it `wanted`, raises InputError."""
+    lock = temporary_name(path, "lock")
+    os.makedirs(os.path.dirname(lock), exist_ok=True)
+    with open(lock, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            if other := file.read():
+                check_fingerprint(json.loads(other), wanted, f"--index_path {path}, which another process is "
+                                  "building", "name another folder")
+            log(f"waiting for the process that is building the index in {path}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        json.dump(new, file)
+        file.flush()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(FileNotFoundError):  # the process that was waited for has removed it
+                os.remove(lock)
+
+
 def read_fingerprint(path: str, wanted: dict) -> dict:
-    """What the index in the folder `path` was made of; InputError where that is other than `wanted`, or it is none."""
+    """What the index in the folder `path` was made of, with the "hnsw_ef" of `wanted`, if that has one; InputError
+    where it is other than `wanted`, or it is no index."""
     found = {}
     with contextlib.suppress(InputError):
         found = read_json(os.path.join(path, "fingerprint.json"))
     if not found:
         raise InputError(f"--index_path {path}: exists, but is not an index that recall.py wrote")
-    check_fingerprint({"vector_type": "float32", **found}, {**wanted, "vector_type": "float32"},  # there were others
-                      f"--index_path {path}", "name another folder, or remove this one to build it again")
-    return found
+    return check_fingerprint(found, {**wanted, "index_format": FORMAT}, f"--index_path {path}",
+                             "name another folder, or remove this one to build it again")
 
 
 def load_index(path: str, fingerprint: dict, dim: int, cpu_threads: int = 0,
-               corpus: TextFile | None = None) -> tuple[Shards, TextFile]:
-    """This rank's part of the index in the folder `path`, whose fingerprint has been read, and its documents: `corpus`,
-    or those in the folder; InputError where a file there is damaged. See `Shards`."""
-    kept = os.path.join(path, "corpus.csv")
+               corpus: TextFile | None = None) -> tuple[Shards, Entries]:
+    """This rank's part of the index in the folder `path`, whose fingerprint has been read, and its entries, of `corpus`
+    or of the corpus in the folder; InputError where a file there is damaged. See `Shards`."""
     with reported(f"--index_path {path}: damaged", OSError, RuntimeError, ValueError):
-        if not corpus:
-            if not os.path.isfile(kept) or file_digest(kept) != fingerprint["corpus"]:
-                raise ValueError("corpus.csv is not what was written")
-            corpus = TextFile(kept, "--index_path")
-        index = Shards(fingerprint, len(corpus), dim, cpu_threads, path)
+        kept = {"entries.npy": fingerprint["files"]["entries.npy"], **({} if corpus else {
+            "corpus.csv": fingerprint["corpus"]})}
+        for name, digest in kept.items():
+            if not os.path.isfile(os.path.join(path, name)) or file_digest(os.path.join(path, name)) != digest:
+                raise ValueError(f"{name} is not what was written")
+        entries = Entries(corpus or TextFile(os.path.join(path, "corpus.csv"), "--index_path"), path)
+        index = Shards(fingerprint, len(entries), dim, cpu_threads, path)
     log(f"using the index in {path}")
-    return index, corpus
+    report(fingerprint.get("ann_recall"))
+    return index, entries
 
 
-def save_index(path: str, index: Shards, fingerprint: dict, corpus: TextFile) -> None:
-    """Write the index of all ranks, and the corpus, to the folder `path`, which appears when all is written."""
+def save_index(path: str, index: Shards, entries: Entries) -> None:
+    """Write the index of all ranks, its entries and their corpus to the folder `path`, which appears when all is
+    written."""
     from simcse.ranks import gather_arrays, wait_for_ranks
 
     shared = temporary_name(path, int(gather_arrays(np.array([os.getpid()]))[0]))  # that of rank 0
@@ -256,8 +378,10 @@ def save_index(path: str, index: Shards, fingerprint: dict, corpus: TextFile) ->
         index.save(folder)
         wait_for_ranks()
         if not RANK:
+            entries.save(folder)
             digests = {name: file_digest(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
-            shutil.copyfile(corpus.path, os.path.join(folder, "corpus.csv"))
-            write_json(os.path.join(folder, "fingerprint.json"), {**fingerprint, "shards": digests})
+            shutil.copyfile(entries.corpus.path, os.path.join(folder, "corpus.csv"))
+            write_json(os.path.join(folder, "fingerprint.json"),
+                       {**index.fingerprint, "index_format": FORMAT, "files": digests})
     if not RANK:
         log(f"kept the index in {path}")

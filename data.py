@@ -110,7 +110,7 @@ class TextFile(Sequence):
                 shutil.copyfileobj(pipe, self._file)
             path = self._file.name
             self._file.seek(0)
-        self.path, self._size = path, os.path.getsize(path)
+        self.path = path
         with reading(path) as advance:
             plain, maybe_blank = self._scan(advance)
         if columns > 1 or not plain:  # something may have to be reported, or left out
@@ -140,11 +140,12 @@ class TextFile(Sequence):
             offset, after_break = offset + len(chunk), breaks[-1]
             plain = plain and b"\t" not in chunk and "\ufffd" not in decoder.decode(chunk)
             advance(len(chunk))
-        self._starts = np.frombuffer(starts, "int64")
+        starts.append(offset)
+        self._starts = np.frombuffer(starts, "int64")  # and where the last line ends
         return plain and not decoder.getstate()[0], maybe_blank
 
     def __len__(self) -> int:
-        return len(self._starts if self._lines is None else self._lines)
+        return len(self._starts) - 1 if self._lines is None else len(self._lines)
 
     def line_number(self, row: int) -> int:
         """The number, from 1, of a text's line in the file."""
@@ -158,8 +159,21 @@ class TextFile(Sequence):
         if isinstance(row, slice):
             return self.take(range(len(self))[row])
         line = self.line_number(range(len(self))[row])  # the one after the text's
-        start, end = int(self._starts[line - 1]), int(self._starts[line]) if line < len(self._starts) else self._size
-        text = os.pread(self._file.fileno(), end - start, start).decode("utf-8").replace(BOM, "").strip()
+        start, end = map(int, self._starts[line - 1 : line + 1])
+        return self._row(os.pread(self._file.fileno(), end - start, start))
+
+    def __iter__(self):
+        """Yield the rows in their order, read by blocks of the file."""
+        for start in range(0, len(self), 256):
+            lines = np.arange(start, min(start + 256, len(self))) if self._lines is None else (
+                self._lines[start : start + 256])
+            begins, ends, offset = self._starts[lines], self._starts[lines + 1], int(self._starts[lines[0]])
+            block = os.pread(self._file.fileno(), int(ends[-1]) - offset, offset)
+            for begin, end in zip((begins - offset).tolist(), (ends - offset).tolist()):
+                yield self._row(block[begin:end])
+
+    def _row(self, line: bytes) -> str | list[str]:
+        text = line.decode("utf-8").replace(BOM, "").strip()
         return text if self.columns == 1 else [field.strip() for field in text.split("\t")]
 
     def sample(self, count: int) -> list[str]:

@@ -78,13 +78,18 @@ def read_result(args: argparse.Namespace, targets: Ranks, path: str) -> tuple[Ra
     """The ranks that the targets have in the file, and, for --show_errors, the tops of the queries whose first document
     is no target. Says on stderr what makes the figures other than they seem."""
     ranks, tops = {query: dict(each) for query, each in targets.items()}, {}
-    seen, unknown = dict.fromkeys(targets, 0), 0
+    seen, unknown, depth = dict.fromkeys(targets, 0), 0, 0
+    runs: dict[str, tuple[str, str, int]] = {}  # of a query its first document, its last one, and how many there are
     for _, (query, document, score) in data.read_rows(path, 3, "--recall_result_file", args.strict_data):
         if query not in targets:
             unknown += 1
             continue
         rank = seen[query]
         seen[query] += 1
+        first, last, run = runs.get(query, (document, document, 0))
+        # recall.py writes a query of several lines as often: its first document stands there again, after others.
+        runs[query] = first, document, 1 if document == first != last else run + 1
+        depth = max(depth, runs[query][2])
         # A document that stands there twice counts where it stands first; so does a query that recall.py wrote twice.
         if document in ranks[query]:
             ranks[query][document] = min(ranks[query][document], rank)
@@ -96,7 +101,7 @@ def read_result(args: argparse.Namespace, targets: Ranks, path: str) -> tuple[Ra
                      + ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else ""))
     if unknown:
         console.warn(f"{unknown} lines of {path} belong to no query of {args.similar_text_pair}")
-    if (depth := min(args.recall_num, max(seen.values()))) < max(RECALL_KS):
+    if (depth := min(args.recall_num, depth)) < max(RECALL_KS):
         console.warn(f"only {depth} documents a query were looked at in {path}: recall@k is recall@{depth} for every "
                      "larger k")
     return ranks, tops

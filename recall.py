@@ -16,6 +16,7 @@ cosine does. """
 
 import argparse
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -30,9 +31,9 @@ from simcse.machine import RANK, RANKS
 from simcse.weights import model_digest
 
 HNSW_M, HNSW_EF, SHARDS = 32, 100, 8
+OF_INDEX = ("ann_engine", "index_shards", "hnsw_m", "hnsw_ef", "hnsw_max_elements")  # flags that a kept index has
 FUSED = 100  # documents that a ranking brings to the fusion, or --recall_num, if that is more
 MILVUS_URI = "./recall.db"
-SAMPLE = 100  # queries whose neighbours are searched exactly as well, to measure the index
 
 
 def parse_args() -> argparse.Namespace:
@@ -55,18 +56,20 @@ def parse_args() -> argparse.Namespace:
     flags.add_encode_arguments(group)
     add = parser.add_argument_group("index").add_argument
     add("--recall_num", "--top_k", type=flags.positive_int, default=10, help="documents recalled for each query")
-    add("--ann_engine", choices=("hnswlib", "exact", "milvus"), default="hnswlib",
+    add("--distinct", action="store_true", help="each text once, however many lines of the corpus have it")
+    add("--ann_engine", choices=("hnswlib", "exact", "milvus"),
         help="hnswlib: an approximate graph; exact: a matrix product, for up to some 100,000 documents; milvus: a "
-        "collection of Milvus (requirements-milvus.txt)")
+        "collection of Milvus (requirements-milvus.txt); None: that of the index in --index_path, else hnswlib")
     add("--index_path", help="folder of the index: used where there is one, which has to be of the same corpus, model "
-        "and settings; otherwise the index is built and kept there")
+        "and settings as far as they are given; otherwise the index is built and kept there")
     add("--index_shards", type=flags.positive_int, help="parts of the index, at least as many as processes; results "
         f"depend on it, and not on the number of processes; None: {SHARDS}")
     add("--hnsw_m", type=flags.hnsw_links, help=f"links a node of the graph; None: {HNSW_M}")
-    add("--hnsw_ef", type=flags.positive_int, help="candidates kept while building the graph; a search keeps as many, "
-        f"and at least twice --recall_num, of each shard; None: {HNSW_EF}")
+    add("--hnsw_ef", type=flags.positive_int, help="candidates kept while building the graph, and while searching it: "
+        "of each shard, and at least twice --recall_num; a kept index is searched with another, too; None: that of the "
+        f"index, else {HNSW_EF}")
     add("--hnsw_max_elements", type=flags.positive_int,
-        help="documents the graph can hold; None: as many as the corpus has")
+        help="distinct texts the graph can hold; None: as many as the corpus has")
     add("--hybrid_bm25", action="store_true", help=f"fuse the ranking with that of BM25 over words, {FUSED} documents "
         "of each, or --recall_num if that is more; the result has the fused score instead of the cosine: the cosine "
         "plus BM25's score divided by the query's highest")
@@ -77,6 +80,8 @@ def parse_args() -> argparse.Namespace:
         f"where it is not full; None: {flags.COLLECTION}")
     args = flags.check_arguments(parser, parser.parse_args())
     check(parser, args)
+    if (args.hnsw_m or args.hnsw_ef or args.hnsw_max_elements) and not args.ann_engine:
+        args.ann_engine = "hnswlib"
     args.milvus_uri = args.milvus_uri or MILVUS_URI
     return args
 
@@ -108,87 +113,103 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(message)
 
 
-def fingerprint_of(args: argparse.Namespace, corpus: data.TextFile | None, engine) -> dict[str, str | int]:
-    """What the index depends on; without the corpus, how texts become embeddings: the rest is as in one that is there.
-    """
-    milvus = args.ann_engine == "milvus"
-    fingerprint = {"max_seq_length": args.max_seq_length, "precision": engine.precision}
-    if corpus:
-        fingerprint.update(ann_engine=args.ann_engine, hnsw_m=args.hnsw_m or HNSW_M, hnsw_ef=args.hnsw_ef or HNSW_EF)
-    if corpus and milvus:
-        fingerprint.update(documents=len(corpus), dim=engine.embedding_size, metric="COSINE",
-                           index_type="HNSW" if args.milvus_uri.startswith("http") else "FLAT")
-    elif corpus:
-        fingerprint.update(index_shards=args.index_shards or SHARDS,
-                           hnsw_max_elements=args.hnsw_max_elements or len(corpus))
+def fingerprint_of(args: argparse.Namespace, corpus: data.TextFile | None, engine) -> tuple[dict, dict]:
+    """What an index that is there has to agree with: how texts become embeddings, and what is given; and all that a new
+    one depends on."""
+    milvus, given = args.ann_engine == "milvus", {name: getattr(args, name) for name in OF_INDEX if getattr(args, name)}
+    wanted = {"max_seq_length": args.max_seq_length, "precision": engine.precision, **given}
     if args.index_path or milvus:
-        fingerprint["model"] = model_digest(args.params_path, args.model_name_or_path)
-        fingerprint.update({"corpus": file_digest(corpus.path)} if corpus else {})
-    return fingerprint
+        wanted["model"] = model_digest(args.params_path, args.model_name_or_path)
+        wanted.update({"corpus": file_digest(corpus.path)} if corpus else {})
+    new = {"ann_engine": "hnswlib", "hnsw_m": HNSW_M, "hnsw_ef": HNSW_EF}
+    if milvus:
+        new.update(dim=engine.embedding_size, metric="COSINE",
+                   index_type="HNSW" if args.milvus_uri.startswith("http") else "FLAT")
+    else:
+        new["index_shards"] = SHARDS
+    return wanted, {**new, **wanted}
 
 
-def open_index(args: argparse.Namespace, corpus: data.TextFile | None, engine, tokenizer) -> tuple:
-    """The index, kept or built, and the documents in it."""
-    from model import encode_stream
+def open_index(args: argparse.Namespace, corpus: data.TextFile | None, engine, encode_stream, encode) -> tuple:
+    """The index, kept or built, and what is in it: `Entries`, or the `MilvusIndex` itself where there is no corpus."""
     from simcse.ranks import join_ranks, wait_for_ranks
 
     join_ranks()
-    fingerprint = fingerprint_of(args, corpus, engine)
+    wanted, new = fingerprint_of(args, corpus, engine)
     if args.ann_engine == "milvus":
         from simcse.milvus import MilvusIndex
 
-        index = MilvusIndex(args.milvus_uri, args.milvus_collection or flags.COLLECTION, fingerprint, corpus)
+        entries = ann_util.Entries(corpus) if corpus else None
+        index = MilvusIndex(args.milvus_uri, args.milvus_collection or flags.COLLECTION, wanted, entries, new)
         if index.pieces and not corpus:
             raise console.InputError(f"--milvus_collection {index.collection}: not all documents are in it yet; run "
                                      "again with --corpus_file")
-    elif args.index_path and os.path.exists(args.index_path):
-        fingerprint = ann_util.read_fingerprint(args.index_path, fingerprint)
-        return ann_util.load_index(args.index_path, fingerprint, engine.embedding_size, args.cpu_threads, corpus)
-    else:
-        index = ann_util.Shards(fingerprint, len(corpus), engine.embedding_size, args.cpu_threads)
-    if index.pieces:  # this rank's documents that the index lacks are added while the next ones are encoded
-        count, started = sum(map(len, index.pieces)), time.time()
-        console.log(f"encoding and indexing {count} of {len(corpus)} documents in {engine.precision}")
-        index.fill(encode_stream(engine, tokenizer, corpus, args.max_seq_length, args.batch_size, index.pieces))
-        console.log(f"{count / (time.time() - started):.1f} documents/s")
-    wait_for_ranks()
-    if args.index_path:
-        ann_util.save_index(args.index_path, index, fingerprint, corpus)
-    return index, corpus or index
+        fill(index, entries, engine, encode_stream)
+        wait_for_ranks()
+        return index, entries or index
+    path, claim = args.index_path, contextlib.nullcontext()
+    if path and not RANK and not os.path.exists(path):
+        claim = ann_util.building(path, wanted, new)
+    with claim:
+        wait_for_ranks()  # for rank 0, which may have waited for another process to build the index
+        if path and os.path.exists(path):
+            fingerprint = ann_util.read_fingerprint(path, wanted)
+            return ann_util.load_index(path, fingerprint, engine.embedding_size, args.cpu_threads, corpus)
+        entries = ann_util.Entries(corpus)
+        new = {"hnsw_max_elements": len(entries), **new}
+        if new["hnsw_max_elements"] < len(entries):
+            raise console.InputError(f"--hnsw_max_elements {args.hnsw_max_elements}: the corpus has {len(entries)} "
+                                     "distinct documents")
+        index = ann_util.Shards(new, len(entries), engine.embedding_size, args.cpu_threads)
+        fill(index, entries, engine, encode_stream)
+        if new["ann_engine"] == "hnswlib":  # measured on documents, which unlike queries are always there
+            sample = encode(entries[:: -(-len(entries) // ann_util.MEASURED)])
+            new["ann_recall"] = index.measure(sample, min(ann_util.MEASURED_K, len(entries)), "documents")
+            ann_util.report(new["ann_recall"])
+        wait_for_ranks()
+        if path:
+            ann_util.save_index(path, index, entries)
+    return index, entries
 
 
-def report_ann_recall(index, queries, cosines) -> None:
-    """Say what the approximation costs: a sample of the queries is searched exactly too."""
-    sample, k = slice(None, None, -(-len(queries) // SAMPLE)), cosines.shape[1]
-    _, exact = index.search(queries[sample], k, exact=True)
-    if not RANK:
-        console.log(f"ANN recall@{k} against exact search, {len(exact)} queries: "
-                    f"{ann_util.ann_recall(cosines[sample], exact):.4f} (--hnsw_m and --hnsw_ef raise it)")
+def fill(index, entries: ann_util.Entries | None, engine, encode_stream) -> None:
+    """Add the entries of this rank that the index lacks while the next ones are encoded."""
+    if not index.pieces:
+        return
+    count, started = sum(map(len, index.pieces)), time.time()
+    copies = entries.documents - len(entries)
+    console.log(f"encoding and indexing {count} of {len(entries)} documents in {engine.precision}"
+                + (f"; {copies} more lines are copies" if copies else ""))
+    index.fill(encode_stream(entries, windows=index.pieces))
+    console.log(f"{count / (time.time() - started):.1f} documents/s")
 
 
-def write_results(args: argparse.Namespace, blocks: Iterable[list[str]], index, corpus, encode, file: IO) -> None:
+def write_results(args: argparse.Namespace, blocks: Iterable[list[str]], index, entries, encode, file: IO) -> None:
     """Search the queries, block by block, and write what was asked for; every rank searches, rank 0 alone fuses and
     writes."""
     measure, depth = ("score", max(args.recall_num, FUSED)) if args.hybrid_bm25 else ("cosine", args.recall_num)
     if args.hybrid_bm25 and not RANK:
         from simcse.bm25 import Bm25, fuse
 
-        bm25 = Bm25(corpus, args.index_path and os.path.join(args.index_path, "bm25"))
+        bm25 = Bm25(entries, args.index_path and os.path.join(args.index_path, "bm25"))
     for number, block in enumerate(blocks):
         queries = data.distinct(block)  # a query on several lines is encoded and searched once
         embeddings = encode(queries)
-        found = index.search(embeddings, min(depth, len(corpus)))
-        if args.ann_engine == "hnswlib" and not args.query and number == 0:
-            report_ann_recall(index, embeddings, found[1])
+        rows, cosines = index.search(embeddings, min(depth, len(entries)))
+        found = rows, cosines.clip(-1, 1)  # rounding of two unit vectors may go beyond 1
+        if index.fingerprint["ann_engine"] == "hnswlib" and not args.query and number == 0:
+            sample = embeddings[:: -(-len(queries) // ann_util.MEASURED)]
+            ann_util.report(index.measure(sample, rows.shape[1], "queries"))
         if RANK:
             continue
         if args.hybrid_bm25:
-            found = fuse(found, bm25.search(queries, depth), min(args.recall_num, len(corpus)))
-        found_of = dict(zip(queries, zip(*(side.tolist() for side in found))))
+            found = fuse(found, bm25.search(queries, depth), min(args.recall_num, len(entries)))
+        place_of = {query: place for place, query in enumerate(queries)}
         for query in block:
-            rows, scores = found_of[query]
-            best = [{"rank": rank, "document": document, measure: score}
-                    for rank, (document, score) in enumerate(zip(corpus.take(rows), scores), 1)]
+            place = slice(place_of[query], place_of[query] + 1)
+            hits, = ann_util.expand([side[place] for side in found], entries, [args.recall_num], args.distinct)
+            best = [{"rank": rank, "line": line, "document": document, measure: score}
+                    for rank, (document, line, score) in enumerate(hits, 1)]
             file.write(console.line("jsonl", query=query, results=best) if args.format == "jsonl" else "".join(
                 f"{query}\t{each['document']}\t{each[measure]}\n" for each in best))
         file.flush()
@@ -200,30 +221,34 @@ def main() -> None:
     streams = args.query == [STDIN]
     queries = args.query or [query for query, _ in data.read_text_pairs(
         args.similar_text_pair, "--similar_text_pair", args.strict_data)]
-    if corpus and (args.hnsw_max_elements or len(corpus)) < len(corpus):
-        raise console.InputError(f"--hnsw_max_elements {args.hnsw_max_elements}: the corpus has {len(corpus)} "
-                                 "documents")
     path = None if args.query else os.path.join(args.recall_result_dir, args.recall_result_file)
     if path:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     if args.hybrid_bm25:
         import simcse.bm25  # noqa: F401  a missing package is told before anything takes time
-    flags.announce(args, args.params_path, f"{flags.count(corpus, 'document')} for {args.ann_engine}" if corpus else
+    kept = args.index_path and os.path.exists(args.index_path)
+    target = args.index_path if kept else args.ann_engine or "hnswlib"
+    flags.announce(args, args.params_path, f"{flags.count(corpus, 'document')} for {target}" if corpus else
                  f"index {args.index_path or args.milvus_uri}",
                  "queries of stdin" if streams else f"{len(queries):,} queries")
 
-    from model import encode, load_engine
+    import model
 
-    engine, tokenizer = load_engine(args)
-    index, corpus = open_index(args, corpus, engine, tokenizer)
-    if args.recall_num > len(corpus):
-        console.warn(f"--recall_num {args.recall_num}: the corpus has only {len(corpus)} documents")
+    engine, tokenizer = model.load_engine(args)
+
+    encode, encode_stream = (functools.partial(way, engine, tokenizer, max_seq_length=args.max_seq_length,
+                                               batch_size=args.batch_size)
+                             for way in (model.encode, model.encode_stream))
+    index, entries = open_index(args, corpus, engine, encode_stream, encode)
+    documents = len(entries) if args.distinct else entries.documents
+    if args.recall_num > documents:
+        console.warn(f"--recall_num {args.recall_num}: the corpus has only {documents} "
+                     f"{'distinct ' * args.distinct}documents")
     blocks = (queries[start : start + data.WINDOW] for start in range(0, len(queries), data.WINDOW))
     if streams:
         blocks = arriving(query for _, (query,) in data.read_rows(STDIN, 1, "--query", args.strict_data))
     with new_file(path) if path and not RANK else contextlib.nullcontext(sys.stdout) as file:
-        write_results(args, blocks, index, corpus,
-                      lambda texts: encode(engine, tokenizer, texts, args.max_seq_length, args.batch_size), file)
+        write_results(args, blocks, index, entries, encode, file)
     if path and not RANK:
         console.log(f"wrote {path}")
     index.close()

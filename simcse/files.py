@@ -18,10 +18,11 @@ from simcse.console import InputError, progress, reported, settings
 Item = TypeVar("Item")
 BLOCK = 16384  # lines of stdin that are answered at a time, at most
 STDIN = "-"  # the path that means stdin
+SHA256 = 64  # hexadecimal digits
 
 
-def temporary_name(path: str, pid: int) -> str:
-    """Where a process writes what takes the place of `path`."""
+def temporary_name(path: str, pid: int | str) -> str:
+    """Where a process writes what takes the place of `path`; "lock": what it holds while it makes that."""
     parent, name = os.path.split(os.path.abspath(path))
     return os.path.join(parent, f".{name}.{pid}.tmp")
 
@@ -122,11 +123,15 @@ def sync(folder: str, files: bool = True) -> None:
         os.close(descriptor)
 
 
-def check_fingerprint(found: dict, wanted: dict, where: str, remedy: str) -> None:
-    """Refuse an index, named by the flag and value `where`, that depends on other values than `wanted`, which may name
-    a part of them."""
-    if other := [name for name in wanted if found.get(name) != wanted[name]]:
-        raise InputError(f"{where}: was built with another {', '.join(other)}; {remedy}")
+def check_fingerprint(found: dict, wanted: dict, where: str, remedy: str) -> dict:
+    """What an index, named by the flag and value `where`, was made of, with the "hnsw_ef" of the search, if `wanted`
+    has one; InputError where it depends on other values than `wanted`, which may name a part of them."""
+    other = [name for name in wanted if name != "hnsw_ef" and found.get(name) != wanted[name]]
+    said = [f"another {name}" if name not in found or len(str(wanted[name])) == SHA256 else
+            f"{name} {found[name]}, not {wanted[name]}" for name in other]
+    if said:
+        raise InputError(f"{where}: was built with {', and '.join(said)}; {remedy}")
+    return {**found, **wanted}
 
 
 def read_json(path: str) -> dict:

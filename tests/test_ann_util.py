@@ -5,6 +5,7 @@ import json
 
 import ann_util
 from ann_util import (
+    Entries,
     ExactIndex,
     HnswIndex,
     Shards,
@@ -12,7 +13,7 @@ from ann_util import (
     exact_search,
     merge,
 )
-from data import load_tokenizer, read_text_pairs, read_texts
+from data import TextFile, load_tokenizer, read_text_pairs
 from recall import HNSW_EF, HNSW_M, SHARDS
 from simcse import machine
 from simcse.console import InputError
@@ -73,7 +74,7 @@ def test_shards_find_the_same_on_any_number_of_ranks(vectors, documents, engine,
             built.fill(corpus[rows.start : rows.stop] for rows in built.pieces)
             built.save(str(folder))
             digests = {path.name: file_digest(str(path)) for path in folder.iterdir()}
-            kept = Shards({**fingerprint, "shards": digests}, documents, 32, threads, str(folder), rank, ranks)
+            kept = Shards({**fingerprint, "files": digests}, documents, 32, threads, str(folder), rank, ranks)
             one, again = (index.search(queries, 9) for index in (built, kept))
             assert all((a == b).all() for a, b in zip(one, again))
             found.append((one, built.search(queries, 9, exact=True)))
@@ -103,14 +104,17 @@ def test_an_index_survives_the_disk(vectors, make, tmp_path):
         assert (one == other).all()
 
 
-def test_a_kept_index_of_another_vector_type_is_refused(checkpoint, sample, tmp_path):
-    """Of a former version, which had int8."""
+def test_a_kept_index_of_a_former_version_is_refused(checkpoint, sample, tmp_path):
+    """Of a former version, whose rows were lines."""
     flags = ["--device", "cpu", "--params_path", checkpoint, "--query", "语义", "--index_path", "index", *FP32]
     succeed("recall.py", *flags, "--corpus_file", sample / "corpus.csv", "--ann_engine", "exact", cwd=tmp_path)
     path = tmp_path / "index" / "fingerprint.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "vector_type": "int8"}))
+    told = json.loads(path.read_text())
+    del told["index_format"]
+    path.write_text(json.dumps(told))
     line = refuse("recall.py", *flags, cwd=tmp_path)
-    assert "--index_path index: was built with another vector_type;" in line
+    assert ("--index_path index: was built with another index_format; name another folder, or remove this one to build "
+            "it again") in line
 
 
 def test_ann_recall_counts_what_is_missing():
@@ -170,17 +174,18 @@ def test_csl_in_milvus_and_hnswlib_against_exact(real_data, tmp_path, monkeypatc
 
     monkeypatch.chdir(tmp_path)
     folder = real_data / "csl" / "recall"
-    corpus = read_texts(str(folder / "corpus.csv"), "--flag")
+    entries = Entries(TextFile(str(folder / "corpus.csv"), "--flag"))
+    corpus = entries[:]
     queries = [query for query, _ in read_text_pairs(str(folder / "dev.csv"), "--flag")[:250]]
     network = SimCSE(load_encoder(str(ENCODER)))
     engine, tokenizer = make_engine(network), load_tokenizer(str(ENCODER))
     asked, vectors = (encode(engine, tokenizer, texts, 16) for texts in (queries, corpus))
     _, exact = exact_search(asked, vectors, 50)
-    fingerprint = {"documents": len(corpus), "dim": vectors.shape[1], "metric": "COSINE", "hnsw_m": HNSW_M,
+    fingerprint = {"dim": vectors.shape[1], "metric": "COSINE", "hnsw_m": HNSW_M,
                "hnsw_ef": HNSW_EF}
     graph = Shards({"ann_engine": "hnswlib", "index_shards": SHARDS, "hnsw_m": HNSW_M, "hnsw_ef": HNSW_EF,
                     "hnsw_max_elements": len(corpus)}, len(corpus), vectors.shape[1])
-    collections = [MilvusIndex("csl.db", kind, {**fingerprint, "index_type": kind}, corpus)
+    collections = [MilvusIndex("csl.db", kind, {}, entries, {**fingerprint, "index_type": kind})
                    for kind in ("FLAT", "HNSW")]
     for index in (graph, *collections):
         index.fill(vectors[rows.start : rows.stop] for rows in index.pieces)

@@ -158,7 +158,7 @@ def test_recall_writes_the_fused_ranking(checkpoint, sample, tmp_path, engine):
     answer = json.loads(succeed("recall.py", *asked, "--query", query, cwd=tmp_path).stdout)
     assert [each["document"] for each in answer["results"]] == [document for document, _ in best]
     np.testing.assert_allclose([each["score"] for each in answer["results"]], [score for _, score in best], rtol=1e-5)
-    assert set(answer["results"][0]) == {"rank", "document", "score"}
+    assert set(answer["results"][0]) == {"rank", "line", "document", "score"}
     again = succeed("recall.py", *asked, "--query", query, cwd=tmp_path).stderr
     assert "using BM25 in index/bm25" in again and "BM25 over" not in again
 

@@ -292,3 +292,14 @@ def test_what_makes_figures_other_than_they_seem_is_said_in_any_case(tmp_path):
     _, report = evaluate(tmp_path, [("a", "A"), ("b", "B")], block("a", "A", 1, 5) + block("c", "C", 1), "--quiet")
     assert "count as missed: b" in report and "50 lines of result.txt belong to no query of dev.csv" in report
     assert "only 5 documents a query" in report
+
+
+@pytest.mark.parametrize("lines", [1, 2, 5])
+def test_the_depth_is_that_of_one_run_of_a_query(tmp_path, lines):
+    """A query on several lines stands in the result as often; copies of a document are documents."""
+    pairs = [("a", f"A{line}") for line in range(lines)] + [("b", "B")]
+    once = [("a", "A0")] * 3 + block("a", "", 0, 7)
+    _, report = evaluate(tmp_path, pairs, once * lines + block("b", "B", 1, 10))
+    assert "only 10 documents a query were looked at" in report
+    _, report = evaluate(tmp_path, pairs, (once + block("a", "", 0, 40)) * lines + block("b", "B", 1))
+    assert "were looked at" not in report

@@ -153,7 +153,7 @@ def test_shards_round_trip(documents, k, ranks, graph, seed):
         with tempfile.TemporaryDirectory() as folder:
             index.save(folder)
             digests = {name: files.file_digest(os.path.join(folder, name)) for name in os.listdir(folder)}
-            again = Shards({**fingerprint, "shards": digests}, documents, 8, 2, folder, rank, ranks)
+            again = Shards({**fingerprint, "files": digests}, documents, 8, 2, folder, rank, ranks)
         one, other = index.search(queries, k), again.search(queries, k)
         assert all((a == b).all() for a, b in zip(one, other))
         found.append(one)

@@ -1,11 +1,14 @@
 """recall.py with a real Milvus Lite: agreement with exact search, a broken run, one query, refusals."""
 
+import fcntl
 import functools
 import shutil
 import signal
 import subprocess
 
-from ann_util import ann_recall, exact_search
+from ann_util import Entries, ann_recall
+from data import TextFile
+from simcse.console import InputError
 from simcse.milvus import MilvusIndex
 
 import numpy as np
@@ -97,7 +100,7 @@ def test_one_query_without_the_corpus(checkpoint, sample, filled):
            5]
     answer = [line.split("\t") for line in succeed("recall.py", *ask, cwd=filled).stdout.splitlines()]
     assert [line[:2] for line in answer] == [line[:2] for line in expected]
-    assert "was built with another max_seq_length;" in refuse("recall.py", *ask, "--max_seq_length", 9, cwd=filled)
+    assert "was built with max_seq_length 64, not 9;" in refuse("recall.py", *ask, "--max_seq_length", 9, cwd=filled)
 
 
 def test_refusals(flags, checkpoint, filled, tmp_path):
@@ -119,14 +122,53 @@ def test_without_pymilvus_a_hint(checkpoint, tmp_path):
     assert "pymilvus is not installed; pip install -r requirements-milvus.txt" in line
 
 
-def test_a_long_text_is_kept_to_the_limit(tmp_path, monkeypatch):
+def entries_of(folder, *lines):
+    (folder / "corpus.csv").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return Entries(TextFile(str(folder / "corpus.csv"), "--corpus_file"))
+
+
+NEW = {"dim": 8, "index_type": "FLAT", "metric": "COSINE"}
+
+
+def test_a_key_is_the_number_of_a_line(tmp_path, monkeypatch):
+    """With blank lines and copies in the file; the texts come back whole, and as often as they are there."""
     monkeypatch.chdir(tmp_path)
-    vectors = np.eye(3, 8, dtype="float32")
-    fingerprint = {"documents": 3, "dim": 8, "index_type": "FLAT", "metric": "COSINE"}
-    index = MilvusIndex("long.db", "texts", fingerprint, ["长" * 50000, "", "短"])
-    assert index.pieces == [range(3)]
+    vectors, whole = np.eye(3, 8, dtype="float32"), "长" * 21845
+    index = MilvusIndex("x.db", "texts", {}, entries_of(tmp_path, "甲", "", whole, "甲", "乙", "甲"), NEW)
     index.fill([vectors])
-    assert index.take([2, 0, 1]) == ["短", "长" * 21845, ""] and len(index) == 3
-    found, cosines = index.search(vectors, 3)
-    assert (found[:, 0] == exact_search(vectors, vectors, 1)[0][:, 0]).all() and cosines[0, 0] == pytest.approx(1)
+    assert (len(index), index.documents) == (3, 5)
+    entries, cosines = index.search(vectors, 3)
+    assert entries[:, 0].tolist() == [0, 1, 2] and cosines[0, 0] == pytest.approx(1)
+    index.close()
+    again = MilvusIndex("x.db", "texts", {})
+    assert not again.pieces and again.search(vectors, 3)[0][:, 0].tolist() == [1, 3, 5]
+    assert again.take([3, 1], 9) == [(whole, [3]), ("甲", [1, None, None])]
+    again.close()
+
+
+def test_a_text_too_long_for_milvus_is_refused_with_its_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    entries = entries_of(tmp_path, "短", "", "长" * 21846, "a" * 65535)
+    with pytest.raises(InputError, match=r"corpus.csv:3: 1 of 3 texts are longer than Milvus takes, 65,535 bytes"):
+        MilvusIndex("x.db", "texts", {}, entries, NEW)
+    with pytest.raises(InputError, match="no such collection"):
+        MilvusIndex("x.db", "texts", {})
+
+
+def test_a_file_in_use_is_called_that(filled, checkpoint):
+    with open(filled / "recall.db" / "LOCK") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        line = refuse("recall.py", "--device", "cpu", "--params_path", checkpoint, "--ann_engine", "milvus", "--query",
+                      "x", cwd=filled)
+    assert "--milvus_uri ./recall.db: is in use by another process;" in line
+
+
+def test_the_settings_of_a_collection_are_refused_and_ef_is_the_searchs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    new = {**NEW, "index_type": "HNSW", "hnsw_m": 16, "hnsw_ef": 40}
+    index = MilvusIndex("x.db", "texts", {}, entries_of(tmp_path, "甲", "乙"), new)
+    index.fill([np.eye(2, 8, dtype="float32")])
+    assert MilvusIndex("x.db", "texts", {"hnsw_ef": 77}).fingerprint["hnsw_ef"] == 77
+    with pytest.raises(InputError, match="texts: was built with hnsw_m 16, not 8; name another collection"):
+        MilvusIndex("x.db", "texts", {"hnsw_m": 8})
     index.close()

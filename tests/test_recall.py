@@ -1,5 +1,6 @@
 """recall.py by its command line: its result against exact search, a kept index, single queries."""
 
+import json
 import os
 import re
 import shutil
@@ -79,6 +80,10 @@ def test_an_index_is_kept_used_again_and_refused_for_anything_else(checkpoint, s
     assert re.search(r"ANN recall@10 against exact search, 60 queries: (1\.0|0\.9[89])", first.stderr)
     again = succeed("recall.py", *flags("--recall_result_file", "again.txt"), cwd=tmp_path)
     assert "using the index" in again.stderr and "encoding" not in again.stderr
+    kept = "ANN recall@10 against exact search, 60 documents: "
+    assert kept in first.stderr and kept in again.stderr
+    deeper = succeed("recall.py", *flags("--hnsw_ef", 50, "--recall_result_file", "deeper.txt"), cwd=tmp_path)
+    assert "encoding" not in deeper.stderr and re.search("60 queries: .* with --hnsw_ef 50\n", deeper.stderr)
     results = tmp_path / "recall_result_dir"
     assert (results / "first.txt").read_bytes() == (results / "again.txt").read_bytes()
 
@@ -87,10 +92,13 @@ def test_an_index_is_kept_used_again_and_refused_for_anything_else(checkpoint, s
     shutil.copytree(checkpoint, other)
     weights = m.paddle.load(str(other / "model_state.pdparams"))
     m.paddle.save({name: tensor * 1.01 for name, tensor in weights.items()}, str(other / "model_state.pdparams"))
-    for more, what in ((["--corpus_file", tmp_path / "other.csv"], "corpus"), (["--params_path", other], "model"),
-                       (["--max_seq_length", 9], "max_seq_length"), (["--hnsw_ef", 50], "hnsw_ef"),
-                       (["--ann_engine", "exact"], "ann_engine")):
-        assert f"was built with another {what};" in refuse("recall.py", *flags(*more), cwd=tmp_path)
+    for more, what in ((["--corpus_file", tmp_path / "other.csv"], "another corpus"),
+                       (["--params_path", other], "another model"),
+                       (["--max_seq_length", 9], "max_seq_length 64, not 9"), (["--hnsw_m", 50], "hnsw_m 32, not 50"),
+                       (["--ann_engine", "exact"], "ann_engine hnswlib, not exact"),
+                       (["--index_shards", 3], "index_shards 8, not 3"),
+                       (["--hnsw_max_elements", 500], "hnsw_max_elements 120, not 500")):
+        assert f"index: was built with {what};" in refuse("recall.py", *flags(*more), cwd=tmp_path)
     shard, kept_corpus = tmp_path / "index" / "shard_3.bin", tmp_path / "index" / "corpus.csv"
     whole = shard.read_bytes()
     for damaged in (b"", whole[:-1], whole[:500] + bytes([whole[500] ^ 1]) + whole[501:]):
@@ -124,7 +132,23 @@ def test_one_query_from_a_kept_index(checkpoint, sample, tmp_path):
     twice = succeed("recall.py", *model, "--query", query, "--query", "语义", "--top_k", 2, cwd=tmp_path).stdout
     assert same(twice.splitlines()[:2], lines[:2]) and twice.count("\n") == 4
     line = refuse("recall.py", *model, "--query", "x", "--max_seq_length", 9)
-    assert "was built with another max_seq_length;" in line
+    assert "was built with max_seq_length 64, not 9;" in line
+
+
+def test_copies_are_given_out_line_by_line_or_once(checkpoint, tmp_path):
+    (tmp_path / "corpus.csv").write_text("甲乙\n\n丙丁\n甲乙\n戊己\n甲乙\n", encoding="utf-8")
+    model = ["--device", "cpu", "--params_path", checkpoint, "--index_path", "index", "--query", "甲乙", "--format",
+             "jsonl"]
+    built = succeed("recall.py", *model, "--corpus_file", "corpus.csv", "--top_k", 4, cwd=tmp_path)
+    assert "encoding and indexing 3 of 3 documents" in built.stderr and "2 more lines are copies" in built.stderr
+    hits = json.loads(built.stdout)["results"]
+    assert [(hit["rank"], hit["line"], hit["document"]) for hit in hits[:3]] == [
+        (1, 1, "甲乙"), (2, 4, "甲乙"), (3, 6, "甲乙")]
+    assert len(hits) == 4 and hits[3]["line"] in (3, 5)
+    once = succeed("recall.py", *model, "--distinct", "--top_k", 4, cwd=tmp_path)
+    assert sorted(hit["line"] for hit in json.loads(once.stdout)["results"]) == [1, 3, 5]
+    assert "the corpus has only 3 distinct documents" in once.stderr
+    assert "ANN recall@3 against exact search, 3 documents: 1.0000 with --hnsw_ef 100" in once.stderr
 
 
 def test_exact_engine(checkpoint, sample, recalled, tmp_path):

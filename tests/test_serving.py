@@ -233,7 +233,7 @@ def test_no_cosine_is_above_one():
     class Rounded:
         """An engine, a tokenizer, an index and a corpus in which all is a little too long."""
 
-        embedding_size, pad_token_id, texts = 2, 0, ["甲", "乙"]
+        documents, embedding_size, pad_token_id, texts = 2, 2, 0, ["甲", "乙"]
 
         def __call__(self, texts, max_seq_length):
             return [[1]] * len(texts)
@@ -244,8 +244,8 @@ def test_no_cosine_is_above_one():
         def search(self, queries, depth):
             return np.array([[1, 0]] * len(queries)), np.array([[1.0000007, -1.0000002]] * len(queries), "float32")
 
-        def take(self, rows):
-            return [self.texts[row] for row in rows]
+        def take(self, rows, most):
+            return [(self.texts[row], [row + 1]) for row in rows]
 
         def __len__(self):
             return 2

@@ -24,16 +24,17 @@ class Searcher:
     Args:
         engine: see `simcse.engine.Engine`.
         index: a `Shards` or a `MilvusIndex`.
-        corpus: its documents, of which `take` gives those of some rows; a `MilvusIndex` has them itself.
+        entries: what is in it: `ann_util.Entries`; a `MilvusIndex` has them itself.
         max_seq_length: tokens per text, of the corpus and of what is asked.
         shapes: texts and tokens that a batch may have.
+        distinct: whether a text is given out once, however many lines have it.
     """
 
-    def __init__(self, engine: Any, tokenizer: Any, index: Any, corpus: Any, max_seq_length: int,
-                 shapes: tuple[Sequence[int], Sequence[int]]) -> None:
-        self.engine, self.tokenizer, self.index, self.corpus = engine, tokenizer, index, corpus
-        self.max_seq_length, self.documents, self.embedding_size = max_seq_length, len(corpus), engine.embedding_size
-        self.shapes = shapes
+    def __init__(self, engine: Any, tokenizer: Any, index: Any, entries: Any, max_seq_length: int,
+                 shapes: tuple[Sequence[int], Sequence[int]], distinct: bool = False) -> None:
+        self.engine, self.tokenizer, self.index, self.entries = engine, tokenizer, index, entries
+        self.documents, self.embedding_size = entries.documents, engine.embedding_size
+        self.max_seq_length, self.shapes, self.distinct = max_seq_length, shapes, distinct
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings, float32 [texts, embedding_size], by batches of few shapes."""
@@ -67,11 +68,9 @@ class Searcher:
         self.index.close()
 
     def _search(self, queries: Any, depths: list[int]) -> list[Hits]:
-        rows, cosines = self.index.search(queries, min(max(depths), self.documents))
-        wanted = sorted({row for each, depth in zip(rows.tolist(), depths) for row in each[:depth] if row >= 0})
-        document = dict(zip(wanted, self.corpus.take(wanted)))
-        return [[(document[row], cosine) for row, cosine in zip(each[:depth], scores) if row >= 0]
-                for each, scores, depth in zip(rows.tolist(), cosines.clip(-1, 1).tolist(), depths)]
+        entries, cosines = self.index.search(queries, min(max(depths), len(self.entries)))
+        found = ann_util.expand((entries, cosines.clip(-1, 1)), self.entries, depths, self.distinct)
+        return [[(document, cosine) for document, _, cosine in hits] for hits in found]
 
 
 def fixed_batches(ids: Sequence[Sequence[int]], pad_id: int, sizes: Sequence[int],
@@ -131,10 +130,11 @@ def open_searcher(args: argparse.Namespace) -> Searcher:
     shapes = shapes_for(weights, fingerprint["max_seq_length"])
     engine = _open_engine(args, fingerprint["precision"], len(shapes[0]) * len(shapes[1]))
     if index is None:
-        index, corpus = ann_util.load_index(args.index_path, fingerprint, engine.embedding_size, args.cpu_threads)
+        index, entries = ann_util.load_index(args.index_path, fingerprint, engine.embedding_size, args.cpu_threads)
     else:
-        corpus = index
-    searcher = Searcher(engine, load_tokenizer(args.model_dir), index, corpus, fingerprint["max_seq_length"], shapes)
+        entries = index
+    searcher = Searcher(engine, load_tokenizer(args.model_dir), index, entries, fingerprint["max_seq_length"], shapes,
+                        args.distinct)
     searcher.warm_up()
     return searcher
 

@@ -32,6 +32,8 @@ def parse_args() -> argparse.Namespace:
                        "MILVUS_TOKEN; or the .db file of Milvus Lite")
     group.add_argument("--milvus_collection", type=flags.nonempty_text, default=None,
                        help=f"collection that recall.py filled; None: {flags.COLLECTION}")
+    group.add_argument("--distinct", action="store_true",
+                       help="each text once, however many lines of the corpus have it")
     flags.add_device_arguments(group)
     group.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default=None,
                        help="number format of the matrix products; None: that of the index")
