@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import tempfile
+import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -151,6 +152,10 @@ class TextFile(Sequence):
         """The number, from 1, of a text's line in the file."""
         return 1 + int(row if self._lines is None else self._lines[row])
 
+    def place(self, row: int) -> str:
+        """Where a text stands, as file:line."""
+        return f"{self.path}:{self.line_number(row)}"
+
     def take(self, rows: Iterable[int]) -> list[str]:
         """The texts of some rows."""
         return [self[row] for row in rows]
@@ -208,6 +213,11 @@ def count_columns(path: str, flag: str, choices: tuple[int, ...]) -> int:
                      f"{' or '.join(map(str, choices))} tab-separated columns")
 
 
+def plain(text: str) -> str:
+    """A text without what the eye does not see: white space, invisible characters, and how wide characters are."""
+    return "".join(filter(str.isprintable, unicodedata.normalize("NFKC", text))).replace(" ", "")
+
+
 def distinct(texts: Iterable[str]) -> list[str]:
     """The different texts, in the order of their first appearance."""
     return list(dict.fromkeys(texts))
@@ -229,6 +239,9 @@ class WordPiece:
         from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
         self.vocab, self.lowercase, self.kind = vocab, lowercase, kind
+        self.unk_token_id = vocab.get("[UNK]")
+        self.wordless = {self.unk_token_id, *(number for token, number in vocab.items()
+                                              if not any(map(str.isalnum, token)))}
         self.cls, self.sep, self.pad_token_id = (vocab[token] for token in ("[CLS]", "[SEP]", "[PAD]"))
         self._rust = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
         self._rust.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
@@ -269,6 +282,7 @@ class AnyTokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self._python, self.pad_token_id = tokenizer, tokenizer.pad_token_id
+        self.unk_token_id, self.wordless = tokenizer.unk_token_id, {tokenizer.unk_token_id}
         self.save_pretrained = tokenizer.save_pretrained
 
     def __call__(self, texts: Sequence[str], max_seq_length: int) -> list[Ids]:
@@ -304,6 +318,13 @@ def _read_wordpiece(folder: str) -> WordPiece | None:
     return WordPiece(vocab, config.get("do_lower_case", True), kind)
 
 
+def unseen(tokenizer: WordPiece | AnyTokenizer, ids: Sequence[Ids]) -> list[int]:
+    """Which of the texts an encoder sees nothing of: they have no token, or [UNK] and no more than punctuation besides.
+    All of them are one and the same to it, so that they would be each other's perfect match."""
+    return [row for row, each in enumerate(ids) if tokenizer.wordless.issuperset(each[1:-1])
+            and (len(each) == 2 or tokenizer.unk_token_id in each)]
+
+
 def pad(sequences: Sequence[Sequence[int]], pad_id: int, length: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Pad token ids to `length`, or to the longest: input_ids and token_type_ids (all zero), int64 [batch, length]."""
     input_ids = np.full((len(sequences), length or max(map(len, sequences))), pad_id, dtype="int64")
@@ -328,22 +349,24 @@ def make_batches(ids: Sequence[Sequence[int]], pad_id: int, batch_size: int | No
 class ShuffledBatches:
     """The batches of `batch_size` of `count` texts for one rank of several: the order of
     paddle.io.DistributedBatchSampler(shuffle=True), for 4 bytes of memory a text. All ranks together take every text
-    once, and the first ones again where the ranks would not have as many each."""
+    once, and the first ones again where the ranks would not have as many each. A last batch of a single text, which
+    would have no negatives, is joined to the one before."""
 
     def __init__(self, count: int, batch_size: int, rank: int = 0, ranks: int = 1) -> None:
         self.count, self.batch_size, self.rank, self.ranks = count, batch_size, rank, ranks
 
     def __len__(self) -> int:
         """Batches of an epoch."""
-        return -(-self.count // (self.batch_size * self.ranks))
+        texts = -(-self.count // self.ranks)
+        return -(-texts // self.batch_size) - (1 < self.batch_size < texts and texts % self.batch_size == 1)
 
     def epoch(self, number: int, first: int = 0) -> Iterator[np.ndarray]:
         """Yield the row numbers, int32 [batch], of an epoch, from 0, without its `first` batches."""
         order = np.resize(np.arange(self.count, dtype="int32"), -(-self.count // self.ranks) * self.ranks)
         np.random.RandomState(number).shuffle(order)
-        size = self.batch_size * self.ranks
-        for start in range(first * size, len(order), size):
-            yield np.split(order[start : start + size], self.ranks)[self.rank]
+        size, last = self.batch_size * self.ranks, len(self) - 1
+        for batch in range(first, len(self)):
+            yield np.split(order[batch * size : (batch + 1) * size if batch < last else None], self.ranks)[self.rank]
 
 
 def text_keys(sides: Sequence[Sequence[Ids]]) -> np.ndarray:

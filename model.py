@@ -8,7 +8,8 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from data import WINDOW, load_tokenizer, make_batches
+from data import WINDOW, Ids, load_tokenizer, make_batches, unseen
+from simcse import console
 from simcse.console import InputError, progress
 from simcse.encoders import encoder_from_record, first_token_only, freeze_pooler, load_encoder, portable
 from simcse.engine import Engine, KeptGraph, gpu_precision, make_engine
@@ -277,19 +278,61 @@ def check_length(model: Engine, max_seq_length: int) -> None:
         raise InputError(f"--max_seq_length {max_seq_length}: the encoder has {model.max_positions} positions")
 
 
+class Sight:
+    """Texts as the encoder sees them: their token ids, and a count of those that it sees cut, or nothing of.
+
+    `place` names a row, as file:line; None: the rows of a `data.TextFile` have names, others are shown."""
+
+    REMARKS = {"cut": "are longer than {} tokens and are cut; a higher --max_seq_length reads on",
+               "unseen": "are all [UNK] to the encoder, so that their cosine with any text is 0; another encoder may "
+               "have their words in its vocabulary"}
+    _told: set[str] = set()  # the remarks that the run has made
+
+    def __init__(self, tokenizer: Any, texts: Sequence[str], max_seq_length: int,
+                 place: Callable[[int], str] | None = None) -> None:
+        self.tokenizer, self.texts, self.length, self.count = tokenizer, texts, max_seq_length, 0
+        self.place = place or getattr(texts, "place", None)
+        self.counts, self.first = dict.fromkeys(self.REMARKS, 0), {kind: [] for kind in self.REMARKS}
+
+    def __call__(self, window: range) -> tuple[list[Ids], list[int]]:
+        """The ids of the texts of some rows, and which of them the encoder does not see, from 0 in the window."""
+        ids = self.tokenizer(self.texts[window.start : window.stop], self.length + 1)
+        cut = [row for row, each in enumerate(ids) if len(each) > self.length]
+        for row in cut:
+            ids[row] = [*ids[row][: self.length - 1], ids[row][-1]]
+        self.count += len(ids)
+        found = {"cut": cut, "unseen": unseen(self.tokenizer, ids)}
+        for kind, rows in found.items():
+            self.counts[kind] += len(rows)
+            self.first[kind] += [window.start + row for row in rows[: 3 - len(self.first[kind])]]
+        if console.settings.strict:
+            self.report()
+        return ids, found["unseen"]
+
+    def report(self) -> None:
+        """Say what was counted, unless the run has said it."""
+        for kind, remark in self.REMARKS.items():
+            if self.counts[kind] and kind not in self._told:
+                self._told.add(kind)
+                first = map(self.place or (lambda row: repr(self.texts[row][:20])), self.first[kind])
+                console.complain(f"{self.counts[kind]:,} of {self.count:,} texts {remark.format(self.length)}: "
+                                 f"{', '.join(first)}")
+
+
 def encode_stream(model: Engine, tokenizer: Any, texts: Sequence[str], max_seq_length: int,
                   batch_size: int | None = None, windows: Sequence[range] | None = None) -> Iterator[np.ndarray]:
     """Yield the embeddings of `texts` in their order, float32 [texts of the window, embedding_size] at a time.
     `windows` are the rows that are wanted, by which texts are batched together; None: all, WINDOW at a time.
 
-    A batch is read back when the next one is under way, so that host and GPU work side by side.
+    A batch is read back when the next one is under way, so that host and GPU work side by side. Texts that the encoder
+    sees nothing of have an embedding of zeros, whose cosine with any is 0.
     """
     check_length(model, max_seq_length)
     if windows is None:
         windows = [range(start, min(start + WINDOW, len(texts))) for start in range(0, len(texts), WINDOW)]
-    tokenized = prefetch(tokenizer(texts[rows.start : rows.stop], max_seq_length) for rows in windows)
+    sight = Sight(tokenizer, texts, max_seq_length)
     with progress("encoding", sum(map(len, windows)), "texts") as advance:
-        for ids in tokenized:
+        for ids, dark in prefetch(map(sight, windows)):
             embeddings = np.empty((len(ids), model.embedding_size), "float32")
             rows, under_way = [], embeddings[:0]
             for next_rows, *batch in make_batches(ids, tokenizer.pad_token_id, batch_size, model.batch_tokens):
@@ -298,7 +341,9 @@ def encode_stream(model: Engine, tokenizer: Any, texts: Sequence[str], max_seq_l
                 rows, under_way = next_rows, launched
                 advance(len(rows))
             embeddings[rows] = np.asarray(under_way)
+            embeddings[dark] = 0
             yield embeddings
+    sight.report()
 
 
 def encode(model: Engine, tokenizer: Any, texts: Sequence[str], max_seq_length: int,

@@ -42,7 +42,8 @@ def parse_args() -> argparse.Namespace:
     add("--corpus_file", type=flags.readable_file,
         help="documents to search, one a line; may be left out with --query, where there is an index")
     add("--similar_text_pair", "--similar_text_pair_file", type=flags.readable_file,
-        help="query and target, tab-separated, a pair a line; only the queries are used")
+        help="query and target, tab-separated, a pair a line; for the queries documents are recalled, and of the "
+        "targets is said whether the corpus has them")
     add("--query", action="append", nargs="?", const=STDIN, metavar="TEXT", type=flags.nonempty_text, default=[],
         help="a query, instead of --similar_text_pair; may be given several times. Without TEXT, or -: queries of "
         "stdin, one a line, answered as they come")
@@ -111,6 +112,21 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
              f"argument --index_path: {args.index_path}: no such folder; --corpus_file is needed to build it")):
         if wrong:
             parser.error(message)
+
+
+def check_targets(path: str, pairs: Iterable[tuple[int, list[str]]], corpus: data.TextFile) -> None:
+    """Warn of the targets of --similar_text_pair that the corpus lacks, and that no recall can find."""
+    lines = {target: number for number, (_, target) in reversed(list(pairs))}
+    count = len(lines)
+    for document in corpus:
+        if lines.pop(document, None) and not lines:
+            return
+    looks = {data.plain(target) for target in lines}
+    there = {look for document in corpus if (look := data.plain(document)) in looks}
+    unseen = sum(data.plain(target) in there for target in lines)
+    first = ", ".join(f"{path}:{number}" for number in sorted(lines.values())[:3])
+    console.complain(f"--similar_text_pair: {len(lines):,} of {count:,} targets are not in {corpus.path}, and count as "
+                     f"missed; {unseen:,} of them are but for white space, width or invisible characters: {first}")
 
 
 def fingerprint_of(args: argparse.Namespace, corpus: data.TextFile | None, engine) -> tuple[dict, dict]:
@@ -219,8 +235,11 @@ def main() -> None:
     args = parse_args()
     corpus = data.TextFile(args.corpus_file, "--corpus_file", args.strict_data) if args.corpus_file else None
     streams = args.query == [STDIN]
-    queries = args.query or [query for query, _ in data.read_text_pairs(
-        args.similar_text_pair, "--similar_text_pair", args.strict_data)]
+    pairs = [] if args.query else list(data.read_rows(args.similar_text_pair, 2, "--similar_text_pair",
+                                                      args.strict_data))
+    queries = args.query or [query for _, (query, _) in pairs]
+    if pairs and not RANK:
+        check_targets(args.similar_text_pair, pairs, corpus)
     path = None if args.query else os.path.join(args.recall_result_dir, args.recall_result_file)
     if path:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)

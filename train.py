@@ -83,22 +83,39 @@ def parse_args() -> argparse.Namespace:
 
 
 def read_test_set(args: argparse.Namespace) -> list[tuple]:
-    """The rows of --test_set_file: text, text, label; or query, target. Without a test set there are none."""
+    """The rows of --test_set_file: text, text, label; or query, target. There are none without a test set, or where
+    it measures nothing."""
     path, flag = args.test_set_file, "--test_set_file"
     if not path:
         return []
-    read = {2: data.read_text_pairs, 3: data.read_labeled_pairs}[data.count_columns(path, flag, (2, 3))]
-    return read(path, flag, args.strict_data)
+    if data.count_columns(path, flag, (2, 3)) == 3:
+        test_set = data.read_labeled_pairs(path, flag, args.strict_data)
+        if len({label for _, _, label in test_set}) > 1:
+            return test_set
+        console.complain(f"{flag} {path}: all {len(test_set)} labels are {test_set[0][2]:g}, of which Spearman's rho "
+                         "is undefined; there is no evaluation")
+        return []
+    rows, looks = list(data.read_rows(path, 2, flag, args.strict_data)), {}
+    if twins := [f"{path}:{number}" for number, (_, target) in rows
+                 if looks.setdefault(data.plain(target), target) != target]:
+        console.complain(f"{flag}: {len(twins)} of {len(rows)} targets are an earlier one but for white space, width "
+                         "or invisible characters, and count as another document; write them alike: "
+                         f"{', '.join(twins[:3])}")
+    return [tuple(row) for _, row in rows]
 
 
 def evaluate(embed: Callable, test_set: list[tuple]) -> dict[str, float]:
-    """Spearman's rank correlation of the cosines with the labels, or Recall@k of each distinct query's targets among
-    all distinct targets, by exact search; in percent."""
+    """Spearman's rank correlation of the cosines with the labels, none where all cosines are the same, or Recall@k of
+    each distinct query's targets among all distinct targets, by exact search; in percent."""
     first, second, *labels = zip(*test_set)
     if labels:
         from scipy.stats import spearmanr
 
-        return {"spearman": percent(spearmanr((embed(first) * embed(second)).sum(axis=1), labels[0])[0])}
+        cosines = (embed(first) * embed(second)).sum(axis=1)
+        if cosines.min() == cosines.max():
+            console.warn(f"spearman is undefined: all {len(cosines)} cosines are {cosines[0]:g}")
+            return {}
+        return {"spearman": percent(spearmanr(cosines, labels[0])[0])}
     corpus = {text: row for row, text in enumerate(data.distinct(second))}
     targets = defaultdict(set)
     for query, target in test_set:
@@ -106,6 +123,37 @@ def evaluate(embed: Callable, test_set: list[tuple]) -> dict[str, float]:
     rows, _ = exact_search(embed(list(targets)), embed(list(corpus)), max(RECALL_KS))
     ranks = first_hits(rows, list(targets.values()))
     return {name: percent(hits) for name, hits in per_query(ranks[:, None], ["recall"]).items()}
+
+
+def check_learnable(args: argparse.Namespace, texts: data.TextFile) -> None:
+    """Refuse texts, or pairs, that have no negatives, since all are the same; triples bring theirs."""
+    path, sides = args.train_set_file, {1: ["texts"], 2: ["queries", "titles"]}.get(texts.columns, [])
+    for side, noun in enumerate(sides):
+        field = [texts[0]] if texts.columns == 1 else texts[0]
+        if all((row if texts.columns == 1 else row[side]) == field[side] for row in texts):
+            raise console.InputError(f"--train_set_file {path}: {flags.count(texts, 'line')} without two different "
+                                     f"{noun}; SimCSE learns by telling them apart")
+    if sides and min(args.batch_size, -(-len(texts) // RANKS)) == 1 and not (args.cross_device_negatives and RANKS > 1):
+        console.warn("batches of one text have no negatives, their loss is 0, and nothing is learned: raise "
+                     "--batch_size, or give more texts than there are processes")
+
+
+def look_at(args: argparse.Namespace, texts: data.TextFile, tokenizer: Any) -> None:
+    """Warn of what the encoder does not see of the training texts, in WINDOW lines from all over the file at most."""
+    from model import Sight
+
+    rows = range(0, len(texts), -(-len(texts) // data.WINDOW))
+    sample = [text for row in rows for text in ([texts[row]] if texts.columns == 1 else texts[row])]
+    sight = Sight(tokenizer, sample, args.max_seq_length, lambda place: texts.place(rows[place // texts.columns]))
+    ids, _ = sight(range(len(sample)))
+    sight.report()
+    first_of: dict[tuple, str] = {}
+    twins = [place for place, (text, each) in enumerate(zip(sample, ids))
+             if len(each) == args.max_seq_length and first_of.setdefault(tuple(each), text) != text]
+    if twins:
+        console.complain(f"{len(twins):,} of {len(sample):,} texts, cut to {args.max_seq_length} tokens, are one with "
+                         "another text; a higher --max_seq_length tells them apart: "
+                         f"{', '.join(map(sight.place, twins[:3]))}")
 
 
 def build_model(args: argparse.Namespace) -> tuple[Any, Any, str]:
@@ -151,11 +199,12 @@ def train(args: argparse.Namespace, texts: data.TextFile, test_set: list[tuple])
 
     def measure(group: str) -> None:
         """On rank 0, while the others wait."""
-        if test_set and not RANK:
-            run.log_measures(evaluate(encoder(), test_set), group)
+        if test_set and not RANK and (measures := evaluate(encoder(), test_set)):
+            run.log_measures(measures, group)
         wait_for_ranks()
 
     model, tokenizer, name = build_model(args)
+    look_at(args, texts, tokenizer)
     sampler = data.ShuffledBatches(len(texts), args.batch_size, RANK, RANKS)
     make = functools.partial(data.make_batch, texts, tokenizer, args)
     run = Run(args, model, texts, len(sampler), save)
@@ -188,6 +237,8 @@ def main() -> None:
     if columns > 1 and args.crop_rate:
         raise console.InputError(f"--crop_rate is for texts, one a line; {path} has {columns} columns")
     texts, test_set = data.TextFile(path, flag, args.strict_data, columns), read_test_set(args)
+    if args.epochs or args.whiten is not None:
+        check_learnable(args, texts)
 
     flags.announce_training(args, args.init_from_ckpt or args.model_name_or_path or flags.DEFAULT_MODEL,
                             flags.count(texts, ("training text", "training pair", "training triple")[columns - 1]))

@@ -14,5 +14,5 @@ given "--text_pair_file -" "$@" || set -- --text_pair_file "$DATA_DIR/test.csv" 
 launch "${GPUS:-0}" "${LOG_DIR:-predict_log}" predict.py \
     --device "$DEVICE" \
     ${MODEL:+--model_name_or_path "$MODEL"} \
-    --batch_size "${BATCH_SIZE:-128}" \
-    --max_seq_length "${MAX_SEQ_LENGTH:-64}" "$@"
+    ${MAX_SEQ_LENGTH:+--max_seq_length "$MAX_SEQ_LENGTH"} \
+    --batch_size "${BATCH_SIZE:-128}" "$@"

@@ -22,5 +22,5 @@ launch "${GPUS:-0}" "${LOG_DIR:-recall_log/}" recall.py \
     ${HNSW_M:+--hnsw_m "$HNSW_M"} \
     ${HNSW_EF:+--hnsw_ef "$HNSW_EF"} \
     --batch_size "${BATCH_SIZE:-64}" \
-    --max_seq_length "${MAX_SEQ_LENGTH:-60}" \
+    ${MAX_SEQ_LENGTH:+--max_seq_length "$MAX_SEQ_LENGTH"} \
     --recall_num "${RECALL_NUM:-50}" "$@"

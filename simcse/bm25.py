@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+import unicodedata
 from collections.abc import Sequence
 
 from simcse import console
@@ -18,9 +19,14 @@ jieba.setLogLevel(logging.WARNING)
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # else it logs wherever another library has set up logging
 
 
+def fold(text: str) -> str:
+    """A text of one width and one case: Unicode's NFKC, case folded."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+
+
 def words(text: str) -> list[str]:
-    """The words of a text in lower case, those without a letter or a digit left out."""
-    return [word for word in jieba.cut(text.lower()) if any(map(str.isalnum, word))]
+    """The words of a text, folded, those without a letter or a digit left out."""
+    return [word for word in jieba.cut(fold(text)) if any(map(str.isalnum, word))]
 
 
 class Bm25:
@@ -84,6 +90,8 @@ def _read(folder: str, documents: int) -> bm25s.BM25:
         index = bm25s.BM25.load(folder, mmap=True, show_progress=False)
         if index.scores["num_docs"] != documents:
             raise ValueError(f"of {index.scores['num_docs']} documents instead of {documents}")
+        if fold(known := " ".join(index.vocab_dict)) != known:
+            raise ValueError("its words differ in width or case, as an earlier version made them")
     console.log(f"using BM25 in {folder}")
     return index
 

@@ -20,8 +20,9 @@ class InputError(Exception):
     """A mistake in a flag or an input file: reported in one line, exit code 2, no traceback."""
 
 
-# --quiet; whether the lines that are answered are progress enough; how many progress bars are on the terminal now
-settings = SimpleNamespace(quiet=False, answering=False, bars=0)
+# --quiet; --strict_data; whether the lines that are answered are progress enough; how many progress bars are on the
+# terminal now
+settings = SimpleNamespace(quiet=False, strict=False, answering=False, bars=0)
 
 
 def log(message: str) -> None:
@@ -44,6 +45,13 @@ def warn(message: str, file: TextIO | None = None) -> None:
         tqdm.write(message, file=file or sys.stderr)
     else:
         print(message, file=file or sys.stderr, flush=True)
+
+
+def complain(message: str) -> None:
+    """`warn` of something wrong with the data; with --strict_data it is an InputError."""
+    if settings.strict:
+        raise InputError(f"{message} (--strict_data)")
+    warn(message)
 
 
 def result(message: str) -> None:

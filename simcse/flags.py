@@ -12,9 +12,9 @@ from typing import Any
 from simcse import console
 from simcse.files import STDIN, read_json
 from simcse.machine import CPU_THREADS, RANK, RANKS, auto_precision
-from simcse.weights import CONFIG_FILE, STATE_RECORD, newest_resumable, read_record
+from simcse.weights import CONFIG_FILE, DEFAULT_MODEL, STATE_RECORD, newest_resumable, read_record
 
-DEFAULT_MODEL = "rocketqa-zh-base-query-encoder"
+ENCODE_LENGTH, TRAIN_LENGTH = 64, 128  # --max_seq_length where no checkpoint records one
 POOLINGS = ("pooler", "mean", "first_last_avg")  # see model.py
 DEFAULT_PARAMS = "checkpoints/model_20000/model_state.pdparams"
 COLLECTION = "simcse"  # of Milvus
@@ -38,7 +38,7 @@ class ArgumentParser(argparse.ArgumentParser):
                 close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
                 self.error(f"no such flag: {flag}" + (f"; did you mean {close[0]}?" if close else ""))
         known, unknown = super().parse_known_args(args, namespace)
-        console.settings.quiet = known.quiet
+        console.settings.quiet, console.settings.strict = known.quiet, getattr(known, "strict_data", False)
         return known, unknown
 
     def error(self, message: str) -> None:
@@ -136,8 +136,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, params_path: str | None
 def add_encode_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of every stage that turns texts into embeddings."""
     add = parser.add_argument
-    add("--max_seq_length", type=sequence_length, default=64,
-        help="tokens per text, [CLS] and [SEP] included; longer texts are cut")
+    add("--max_seq_length", type=sequence_length, help="tokens per text, [CLS] and [SEP] included, others are cut. "
+        f"None: as many as the checkpoint was trained with, {ENCODE_LENGTH} where it records none")
     add("--batch_size", type=positive_int,
         help="texts per batch; None: as many as fill 2,048 tokens on a CPU, 65,536 on a GPU")
     add_strict_argument(parser)
@@ -147,16 +147,24 @@ def add_encode_arguments(parser: argparse.ArgumentParser) -> None:
         "BF16), else fp32. fp16 needs --device gpu")
 
 
-def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace,
+                    length: int = ENCODE_LENGTH) -> argparse.Namespace:
     """Refuse what would do nothing on the device asked for, and texts longer than the encoder, where a flag names a
-    folder that describes it; returns `args`."""
+    folder that describes it; returns `args`. Where no --max_seq_length is given it is the one that the checkpoint
+    records, else `length`."""
     if args.precision == "fp16" and args.device != "gpu":
         parser.error("--precision fp16 needs --device gpu")
     if args.cpu_threads and args.device != "cpu":
         parser.error("--cpu_threads needs --device cpu")
     named = vars(args)
-    checkpoint = os.path.dirname(named.get("params_path") or named.get("init_from_ckpt") or "")
-    for path in filter(None, (named.get("model_name_or_path"), checkpoint, named.get("resume"))):
+    weights, given = named.get("params_path") or named.get("init_from_ckpt"), named.get("max_seq_length")
+    checkpoint = os.path.dirname(weights) or "." if weights else named.get("resume") or ""
+    recorded = read_record(checkpoint).get("max_seq_length") if checkpoint else None
+    if recorded and given not in (None, recorded) and not RANK:
+        console.warn(f"--max_seq_length {given}: {checkpoint} was trained with {recorded}; embeddings of texts that "
+                     "are cut differ")
+    args.max_seq_length = given or recorded or length
+    for path in filter(None, (named.get("model_name_or_path"), checkpoint)):
         config = read_record(path).get("encoder_config") or read_json(os.path.join(path, "config.json"))
         if positions := config.get("max_position_embeddings"):
             if args.max_seq_length > positions:
@@ -215,8 +223,8 @@ def add_optimization_arguments(group: argparse._ArgumentGroup) -> None:
     add("--warmup_proption", dest="warmup_proportion", type=proportion, help=argparse.SUPPRESS)
     add("--max_grad_norm", type=positive_float, help="scale gradients down to this norm; None: leave them as they are")
     add("--dropout", type=probability, default=0.1, help="hidden and attention dropout rate")
-    add("--max_seq_length", type=sequence_length, default=128,
-        help="tokens per text, [CLS] and [SEP] included; longer texts are cut")
+    add("--max_seq_length", type=sequence_length, help="tokens per text, [CLS] and [SEP] included, others are cut. "
+        f"None: that of the checkpoint that training goes on from, else {TRAIN_LENGTH}")
     add("--seed", type=natural_int, default=1000, help="random seed")
     add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32",
         help="number format of the matrix products; bf16 and fp16, with loss scaling, need --device gpu")
@@ -247,7 +255,7 @@ def check_run_arguments(parser: argparse.ArgumentParser, args: argparse.Namespac
                      f"{STATE_RECORD}); --init_from_ckpt starts anew from a checkpoint's weights")
     args.learns_by = list(dict.fromkeys(action.dest for group in learning for action in group._group_actions))
     args.hyper_parameters = [action.dest for action in start._group_actions] + args.learns_by
-    return check_arguments(parser, args)
+    return check_arguments(parser, args, TRAIN_LENGTH)
 
 
 def announce_training(args: argparse.Namespace, start: str, texts: str) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import json
 import os
 import pickle
 import re
@@ -13,7 +14,9 @@ from simcse.files import file_digest, read_json, write_json
 
 import numpy as np
 
-CONFIG_FILE = "simcse_config.json"
+DEFAULT_MODEL = "rocketqa-zh-base-query-encoder"
+CONFIG_FILE, TOKENIZER_FILE = "simcse_config.json", "tokenizer_config.json"
+WEIGHTS = (".pdparams", ".safetensors")
 PARAMS_FILE = "model_state.pdparams"
 ONNX_FILE, OPSET = "inference.onnx", 17  # 17: the first with LayerNormalization as one operator
 STATE_FILE, STATE_RECORD = "training_state.safetensors", "training_state.json"
@@ -94,14 +97,19 @@ def write_record(folder: str, record: dict, tokenizer: Any) -> None:
 
 @functools.cache  # weights are large, and a process reads them once
 def model_digest(params_path: str, model_name_or_path: str | None) -> str:
-    """SHA-256 of what makes the embeddings, by content: the weights, the record and the vocabulary beside them, and
-    what describes the encoder, where a folder or a hub name is given."""
+    """SHA-256 of what makes the embeddings, by content: the weights, and beside them the record and the tokenizer; what
+    describes the encoder in a folder, or its hub name, where one is given, or the checkpoint lacks record or tokenizer.
+    How a record names the encoder that it describes, and the versions that wrote it, are no content."""
+    folder = os.path.dirname(params_path)
+    record, tokenizer = read_record(folder), [os.path.join(folder, name) for name in ("vocab.txt", TOKENIZER_FILE)]
     named = model_name_or_path or ""
+    if not (record and os.path.isfile(tokenizer[1])):
+        named = named or record.get("model_name_or_path", DEFAULT_MODEL)
     described = sorted(os.listdir(named)) if os.path.isdir(named) else []
-    paths = [params_path, *(os.path.join(os.path.dirname(params_path), name) for name in (CONFIG_FILE, "vocab.txt")),
-             *(os.path.join(named, name) for name in described if not name.endswith((".pdparams", ".safetensors")))]
-    digest = hashlib.sha256(b"" if described else named.encode())
-    for path in filter(os.path.isfile, paths):
+    content = {name: value for name, value in record.items() if name not in ("model_name_or_path", "versions")}
+    digest = hashlib.sha256(json.dumps([content, "" if described else named], sort_keys=True).encode())
+    for path in filter(os.path.isfile, [
+            params_path, *tokenizer, *(os.path.join(named, name) for name in described if not name.endswith(WEIGHTS))]):
         digest.update(file_digest(path).encode())
     return digest.hexdigest()
 

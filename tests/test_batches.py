@@ -98,7 +98,16 @@ def test_steps_after_a_step_are_those_of_the_whole_run(tokenizer):
         batches = data.batches_after(first, 2, ShuffledBatches(15, 2), make)
         return [(epoch, number, batch.rows.tolist()) for epoch, number, batch in batches]
 
-    assert len(steps(0)) == 16 and all(steps(first) == steps(0)[first:] for first in range(17))
+    assert len(steps(0)) == 14 and all(steps(first) == steps(0)[first:] for first in range(15))
+
+
+@pytest.mark.parametrize("count, batch_size, ranks, sizes", [
+    (9, 4, 1, [4, 5]), (33, 32, 1, [33]), (10, 4, 1, [4, 4, 2]), (18, 4, 2, [4, 5]), (17, 4, 2, [4, 5]),
+    (3, 1, 1, [1, 1, 1]), (1, 4, 1, [1]), (2, 4, 2, [1])])
+def test_a_last_batch_of_one_is_joined_to_the_one_before(count, batch_size, ranks, sizes):
+    for rank in range(ranks):
+        batches = ShuffledBatches(count, batch_size, rank, ranks)
+        assert [len(rows) for rows in batches.epoch(0)] == sizes and len(batches) == len(sizes)
 
 
 # ------------------------------------------------------------------------------------------------------ masked words

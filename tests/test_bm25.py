@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 
+import simcse.bm25
 from data import distinct, read_text_pairs, read_texts
 from simcse.bm25 import Bm25, fuse, words
 from simcse.console import InputError
@@ -33,6 +34,22 @@ def bm25(query, corpus):
 def test_words_are_lower_case_letters_and_digits():
     assert words("，BM25 Model！\u3000语义索引…… ") == ["bm25", "model", "语义", "索引"]
     assert words("。 ！") == []
+
+
+def test_width_and_case_are_folded():
+    """Full-width letters and digits, ligatures, and letters whose lower case is not all that folding does."""
+    for one, other in (("ＢＭ２５　ＭＯＤＥＬ", "bm25 model"), ("ﬁle", "FILE"), ("Straße", "STRASSE"),
+                       ("ﾃﾞｰﾀ", "データ")):
+        assert words(one) == words(other) != []
+    assert Bm25(["型号Ａ１", "型号b2"]).search(["a1"], 1)[0].tolist() == [[0]]
+
+
+def test_a_kept_index_of_words_that_are_not_folded_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(simcse.bm25, "fold", str.lower)  # as it once was
+    Bm25(["型号Ａ１", "型号b2"], str(tmp_path / "bm25"))
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="its words differ in width or case.*; remove this folder"):
+        Bm25(["型号Ａ１", "型号b2"], str(tmp_path / "bm25"))
 
 
 def test_bm25_is_the_formula():

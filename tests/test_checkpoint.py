@@ -159,3 +159,36 @@ def test_record_of_the_state_is_plain_json(flags, tmp_path):
     succeed("train.py", *flags("--epochs", 1), cwd=tmp_path)
     record = json.loads((tmp_path / "checkpoints" / "model_16" / "training_state.json").read_text())
     assert record["step"] == 16 and record["run"]["batch_size"] == 8 and record["schedule"]["last_epoch"] == 16
+
+
+def test_a_model_is_known_by_its_content(tmp_path, monkeypatch):
+    """Its weights, its record but for the names in it, its tokenizer, its encoder; however they are called."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("ck", "tiny"):
+        (tmp_path / folder).mkdir()
+    record = {"model_name_or_path": "tiny", "versions": {"paddlepaddle": "3"}, "pooling": "mean"}
+
+    def digest(name=None, **changed):
+        files = {"ck/model_state.pdparams": "1", "ck/vocab.txt": "甲", "ck/tokenizer_config.json": "{}",
+                 "ck/simcse_config.json": json.dumps(record), "tiny/config.json": "{}", "tiny/vocab.txt": "甲",
+                 **changed}
+        for path, content in files.items():
+            (tmp_path / path).unlink(missing_ok=True)
+            if content is not None:
+                (tmp_path / path).write_text(content, encoding="utf-8")
+        w.model_digest.cache_clear()
+        return w.model_digest("ck/model_state.pdparams", name)
+
+    same = digest()
+    renamed = {**record, "model_name_or_path": "./tiny", "versions": {}}
+    assert digest(**{"ck/simcse_config.json": json.dumps(renamed)}) == same
+    assert digest("tiny") == digest("./tiny") == digest(f"{tmp_path}/tiny")
+    for path in ("ck/model_state.pdparams", "ck/vocab.txt", "ck/tokenizer_config.json"):
+        assert digest(**{path: "乙"}) != same, path
+    assert digest(**{"ck/simcse_config.json": json.dumps({**record, "pooling": "pooler"})}) != same
+    assert digest(**{"tiny/vocab.txt": "乙"}) == same, "the tokenizer is the one beside the checkpoint"
+    bare = {"ck/tokenizer_config.json": None, "ck/vocab.txt": None}
+    assert digest(**bare, **{"tiny/vocab.txt": "乙"}) != digest(**bare), "the recorded encoder's is taken"
+    alone = {**bare, "ck/simcse_config.json": None}
+    assert digest(**alone) == digest("rocketqa-zh-base-query-encoder", **alone) != digest("ernie-1.0", **alone)
+    w.model_digest.cache_clear()

@@ -111,7 +111,7 @@ def test_a_checkpoint_is_no_encoder_and_a_mistyped_folder_is_not_looked_up(tmp_p
 
 
 def test_an_unknown_hub_name_is_one_line(tmp_path):
-    (tmp_path / "train.csv").write_text("a\n")
+    (tmp_path / "train.csv").write_text("a\nb\n")
     line = refuse("train.py", "--device", "cpu", "--train_set_file", "train.csv", "--model_name_or_path",
                   "no-such-model-anywhere", cwd=tmp_path)
     assert "--model_name_or_path no-such-model-anywhere: neither a folder" in line

@@ -58,8 +58,8 @@ def test_a_copied_folder_gives_the_same_vectors(kind, server, exported, checkpoi
     result = server(blocked, "--model_dir", folder, "--input_file", sample / "corpus.csv", "--output_file", "v.npy",
                     *FP32)
     assert result.returncode == 0, result.stderr
-    assert [line.split()[0] for line in result.stderr.splitlines()] == ["predict.py:", "wrote"]  # and nothing of paddle
-    expected = embed(checkpoint, read_texts(str(sample / "corpus.csv"), "--flag"), 128)
+    assert [line.split()[0] for line in result.stderr.splitlines()] == ["predict.py:", "120", "wrote"]  # all are cut
+    expected = embed(checkpoint, read_texts(str(sample / "corpus.csv"), "--flag"))
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected, atol=1e-5)
 
 
@@ -74,7 +74,7 @@ def test_in_an_environment_of_its_requirements_alone(request, exported, checkpoi
     subprocess.run(["sh", "python/deploy.sh", "--input_file", sample / "corpus.csv", "--output_file", "v.npy", *FP32],
                    cwd=tmp_path, check=True, env={**environment, "PYTHON": str(python), "DEVICE": "cpu",
                                                   "OUTPUT_DIR": str(exported)})
-    expected = embed(checkpoint, read_texts(str(sample / "corpus.csv"), "--flag"), 128)
+    expected = embed(checkpoint, read_texts(str(sample / "corpus.csv"), "--flag"))
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected, atol=1e-5)
 
 
@@ -169,3 +169,12 @@ def test_onednn_is_set_up_as_by_the_stages(exported, precision, monkeypatch):
         with pytest.raises(TypeError):  # there is no predictor of such a config
             make()
     assert calls[0][0] == calls[1][0] and set(calls[0]) == set(calls[1]) and len(calls[0]) > 5, calls
+
+
+def test_deployed_at_the_recorded_length(exported, tmp_path):
+    (tmp_path / "long.txt").write_text("长" * 99 + "\n", encoding="utf-8")
+    words = ["deploy/python/predict.py", "--device", "cpu", "--model_dir", exported, "--input_file", "long.txt"]
+    result = succeed(*words, "--format", "jsonl", cwd=tmp_path)
+    assert "1 of 1 texts are longer than 32 tokens and are cut" in result.stderr
+    other = succeed(*words, "--format", "jsonl", "--max_seq_length", 64, cwd=tmp_path)
+    assert f"--max_seq_length 64: {exported} was trained with 32" in other.stderr and other.stdout != result.stdout

@@ -62,7 +62,7 @@ def test_deployed_equals_dynamic(exported, checkpoint, sample, tmp_path, flags):
     succeed("deploy/python/predict.py", "--model_dir", exported, "--device", "cpu", "--input_file",
             sample / "corpus.csv", "--output_file", tmp_path / "v.npy", *FP32, *flags)
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"),
-                               embed(checkpoint, read_texts(str(sample / "corpus.csv"), "--flag"), 128), atol=1e-5)
+                               embed(checkpoint, read_texts(str(sample / "corpus.csv"), "--flag")), atol=1e-5)
 
 
 def test_deploy_prints_the_readmes_texts_and_benchmarks(exported, checkpoint, tmp_path):
@@ -82,7 +82,7 @@ def test_deploy_prints_the_readmes_texts_and_benchmarks(exported, checkpoint, tm
 
 def test_deploy_scores_a_pair_file(exported, checkpoint, sample):
     result = succeed("deploy/python/predict.py", "--model_dir", exported, "--device", "cpu", "--text_pair_file",
-                     sample / "test.csv", "--max_seq_length", 64)
+                     sample / "test.csv")
     same = succeed("predict.py", "--device", "cpu", "--params_path", checkpoint, "--text_pair_file",
                    sample / "test.csv")
     np.testing.assert_allclose(*[[float(line) for line in each.stdout.splitlines()] for each in (result, same)],

@@ -38,7 +38,7 @@ def embeddings(checkpoint, texts, cwd, *more):
     return np.load(cwd / "v.npy")
 
 
-def embed(checkpoint, texts, max_seq_length=64):
-    """By the dynamic graph, in float32."""
-    network, tokenizer, _ = m.load_model(str(checkpoint / NAME))
-    return m.encode(network, tokenizer, texts, max_seq_length, 32)
+def embed(checkpoint, texts):
+    """By the dynamic graph, in float32, at the length that is recorded."""
+    network, tokenizer, record = m.load_model(str(checkpoint / NAME))
+    return m.encode(network, tokenizer, texts, record["max_seq_length"], 32)

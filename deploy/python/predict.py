@@ -100,8 +100,8 @@ def parse_args() -> argparse.Namespace:
         help="stop at the first malformed line instead of skipping and reporting it")
     add = parser.add_argument_group("model").add_argument
     add("--model_dir", type=folder, default="./output", help="what export_model.py wrote")
-    add("--max_seq_length", type=sequence_length, default=128,
-        help="tokens per text, [CLS] and [SEP] included; longer texts are cut")
+    add("--max_seq_length", type=sequence_length, help="tokens per text, [CLS] and [SEP] included; longer texts are "
+        "cut; None: as many as the checkpoint was trained with, 64 where that is not recorded")
     add("--batch_size", type=positive_int,
         help="texts per batch; None: as many as fill 2,048 tokens on a CPU, 65,536 on a GPU")
     add = parser.add_argument_group("device").add_argument
@@ -123,7 +123,12 @@ def parse_args() -> argparse.Namespace:
 def check(parser: ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse flags that would do nothing, or what cannot be done, on the device asked for or with the folder given."""
     cpu, gpu, onnx = args.device == "cpu", args.device == "gpu", p.holds_onnx(args.model_dir)
-    positions = p.read_record(args.model_dir)["max_positions"]
+    record = p.read_record(args.model_dir)
+    positions, recorded, given = record["max_positions"], record.get("max_seq_length"), args.max_seq_length
+    args.max_seq_length = given or recorded or 64
+    if recorded and recorded != args.max_seq_length:
+        print(f"--max_seq_length {given}: {args.model_dir} was trained with {recorded}; embeddings of texts that are "
+              "cut differ", file=sys.stderr)
     if args.enable_mkldnn is None:
         args.enable_mkldnn = cpu and not onnx
     only = (f"--model_dir {args.model_dir} holds {p.ONNX_FILE}, which runs with --device cpu, in fp32, without "
@@ -216,11 +221,18 @@ def log(args: argparse.Namespace, message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
+def complain_of(args: argparse.Namespace, message: str) -> None:
+    """Print a warning; with --strict_data it is an InputError."""
+    if args.strict_data:
+        raise p.InputError(f"{message} (--strict_data)")
+    print(message, file=sys.stderr)
+
+
 def benchmark(args: argparse.Namespace, embed: Callable, texts: list[str]) -> None:
     """Time text to embedding, tokenizing included; figures to stderr and, as JSON, to --save_log_path."""
     rows = []
     for size in sorted({1, args.batch_size or 32}):
-        work = partial(embed, (texts * size)[:size], batch_size=size)
+        work = partial(embed, (texts * size)[:size], batch_size=size, complain=lambda message: None)
         seconds = sorted(timeit.repeat(work, "gc.enable()", number=1, repeat=60)[10:])  # the first ones warm up
         latencies = {f"p{part}_ms": round(1000 * seconds[50 * part // 100], 3) for part in (50, 95, 99)}
         rows.append({"batch_size": size, **latencies, "texts_per_second": round(size * 50 / sum(seconds), 1)})
@@ -247,7 +259,7 @@ def predict(args: argparse.Namespace) -> None:
     predictor = p.Predictor(args.model_dir, args.device, threads, precision, 10 if args.enable_mkldnn else 0,
                             (args.batch_size or 32, args.max_seq_length) if args.use_tensorrt else ())
     embed = partial(p.encode, predictor, p.Tokenizer(args.model_dir), max_seq_length=args.max_seq_length,
-                    batch_size=args.batch_size)
+                    batch_size=args.batch_size, complain=partial(complain_of, args))
     if texts:
         embeddings = embed(texts)
         if args.output_file:

@@ -185,7 +185,9 @@ class Tokenizer:
                              "export_model.py")
         with reported(f"{path}: not a tokenizer", Exception):  # tokenizers raises nothing narrower
             self._rust = tokenizers.Tokenizer.from_file(path)
-        self.pad_token_id = self._rust.token_to_id("[PAD]")
+        self.pad_token_id, self.unk_token_id = map(self._rust.token_to_id, ("[PAD]", "[UNK]"))
+        self._wordless = {self.unk_token_id, *(number for token, number in self._rust.get_vocab().items()
+                                               if not any(map(str.isalnum, token)))}
 
     def __call__(self, texts: Sequence[str], max_seq_length: int) -> list[list[int]]:
         """Token ids of each text, [CLS] and [SEP] included, cut to `max_seq_length`."""
@@ -197,16 +199,25 @@ class Tokenizer:
         return [encoding.ids for encoding in self._rust.encode_batch_fast(texts)]
 
 
+    def unseen(self, ids: list[int]) -> bool:
+        """Whether the encoder sees nothing of a text: no token, or [UNK] and no more than punctuation besides."""
+        return self._wordless.issuperset(ids[1:-1]) and (len(ids) == 2 or self.unk_token_id in ids)
+
+
 def encode(predictor: Predictor, tokenizer: Tokenizer, texts: Sequence[str], max_seq_length: int,
-           batch_size: int | None = None) -> np.ndarray:
+           batch_size: int | None = None, complain: Callable[[str], Any] = lambda message: None) -> np.ndarray:
     """Embeddings, float32 [len(texts), embedding_size], in the order of `texts`; texts of like length are batched,
-    `batch_size` or, None, as many as fill the predictor's `batch_tokens`, padding included. InputError where texts of
-    `max_seq_length` tokens have more positions than the encoder."""
+    `batch_size` or, None, as many as fill the predictor's `batch_tokens`, padding included. Texts that the encoder sees
+    nothing of have zeros, whose cosine with any is 0. `complain` is told how many are cut or not seen. InputError where
+    texts of `max_seq_length` tokens have more positions than the encoder."""
     if max_seq_length > predictor.max_positions:
         raise InputError(f"--max_seq_length {max_seq_length}: the encoder has {predictor.max_positions} positions")
-    embeddings = np.empty((len(texts), predictor.embedding_size), "float32")
+    embeddings, cut, dark = np.empty((len(texts), predictor.embedding_size), "float32"), 0, []
     for start in range(0, len(texts), WINDOW):
-        ids, window = tokenizer(texts[start : start + WINDOW], max_seq_length), embeddings[start : start + WINDOW]
+        ids, window = tokenizer(texts[start : start + WINDOW], max_seq_length + 1), embeddings[start : start + WINDOW]
+        cut += sum(len(each) > max_seq_length for each in ids)
+        ids = [[*each[: max_seq_length - 1], each[-1]] if len(each) > max_seq_length else each for each in ids]
+        dark += [start + row for row, each in enumerate(ids) if tokenizer.unseen(each)]
         order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
         longest = len(ids[order[0]])
         while order:
@@ -217,4 +228,9 @@ def encode(predictor: Predictor, tokenizer: Tokenizer, texts: Sequence[str], max
             for line, row in zip(input_ids, rows):
                 line[: len(ids[row])] = ids[row]
             window[rows] = predictor.embed(input_ids, np.zeros_like(input_ids))
+    embeddings[dark] = 0
+    for count, remark in ((cut, f"are longer than {max_seq_length} tokens and are cut; a higher --max_seq_length reads "
+                           "on"), (len(dark), "are all [UNK] to the encoder, so that their cosine with any text is 0")):
+        if count:
+            complain(f"{count:,} of {len(texts):,} texts {remark}")
     return embeddings

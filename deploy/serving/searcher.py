@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ann_util
-from data import distinct, load_tokenizer, pad
+from data import distinct, load_tokenizer, pad, unseen
 from deploy.python import predictor
 from deploy.serving.batching import Job
 from simcse import console
@@ -42,6 +42,7 @@ class Searcher:
         embeddings = np.empty((len(ids), self.embedding_size), "float32")
         for rows, *batch in fixed_batches(ids, self.tokenizer.pad_token_id, *self.shapes):
             embeddings[rows] = np.asarray(self.engine.embed(*batch))[: len(rows)]
+        embeddings[unseen(self.tokenizer, ids)] = 0  # as in model.encode_stream
         return embeddings
 
     def warm_up(self) -> None:

@@ -1,0 +1,199 @@
+"""Which length a stage cuts texts at, what it says of them, and that what an encoder cannot see is nobody's match."""
+
+import argparse
+import json
+import re
+
+import data
+import model as m
+import train
+from deploy.python import predictor
+from simcse import console, flags
+from simcse.console import InputError
+
+import numpy as np
+import pytest
+from conftest import ENCODER, ROOT
+
+UNSEEN = ["😀😀", "👍!", "สวัสดี ครับ", "\u200b", "한국어。"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return data.load_tokenizer(str(ENCODER))
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """Remarks are made once a run, and a test is one."""
+    monkeypatch.setattr(m.Sight, "_told", set())
+    monkeypatch.setattr(console.settings, "strict", False)
+
+
+class Ones:
+    """An engine to which all texts are alike."""
+
+    embedding_size, max_positions, batch_tokens, precision = 4, 512, 2048, "fp32"
+
+    def embed(self, input_ids, token_type_ids):
+        assert input_ids.shape[1] <= 8
+        return np.full((len(input_ids), 4), 0.5, "float32")
+
+
+# -------------------------------------------------------------------------------------------------------- the default
+@pytest.mark.parametrize("recorded, given, length, said", [
+    (48, None, 48, False), (48, 48, 48, False), (48, 60, 60, True), (None, None, 64, False), (None, 60, 60, False)])
+def test_the_recorded_length_is_the_default_and_another_is_said(tmp_path, capsys, recorded, given, length, said):
+    (tmp_path / "model_state.pdparams").touch()
+    (tmp_path / "simcse_config.json").write_text(json.dumps({"max_seq_length": recorded}))
+    words = ["--device", "cpu", "--params_path", str(tmp_path)] + ["--max_seq_length", str(given)] * bool(given)
+    parser = flags.ArgumentParser("A stage.")
+    flags.add_model_arguments(parser)
+    flags.add_encode_arguments(parser)
+    assert flags.check_arguments(parser, parser.parse_args(words)).max_seq_length == length
+    assert capsys.readouterr().err == said * (
+        f"--max_seq_length {given}: {tmp_path} was trained with {recorded}; embeddings of texts that are cut differ\n")
+
+
+def test_training_goes_on_at_the_length_of_its_start(tmp_path, monkeypatch):
+    (tmp_path / "model_state.pdparams").touch()
+    (tmp_path / "simcse_config.json").write_text('{"max_seq_length": 48}')
+    (tmp_path / "train.csv").write_text("甲\n乙\n", encoding="utf-8")
+    for more, length in (([], 128), (["--init_from_ckpt", str(tmp_path)], 48), (["--max_seq_length", "60"], 60)):
+        monkeypatch.setattr("sys.argv", ["train.py", "--device", "cpu", "--train_set_file",
+                                         str(tmp_path / "train.csv"), *more])
+        assert train.parse_args().max_seq_length == length
+
+
+@pytest.mark.parametrize("script", ["run_build_index", "predict"])
+def test_the_scripts_leave_the_length_to_the_checkpoint(script):
+    text = (ROOT / "scripts" / f"{script}.sh").read_text()
+    assert '${MAX_SEQ_LENGTH:+--max_seq_length "$MAX_SEQ_LENGTH"}' in text and text.count("--max_seq_length") == 1
+
+
+# --------------------------------------------------------------------------------------------- what is cut, or not seen
+def test_cut_texts_are_counted_once_a_run(tokenizer, tmp_path, capsys):
+    """A text of as many tokens as there is room for is not cut; places are those of lines, blank ones counted."""
+    (tmp_path / "t.csv").write_text("六个汉字的长\n\n七个汉字的长短\n短\nabc " + "长" * 900 + "\n", encoding="utf-8")
+    texts = data.TextFile(str(tmp_path / "t.csv"), "--flag")
+    for _ in range(2):
+        assert m.encode(Ones(), tokenizer, texts, 8).shape == (4, 4)
+    assert capsys.readouterr().err == (f"2 of 4 texts are longer than 8 tokens and are cut; a higher --max_seq_length "
+                                       f"reads on: {tmp_path}/t.csv:3, {tmp_path}/t.csv:5\n")
+
+
+def test_a_cut_text_keeps_its_first_tokens(tokenizer):
+    texts = ["长" * 30, "abc def " * 9, "六个汉字的长", "短"]
+    ids, _ = m.Sight(tokenizer, texts, 8)(range(4))
+    assert ids == tokenizer(texts, 8)
+
+
+def test_strict_data_refuses_them(tokenizer, monkeypatch):
+    monkeypatch.setattr(console.settings, "strict", True)
+    for text, message in (("长" * 9, "1 of 2 texts are longer than 8 .*'长长长长长长长长长'"),
+                          ("👍", "1 of 2 texts are all .UNK.")):
+        with pytest.raises(InputError, match=message + r".* \(--strict_data\)"):
+            m.encode(Ones(), tokenizer, ["短", text], 8)
+
+
+def test_texts_that_the_encoder_does_not_see_are_like_none(tokenizer, capsys):
+    """[UNK] and no word besides, or no token at all: zeros, whose cosine with any text, each other's too, is 0."""
+    texts = ["语义", *UNSEEN, "👍1", "。。", "语👍"]
+    assert data.unseen(tokenizer, tokenizer(texts, 8)) == [1, 2, 3, 4, 5]
+    embeddings = m.encode(Ones(), tokenizer, texts, 8)
+    assert embeddings.any(axis=1).tolist() == [True, *[False] * 5, True, True, True]
+    first, second = m.encode_pairs(Ones(), tokenizer, [("👍", "👍"), ("短", "短")], 8)
+    assert (first * second).sum(axis=1).tolist() == [0, 1]
+    said = "5 of 9 texts are all .UNK. to the encoder.*: '😀😀', '👍!', 'สวัสดี ครับ'\n$"
+    assert re.match(said, capsys.readouterr().err)
+
+
+def test_nor_are_they_to_a_service_or_a_server(tokenizer, tmp_path, capsys):
+    from deploy.serving.searcher import Searcher
+
+    searcher = Searcher(Ones(), tokenizer, None, [], 8, ([1, 4], [8]))
+    assert searcher.encode(["语义", *UNSEEN]).any(axis=1).tolist() == [True, *[False] * 5]
+    tokenizer.save_rust(str(tmp_path))
+    said = []
+    embeddings = predictor.encode(Ones(), predictor.Tokenizer(str(tmp_path)), ["语义", *UNSEEN, "长" * 9], 8,
+                                  complain=said.append)
+    assert embeddings.any(axis=1).tolist() == [True, *[False] * 5, True]
+    assert [message[:18] for message in said] == ["1 of 7 texts are l", "5 of 7 texts are a"]
+
+
+def test_the_graph_finds_its_way_past_zeros():
+    """Documents that are not seen neither hide the others nor stand before them."""
+    from ann_util import HnswIndex, exact_search
+
+    vectors = np.random.default_rng(0).standard_normal((2000, 16)).astype("float32")
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors[::2] = 0
+    index = HnswIndex(16, 2000)
+    index.add(vectors)
+    found, exact = index.search(vectors[1:200:2], 10)[0], exact_search(vectors[1:200:2], vectors, 10)[0]
+    assert (found == exact).mean() > 0.99 and (found % 2 == 1).all()
+
+
+# ------------------------------------------------------------------------------------------------ training, evaluation
+def arguments(path, **changed):
+    return argparse.Namespace(**{"train_set_file": str(path), "test_set_file": str(path), "max_seq_length": 8,
+                                 "batch_size": 8, "cross_device_negatives": False, "strict_data": False, **changed})
+
+
+def test_training_texts_that_are_one_after_cutting(tokenizer, tmp_path, capsys):
+    """Of pairs a line is said where either of its texts is such a one."""
+    path = tmp_path / "train.csv"
+    path.write_text("".join(f"承担单位见附件{row}\n" for row in range(5)) + "别的\n别的\n", encoding="utf-8")
+    train.look_at(arguments(path), data.TextFile(str(path), "--flag"), tokenizer)
+    cut, alike = capsys.readouterr().err.splitlines()
+    assert cut.startswith("5 of 7 texts are longer than 8 tokens")
+    assert alike == ("4 of 7 texts, cut to 8 tokens, are one with another text; a higher --max_seq_length tells them "
+                     f"apart: {path}:2, {path}:3, {path}:4")
+    path.write_text("".join(f"问题{row}\t承担单位见附件{row}\n" for row in "甲乙"), encoding="utf-8")
+    train.look_at(arguments(path), data.TextFile(str(path), "--flag", columns=2), tokenizer)
+    said = capsys.readouterr().err
+    assert said.startswith("1 of 4 texts, cut to 8 tokens, are one with another") and said.endswith(f" {path}:2\n")
+
+
+def test_a_batch_of_one_is_warned_about(tmp_path, capsys):
+    path = tmp_path / "train.csv"
+    path.write_text("甲\n乙\n", encoding="utf-8")
+    train.check_learnable(arguments(path, batch_size=1), data.TextFile(str(path), "--flag"))
+    assert "batches of one text have no negatives" in capsys.readouterr().err
+    train.check_learnable(arguments(path), data.TextFile(str(path), "--flag"))
+    assert not capsys.readouterr().err
+
+
+def test_a_measure_that_is_undefined_says_why(tmp_path, capsys):
+    path = tmp_path / "test.csv"
+    path.write_text("甲\t乙\t1\n丙\t丁\t1\n", encoding="utf-8")
+    assert train.read_test_set(arguments(path)) == []
+    assert "all 2 labels are 1, of which Spearman's rho is undefined" in capsys.readouterr().err
+    assert train.evaluate(lambda texts: np.ones((len(texts), 2)), [("甲", "乙", 1.0), ("丙", "丁", 0.0)]) == {}
+    assert capsys.readouterr().err == "spearman is undefined: all 2 cosines are 2\n"
+
+
+def test_targets_that_only_a_program_tells_apart(tmp_path, capsys):
+    path = tmp_path / "dev.csv"
+    path.write_text("问\t甲？\n答\t甲?\n又\t\u200b甲 ？\n再\t乙\n三\t乙\n", encoding="utf-8")
+    assert len(train.read_test_set(arguments(path))) == 5
+    assert capsys.readouterr().err == (
+        "--test_set_file: 2 of 5 targets are an earlier one but for white space, width or invisible characters, and "
+        f"count as another document; write them alike: {path}:2, {path}:3\n")
+
+
+def test_targets_that_the_corpus_lacks(tmp_path, capsys):
+    """Counted once each, named where they first stand; those that are there but for what nobody sees."""
+    import recall
+
+    (tmp_path / "corpus.csv").write_text("甲？\n\ufeff乙 丙\n丁\n", encoding="utf-8")
+    corpus = data.TextFile(str(tmp_path / "corpus.csv"), "--corpus_file")
+
+    def check(*targets):
+        recall.check_targets("dev.csv", [(number, ["问", target]) for number, target in enumerate(targets, 1)], corpus)
+        return capsys.readouterr().err
+
+    assert check("丁", "乙 丙", "甲？") == ""
+    assert check("丁", "\u200b丁", "乙丙", "甲?", "戊", "戊") == (
+        f"--similar_text_pair: 4 of 5 targets are not in {corpus.path}, and count as missed; 3 of them are but for "
+        "white space, width or invisible characters: dev.csv:2, dev.csv:3, dev.csv:4\n")
