@@ -42,37 +42,36 @@ def _decode(line: bytes, where: str) -> str:
 
 
 def _lines(path: str, flag: str) -> Iterator[tuple[int, str]]:
-    """Yield number, from 1, and text of the lines of a UTF-8 file or of stdin as it comes; blank lines and, wherever
-    files were joined, BOMs are left out."""
+    """Yield number, from 1, and text of the lines of a UTF-8 file or of stdin as it comes; BOMs, wherever files were
+    joined, are left out."""
     number, stdin, name = 0, path == STDIN, "stdin" if path == STDIN else path
     with open(0 if stdin else path, "rb", closefd=not stdin) as file, reading(path) as advance:
         for chunk in file:
             advance(len(chunk))
             for line in chunk.splitlines():  # of bytes: splits at \n, \r\n and \r, and nowhere else
                 number += 1
-                text = _decode(line, f"{flag} {name}:{number}").replace(BOM, "")
-                if text.strip():
-                    yield number, text
+                yield number, _decode(line, f"{flag} {name}:{number}").replace(BOM, "")
 
 
 def read_rows(path: str, columns: int, flag: str, strict: bool = False,
-              check: Callable[[list[str]], str | None] | None = None) -> Iterator[tuple[int, list[str]]]:
+              check: Callable[[list[str]], str | None] | None = None,
+              every: bool = False) -> Iterator[tuple[int, list[str]]]:
     """Stream the rows of a tab-separated UTF-8 file, or of stdin (STDIN), each with the number of its line, from 1.
 
     Lines end in \\n, \\r\\n or \\r. Every field loses the white space around it and keeps what is inside. Blank lines
     are skipped. A row with another number of columns, an empty field, or for which `check(row)` returns a complaint is
     skipped, counted, and reported on stderr with file:line of the first three; of stdin these three are reported at
-    once as well. InputError, which names the `flag`: not UTF-8; a bad row where `strict`; more than half of the rows
-    bad; no good row."""
-    good, bad, first_bad, name = 0, 0, [], "stdin" if path == STDIN else path
+    once as well. With `every` these and blank lines, which are reported too, come as they are.
+    InputError, which names the `flag`: not UTF-8; a bad row where `strict`; more than half of the rows malformed,
+    unless every line of stdin has been answered; no good row."""
+    good, bad, blank, first_bad, name = 0, 0, 0, [], "stdin" if path == STDIN else path
+    fate = "no result (NaN, empty or null)" if every else "skipped"
     for number, line in _lines(path, flag):
         row = [field.strip() for field in line.split("\t")]
-        if len(row) != columns:
-            complaint = f"columns: {len(row)} instead of {columns}"
-        elif not all(row):
-            complaint = "an empty field"
-        else:
-            complaint = check(row) if check else None
+        if not (any(row) or every):
+            continue
+        blank += not any(row)
+        complaint = _complaint(row, columns) or (check(row) if check else None)
         if complaint is None:
             good += 1
             yield number, row
@@ -83,12 +82,28 @@ def read_rows(path: str, columns: int, flag: str, strict: bool = False,
         if bad <= 3:
             first_bad.append(f"{where} ({complaint})")
             if path == STDIN:  # whoever waits for the answer has to know
-                warn(f"{flag} {where}: skipped; {complaint}")
-    report = f"{bad} of {good + bad} lines are malformed: {', '.join(first_bad)}"
-    if bad > good or not good:
-        raise InputError(f"{flag} {name}: {report if bad else 'the file holds no text'}")
+                warn(f"{flag} {where}: {fate}; {complaint}")
+        if every:
+            yield number, row
+    report = f"{bad} of {good + bad} lines are {'blank or ' * every}malformed: {', '.join(first_bad)}"
+    if not good or (bad - blank > good and not (every and path == STDIN)):
+        raise InputError(f"{flag} {name}: {report if bad > blank else 'the file holds no text'}")
     if bad:
-        warn(f"{flag} {name}: skipped; {report}")
+        warn(f"{flag} {name}: {fate}; {report}; mend them or take them out")
+
+
+def _complaint(row: list[str], columns: int) -> str | None:
+    """What is wrong with a row of so many columns."""
+    if not any(row):
+        return "blank"
+    if len(row) != columns:
+        return f"columns: {len(row)} instead of {columns}"
+    return None if all(row) else "an empty field"
+
+
+def holds_text(line: str) -> bool:
+    """Whether a line of one column is neither blank nor malformed, of several."""
+    return line != "" and "\t" not in line
 
 
 def read_texts(path: str, flag: str, strict: bool = False) -> list[str]:
@@ -206,7 +221,8 @@ def read_labeled_pairs(path: str, flag: str, strict: bool = False) -> list[tuple
 def count_columns(path: str, flag: str, choices: tuple[int, ...]) -> int:
     """Which of `choices` is the number of columns of most of the first 1,000 lines; of as many the one that comes
     first."""
-    counted = Counter(line.count("\t") + 1 for _, line in itertools.islice(_lines(path, flag), 1000))
+    first = itertools.islice(_lines(path, flag), 1000)
+    counted = Counter(line.count("\t") + 1 for _, line in first if line.strip())
     if found := [count for count in counted if count in choices]:
         return max(found, key=counted.get)
     raise InputError(f"{flag} {path}: {'' if counted else 'the file holds no text; '}no line has "
@@ -224,6 +240,7 @@ def distinct(texts: Iterable[str]) -> list[str]:
 
 
 WORDPIECE_CLASSES = ("ErnieTokenizer", "BertTokenizer")  # of PaddleNLP
+WASTE = re.compile("([0-9A-Za-z]{101})[0-9A-Za-z]+|( ) +")  # what a long text has more of than makes a difference
 LENGTH_MULTIPLE = 4  # batches are padded to a multiple of so many tokens, so that kernels are made for few shapes
 
 
@@ -261,7 +278,23 @@ class WordPiece:
         room = max_seq_length - 2
         # A han character is a token and ends the one before it, so what follows the last that has room is cut anyway.
         enough = re.compile(f"(?:[^\u4e00-\u9fff]*[\u4e00-\u9fff]){{{room}}}").match
-        return encode([found[0] if len(text) > room and (found := enough(text)) else text for text in texts])
+        return encode([found[0] if len(text) > room and (found := enough(text)) else text
+                       for text in (self._beginning(text, room, offsets) for text in texts)])
+
+    def _beginning(self, text: str, room: int, offsets: bool) -> str:
+        """A text, of a very long one a beginning with the same first `room` tokens, and unless `offsets` with less of
+        [UNK]s and blanks. A word has 100 tokens at most, and [UNK] alone if it is longer than that: where there are 100
+        tokens more than `room`, the word that the cut falls into is behind them."""
+        size = 16 * (room + 100)
+        if len(text) <= 4 * size:
+            return text
+        text = text if offsets else WASTE.sub(r"\1\2", text)
+        while size < len(text):
+            encoding, = self._rust.encode_batch_fast([text[:size]])
+            if room * len(encoding.overflowing) >= room + 100:
+                return text[:size]
+            size *= 4
+        return text
 
     def save_rust(self, folder: str) -> None:
         """Write tokenizer.json: this tokenizer for the tokenizers library alone."""

@@ -4,10 +4,12 @@
     python inference.py --device cpu --params_path checkpoints/model_900 --input_file texts.txt --output_file texts.npy
     zcat texts.gz | python inference.py --device cpu --params_path ... --input_file - --format jsonl
 
-Without --output_file and --format prints the shape and the embeddings; lines of stdin are answered as they come.
+Without --output_file and --format prints the shape and the embeddings; lines of stdin are answered as they come. A line
+of input that is blank or malformed has a row of NaN, in tsv an empty field, in jsonl null.
 """
 
 import argparse
+import itertools
 
 import data
 from simcse import console, flags
@@ -19,9 +21,10 @@ import numpy as np
 def parse_args() -> argparse.Namespace:
     parser = flags.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--text", action="append", type=flags.nonempty_text, default=[], help="a text; may be given several times. "
+    add("--text", action="append", type=flags.given_text, default=[], help="a text; may be given several times. "
         f"Without --text and --input_file: {flags.README_TEXT}")
-    flags.add_lines_argument(parser, "--input_file", "texts, one a line")
+    flags.add_lines_argument(parser, "--input_file", "texts, one a line; a blank or malformed one has no embedding: a "
+                             "row of NaN, in tsv an empty field, in jsonl null")
     add("--output_file", type=flags.npy_file,
         help="write the embeddings there, .npy, float32 [texts, embedding size]; None: print them")
     add("--format", choices=("tsv", "jsonl"), help="how embeddings are printed, a line a text. tsv: text, tab, numbers "
@@ -40,27 +43,32 @@ def main() -> None:
     args = parse_args()
     streams = args.input_file == STDIN and not args.output_file
     texts = list(args.text)
+    rows = data.read_rows(args.input_file, 1, "--input_file", args.strict_data, every=True)
+    lines = ("\t".join(row) for _, row in rows)
     if args.input_file and not streams:
-        texts += data.read_texts(args.input_file, "--input_file", args.strict_data)
+        texts += lines
     if not texts and not streams:
         texts = [flags.README_TEXT]
-    flags.announce(args, args.params_path, "texts of stdin" if streams else flags.count(texts, "text"))
+    flags.announce(args, args.params_path, "texts of stdin" if streams else
+                   flags.count([*filter(data.holds_text, texts)], "text"))
 
     from model import encode, load_engine
 
     engine, tokenizer = load_engine(args)
-    blocks = [texts]
-    if streams:
-        blocks = arriving(text for _, (text,) in data.read_rows(STDIN, 1, "--input_file", args.strict_data))
-    for block in blocks:
-        embeddings = encode(engine, tokenizer, block, args.max_seq_length, args.batch_size)
+    for block in arriving(lines) if streams else [texts]:
+        good = [*map(data.holds_text, block)]
+        embeddings = encode(engine, tokenizer, [*itertools.compress(block, good)], args.max_seq_length,
+                            args.batch_size)
+        if not all(good):
+            encoded, embeddings = embeddings, np.full((len(good), engine.embedding_size), np.nan, "float32")
+            embeddings[good] = encoded
         if args.output_file:
             with new_file(args.output_file, "wb") as file:
                 np.save(file, embeddings)
             console.log(f"wrote {embeddings.shape[0]} x {embeddings.shape[1]} float32 to {args.output_file}")
         elif args.format or streams:
-            print(*(console.line(args.format or "tsv", text=text, embedding=embedding.tolist())
-                    for text, embedding in zip(block, embeddings)), sep="", end="", flush=True)
+            print(*(console.line(args.format or "tsv", text=text, embedding=embedding.tolist() if is_good else None)
+                    for text, embedding, is_good in zip(block, embeddings, good)), sep="", end="", flush=True)
         else:
             print(list(embeddings.shape))
             print(embeddings)

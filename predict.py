@@ -3,11 +3,14 @@
     python predict.py --device cpu --params_path checkpoints/model_900 --text_pair_file recall/test.csv
     tail -n 9 recall/test.csv | python predict.py --device cpu --params_path ... --text_pair_file - --format jsonl
 
-Prints one cosine a line, in input order, and nothing else, to stdout; pairs of stdin are answered as they come. The
-contrastive loss of a file's pairs, each pair against the others of its batch, goes to stderr.
+Prints one cosine a line of input, in its order, and nothing else, to stdout; pairs of stdin are answered as they come.
+A line that is blank or malformed has the cosine nan, in tsv an empty field, in jsonl null. The contrastive loss of a
+file's other pairs, each against the others of its batch, goes to stderr.
 """
 
 import argparse
+import math
+import sys
 
 import data
 from simcse import console, flags
@@ -16,7 +19,8 @@ from simcse.files import STDIN, arriving
 
 def parse_args() -> argparse.Namespace:
     parser = flags.ArgumentParser(description=__doc__.splitlines()[0])
-    flags.add_lines_argument(parser, "--text_pair_file", "two texts, tab-separated, a pair a line", required=True)
+    flags.add_lines_argument(parser, "--text_pair_file", "two texts, tab-separated, a pair a line; a blank or "
+                             "malformed one has no cosine: nan, in tsv an empty field, in jsonl null", required=True)
     parser.add_argument("--format", choices=("tsv", "jsonl"), help="what is printed, a line a pair. tsv: query, title, "
                         'cosine; jsonl: {"query", "title", "cosine"}; None: the cosine alone')
     flags.add_model_arguments(parser)
@@ -29,23 +33,33 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def complete(rows: list[list[str]]) -> list[list[str]]:
+    """The rows that are pairs, which a blank or malformed line is not."""
+    return [row for row in rows if len(row) == 2 and all(row)]
+
+
 def main() -> None:
     args = parse_args()
     streams = args.text_pair_file == STDIN
-    pairs = [] if streams else data.read_text_pairs(args.text_pair_file, "--text_pair_file", args.strict_data)
-    flags.announce(args, args.params_path, "pairs of stdin" if streams else flags.count(pairs, "pair"))
+    rows = (row for _, row in data.read_rows(args.text_pair_file, 2, "--text_pair_file", args.strict_data, every=True))
+    blocks = arriving(rows) if streams else [list(rows)]
+    flags.announce(args, args.params_path, "pairs of stdin" if streams else flags.count(complete(blocks[0]), "pair"))
 
     from model import encode_pairs, load_engine, mean_loss
 
     engine, tokenizer = load_engine(args)
-    blocks = [pairs]
-    if streams:
-        blocks = arriving(pair for _, pair in data.read_rows(STDIN, 2, "--text_pair_file", args.strict_data))
     for block in blocks:
-        first, second = encode_pairs(engine, tokenizer, block, args.max_seq_length, args.batch_size)
-        cosines = (first * second).sum(axis=1).tolist()
-        print(*(console.line(args.format, query=query, title=title, cosine=cosine) if args.format else f"{cosine}\n"
-                for (query, title), cosine in zip(block, cosines)), sep="", end="", flush=True)
+        pairs = complete(block)
+        first, second = encode_pairs(engine, tokenizer, pairs, args.max_seq_length, args.batch_size)
+        cosines = iter((first * second).sum(axis=1).clip(-1, 1).tolist())
+        for row in block:
+            cosine = next(cosines) if complete([row]) else None
+            if args.format:
+                line = console.line(args.format, query=row[0], title="\t".join(row[1:]), cosine=cosine)
+            else:
+                line = f"{math.nan if cosine is None else cosine}\n"
+            print(line, end="")
+        sys.stdout.flush()
     if streams:
         return
     batch_size = args.batch_size or 32

@@ -17,10 +17,11 @@ cosine does. """
 import argparse
 import contextlib
 import functools
+import itertools
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import IO
 
 import ann_util
@@ -44,9 +45,9 @@ def parse_args() -> argparse.Namespace:
     add("--similar_text_pair", "--similar_text_pair_file", type=flags.readable_file,
         help="query and target, tab-separated, a pair a line; for the queries documents are recalled, and of the "
         "targets is said whether the corpus has them")
-    add("--query", action="append", nargs="?", const=STDIN, metavar="TEXT", type=flags.nonempty_text, default=[],
+    add("--query", action="append", nargs="?", const=STDIN, metavar="TEXT", type=flags.given_text, default=[],
         help="a query, instead of --similar_text_pair; may be given several times. Without TEXT, or -: queries of "
-        "stdin, one a line, answered as they come")
+        "stdin, one a line, answered as they come, a blank or malformed one with no document")
     add("--recall_result_dir", default="recall_result_dir", help="folder of the result, made if need be")
     add("--recall_result_file", default="recall_result.txt", help="name of the result in that folder")
     add("--format", choices=("tsv", "jsonl"), default="tsv", help="of the result. tsv: query, document, cosine, a line "
@@ -231,6 +232,20 @@ def write_results(args: argparse.Namespace, blocks: Iterable[list[str]], index, 
         file.flush()
 
 
+def asked(blocks: Iterable[list[str]], form: str) -> Iterator[list[str]]:
+    """The queries among the lines of stdin; a blank or malformed line between them is answered here, with no document,
+    when those before it have been."""
+    for block in blocks:
+        for are_queries, lines in itertools.groupby(block, data.holds_text):
+            if are_queries:
+                yield list(lines)
+                continue
+            for line in lines:
+                rest = {"results": []} if form == "jsonl" else {"document": None, "cosine": None}
+                print(console.line(form, query=line, **rest), end="")
+            sys.stdout.flush()
+
+
 def main() -> None:
     args = parse_args()
     corpus = data.TextFile(args.corpus_file, "--corpus_file", args.strict_data) if args.corpus_file else None
@@ -265,7 +280,8 @@ def main() -> None:
                      f"{'distinct ' * args.distinct}documents")
     blocks = (queries[start : start + data.WINDOW] for start in range(0, len(queries), data.WINDOW))
     if streams:
-        blocks = arriving(query for _, (query,) in data.read_rows(STDIN, 1, "--query", args.strict_data))
+        rows = data.read_rows(STDIN, 1, "--query", args.strict_data, every=True)
+        blocks = asked(arriving("\t".join(row) for _, row in rows), args.format)
     with new_file(path) if path and not RANK else contextlib.nullcontext(sys.stdout) as file:
         write_results(args, blocks, index, entries, encode, file)
     if path and not RANK:

@@ -11,6 +11,7 @@ filters, nearest first; never the query or any of its positives. It needs neithe
 """
 
 import argparse
+import contextlib
 import math
 import os
 import sys
@@ -64,24 +65,34 @@ def parse_args() -> argparse.Namespace:
 
 
 def read_pairs(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Of every query its positives and their cosines.
+    """Of every query its positives and their cosines; blank and malformed lines, for which predict.py prints nan, are
+    left out.
 
     Raises:
         InputError: the two files do not have as many lines, or a score is no number.
     """
-    pairs = data.read_text_pairs(args.similar_text_pair, "--similar_text_pair", args.strict_data)
-    scores = data.read_texts(args.positive_scores, "--positive_scores", args.strict_data)
+    pairs = [pair for _, pair in data.read_rows(args.similar_text_pair, 2, "--similar_text_pair", args.strict_data,
+                                                every=True)]
+    scores = [*data.read_rows(args.positive_scores, 1, "--positive_scores", args.strict_data)]
     if len(scores) != len(pairs):
         raise console.InputError(f"--positive_scores {args.positive_scores}: {flags.count(scores, 'line')} for "
-                                 f"{flags.count(pairs, 'pair')} of {args.similar_text_pair}")
+                                 f"{flags.count(pairs, 'line')} of {args.similar_text_pair}; predict.py prints one "
+                                 "a line")
     positives: dict[str, dict[str, float]] = {}
-    for number, ((query, positive), score) in enumerate(zip(pairs, scores), 1):
-        try:
-            positives.setdefault(query, {})[positive] = float(score)
-        except ValueError:
-            raise console.InputError(f"--positive_scores {args.positive_scores}: text {number}, {score!r}, is not a "
-                                     "number; predict.py prints such ones without --format") from None
+    for pair, (number, (score,)) in zip(pairs, scores):
+        if len(pair) == 2 and all(pair):
+            query, positive = pair
+            positives.setdefault(query, {})[positive] = cosine_of(score, f"{args.positive_scores}:{number}")
     return positives
+
+
+def cosine_of(score: str, where: str) -> float:
+    """The number that predict.py printed; InputError where that is another thing."""
+    with contextlib.suppress(ValueError):
+        if math.isfinite(cosine := float(score)):
+            return cosine
+    raise console.InputError(f"--positive_scores {where}: {score!r} is not a number; predict.py prints such ones "
+                             "without --format")
 
 
 def read_candidates(args: argparse.Namespace, queries: Mapping) -> dict[str, dict[str, float]]:

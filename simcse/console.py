@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -149,10 +150,16 @@ def some(names: Sequence[str], most: int = 12) -> str:
     return ", ".join(names[:most]) + more
 
 
+def one_line(text: str) -> str:
+    """The text with a blank for every run of tabs and of whatever any program takes for the end of a line."""
+    return re.sub(r"[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+", " ", text).strip()
+
+
 def line(kind: str, **fields: Any) -> str:
-    """A line of results: "jsonl" has the fields by name, "tsv" their values between tabs, numbers of a list between
-    blanks."""
-    if kind == "jsonl":
-        return json.dumps(fields, ensure_ascii=False) + "\n"
-    return "\t".join(" ".join(map(str, value)) if isinstance(value, list) else str(value)
-                     for value in fields.values()) + "\n"
+    """A line of results: "jsonl" has the fields by name, "tsv" their values between tabs, each in `one_line`, numbers
+    of a list between blanks, nothing for None."""
+    if kind == "jsonl":  # json leaves these three as they are, and str.splitlines ends a line there
+        escapes = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
+        return json.dumps(fields, ensure_ascii=False).translate(escapes) + "\n"
+    return "\t".join(" ".join(map(str, value)) if isinstance(value, list) else
+                     "" if value is None else one_line(str(value)) for value in fields.values()) + "\n"

@@ -88,11 +88,13 @@ class _SetIfGiven(argparse.Action):
 
 def add_lines_argument(parser: argparse.ArgumentParser, flag: str, what: str, required: bool = False) -> None:
     """`flag` FILE, or - for stdin, with the flag or without it."""
+    def lines_file(path: str) -> str:
+        return path if path == STDIN else readable_file(path)
+
     group = parser.add_mutually_exclusive_group(required=required)
-    group.add_argument(flag, type=lambda path: path if path == STDIN else readable_file(path), default=None,
-                       help=f"{what}; -: from stdin, answered as they come")
-    group.add_argument(flag.removeprefix("--"), nargs="?", metavar="-", choices=[STDIN], action=_SetIfGiven,
-                       help=f"the same as {flag} -")
+    group.add_argument(flag, type=lines_file, default=None, help=f"{what}; -: from stdin, answered as they come")
+    group.add_argument(flag.removeprefix("--"), nargs="?", metavar="FILE", type=lines_file, action=_SetIfGiven,
+                       help=f"the same as {flag} FILE")
 
 
 def model_name(text: str) -> str:
@@ -180,6 +182,11 @@ def nonempty_text(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("an empty text")
     return text
+
+
+def given_text(text: str) -> str:
+    """A text given on the command line, on one line as those of files are."""
+    return console.one_line(nonempty_text(text))
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:

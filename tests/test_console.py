@@ -1,11 +1,15 @@
 """What a person sees on stderr: the first line, progress with and without a terminal, --quiet."""
 
+import argparse
+import json
 import os
 import pty
 import re
 import subprocess
 import sys
 import termios
+
+from simcse import console, flags
 
 import numpy as np
 import pytest
@@ -128,3 +132,13 @@ def test_reading_and_encoding_show_bars_on_a_terminal(checkpoint, tmp_path):
         "--output_file", tmp_path / "texts.npy"))
     assert code == 0 and len(np.load(tmp_path / "texts.npy")) == 8000
     assert re.search(r"encoding: +\d+%\|.*?\| \d+/8000 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+ texts/s", shown)
+
+
+def test_what_a_text_holds_breaks_no_line():
+    text = "a\tb\r\nc\x0b\x0cd\x1c\x1d\x1ee\x85f\u2028g\u2029h\u3000i"
+    assert console.line("tsv", text=text, numbers=[1.5, 2], missing=None) == "a b c d e f g h\u3000i\t1.5 2\t\n"
+    line = console.line("jsonl", text=text, missing=None)
+    assert len(line.splitlines()) == 1 and json.loads(line) == {"text": text, "missing": None}
+    assert flags.given_text(f" \t{text}\n") == "a b c d e f g h\u3000i"
+    with pytest.raises(argparse.ArgumentTypeError, match="an empty text"):
+        flags.given_text("\x85\n\u3000")

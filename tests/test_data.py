@@ -66,6 +66,21 @@ def test_not_utf8_names_file_line_and_cause(tmp_path, content, cause):
         rows(tmp_path, content)
 
 
+def test_every_line_has_a_row_where_rows_stand_beside_lines(tmp_path, capsys):
+    content = b"a\tb\n\n\t\nc\nd\te\tf\ng\t\nh\ti\nj\tk\nl\tm\n"
+    assert rows(tmp_path, content, every=True) == [
+        ["a", "b"], [""], ["", ""], ["c"], ["d", "e", "f"], ["g", ""], ["h", "i"], ["j", "k"], ["l", "m"]]
+    report = capsys.readouterr().err
+    assert "no result (NaN, empty or null); 5 of 9 lines are blank or malformed: " in report
+    assert "file.csv:2 (blank), " in report and "file.csv:4 (columns: 1 instead of 2); mend them" in report
+    assert rows(tmp_path, b"a\tb\n\n\n\n", every=True) == [["a", "b"], [""], [""], [""]], "blank is not malformed"
+    for content, message in ((b"a\tb\nc\nd\n", "2 of 3 lines are blank or malformed"), (b"\n \n", "holds no text")):
+        with pytest.raises(console.InputError, match=message):
+            rows(tmp_path, content, every=True)
+    with pytest.raises(console.InputError, match=r"file\.csv:2: blank \(--strict_data\)"):
+        rows(tmp_path, b"a\tb\n\nc\td\n", every=True, strict=True)
+
+
 def test_labels_must_be_numbers(tmp_path, capsys):
     path = tmp_path / "file.csv"
     path.write_text("a\tb\t1\nc\td\t0.5\ne\tf\tyes\n")

@@ -108,9 +108,11 @@ def test_what_is_damaged_is_one_line(exported, tmp_path, name, message):
     ("甲\n".encode("utf-16"), "texts:1: not UTF-8 at byte 1 of the line; it looks like UTF-16"),
     (b"a\n\xff\xfa\x81\n", "texts:2: not UTF-8 at byte 1 of the line; the file is damaged or not text"),
     (b"\n", "the file holds no text"),
-    ("a\tb\n甲\n\n".encode(), "texts:1 (columns: 2 instead of 1)"), (b"a\tb\nc\td\ne\n", "2 of 3 lines are malformed")])
+    ("甲\na\tb\n\n".encode(), "2 of 3 lines are blank or malformed: texts:2 (columns: 2 instead of 1), "
+                               "texts:3 (blank)"),
+    (b"a\tb\nc\td\ne\n", "2 of 3 lines are blank or malformed")])
 def test_files(server, exported, tmp_path, content, message):
-    """Malformed lines are skipped and said; nothing of them is silently wrong."""
+    """Malformed lines have no result and are said; nothing of them is silently wrong."""
     (tmp_path / "texts").write_bytes(content)
     result = run_script(tmp_path / "predict.py", "--device", "cpu", "--model_dir", exported, "--input_file", "texts",
                         "--format", "tsv", cwd=tmp_path)

@@ -1,9 +1,10 @@
 """Hard negatives: scripts/mine_negatives.py against filters computed again from the recall result."""
 
+import argparse
 import re
 
 from data import read_rows, read_text_pairs
-from scripts.mine_negatives import Miner, bigrams, overlap
+from scripts.mine_negatives import Miner, bigrams, overlap, read_pairs
 
 import pytest
 from conftest import FP32, refuse, succeed
@@ -142,6 +143,15 @@ def test_a_query_that_stands_there_twice_has_its_ranks_once(files):
     assert "--negative_depth 2 3: recall_result_dir/recall_result.txt has at most 2 documents a query" in result.stderr
 
 
+def test_scores_stand_beside_the_lines_of_the_file(files):
+    """predict.py prints nan for a blank and for a malformed line; their places are not taken by others' scores."""
+    (files / "dev.csv").write_text("q\ta\n\nq\nr\tb\nq\tc\n")
+    (files / "cosines.txt").write_text("0.9\nnan\nnan\n0.8\n0.7\n")
+    args = argparse.Namespace(similar_text_pair=str(files / "dev.csv"), positive_scores=str(files / "cosines.txt"),
+                              strict_data=False)
+    assert read_pairs(args) == {"q": {"a": 0.9, "c": 0.7}, "r": {"b": 0.8}}
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--output_file", "t", "--negative_depth", 9, 3], "--negative_depth 9 3: the first rank is behind the last"),
     (["--output_file", "t", "--negative_depth", 0, 3], "'0' is not a whole number from 1 up"),
@@ -151,11 +161,13 @@ def test_a_query_that_stands_there_twice_has_its_ranks_once(files):
     (["--output_file", "t"], "--negative_depth 10 50: recall_result_dir/recall_result.txt has at most 2 documents a "
                              "query; recall.py --recall_num 50 gives more"),
     (["--output_file", "t", "--positive_scores", "dev.csv"], "dev.csv: 2 of 2 lines are malformed"),
-    (["--output_file", "t", "--positive_scores", "one"], "--positive_scores one: 1 line for 2 pairs of dev.csv"),
-    (["--output_file", "t", "--positive_scores", "words"], "--positive_scores words: text 2, 'x', is not a number")])
+    (["--output_file", "t", "--positive_scores", "one"], "--positive_scores one: 1 line for 2 lines of dev.csv"),
+    (["--output_file", "t", "--positive_scores", "words"], "--positive_scores words:2: 'x' is not a number"),
+    (["--output_file", "t", "--positive_scores", "nan"], "--positive_scores nan:2: 'nan' is not a number")])
 def test_what_is_refused(files, flags, message):
     (files / "one").write_text("1\n")
     (files / "words").write_text("1\nx\n")
+    (files / "nan").write_text("1\nnan\n")
     line = refuse("scripts/mine_negatives.py", *FILES, *flags, cwd=files)
     assert line.startswith("mine_negatives.py: error: ") and message in line
     assert not (files / "t").exists()

@@ -33,6 +33,20 @@ def test_predict_prints_cosines_alone(checkpoint, sample):
     assert loss == pytest.approx(m.mean_loss(first, second, 16, 0.1, 5), abs=1e-4)
 
 
+def test_no_cosine_is_past_1(exported, checkpoint, sample, tmp_path):
+    """Of every text with itself, where rounding gives 1.0000001 now and then; predict.py, deployed, and recall.py."""
+    texts = read_texts(str(sample / "corpus.csv"), "--flag")
+    (tmp_path / "pairs").write_text("".join(f"{text}\t{text}\n" for text in texts), encoding="utf-8")
+    pairs = ["--device", "cpu", "--text_pair_file", tmp_path / "pairs"]
+    model = ["--params_path", checkpoint]
+    succeed("recall.py", "--device", "cpu", *model, "--corpus_file", sample / "corpus.csv", "--similar_text_pair",
+            tmp_path / "pairs", "--top_k", 1, "--ann_engine", "exact", "--recall_result_dir", tmp_path)
+    for lines in (succeed("predict.py", *pairs, *model).stdout, (tmp_path / "recall_result.txt").read_text("utf-8"),
+                  succeed("deploy/python/predict.py", *pairs, "--model_dir", exported).stdout):
+        cosines = [float(line.split("\t")[-1]) for line in lines.splitlines()]
+        assert len(cosines) == len(texts) and 0.999 < min(cosines) <= max(cosines) == 1
+
+
 def test_inference_prints_shape_and_vectors(checkpoint):
     result = succeed("inference.py", "--device", "cpu", "--params_path", checkpoint, *FP32)
     shape, vectors = result.stdout.split("\n", 1)

@@ -96,6 +96,15 @@ def test_formats_of_an_exported_folder(commands, exported, tmp_path):
         np.testing.assert_allclose(of_checkpoint[1], numbers, atol=1e-6)
 
 
+def test_white_space_in_a_given_text_is_a_blank(commands, exported):
+    given, plain = " 怎么办\t护照\r\n需要\x85什么\u2028材料 ", "怎么办 护照 需要 什么 材料"
+    deployed = ["deploy/python/predict.py", *CPU, "--model_dir", exported, "--format", "tsv", "--text"]
+    for words in ([*commands["inference"][:-1], "--format", "tsv", "--text"], deployed, commands["recall"]):
+        lines = succeed(*words, given, words[-1], plain).stdout.splitlines()
+        assert lines and {line.split("\t")[0] for line in lines} == {plain}
+        assert lines[: len(lines) // 2] == lines[len(lines) // 2 :]
+
+
 def test_recall_results(commands, checkpoint, sample, tmp_path):
     """The result file and stdin, in both formats: one ranking."""
     queries = lines_for("recall")
@@ -123,28 +132,72 @@ def test_recall_results(commands, checkpoint, sample, tmp_path):
         np.testing.assert_allclose([row[2] for row in other], [row[2] for row in parsed[0]], atol=1e-6)
 
 
+@pytest.mark.parametrize("name, flag, form, bad", [
+    ("inference", "--input_file", "jsonl", ["", "  ", "\u3000", "发\t票"]),
+    ("predict", "--text_pair_file", "tsv", ["", "\t", "只有一列", "甲\t乙\t丙", "空\t"])])
+def test_a_line_of_output_a_line_of_input(commands, exported, tmp_path, name, flag, form, bad):
+    """A blank line and a malformed one, of files and of stdin: NaN, an empty field, null; the others have what they
+    have without these, and so has the loss."""
+    lines = lines_for(name)
+    mixed = [line for pair in zip(lines, bad) for line in pair] + lines[len(bad):]
+    good = [mixed.index(line) for line in lines]
+    (tmp_path / "lines").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "mixed").write_text("\n".join(mixed), encoding="utf-8")
+    deployed = ["deploy/python/predict.py", *CPU, "--model_dir", exported]
+    for words in ([*commands[name][:-1], flag], [*deployed, flag]):
+        expected = succeed(*words, tmp_path / "lines", "--format", form)
+        answers = succeed(*words, tmp_path / "mixed", "--format", form)
+        found = answers.stdout.splitlines()
+        assert len(found) == len(mixed)
+        assert f"{len(bad)} of {len(mixed)} lines are blank or malformed: " in answers.stderr
+        texts, numbers = split([found[row] for row in good], form)
+        same, wanted = split(expected.stdout.splitlines(), form)
+        assert texts == same
+        np.testing.assert_allclose(numbers, wanted, atol=1e-6)
+        assert all(found[row].endswith("\t" if form == "tsv" else ": null}") == (row not in good)
+                   for row in range(len(mixed)))
+        assert expected.stderr.splitlines()[-1] == answers.stderr.splitlines()[-1], "the loss, or what runs"
+        assert "mixed:2: blank (--strict_data)" in refuse(*words, tmp_path / "mixed", "--strict_data")
+        if name == "predict":
+            cosines = [float(line) for line in succeed(*words, tmp_path / "mixed").stdout.splitlines()]
+            holds = np.isfinite(cosines)
+        else:
+            succeed(*words, tmp_path / "mixed", "--output_file", tmp_path / "v.npy")
+            holds = np.isfinite(np.load(tmp_path / "v.npy")).all(axis=1)
+        assert np.flatnonzero(holds).tolist() == good
+    assert len(piped(bad + lines[:1], *commands[name])) == len(bad) + 1, "more are bad, and each was answered"
+
+
 @pytest.mark.parametrize("name", ["recall", "inference", "predict"])
 def test_a_line_is_answered_before_the_next_is_written(commands, name):
-    """And one that is malformed is reported before the next, and at the end."""
+    """And one that is blank or malformed too; it is reported then, and at the end."""
     with start(*commands[name], *([] if name == "predict" else ["--format", "jsonl"])) as process:
         for line in lines_for(name)[:3]:
             process.stdin.write(f"{line}\n".encode())
             process.stdin.flush()
             answer = process.stdout.readline().decode()
             assert float(answer) if name == "predict" else next(iter(json.loads(answer).values())) == line
+        answer = {"recall": {"query": "a\tb\tc", "results": []}, "inference": {"text": "a\tb\tc", "embedding": None},
+                  "predict": "nan"}[name]
         process.stdin.write(b"\na\tb\tc\n")
         process.stdin.flush()
-        while b"stdin:5: skipped; columns: 3 instead of" not in (report := process.stderr.readline()):
+        while b"stdin:5: no result (NaN, empty or null); columns: 3" not in (report := process.stderr.readline()):
             assert report, "the end"
+        process.stdout.readline()  # of the blank line
+        found = process.stdout.readline().decode().strip()
+        assert (found if name == "predict" else json.loads(found)) == answer
         out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and not out
-    assert b"stdin: skipped; 1 of 4 lines are malformed: stdin:5" in err
+    assert b"stdin: no result (NaN, empty or null); 2 of 5 lines are blank or malformed: stdin:4 (blank), " in err
 
 
 @pytest.mark.parametrize("name", ["recall", "inference", "predict"])
 def test_empty_stdin(commands, name):
-    out, err, code = pipe(b"\xef\xbb\xbf\n", *commands[name])
+    out, err, code = pipe(b"", *commands[name])
     assert (out, code) == ("", 2) and err.splitlines()[-1].endswith(" stdin: the file holds no text")
+    out, err, code = pipe(b"\xef\xbb\xbf\n", *commands[name])
+    assert (out, code) == ({"recall": "\t\t\n", "inference": "\t\n", "predict": "nan\n"}[name], 2)
+    assert err.splitlines()[-1].endswith(" stdin: the file holds no text")
 
 
 def test_stdin_that_is_not_utf8_or_malformed(commands):
@@ -152,7 +205,7 @@ def test_stdin_that_is_not_utf8_or_malformed(commands):
     query, pair = lines_for("recall")[0].encode(), lines_for("predict")[0].encode()
     out, err, code = pipe(b"\xef\xbb\xbf" + query + b"\n\n" + GBK + b"\n" + query, *commands["recall"])
     assert code == 2 and "--query stdin:3: not UTF-8 at byte 1 of the line; it looks like GBK" in err.splitlines()[-1]
-    assert [line.split("\t")[0] for line in out.splitlines()] == [query.decode()] * 3
+    assert [line.split("\t")[0] for line in out.splitlines()] == [query.decode()] * 3 + [""]
     out, err, code = pipe(pair + b"\ra\r\n" + pair, *commands["predict"], "--strict_data")
     assert code == 2 and "--text_pair_file stdin:2: columns: 1 instead of 2" in err.splitlines()[-1]
     assert len(out.splitlines()) == 1
@@ -189,11 +242,11 @@ def test_embeddings_of_stdin_to_a_file(commands, tmp_path):
 
 @pytest.mark.parametrize("script, flags, message", [
     ("inference.py", ["-", "--text", "x"], "--text and texts of stdin: one of them"),
-    ("inference.py", ["-", "--input_file", "-"], "argument --input_file: not allowed with argument -"),
-    ("inference.py", ["nowhere"], "argument -: invalid choice: 'nowhere'"),
+    ("inference.py", ["-", "--input_file", "-"], "argument --input_file: not allowed with argument FILE"),
+    ("inference.py", ["nowhere"], "argument FILE: nowhere: no such file"),
     ("inference.py", ["-", "--output_file", "v.npy", "--format", "tsv"], "--format is how embeddings are printed"),
     ("inference.py", ["--format", "csv"], "argument --format: invalid choice: 'csv'"),
-    ("predict.py", [], "one of the arguments --text_pair_file - is required"),
+    ("predict.py", [], "one of the arguments --text_pair_file FILE is required"),
     ("predict.py", ["-", "--scale", 5], "--margin and --scale are of the loss"),
     ("recall.py", ["--query", "--query", "x", "--corpus_file", "-"], "argument --corpus_file: -: no such file"),
     ("recall.py", ["--query", "--query", "x"], "--query TEXT and queries of stdin: one of them")])

@@ -1,14 +1,17 @@
 """Tokens and batches; nothing here needs paddle."""
 
 import json
+import subprocess
+import sys
 
 import data
+from deploy.python import predictor
 from deploy.serving import searcher
 from simcse import console, files
 
 import numpy as np
 import pytest
-from conftest import ENCODER, SHARED
+from conftest import ENCODER, ROOT, SHARED
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +84,53 @@ def test_cutting_before_tokenizing_changes_nothing(tokenizer):
     texts = ["語" * 30, "abc def " * 20, "字a\u0301" * 20, "中文abc，" * 9, "a" * 40 + "字" * 20, "①≤x字" * 12]
     for room in (1, 2, 5, 10):
         assert tokenizer(texts, room + 2) == [[ids[0], *ids[1:-1][:room], ids[-1]] for ids in tokenizer(texts, 512)]
+
+
+# Words, and what is none, of all scripts; what the tokenizer drops, splits at, or has [UNK] for.
+PIECES = ["语", "義", "a" * 90, "b7" * 70, "word", "ЖЩй", "Größe", "ΣΑΣ", "หลักสูตรก็ดี", "العَرَبِيَّة", "한국어",
+          "カタガ", "हिन्दी", "e\u0301\u0327", "\u0301" * 40, "\u200b", "\x00", "\x85", "\ufffd", "😀👍🏽",
+          "①≤∶～", "。，", "[SEP]", "it's 3.14%", "\U0002b820", "𠮷", "µØŋ", "    ", "\u3000", "\t", " ", " ", " "]
+
+
+def long_texts(seed):
+    """Texts of some thousand characters, of few kinds of pieces each."""
+    random = np.random.default_rng(seed)
+    for count in random.integers(1, 6, 15):
+        kinds = [PIECES[at] for at in random.integers(0, len(PIECES), count)]
+        kinds += ["".join(map(chr, random.integers(1, 0xD800, 20)))] * (random.random() < 0.3)
+        text = "".join(kinds[at] for at in random.integers(0, len(kinds), 20000))
+        yield "语" * (random.random() < 0.2) + text[: random.integers(6000, 16000)]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_the_beginning_of_a_long_text_has_its_tokens(tokenizer, seed, tmp_path):
+    tokenizer.save_rust(str(tmp_path))
+    deployed, texts = predictor.Tokenizer(str(tmp_path)), list(long_texts(seed))
+    for length in (3, 20):
+        tokenizer._rust.enable_truncation(length)
+        whole = tokenizer._rust.encode_batch(texts)
+        assert tokenizer(texts, length) == deployed(texts, length) == [encoding.ids for encoding in whole]
+        assert [each.offsets for each in tokenizer.encode(texts, length, offsets=True)] == [
+            encoding.offsets for encoding in whole]
+    cut = [len(tokenizer._beginning(text, 1, offsets=False)) < len(text) for text in texts]
+    assert cut.count(True) > 5
+
+
+@pytest.mark.parametrize("piece", ["word ", "aB3+/", "。", "x", " "])
+def test_a_line_of_5_mb_takes_little_memory(tokenizer, tmp_path, piece):
+    """Of the deployed tokenizer, in a process of its own; the whole line would take from 200 MB to 1 GB."""
+    tokenizer.save_rust(str(tmp_path))
+    code = """
+import resource, sys
+from deploy.python import predictor
+tokenizer, used = predictor.Tokenizer(sys.argv[1]), lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+tokenizer(["warm"], 64)
+text = "x" + sys.argv[2] * (5_000_000 // len(sys.argv[2].encode())) + "x"
+before = used()
+tokenizer([text], 64)
+print((used() - before) // 1024)"""
+    result = subprocess.run([sys.executable, "-c", code, tmp_path, piece], capture_output=True, text=True, cwd=ROOT)
+    assert int(result.stdout) < 40, result.stderr
 
 
 def test_a_tokenizer_that_does_not_split_han_characters_is_paddlenlps(tmp_path):

@@ -4,7 +4,9 @@
     python deploy/python/predict.py --model_dir=./output --device cpu --input_file texts.txt --output_file texts.npy
     python deploy/python/predict.py --model_dir=./output --device cpu --text_pair_file recall/test.csv
 
-Without texts or pairs it takes the README's. Needs the folder that export_model.py wrote, and nothing of the project.
+Without texts or pairs it takes the README's. A line of a file that is blank or malformed has an embedding of NaN and
+the cosine nan, in tsv an empty field, in jsonl null. Needs the folder that export_model.py wrote, and nothing of the
+project.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import time
 import timeit
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import compress
 from typing import Any
 
 NOT_INSTALLED = f"is not installed for {sys.executable}; pip install -r requirements.txt"
@@ -59,6 +62,11 @@ def flag_type(complaint: str, accepts: Callable[[Any], Any], convert: Callable[[
     return parse
 
 
+def one_line(given: str) -> str:
+    """The text with a blank for every run of tabs and of whatever any program takes for the end of a line."""
+    return re.sub(r"[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+", " ", given).strip()
+
+
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 boolean = flag_type("{!r} is neither true nor false", lambda value: value is not None,
                     lambda given: BOOLEANS.get(given.lower()))
@@ -68,7 +76,7 @@ sequence_length = flag_type("{!r} is not a whole number from 3 up ([CLS], a toke
 folder = flag_type("{}: no such folder", os.path.isdir)
 npy_file = flag_type("{}: the name has to end in .npy", lambda path: path.endswith(".npy"))
 utf8 = flag_type("not UTF-8: {!a}", re.compile("[^\ud800-\udfff]*").fullmatch)
-text = flag_type("an empty text", str.strip, utf8)
+text = flag_type("an empty text", str.strip, lambda given: one_line(utf8(given)))
 
 
 def readable_file(path: str) -> str:
@@ -88,16 +96,18 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument_group("texts").add_argument
     add("--text", action="append", type=text, default=[],
         help=f"a text; may be given several times. Without --text and --input_file: {README_TEXT}")
-    add("--input_file", type=readable_file, help="texts, one a line")
+    add("--input_file", type=readable_file, help="texts, one a line; a blank or malformed one has no embedding: a row "
+        "of NaN, in tsv an empty field, in jsonl null")
     add("--output_file", type=npy_file,
         help="write the embeddings there, .npy, float32 [texts, embedding size]; None: print them")
     add("--format", choices=("tsv", "jsonl"),
         help="how results are printed, a line each. tsv: text, tab, numbers with blanks between them; query, title, "
         'cosine; jsonl: {"text", "embedding"}; {"query", "title", "cosine"}; None: shape and matrix; the cosine alone')
     add("--text_pair_file", type=readable_file,
-        help="two texts, tab-separated, a pair a line; prints one cosine a line")
+        help="two texts, tab-separated, a pair a line; prints one cosine a line, for a blank or malformed one nan, in "
+        "tsv an empty field, in jsonl null")
     add("--strict_data", action="store_true",
-        help="stop at the first malformed line instead of skipping and reporting it")
+        help="stop at the first blank or malformed line instead of reporting it")
     add = parser.add_argument_group("model").add_argument
     add("--model_dir", type=folder, default="./output", help="what export_model.py wrote")
     add("--max_seq_length", type=sequence_length, help="tokens per text, [CLS] and [SEP] included; longer texts are "
@@ -168,28 +178,51 @@ def decode(line: bytes, where: str) -> str:
 
 
 def read_rows(args: argparse.Namespace, flag: str, columns: int) -> list[list[str]]:
-    """The rows of a tab-separated UTF-8 file, of none no rows; malformed ones are skipped and reported on stderr.
-    InputError: not UTF-8; a malformed row with --strict_data; more than half of the rows malformed; no row at all."""
+    """The rows of a tab-separated UTF-8 file, of none no rows; blank and malformed ones, which `complete` tells apart,
+    are reported on stderr. InputError: not UTF-8; such a row with --strict_data; more than half of the rows malformed;
+    no complete row."""
     if not (path := getattr(args, flag)):
         return []
     with open(path, "rb") as file:
-        lines = file.read().removeprefix(b"\xef\xbb\xbf").splitlines()  # of bytes: at \n, \r\n and \r, nowhere else
-    where, rows, bad = f"--{flag} {path}", [], []
+        lines = file.read().splitlines()  # of bytes: at \n, \r\n and \r, nowhere else
+    where, rows, bad, blank = f"--{flag} {path}", [], [], 0
     for number, line in enumerate(lines, 1):
-        row = [field.strip() for field in decode(line, f"{where}:{number}").split("\t")]
-        if len(row) == columns and all(row):
-            rows.append(row)
-        elif any(row):
-            complaint = "an empty field" if len(row) == columns else f"columns: {len(row)} instead of {columns}"
-            if args.strict_data:
-                raise p.InputError(f"{where}:{number}: {complaint} (--strict_data)")
-            bad.append(f"{path}:{number} ({complaint})")
-    report = f"{len(bad)} of {len(bad) + len(rows)} lines are malformed: {', '.join(bad[:3])}"
-    if len(bad) > len(rows) or not rows:
-        raise p.InputError(f"{where}: {report if bad else 'the file holds no text'}")
+        given = decode(line, f"{where}:{number}").replace("\ufeff", "")  # BOMs, wherever files were joined
+        row = [field.strip() for field in given.split("\t")]
+        rows.append(row)
+        if complete(row, columns):
+            continue
+        complaint = "an empty field" if len(row) == columns else f"columns: {len(row)} instead of {columns}"
+        if not any(row):
+            blank, complaint = blank + 1, "blank"
+        if args.strict_data:
+            raise p.InputError(f"{where}:{number}: {complaint} (--strict_data)")
+        bad.append(f"{path}:{number} ({complaint})")
+    report = f"{len(bad)} of {len(rows)} lines are blank or malformed: {', '.join(bad[:3])}"
+    good = len(rows) - len(bad)
+    if not good or len(bad) - blank > good:
+        raise p.InputError(f"{where}: {report if len(bad) > blank else 'the file holds no text'}")
     if bad:
-        print(f"{where}: skipped; {report}", file=sys.stderr)
+        print(f"{where}: no result (NaN, empty or null); {report}; mend them or take them out", file=sys.stderr)
     return rows
+
+
+def complete(row: Sequence[str], columns: int) -> bool:
+    """Whether a row is neither blank nor malformed."""
+    return len(row) == columns and all(row)
+
+
+def embed_rows(embed: Callable, rows: Sequence[Sequence[str]], columns: int) -> np.ndarray:
+    """The embeddings of rows of so many texts, float32 [rows, columns, embedding_size], NaN where one is not complete.
+    """
+    good = [complete(row, columns) for row in rows]
+    found = embed([given for row in compress(rows, good) for given in row])
+    found = found.reshape(-1, columns, found.shape[1])
+    if all(good):
+        return found
+    embeddings = np.full((len(rows), *found.shape[1:]), np.nan, "float32")
+    embeddings[good] = found
+    return embeddings
 
 
 def write_whole(path: str, write: Callable[[Any], Any]) -> None:
@@ -206,13 +239,18 @@ def write_whole(path: str, write: Callable[[Any], Any]) -> None:
 
 
 def print_rows(form: str | None, names: Sequence[str], rows: Iterable[Sequence]) -> None:
-    """A line a row: "tsv", with blanks between the numbers of an embedding; "jsonl"; None: the last field alone."""
-    for row in rows:
-        if form == "jsonl":
-            print(json.dumps(dict(zip(names, row)), ensure_ascii=False))
+    """A line a row: "tsv", with blanks between the numbers of an embedding, empty where that is NaN; "jsonl", null
+    where that is NaN; None: the last field alone."""
+    for *texts, result in rows:
+        missing = np.isnan(result).any()
+        if form == "jsonl":  # json leaves these three as they are, and str.splitlines ends a line there
+            line = json.dumps(dict(zip(names, (*texts, None if missing else result))), ensure_ascii=False)
+            print(line.translate({0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}))
+        elif form:
+            numbers = " ".join(map(str, result)) if isinstance(result, list) else str(result)
+            print(*map(one_line, texts), "" if missing else numbers, sep="\t")
         else:
-            fields = [" ".join(map(str, field)) if isinstance(field, list) else str(field) for field in row]
-            print("\t".join(fields if form else fields[-1:]))
+            print(result)
 
 
 def log(args: argparse.Namespace, message: str) -> None:
@@ -248,37 +286,38 @@ def benchmark(args: argparse.Namespace, embed: Callable, texts: list[str]) -> No
 def predict(args: argparse.Namespace) -> None:
     """Do what the flags ask for."""
     pairs = read_rows(args, "text_pair_file", 2)
-    texts = args.text + [given for (given,) in read_rows(args, "input_file", 1)]
+    texts = [[given] for given in args.text] + read_rows(args, "input_file", 1)
     bare = not (texts or pairs)
-    texts = [README_TEXT] if bare else texts
+    texts = [[README_TEXT]] if bare else texts
     precision = p.auto_precision(args.device, args.enable_mkldnn) if args.precision == "auto" else args.precision
     threads = args.cpu_threads or p.CPU_CORES
     on_cpu = f", {threads} thread{'s' * (threads > 1)}" if args.device == "cpu" else ""
-    counts = f"{len(texts):,} text{'s' * (len(texts) != 1)}; {len(pairs):,} pair{'s' * (len(pairs) != 1)}"
+    sizes = {"text": sum(complete(row, 1) for row in texts), "pair": sum(complete(row, 2) for row in pairs)}
+    counts = "; ".join(f"{size:,} {noun}{'s' * (size != 1)}" for noun, size in sizes.items())
     log(args, f"predict.py: {args.device}{on_cpu}, {precision}; {args.model_dir}; {counts}")
     predictor = p.Predictor(args.model_dir, args.device, threads, precision, 10 if args.enable_mkldnn else 0,
                             (args.batch_size or 32, args.max_seq_length) if args.use_tensorrt else ())
     embed = partial(p.encode, predictor, p.Tokenizer(args.model_dir), max_seq_length=args.max_seq_length,
                     batch_size=args.batch_size, complain=partial(complain_of, args))
     if texts:
-        embeddings = embed(texts)
+        embeddings = embed_rows(embed, texts, 1)[:, 0]
         if args.output_file:
             write_whole(args.output_file, lambda file: np.save(file, embeddings))
             log(args, f"wrote {len(embeddings)} x {embeddings.shape[1]} float32 to {args.output_file}")
         elif args.format:
-            print_rows(args.format, ("text", "embedding"), zip(texts, embeddings.tolist()))
+            print_rows(args.format, ("text", "embedding"), zip(map("\t".join, texts), embeddings.tolist()))
         else:
             print(embeddings.shape, embeddings, sep="\n")
     if pairs or bare:
-        queries, titles = zip(*pairs or README_PAIRS)
-        first, second = np.split(embed([*queries, *titles]), 2)
-        cosines = (first * second).sum(axis=1).tolist()
+        pairs = pairs or README_PAIRS
+        cosines = embed_rows(embed, pairs, 2).prod(axis=1).sum(axis=1).clip(-1, 1).tolist()
         if bare and not args.format:
             print(cosines)
         else:
-            print_rows(args.format, ("query", "title", "cosine"), zip(queries, titles, cosines))
+            print_rows(args.format, ("query", "title", "cosine"),
+                       ((pair[0], "\t".join(pair[1:]), cosine) for pair, cosine in zip(pairs, cosines)))
     if args.benchmark:
-        benchmark(args, embed, texts or [given for pair in pairs for given in pair])
+        benchmark(args, embed, [given for row in texts or pairs for given in row if given])
 
 
 def main() -> int:

@@ -19,6 +19,7 @@ ONNX_FILE = "inference.onnx"
 # What `paddle.jit.save` writes: paddle 3 .json, paddle 2 .pdmodel; the last is what the original exported.
 GRAPH_FILES = ("inference.json", "inference.pdmodel", "inference.get_pooled_embedding.pdmodel")
 WINDOW = 16384  # texts tokenized and sorted by length at a time: enough for batches of even length, in little memory
+WASTE = re.compile("([0-9A-Za-z]{101})[0-9A-Za-z]+|( ) +")  # what a long text has more of than makes a difference
 LENGTH_MULTIPLE = 4  # batches are padded to a multiple of so many tokens, so that kernels are made for few shapes
 
 CPU_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -195,8 +196,24 @@ class Tokenizer:
         room = max_seq_length - 2
         # A han character is a token and ends the one before it, so what follows the last that has room is cut anyway.
         enough = re.compile(f"(?:[^\u4e00-\u9fff]*[\u4e00-\u9fff]){{{room}}}").match
-        texts = [found[0] if len(text) > room and (found := enough(text)) else text for text in texts]
+        texts = [found[0] if len(text) > room and (found := enough(text)) else text
+                 for text in (self._beginning(text, room) for text in texts)]
         return [encoding.ids for encoding in self._rust.encode_batch_fast(texts)]
+
+    def _beginning(self, text: str, room: int) -> str:
+        """A text, of a very long one a beginning with the same first `room` tokens and less of [UNK]s and blanks. A
+        word has 100 tokens at most, and [UNK] alone if it is longer than that: where there are 100 tokens more than
+        `room`, the word that the cut falls into is behind them."""
+        size = 16 * (room + 100)
+        if len(text) <= 4 * size:
+            return text
+        text = WASTE.sub(r"\1\2", text)
+        while size < len(text):
+            encoding, = self._rust.encode_batch_fast([text[:size]])
+            if room * len(encoding.overflowing) >= room + 100:
+                return text[:size]
+            size *= 4
+        return text
 
 
     def unseen(self, ids: list[int]) -> bool:
