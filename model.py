@@ -39,11 +39,13 @@ class SimCSE(nn.Layer):
         infer_with_pooler: whether `embed` and the exported graph take the pooled output; training always does.
         precision: of matrix products: fp32, or on a GPU bf16 or fp16.
         cross_device_negatives: whether `loss` is that of the rows of all ranks.
+        whitened_at: tokens of the longest texts that `whitening.whiten` was fitted on; None: it was not.
     """
 
     def __init__(self, pretrained_model: nn.Layer, dropout: float | None = None, margin: float = 0.0,
                  scale: float = 20, output_emb_size: int | None = None, pooling: str = "pooler",
-                 infer_with_pooler: bool = True, precision: str = "fp32", cross_device_negatives: bool = False) -> None:
+                 infer_with_pooler: bool = True, precision: str = "fp32", cross_device_negatives: bool = False,
+                 whitened_at: int | None = None) -> None:
         super().__init__()
         if pooling == "pooler":
             first_token_only(pretrained_model)
@@ -54,6 +56,7 @@ class SimCSE(nn.Layer):
         self.margin, self.scale, self.cross_device_negatives = margin, scale, cross_device_negatives
         self.pooling, self.precision = pooling, precision
         self.infer_with_pooler = infer_with_pooler or pooling != "pooler"
+        self.whitened_at = whitened_at
         self.normalizes = True  # whether embeddings are L2-normalized, as they are but for whitening
         self.compared = None  # what the last `loss` was of: query, title, keys
         hidden_size = pretrained_model.config.hidden_size
@@ -218,7 +221,7 @@ def load_model(params_path: str, model_name_or_path: str | None = None, output_e
     described = record and not model_name_or_path
     encoder = encoder_from_record(record, dropout) if described else load_encoder(name, dropout)
     tokenizer = checkpoint_tokenizer(params_path, name)
-    recorded = {key: record[key] for key in ("margin", "scale", "pooling") if key in record}
+    recorded = {key: record[key] for key in ("margin", "scale", "pooling", "whitened_at") if key in record}
     model = SimCSE(encoder, output_emb_size=size, **{
         "infer_with_pooler": record.get("with_pooler", True), **recorded, **(settings or {})})
     load_state(model, state, f"{flag} {params_path}")
@@ -241,8 +244,8 @@ def make_record(model: SimCSE, model_name_or_path: str, max_seq_length: int | No
     return {"model_name_or_path": model_name_or_path, "output_emb_size": model.output_emb_size,
             "embedding_size": model.embedding_size, "max_positions": model.max_positions, "pooling": model.pooling,
             "with_pooler": model.infer_with_pooler, "scale": model.scale, "margin": model.margin,
-            "max_seq_length": max_seq_length, "encoder_class": type(model.ptm).__name__,
-            "encoder_config": portable(model.ptm.config.to_dict()),
+            "max_seq_length": max_seq_length, "whitened_at": model.whitened_at,
+            "encoder_class": type(model.ptm).__name__, "encoder_config": portable(model.ptm.config.to_dict()),
             "versions": {"paddlepaddle": paddle.__version__, "paddlenlp": paddlenlp.__version__}}
 
 
@@ -286,7 +289,7 @@ class Sight:
     REMARKS = {"cut": "are longer than {} tokens and are cut; a higher --max_seq_length reads on",
                "unseen": "are all [UNK] to the encoder, so that their cosine with any text is 0; another encoder may "
                "have their words in its vocabulary"}
-    _told: set[str] = set()  # the remarks that the run has made
+    _told: set[str] = set()  # what the run has said
 
     def __init__(self, tokenizer: Any, texts: Sequence[str], max_seq_length: int,
                  place: Callable[[int], str] | None = None) -> None:
@@ -310,13 +313,14 @@ class Sight:
         return ids, found["unseen"]
 
     def report(self) -> None:
-        """Say what was counted, unless the run has said it."""
+        """Say what was counted, once in a run: training encodes the same test set again and again."""
         for kind, remark in self.REMARKS.items():
-            if self.counts[kind] and kind not in self._told:
-                self._told.add(kind)
-                first = map(self.place or (lambda row: repr(self.texts[row][:20])), self.first[kind])
-                console.complain(f"{self.counts[kind]:,} of {self.count:,} texts {remark.format(self.length)}: "
-                                 f"{', '.join(first)}")
+            first = map(self.place or (lambda row: repr(self.texts[row][:20])), self.first[kind])
+            message = (f"{self.counts[kind]:,} of {self.count:,} texts {remark.format(self.length)}: "
+                       f"{', '.join(first)}")
+            if self.counts[kind] and message not in self._told:
+                self._told.add(message)
+                console.complain(message)
 
 
 def encode_stream(model: Engine, tokenizer: Any, texts: Sequence[str], max_seq_length: int,

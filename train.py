@@ -187,7 +187,7 @@ def train(args: argparse.Namespace, texts: data.TextFile, test_set: list[tuple])
     from simcse.gradients import backward
     from simcse.ranks import wait_for_ranks
     from simcse.run import Run
-    from simcse.whitening import SAMPLE, whiten
+    from simcse.whitening import SAMPLE, runs, whiten
 
     def save(folder: str, also: Callable | None = None) -> None:
         save_checkpoint(folder, model, tokenizer, make_record(model, name, args.max_seq_length), also=also)
@@ -219,7 +219,10 @@ def train(args: argparse.Namespace, texts: data.TextFile, test_set: list[tuple])
     if args.whiten is not None:
         if not RANK:
             sample = texts.sample(SAMPLE)
-            whiten(model, lambda: encoder("fp32")(sample), args.whiten or model.embedding_size)
+            sample += runs(sample, tokenizer, args.max_seq_length)
+            dark = set(data.unseen(tokenizer, tokenizer(sample, args.max_seq_length)))  # whose embeddings are zeros
+            sample = [text for row, text in enumerate(sample) if row not in dark]
+            whiten(model, lambda: encoder("fp32")(sample), args.whiten or model.embedding_size, args.max_seq_length)
             folder = os.path.join(args.save_dir, f"model_{run.step}_whitened")
             save(folder)  # beside the checkpoint of the step, which stays as it is
             console.log(f"saved {folder}")

@@ -161,11 +161,15 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace,
     named = vars(args)
     weights, given = named.get("params_path") or named.get("init_from_ckpt"), named.get("max_seq_length")
     checkpoint = os.path.dirname(weights) or "." if weights else named.get("resume") or ""
-    recorded = read_record(checkpoint).get("max_seq_length") if checkpoint else None
-    if recorded and given not in (None, recorded) and not RANK:
+    record = read_record(checkpoint) if checkpoint else {}
+    recorded, whitened_at = record.get("max_seq_length"), record.get("whitened_at")
+    args.max_seq_length = given or recorded or length
+    if whitened_at and args.max_seq_length > whitened_at and not RANK:
+        console.warn(f"--max_seq_length {args.max_seq_length}: {checkpoint} was whitened at {whitened_at} tokens, and "
+                     "does not suit longer texts; whiten it (train.py --whiten) at the length that you use")
+    elif recorded and args.max_seq_length != recorded and not RANK:
         console.warn(f"--max_seq_length {given}: {checkpoint} was trained with {recorded}; embeddings of texts that "
                      "are cut differ")
-    args.max_seq_length = given or recorded or length
     for path in filter(None, (named.get("model_name_or_path"), checkpoint)):
         config = read_record(path).get("encoder_config") or read_json(os.path.join(path, "config.json"))
         if positions := config.get("max_position_embeddings"):

@@ -1,5 +1,6 @@
 """deploy/python on a server: an exported folder and these files, without paddlenlp and without the project."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -118,6 +119,18 @@ def test_files(server, exported, tmp_path, content, message):
                         "--format", "tsv", cwd=tmp_path)
     assert message in result.stderr and "Traceback" not in result.stderr
     assert (result.returncode, result.stdout[:2]) == ((0, "甲\t") if b"\xe7" in content else (2, ""))
+
+
+def test_what_was_whitened_at_a_length_is_told_of_longer_texts(exported, tmp_path):
+    for each in os.listdir(exported):
+        (tmp_path / each).symlink_to(exported / each)
+    config = tmp_path / "simcse_config.json"
+    record = json.loads(config.read_text(encoding="utf-8"))
+    config.unlink()
+    config.write_text(json.dumps({**record, "whitened_at": 16}), encoding="utf-8")
+    result = succeed("deploy/python/predict.py", "--device", "cpu", "--model_dir", tmp_path, "--text", "语义", *FP32,
+                     "--max_seq_length", 17)
+    assert f"--max_seq_length 17: {tmp_path} was whitened at 16 tokens" in result.stderr
 
 
 @pytest.mark.parametrize("length", [3, 16, 512])

@@ -1,11 +1,15 @@
-"""Whitening, by its formula and by train.py --whiten."""
+"""Whitening, by its formula, by what it is fitted on, and by train.py --whiten."""
 
+import argparse
+
+import data
 import model as m
-from simcse import whitening
+from simcse import flags, whitening
+from simcse.encoders import load_encoder
 
 import numpy as np
 import pytest
-from conftest import refuse, succeed
+from conftest import ENCODER, refuse, succeed
 from training import NAME, START, embeddings, weights
 
 
@@ -28,28 +32,67 @@ def test_whitened_vectors_are_uncorrelated_and_of_one_variance():
     assert (np.diff(variance) < 0).all(), "the directions of largest variance first"
 
 
-@pytest.mark.parametrize("flags", [["--pooling", "mean"], ["--output_emb_size", 24, "--infer_with_fc_pooler"],
+@pytest.mark.parametrize("texts", [["天地玄黄,宇宙洪荒。日月盈昃" * 20] * 400, ["天地玄黄宇宙洪荒", "日月"] * 200,
+                                   ["bidirectional transformers for language understanding " * 30] * 400, ["日"]])
+def test_runs_are_of_all_lengths_and_none_is_cut(texts):
+    """Of long texts and of short ones, of few letters a token and of many; as many lengths are short as are long."""
+    tokenizer = data.load_tokenizer(str(ENCODER))
+    found = whitening.runs([f"{row}{text}" for row, text in enumerate(texts)], tokenizer, 64)
+    lengths = np.array([len(ids) for ids in tokenizer(found, 512)])
+    assert lengths.max() <= 64
+    if len(texts) > 1:
+        shares = np.histogram(lengths, [3, 15, 30, 65])[0] / len(lengths)
+        assert len(found) > 0.8 * len(texts) and shares.min() > 0.25 and lengths.max() > 45
+
+
+def test_fitted_on_documents_alone_it_recalls_for_queries(real_data):
+    """Titles are short and abstracts long: whitened on abstracts as they are, 61 % of these titles recalled theirs."""
+    pairs = data.read_text_pairs(str(real_data / "csl" / "recall" / "dev.csv"), "--file")[:100]
+    network = m.SimCSE(load_encoder(str(ENCODER), 0.1), pooling="first_last_avg")
+    tokenizer = data.load_tokenizer(str(ENCODER))
+    queries, documents = ([pair[side] for pair in pairs] for side in (0, 1))
+    sample = documents + whitening.runs(documents, tokenizer, 48)
+    whitening.whiten(network, lambda: m.encode(network, tokenizer, sample, 48), 256, 48)
+    query, title = (m.encode(network, tokenizer, texts, 48) for texts in (queries, documents))
+    assert ((query @ title.T).argmax(axis=1) == np.arange(100)).mean() > 0.68
+    assert np.linalg.norm(query.mean(axis=0)) < 0.35, "queries all lie to one side"
+
+
+def test_what_was_whitened_at_a_length_is_told_of_longer_texts(tmp_path, capsys):
+    (tmp_path / "simcse_config.json").write_text('{"whitened_at": 64}', encoding="utf-8")
+    parser = flags.ArgumentParser("whitens")
+    for length, told in ((65, f"--max_seq_length 65: {tmp_path} was whitened at 64 tokens"), (64, ""), (32, "")):
+        args = argparse.Namespace(params_path=str(tmp_path / NAME), max_seq_length=length, device="cpu",
+                                  precision="auto", cpu_threads=0)
+        flags.check_arguments(parser, args)
+        lines = [line for line in capsys.readouterr().err.splitlines() if "whitened" in line]
+        assert len(lines) == bool(told) and all(told in line for line in lines)
+
+
+@pytest.mark.parametrize("more", [["--pooling", "mean"], ["--output_emb_size", 24, "--infer_with_fc_pooler"],
                                    ["--output_emb_size", 24]])
-def test_a_whitened_checkpoint(texts, tmp_path, flags):
+def test_a_whitened_checkpoint(texts, tmp_path, more):
     """Beside the trained one, which is as without --whiten; white on the training texts; in every stage."""
-    train = ["train.py", *START, "--train_set_file", texts, *flags]
+    train = ["train.py", *START, "--train_set_file", texts, *more]
     result = succeed(*train, "--save_dir", "white", "--whiten", 20, "--test_set_file", texts.parent / "dev.csv",
                      cwd=tmp_path)
     assert "global step 8, whitened, recall@1=" in result.stdout
-    if flags[0] == "--pooling":
+    if more[0] == "--pooling":
         succeed(*train, "--save_dir", "plain", cwd=tmp_path)
         one, other = (weights(tmp_path / name / "model_8") for name in ("plain", "white"))
         assert one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
     folder = tmp_path / "white" / "model_8_whitened"
     model, tokenizer, record = m.load_model(str(folder / NAME))
     assert record["output_emb_size"] == 20
+    assert record["whitened_at"] == 16
     lines = list(dict.fromkeys(texts.read_text(encoding="utf-8").split("\n")[:-1]))
     model.normalizes = False
-    white = m.encode(model, tokenizer, lines, 16)
+    white = m.encode(model, tokenizer, lines + whitening.runs(lines, tokenizer, 16), 16)
     np.testing.assert_allclose(white.mean(axis=0), 0, atol=1e-4)
     covariance = white.T @ white / len(white)
     np.testing.assert_allclose(covariance - np.diag(np.diag(covariance)), 0, atol=1e-3)
     assert np.diag(covariance).min() > 0.3 and np.diag(covariance).max() < 1.001, "one, but for the ridge"
+    white = white[: len(lines)]
     white /= np.linalg.norm(white, axis=1, keepdims=True)
     got = embeddings(folder, texts, tmp_path, "--output_emb_size", 20)
     rows = {line: row for row, line in enumerate(texts.read_text(encoding="utf-8").split("\n")[:-1])}

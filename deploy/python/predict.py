@@ -135,8 +135,11 @@ def check(parser: ArgumentParser, args: argparse.Namespace) -> None:
     cpu, gpu, onnx = args.device == "cpu", args.device == "gpu", p.holds_onnx(args.model_dir)
     record = p.read_record(args.model_dir)
     positions, recorded, given = record["max_positions"], record.get("max_seq_length"), args.max_seq_length
-    args.max_seq_length = given or recorded or 64
-    if recorded and recorded != args.max_seq_length:
+    args.max_seq_length, whitened_at = given or recorded or 64, record.get("whitened_at")
+    if whitened_at and args.max_seq_length > whitened_at:
+        print(f"--max_seq_length {args.max_seq_length}: {args.model_dir} was whitened at {whitened_at} tokens, and "
+              "does not suit longer texts; whiten it (train.py --whiten) at the length that you use", file=sys.stderr)
+    elif recorded and recorded != args.max_seq_length:
         print(f"--max_seq_length {given}: {args.model_dir} was trained with {recorded}; embeddings of texts that are "
               "cut differ", file=sys.stderr)
     if args.enable_mkldnn is None:
