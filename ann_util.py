@@ -14,7 +14,7 @@ from itertools import islice, repeat
 from typing import Any
 
 from data import WINDOW, TextFile
-from simcse.console import InputError, log, progress, reported, warn
+from simcse.console import InputError, as_it_is, log, progress, reported, warn
 from simcse.files import check_fingerprint, file_digest, new_folder, read_json, temporary_name, write_json
 from simcse.machine import CPU_THREADS, RANK, RANKS, available_memory
 
@@ -360,7 +360,8 @@ def load_index(path: str, fingerprint: dict, dim: int, cpu_threads: int = 0,
         for name, digest in kept.items():
             if not os.path.isfile(os.path.join(path, name)) or file_digest(os.path.join(path, name)) != digest:
                 raise ValueError(f"{name} is not what was written")
-        entries = Entries(corpus or TextFile(os.path.join(path, "corpus.csv"), "--index_path"), path)
+        with as_it_is():
+            entries = Entries(corpus or TextFile(os.path.join(path, "corpus.csv"), "--index_path"), path)
         index = Shards(fingerprint, len(entries), dim, cpu_threads, path)
     log(f"using the index in {path}")
     report(fingerprint.get("ann_recall"))

@@ -15,7 +15,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from simcse.console import InputError, reported, warn
+from simcse import formats
+from simcse.console import InputError, reported, settings, warn
 from simcse.files import STDIN, prefetch, read_json, reading
 
 import numpy as np
@@ -26,47 +27,54 @@ BOM = "\ufeff"
 Ids = list[int]  # of a text, [CLS] and [SEP] included
 
 
-def _decode(line: bytes, where: str) -> str:
+def _decode(line: bytes, path: str, where: str) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        if line[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            cause = "it looks like UTF-16; convert it: iconv -f UTF-16 -t UTF-8"
-        else:
-            try:
-                line.decode("gb18030")
-                cause = "it looks like GBK; convert it: iconv -f GB18030 -t UTF-8"
-            except UnicodeDecodeError:
-                cause = "the file is damaged or not text"
-        raise InputError(f"{where}: not UTF-8 at byte {error.start + 1} of the line; {cause}") from None
+        raise InputError(f"{where}: not UTF-8 at byte {error.start + 1} of the line; "
+                         + formats.not_utf8(path, line, error)) from None
+
+
+def _refuse_bytes(head: bytes, where: str) -> None:
+    if kind := formats.known_bytes(head):
+        raise InputError(f"{where}:1: not UTF-8 text in lines, but {kind}")
 
 
 def _lines(path: str, flag: str) -> Iterator[tuple[int, str]]:
     """Yield number, from 1, and text of the lines of a UTF-8 file or of stdin as it comes; BOMs, wherever files were
     joined, are left out."""
     number, stdin, name = 0, path == STDIN, "stdin" if path == STDIN else path
-    with open(0 if stdin else path, "rb", closefd=not stdin) as file, reading(path) as advance:
+    with open(0 if stdin else path, "rb", formats.BLOCK, closefd=not stdin) as file, reading(path) as advance:
+        _refuse_bytes(file.peek(), f"{flag} {name}")
         for chunk in file:
             advance(len(chunk))
             for line in chunk.splitlines():  # of bytes: splits at \n, \r\n and \r, and nowhere else
                 number += 1
-                yield number, _decode(line, f"{flag} {name}:{number}").replace(BOM, "")
+                yield number, _decode(line, path, f"{flag} {name}:{number}").replace(BOM, "")
 
 
-def read_rows(path: str, columns: int, flag: str, strict: bool = False,
-              check: Callable[[list[str]], str | None] | None = None,
+def _checked(path: str, flag: str, columns: tuple[int, ...]) -> Iterator[tuple[int, str]]:
+    """`_lines`, whose first ones, of stdin the first, are not those of another format; see `formats`."""
+    lines, ahead = _lines(path, flag), []
+    if not settings.plain_text:
+        ahead = list(itertools.islice(lines, 1 if path == STDIN else formats.SAMPLE))
+        formats.refuse_other_formats([line for _, line in ahead if line.strip()], path, flag, columns)
+    return itertools.chain(ahead, lines)
+
+
+def read_rows(path: str, columns: int, flag: str, check: Callable[[list[str]], str | None] | None = None,
               every: bool = False) -> Iterator[tuple[int, list[str]]]:
     """Stream the rows of a tab-separated UTF-8 file, or of stdin (STDIN), each with the number of its line, from 1.
 
     Lines end in \\n, \\r\\n or \\r. Every field loses the white space around it and keeps what is inside. Blank lines
     are skipped. A row with another number of columns, an empty field, or for which `check(row)` returns a complaint is
     skipped, counted, and reported on stderr with file:line of the first three; of stdin these three are reported at
-    once as well. With `every` these and blank lines, which are reported too, come as they are.
-    InputError, which names the `flag`: not UTF-8; a bad row where `strict`; more than half of the rows malformed,
-    unless every line of stdin has been answered; no good row."""
+    once as well. With `every` these and blank lines, which are reported too, come as they are. InputError, which names
+    the `flag`: not UTF-8; another format, unless --plain_text; a bad row with --strict_data; more than half of the rows
+    malformed, unless every line of stdin has been answered; no good row."""
     good, bad, blank, first_bad, name = 0, 0, 0, [], "stdin" if path == STDIN else path
     fate = "no result (NaN, empty or null)" if every else "skipped"
-    for number, line in _lines(path, flag):
+    for number, line in _checked(path, flag, (columns,)):
         row = [field.strip() for field in line.split("\t")]
         if not (any(row) or every):
             continue
@@ -77,7 +85,7 @@ def read_rows(path: str, columns: int, flag: str, strict: bool = False,
             yield number, row
             continue
         bad, where = bad + 1, f"{name}:{number}"
-        if strict:
+        if settings.strict:
             raise InputError(f"{flag} {where}: {complaint} (--strict_data)")
         if bad <= 3:
             first_bad.append(f"{where} ({complaint})")
@@ -106,9 +114,9 @@ def holds_text(line: str) -> bool:
     return line != "" and "\t" not in line
 
 
-def read_texts(path: str, flag: str, strict: bool = False) -> list[str]:
+def read_texts(path: str, flag: str) -> list[str]:
     """One text a line."""
-    return [text for _, (text,) in read_rows(path, 1, flag, strict)]
+    return [text for _, (text,) in read_rows(path, 1, flag)]
 
 
 class TextFile(Sequence):
@@ -117,7 +125,7 @@ class TextFile(Sequence):
 
     _CHUNK = 1 << 22
 
-    def __init__(self, path: str, flag: str, strict: bool = False, columns: int = 1) -> None:
+    def __init__(self, path: str, flag: str, columns: int = 1) -> None:
         self.columns, self._lines = columns, None  # the numbers of the texts' lines, from 0; None: all of the file's
         self._file = open(path, "rb")  # noqa: SIM115  read from as long as this object lives
         if not os.path.isfile(path):
@@ -127,19 +135,22 @@ class TextFile(Sequence):
             path = self._file.name
             self._file.seek(0)
         self.path = path
+        _refuse_bytes(os.pread(self._file.fileno(), formats.BLOCK, 0), f"{flag} {path}")
         with reading(path) as advance:
-            plain, maybe_blank = self._scan(advance)
-        if columns > 1 or not plain:  # something may have to be reported, or left out
-            self._lines = np.fromiter((number - 1 for number, _ in read_rows(path, columns, flag, strict)), "int32")
+            simple, maybe_blank = self._scan(advance)
+        if columns > 1 or not simple:  # something may have to be reported, or left out
+            self._lines = np.fromiter((number - 1 for number, _ in read_rows(path, columns, flag)), "int32")
         elif blank := [row for row in maybe_blank if not self[row]]:
             self._lines = np.delete(np.arange(len(self), dtype="int32"), blank)
         if not len(self):
             raise InputError(f"{flag} {path}: the file holds no text")
+        if simple and not settings.plain_text:
+            formats.refuse_other_formats(self[: formats.SAMPLE], path, flag, (columns,))
 
     def _scan(self, advance: Callable[[int], Any]) -> tuple[bool, array]:
         """Find where lines start. Returns whether all is UTF-8 without tabs; and the numbers, from 0, of the lines that
         may be blank, by their first byte."""
-        starts, maybe_blank, plain, offset, after_break = array("q"), array("q"), True, 0, True
+        starts, maybe_blank, simple, offset, after_break = array("q"), array("q"), True, 0, True
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         while chunk := self._file.read(self._CHUNK):
             while chunk.endswith(b"\r") and (more := self._file.read(1)):  # \r\n is one break
@@ -154,11 +165,11 @@ class TextFile(Sequence):
             maybe_blank.frombytes((odd + len(starts)).tobytes())
             starts.frombytes((begins + offset).tobytes())
             offset, after_break = offset + len(chunk), breaks[-1]
-            plain = plain and b"\t" not in chunk and "\ufffd" not in decoder.decode(chunk)
+            simple = simple and b"\t" not in chunk and "\ufffd" not in decoder.decode(chunk)
             advance(len(chunk))
         starts.append(offset)
         self._starts = np.frombuffer(starts, "int64")  # and where the last line ends
-        return plain and not decoder.getstate()[0], maybe_blank
+        return simple and not decoder.getstate()[0], maybe_blank
 
     def __len__(self) -> int:
         return len(self._starts) - 1 if self._lines is None else len(self._lines)
@@ -202,12 +213,12 @@ class TextFile(Sequence):
         return distinct(text for row in rows for text in ([self[row]] if self.columns == 1 else self[row]))
 
 
-def read_text_pairs(path: str, flag: str, strict: bool = False) -> list[tuple[str, str]]:
+def read_text_pairs(path: str, flag: str) -> list[tuple[str, str]]:
     """Two texts a line: query and title."""
-    return [(query, title) for _, (query, title) in read_rows(path, 2, flag, strict)]
+    return [(query, title) for _, (query, title) in read_rows(path, 2, flag)]
 
 
-def read_labeled_pairs(path: str, flag: str, strict: bool = False) -> list[tuple[str, str, float]]:
+def read_labeled_pairs(path: str, flag: str) -> list[tuple[str, str, float]]:
     """Two texts and a number a line."""
     def not_a_number(row: list[str]) -> str | None:
         try:
@@ -215,13 +226,13 @@ def read_labeled_pairs(path: str, flag: str, strict: bool = False) -> list[tuple
         except ValueError:
             return f"label {row[2]!r} is not a number"
 
-    return [(a, b, float(label)) for _, (a, b, label) in read_rows(path, 3, flag, strict, not_a_number)]
+    return [(a, b, float(label)) for _, (a, b, label) in read_rows(path, 3, flag, not_a_number)]
 
 
 def count_columns(path: str, flag: str, choices: tuple[int, ...]) -> int:
     """Which of `choices` is the number of columns of most of the first 1,000 lines; of as many the one that comes
-    first."""
-    first = itertools.islice(_lines(path, flag), 1000)
+    first. InputError: none, or another format, unless --plain_text."""
+    first = itertools.islice(_checked(path, flag, choices), 1000)
     counted = Counter(line.count("\t") + 1 for _, line in first if line.strip())
     if found := [count for count in counted if count in choices]:
         return max(found, key=counted.get)

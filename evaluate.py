@@ -54,7 +54,7 @@ def parse_args() -> argparse.Namespace:
     add("--plot", help="draw Recall@k of all files there, .png, .svg or .pdf; None: draw nothing")
     add("--show_errors", type=flags.positive_int,
         help="list so many of the queries whose first document is no target, the worst first; None: none")
-    flags.add_strict_argument(parser)
+    flags.add_data_arguments(parser)
     args = parser.parse_args()
     if isinstance(args.recall_result_file, str):  # argparse checks a default only where it is no list
         args.recall_result_file = [args.recall_result_file]
@@ -80,7 +80,7 @@ def read_result(args: argparse.Namespace, targets: Ranks, path: str) -> tuple[Ra
     ranks, tops = {query: dict(each) for query, each in targets.items()}, {}
     seen, unknown, depth = dict.fromkeys(targets, 0), 0, 0
     runs: dict[str, tuple[str, str, int]] = {}  # of a query its first document, its last one, and how many there are
-    for _, (query, document, score) in data.read_rows(path, 3, "--recall_result_file", args.strict_data):
+    for _, (query, document, score) in data.read_rows(path, 3, "--recall_result_file"):
         if query not in targets:
             unknown += 1
             continue
@@ -196,7 +196,7 @@ def draw_recall(path: str, results: Mapping[str, Sequence[float]], queries: int)
 def main() -> None:
     args = parse_args()
     targets: Ranks = {}  # recalled nowhere yet
-    for query, target in data.read_text_pairs(args.similar_text_pair, "--similar_text_pair", args.strict_data):
+    for query, target in data.read_text_pairs(args.similar_text_pair, "--similar_text_pair"):
         targets.setdefault(query, {})[target] = math.inf
     names, results, recalls = labels(args.recall_result_file), [], []
     for path in args.recall_result_file:

@@ -43,7 +43,7 @@ def main() -> None:
     args = parse_args()
     streams = args.input_file == STDIN and not args.output_file
     texts = list(args.text)
-    rows = data.read_rows(args.input_file, 1, "--input_file", args.strict_data, every=True)
+    rows = data.read_rows(args.input_file, 1, "--input_file", every=True)
     lines = ("\t".join(row) for _, row in rows)
     if args.input_file and not streams:
         texts += lines

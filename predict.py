@@ -41,7 +41,7 @@ def complete(rows: list[list[str]]) -> list[list[str]]:
 def main() -> None:
     args = parse_args()
     streams = args.text_pair_file == STDIN
-    rows = (row for _, row in data.read_rows(args.text_pair_file, 2, "--text_pair_file", args.strict_data, every=True))
+    rows = (row for _, row in data.read_rows(args.text_pair_file, 2, "--text_pair_file", every=True))
     blocks = arriving(rows) if streams else [list(rows)]
     flags.announce(args, args.params_path, "pairs of stdin" if streams else flags.count(complete(blocks[0]), "pair"))
 

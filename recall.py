@@ -248,10 +248,9 @@ def asked(blocks: Iterable[list[str]], form: str) -> Iterator[list[str]]:
 
 def main() -> None:
     args = parse_args()
-    corpus = data.TextFile(args.corpus_file, "--corpus_file", args.strict_data) if args.corpus_file else None
+    corpus = data.TextFile(args.corpus_file, "--corpus_file") if args.corpus_file else None
     streams = args.query == [STDIN]
-    pairs = [] if args.query else list(data.read_rows(args.similar_text_pair, 2, "--similar_text_pair",
-                                                      args.strict_data))
+    pairs = [] if args.query else list(data.read_rows(args.similar_text_pair, 2, "--similar_text_pair"))
     queries = args.query or [query for _, (query, _) in pairs]
     if pairs and not RANK:
         check_targets(args.similar_text_pair, pairs, corpus)
@@ -280,7 +279,7 @@ def main() -> None:
                      f"{'distinct ' * args.distinct}documents")
     blocks = (queries[start : start + data.WINDOW] for start in range(0, len(queries), data.WINDOW))
     if streams:
-        rows = data.read_rows(STDIN, 1, "--query", args.strict_data, every=True)
+        rows = data.read_rows(STDIN, 1, "--query", every=True)
         blocks = asked(arriving("\t".join(row) for _, row in rows), args.format)
     with new_file(path) if path and not RANK else contextlib.nullcontext(sys.stdout) as file:
         write_results(args, blocks, index, entries, encode, file)

@@ -38,7 +38,7 @@ def parse_args() -> argparse.Namespace:
         "being negatives; query, title and a hard negative")
     add("--test_set_file", type=flags.readable_file, help="evaluation set: text, text, label on a line (Spearman's "
         "rho), or query, target (Recall@k among all targets, exact search); None: no evaluation")
-    flags.add_strict_argument(group)
+    flags.add_data_arguments(group)
     start = parser.add_argument_group("start")
     add = start.add_argument
     add("--model_name_or_path", type=flags.model_name,
@@ -89,13 +89,13 @@ def read_test_set(args: argparse.Namespace) -> list[tuple]:
     if not path:
         return []
     if data.count_columns(path, flag, (2, 3)) == 3:
-        test_set = data.read_labeled_pairs(path, flag, args.strict_data)
+        test_set = data.read_labeled_pairs(path, flag)
         if len({label for _, _, label in test_set}) > 1:
             return test_set
         console.complain(f"{flag} {path}: all {len(test_set)} labels are {test_set[0][2]:g}, of which Spearman's rho "
                          "is undefined; there is no evaluation")
         return []
-    rows, looks = list(data.read_rows(path, 2, flag, args.strict_data)), {}
+    rows, looks = list(data.read_rows(path, 2, flag)), {}
     if twins := [f"{path}:{number}" for number, (_, target) in rows
                  if looks.setdefault(data.plain(target), target) != target]:
         console.complain(f"{flag}: {len(twins)} of {len(rows)} targets are an earlier one but for white space, width "
@@ -239,7 +239,7 @@ def main() -> None:
     columns = data.count_columns(path, flag, (1, 2, 3)) if os.path.isfile(path) else 1
     if columns > 1 and args.crop_rate:
         raise console.InputError(f"--crop_rate is for texts, one a line; {path} has {columns} columns")
-    texts, test_set = data.TextFile(path, flag, args.strict_data, columns), read_test_set(args)
+    texts, test_set = data.TextFile(path, flag, columns), read_test_set(args)
     if args.epochs or args.whiten is not None:
         check_learnable(args, texts)
 

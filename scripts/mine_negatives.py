@@ -39,7 +39,7 @@ def parse_args() -> argparse.Namespace:
                        help="what recall.py wrote for --similar_text_pair: query, document, cosine, best first")
     group.add_argument("--output_file", type=flags.nonempty_text, required=True,
                        help="query, positive and negative, tab-separated, for train.py --train_set_file")
-    flags.add_strict_argument(group)
+    flags.add_data_arguments(group)
     group = parser.add_argument_group("filters")
     group.add_argument("--negatives_per_pair", type=flags.positive_int, metavar="N", default=1,
                        help="negatives of a pair, fewer where fewer pass")
@@ -71,9 +71,8 @@ def read_pairs(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     Raises:
         InputError: the two files do not have as many lines, or a score is no number.
     """
-    pairs = [pair for _, pair in data.read_rows(args.similar_text_pair, 2, "--similar_text_pair", args.strict_data,
-                                                every=True)]
-    scores = [*data.read_rows(args.positive_scores, 1, "--positive_scores", args.strict_data)]
+    pairs = [pair for _, pair in data.read_rows(args.similar_text_pair, 2, "--similar_text_pair", every=True)]
+    scores = [*data.read_rows(args.positive_scores, 1, "--positive_scores")]
     if len(scores) != len(pairs):
         raise console.InputError(f"--positive_scores {args.positive_scores}: {flags.count(scores, 'line')} for "
                                  f"{flags.count(pairs, 'line')} of {args.similar_text_pair}; predict.py prints one "
@@ -113,7 +112,7 @@ def read_candidates(args: argparse.Namespace, queries: Mapping) -> dict[str, dic
             return f"cosine {row[2]!r} is not a number"
         return None
 
-    rows = data.read_rows(args.recall_result_file, 3, "--recall_result_file", args.strict_data, not_a_number)
+    rows = data.read_rows(args.recall_result_file, 3, "--recall_result_file", not_a_number)
     lowest: dict[str, float] = {}
     for _, (query, document, cosine) in rows:
         if float(cosine) > lowest.get(query, math.inf):  # recall.py wrote a query of several pairs once more

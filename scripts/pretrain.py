@@ -30,7 +30,7 @@ def parse_args() -> argparse.Namespace:
     parser = flags.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
     group = parser.add_argument_group("data")
     group.add_argument("--train_set_file", type=flags.readable_file, required=True, help="training texts, one a line")
-    flags.add_strict_argument(group)
+    flags.add_data_arguments(group)
     start = parser.add_argument_group("start")
     start.add_argument("--model_name_or_path", type=flags.model_name, default=flags.DEFAULT_MODEL,
                        help="pretrained encoder, hub name or folder")
@@ -181,7 +181,7 @@ def train(args: argparse.Namespace, texts: data.TextFile) -> Any:
 
 def main() -> None:
     args = parse_args()
-    texts = data.TextFile(args.train_set_file, "--train_set_file", args.strict_data)
+    texts = data.TextFile(args.train_set_file, "--train_set_file")
 
     flags.announce_training(args, args.model_name_or_path, flags.count(texts, "training text"))
 

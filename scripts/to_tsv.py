@@ -27,19 +27,16 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 from simcse import console, flags
 from simcse.console import InputError
 from simcse.files import STDIN, new_file
+from simcse.formats import LABELS, NUMBERING, SAMPLE, encodings, leaves, names_columns
 
-SAMPLE = 100  # lines by which the format is guessed
 CELL_LINES = 1000  # of a cell in quotes, at most: a quote that nobody closes must not take the file with it
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 OTHERS = {b"PK\x03\x04": "a zip archive, or a workbook of Excel; save that as CSV",
           b"\x1f\x8b": "compressed; gunzip -c FILE | to_tsv.py --input_file -",
           b"\xff\xfe\0\0": "UTF-32: --encoding utf-32", b"\xff\xfe": "UTF-16: --encoding utf-16",
           b"\xfe\xff": "UTF-16: --encoding utf-16", b"[{": "a JSON array; jq -c '.[]' FILE makes lines of it"}
-# What columns are called that number the rows; the first is that of pandas' index.
-NUMBERING = {"", "id", "_id", "idx", "index", "rank", "qid", "pid", "docid", "doc_id", "query_id", "编号", "序号"}
 NAME = re.compile(r"[A-Za-z_][\w.-]{0,24}|(问题|问句|查询|答案|标题|文本|文档|内容|摘要|句子|正例|负例|标签)\d?")
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character of JSON, or a byte that is none of the encoding
-LABELS = {"1": 1, "1.0": 1, "0": 0, "0.0": 0}
 Lines = Iterator[tuple[int, str]]  # numbers, from 1, and lines
 
 
@@ -181,6 +178,7 @@ class Table:
         self.args, self.records, self.names, self.rows_of = args, records, names, rows_of
         self.good = self.skipped = self.changed = self.in_quotes = 0
         self.bad: list[str] = []  # the first three
+        self.foreign: list[bytes] = []  # rows in another encoding
         self.labels: Counter[int | None] = Counter()  # of the last column, where there are three
 
     def __iter__(self) -> Iterator[list[str]]:
@@ -203,9 +201,8 @@ class Table:
             raise Malformed("an empty field")
         if SURROGATE.search("".join(clean)):
             name = self.args.encoding.removesuffix("-sig")
-            with contextlib.suppress(UnicodeError):
-                "".join(clean).encode(name, "surrogateescape").decode("gb18030")
-                name += ", but may be GBK"
+            with contextlib.suppress(UnicodeError):  # half a character of JSON
+                self.foreign.append("\t".join(clean).encode(name, "surrogateescape"))
             raise Malformed(f"not {name}")
         self.changed += any(field.strip() != text for field, text in zip(row, clean))
         self.in_quotes += any(len(text) > 1 and text[0] == text[-1] == '"' for text in clean)
@@ -221,7 +218,8 @@ class Table:
         name, kept = self.args.name, self.args.labels
         said = f"{self.skipped} of {self.good + self.skipped} rows are malformed: {', '.join(self.bad)}"
         if self.skipped > self.good or not self.good:
-            said += "; --encoding gbk reads GBK" if "GBK" in said else ""
+            fits = [f"{codec} ({sure:.0%})" for codec, sure in encodings(self.foreign[:SAMPLE]).items()]
+            said += f"; by charset-normalizer --encoding may be {' or '.join(fits[:3])}" * bool(fits)
             raise InputError(f"--input_file {name}: {said if self.skipped else 'no row below the header'}")
         if self.skipped:
             console.warn(f"{name}: skipped; {said}")
@@ -251,7 +249,7 @@ def is_header(first: Sequence[str], rest: Sequence[Sequence[str]]) -> bool:
 
     number = re.compile(r"\s*[-+]?\d+(\.\d*)?\s*").fullmatch
     return bool(rest) and len(set(first)) == len(first) and (
-        (named(first) and not any(map(named, rest)))
+        (named(first) and not any(map(named, rest))) or names_columns(first)
         or any(not number(name) and all(map(number, column)) for name, *column in zip(first, *rest)))
 
 
@@ -295,16 +293,6 @@ def table_of_rows(args: argparse.Namespace, lines: Lines, sample: Sequence[str])
         return [[row[column] for column in columns]]
 
     return Table(args, itertools.chain(ahead, records), [names[column] for column in columns], rows_of)
-
-
-def leaves(found: dict) -> Iterator[tuple[str, Any]]:
-    """What a JSON object has in its fields, in the members of lists, and, as a.b, in objects in them."""
-    for key, value in found.items():
-        for member in (value or [None]) if isinstance(value, list) else [value]:
-            if isinstance(member, dict):
-                yield from ((f"{key}.{name}", each) for name, each in member.items())
-            else:
-                yield key, member
 
 
 def table_of_objects(args: argparse.Namespace, lines: Lines) -> Table:

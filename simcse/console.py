@@ -21,9 +21,9 @@ class InputError(Exception):
     """A mistake in a flag or an input file: reported in one line, exit code 2, no traceback."""
 
 
-# --quiet; --strict_data; whether the lines that are answered are progress enough; how many progress bars are on the
-# terminal now
-settings = SimpleNamespace(quiet=False, strict=False, answering=False, bars=0)
+# --quiet, --strict_data, --plain_text; whether the lines that are answered are progress enough; how many progress bars
+# are on the terminal now
+settings = SimpleNamespace(quiet=False, strict=False, plain_text=False, answering=False, bars=0)
 
 
 def log(message: str) -> None:
@@ -53,6 +53,17 @@ def complain(message: str) -> None:
     if settings.strict:
         raise InputError(f"{message} (--strict_data)")
     warn(message)
+
+
+@contextlib.contextmanager
+def as_it_is() -> Iterator[None]:
+    """What has been accepted once is read without --strict_data and with --plain_text."""
+    before = settings.strict, settings.plain_text
+    settings.strict, settings.plain_text = False, True
+    try:
+        yield
+    finally:
+        settings.strict, settings.plain_text = before
 
 
 def result(message: str) -> None:

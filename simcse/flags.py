@@ -38,7 +38,9 @@ class ArgumentParser(argparse.ArgumentParser):
                 close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
                 self.error(f"no such flag: {flag}" + (f"; did you mean {close[0]}?" if close else ""))
         known, unknown = super().parse_known_args(args, namespace)
-        console.settings.quiet, console.settings.strict = known.quiet, getattr(known, "strict_data", False)
+        console.settings.quiet = known.quiet
+        console.settings.strict = getattr(known, "strict_data", False)
+        console.settings.plain_text = getattr(known, "plain_text", False)
         return known, unknown
 
     def error(self, message: str) -> None:
@@ -142,7 +144,7 @@ def add_encode_arguments(parser: argparse.ArgumentParser) -> None:
         f"None: as many as the checkpoint was trained with, {ENCODE_LENGTH} where it records none")
     add("--batch_size", type=positive_int,
         help="texts per batch; None: as many as fill 2,048 tokens on a CPU, 65,536 on a GPU")
-    add_strict_argument(parser)
+    add_data_arguments(parser)
     add_device_arguments(parser)
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
         help="number format of the matrix products; auto: bf16 on a CPU that is faster in it (AMX, or AMD's AVX-512 "
@@ -201,6 +203,13 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
 def add_strict_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strict_data", action="store_true",
                         help="stop at the first malformed line instead of skipping and reporting it")
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """How text files are read."""
+    add_strict_argument(parser)
+    parser.add_argument("--plain_text", action="store_true", help="a file's lines are texts, and tabs alone part "
+                        "columns, though it looks like CSV, JSON lines, labels or a header, which are refused")
 
 
 def announce(args: argparse.Namespace, *parts: str) -> None:

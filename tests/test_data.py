@@ -60,7 +60,7 @@ def test_strict_stops_at_the_first_bad_line(tmp_path):
 
 @pytest.mark.parametrize("content, cause", [
     ("a\tb\n中文\t文本\n".encode("gbk"), "GBK"), ("a\tb\n".encode("utf-16"), "UTF-16"),
-    (b"a\tb\n\xff\xff\t\x81\n", "damaged")])
+    (b"a\tb\n\x81\xff\xff\x81\x0f\n", "damaged")])
 def test_not_utf8_names_file_line_and_cause(tmp_path, content, cause):
     with pytest.raises(console.InputError, match=rf"--flag .*file\.csv:\d: not UTF-8.*{cause}"):
         rows(tmp_path, content)
@@ -115,7 +115,7 @@ def test_a_text_file_by_offsets_is_the_list_of_its_texts(tmp_path, monkeypatch, 
     assert seen >= {(list, True), (list, False), (str, False)}
 
 
-def test_a_text_file_is_a_sequence(tmp_path):
+def test_a_text_file_is_a_sequence(tmp_path, monkeypatch):
     path = tmp_path / "file.txt"
     path.write_text("".join(f"第{n}行\n" for n in range(50)), encoding="utf-8")
     texts = data.TextFile(str(path), "--flag")
@@ -125,7 +125,8 @@ def test_a_text_file_is_a_sequence(tmp_path):
         texts[50]
     with pytest.raises(console.InputError, match=r"--flag .*file.txt:2: columns: 2 instead of 1"):
         path.write_text("a\nb\tc\n")
-        data.TextFile(str(path), "--flag", strict=True)
+        monkeypatch.setattr(console.settings, "strict", True)
+        data.TextFile(str(path), "--flag")
 
 
 def test_a_pipe_is_a_text_file_too():

@@ -105,9 +105,9 @@ def test_what_is_damaged_is_one_line(exported, tmp_path, name, message):
 
 
 @pytest.mark.parametrize("content, message", [
-    ("甲\n".encode("gbk"), "texts:1: not UTF-8 at byte 1 of the line; it looks like GBK"),
+    ("甲\n".encode("gbk"), "texts:1: not UTF-8 at byte 1 of the line; iconv -f ENCODING -t UTF-8 FILE > NEW converts"),
     ("甲\n".encode("utf-16"), "texts:1: not UTF-8 at byte 1 of the line; it looks like UTF-16"),
-    (b"a\n\xff\xfa\x81\n", "texts:2: not UTF-8 at byte 1 of the line; the file is damaged or not text"),
+    (b"a\n\xff\xfa\x81\n", "texts:2: not UTF-8 at byte 1 of the line; iconv -f ENCODING"),
     (b"\n", "the file holds no text"),
     ("甲\na\tb\n\n".encode(), "2 of 3 lines are blank or malformed: texts:2 (columns: 2 instead of 1), "
                                "texts:3 (blank)"),

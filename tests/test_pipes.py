@@ -204,7 +204,8 @@ def test_stdin_that_is_not_utf8_or_malformed(commands):
     """What came before is answered."""
     query, pair = lines_for("recall")[0].encode(), lines_for("predict")[0].encode()
     out, err, code = pipe(b"\xef\xbb\xbf" + query + b"\n\n" + GBK + b"\n" + query, *commands["recall"])
-    assert code == 2 and "--query stdin:3: not UTF-8 at byte 1 of the line; it looks like GBK" in err.splitlines()[-1]
+    assert code == 2 and "--query stdin:3: not UTF-8 at byte 1 of the line; charset-normalizer: it may be GBK" in (
+        err.splitlines()[-1])
     assert [line.split("\t")[0] for line in out.splitlines()] == [query.decode()] * 3 + [""]
     out, err, code = pipe(pair + b"\ra\r\n" + pair, *commands["predict"], "--strict_data")
     assert code == 2 and "--text_pair_file stdin:2: columns: 1 instead of 2" in err.splitlines()[-1]

@@ -130,7 +130,10 @@ def test_encodings(convert, encoding, flag):
 
 
 @pytest.mark.parametrize("content, complaint", [
-    ("标题,文本\n甲,乙\n".encode("gbk"), r"may be GBK\); --encoding gbk reads GBK$"),
+    ("标题,文本\n这家餐厅的牛肉面,非常好吃\n今天的天气,我们去公园散步\n".encode("gbk"),
+     r"--encoding may be gb18030 \(\d+%\)$"),
+    ("標題,文本\n這家餐廳的牛肉麵,非常好吃\n今天的天氣,我們去公園散步\n".encode("big5"),
+     r"--encoding may be big5 \(\d+%\)$"),
     ("甲\n".encode("utf-16"), "UTF-16: --encoding utf-16$"), ("甲\n".encode("utf-16-le"), "--encoding utf-16-le$"),
     ("甲\n".encode("utf-32"), "UTF-32: --encoding utf-32$"), (b"PK\x03\x04...", "a workbook of Excel"),
     (b"\x1f\x8b\x08...", "compressed; gunzip"), (b'[\n {"text": "a"}]', "a JSON array; jq"), (b"a\xff\n", "not utf-8")])
@@ -142,7 +145,7 @@ def test_what_is_no_text_is_said(convert, content, complaint):
 def test_a_line_in_another_encoding_is_skipped_and_said(convert):
     content = "甲\n乙\n".encode() + "丙丁\n".encode("gbk") + "戊\n".encode() + b"\xff"
     assert convert(content) == ["甲", "乙", "戊"]
-    assert "in.csv:3 (not utf-8, but may be GBK)" in convert.said[0] and "in.csv:5 (not utf-8)" in convert.said[0]
+    assert "in.csv:3 (not utf-8), " in convert.said[0] and "in.csv:5 (not utf-8)" in convert.said[0]
     with pytest.raises(InputError, match=r"truncated data \(--encoding\)"):
         convert("甲乙".encode("utf-16")[:-1], "--encoding", "utf-16")
 

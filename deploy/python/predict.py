@@ -172,11 +172,9 @@ def decode(line: bytes, where: str) -> str:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
         if line[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            cause = "it looks like UTF-16; convert it: iconv -f UTF-16 -t UTF-8"
-        elif "\ufffd" in line.decode("gb18030", "replace"):
-            cause = "the file is damaged or not text"
-        else:
-            cause = "it looks like GBK; convert it: iconv -f GB18030 -t UTF-8"
+            cause = "it looks like UTF-16; convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW"
+        else:  # which encoding it is would be a guess, and a wrong one gives other texts without an error
+            cause = "iconv -f ENCODING -t UTF-8 FILE > NEW converts it from the encoding in which it was written"
         raise p.InputError(f"{where}: not UTF-8 at byte {error.start + 1} of the line; {cause}") from None
 
 
