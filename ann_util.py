@@ -68,6 +68,10 @@ class Entries(Sequence):
         start, end = self.starts[entry : entry + 2]
         return [self.corpus.line_number(row) for row in self.rows[start:end][:most]]
 
+    def place(self, entry: int) -> str:
+        """Where the first line of an entry stands, as file:line."""
+        return self.corpus.place(int(self.rows[self.starts[entry]]))
+
     def take(self, entries: Sequence[int], most: int | None = None) -> list[tuple[str, list[int]]]:
         """The texts of some entries, and their `lines`."""
         return [(self[entry], self.lines(entry, most)) for entry in entries]

@@ -362,6 +362,14 @@ def _read_wordpiece(folder: str) -> WordPiece | None:
     return WordPiece(vocab, config.get("do_lower_case", True), kind)
 
 
+def cut(ids: list[Ids], length: int) -> list[int]:
+    """Cut the texts that are longer than `length`, [CLS] and [SEP] included, in place; returns which they are."""
+    longer = [row for row, each in enumerate(ids) if len(each) > length]
+    for row in longer:
+        ids[row] = [*ids[row][: length - 1], ids[row][-1]]
+    return longer
+
+
 def unseen(tokenizer: WordPiece | AnyTokenizer, ids: Sequence[Ids]) -> list[int]:
     """Which of the texts an encoder sees nothing of: they have no token, or [UNK] and no more than punctuation besides.
     All of them are one and the same to it, so that they would be each other's perfect match."""

@@ -42,23 +42,23 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     streams = args.input_file == STDIN and not args.output_file
-    texts = list(args.text)
+    texts = [("--text", text) for text in args.text]
     rows = data.read_rows(args.input_file, 1, "--input_file", every=True)
-    lines = ("\t".join(row) for _, row in rows)
+    lines = ((f"{args.input_file}:{number}", "\t".join(row)) for number, row in rows)
     if args.input_file and not streams:
         texts += lines
     if not texts and not streams:
-        texts = [flags.README_TEXT]
+        texts = [("README", flags.README_TEXT)]
     flags.announce(args, args.params_path, "texts of stdin" if streams else
-                   flags.count([*filter(data.holds_text, texts)], "text"))
+                   flags.count([text for _, text in texts if data.holds_text(text)], "text"))
 
     from model import encode, load_engine
 
     engine, tokenizer = load_engine(args)
     for block in arriving(lines) if streams else [texts]:
-        good = [*map(data.holds_text, block)]
-        embeddings = encode(engine, tokenizer, [*itertools.compress(block, good)], args.max_seq_length,
-                            args.batch_size)
+        good = [data.holds_text(text) for _, text in block]
+        places, complete = zip(*itertools.compress(block, good)) if any(good) else ((), ())
+        embeddings = encode(engine, tokenizer, complete, args.max_seq_length, args.batch_size, places.__getitem__)
         if not all(good):
             encoded, embeddings = embeddings, np.full((len(good), engine.embedding_size), np.nan, "float32")
             embeddings[good] = encoded
@@ -68,7 +68,7 @@ def main() -> None:
             console.log(f"wrote {embeddings.shape[0]} x {embeddings.shape[1]} float32 to {args.output_file}")
         elif args.format or streams:
             print(*(console.line(args.format or "tsv", text=text, embedding=embedding.tolist() if is_good else None)
-                    for text, embedding, is_good in zip(block, embeddings, good)), sep="", end="", flush=True)
+                    for (_, text), embedding, is_good in zip(block, embeddings, good)), sep="", end="", flush=True)
         else:
             print(list(embeddings.shape))
             print(embeddings)

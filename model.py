@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from data import WINDOW, Ids, load_tokenizer, make_batches, unseen
+from data import WINDOW, Ids, TextFile, cut, load_tokenizer, make_batches, unseen
 from simcse import console
 from simcse.console import InputError, progress
 from simcse.encoders import encoder_from_record, first_token_only, freeze_pooler, load_encoder, portable
@@ -284,7 +284,7 @@ def check_length(model: Engine, max_seq_length: int) -> None:
 class Sight:
     """Texts as the encoder sees them: their token ids, and a count of those that it sees cut, or nothing of.
 
-    `place` names a row, as file:line; None: the rows of a `data.TextFile` have names, others are shown."""
+    `place` names a row, as file:line; None: that of the texts, which `data.TextFile` has, or their first characters."""
 
     REMARKS = {"cut": "are longer than {} tokens and are cut; a higher --max_seq_length reads on",
                "unseen": "are all [UNK] to the encoder, so that their cosine with any text is 0; another encoder may "
@@ -294,17 +294,14 @@ class Sight:
     def __init__(self, tokenizer: Any, texts: Sequence[str], max_seq_length: int,
                  place: Callable[[int], str] | None = None) -> None:
         self.tokenizer, self.texts, self.length, self.count = tokenizer, texts, max_seq_length, 0
-        self.place = place or getattr(texts, "place", None)
+        self.place = place or getattr(texts, "place", lambda row: repr(texts[row][:20]))
         self.counts, self.first = dict.fromkeys(self.REMARKS, 0), {kind: [] for kind in self.REMARKS}
 
     def __call__(self, window: range) -> tuple[list[Ids], list[int]]:
         """The ids of the texts of some rows, and which of them the encoder does not see, from 0 in the window."""
         ids = self.tokenizer(self.texts[window.start : window.stop], self.length + 1)
-        cut = [row for row, each in enumerate(ids) if len(each) > self.length]
-        for row in cut:
-            ids[row] = [*ids[row][: self.length - 1], ids[row][-1]]
+        found = {"cut": cut(ids, self.length), "unseen": unseen(self.tokenizer, ids)}
         self.count += len(ids)
-        found = {"cut": cut, "unseen": unseen(self.tokenizer, ids)}
         for kind, rows in found.items():
             self.counts[kind] += len(rows)
             self.first[kind] += [window.start + row for row in rows[: 3 - len(self.first[kind])]]
@@ -315,18 +312,37 @@ class Sight:
     def report(self) -> None:
         """Say what was counted, once in a run: training encodes the same test set again and again."""
         for kind, remark in self.REMARKS.items():
-            first = map(self.place or (lambda row: repr(self.texts[row][:20])), self.first[kind])
             message = (f"{self.counts[kind]:,} of {self.count:,} texts {remark.format(self.length)}: "
-                       f"{', '.join(first)}")
+                       f"{', '.join(map(self.place, self.first[kind]))}")
             if self.counts[kind] and message not in self._told:
                 self._told.add(message)
                 console.complain(message)
 
 
+def look_at(texts: TextFile, tokenizer: Any, max_seq_length: int) -> None:
+    """Warn, on rank 0, of what the encoder does not see of training texts, in WINDOW lines from all over the file."""
+    if RANK:
+        return
+    rows = range(0, len(texts), -(-len(texts) // WINDOW))
+    sample = [text for row in rows for text in ([texts[row]] if texts.columns == 1 else texts[row])]
+    sight = Sight(tokenizer, sample, max_seq_length, lambda place: texts.place(rows[place // texts.columns]))
+    ids, _ = sight(range(len(sample)))
+    sight.report()
+    first_of: dict[tuple, str] = {}
+    twins = [place for place, (text, each) in enumerate(zip(sample, ids))
+             if len(each) == max_seq_length and first_of.setdefault(tuple(each), text) != text]
+    if twins:
+        console.complain(f"{len(twins):,} of {len(sample):,} texts, cut to {max_seq_length} tokens, are one with "
+                         "another text; a higher --max_seq_length tells them apart: "
+                         f"{', '.join(map(sight.place, twins[:3]))}")
+
+
 def encode_stream(model: Engine, tokenizer: Any, texts: Sequence[str], max_seq_length: int,
-                  batch_size: int | None = None, windows: Sequence[range] | None = None) -> Iterator[np.ndarray]:
+                  batch_size: int | None = None, windows: Sequence[range] | None = None,
+                  place: Callable[[int], str] | None = None) -> Iterator[np.ndarray]:
     """Yield the embeddings of `texts` in their order, float32 [texts of the window, embedding_size] at a time.
-    `windows` are the rows that are wanted, by which texts are batched together; None: all, WINDOW at a time.
+    `windows` are the rows that are wanted, by which texts are batched together; None: all, WINDOW at a time. `place`
+    names them, see `Sight`.
 
     A batch is read back when the next one is under way, so that host and GPU work side by side. Texts that the encoder
     sees nothing of have an embedding of zeros, whose cosine with any is 0.
@@ -334,7 +350,7 @@ def encode_stream(model: Engine, tokenizer: Any, texts: Sequence[str], max_seq_l
     check_length(model, max_seq_length)
     if windows is None:
         windows = [range(start, min(start + WINDOW, len(texts))) for start in range(0, len(texts), WINDOW)]
-    sight = Sight(tokenizer, texts, max_seq_length)
+    sight = Sight(tokenizer, texts, max_seq_length, place)
     with progress("encoding", sum(map(len, windows)), "texts") as advance:
         for ids, dark in prefetch(map(sight, windows)):
             embeddings = np.empty((len(ids), model.embedding_size), "float32")
@@ -350,21 +366,22 @@ def encode_stream(model: Engine, tokenizer: Any, texts: Sequence[str], max_seq_l
     sight.report()
 
 
-def encode(model: Engine, tokenizer: Any, texts: Sequence[str], max_seq_length: int,
-           batch_size: int | None = None) -> np.ndarray:
+def encode(model: Engine, tokenizer: Any, texts: Sequence[str], max_seq_length: int, batch_size: int | None = None,
+           place: Callable[[int], str] | None = None) -> np.ndarray:
     """The one way from texts to embeddings: float32 [len(texts), embedding_size], in the order of `texts`."""
     embeddings, row = np.empty((len(texts), model.embedding_size), "float32"), 0
-    for block in encode_stream(model, tokenizer, texts, max_seq_length, batch_size):
+    for block in encode_stream(model, tokenizer, texts, max_seq_length, batch_size, place=place):
         embeddings[row : row + len(block)] = block
         row += len(block)
     return embeddings
 
 
-def encode_pairs(model: Engine, tokenizer: Any, pairs: Sequence[tuple[str, str]],
-                 max_seq_length: int, batch_size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings of the first and of the second texts, each float32 [len(pairs), embedding_size]."""
-    texts = [text for side in zip(*pairs) for text in side]
-    return tuple(np.split(encode(model, tokenizer, texts, max_seq_length, batch_size), 2))
+def encode_pairs(model: Engine, tokenizer: Any, pairs: Sequence[tuple[str, str]], max_seq_length: int,
+                 batch_size: int | None = None, places: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings of the first and of the second texts, each float32 [len(pairs), embedding_size]; `places` name the
+    pairs, as file:line."""
+    texts, place = [text for side in zip(*pairs) for text in side], places and [*places, *places].__getitem__
+    return tuple(np.split(encode(model, tokenizer, texts, max_seq_length, batch_size, place), 2))
 
 
 def mean_loss(query: np.ndarray, title: np.ndarray, batch_size: int, margin: float, scale: float) -> float:

@@ -33,27 +33,29 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def complete(rows: list[list[str]]) -> list[list[str]]:
-    """The rows that are pairs, which a blank or malformed line is not."""
-    return [row for row in rows if len(row) == 2 and all(row)]
+def complete(row: list[str]) -> bool:
+    """Whether a line is a pair, and neither blank nor malformed."""
+    return len(row) == 2 and all(row)
 
 
 def main() -> None:
     args = parse_args()
     streams = args.text_pair_file == STDIN
-    rows = (row for _, row in data.read_rows(args.text_pair_file, 2, "--text_pair_file", every=True))
+    rows = data.read_rows(args.text_pair_file, 2, "--text_pair_file", every=True)
     blocks = arriving(rows) if streams else [list(rows)]
-    flags.announce(args, args.params_path, "pairs of stdin" if streams else flags.count(complete(blocks[0]), "pair"))
+    flags.announce(args, args.params_path, "pairs of stdin" if streams else
+                   flags.count([row for _, row in blocks[0] if complete(row)], "pair"))
 
     from model import encode_pairs, load_engine, mean_loss
 
     engine, tokenizer = load_engine(args)
     for block in blocks:
-        pairs = complete(block)
-        first, second = encode_pairs(engine, tokenizer, pairs, args.max_seq_length, args.batch_size)
+        pairs = [row for _, row in block if complete(row)]
+        places = [f"{args.text_pair_file}:{number}" for number, row in block if complete(row)]
+        first, second = encode_pairs(engine, tokenizer, pairs, args.max_seq_length, args.batch_size, places)
         cosines = iter((first * second).sum(axis=1).clip(-1, 1).tolist())
-        for row in block:
-            cosine = next(cosines) if complete([row]) else None
+        for _, row in block:
+            cosine = next(cosines) if complete(row) else None
             if args.format:
                 line = console.line(args.format, query=row[0], title="\t".join(row[1:]), cosine=cosine)
             else:

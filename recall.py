@@ -35,6 +35,7 @@ HNSW_M, HNSW_EF, SHARDS = 32, 100, 8
 OF_INDEX = ("ann_engine", "index_shards", "hnsw_m", "hnsw_ef", "hnsw_max_elements")  # flags that a kept index has
 FUSED = 100  # documents that a ranking brings to the fusion, or --recall_num, if that is more
 MILVUS_URI = "./recall.db"
+Query = tuple[str, str]  # and where it stands, as file:line
 
 
 def parse_args() -> argparse.Namespace:
@@ -201,7 +202,7 @@ def fill(index, entries: ann_util.Entries | None, engine, encode_stream) -> None
     console.log(f"{count / (time.time() - started):.1f} documents/s")
 
 
-def write_results(args: argparse.Namespace, blocks: Iterable[list[str]], index, entries, encode, file: IO) -> None:
+def write_results(args: argparse.Namespace, blocks: Iterable[list[Query]], index, entries, encode, file: IO) -> None:
     """Search the queries, block by block, and write what was asked for; every rank searches, rank 0 alone fuses and
     writes."""
     measure, depth = ("score", max(args.recall_num, FUSED)) if args.hybrid_bm25 else ("cosine", args.recall_num)
@@ -210,8 +211,9 @@ def write_results(args: argparse.Namespace, blocks: Iterable[list[str]], index, 
 
         bm25 = Bm25(entries, args.index_path and os.path.join(args.index_path, "bm25"))
     for number, block in enumerate(blocks):
-        queries = data.distinct(block)  # a query on several lines is encoded and searched once
-        embeddings = encode(queries)
+        place_of = dict(reversed(block))
+        queries = data.distinct(query for query, _ in block)  # one on several lines is encoded and searched once
+        embeddings = encode(queries, place=lambda row: place_of[queries[row]])  # noqa: B023  is called before the next
         rows, cosines = index.search(embeddings, min(depth, len(entries)))
         found = rows, cosines.clip(-1, 1)  # rounding of two unit vectors may go beyond 1
         if index.fingerprint["ann_engine"] == "hnswlib" and not args.query and number == 0:
@@ -221,10 +223,10 @@ def write_results(args: argparse.Namespace, blocks: Iterable[list[str]], index, 
             continue
         if args.hybrid_bm25:
             found = fuse(found, bm25.search(queries, depth), min(args.recall_num, len(entries)))
-        place_of = {query: place for place, query in enumerate(queries)}
-        for query in block:
-            place = slice(place_of[query], place_of[query] + 1)
-            hits, = ann_util.expand([side[place] for side in found], entries, [args.recall_num], args.distinct)
+        row_of = {query: row for row, query in enumerate(queries)}
+        for query, _ in block:
+            row = slice(row_of[query], row_of[query] + 1)
+            hits, = ann_util.expand([side[row] for side in found], entries, [args.recall_num], args.distinct)
             best = [{"rank": rank, "line": line, "document": document, measure: score}
                     for rank, (document, line, score) in enumerate(hits, 1)]
             file.write(console.line("jsonl", query=query, results=best) if args.format == "jsonl" else "".join(
@@ -232,15 +234,16 @@ def write_results(args: argparse.Namespace, blocks: Iterable[list[str]], index, 
         file.flush()
 
 
-def asked(blocks: Iterable[list[str]], form: str) -> Iterator[list[str]]:
-    """The queries among the lines of stdin; a blank or malformed line between them is answered here, with no document,
+def asked(blocks: Iterable[list[tuple[int, list[str]]]], form: str) -> Iterator[list[Query]]:
+    """The queries among the rows of stdin; a blank or malformed one between them is answered here, with no document,
     when those before it have been."""
     for block in blocks:
-        for are_queries, lines in itertools.groupby(block, data.holds_text):
+        lines = [("\t".join(row), f"stdin:{number}") for number, row in block]
+        for are_queries, group in itertools.groupby(lines, lambda line: data.holds_text(line[0])):
             if are_queries:
-                yield list(lines)
+                yield list(group)
                 continue
-            for line in lines:
+            for line, _ in group:
                 rest = {"results": []} if form == "jsonl" else {"document": None, "cosine": None}
                 print(console.line(form, query=line, **rest), end="")
             sys.stdout.flush()
@@ -251,7 +254,8 @@ def main() -> None:
     corpus = data.TextFile(args.corpus_file, "--corpus_file") if args.corpus_file else None
     streams = args.query == [STDIN]
     pairs = [] if args.query else list(data.read_rows(args.similar_text_pair, 2, "--similar_text_pair"))
-    queries = args.query or [query for _, (query, _) in pairs]
+    queries = [(query, "--query") for query in args.query] or [
+        (query, f"{args.similar_text_pair}:{number}") for number, (query, _) in pairs]
     if pairs and not RANK:
         check_targets(args.similar_text_pair, pairs, corpus)
     path = None if args.query else os.path.join(args.recall_result_dir, args.recall_result_file)
@@ -279,8 +283,7 @@ def main() -> None:
                      f"{'distinct ' * args.distinct}documents")
     blocks = (queries[start : start + data.WINDOW] for start in range(0, len(queries), data.WINDOW))
     if streams:
-        rows = data.read_rows(STDIN, 1, "--query", every=True)
-        blocks = asked(arriving("\t".join(row) for _, row in rows), args.format)
+        blocks = asked(arriving(data.read_rows(STDIN, 1, "--query", every=True)), args.format)
     with new_file(path) if path and not RANK else contextlib.nullcontext(sys.stdout) as file:
         write_results(args, blocks, index, entries, encode, file)
     if path and not RANK:

@@ -138,24 +138,6 @@ def check_learnable(args: argparse.Namespace, texts: data.TextFile) -> None:
                      "--batch_size, or give more texts than there are processes")
 
 
-def look_at(args: argparse.Namespace, texts: data.TextFile, tokenizer: Any) -> None:
-    """Warn of what the encoder does not see of the training texts, in WINDOW lines from all over the file at most."""
-    from model import Sight
-
-    rows = range(0, len(texts), -(-len(texts) // data.WINDOW))
-    sample = [text for row in rows for text in ([texts[row]] if texts.columns == 1 else texts[row])]
-    sight = Sight(tokenizer, sample, args.max_seq_length, lambda place: texts.place(rows[place // texts.columns]))
-    ids, _ = sight(range(len(sample)))
-    sight.report()
-    first_of: dict[tuple, str] = {}
-    twins = [place for place, (text, each) in enumerate(zip(sample, ids))
-             if len(each) == args.max_seq_length and first_of.setdefault(tuple(each), text) != text]
-    if twins:
-        console.complain(f"{len(twins):,} of {len(sample):,} texts, cut to {args.max_seq_length} tokens, are one with "
-                         "another text; a higher --max_seq_length tells them apart: "
-                         f"{', '.join(map(sight.place, twins[:3]))}")
-
-
 def build_model(args: argparse.Namespace) -> tuple[Any, Any, str]:
     """The network to train, its tokenizer and the name of its encoder."""
     from model import SimCSE, check_length, load_model
@@ -182,7 +164,7 @@ def build_model(args: argparse.Namespace) -> tuple[Any, Any, str]:
 
 def train(args: argparse.Namespace, texts: data.TextFile, test_set: list[tuple]) -> Any:
     """The training loop, and what comes after it; returns the `Run`."""
-    from model import encode, make_record, save_checkpoint
+    from model import encode, look_at, make_record, save_checkpoint
     from simcse.engine import make_engine
     from simcse.gradients import backward
     from simcse.ranks import wait_for_ranks
@@ -204,7 +186,7 @@ def train(args: argparse.Namespace, texts: data.TextFile, test_set: list[tuple])
         wait_for_ranks()
 
     model, tokenizer, name = build_model(args)
-    look_at(args, texts, tokenizer)
+    look_at(texts, tokenizer, args.max_seq_length)
     sampler = data.ShuffledBatches(len(texts), args.batch_size, RANK, RANKS)
     make = functools.partial(data.make_batch, texts, tokenizer, args)
     run = Run(args, model, texts, len(sampler), save)

@@ -153,7 +153,7 @@ def masked_lm(name: str, dropout: float) -> Any:
 
 def train(args: argparse.Namespace, texts: data.TextFile) -> Any:
     """The training loop; returns the `Run`."""
-    from model import check_length
+    from model import check_length, look_at
     from simcse.files import new_folder
     from simcse.run import Run
 
@@ -162,6 +162,7 @@ def train(args: argparse.Namespace, texts: data.TextFile) -> Any:
     name = args.resume or args.model_name_or_path
     model, tokenizer = masked_lm(name, args.dropout), data.load_tokenizer(name)
     check_length(model, args.max_seq_length)
+    look_at(texts, tokenizer, args.max_seq_length)
 
     def write(folder: str, also) -> None:
         with new_folder(folder) as temporary:

@@ -53,9 +53,10 @@ def test_half_bad_is_no_error(tmp_path):
     assert rows(tmp_path, b"a\tb\nc\n") == [["a", "b"]]
 
 
-def test_strict_stops_at_the_first_bad_line(tmp_path):
+def test_strict_stops_at_the_first_bad_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(console.settings, "strict", True)
     with pytest.raises(console.InputError, match=r"--flag .*file\.csv:2: .*--strict_data"):
-        rows(tmp_path, b"a\tb\nc\nd\te\n", strict=True)
+        rows(tmp_path, b"a\tb\nc\nd\te\n")
 
 
 @pytest.mark.parametrize("content, cause", [
@@ -66,7 +67,7 @@ def test_not_utf8_names_file_line_and_cause(tmp_path, content, cause):
         rows(tmp_path, content)
 
 
-def test_every_line_has_a_row_where_rows_stand_beside_lines(tmp_path, capsys):
+def test_every_line_has_a_row_where_rows_stand_beside_lines(tmp_path, capsys, monkeypatch):
     content = b"a\tb\n\n\t\nc\nd\te\tf\ng\t\nh\ti\nj\tk\nl\tm\n"
     assert rows(tmp_path, content, every=True) == [
         ["a", "b"], [""], ["", ""], ["c"], ["d", "e", "f"], ["g", ""], ["h", "i"], ["j", "k"], ["l", "m"]]
@@ -77,8 +78,9 @@ def test_every_line_has_a_row_where_rows_stand_beside_lines(tmp_path, capsys):
     for content, message in ((b"a\tb\nc\nd\n", "2 of 3 lines are blank or malformed"), (b"\n \n", "holds no text")):
         with pytest.raises(console.InputError, match=message):
             rows(tmp_path, content, every=True)
+    monkeypatch.setattr(console.settings, "strict", True)
     with pytest.raises(console.InputError, match=r"file\.csv:2: blank \(--strict_data\)"):
-        rows(tmp_path, b"a\tb\n\nc\td\n", every=True, strict=True)
+        rows(tmp_path, b"a\tb\n\nc\td\n", every=True)
 
 
 def test_labels_must_be_numbers(tmp_path, capsys):

@@ -164,7 +164,7 @@ def test_both_readers_refuse_and_a_flag_reads_all_the_same(tmp_path, monkeypatch
         assert data.read_texts(str(path), "--flag") == list(data.TextFile(str(path), "--flag")) == lines
         assert data.count_columns(str(path), "--flag", TRAINING) == 1
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--plain_text"])
-    flags.add_data_arguments(parser := flags.ArgumentParser())
+    flags.add_data_arguments(parser := flags.ArgumentParser("Reads."))
     parser.parse_args()
     assert console.settings.plain_text
     monkeypatch.setattr(console.settings, "plain_text", False)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+from types import SimpleNamespace
 
 import data
 import model as m
@@ -104,21 +105,21 @@ def test_texts_that_the_encoder_does_not_see_are_like_none(tokenizer, capsys):
     assert embeddings.any(axis=1).tolist() == [True, *[False] * 5, True, True, True]
     first, second = m.encode_pairs(Ones(), tokenizer, [("👍", "👍"), ("短", "短")], 8)
     assert (first * second).sum(axis=1).tolist() == [0, 1]
-    said = "5 of 9 texts are all .UNK. to the encoder.*: '😀😀', '👍!', 'สวัสดี ครับ'\n$"
+    said = "5 of 9 texts are all .UNK. to the encoder.*: '😀😀', '👍!', 'สวัสดี ครับ'\n2 of 4 texts"
     assert re.match(said, capsys.readouterr().err)
 
 
 def test_nor_are_they_to_a_service_or_a_server(tokenizer, tmp_path, capsys):
     from deploy.serving.searcher import Searcher
 
-    searcher = Searcher(Ones(), tokenizer, None, [], 8, ([1, 4], [8]))
+    searcher = Searcher(Ones(), tokenizer, None, SimpleNamespace(documents=0), 8, ([1, 4], [8]))
     assert searcher.encode(["语义", *UNSEEN]).any(axis=1).tolist() == [True, *[False] * 5]
     tokenizer.save_rust(str(tmp_path))
     said = []
     embeddings = predictor.encode(Ones(), predictor.Tokenizer(str(tmp_path)), ["语义", *UNSEEN, "长" * 9], 8,
-                                  complain=said.append)
+                                  complain=lambda *told: said.append(told))
     assert embeddings.any(axis=1).tolist() == [True, *[False] * 5, True]
-    assert [message[:18] for message in said] == ["1 of 7 texts are l", "5 of 7 texts are a"]
+    assert [(remark[:11], which) for remark, which in said] == [("are longer ", [6]), ("are all [UN", [1, 2, 3, 4, 5])]
 
 
 def test_the_graph_finds_its_way_past_zeros():
@@ -137,22 +138,22 @@ def test_the_graph_finds_its_way_past_zeros():
 # ------------------------------------------------------------------------------------------------ training, evaluation
 def arguments(path, **changed):
     return argparse.Namespace(**{"train_set_file": str(path), "test_set_file": str(path), "max_seq_length": 8,
-                                 "batch_size": 8, "cross_device_negatives": False, "strict_data": False, **changed})
+                                 "batch_size": 8, "cross_device_negatives": False, **changed})
 
 
 def test_training_texts_that_are_one_after_cutting(tokenizer, tmp_path, capsys):
     """Of pairs a line is said where either of its texts is such a one."""
     path = tmp_path / "train.csv"
     path.write_text("".join(f"承担单位见附件{row}\n" for row in range(5)) + "别的\n别的\n", encoding="utf-8")
-    train.look_at(arguments(path), data.TextFile(str(path), "--flag"), tokenizer)
+    m.look_at(data.TextFile(str(path), "--flag"), tokenizer, 8)
     cut, alike = capsys.readouterr().err.splitlines()
     assert cut.startswith("5 of 7 texts are longer than 8 tokens")
     assert alike == ("4 of 7 texts, cut to 8 tokens, are one with another text; a higher --max_seq_length tells them "
                      f"apart: {path}:2, {path}:3, {path}:4")
     path.write_text("".join(f"问题{row}\t承担单位见附件{row}\n" for row in "甲乙"), encoding="utf-8")
-    train.look_at(arguments(path), data.TextFile(str(path), "--flag", columns=2), tokenizer)
-    said = capsys.readouterr().err
-    assert said.startswith("1 of 4 texts, cut to 8 tokens, are one with another") and said.endswith(f" {path}:2\n")
+    m.look_at(data.TextFile(str(path), "--flag", columns=2), tokenizer, 8)
+    said = capsys.readouterr().err.splitlines()[1]
+    assert said.startswith("1 of 4 texts, cut to 8 tokens, are one with another") and said.endswith(f" {path}:2")
 
 
 def test_a_batch_of_one_is_warned_about(tmp_path, capsys):

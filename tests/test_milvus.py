@@ -100,7 +100,7 @@ def test_one_query_without_the_corpus(checkpoint, sample, filled):
            5]
     answer = [line.split("\t") for line in succeed("recall.py", *ask, cwd=filled).stdout.splitlines()]
     assert [line[:2] for line in answer] == [line[:2] for line in expected]
-    assert "was built with max_seq_length 64, not 9;" in refuse("recall.py", *ask, "--max_seq_length", 9, cwd=filled)
+    assert "was built with max_seq_length 32, not 9;" in refuse("recall.py", *ask, "--max_seq_length", 9, cwd=filled)
 
 
 def test_refusals(flags, checkpoint, filled, tmp_path):

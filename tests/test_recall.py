@@ -94,7 +94,7 @@ def test_an_index_is_kept_used_again_and_refused_for_anything_else(checkpoint, s
     m.paddle.save({name: tensor * 1.01 for name, tensor in weights.items()}, str(other / "model_state.pdparams"))
     for more, what in ((["--corpus_file", tmp_path / "other.csv"], "another corpus"),
                        (["--params_path", other], "another model"),
-                       (["--max_seq_length", 9], "max_seq_length 64, not 9"), (["--hnsw_m", 50], "hnsw_m 32, not 50"),
+                       (["--max_seq_length", 9], "max_seq_length 32, not 9"), (["--hnsw_m", 50], "hnsw_m 32, not 50"),
                        (["--ann_engine", "exact"], "ann_engine hnswlib, not exact"),
                        (["--index_shards", 3], "index_shards 8, not 3"),
                        (["--hnsw_max_elements", 500], "hnsw_max_elements 120, not 500")):
@@ -132,7 +132,7 @@ def test_one_query_from_a_kept_index(checkpoint, sample, tmp_path):
     twice = succeed("recall.py", *model, "--query", query, "--query", "语义", "--top_k", 2, cwd=tmp_path).stdout
     assert same(twice.splitlines()[:2], lines[:2]) and twice.count("\n") == 4
     line = refuse("recall.py", *model, "--query", "x", "--max_seq_length", 9)
-    assert "was built with max_seq_length 64, not 9;" in line
+    assert "was built with max_seq_length 32, not 9;" in line
 
 
 def test_copies_are_given_out_line_by_line_or_once(checkpoint, tmp_path):

@@ -35,6 +35,7 @@ except ModuleNotFoundError as error:
 README_TEXT = "国有企业引入非国有资本对创新绩效的影响——基于制造业国有上市公司的经验证据"
 README_PAIRS = [["中西方语言与文化的差异", "中西方文化差异以及语言体现中西方文化,差异,语言体现"],
                 ["中西方语言与文化的差异", "飞桨致力于让深度学习技术的创新与应用更简单"]]
+Row = tuple[str, list[str]]  # where it stands, as file:line, and its fields
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -178,7 +179,7 @@ def decode(line: bytes, where: str) -> str:
         raise p.InputError(f"{where}: not UTF-8 at byte {error.start + 1} of the line; {cause}") from None
 
 
-def read_rows(args: argparse.Namespace, flag: str, columns: int) -> list[list[str]]:
+def read_rows(args: argparse.Namespace, flag: str, columns: int) -> list[Row]:
     """The rows of a tab-separated UTF-8 file, of none no rows; blank and malformed ones, which `complete` tells apart,
     are reported on stderr. InputError: not UTF-8; such a row with --strict_data; more than half of the rows malformed;
     no complete row."""
@@ -190,7 +191,7 @@ def read_rows(args: argparse.Namespace, flag: str, columns: int) -> list[list[st
     for number, line in enumerate(lines, 1):
         given = decode(line, f"{where}:{number}").replace("\ufeff", "")  # BOMs, wherever files were joined
         row = [field.strip() for field in given.split("\t")]
-        rows.append(row)
+        rows.append((f"{path}:{number}", row))
         if complete(row, columns):
             continue
         complaint = "an empty field" if len(row) == columns else f"columns: {len(row)} instead of {columns}"
@@ -213,11 +214,21 @@ def complete(row: Sequence[str], columns: int) -> bool:
     return len(row) == columns and all(row)
 
 
-def embed_rows(embed: Callable, rows: Sequence[Sequence[str]], columns: int) -> np.ndarray:
+def embed_rows(args: argparse.Namespace, embed: Callable, rows: Sequence[Row], columns: int) -> np.ndarray:
     """The embeddings of rows of so many texts, float32 [rows, columns, embedding_size], NaN where one is not complete.
-    """
-    good = [complete(row, columns) for row in rows]
-    found = embed([given for row in compress(rows, good) for given in row])
+    Warns of texts that are cut or not seen, with their places; with --strict_data that is an InputError."""
+    good = [complete(row, columns) for _, row in rows]
+    texts = [given for _, row in compress(rows, good) for given in row]
+    places = [place for place, _ in compress(rows, good)]
+
+    def complain(remark: str, which: list[int]) -> None:
+        message = (f"{len(which):,} of {len(texts):,} texts {remark}: "
+                   f"{', '.join(places[text // columns] for text in which[:3])}")
+        if args.strict_data:
+            raise p.InputError(f"{message} (--strict_data)")
+        print(message, file=sys.stderr)
+
+    found = embed(texts, complain=complain)
     found = found.reshape(-1, columns, found.shape[1])
     if all(good):
         return found
@@ -260,18 +271,11 @@ def log(args: argparse.Namespace, message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-def complain_of(args: argparse.Namespace, message: str) -> None:
-    """Print a warning; with --strict_data it is an InputError."""
-    if args.strict_data:
-        raise p.InputError(f"{message} (--strict_data)")
-    print(message, file=sys.stderr)
-
-
 def benchmark(args: argparse.Namespace, embed: Callable, texts: list[str]) -> None:
     """Time text to embedding, tokenizing included; figures to stderr and, as JSON, to --save_log_path."""
     rows = []
     for size in sorted({1, args.batch_size or 32}):
-        work = partial(embed, (texts * size)[:size], batch_size=size, complain=lambda message: None)
+        work = partial(embed, (texts * size)[:size], batch_size=size)
         seconds = sorted(timeit.repeat(work, "gc.enable()", number=1, repeat=60)[10:])  # the first ones warm up
         latencies = {f"p{part}_ms": round(1000 * seconds[50 * part // 100], 3) for part in (50, 95, 99)}
         rows.append({"batch_size": size, **latencies, "texts_per_second": round(size * 50 / sum(seconds), 1)})
@@ -287,38 +291,39 @@ def benchmark(args: argparse.Namespace, embed: Callable, texts: list[str]) -> No
 def predict(args: argparse.Namespace) -> None:
     """Do what the flags ask for."""
     pairs = read_rows(args, "text_pair_file", 2)
-    texts = [[given] for given in args.text] + read_rows(args, "input_file", 1)
+    texts = [("--text", [given]) for given in args.text] + read_rows(args, "input_file", 1)
     bare = not (texts or pairs)
-    texts = [[README_TEXT]] if bare else texts
+    texts = [("README", [README_TEXT])] if bare else texts
     precision = p.auto_precision(args.device, args.enable_mkldnn) if args.precision == "auto" else args.precision
     threads = args.cpu_threads or p.CPU_CORES
     on_cpu = f", {threads} thread{'s' * (threads > 1)}" if args.device == "cpu" else ""
-    sizes = {"text": sum(complete(row, 1) for row in texts), "pair": sum(complete(row, 2) for row in pairs)}
+    sizes = {"text": sum(complete(row, 1) for _, row in texts), "pair": sum(complete(row, 2) for _, row in pairs)}
     counts = "; ".join(f"{size:,} {noun}{'s' * (size != 1)}" for noun, size in sizes.items())
     log(args, f"predict.py: {args.device}{on_cpu}, {precision}; {args.model_dir}; {counts}")
     predictor = p.Predictor(args.model_dir, args.device, threads, precision, 10 if args.enable_mkldnn else 0,
                             (args.batch_size or 32, args.max_seq_length) if args.use_tensorrt else ())
     embed = partial(p.encode, predictor, p.Tokenizer(args.model_dir), max_seq_length=args.max_seq_length,
-                    batch_size=args.batch_size, complain=partial(complain_of, args))
+                    batch_size=args.batch_size)
     if texts:
-        embeddings = embed_rows(embed, texts, 1)[:, 0]
+        embeddings = embed_rows(args, embed, texts, 1)[:, 0]
         if args.output_file:
             write_whole(args.output_file, lambda file: np.save(file, embeddings))
             log(args, f"wrote {len(embeddings)} x {embeddings.shape[1]} float32 to {args.output_file}")
         elif args.format:
-            print_rows(args.format, ("text", "embedding"), zip(map("\t".join, texts), embeddings.tolist()))
+            print_rows(args.format, ("text", "embedding"),
+                       (("\t".join(row), embedding) for (_, row), embedding in zip(texts, embeddings.tolist())))
         else:
             print(embeddings.shape, embeddings, sep="\n")
     if pairs or bare:
-        pairs = pairs or README_PAIRS
-        cosines = embed_rows(embed, pairs, 2).prod(axis=1).sum(axis=1).clip(-1, 1).tolist()
+        pairs = pairs or [("README", pair) for pair in README_PAIRS]
+        cosines = embed_rows(args, embed, pairs, 2).prod(axis=1).sum(axis=1).clip(-1, 1).tolist()
         if bare and not args.format:
             print(cosines)
         else:
             print_rows(args.format, ("query", "title", "cosine"),
-                       ((pair[0], "\t".join(pair[1:]), cosine) for pair, cosine in zip(pairs, cosines)))
+                       ((pair[0], "\t".join(pair[1:]), cosine) for (_, pair), cosine in zip(pairs, cosines)))
     if args.benchmark:
-        benchmark(args, embed, [given for row in texts or pairs for given in row if given])
+        benchmark(args, embed, [given for _, row in texts or pairs for given in row if given])
 
 
 def main() -> int:

@@ -215,24 +215,23 @@ class Tokenizer:
             size *= 4
         return text
 
-
     def unseen(self, ids: list[int]) -> bool:
         """Whether the encoder sees nothing of a text: no token, or [UNK] and no more than punctuation besides."""
         return self._wordless.issuperset(ids[1:-1]) and (len(ids) == 2 or self.unk_token_id in ids)
 
 
 def encode(predictor: Predictor, tokenizer: Tokenizer, texts: Sequence[str], max_seq_length: int,
-           batch_size: int | None = None, complain: Callable[[str], Any] = lambda message: None) -> np.ndarray:
+           batch_size: int | None = None, complain: Callable[[str, list[int]], Any] = lambda *told: None) -> np.ndarray:
     """Embeddings, float32 [len(texts), embedding_size], in the order of `texts`; texts of like length are batched,
     `batch_size` or, None, as many as fill the predictor's `batch_tokens`, padding included. Texts that the encoder sees
-    nothing of have zeros, whose cosine with any is 0. `complain` is told how many are cut or not seen. InputError where
-    texts of `max_seq_length` tokens have more positions than the encoder."""
+    nothing of have zeros, whose cosine with any is 0. `complain` is told that texts are cut or not seen, and which.
+    InputError where texts of `max_seq_length` tokens have more positions than the encoder."""
     if max_seq_length > predictor.max_positions:
         raise InputError(f"--max_seq_length {max_seq_length}: the encoder has {predictor.max_positions} positions")
-    embeddings, cut, dark = np.empty((len(texts), predictor.embedding_size), "float32"), 0, []
+    embeddings, cut, dark = np.empty((len(texts), predictor.embedding_size), "float32"), [], []
     for start in range(0, len(texts), WINDOW):
         ids, window = tokenizer(texts[start : start + WINDOW], max_seq_length + 1), embeddings[start : start + WINDOW]
-        cut += sum(len(each) > max_seq_length for each in ids)
+        cut += [start + row for row, each in enumerate(ids) if len(each) > max_seq_length]
         ids = [[*each[: max_seq_length - 1], each[-1]] if len(each) > max_seq_length else each for each in ids]
         dark += [start + row for row, each in enumerate(ids) if tokenizer.unseen(each)]
         order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
@@ -246,8 +245,9 @@ def encode(predictor: Predictor, tokenizer: Tokenizer, texts: Sequence[str], max
                 line[: len(ids[row])] = ids[row]
             window[rows] = predictor.embed(input_ids, np.zeros_like(input_ids))
     embeddings[dark] = 0
-    for count, remark in ((cut, f"are longer than {max_seq_length} tokens and are cut; a higher --max_seq_length reads "
-                           "on"), (len(dark), "are all [UNK] to the encoder, so that their cosine with any text is 0")):
-        if count:
-            complain(f"{count:,} of {len(texts):,} texts {remark}")
+    for remark, found in (
+            (f"are longer than {max_seq_length} tokens and are cut; a higher --max_seq_length reads on", cut),
+            ("are all [UNK] to the encoder, so that their cosine with any text is 0", dark)):
+        if found:
+            complain(remark, found)
     return embeddings

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ann_util
-from data import distinct, load_tokenizer, pad, unseen
+from data import cut, distinct, load_tokenizer, pad, unseen
 from deploy.python import predictor
 from deploy.serving.batching import Job
 from simcse import console
@@ -35,10 +35,15 @@ class Searcher:
         self.engine, self.tokenizer, self.index, self.entries = engine, tokenizer, index, entries
         self.documents, self.embedding_size = entries.documents, engine.embedding_size
         self.max_seq_length, self.shapes, self.distinct = max_seq_length, shapes, distinct
+        self.cut = 0  # texts that were cut
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings, float32 [texts, embedding_size], by batches of few shapes."""
-        ids = self.tokenizer(texts, self.max_seq_length)
+        ids = self.tokenizer(texts, self.max_seq_length + 1)
+        if longer := cut(ids, self.max_seq_length):
+            if not self.cut:
+                console.warn(f"texts longer than {self.max_seq_length} tokens are cut; /metrics counts them")
+            self.cut += len(longer)
         embeddings = np.empty((len(ids), self.embedding_size), "float32")
         for rows, *batch in fixed_batches(ids, self.tokenizer.pad_token_id, *self.shapes):
             embeddings[rows] = np.asarray(self.engine.embed(*batch))[: len(rows)]
