@@ -282,7 +282,8 @@ def check_length(model: Engine, max_seq_length: int) -> None:
 
 
 class Sight:
-    """Texts as the encoder sees them: their token ids, and a count of those that it sees cut, or nothing of.
+    """Texts as the encoder sees them: their token ids, and a count of those that it sees cut, or nothing of, which is
+    said if there is to be a `remark`.
 
     `place` names a row, as file:line; None: that of the texts, which `data.TextFile` has, or their first characters."""
 
@@ -292,8 +293,9 @@ class Sight:
     _told: set[str] = set()  # what the run has said
 
     def __init__(self, tokenizer: Any, texts: Sequence[str], max_seq_length: int,
-                 place: Callable[[int], str] | None = None) -> None:
+                 place: Callable[[int], str] | None = None, remark: bool = True) -> None:
         self.tokenizer, self.texts, self.length, self.count = tokenizer, texts, max_seq_length, 0
+        self.remarks = self.REMARKS if remark else {}
         self.place = place or getattr(texts, "place", lambda row: repr(texts[row][:20]))
         self.counts, self.first = dict.fromkeys(self.REMARKS, 0), {kind: [] for kind in self.REMARKS}
 
@@ -311,7 +313,7 @@ class Sight:
 
     def report(self) -> None:
         """Say what was counted, once in a run: training encodes the same test set again and again."""
-        for kind, remark in self.REMARKS.items():
+        for kind, remark in self.remarks.items():
             message = (f"{self.counts[kind]:,} of {self.count:,} texts {remark.format(self.length)}: "
                        f"{', '.join(map(self.place, self.first[kind]))}")
             if self.counts[kind] and message not in self._told:
@@ -339,10 +341,10 @@ def look_at(texts: TextFile, tokenizer: Any, max_seq_length: int) -> None:
 
 def encode_stream(model: Engine, tokenizer: Any, texts: Sequence[str], max_seq_length: int,
                   batch_size: int | None = None, windows: Sequence[range] | None = None,
-                  place: Callable[[int], str] | None = None) -> Iterator[np.ndarray]:
+                  place: Callable[[int], str] | None = None, remark: bool = True) -> Iterator[np.ndarray]:
     """Yield the embeddings of `texts` in their order, float32 [texts of the window, embedding_size] at a time.
     `windows` are the rows that are wanted, by which texts are batched together; None: all, WINDOW at a time. `place`
-    names them, see `Sight`.
+    names them, and what is cut or not seen is said, if there is to be a `remark`; see `Sight`.
 
     A batch is read back when the next one is under way, so that host and GPU work side by side. Texts that the encoder
     sees nothing of have an embedding of zeros, whose cosine with any is 0.
@@ -350,7 +352,7 @@ def encode_stream(model: Engine, tokenizer: Any, texts: Sequence[str], max_seq_l
     check_length(model, max_seq_length)
     if windows is None:
         windows = [range(start, min(start + WINDOW, len(texts))) for start in range(0, len(texts), WINDOW)]
-    sight = Sight(tokenizer, texts, max_seq_length, place)
+    sight = Sight(tokenizer, texts, max_seq_length, place, remark)
     with progress("encoding", sum(map(len, windows)), "texts") as advance:
         for ids, dark in prefetch(map(sight, windows)):
             embeddings = np.empty((len(ids), model.embedding_size), "float32")
@@ -367,10 +369,10 @@ def encode_stream(model: Engine, tokenizer: Any, texts: Sequence[str], max_seq_l
 
 
 def encode(model: Engine, tokenizer: Any, texts: Sequence[str], max_seq_length: int, batch_size: int | None = None,
-           place: Callable[[int], str] | None = None) -> np.ndarray:
+           place: Callable[[int], str] | None = None, remark: bool = True) -> np.ndarray:
     """The one way from texts to embeddings: float32 [len(texts), embedding_size], in the order of `texts`."""
     embeddings, row = np.empty((len(texts), model.embedding_size), "float32"), 0
-    for block in encode_stream(model, tokenizer, texts, max_seq_length, batch_size, place=place):
+    for block in encode_stream(model, tokenizer, texts, max_seq_length, batch_size, None, place, remark):
         embeddings[row : row + len(block)] = block
         row += len(block)
     return embeddings

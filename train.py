@@ -174,14 +174,14 @@ def train(args: argparse.Namespace, texts: data.TextFile, test_set: list[tuple])
     def save(folder: str, also: Callable | None = None) -> None:
         save_checkpoint(folder, model, tokenizer, make_record(model, name, args.max_seq_length), also=also)
 
-    def encoder(precision: str = "auto") -> Callable:
-        """What gives texts' embeddings by the weights as they are now."""
+    def encoder(precision: str = "auto", remark: bool = False) -> Callable:
+        """What gives texts' embeddings by the weights as they are now; of training texts `look_at` has said all."""
         engine = make_engine(model, precision, args.cpu_threads)
-        return lambda texts: encode(engine, tokenizer, texts, args.max_seq_length)
+        return lambda texts: encode(engine, tokenizer, texts, args.max_seq_length, remark=remark)
 
     def measure(group: str) -> None:
         """On rank 0, while the others wait."""
-        if test_set and not RANK and (measures := evaluate(encoder(), test_set)):
+        if test_set and not RANK and (measures := evaluate(encoder(remark=True), test_set)):
             run.log_measures(measures, group)
         wait_for_ranks()
 

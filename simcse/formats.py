@@ -22,7 +22,8 @@ FEW, SURE = 8, 0.8  # bytes that are not ASCII and confidence below which no enc
 LABELS = {"1": 1, "1.0": 1, "0": 0, "0.0": 0}
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 # What columns are called that number the rows; the first is that of pandas' index.
-NUMBERING = {"", "id", "_id", "idx", "index", "rank", "qid", "pid", "docid", "doc_id", "query_id", "编号", "序号"}
+NUMBERING = {"", "id", "_id", "idx", "index", "rank", "line", "qid", "pid", "docid", "doc_id", "query_id", "编号",
+             "序号"}
 # What columns are called: words of which all are known, so that a text is not taken for a name.
 _WORD = ("(?:abstract|anchor|answer|author|body|category|class|comment|content|context|corpus|date|description|doc|"
          "docid|document|duplicate|gold|hard|hypothesis|id|idx|index|is|item|keyword|label|name|neg|negative|paragraph|"

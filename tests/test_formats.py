@@ -39,8 +39,8 @@ def table(delimiter, *columns, rows=12):
 JSONL = "".join(json.dumps({"_id": f"d{row}", "title": "", "text": f"文本{row}"}) + "\n" for row in range(3))
 TRIPLES = "".join(json.dumps({"query": f"问{row}", "pos": [f"答{row}"], "neg": ["甲", "乙"]}) + "\n"
                   for row in range(3))
-RESULTS = "".join(json.dumps({"query": f"问{row}", "results": [{"rank": 1, "document": "甲", "cosine": 0.5}]}) + "\n"
-                  for row in range(3))
+HIT = {"rank": 1, "line": 3, "document": "甲", "cosine": 0.5}
+RESULTS = "".join(json.dumps({"query": f"问{row}", "results": [HIT]}) + "\n" for row in range(3))
 OTHERS = [  # content, columns, what it is, flags of the command
     ('sent0,sent1,hard_neg\r\n甲,"乙,丙",丁\r\n戊,己,庚\r\n', TRAINING, "CSV with quotes around fields", ""),
     ("sent0,sent1,hard_neg\n甲,乙,丁\n戊,己,庚\n", TRAINING, "CSV with a header, sent0, sent1, hard_neg", ""),
