@@ -31,13 +31,13 @@ def _decode(line: bytes, path: str, where: str) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not UTF-8 at byte {error.start + 1} of the line; "
-                         + formats.not_utf8(path, line, error)) from None
+        cause = formats.named(formats.not_utf8(path, line, error), path)
+        raise InputError(f"{where}: not UTF-8 at byte {error.start + 1} of the line; {cause}") from None
 
 
-def _refuse_bytes(head: bytes, where: str) -> None:
+def _refuse_bytes(head: bytes, path: str, where: str) -> None:
     if kind := formats.known_bytes(head):
-        raise InputError(f"{where}:1: not UTF-8 text in lines, but {kind}")
+        raise InputError(f"{where}:1: not UTF-8 text in lines, but {formats.named(kind, path)}")
 
 
 def _lines(path: str, flag: str) -> Iterator[tuple[int, str]]:
@@ -45,7 +45,7 @@ def _lines(path: str, flag: str) -> Iterator[tuple[int, str]]:
     joined, are left out."""
     number, stdin, name = 0, path == STDIN, "stdin" if path == STDIN else path
     with open(0 if stdin else path, "rb", formats.BLOCK, closefd=not stdin) as file, reading(path) as advance:
-        _refuse_bytes(file.peek(), f"{flag} {name}")
+        _refuse_bytes(file.peek(), path, f"{flag} {name}")
         for chunk in file:
             advance(len(chunk))
             for line in chunk.splitlines():  # of bytes: splits at \n, \r\n and \r, and nowhere else
@@ -135,7 +135,7 @@ class TextFile(Sequence):
             path = self._file.name
             self._file.seek(0)
         self.path = path
-        _refuse_bytes(os.pread(self._file.fileno(), formats.BLOCK, 0), f"{flag} {path}")
+        _refuse_bytes(os.pread(self._file.fileno(), formats.BLOCK, 0), path, f"{flag} {path}")
         with reading(path) as advance:
             simple, maybe_blank = self._scan(advance)
         if columns > 1 or not simple:  # something may have to be reported, or left out

@@ -46,7 +46,7 @@ MAGIC = {b"\x1f\x8b": "compressed by gzip: gunzip it", b"BZh91AY&SY": "compresse
          b"\xfd7zXZ\0": "compressed by xz: unxz it", b"\x28\xb5\x2f\xfd": "compressed by zstd: unzstd it",
          b"7z\xbc\xaf": "a 7z archive: unpack it", b"Rar!\x1a": "a rar archive: unpack it", b"%PDF-": "a PDF, no text",
          b"\xd0\xcf\x11\xe0": "an old workbook or document of Office: save it as CSV, UTF-8",
-         b"PAR1\x15": "a Parquet file: pandas.read_parquet(FILE).to_csv(NEW, index=False) makes CSV of it",
+         b"PAR1\x15": "a Parquet file: pandas makes CSV of it (read_parquet, to_csv)",
          b"\x93NUMPY": "an array of numpy, no text"}
 DOCUMENTS = {"version https://git-lfs.github.com/spec/v1": "a Git LFS pointer; git lfs pull puts the file in its place",
              "<!doctype html>": "a page of HTML"}  # by their first line
@@ -79,7 +79,7 @@ def refuse_other_formats(lines: Sequence[str], path: str, flag: str, columns: tu
     needed = f"needed: {COLUMNS.get(columns, f'columns between tabs, one of {columns}')}"
     anyway = "--plain_text takes its lines as they are"
     if kind := document(lines):
-        raise InputError(f"{where}: {kind}; {needed}; {anyway}")
+        raise InputError(f"{where}: {named(kind, path)}; {needed}; {anyway}")
     delimiters = ",\t" if tabs <= (1 - MOST) * len(lines) else "\t"
     tables = itertools.chain([table_of_objects(lines)], (table(lines, each, columns) for each in delimiters))
     if found := next(filter(None, tables), None):
@@ -101,6 +101,14 @@ def command(path: str, options: Sequence[str]) -> str:
         root, end = os.path.splitext(path)
         words += ["--output_file", f"{root}{'_converted' if end == '.tsv' else ''}.tsv"]
     return shlex.join(words)
+
+
+def named(advice: str, path: str) -> str:
+    """A piece of advice with the names of the file and of a new one for FILE and NEW; of stdin as it is."""
+    if path == STDIN:
+        return advice
+    root, end = os.path.splitext(path)
+    return advice.replace("FILE", shlex.quote(path)).replace("NEW", shlex.quote(f"{root}_utf8{end}"))
 
 
 def conversion(found: Table, columns: tuple[int, ...]) -> list[str] | None:
