@@ -287,7 +287,7 @@ class Sight:
 
     `place` names a row, as file:line; None: that of the texts, which `data.TextFile` has, or their first characters."""
 
-    REMARKS = {"cut": "are longer than {} tokens and are cut; a higher --max_seq_length reads on",
+    REMARKS = {"cut": "are longer than {} tokens and are cut; a higher --max_seq_length, in training too, reads on",
                "unseen": "are all [UNK] to the encoder, so that their cosine with any text is 0; another encoder may "
                "have their words in its vocabulary"}
     _told: set[str] = set()  # what the run has said

@@ -79,8 +79,8 @@ def test_cut_texts_are_counted_once_a_run(tokenizer, tmp_path, capsys):
     texts = data.TextFile(str(tmp_path / "t.csv"), "--flag")
     for _ in range(2):
         assert m.encode(Ones(), tokenizer, texts, 8).shape == (4, 4)
-    assert capsys.readouterr().err == (f"2 of 4 texts are longer than 8 tokens and are cut; a higher --max_seq_length "
-                                       f"reads on: {tmp_path}/t.csv:3, {tmp_path}/t.csv:5\n")
+    assert capsys.readouterr().err == (f"2 of 4 texts are longer than 8 tokens and are cut; a higher --max_seq_length, "
+                                       f"in training too, reads on: {tmp_path}/t.csv:3, {tmp_path}/t.csv:5\n")
 
 
 def test_a_cut_text_keeps_its_first_tokens(tokenizer):
@@ -114,6 +114,10 @@ def test_nor_are_they_to_a_service_or_a_server(tokenizer, tmp_path, capsys):
 
     searcher = Searcher(Ones(), tokenizer, None, SimpleNamespace(documents=0), 8, ([1, 4], [8]))
     assert searcher.encode(["语义", *UNSEEN]).any(axis=1).tolist() == [True, *[False] * 5]
+    assert not capsys.readouterr().err
+    for _ in range(2):
+        searcher.encode(["长" * 9])
+    assert capsys.readouterr().err == "texts longer than 8 tokens are cut; this is said once\n"
     tokenizer.save_rust(str(tmp_path))
     said = []
     embeddings = predictor.encode(Ones(), predictor.Tokenizer(str(tmp_path)), ["语义", *UNSEEN, "长" * 9], 8,

@@ -1,6 +1,7 @@
 """Lines of stdin, answered as they come, and results as tab-separated or JSON lines."""
 
 import json
+import re
 import signal
 import subprocess
 
@@ -156,7 +157,8 @@ def test_a_line_of_output_a_line_of_input(commands, exported, tmp_path, name, fl
         np.testing.assert_allclose(numbers, wanted, atol=1e-6)
         assert all(found[row].endswith("\t" if form == "tsv" else ": null}") == (row not in good)
                    for row in range(len(mixed)))
-        assert expected.stderr.splitlines()[-1] == answers.stderr.splitlines()[-1], "the loss, or what runs"
+        last = [re.sub(r"\S+/(lines|mixed):\d+", "", ran.stderr.splitlines()[-1]) for ran in (expected, answers)]
+        assert last[0] == last[1], "the loss, or what is cut"
         assert "mixed:2: blank (--strict_data)" in refuse(*words, tmp_path / "mixed", "--strict_data")
         if name == "predict":
             cosines = [float(line) for line in succeed(*words, tmp_path / "mixed").stdout.splitlines()]

@@ -46,7 +46,7 @@ def test_what_it_says_and_where_it_listens(exported, kept_index, flags, address)
     said = [line for line in err.splitlines() if str(port) in line]
     assert len(said) == 1 and f"120 documents in fp32 at http://{host}:{port}," in said[0]
     assert ("SIMCSE_TOKEN in the environment asks for a token" in err) == bool(flags)
-    assert err.splitlines()[-1] == "stopped" and len(err.splitlines()) == 4 + bool(flags)
+    assert err.splitlines()[-1] == "stopped" and len(err.splitlines()) == 5 + bool(flags)
 
 
 @pytest.mark.parametrize("name, code", [("SIGTERM", 0), ("SIGINT", 130)])

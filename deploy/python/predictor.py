@@ -246,7 +246,8 @@ def encode(predictor: Predictor, tokenizer: Tokenizer, texts: Sequence[str], max
             window[rows] = predictor.embed(input_ids, np.zeros_like(input_ids))
     embeddings[dark] = 0
     for remark, found in (
-            (f"are longer than {max_seq_length} tokens and are cut; a higher --max_seq_length reads on", cut),
+            (f"are longer than {max_seq_length} tokens and are cut; a higher --max_seq_length, in training too, reads "
+             "on", cut),
             ("are all [UNK] to the encoder, so that their cosine with any text is 0", dark)):
         if found:
             complain(remark, found)

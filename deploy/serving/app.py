@@ -140,8 +140,6 @@ class Metrics:
         Gauge("simcse_waiting_texts", "Texts that wait for a batch", registry=self.registry).set_function(
             lambda: batcher.waiting)
         Gauge("simcse_documents", "Documents that are searched", registry=self.registry).set(searcher.documents)
-        Gauge("simcse_texts_cut", "Texts that were longer than the encoder's --max_seq_length, and were cut",
-              registry=self.registry).set_function(lambda: searcher.cut)
         batcher.batched = self._batched
 
     def request(self, path: str, status: int, seconds: float) -> None:

@@ -35,15 +35,14 @@ class Searcher:
         self.engine, self.tokenizer, self.index, self.entries = engine, tokenizer, index, entries
         self.documents, self.embedding_size = entries.documents, engine.embedding_size
         self.max_seq_length, self.shapes, self.distinct = max_seq_length, shapes, distinct
-        self.cut = 0  # texts that were cut
+        self.has_cut = False
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings, float32 [texts, embedding_size], by batches of few shapes."""
         ids = self.tokenizer(texts, self.max_seq_length + 1)
-        if longer := cut(ids, self.max_seq_length):
-            if not self.cut:
-                console.warn(f"texts longer than {self.max_seq_length} tokens are cut; /metrics counts them")
-            self.cut += len(longer)
+        if cut(ids, self.max_seq_length) and not self.has_cut:
+            console.warn(f"texts longer than {self.max_seq_length} tokens are cut; this is said once")
+            self.has_cut = True
         embeddings = np.empty((len(ids), self.embedding_size), "float32")
         for rows, *batch in fixed_batches(ids, self.tokenizer.pad_token_id, *self.shapes):
             embeddings[rows] = np.asarray(self.engine.embed(*batch))[: len(rows)]
