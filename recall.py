@@ -181,7 +181,7 @@ def open_index(args: argparse.Namespace, corpus: data.TextFile | None, engine, e
         index = ann_util.Shards(new, len(entries), engine.embedding_size, args.cpu_threads)
         fill(index, entries, engine, encode_stream)
         if new["ann_engine"] == "hnswlib":  # measured on documents, which unlike queries are always there
-            sample = encode(entries[:: -(-len(entries) // ann_util.MEASURED)])
+            sample = encode(entries[:: -(-len(entries) // ann_util.MEASURED)], remark=False)
             new["ann_recall"] = index.measure(sample, min(ann_util.MEASURED_K, len(entries)), "documents")
             ann_util.report(new["ann_recall"])
         wait_for_ranks()

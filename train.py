@@ -134,7 +134,7 @@ def check_learnable(args: argparse.Namespace, texts: data.TextFile) -> None:
             raise console.InputError(f"--train_set_file {path}: {flags.count(texts, 'line')} without two different "
                                      f"{noun}; SimCSE learns by telling them apart")
     if sides and min(args.batch_size, -(-len(texts) // RANKS)) == 1 and not (args.cross_device_negatives and RANKS > 1):
-        console.warn("batches of one text have no negatives, their loss is 0, and nothing is learned: raise "
+        console.complain("batches of one text have no negatives, their loss is 0, and nothing is learned: raise "
                      "--batch_size, or give more texts than there are processes")
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from simcse.console import InputError, some, warn
+from simcse.console import InputError, complain, some
 from simcse.files import STDIN
 
 SAMPLE = 100  # lines by which the format is guessed
@@ -90,7 +90,7 @@ def refuse_other_formats(lines: Sequence[str], path: str, flag: str, columns: tu
     if not tabs and flag in TAKES_TEXTS:
         raise InputError(f"{where}: one column; {needed}; {TAKES_TEXTS[flag]}")
     if columns == (1,) and len(lines) >= MANY and (commas := commas_of_each(lines)):
-        warn(f"{where}: each of the first {len(lines)} lines has {commas} comma{'s' * (commas > 1)}; if that makes "
+        complain(f"{where}: each of the first {len(lines)} lines has {commas} comma{'s' * (commas > 1)}; if that makes "
              f"columns of it: {command(path, [])}")
 
 

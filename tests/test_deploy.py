@@ -105,6 +105,7 @@ def test_what_is_damaged_is_one_line(exported, tmp_path, name, message):
 
 
 @pytest.mark.parametrize("content, message", [
+    (b"\x1f\x8b\x08\0\n", "it is compressed, or a workbook: unpack it, or save it as text"),
     ("甲\n".encode("gbk"), "texts:1: not UTF-8 at byte 1 of the line; iconv -f ENCODING -t UTF-8 FILE > NEW converts"),
     ("甲\n".encode("utf-16"), "texts:1: not UTF-8 at byte 1 of the line; it looks like UTF-16"),
     (b"a\n\xff\xfa\x81\n", "texts:2: not UTF-8 at byte 1 of the line; iconv -f ENCODING"),

@@ -174,6 +174,8 @@ def decode(line: bytes, where: str) -> str:
     except UnicodeDecodeError as error:
         if line[:2] in (b"\xff\xfe", b"\xfe\xff"):
             cause = "it looks like UTF-16; convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW"
+        elif line[:2] in (b"\x1f\x8b", b"PK"):
+            cause = "it is compressed, or a workbook: unpack it, or save it as text"
         else:  # which encoding it is would be a guess, and a wrong one gives other texts without an error
             cause = "iconv -f ENCODING -t UTF-8 FILE > NEW converts it from the encoding in which it was written"
         raise p.InputError(f"{where}: not UTF-8 at byte {error.start + 1} of the line; {cause}") from None
