@@ -197,7 +197,7 @@ def fill(index, entries: ann_util.Entries | None, engine, encode_stream) -> None
     count, started = sum(map(len, index.pieces)), time.time()
     copies = entries.documents - len(entries)
     console.log(f"encoding and indexing {count} of {len(entries)} documents in {engine.precision}"
-                + (f"; {copies} more lines are copies" if copies else ""))
+                + (f"; {copies} more lines are copies, --distinct gives each text once" if copies else ""))
     index.fill(encode_stream(entries, windows=index.pieces))
     console.log(f"{count / (time.time() - started):.1f} documents/s")
 
