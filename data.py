@@ -218,14 +218,16 @@ def read_text_pairs(path: str, flag: str) -> list[tuple[str, str]]:
     return [(query, title) for _, (query, title) in read_rows(path, 2, flag)]
 
 
+def not_a_number(row: list[str]) -> str | None:
+    """What is wrong with the label of two texts and a label."""
+    try:
+        return None if math.isfinite(float(row[2])) else f"label {row[2]!r} is not a finite number"
+    except ValueError:
+        return f"label {row[2]!r} is not a number"
+
+
 def read_labeled_pairs(path: str, flag: str) -> list[tuple[str, str, float]]:
     """Two texts and a number a line."""
-    def not_a_number(row: list[str]) -> str | None:
-        try:
-            return None if math.isfinite(float(row[2])) else f"label {row[2]!r} is not a finite number"
-        except ValueError:
-            return f"label {row[2]!r} is not a number"
-
     return [(a, b, float(label)) for _, (a, b, label) in read_rows(path, 3, flag, not_a_number)]
 
 

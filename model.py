@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from data import WINDOW, Ids, TextFile, cut, load_tokenizer, make_batches, unseen
+from data import WINDOW, Ids, cut, load_tokenizer, make_batches, unseen
 from simcse import console
 from simcse.console import InputError, progress
 from simcse.encoders import encoder_from_record, first_token_only, freeze_pooler, load_encoder, portable
@@ -321,22 +321,21 @@ class Sight:
                 console.complain(message)
 
 
-def look_at(texts: TextFile, tokenizer: Any, max_seq_length: int) -> None:
-    """Warn, on rank 0, of what the encoder does not see of training texts, in WINDOW lines from all over the file."""
+def look_at(rows: Sequence[tuple[str, str | Sequence[str]]], tokenizer: Any, max_seq_length: int) -> None:
+    """Warn, on rank 0, of what the encoder does not see of the texts of some rows, each with its place, as file:line,
+    and of those that are another's twin once they are cut."""
     if RANK:
         return
-    rows = range(0, len(texts), -(-len(texts) // WINDOW))
-    sample = [text for row in rows for text in ([texts[row]] if texts.columns == 1 else texts[row])]
-    sight = Sight(tokenizer, sample, max_seq_length, lambda place: texts.place(rows[place // texts.columns]))
-    ids, _ = sight(range(len(sample)))
+    both = [(place, text) for place, row in rows for text in ([row] if isinstance(row, str) else row)]
+    sight = Sight(tokenizer, [text for _, text in both], max_seq_length, lambda row: both[row][0])
+    ids, _ = sight(range(len(both)))
     sight.report()
     first_of: dict[tuple, str] = {}
-    twins = [place for place, (text, each) in enumerate(zip(sample, ids))
+    twins = [place for (place, text), each in zip(both, ids)
              if len(each) == max_seq_length and first_of.setdefault(tuple(each), text) != text]
     if twins:
-        console.complain(f"{len(twins):,} of {len(sample):,} texts, cut to {max_seq_length} tokens, are one with "
-                         "another text; a higher --max_seq_length tells them apart: "
-                         f"{', '.join(map(sight.place, twins[:3]))}")
+        console.complain(f"{len(twins):,} of {len(both):,} texts, cut to {max_seq_length} tokens, are one with another "
+                         f"text; a higher --max_seq_length tells them apart: {', '.join(twins[:3])}")
 
 
 def encode_stream(model: Engine, tokenizer: Any, texts: Sequence[str], max_seq_length: int,

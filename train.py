@@ -19,7 +19,7 @@ import argparse
 import functools
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import data
@@ -82,29 +82,29 @@ def parse_args() -> argparse.Namespace:
     return flags.check_run_arguments(parser, parser.parse_args(), start, model, optimization)
 
 
-def read_test_set(args: argparse.Namespace) -> list[tuple]:
-    """The rows of --test_set_file: text, text, label; or query, target. There are none without a test set, or where
-    it measures nothing."""
+def read_test_set(args: argparse.Namespace) -> list[tuple[int, list[str]]]:
+    """The rows of --test_set_file, each with the number of its line: text, text, label; or query, target. There are
+    none without a test set, or where it measures nothing."""
     path, flag = args.test_set_file, "--test_set_file"
     if not path:
         return []
-    if data.count_columns(path, flag, (2, 3)) == 3:
-        test_set = data.read_labeled_pairs(path, flag)
-        if len({label for _, _, label in test_set}) > 1:
-            return test_set
-        console.complain(f"{flag} {path}: all {len(test_set)} labels are {test_set[0][2]:g}, of which Spearman's rho "
-                         "is undefined; there is no evaluation")
+    columns = data.count_columns(path, flag, (2, 3))
+    rows, looks = list(data.read_rows(path, columns, flag, data.not_a_number if columns == 3 else None)), {}
+    if columns == 3:
+        if len({float(label) for _, (_, _, label) in rows}) > 1:
+            return rows
+        console.complain(f"{flag} {path}: all {len(rows)} labels are {rows[0][1][2]}, of which Spearman's rho is "
+                         "undefined; there is no evaluation")
         return []
-    rows, looks = list(data.read_rows(path, 2, flag)), {}
     if twins := [f"{path}:{number}" for number, (_, target) in rows
                  if looks.setdefault(data.plain(target), target) != target]:
         console.complain(f"{flag}: {len(twins)} of {len(rows)} targets are an earlier one but for white space, width "
                          "or invisible characters, and count as another document; write them alike: "
                          f"{', '.join(twins[:3])}")
-    return [tuple(row) for _, row in rows]
+    return rows
 
 
-def evaluate(embed: Callable, test_set: list[tuple]) -> dict[str, float]:
+def evaluate(embed: Callable, test_set: Sequence[Sequence[str]]) -> dict[str, float]:
     """Spearman's rank correlation of the cosines with the labels, none where all cosines are the same, or Recall@k of
     each distinct query's targets among all distinct targets, by exact search; in percent."""
     first, second, *labels = zip(*test_set)
@@ -115,7 +115,7 @@ def evaluate(embed: Callable, test_set: list[tuple]) -> dict[str, float]:
         if cosines.min() == cosines.max():
             console.warn(f"spearman is undefined: all {len(cosines)} cosines are {cosines[0]:g}")
             return {}
-        return {"spearman": percent(spearmanr(cosines, labels[0])[0])}
+        return {"spearman": percent(spearmanr(cosines, [*map(float, labels[0])])[0])}
     corpus = {text: row for row, text in enumerate(data.distinct(second))}
     targets = defaultdict(set)
     for query, target in test_set:
@@ -135,7 +135,7 @@ def check_learnable(args: argparse.Namespace, texts: data.TextFile) -> None:
                                      f"{noun}; SimCSE learns by telling them apart")
     if sides and min(args.batch_size, -(-len(texts) // RANKS)) == 1 and not (args.cross_device_negatives and RANKS > 1):
         console.complain("batches of one text have no negatives, their loss is 0, and nothing is learned: raise "
-                     "--batch_size, or give more texts than there are processes")
+                         "--batch_size, or give more texts than there are processes")
 
 
 def build_model(args: argparse.Namespace) -> tuple[Any, Any, str]:
@@ -162,7 +162,7 @@ def build_model(args: argparse.Namespace) -> tuple[Any, Any, str]:
     return model, tokenizer, name
 
 
-def train(args: argparse.Namespace, texts: data.TextFile, test_set: list[tuple]) -> Any:
+def train(args: argparse.Namespace, texts: data.TextFile, test_set: list[tuple[int, list[str]]]) -> Any:
     """The training loop, and what comes after it; returns the `Run`."""
     from model import encode, look_at, make_record, save_checkpoint
     from simcse.engine import make_engine
@@ -174,19 +174,21 @@ def train(args: argparse.Namespace, texts: data.TextFile, test_set: list[tuple])
     def save(folder: str, also: Callable | None = None) -> None:
         save_checkpoint(folder, model, tokenizer, make_record(model, name, args.max_seq_length), also=also)
 
-    def encoder(precision: str = "auto", remark: bool = False) -> Callable:
-        """What gives texts' embeddings by the weights as they are now; of training texts `look_at` has said all."""
+    def encoder(precision: str = "auto") -> Callable:
+        """What gives texts' embeddings by the weights as they are now; `look_at` has said what is cut."""
         engine = make_engine(model, precision, args.cpu_threads)
-        return lambda texts: encode(engine, tokenizer, texts, args.max_seq_length, remark=remark)
+        return lambda texts: encode(engine, tokenizer, texts, args.max_seq_length, remark=False)
 
     def measure(group: str) -> None:
         """On rank 0, while the others wait."""
-        if test_set and not RANK and (measures := evaluate(encoder(remark=True), test_set)):
+        if test_set and not RANK and (measures := evaluate(encoder(), [row for _, row in test_set])):
             run.log_measures(measures, group)
         wait_for_ranks()
 
     model, tokenizer, name = build_model(args)
-    look_at(texts, tokenizer, args.max_seq_length)
+    rows = range(0, len(texts), -(-len(texts) // data.WINDOW))  # at most so many, from all over the file
+    look_at([(texts.place(row), texts[row]) for row in rows], tokenizer, args.max_seq_length)
+    look_at([(f"{args.test_set_file}:{number}", row[:2]) for number, row in test_set], tokenizer, args.max_seq_length)
     sampler = data.ShuffledBatches(len(texts), args.batch_size, RANK, RANKS)
     make = functools.partial(data.make_batch, texts, tokenizer, args)
     run = Run(args, model, texts, len(sampler), save)
