@@ -119,11 +119,15 @@ def read_texts(path: str, flag: str) -> list[str]:
     return [text for _, (text,) in read_rows(path, 1, flag)]
 
 
+def _text_of(line: bytes) -> str:
+    return line.decode("utf-8").replace(BOM, "").strip()
+
+
 class TextFile(Sequence):
     """The texts that `read_texts` gives, found by their offsets and read when asked for: 8 bytes of memory a line. Of
     several columns a row is a list of texts. Arguments and errors are those of `read_rows`. A pipe is copied first."""
 
-    _CHUNK = 1 << 22
+    _CHUNK, _BLOCK = 1 << 22, 1024
 
     def __init__(self, path: str, flag: str, columns: int = 1) -> None:
         self.columns, self._lines = columns, None  # the numbers of the texts' lines, from 0; None: all of the file's
@@ -191,20 +195,20 @@ class TextFile(Sequence):
             return self.take(range(len(self))[row])
         line = self.line_number(range(len(self))[row])  # the one after the text's
         start, end = map(int, self._starts[line - 1 : line + 1])
-        return self._row(os.pread(self._file.fileno(), end - start, start))
+        return self._row(_text_of(os.pread(self._file.fileno(), end - start, start)))
 
     def __iter__(self):
         """Yield the rows in their order, read by blocks of the file."""
-        for start in range(0, len(self), 256):
-            lines = np.arange(start, min(start + 256, len(self))) if self._lines is None else (
-                self._lines[start : start + 256])
+        for start in range(0, len(self), self._BLOCK):
+            stop = min(start + self._BLOCK, len(self))
+            lines = np.arange(start, stop) if self._lines is None else self._lines[start:stop]
             begins, ends, offset = self._starts[lines], self._starts[lines + 1], int(self._starts[lines[0]])
             block = os.pread(self._file.fileno(), int(ends[-1]) - offset, offset)
-            for begin, end in zip((begins - offset).tolist(), (ends - offset).tolist()):
-                yield self._row(block[begin:end])
+            places = zip((begins - offset).tolist(), (ends - offset).tolist())
+            texts = [_text_of(block[begin:end]) for begin, end in places]
+            yield from texts if self.columns == 1 else map(self._row, texts)
 
-    def _row(self, line: bytes) -> str | list[str]:
-        text = line.decode("utf-8").replace(BOM, "").strip()
+    def _row(self, text: str) -> str | list[str]:
         return text if self.columns == 1 else [field.strip() for field in text.split("\t")]
 
     def sample(self, count: int) -> list[str]:
@@ -244,7 +248,8 @@ def count_columns(path: str, flag: str, choices: tuple[int, ...]) -> int:
 
 def plain(text: str) -> str:
     """A text without what the eye does not see: white space, invisible characters, and how wide characters are."""
-    return "".join(filter(str.isprintable, unicodedata.normalize("NFKC", text))).replace(" ", "")
+    text = unicodedata.normalize("NFKC", text).replace(" ", "")
+    return text if text.isprintable() else "".join(filter(str.isprintable, text))
 
 
 def distinct(texts: Iterable[str]) -> list[str]:
