@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from simcse import formats
+from simcse import encodings, formats
 from simcse.console import InputError, reported, settings, warn
 from simcse.files import STDIN, prefetch, read_json, reading
 
@@ -31,12 +31,12 @@ def _decode(line: bytes, path: str, where: str) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        cause = formats.named(formats.not_utf8(path, line, error), path)
+        cause = formats.named(encodings.not_utf8(path, line, error), path)
         raise InputError(f"{where}: not UTF-8 at byte {error.start + 1} of the line; {cause}") from None
 
 
 def _refuse_bytes(head: bytes, path: str, where: str) -> None:
-    if kind := formats.known_bytes(head):
+    if kind := encodings.known_bytes(head):
         raise InputError(f"{where}:1: not UTF-8 text in lines, but {formats.named(kind, path)}")
 
 
@@ -44,7 +44,7 @@ def _lines(path: str, flag: str) -> Iterator[tuple[int, str]]:
     """Yield number, from 1, and text of the lines of a UTF-8 file or of stdin as it comes; BOMs, wherever files were
     joined, are left out."""
     number, stdin, name = 0, path == STDIN, "stdin" if path == STDIN else path
-    with open(0 if stdin else path, "rb", formats.BLOCK, closefd=not stdin) as file, reading(path) as advance:
+    with open(0 if stdin else path, "rb", encodings.BLOCK, closefd=not stdin) as file, reading(path) as advance:
         _refuse_bytes(file.peek(), path, f"{flag} {name}")
         for chunk in file:
             advance(len(chunk))
@@ -139,7 +139,7 @@ class TextFile(Sequence):
             path = self._file.name
             self._file.seek(0)
         self.path = path
-        _refuse_bytes(os.pread(self._file.fileno(), formats.BLOCK, 0), path, f"{flag} {path}")
+        _refuse_bytes(os.pread(self._file.fileno(), encodings.BLOCK, 0), path, f"{flag} {path}")
         with reading(path) as advance:
             simple, maybe_blank = self._scan(advance)
         if columns > 1 or not simple:  # something may have to be reported, or left out

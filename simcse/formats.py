@@ -1,7 +1,6 @@
-"""What a file is that is not lines of UTF-8 with tabs between columns: another format by its first lines, another
-encoding by the part that fails."""
+"""What a file is by its first lines that is no lines of texts with tabs between columns, and the command that makes
+such ones of it."""
 
-import codecs
 import itertools
 import json
 import os
@@ -17,8 +16,6 @@ from simcse.files import STDIN
 SAMPLE = 100  # lines by which the format is guessed
 MOST = 0.9  # of these lines have to agree
 MANY = 20  # lines that hardly agree by chance
-BLOCK = 1 << 16  # bytes by which the encoding is guessed
-FEW, SURE = 8, 0.8  # bytes that are not ASCII and confidence below which no encoding is sure
 LABELS = {"1": 1, "1.0": 1, "0": 0, "0.0": 0}
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 # What columns are called that number the rows; the first is that of pandas' index.
@@ -29,9 +26,9 @@ _WORD = ("(?:abstract|anchor|answer|author|body|category|class|comment|content|c
          "docid|document|duplicate|gold|hard|hypothesis|id|idx|index|is|item|keyword|label|name|neg|negative|paragraph|"
          "passage|pid|pos|positive|premise|product|qid|query|question|rank|relevance|response|review|score|sent|sentence|"
          "sim|similarity|source|string|summary|tag|target|text|title|topic|type|url)s?")
-_CHINESE = ("(?:问题|问句|查询|答案|回答|标题|题目|文本|文档|文章|原文|正文|内容|摘要|句子|语句|描述|评论|名称|"
-            "正例|负例|标签|编号|序号|关键词|类别|类型|分数|得分|相似度)")
-HEADER = re.compile(rf"_?{_WORD}\d?(?:[ _.-](?:{_WORD}|[a-z])\d?)*|[qs][12]|{_CHINESE}\d?", re.I)
+_CHINESE = ("(?:相似|相关|标准|扩展|用户|原始|候选|目标|参考)?(?:问题|问句|问法|问|查询|答案|回答|标题|题目|文本|文档|"
+            "文章|原文|正文|内容|摘要|句子|语句|描述|评论|名称|正例|负例|标签|编号|序号|关键词|类别|类型|分数|得分|相似度)[\\dA-Ba-b一二]?")
+HEADER = re.compile(rf"_?{_WORD}\d?(?:[ _.-](?:{_WORD}|[a-z])\d?)*|[qs][12]|{_CHINESE}", re.I)
 OF_TEXTS = {name + end for end in ("", "s") for name in ("text", "content", "sentence", "question", "title", "document",
                                                         "passage", "abstract")} | {"query", "queries", "sent", "doc"}
 COLUMNS = {(1,): "a text a line", (2,): "two texts a line, a tab between them",
@@ -42,22 +39,10 @@ TAKES_TEXTS = {"--text_pair_file": "inference.py --input_file takes texts, one a
                "--test_set_file": "--train_set_file takes texts, one a line",
                "--similar_text_pair": "recall.py takes documents, one a line, by --corpus_file, and queries, from "
                "stdin, by --query -"}
-MAGIC = {b"\x1f\x8b": "compressed by gzip: gunzip it", b"BZh91AY&SY": "compressed by bzip2: bunzip2 it",
-         b"\xfd7zXZ\0": "compressed by xz: unxz it", b"\x28\xb5\x2f\xfd": "compressed by zstd: unzstd it",
-         b"7z\xbc\xaf": "a 7z archive: unpack it", b"Rar!\x1a": "a rar archive: unpack it", b"%PDF-": "a PDF, no text",
-         b"\xd0\xcf\x11\xe0": "an old workbook or document of Office: save it as CSV, UTF-8",
-         b"PAR1\x15": "a Parquet file: pandas makes CSV of it (read_parquet, to_csv)",
-         b"\x93NUMPY": "an array of numpy, no text"}
 DOCUMENTS = {"version https://git-lfs.github.com/spec/v1": "a Git LFS pointer; git lfs pull puts the file in its place",
-             "<!doctype html>": "a page of HTML"}  # by their first line
-# Codecs that charset-normalizer may name: as people call them, and for iconv.
-ENCODINGS = {"gb18030": ("GBK", "GB18030"), "big5": ("Big5", "BIG5"), "cp932": ("Shift-JIS", "CP932"),
-             "euc_jp": ("EUC-JP", "EUC-JP"), "cp949": ("EUC-KR", "CP949"), "big5hkscs": ("Big5-HKSCS", "BIG5-HKSCS"),
-             "cp1252": ("Windows-1252 (Latin)", "CP1252"), "cp1250": ("Windows-1250", "CP1250"),
-             "cp1251": ("Windows-1251 (Cyrillic)", "CP1251"), "koi8_r": ("KOI8-R", "KOI8-R")}
+             "<!doctype html>": "a page of HTML", r"<\?xml version=.*\?>": "an XML document"}  # by their first line
 
 
-# ----------------------------------------------------------------------------------------------------- other formats
 class Table(NamedTuple):
     """The first rows of a file of another format."""
 
@@ -89,9 +74,9 @@ def refuse_other_formats(lines: Sequence[str], path: str, flag: str, columns: tu
         raise InputError(f"{where}: {found.what}; {needed}; {remedy}; {anyway}")
     if not tabs and flag in TAKES_TEXTS:
         raise InputError(f"{where}: one column; {needed}; {TAKES_TEXTS[flag]}")
-    if columns == (1,) and len(lines) >= MANY and (commas := commas_of_each(lines)):
-        complain(f"{where}: each of the first {len(lines)} lines has {commas} comma{'s' * (commas > 1)}; if that makes "
-             f"columns of it: {command(path, [])}")
+    if 1 in columns and len(lines) >= MANY and (odd := odd_in_each(lines)):
+        complain(f"{where}: each of the first {len(lines)} lines {odd}: "
+                 f"{command(path, ['--format', 'csv'])}")
 
 
 def command(path: str, options: Sequence[str]) -> str:
@@ -158,14 +143,18 @@ def names_columns(row: Sequence[str]) -> bool:
 
 def document(lines: Sequence[str]) -> str | None:
     """What a file is whose lines are parts of a whole, as of one JSON array or object, or are JSON arrays."""
-    if kind := DOCUMENTS.get(lines[0].lower()):
-        return kind
+    for first, kind in DOCUMENTS.items():
+        if re.fullmatch(first, lines[0], re.I):
+            return kind
+    if all(line.startswith("__label__") for line in lines):
+        return "fastText's labels before texts; sed -E 's/^(__label__[^ ]* *)+//' FILE > NEW takes them away"
     advice = "jq -c '.[]' FILE makes lines of an array, and python scripts/to_tsv.py columns of those"
     if lines[0] in ("[", "{", "[{") and len(lines) > 1 and re.match(r'[\[{"]', lines[1].lstrip()):
         return f"a JSON document; {advice}"
-    arrays = [found for line in lines if isinstance(found := _json(line), list)]
-    if len(arrays) == 1 == len(lines) and arrays[0] and all(isinstance(each, dict) for each in arrays[0]):
+    if lines[0][:2] == "[{" and lines[-1][-1] in ",]" and all(
+            isinstance(_json(line.lstrip("[ ").rstrip(",] ")), dict) for line in lines):
         return f"a JSON array; {advice}"
+    arrays = [found for line in lines if isinstance(found := _json(line), list)]
     if len(lines) > 1 and len(arrays) >= MOST * len(lines) and all(
             len(array) > 1 and all(isinstance(each, (str, int, float)) for each in array) for array in arrays):
         return "lines that are JSON arrays; jq -r '@tsv' FILE makes columns of them"
@@ -264,10 +253,15 @@ def has_header(rows: Sequence[Sequence[str]]) -> bool:
     return len(rows) > 1 and names_columns(rows[0]) and not any(map(names_columns, rows[1:]))
 
 
-def commas_of_each(lines: Sequence[str]) -> int:
-    """How many commas each line has, if all have as many and no blank after one; else 0."""
-    counts = {line.count(",") for line in lines}
-    return counts.pop() if len(counts) == 1 and not any(", " in line for line in lines) else 0
+def odd_in_each(lines: Sequence[str]) -> str | None:
+    """What each line has that may make CSV of them, and may not: as many commas as the others, without a blank after
+    one, or quotes around it."""
+    if all(re.fullmatch('"[^"]+"', line) for line in lines):
+        return "is in quotes; if they are none of the text"
+    commas = {line.count(",") for line in lines}
+    if len(commas) > 1 or commas == {0} or any(", " in line for line in lines):
+        return None
+    return f"has {(count := commas.pop())} comma{'s' * (count > 1)}; if that makes columns of it"
 
 
 def unquoted(field: str) -> str:
@@ -276,121 +270,28 @@ def unquoted(field: str) -> str:
 
 def odd_column(fields: Sequence[Sequence[str]], columns: tuple[int, ...], delimiter: str) -> str | None:
     """What is said of a column that numbers the rows, or has labels or scores where texts are needed. `fields`: of each
-    column; one row between commas may end in a number by chance, several hardly."""
+    column."""
     first, *_, last = fields
     numbers = [all(map(NUMBER.fullmatch, column)) for column in fields]
-    if counts_up(first) and not all(numbers):
+    if counts_up(first) and not all(numbers) and (delimiter == "\t" or first[0] == "0" or len(first) >= MANY):
         return "with rows numbered by its first column"
     if delimiter == "\t" and numbers_third(columns):
         return None
-    if numbers == [False, False, True] and (delimiter == "\t" or len(last) >= 5
-                                              or (len(last) > 1 and set(last) <= set(LABELS))):
+    if numbers == [False, False, True] and (delimiter == "\t" or labels(last) or scores(last)):
         return f"with numbers in its third column ({some(list(dict.fromkeys(last)), 3)}): labels or scores of pairs"
     for place, column, number in (("first", first, numbers[0]), ("last", last, numbers[-1])):
-        if number and len(column) >= 5 * len(set(column)):
+        if number and len(column) >= 5 * len(set(column)) and (delimiter == "\t" or labels(column)):
             return f"with a few numbers in its {place} column ({some(list(dict.fromkeys(column)), 3)}): labels"
     return None
 
 
-# --------------------------------------------------------------------------------------------------------- encodings
-def known_bytes(head: bytes) -> str | None:
-    """What a file is by its first bytes, if it is no lines of text in an encoding without NUL bytes."""
-    if head.startswith(b"PK\x03\x04"):
-        return ("a workbook of Excel: save it as CSV, UTF-8; python scripts/to_tsv.py converts that" if b"xl/" in head
-                else "a zip archive: unzip it")
-    for magic, what in MAGIC.items():
-        if head.startswith(magic):
-            return what
-    # The BOM of UTF-32 begins with that of UTF-16 or with NUL bytes; of English in UTF-16 every second byte is one.
-    bom = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return wide(head) if bom or head.count(0) > len(head) / 4 else None
+def labels(values: Sequence[str]) -> bool:
+    """Whether numbers between commas are labels, 0 and 1 or a few small ones: those of `apples,red,3` are none."""
+    different = set(values)
+    return len(values) > 2 and different <= {str(label) for label in range(-1, 6)} and len(different) > 1 and (
+        different <= set(LABELS) or len(values) >= 5 * len(different))
 
 
-def wide(head: bytes) -> str | None:
-    """UTF-32 or UTF-16, with or without BOM; None: neither."""
-    found = {}
-    for name in ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE"):
-        try:
-            text = codecs.getincrementaldecoder(name)().decode(head).removeprefix("\ufeff")
-        except UnicodeDecodeError:
-            continue
-        plain = sum(character.isprintable() or character.isspace() for character in text)
-        if text and plain >= MOST * len(text):
-            found[name] = len(re.findall(r"[\0-\x7f\u3000-\u30ff\u4e00-\u9fff\uff00-\uff65]", text))
-    if not found:
-        return None
-    # Hardly anything else is valid UTF-32; of UTF-16 that order of bytes is right which gives more common characters.
-    name = next(iter(found)) if "UTF-32" in next(iter(found)) else max(found, key=found.get)
-    marked = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE))
-    return f"it looks like {name[:6]}{'' if marked else ' without a BOM'}; {iconv(name[:6] if marked else name)}"
-
-
-def not_utf8(path: str, line: bytes, error: UnicodeDecodeError) -> str:
-    """Why a line is not UTF-8, and what to do: by the whole file or, of stdin and pipes, by the line."""
-    if not os.path.isfile(path):
-        return known_bytes(line) or guess([line])
-    with open(path, "rb") as file:
-        head = file.read(BLOCK)
-        if found := known_bytes(head) or (wide(head) if b"\0" in head else None):
-            return found
-        file.seek(0)
-        bad, size, lines, others, last = [], 0, 0, 0, b""
-        for last in (line for chunk in file for line in chunk.splitlines()):
-            lines += 1
-            try:
-                last.decode("utf-8")
-                others += not last.isascii()
-            except UnicodeDecodeError:
-                bad.append((lines, last if size < BLOCK else b""))
-                size += len(last)
-    if not bad:  # it was changed meanwhile
-        return guess([line])
-    stray = stray_bytes(bad[0][1])
-    if len(bad) == 1 and last is bad[0][1] and error.reason == "unexpected end of data" and others:
-        return "the file ends within a character: it was cut off; get it again, or remove its last line"
-    if len(bad) == 1 and len(stray) == 1 and lines > 1:
-        return f"a stray byte, 0x{stray.hex()}, in a file of UTF-8; correct this line"
-    if others > len(bad):
-        where = ", ".join(f"{path}:{row}" for row, _ in bad[:3])
-        return (f"{len(bad)} of {lines} lines are in another encoding or damaged ({where}), the others are UTF-8; "
-                f"correct them, or leave them out: {command(path, [])}")
-    return guess([each for _, each in bad if each])
-
-
-def stray_bytes(line: bytes) -> bytes:
-    """The bytes of a line that are not UTF-8."""
-    return bytes(ord(character) - 0xDC00 for character in line.decode("utf-8", "surrogateescape")
-                 if "\udc80" <= character <= "\udcff")
-
-
-def encodings(lines: Sequence[bytes]) -> dict[str, float]:
-    """The codecs that fit lines of which none is UTF-8, the best first, each with the confidence, from 0 to 1, that
-    charset-normalizer has in it; those that fit clearly less than the best are left out."""
-    from charset_normalizer import from_bytes
-
-    content = b"\n".join(lines)
-    if not content or len(re.findall(rb"[\0-\x08\x0e-\x1b]", content)) > len(content) / 50:
-        return {}
-    among = list(ENCODINGS)
-    found = from_bytes(content, cp_isolation=among) or from_bytes(content, cp_isolation=among, threshold=1 - SURE / 2)
-    fits = sorted(found, key=lambda each: (each.chaos, -each.coherence, among.index(each.encoding)))
-    return {each.encoding: 1 - each.chaos for each in fits
-            if each.chaos < fits[0].chaos + 0.1 and each.coherence > fits[0].coherence - 0.1}
-
-
-def guess(lines: Sequence[bytes]) -> str:
-    """The encoding of lines of which none is UTF-8, and how to convert it; where several fit, which they are: a wrong
-    one makes other characters of the text, without an error."""
-    found = encodings(lines)
-    if not found:
-        return "it is damaged, or no text"
-    said = [f"{ENCODINGS[codec][0]} ({sure:.0%})" for codec, sure in list(found.items())[:3]]
-    name = ENCODINGS[next(iter(found))][1]
-    if len(found) > 1 or max(found.values()) < SURE or len(re.findall(rb"[\x80-\xff]", b"".join(lines))) < FEW:
-        return (f"charset-normalizer: it may be {' or '.join(said)}; look whether it reads well before you convert it: "
-                f"iconv -f {name} -t UTF-8 FILE | head")
-    return f"it looks like {said[0]} to charset-normalizer; {iconv(name)}"
-
-
-def iconv(name: str) -> str:
-    return f"convert it: iconv -f {name} -t UTF-8 FILE > NEW"
+def scores(values: Sequence[str]) -> bool:
+    """Whether numbers between commas are scores: decimal fractions from 0 to 1."""
+    return len(values) >= 5 and all("." in value and 0 <= float(value) <= 1 for value in values)

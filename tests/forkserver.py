@@ -72,8 +72,6 @@ def preload() -> dict[str, str]:
     sys.path.insert(0, ROOT)
     import simcse  # noqa: F401  sets the environment in which numpy and paddle are imported
 
-
-
     for name in PRELOADED:
         with contextlib.suppress(ImportError):  # not of this stack
             __import__(name)

@@ -59,6 +59,8 @@ OTHERS = [  # content, columns, what it is, flags of the command
     ("甲\t乙\t0.83\n丙\t丁\t0.5\n", TRAINING, "TSV with numbers in its third column", "--fields 1 2 "),
     ("sentence1\tsentence2\tlabel\n甲\t乙\t1\n丙\t丁\t0\n", TRAINING, "TSV with a header", "--labels positives "),
     ("问题\t答案\n甲\t乙\n", (2,), "TSV with a header, 问题, 答案", ""),
+    ("标准问\t相似问1\n甲\t乙\n", TRAINING, "TSV with a header, 标准问, 相似问1", ""),
+    (table(",", "文{}", "本{}", "0.5"), TRAINING, "CSV with numbers in its third column (0.5)", "--fields 1 2 "),
     ("0\t甲\t乙\n1\t丙\t丁\n2\t戊\t己\n", TRAINING, "TSV with rows numbered", "--fields 2 3 "),
     (table("\t", "10{}7", "文本{}", rows=30), TRAINING, "TSV with rows numbered", "--fields 2 "),
     (table("\t", "文本{}", "1"), TRAINING, "TSV with a few numbers in its last column (1): labels", "--fields 1 "),
@@ -89,7 +91,9 @@ TEXTS = [
     '他说:"你好, 世界"\n"引号"在前面\n在后面是"引号"\n', '"全在引号里"\n"也在,引号里"\n',
     '"Yes, indeed," she said.\n"No," he said.\n',
     '"Yes", she said\n', '"你好,世界",他说\n', '5" 屏幕\n6" 屏幕, 7" 屏幕\n', '""\n"""docstring"""\n',
-    "白日依山尽,黄河入海流\n欲穷千里目,更上一层楼\n", "苹果,香蕉,3\n", "一,二,三\n一,二\n", "1,000\n2,000\n1,500\n",
+    "白日依山尽,黄河入海流\n欲穷千里目,更上一层楼\n", "苹果,香蕉,3\n",
+    table(",", "苹果{}", "红", "3"), table(",", "手机{}", "64{}"), "1,打开设置\n2,点击关于\n3,重启\n",
+    "一,二,三\n一,二\n", "1,000\n2,000\n1,500\n",
     "{花括号}\n{a} 和 {b}\n{}\n", '{"a": 1} 是什么\n{"a": 1\n{"b"}\n', "[1]\n[2]\n", "[CLS]\n[SEP]\n",
     '["甲", "乙"] 怎么排序\n', "{\n}\n", "1\n2\n3\n", "2021年\n第1章\n3.14\n", "title\n", "Python\nJava\n",
     "标题\n摘要\n文本\n", "Text\n第一段\n第二段\n", "什么是id,title\n", "a\tb\n", "a\n", "# 注释\n<b>粗</b>\n", "",
@@ -127,6 +131,9 @@ def test_commas_that_may_be_columns_are_said(capsys):
     assert refused(couplets, (1,)) is None
     assert "in.csv: each of the first 30 lines has 1 comma; if that makes columns of it: python scripts/to_tsv.py" in (
         capsys.readouterr().err)
+    quotes = "".join(f'"第{row}句"\n' for row in range(30))
+    assert refused(quotes, (1,)) is None
+    assert "each of the first 30 lines is in quotes; if they are none of the text: python" in capsys.readouterr().err
     assert refused(couplets.replace(",", ", "), (1,)) is None and not capsys.readouterr().err
 
 
@@ -135,6 +142,9 @@ def test_commas_that_may_be_columns_are_said(capsys):
     ('[{"text": "甲"}]\n', "a JSON array; jq -c"),
     ("version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a Git LFS pointer"),
     ("<!DOCTYPE html>\n<html>\n", "a page of HTML"),
+    ('[{"text": "甲"},\n{"text": "乙"}]\n', "a JSON array; jq -c"),
+    ("__label__体育 甲\n__label__财经 乙\n", "fastText's labels before texts; sed -E "),
+    ('<?xml version="1.0"?>\n<doc>\n', "an XML document"),
     ('["甲", "乙"]\n["丙", "丁"]\n', "lines that are JSON arrays; jq -r '@tsv' in.csv")])
 def test_documents_are_named(content, advice):
     assert f"in.csv: {advice}" in refused(content, (2,))
