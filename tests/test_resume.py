@@ -58,7 +58,7 @@ def test_only_the_newest_has_training_state_and_old_ones_go(flags, tmp_path):
 def test_resuming_another_run_is_refused(flags, sample, tmp_path):
     succeed("train.py", *flags("--epochs", 1), cwd=tmp_path)
     newest = tmp_path / "checkpoints" / "model_16"
-    (tmp_path / "other.csv").write_text("另一句\n" * 128, encoding="utf-8")
+    (tmp_path / "other.csv").write_text("另一句\n再一句\n" * 64, encoding="utf-8")
     for more, message in ((["--batch_size", 4], "another batch_size 4 instead of 8, epochs 3 instead of 1"),
                           (["--epochs", 1, "--train_set_file", tmp_path / "other.csv"], "another train_set_file;"),
                           (["--epochs", 1, "--infer_with_fc_pooler"],
