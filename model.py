@@ -11,7 +11,14 @@ from typing import Any
 from data import WINDOW, Ids, cut, load_tokenizer, make_batches, unseen
 from simcse import console
 from simcse.console import InputError, progress
-from simcse.encoders import encoder_from_record, first_token_only, freeze_pooler, load_encoder, portable
+from simcse.encoders import (
+    encoder_from_record,
+    first_token_only,
+    freeze_pooler,
+    load_encoder,
+    portable,
+    remove_layers,
+)
 from simcse.engine import Engine, KeptGraph, gpu_precision, make_engine
 from simcse.files import new_folder, prefetch
 from simcse.flags import DEFAULT_MODEL, POOLINGS
@@ -47,6 +54,8 @@ class SimCSE(nn.Layer):
                  infer_with_pooler: bool = True, precision: str = "fp32", cross_device_negatives: bool = False,
                  whitened_at: int | None = None) -> None:
         super().__init__()
+        if pooling == "first_avg":
+            remove_layers(pretrained_model)
         if pooling == "pooler":
             first_token_only(pretrained_model)
         else:
@@ -73,7 +82,8 @@ class SimCSE(nn.Layer):
 
         pooler: tanh of a layer on the first token, or the first token itself where not `with_pooler`. mean: the mean
         over the text's tokens, [CLS] and [SEP] left out. first_last_avg: the same mean, of the average of what goes
-        into the first layer and what comes out of the last (Gao et al. 2021).
+        into the first layer and what comes out of the last (Gao et al. 2021). first_avg: the same mean, of what goes
+        into the first layer; there are no layers then.
         """
         hidden_states = {"output_hidden_states": True} if self.pooling == "first_last_avg" else {}
         outputs = self.ptm(input_ids, token_type_ids=token_type_ids, **hidden_states)
@@ -224,6 +234,8 @@ def load_model(params_path: str, model_name_or_path: str | None = None, output_e
     recorded = {key: record[key] for key in ("margin", "scale", "pooling", "whitened_at") if key in record}
     model = SimCSE(encoder, output_emb_size=size, **{
         "infer_with_pooler": record.get("with_pooler", True), **recorded, **(settings or {})})
+    if model.pooling == "first_avg":  # of a checkpoint of another pooling
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("ptm.encoder.layers.")}
     load_state(model, state, f"{flag} {params_path}")
     model.eval()
     return model, tokenizer, make_record(model, name, record.get("max_seq_length"))

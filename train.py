@@ -51,7 +51,8 @@ def parse_args() -> argparse.Namespace:
     add = model.add_argument
     add("--pooling", choices=flags.POOLINGS, help="how tokens become a vector, here and in all later stages. pooler: "
         "the first one through a layer and tanh; mean: of the text's tokens; first_last_avg: that, of the first "
-        "layer's input and the last's output; None: that of --init_from_ckpt, else pooler")
+        "layer's input and the last's output; first_avg: that, of the first layer's input, without layers; None: that "
+        "of --init_from_ckpt, else pooler")
     add("--infer_with_fc_pooler", action="store_true", help="evaluation and the later stages go through pooler and fc; "
         "without it, the raw first token goes through the fc. Any other --pooling is the same everywhere")
     add("--output_dropout", type=flags.probability, default=0.1, help="dropout rate of the output vector")

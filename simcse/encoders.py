@@ -69,6 +69,16 @@ def portable(config: dict) -> dict:
     return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
+def remove_layers(encoder: nn.Layer) -> None:
+    """Take the layers out of an encoder, whose output then is what would go into the first; InputError where it is no
+    stack of layers after embeddings."""
+    layers = getattr(getattr(encoder, "encoder", None), "layers", None)
+    if layers is None or not hasattr(encoder, "embeddings"):
+        raise InputError(f"--pooling first_avg: {type(encoder).__name__} has no layers that are known here")
+    encoder.encoder.layers, encoder.encoder.num_layers = nn.LayerList(), 0
+    encoder.config.num_hidden_layers = 0
+
+
 def first_token_only(encoder: nn.Layer) -> None:
     """Let the last layer of an encoder compute its first token only, the one that becomes the embedding, with keys and
     values of all tokens. Where the encoder is no stack of post-norm `nn.TransformerEncoderLayer`, nothing changes."""

@@ -15,7 +15,7 @@ from simcse.machine import CPU_THREADS, RANK, RANKS, auto_precision
 from simcse.weights import CONFIG_FILE, DEFAULT_MODEL, STATE_RECORD, newest_resumable, read_record
 
 ENCODE_LENGTH, TRAIN_LENGTH = 64, 128  # --max_seq_length where no checkpoint records one
-POOLINGS = ("pooler", "mean", "first_last_avg")  # see model.py
+POOLINGS = ("pooler", "mean", "first_last_avg", "first_avg")  # see model.py
 DEFAULT_PARAMS = "checkpoints/model_20000/model_state.pdparams"
 COLLECTION = "simcse"  # of Milvus
 README_TEXT = "国有企业引入非国有资本对创新绩效的影响——基于制造业国有上市公司的经验证据"

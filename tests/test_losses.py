@@ -59,7 +59,7 @@ def expected_pooling(network, pooling, texts):
     for text in texts:
         outputs = network.ptm(paddle.to_tensor([text]), output_hidden_states=True)
         last, first = outputs[0].numpy()[0], outputs[2][0].numpy()[0]
-        tokens = {"mean": last, "first_last_avg": (first + last) / 2}.get(pooling)
+        tokens = {"mean": last, "first_last_avg": (first + last) / 2, "first_avg": first}.get(pooling)
         rows.append({"pooler": outputs[1].numpy()[0], "cls": last[0]}[pooling] if tokens is None
                     else tokens[1:-1].mean(axis=0))
     rows = np.stack(rows)
@@ -77,6 +77,8 @@ def test_pooling_and_the_exported_graph(pooling, kind):
     if kind == "bert":
         network = m.SimCSE(BertModel(BertConfig(**SIZES)), output_emb_size=8, pooling=pooling)
     network.eval()
+    assert len(network.ptm.encoder.layers) == network.ptm.config.num_hidden_layers == (
+        0 if pooling == "first_avg" else SIZES["num_hidden_layers"])
     if pooling in ("pooler", "cls"):
         layer = network.ptm.encoder.layers[-1]
         first_only, layer.forward = layer.forward, type(layer).forward.__get__(layer)
@@ -88,7 +90,7 @@ def test_pooling_and_the_exported_graph(pooling, kind):
     np.testing.assert_allclose(make_engine(network, "fp32").embed(*batch), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("pooling", ["mean", "first_last_avg"])
+@pytest.mark.parametrize("pooling", ["mean", "first_last_avg", "first_avg"])
 def test_a_text_of_no_token_is_a_number(pooling):
     network = tiny(pooling=pooling)
     batch = pad([[1, 2], [1, 5, 6, 2]], 0)

@@ -69,7 +69,7 @@ def test_what_was_whitened_at_a_length_is_told_of_longer_texts(tmp_path, capsys)
         assert len(lines) == bool(told) and all(told in line for line in lines)
 
 
-@pytest.mark.parametrize("more", [["--pooling", "mean"], ["--output_emb_size", 24, "--infer_with_fc_pooler"],
+@pytest.mark.parametrize("more", [["--pooling", "first_avg"], ["--output_emb_size", 24, "--infer_with_fc_pooler"],
                                    ["--output_emb_size", 24]])
 def test_a_whitened_checkpoint(texts, tmp_path, more):
     """Beside the trained one, which is as without --whiten; white on the training texts; in every stage."""
