@@ -55,6 +55,9 @@ RECIPES: dict[str, tuple[list[str], dict[str, str]]] = {
     "mlm": ([MLM, f"train.py {PLAIN} --model_name_or_path {{0}}"], {"": ""}),
     "mean, whitened": ([f"train.py {ENCODER} {WHITE} --pooling mean"], {"": ""}),
     "whitened": ([f"train.py {ENCODER} {WHITE}"], {"": "", **SHORT, **HYBRID}),
+    "first_avg, whitened": ([f"train.py {ENCODER} {WHITE} --pooling first_avg"], {"": "", " + BM25": "--hybrid_bm25"}),
+    "first_avg, whitened at 512": ([f"train.py {ENCODER} {WHITE} --pooling first_avg --max_seq_length 512"], {
+        "": "--max_seq_length 512", " + BM25": "--max_seq_length 512 --hybrid_bm25"}),
     "whitened, pairs": ([f"train.py {ENCODER} {WHITE}", *PAIRS], {"": ""}),
     "whitened, triples": ([f"train.py {ENCODER} {WHITE}", *TRIPLES], {"": ""}),
     "whitened, SimCSE": ([f"train.py {ENCODER} {WHITE}", FROM + " --learning_rate 1e-5 --crop_rate 0.5"], {"": ""}),
@@ -62,8 +65,9 @@ RECIPES: dict[str, tuple[list[str], dict[str, str]]] = {
 }
 TRAINING = ("--device cpu --batch_size 64 --max_seq_length 32 --save_steps 1000000 --save_dir {new} "
             "--train_set_file {texts}")
-COMMON = {"train.py": TRAINING, "scripts/pretrain.py": TRAINING, "recall.py": "--device cpu --ann_engine exact",
-          "predict.py": "--device cpu", "scripts/mine_negatives.py": ""}
+COMMON = {"train.py": TRAINING, "scripts/pretrain.py": TRAINING,
+          "recall.py": "--device cpu --ann_engine exact --max_seq_length 64",
+          "predict.py": "--device cpu --max_seq_length 64", "scripts/mine_negatives.py": ""}
 
 
 def parse_args() -> argparse.Namespace:
