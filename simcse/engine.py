@@ -97,6 +97,88 @@ class CpuEngine:
         return self.output.copy_to_cpu().astype("float32", copy=False)
 
 
+class TableEngine:
+    """A network of pooling "first_avg" as a table of tokens and one of positions, without paddle, in float32.
+
+    What goes into the first layer is the layer norm of a token's and a position's embedding. With both centred, t and
+    p, its variance is (|t|^2 + |p|^2 + 2 t p) / hidden size, and the mean over a text's n tokens a weighted sum of rows
+    of the tables, sum(w t) + sum(w p) with w = 1 / (n standard deviation), times the norm's scale and plus its bias:
+    two sparse products, where the graph fills an array of tokens x hidden size several times.
+    """
+
+    batch_tokens, precision = 16384, "fp32"
+    FILE = "table.npz"
+    _STEP = 64  # positions that the products of tokens and positions, t p, are made for at a time
+
+    def __init__(self, folder: str, precision: str = "fp32") -> None:
+        if precision not in ("auto", "fp32"):
+            raise InputError(f"--precision {precision}: pooling first_avg is computed in fp32")
+        record = read_record(folder)
+        self.embedding_size, self.max_positions = record["embedding_size"], record["max_positions"]
+        with np.load(os.path.join(folder, self.FILE)) as tables:
+            self._tokens, self._positions, self._scale, self._bias, self._weight, self._shift = (
+                tables[name] for name in ("tokens", "positions", "scale", "bias", "weight", "shift"))
+            self._pad, self._epsilon, self._normalizes = (
+                tables[name].item() for name in ("pad", "epsilon", "normalizes"))
+        self._squares = [(table**2).sum(axis=1) for table in (self._tokens, self._positions)]
+        self._products = np.empty((len(self._tokens), 0), "float32")
+
+    @classmethod
+    def write(cls, model: nn.Layer, folder: str) -> bool:
+        """Write the tables of a network; returns whether its embeddings are such sums, by an example. False: they have
+        to be a graph."""
+        embeddings = model.ptm.embeddings
+        names = ("word_embeddings", "position_embeddings", "layer_norm")
+        if model.pooling != "first_avg" or not all(hasattr(embeddings, name) for name in names):
+            return False
+        model.eval()
+        with paddle.no_grad(), patch.object(embeddings.layer_norm, "forward", lambda x: x):
+            ids = paddle.ones([1, len(embeddings.position_embeddings.weight)], "int64")
+            words = embeddings.word_embeddings.weight.numpy()
+            positions = embeddings(ids, token_type_ids=paddle.zeros_like(ids)).numpy()[0] - words[1]
+        fc = model.emb_reduce_linear if model.output_emb_size else None
+        np.savez(os.path.join(folder, cls.FILE), scale=embeddings.layer_norm.weight.numpy(),
+                 tokens=words - words.mean(axis=1, keepdims=True), bias=embeddings.layer_norm.bias.numpy(),
+                 positions=positions - positions.mean(axis=1, keepdims=True),
+                 weight=fc.weight.numpy() if fc else np.eye(words.shape[1], dtype="float32"),
+                 shift=fc.bias.numpy() if fc else np.zeros(words.shape[1], "float32"),
+                 pad=model.ptm.config.pad_token_id, epsilon=embeddings.layer_norm._epsilon,
+                 normalizes=model.normalizes)
+        write_json(os.path.join(folder, CONFIG_FILE),
+                   {"embedding_size": model.embedding_size, "max_positions": model.max_positions})
+        ids = np.random.default_rng(0).integers(0, len(words), (8, min(32, len(positions))))
+        ids[:, -8:][::2] = model.ptm.config.pad_token_id
+        return np.allclose(cls(folder).embed(ids, np.zeros_like(ids)), model.embed(ids, np.zeros_like(ids)), atol=1e-5)
+
+    def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
+        """int64 [batch, length] twice, types being 0, to float32 [batch, embedding_size], L2-normalized."""
+        from scipy.sparse import csr_matrix
+
+        if input_ids.shape[1] > (made := self._products.shape[1]):
+            more = -(-input_ids.shape[1] // self._STEP) * self._STEP
+            self._products = np.hstack([self._products, self._tokens @ self._positions[made:more].T])
+        inner = input_ids != self._pad
+        inner[np.arange(len(inner)), inner.sum(axis=1) - 1] = inner[:, 0] = False  # [SEP] and [CLS]
+        counts = inner.sum(axis=1)
+        tokens, positions = input_ids[inner], np.nonzero(inner)[1]
+        variance = self._squares[0][tokens] + self._squares[1][positions] + 2 * self._products[tokens, positions]
+        weights = np.repeat(1 / np.maximum(counts, 1), counts) / np.sqrt(variance / len(self._scale) + self._epsilon)
+        ends = np.append(0, np.cumsum(counts))
+        summed = sum(csr_matrix((weights.astype("float32"), rows, ends), (len(inner), len(table))) @ table
+                     for rows, table in ((tokens, self._tokens), (positions, self._positions)))
+        vectors = (summed * self._scale + self._bias * (counts > 0)[:, None]) @ self._weight + self._shift
+        if self._normalizes:
+            vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        return vectors
+
+
+def open_engine(folder: str, precision: str = "fp32", cpu_threads: int = 0) -> "CpuEngine | TableEngine":
+    """The engine of a folder that `make_engine` has filled."""
+    if os.path.isfile(os.path.join(folder, TableEngine.FILE)):
+        return TableEngine(folder, precision)
+    return CpuEngine(folder, precision, cpu_threads)
+
+
 def gpu_precision(precision: str) -> str:
     """What `--precision` is on the GPU at hand; InputError where that does not have it."""
     supported = {"bf16": paddle.amp.is_bfloat16_supported, "fp16": paddle.amp.is_float16_supported}
@@ -112,8 +194,9 @@ def make_engine(model: nn.Layer, precision: str = "auto", cpu_threads: int = 0,
     if paddle.device.get_device() != "cpu":
         return model
     with tempfile.TemporaryDirectory() as folder:
-        export_graph(model, folder)
-        engine = CpuEngine(folder, precision, cpu_threads)
+        if not TableEngine.write(model, folder):
+            export_graph(model, folder)
+        engine = open_engine(folder, precision, cpu_threads)
         if keep:
             keep(folder)
         return engine
@@ -132,7 +215,7 @@ class KeptGraph:
             "paddlenlp": paddlenlp and paddlenlp.version,
             "code": [file_digest(os.path.join(here, name)) for name in ("engine.py", "encoders.py", "../model.py")]}
 
-    def read(self) -> CpuEngine | None:
+    def read(self) -> "CpuEngine | TableEngine | None":
         """Its engine; None where it has to be exported (again)."""
         try:
             found, record = read_json(os.path.join(self.folder, "fingerprint.json")), read_record(self.folder)
@@ -142,7 +225,7 @@ class KeptGraph:
         if (found != {**self.fingerprint, "files": files}
                 or self.args.output_emb_size not in (None, record["output_emb_size"])):
             return None
-        return CpuEngine(self.folder, self.args.precision, self.args.cpu_threads)
+        return open_engine(self.folder, self.args.precision, self.args.cpu_threads)
 
     def write(self, record: dict, exported: str) -> None:
         """Move the `exported` graph, with the checkpoint's record, to the folder, which appears whole or, where it

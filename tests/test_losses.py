@@ -2,7 +2,8 @@
 
 import model as m
 from data import pad
-from simcse.engine import make_engine
+from simcse.console import InputError
+from simcse.engine import CpuEngine, TableEngine, export_graph, make_engine
 from simcse.flags import POOLINGS
 
 import numpy as np
@@ -70,7 +71,7 @@ def expected_pooling(network, pooling, texts):
 
 @pytest.mark.parametrize("kind", ["ernie", "bert"])
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_pooling_and_the_exported_graph(pooling, kind):
+def test_pooling_and_the_exported_graph(pooling, kind, tmp_path):
     """Texts of three to nine tokens in one padded batch, in dynamic graph and in the static one."""
     texts = [row[: 3 + number].tolist() for number, row in enumerate(ids(7))]
     network = tiny(pooling=pooling)
@@ -87,7 +88,14 @@ def test_pooling_and_the_exported_graph(pooling, kind):
         layer.forward = first_only
     batch = pad(texts, 0)
     np.testing.assert_allclose(network.embed(*batch).numpy(), expected, atol=1e-6)
-    np.testing.assert_allclose(make_engine(network, "fp32").embed(*batch), expected, atol=1e-5)
+    engine = make_engine(network, "fp32")
+    np.testing.assert_allclose(engine.embed(*batch), expected, atol=1e-5)
+    if pooling == "first_avg":  # the graph is what is deployed
+        assert isinstance(engine, TableEngine)
+        export_graph(network, str(tmp_path))
+        np.testing.assert_allclose(CpuEngine(str(tmp_path)).embed(*batch), expected, atol=1e-5)
+        with pytest.raises(InputError, match="--precision bf16: pooling first_avg is computed in fp32"):
+            make_engine(network, "bf16")
 
 
 @pytest.mark.parametrize("pooling", ["mean", "first_last_avg", "first_avg"])
