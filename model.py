@@ -323,39 +323,54 @@ class Sight:
             self.report()
         return ids, found["unseen"]
 
+    def gather(self) -> None:
+        """Add up what all ranks have counted, and have the first of them; all ranks call it."""
+        from simcse.ranks import gather_arrays
+
+        first = [[*rows, -1, -1, -1][:3] for rows in self.first.values()]
+        parts = gather_arrays(np.array([[self.count] * 3, [*self.counts.values()] + [0], *first], "int64"))
+        self.count = int(sum(part[0, 0] for part in parts))
+        for number, kind in enumerate(self.counts):
+            self.counts[kind] = int(sum(part[1, number] for part in parts))
+            self.first[kind] = sorted(int(row) for part in parts for row in part[2 + number] if row >= 0)[:3]
+        self.remarks = {} if RANK and not console.settings.strict else self.REMARKS
+
     def report(self) -> None:
         """Say what was counted, once in a run: training encodes the same test set again and again."""
         for kind, remark in self.remarks.items():
             message = (f"{self.counts[kind]:,} of {self.count:,} texts {remark.format(self.length)}: "
-                       f"{', '.join(map(self.place, self.first[kind]))}")
+                       f"{', '.join(dict.fromkeys(map(self.place, self.first[kind])))}")
             if self.counts[kind] and message not in self._told:
                 self._told.add(message)
                 console.complain(message)
 
 
-def look_at(rows: Sequence[tuple[str, str | Sequence[str]]], tokenizer: Any, max_seq_length: int) -> None:
-    """Warn, on rank 0, of what the encoder does not see of the texts of some rows, each with its place, as file:line,
-    and of those that are another's twin once they are cut."""
-    if RANK:
-        return
+def look_at(rows: Sequence[tuple[str, str | Sequence[str]]], tokenizer: Any, max_seq_length: int) -> list[Ids]:
+    """The ids of the texts of some rows, each with its place, as file:line; those that the encoder does not see have
+    none. Warns, on rank 0, of these, of cut ones, and of those that are another's twin once they are cut."""
     both = [(place, text) for place, row in rows for text in ([row] if isinstance(row, str) else row)]
-    sight = Sight(tokenizer, [text for _, text in both], max_seq_length, lambda row: both[row][0])
-    ids, _ = sight(range(len(both)))
+    sight = Sight(tokenizer, [text for _, text in both], max_seq_length, lambda row: both[row][0], remark=not RANK)
+    ids, dark = sight(range(len(both)))
     sight.report()
     first_of: dict[tuple, str] = {}
     twins = [place for (place, text), each in zip(both, ids)
              if len(each) == max_seq_length and first_of.setdefault(tuple(each), text) != text]
-    if twins:
+    if twins and not RANK:
         console.complain(f"{len(twins):,} of {len(both):,} texts, cut to {max_seq_length} tokens, are one with another "
                          f"text; a higher --max_seq_length tells them apart: {', '.join(twins[:3])}")
+    for row in dark:
+        ids[row] = []
+    return ids
 
 
 def encode_stream(model: Engine, tokenizer: Any, texts: Sequence[str], max_seq_length: int,
                   batch_size: int | None = None, windows: Sequence[range] | None = None,
-                  place: Callable[[int], str] | None = None, remark: bool = True) -> Iterator[np.ndarray]:
+                  place: Callable[[int], str] | None = None, remark: bool = True,
+                  sight: Sight | None = None) -> Iterator[np.ndarray]:
     """Yield the embeddings of `texts` in their order, float32 [texts of the window, embedding_size] at a time.
     `windows` are the rows that are wanted, by which texts are batched together; None: all, WINDOW at a time. `place`
-    names them, and what is cut or not seen is said, if there is to be a `remark`; see `Sight`.
+    names them, and what is cut or not seen is said, if there is to be a `remark`; see `Sight`, of which there may
+    already be one. InputError: an embedding is not finite.
 
     A batch is read back when the next one is under way, so that host and GPU work side by side. Texts that the encoder
     sees nothing of have an embedding of zeros, whose cosine with any is 0.
@@ -363,7 +378,7 @@ def encode_stream(model: Engine, tokenizer: Any, texts: Sequence[str], max_seq_l
     check_length(model, max_seq_length)
     if windows is None:
         windows = [range(start, min(start + WINDOW, len(texts))) for start in range(0, len(texts), WINDOW)]
-    sight = Sight(tokenizer, texts, max_seq_length, place, remark)
+    sight = sight or Sight(tokenizer, texts, max_seq_length, place, remark)
     with progress("encoding", sum(map(len, windows)), "texts") as advance:
         for ids, dark in prefetch(map(sight, windows)):
             embeddings = np.empty((len(ids), model.embedding_size), "float32")
@@ -375,6 +390,9 @@ def encode_stream(model: Engine, tokenizer: Any, texts: Sequence[str], max_seq_l
                 advance(len(rows))
             embeddings[rows] = np.asarray(under_way)
             embeddings[dark] = 0
+            if not np.isfinite(embeddings).all():
+                raise InputError("the checkpoint gives embeddings that are no numbers: its training has diverged, or "
+                                 "it is damaged")
             yield embeddings
     sight.report()
 

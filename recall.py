@@ -148,7 +148,7 @@ def fingerprint_of(args: argparse.Namespace, corpus: data.TextFile | None, engin
     return wanted, {**new, **wanted}
 
 
-def open_index(args: argparse.Namespace, corpus: data.TextFile | None, engine, encode_stream, encode) -> tuple:
+def open_index(args: argparse.Namespace, corpus: data.TextFile | None, engine, tokenizer, encode) -> tuple:
     """The index, kept or built, and what is in it: `Entries`, or the `MilvusIndex` itself where there is no corpus."""
     from simcse.ranks import join_ranks, wait_for_ranks
 
@@ -162,7 +162,7 @@ def open_index(args: argparse.Namespace, corpus: data.TextFile | None, engine, e
         if index.pieces and not corpus:
             raise console.InputError(f"--milvus_collection {index.collection}: not all documents are in it yet; run "
                                      "again with --corpus_file")
-        fill(index, entries, engine, encode_stream)
+        fill(args, index, entries, engine, tokenizer)
         wait_for_ranks()
         return index, entries or index
     path, claim = args.index_path, contextlib.nullcontext()
@@ -179,7 +179,7 @@ def open_index(args: argparse.Namespace, corpus: data.TextFile | None, engine, e
             raise console.InputError(f"--hnsw_max_elements {args.hnsw_max_elements}: the corpus has {len(entries)} "
                                      "distinct documents")
         index = ann_util.Shards(new, len(entries), engine.embedding_size, args.cpu_threads)
-        fill(index, entries, engine, encode_stream)
+        fill(args, index, entries, engine, tokenizer)
         if new["ann_engine"] == "hnswlib":  # measured on documents, which unlike queries are always there
             sample = encode(entries[:: -(-len(entries) // ann_util.MEASURED)], remark=False)
             new["ann_recall"] = index.measure(sample, min(ann_util.MEASURED_K, len(entries)), "documents")
@@ -190,16 +190,22 @@ def open_index(args: argparse.Namespace, corpus: data.TextFile | None, engine, e
     return index, entries
 
 
-def fill(index, entries: ann_util.Entries | None, engine, encode_stream) -> None:
+def fill(args: argparse.Namespace, index, entries: ann_util.Entries | None, engine, tokenizer) -> None:
     """Add the entries of this rank that the index lacks while the next ones are encoded."""
-    if not index.pieces:
-        return
-    count, started = sum(map(len, index.pieces)), time.time()
-    copies = entries.documents - len(entries)
-    console.log(f"encoding and indexing {count} of {len(entries)} documents in {engine.precision}"
-                + (f"; {copies} more lines are copies, --distinct gives each text once" if copies else ""))
-    index.fill(encode_stream(entries, windows=index.pieces))
-    console.log(f"{count / (time.time() - started):.1f} documents/s")
+    from model import Sight, encode_stream
+
+    sight = Sight(tokenizer, entries, args.max_seq_length, remark=RANKS == 1)  # several have to count together
+    if index.pieces:
+        count, started = sum(map(len, index.pieces)), time.time()
+        copies = entries.documents - len(entries)
+        console.log(f"encoding and indexing {count} of {len(entries)} documents in {engine.precision}"
+                    + (f"; {copies} more lines are copies, --distinct gives each text once" if copies else ""))
+        index.fill(encode_stream(engine, tokenizer, entries, args.max_seq_length, args.batch_size, index.pieces,
+                                 sight=sight))
+        console.log(f"{count / (time.time() - started):.1f} documents/s")
+    if RANKS > 1:
+        sight.gather()
+        sight.report()
 
 
 def write_results(args: argparse.Namespace, blocks: Iterable[list[Query]], index, entries, encode, file: IO) -> None:
@@ -272,11 +278,9 @@ def main() -> None:
     import model
 
     engine, tokenizer = model.load_engine(args)
-
-    encode, encode_stream = (functools.partial(way, engine, tokenizer, max_seq_length=args.max_seq_length,
-                                               batch_size=args.batch_size)
-                             for way in (model.encode, model.encode_stream))
-    index, entries = open_index(args, corpus, engine, encode_stream, encode)
+    encode = functools.partial(model.encode, engine, tokenizer, max_seq_length=args.max_seq_length,
+                               batch_size=args.batch_size)
+    index, entries = open_index(args, corpus, engine, tokenizer, encode)
     documents = len(entries) if args.distinct else entries.documents
     if args.recall_num > documents:
         console.warn(f"--recall_num {args.recall_num}: the corpus has only {documents} "

@@ -139,6 +139,21 @@ def check_learnable(args: argparse.Namespace, texts: data.TextFile) -> None:
                          "--batch_size, or give more texts than there are processes")
 
 
+def look(args: argparse.Namespace, texts: data.TextFile, test_set: list[tuple[int, list[str]]],
+         tokenizer: Any) -> None:
+    """Warn of what the encoder does not see of the texts; InputError where it sees no two that differ."""
+    from model import look_at
+
+    rows = range(0, len(texts), -(-len(texts) // data.WINDOW))  # at most so many, from all over the file
+    ids = look_at([(texts.place(row), texts[row]) for row in rows], tokenizer, args.max_seq_length)
+    look_at([(f"{args.test_set_file}:{number}", row[:2]) for number, row in test_set], tokenizer, args.max_seq_length)
+    if args.epochs or args.whiten is not None:
+        for side in range(texts.columns if texts.columns < 3 else 0):
+            if len({tuple(each) for each in ids[side :: texts.columns] if each}) < 2:
+                raise console.InputError(f"--train_set_file {texts.path}: there are no two different texts as the "
+                                         "encoder sees them; SimCSE learns by telling them apart")
+
+
 def build_model(args: argparse.Namespace) -> tuple[Any, Any, str]:
     """The network to train, its tokenizer and the name of its encoder."""
     from model import SimCSE, check_length, load_model
@@ -165,7 +180,7 @@ def build_model(args: argparse.Namespace) -> tuple[Any, Any, str]:
 
 def train(args: argparse.Namespace, texts: data.TextFile, test_set: list[tuple[int, list[str]]]) -> Any:
     """The training loop, and what comes after it; returns the `Run`."""
-    from model import encode, look_at, make_record, save_checkpoint
+    from model import encode, make_record, save_checkpoint
     from simcse.engine import make_engine
     from simcse.gradients import backward
     from simcse.ranks import wait_for_ranks
@@ -187,9 +202,7 @@ def train(args: argparse.Namespace, texts: data.TextFile, test_set: list[tuple[i
         wait_for_ranks()
 
     model, tokenizer, name = build_model(args)
-    rows = range(0, len(texts), -(-len(texts) // data.WINDOW))  # at most so many, from all over the file
-    look_at([(texts.place(row), texts[row]) for row in rows], tokenizer, args.max_seq_length)
-    look_at([(f"{args.test_set_file}:{number}", row[:2]) for number, row in test_set], tokenizer, args.max_seq_length)
+    look(args, texts, test_set, tokenizer)
     sampler = data.ShuffledBatches(len(texts), args.batch_size, RANK, RANKS)
     make = functools.partial(data.make_batch, texts, tokenizer, args)
     run = Run(args, model, texts, len(sampler), save)

@@ -23,11 +23,12 @@ NUMBERING = {"", "id", "_id", "idx", "index", "rank", "line", "qid", "pid", "doc
              "序号"}
 # What columns are called: words of which all are known, so that a text is not taken for a name.
 _WORD = ("(?:abstract|anchor|answer|author|body|category|class|comment|content|context|corpus|date|description|doc|"
-         "docid|document|duplicate|gold|hard|hypothesis|id|idx|index|is|item|keyword|label|name|neg|negative|paragraph|"
+         "src|tgt|docid|document|duplicate|gold|hard|hypothesis|id|idx|index|is|item|keyword|label|name|neg|negative|paragraph|"
          "passage|pid|pos|positive|premise|product|qid|query|question|rank|relevance|response|review|score|sent|sentence|"
          "sim|similarity|source|string|summary|tag|target|text|title|topic|type|url)s?")
-_CHINESE = ("(?:相似|相关|标准|扩展|用户|原始|候选|目标|参考)?(?:问题|问句|问法|问|查询|答案|回答|标题|题目|文本|文档|"
-            "文章|原文|正文|内容|摘要|句子|语句|描述|评论|名称|正例|负例|标签|编号|序号|关键词|类别|类型|分数|得分|相似度)[\\dA-Ba-b一二]?")
+_CHINESE = ("(?:相似|相关|标准|扩展|用户|原始|候选|目标|参考|商品|产品|新闻|论文|发布)?"
+            "(?:问题|问句|问法|问|查询|答案|回答|标题|题目|文本|文档|文章|原文|正文|内容|摘要|句子|语句|描述|评论|名称|"
+            "正例|负例|标签|编号|序号|关键词|类别|类型|分类|时间|日期|作者|来源|分数|得分|相似度)[\\dA-Ba-b一二]?")
 HEADER = re.compile(rf"_?{_WORD}\d?(?:[ _.-](?:{_WORD}|[a-z])\d?)*|[qs][12]|{_CHINESE}", re.I)
 OF_TEXTS = {name + end for end in ("", "s") for name in ("text", "content", "sentence", "question", "title", "document",
                                                         "passage", "abstract")} | {"query", "queries", "sent", "doc"}
@@ -50,6 +51,7 @@ class Table(NamedTuple):
     names: list[str]  # of the columns; without a header their numbers, from 1
     rows: list[list[str]]
     default: list[str]  # the columns that to_tsv.py takes by itself
+    quoted: bool = False  # whether there are quotes around fields
 
 
 def refuse_other_formats(lines: Sequence[str], path: str, flag: str, columns: tuple[int, ...]) -> None:
@@ -112,8 +114,9 @@ def conversion(found: Table, columns: tuple[int, ...]) -> list[str] | None:
         options, taken = [], [max(taken, key=lambda name: sum(map(len, values[name])))]
     elif not options:
         taken = taken[: max(columns)]
-    if len(found.names) == 1 and found.what.startswith("CSV"):
-        options = ["--format", "csv"]  # a line of commas and quotes may be a text to it
+    if len(found.names) == 1:  # commas and quotes may be those of the texts
+        options = ["--format", "csv" if found.quoted else "tsv"] if found.quoted or any(
+            "," in row[0] for row in found.rows) else []
     return [*(["--fields", *taken] if taken != found.default else []), *options]
 
 
@@ -146,17 +149,24 @@ def document(lines: Sequence[str]) -> str | None:
     for first, kind in DOCUMENTS.items():
         if re.fullmatch(first, lines[0], re.I):
             return kind
-    if all(line.startswith("__label__") for line in lines):
+    if len(lines) > 1 and all(line.startswith("__label__") for line in lines):
         return "fastText's labels before texts; sed -E 's/^(__label__[^ ]* *)+//' FILE > NEW takes them away"
     advice = "jq -c '.[]' FILE makes lines of an array, and python scripts/to_tsv.py columns of those"
     if lines[0] in ("[", "{", "[{") and len(lines) > 1 and re.match(r'[\[{"]', lines[1].lstrip()):
         return f"a JSON document; {advice}"
-    if lines[0][:2] == "[{" and lines[-1][-1] in ",]" and all(
-            isinstance(_json(line.lstrip("[ ").rstrip(",] ")), dict) for line in lines):
+    whole = _json(lines[0]) if len(lines) == 1 else None
+    if (isinstance(whole, list) and len(whole) > 1 and all(isinstance(each, (str, dict)) for each in whole)) or (
+            lines[0][:2] == "[{" and lines[-1][-1] in ",]" and all(
+                isinstance(_json(line.lstrip("[ ").rstrip(",] ")), dict) for line in lines)):
         return f"a JSON array; {advice}"
+    if "\\u" in lines[0] and all(re.fullmatch(r'"([^"\\]|\\.)*"', line) for line in lines):
+        return "JSON strings, one a line; jq -r . FILE > NEW makes texts of them"
+    if all(re.fullmatch(r"\{'[^']*': .*\}", line) for line in lines):
+        return "dicts as Python prints them; json.dumps writes what scripts/to_tsv.py reads"
     arrays = [found for line in lines if isinstance(found := _json(line), list)]
     if len(lines) > 1 and len(arrays) >= MOST * len(lines) and all(
-            len(array) > 1 and all(isinstance(each, (str, int, float)) for each in array) for array in arrays):
+            len(array) > 1 and any(isinstance(each, str) for each in array)
+            and all(isinstance(each, (str, int, float)) for each in array) for array in arrays):
         return "lines that are JSON arrays; jq -r '@tsv' FILE makes columns of them"
     return None
 
@@ -221,12 +231,15 @@ def table(lines: Sequence[str], delimiter: str, columns: tuple[int, ...]) -> Tab
     if not rows or agree < MOST * len(rows):
         return None
     rows = [row for row in rows if len(row) == width]
+    if delimiter == "," and 2 * sum(any(field[:1] == " " for field in row) for row in rows) > len(rows):
+        return None  # a blank after a comma is that of a sentence
     in_quotes = [field for row in rows for field in row if field[:1] == '"'] if quotes else []
     values = [[unquoted(field) for field in row] for row in rows] if quotes else rows
     header = has_header(values)
     needs_quotes = sum(delimiter in field or "\n" in field or '""' in field[1:-1] for field in in_quotes)
     if width == 1:  # `"""` is Python's as well
-        sure = needs_quotes >= 3 and (names_columns(values[0]) or len(in_quotes) == len(rows))
+        doubled = any('""' in field[1:-1].strip('"') for field in in_quotes)
+        sure = needs_quotes >= 3 and (names_columns(values[0]) or len(in_quotes) == len(rows) or doubled)
     else:  # of two rows `"Yes,indeed",she said` may be one
         sure = needs_quotes >= (1 if header or len(rows) >= 5 or delimiter == "\t" else 2) or (
             len(in_quotes) == width * len(rows) and len(rows) > 1)
@@ -242,7 +255,8 @@ def table(lines: Sequence[str], delimiter: str, columns: tuple[int, ...]) -> Tab
         what = "CSV, with commas between columns"
     else:
         return None
-    return Table(what, names, values[header:], [name for name in names if not header or name.lower() not in NUMBERING])
+    default = [name for name in names if not header or name.lower() not in NUMBERING]
+    return Table(what, names, values[header:], default, bool(in_quotes))
 
 
 def has_header(rows: Sequence[Sequence[str]]) -> bool:
@@ -288,10 +302,10 @@ def odd_column(fields: Sequence[Sequence[str]], columns: tuple[int, ...], delimi
 def labels(values: Sequence[str]) -> bool:
     """Whether numbers between commas are labels, 0 and 1 or a few small ones: those of `apples,red,3` are none."""
     different = set(values)
-    return len(values) > 2 and different <= {str(label) for label in range(-1, 6)} and len(different) > 1 and (
+    return len(values) > 4 and different <= {str(label) for label in range(-1, 6)} and len(different) > 1 and (
         different <= set(LABELS) or len(values) >= 5 * len(different))
 
 
 def scores(values: Sequence[str]) -> bool:
     """Whether numbers between commas are scores: decimal fractions from 0 to 1."""
-    return len(values) >= 5 and all("." in value and 0 <= float(value) <= 1 for value in values)
+    return len(values) >= MANY and all("." in value and 0 <= float(value) <= 1 for value in values)
