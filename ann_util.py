@@ -302,8 +302,9 @@ def ann_recall(cosines: np.ndarray, exact_cosines: np.ndarray) -> float:
     return float(np.mean(cosines >= exact_cosines[:, -1:] - 1e-6))
 
 
-def report(measured: dict | None) -> None:
-    """Say what `Shards.measure` has found, and, where much is missed, what has been seen to find more."""
+def report(measured: dict | None, ef: int = 0) -> None:
+    """Say what `Shards.measure` has found, and, where much is missed, what has been seen to find more; and where the
+    search has another `ef`, for which nothing was measured."""
     if RANK or not measured:
         return
     remedy = ""
@@ -313,7 +314,8 @@ def report(measured: dict | None) -> None:
                   "; --ann_engine exact finds all, a larger --hnsw_ef does not help")
     (warn if remedy else log)(
         f"ANN recall@{measured['k']} against exact search, {measured['queries']}: {measured['recall']:.4f} "
-        f"with --hnsw_ef {measured['hnsw_ef']}{remedy}")
+        f"with --hnsw_ef {measured['hnsw_ef']}{remedy}"
+        + (f"; this search has {ef}" if ef not in (0, measured["hnsw_ef"]) else ""))
 
 
 @contextlib.contextmanager
@@ -368,7 +370,7 @@ def load_index(path: str, fingerprint: dict, dim: int, cpu_threads: int = 0,
             entries = Entries(corpus or TextFile(os.path.join(path, "corpus.csv"), "--index_path"), path)
         index = Shards(fingerprint, len(entries), dim, cpu_threads, path)
     log(f"using the index in {path}")
-    report(fingerprint.get("ann_recall"))
+    report(fingerprint.get("ann_recall"), fingerprint["hnsw_ef"])
     return index, entries
 
 

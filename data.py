@@ -16,54 +16,45 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from simcse import encodings, formats
-from simcse.console import InputError, reported, settings, warn
+from simcse.console import InputError, complain, reported, settings, warn
 from simcse.files import STDIN, prefetch, read_json, reading
 
 import numpy as np
 
 WINDOW = 16384  # texts tokenized and sorted by length at a time: enough for batches of even length, in little memory
 WHOLE = 512  # tokens of a text that views are cropped from
-BOM = "\ufeff"
+BOM, LOST = "\ufeff", "\ufffd"
 Ids = list[int]  # of a text, [CLS] and [SEP] included
 
 
-def _decode(line: bytes, path: str, where: str) -> str:
+def _decode(line: bytes, path: str, name: str, where: str) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        cause = formats.named(encodings.not_utf8(path, line, error), path)
+        cause = formats.named(encodings.not_utf8(path, line, error), name)
         raise InputError(f"{where}: not UTF-8 at byte {error.start + 1} of the line; {cause}") from None
 
 
-def _refuse_bytes(head: bytes, path: str, where: str) -> None:
+def _refuse_bytes(head: bytes, flag: str, name: str) -> None:
     if kind := encodings.known_bytes(head):
-        raise InputError(f"{where}:1: not UTF-8 text in lines, but {formats.named(kind, path)}")
+        raise InputError(f"{flag} {name}:1: not UTF-8 text in lines, but {formats.named(kind, name)}")
 
 
-def _lines(path: str, flag: str) -> Iterator[tuple[int, str]]:
+def _lines(path: str, flag: str, name: str) -> Iterator[tuple[int, str]]:
     """Yield number, from 1, and text of the lines of a UTF-8 file or of stdin as it comes; BOMs, wherever files were
-    joined, are left out."""
-    number, stdin, name = 0, path == STDIN, "stdin" if path == STDIN else path
+    joined, are left out. `name` is that of the file in messages."""
+    number, stdin = 0, path == STDIN
     with open(0 if stdin else path, "rb", encodings.BLOCK, closefd=not stdin) as file, reading(path) as advance:
-        _refuse_bytes(file.peek(), path, f"{flag} {name}")
+        _refuse_bytes(file.peek(), flag, name)
         for chunk in file:
             advance(len(chunk))
             for line in chunk.splitlines():  # of bytes: splits at \n, \r\n and \r, and nowhere else
                 number += 1
-                yield number, _decode(line, path, f"{flag} {name}:{number}").replace(BOM, "")
-
-
-def _checked(path: str, flag: str, columns: tuple[int, ...]) -> Iterator[tuple[int, str]]:
-    """`_lines`, whose first ones, of stdin the first, are not those of another format; see `formats`."""
-    lines, ahead = _lines(path, flag), []
-    if not settings.plain_text:
-        ahead = list(itertools.islice(lines, 1 if path == STDIN else formats.SAMPLE))
-        formats.refuse_other_formats([line for _, line in ahead if line.strip()], path, flag, columns)
-    return itertools.chain(ahead, lines)
+                yield number, _decode(line, path, name, f"{flag} {name}:{number}").replace(BOM, "")
 
 
 def read_rows(path: str, columns: int, flag: str, check: Callable[[list[str]], str | None] | None = None,
-              every: bool = False) -> Iterator[tuple[int, list[str]]]:
+              every: bool = False, name: str | None = None) -> Iterator[tuple[int, list[str]]]:
     """Stream the rows of a tab-separated UTF-8 file, or of stdin (STDIN), each with the number of its line, from 1.
 
     Lines end in \\n, \\r\\n or \\r. Every field loses the white space around it and keeps what is inside. Blank lines
@@ -71,10 +62,14 @@ def read_rows(path: str, columns: int, flag: str, check: Callable[[list[str]], s
     skipped, counted, and reported on stderr with file:line of the first three; of stdin these three are reported at
     once as well. With `every` these and blank lines, which are reported too, come as they are. InputError, which names
     the `flag`: not UTF-8; another format, unless --plain_text; a bad row with --strict_data; more than half of the rows
-    malformed, unless every line of stdin has been answered; no good row."""
-    good, bad, blank, first_bad, name = 0, 0, 0, [], "stdin" if path == STDIN else path
+    malformed, unless every line of stdin has been answered; no good row. Lines with U+FFFD, which stands for bytes that
+    a conversion lost, are reported. `name` is that of the file in messages, if it is another than `path`."""
+    good, bad, blank, first_bad, lossy = 0, 0, 0, [], []
+    name = name or ("stdin" if path == STDIN else path)
     fate = "no result (NaN, empty or null)" if every else "skipped"
-    for number, line in _checked(path, flag, (columns,)):
+    for number, line in formats.checked(_lines(path, flag, name), name, flag, (columns,)):
+        if LOST in line:
+            lossy.append(f"{name}:{number}")
         row = [field.strip() for field in line.split("\t")]
         if not (any(row) or every):
             continue
@@ -98,6 +93,9 @@ def read_rows(path: str, columns: int, flag: str, check: Callable[[list[str]], s
         raise InputError(f"{flag} {name}: {report if bad > blank else 'the file holds no text'}")
     if bad:
         warn(f"{flag} {name}: {fate}; {report}; mend them or take them out")
+    if lossy:
+        complain(f"{flag} {name}: {len(lossy)} of {good + bad} lines have U+FFFD, which stands for bytes that were "
+                 f"lost when the file was converted; convert it again: {', '.join(lossy[:3])}")
 
 
 def _complaint(row: list[str], columns: int) -> str | None:
@@ -131,6 +129,7 @@ class TextFile(Sequence):
 
     def __init__(self, path: str, flag: str, columns: int = 1) -> None:
         self.columns, self._lines = columns, None  # the numbers of the texts' lines, from 0; None: all of the file's
+        self.name = path  # in messages
         self._file = open(path, "rb")  # noqa: SIM115  read from as long as this object lives
         if not os.path.isfile(path):
             with self._file as pipe:
@@ -139,17 +138,18 @@ class TextFile(Sequence):
             path = self._file.name
             self._file.seek(0)
         self.path = path
-        _refuse_bytes(os.pread(self._file.fileno(), encodings.BLOCK, 0), path, f"{flag} {path}")
+        _refuse_bytes(os.pread(self._file.fileno(), encodings.BLOCK, 0), flag, self.name)
         with reading(path) as advance:
             simple, maybe_blank = self._scan(advance)
         if columns > 1 or not simple:  # something may have to be reported, or left out
-            self._lines = np.fromiter((number - 1 for number, _ in read_rows(path, columns, flag)), "int32")
+            rows = read_rows(path, columns, flag, name=self.name)
+            self._lines = np.fromiter((number - 1 for number, _ in rows), "int32")
         elif blank := [row for row in maybe_blank if not self[row]]:
             self._lines = np.delete(np.arange(len(self), dtype="int32"), blank)
         if not len(self):
-            raise InputError(f"{flag} {path}: the file holds no text")
+            raise InputError(f"{flag} {self.name}: the file holds no text")
         if simple and not settings.plain_text:
-            formats.refuse_other_formats(self[: formats.SAMPLE], path, flag, (columns,))
+            formats.refuse_other_formats(self[: formats.SAMPLE], self.name, flag, (columns,))
 
     def _scan(self, advance: Callable[[int], Any]) -> tuple[bool, array]:
         """Find where lines start. Returns whether all is UTF-8 without tabs; and the numbers, from 0, of the lines that
@@ -184,7 +184,7 @@ class TextFile(Sequence):
 
     def place(self, row: int) -> str:
         """Where a text stands, as file:line."""
-        return f"{self.path}:{self.line_number(row)}"
+        return f"{self.name}:{self.line_number(row)}"
 
     def take(self, rows: Iterable[int]) -> list[str]:
         """The texts of some rows."""
@@ -238,7 +238,7 @@ def read_labeled_pairs(path: str, flag: str) -> list[tuple[str, str, float]]:
 def count_columns(path: str, flag: str, choices: tuple[int, ...]) -> int:
     """Which of `choices` is the number of columns of most of the first 1,000 lines; of as many the one that comes
     first. InputError: none, or another format, unless --plain_text."""
-    first = itertools.islice(_checked(path, flag, choices), 1000)
+    first = itertools.islice(formats.checked(_lines(path, flag, path), path, flag, choices), 1000)
     counted = Counter(line.count("\t") + 1 for _, line in first if line.strip())
     if found := [count for count in counted if count in choices]:
         return max(found, key=counted.get)

@@ -15,6 +15,7 @@ import math
 import os
 import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 
@@ -74,22 +75,26 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def read_result(args: argparse.Namespace, targets: Ranks, path: str) -> tuple[Ranks, Tops]:
+def repeats(documents: Sequence[str], lines: int) -> int:
+    """How often a result has the documents of a query of so many lines: recall.py writes them for each of its lines."""
+    once = len(documents) // lines
+    return lines if once and documents == documents[:once] * lines else 1
+
+
+def read_result(args: argparse.Namespace, targets: Ranks, lines: Mapping[str, int], path: str) -> tuple[Ranks, Tops]:
     """The ranks that the targets have in the file, and, for --show_errors, the tops of the queries whose first document
     is no target. Says on stderr what makes the figures other than they seem."""
     ranks, tops = {query: dict(each) for query, each in targets.items()}, {}
-    seen, unknown, depth = dict.fromkeys(targets, 0), 0, 0
-    runs: dict[str, tuple[str, str, int]] = {}  # of a query its first document, its last one, and how many there are
+    seen, unknown = dict.fromkeys(targets, 0), 0
+    recalled: dict[str, list[str]] = {query: [] for query, count in lines.items() if count > 1}
     for _, (query, document, score) in data.read_rows(path, 3, "--recall_result_file"):
         if query not in targets:
             unknown += 1
             continue
         rank = seen[query]
         seen[query] += 1
-        first, last, run = runs.get(query, (document, document, 0))
-        # recall.py writes a query of several lines as often: its first document stands there again, after others.
-        runs[query] = first, document, 1 if document == first != last else run + 1
-        depth = max(depth, runs[query][2])
+        if query in recalled:
+            recalled[query].append(document)
         # A document that stands there twice counts where it stands first; so does a query that recall.py wrote twice.
         if document in ranks[query]:
             ranks[query][document] = min(ranks[query][document], rank)
@@ -101,6 +106,7 @@ def read_result(args: argparse.Namespace, targets: Ranks, path: str) -> tuple[Ra
                      + ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else ""))
     if unknown:
         console.warn(f"{unknown} lines of {path} belong to no query of {args.similar_text_pair}")
+    depth = max((count // repeats(recalled.get(query, []), lines[query]) for query, count in seen.items()), default=0)
     if (depth := min(args.recall_num, depth)) < max(RECALL_KS):
         console.warn(f"only {depth} documents a query were looked at in {path}: recall@k is recall@{depth} for every "
                      "larger k")
@@ -196,11 +202,13 @@ def draw_recall(path: str, results: Mapping[str, Sequence[float]], queries: int)
 def main() -> None:
     args = parse_args()
     targets: Ranks = {}  # recalled nowhere yet
+    lines = Counter[str]()  # of each query
     for query, target in data.read_text_pairs(args.similar_text_pair, "--similar_text_pair"):
         targets.setdefault(query, {})[target] = math.inf
+        lines[query] += 1
     names, results, recalls = labels(args.recall_result_file), [], []
     for path in args.recall_result_file:
-        ranks, tops = read_result(args, targets, path)
+        ranks, tops = read_result(args, targets, lines, path)
         values = per_query([each.values() for each in ranks.values()], ["recall", *args.metrics], args.recall_num)
         recalls.append([percent(values[name]) for name in METRICS["recall"]])
         results.append({name: values[name] for metric in args.metrics for name in METRICS[metric]})

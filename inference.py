@@ -44,7 +44,8 @@ def main() -> None:
     streams = args.input_file == STDIN and not args.output_file
     texts = [("--text", text) for text in args.text]
     rows = data.read_rows(args.input_file, 1, "--input_file", every=True)
-    lines = ((f"{args.input_file}:{number}", "\t".join(row)) for number, row in rows)
+    name = "stdin" if args.input_file == STDIN else args.input_file
+    lines = ((f"{name}:{number}", "\t".join(row)) for number, row in rows)
     if args.input_file and not streams:
         texts += lines
     if not texts and not streams:

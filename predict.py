@@ -51,7 +51,7 @@ def main() -> None:
     engine, tokenizer = load_engine(args)
     for block in blocks:
         pairs = [row for _, row in block if complete(row)]
-        places = [f"{args.text_pair_file}:{number}" for number, row in block if complete(row)]
+        places = [f"{'stdin' if streams else args.text_pair_file}:{number}" for number, row in block if complete(row)]
         first, second = encode_pairs(engine, tokenizer, pairs, args.max_seq_length, args.batch_size, places)
         cosines = iter((first * second).sum(axis=1).clip(-1, 1).tolist())
         for _, row in block:

@@ -127,7 +127,7 @@ def check_targets(path: str, pairs: Iterable[tuple[int, list[str]]], corpus: dat
     there = {look for document in corpus if (look := data.plain(document)) in looks}
     unseen = sum(data.plain(target) in there for target in lines)
     first = ", ".join(f"{path}:{number}" for number in sorted(lines.values())[:3])
-    console.complain(f"--similar_text_pair: {len(lines):,} of {count:,} targets are not in {corpus.path}, and count as "
+    console.complain(f"--similar_text_pair: {len(lines):,} of {count:,} targets are not in {corpus.name}, and count as "
                      f"missed; {unseen:,} of them are but for white space, width or invisible characters: {first}")
 
 

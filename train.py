@@ -150,7 +150,7 @@ def look(args: argparse.Namespace, texts: data.TextFile, test_set: list[tuple[in
     if args.epochs or args.whiten is not None:
         for side in range(texts.columns if texts.columns < 3 else 0):
             if len({tuple(each) for each in ids[side :: texts.columns] if each}) < 2:
-                raise console.InputError(f"--train_set_file {texts.path}: there are no two different texts as the "
+                raise console.InputError(f"--train_set_file {texts.name}: there are no two different texts as the "
                                          "encoder sees them; SimCSE learns by telling them apart")
 
 

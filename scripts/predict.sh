@@ -9,8 +9,11 @@
 # On GPUs the launcher writes what the script prints to LOG_DIR/workerlog.0 (predict_log) as well.
 cd "$(dirname "$0")/.." || exit 1
 . scripts/common.sh
+case ${1:--} in
+-*) given "--text_pair_file -" "$@" || set -- --text_pair_file "$DATA_DIR/test.csv" "$@" ;;
+*) set -- --text_pair_file "$@" ;; # a file without its flag
+esac
 given --params_path "$@" || set -- --params_path "$(params_path)" "$@"
-given "--text_pair_file -" "$@" || set -- --text_pair_file "$DATA_DIR/test.csv" "$@"
 launch "${GPUS:-0}" "${LOG_DIR:-predict_log}" predict.py \
     --device "$DEVICE" \
     ${MODEL:+--model_name_or_path "$MODEL"} \

@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.." || exit 1
 . scripts/common.sh
 given --train_set_file "$@" || set -- --train_set_file "$DATA_DIR/train_unsupervised.csv" "$@"
 given --test_set_file "$@" || set -- --test_set_file "$DATA_DIR/dev.csv" "$@"
-given --model_name_or_path "$@" || set -- --model_name_or_path "${MODEL:-rocketqa-zh-base-query-encoder}" "$@"
+given "--model_name_or_path --init_from_ckpt" "$@" || set -- --model_name_or_path "${MODEL:-rocketqa-zh-base-query-encoder}" "$@"
 launch "${GPUS:-0,1,2,3}" "${LOG_DIR:-./train_log}" train.py \
     --eval_steps "${EVAL_STEPS:-100}" \
     --infer_with_fc_pooler \

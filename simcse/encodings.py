@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from simcse.formats import MOST, command
 
 BLOCK = 1 << 16  # bytes by which the encoding is guessed
+CUT_OFF = "the file ends within a character: it was cut off; get it again, or remove its last line"
 FEW, SURE = 8, 0.8  # bytes that are not ASCII and confidence below which no encoding is sure
 MAGIC = {b"\x1f\x8b": "compressed by gzip: gunzip it", b"BZh91AY&SY": "compressed by bzip2: bunzip2 it",
          b"\xfd7zXZ\0": "compressed by xz: unxz it", b"\x28\xb5\x2f\xfd": "compressed by zstd: unzstd it",
@@ -56,8 +57,9 @@ def wide(head: bytes) -> str | None:
 
 def not_utf8(path: str, line: bytes, error: UnicodeDecodeError) -> str:
     """Why a line is not UTF-8, and what to do: by the whole file or, of stdin and pipes, by the line."""
+    cut_off = error.reason == "unexpected end of data" and not line[: error.start].isascii()
     if not os.path.isfile(path):
-        return known_bytes(line) or guess([line])
+        return CUT_OFF if cut_off else known_bytes(line) or guess([line])
     with open(path, "rb") as file:
         head = file.read(BLOCK)
         if found := known_bytes(head) or (wide(head) if b"\0" in head else None):
@@ -75,8 +77,8 @@ def not_utf8(path: str, line: bytes, error: UnicodeDecodeError) -> str:
     if not bad:  # it was changed meanwhile
         return guess([line])
     stray = stray_bytes(bad[0][1])
-    if len(bad) == 1 and last is bad[0][1] and error.reason == "unexpected end of data" and others:
-        return "the file ends within a character: it was cut off; get it again, or remove its last line"
+    if len(bad) == 1 and last is bad[0][1] and (cut_off or (error.reason == "unexpected end of data" and others)):
+        return CUT_OFF
     if len(bad) == 1 and len(stray) == 1 and lines > 1:
         return f"a stray byte, 0x{stray.hex()}, in a file of UTF-8; correct this line"
     if others > len(bad):

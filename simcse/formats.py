@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from simcse.console import InputError, complain, some
+from simcse.console import InputError, complain, settings, some
 from simcse.files import STDIN
 
 SAMPLE = 100  # lines by which the format is guessed
@@ -54,6 +54,35 @@ class Table(NamedTuple):
     quoted: bool = False  # whether there are quotes around fields
 
 
+def checked(lines: Iterator[tuple[int, str]], name: str, flag: str,
+            columns: tuple[int, ...]) -> Iterator[tuple[int, str]]:
+    """Numbers and texts of the lines of a file, or of "stdin", whose first ones, unless --plain_text, are not those of
+    another format. Of stdin, where each line is answered as it comes, that is said when it is seen, unless the first
+    text shows it."""
+    if settings.plain_text:
+        return lines
+    if name == "stdin":
+        return _watched(lines, flag, columns)
+    ahead = list(itertools.islice(lines, SAMPLE))
+    refuse_other_formats([line for _, line in ahead if line.strip()], name, flag, columns)
+    return itertools.chain(ahead, lines)
+
+
+def _watched(lines: Iterator[tuple[int, str]], flag: str, columns: tuple[int, ...]) -> Iterator[tuple[int, str]]:
+    seen: list[str] = []
+    for number, line in lines:
+        if line.strip() and len(seen) < SAMPLE:
+            seen.append(line)
+            try:
+                refuse_other_formats(seen if len(seen) in (1, 3, 5, MANY, SAMPLE) else [], "stdin", flag, columns)
+            except InputError as error:
+                if len(seen) == 1:
+                    raise
+                complain(f"{error}; the lines before it were taken as they are")
+                seen *= SAMPLE  # it is said once
+        yield number, line
+
+
 def refuse_other_formats(lines: Sequence[str], path: str, flag: str, columns: tuple[int, ...]) -> None:
     """InputError where the first lines of a file, without blank ones, are those of JSON, of CSV, or of a table with a
     header or with numbers where texts are needed: what it is, what is needed, and the command that converts it.
@@ -62,7 +91,7 @@ def refuse_other_formats(lines: Sequence[str], path: str, flag: str, columns: tu
         return
     lines = [line.strip(" \r\n") for line in lines]
     tabs = sum("\t" in line for line in lines)
-    where = f"{flag} {'stdin' if path == STDIN else path}"
+    where = f"{flag} {path}"
     needed = f"needed: {COLUMNS.get(columns, f'columns between tabs, one of {columns}')}"
     anyway = "--plain_text takes its lines as they are"
     if kind := document(lines):
@@ -74,25 +103,30 @@ def refuse_other_formats(lines: Sequence[str], path: str, flag: str, columns: tu
         remedy = (f"there are too few columns of texts in it: {some(found.names)}" if options is None
                   else f"{command(path, options)} converts it")
         raise InputError(f"{where}: {found.what}; {needed}; {remedy}; {anyway}")
-    if not tabs and flag in TAKES_TEXTS:
+    if not tabs and flag in TAKES_TEXTS and (path != "stdin" or len(lines) > 1):
         raise InputError(f"{where}: one column; {needed}; {TAKES_TEXTS[flag]}")
     if 1 in columns and len(lines) >= MANY and (odd := odd_in_each(lines)):
         complain(f"{where}: each of the first {len(lines)} lines {odd}: "
                  f"{command(path, ['--format', 'csv'])}")
 
 
+def is_pipe(path: str) -> bool:
+    """Whether a path is stdin or a pipe, which no command can read again."""
+    return path == "stdin" or (os.path.exists(path) and not os.path.isfile(path))
+
+
 def command(path: str, options: Sequence[str]) -> str:
-    """The command that converts a file; of stdin the part of the pipe that does."""
-    words = ["python", "scripts/to_tsv.py", "--input_file", path, *options]
-    if path != STDIN:
+    """The command that converts a file; of a pipe the part of it that does."""
+    words = ["python", "scripts/to_tsv.py", "--input_file", STDIN if is_pipe(path) else path, *options]
+    if not is_pipe(path):
         root, end = os.path.splitext(path)
         words += ["--output_file", f"{root}{'_converted' if end == '.tsv' else ''}.tsv"]
     return shlex.join(words)
 
 
 def named(advice: str, path: str) -> str:
-    """A piece of advice with the names of the file and of a new one for FILE and NEW; of stdin as it is."""
-    if path == STDIN:
+    """A piece of advice with the names of the file and of a new one for FILE and NEW; of a pipe as it is."""
+    if is_pipe(path):
         return advice
     root, end = os.path.splitext(path)
     return advice.replace("FILE", shlex.quote(path)).replace("NEW", shlex.quote(f"{root}_utf8{end}"))

@@ -109,7 +109,7 @@ class MilvusIndex:
 
     def _check_lengths(self, corpus: Any) -> None:
         """InputError where a text of the corpus is longer than a field of Milvus can be."""
-        long = [f"{corpus.path}:{corpus.line_number(row)}" for row, text in enumerate(corpus)
+        long = [corpus.place(row) for row, text in enumerate(corpus)
                 if 4 * len(text) > self._TEXT_BYTES and len(text.encode()) > self._TEXT_BYTES]
         if long:
             raise InputError(f"--corpus_file {some(long, 3)}: {len(long)} of {len(corpus)} texts are longer than "

@@ -305,3 +305,11 @@ def test_the_depth_is_that_of_one_run_of_a_query(tmp_path, lines):
     assert "only 10 documents a query were looked at" in report
     _, report = evaluate(tmp_path, pairs, (once + block("a", "", 0, 40)) * lines + block("b", "B", 1))
     assert "were looked at" not in report
+
+
+def test_the_depth_where_all_documents_are_alike(tmp_path):
+    """One document a query, or copies of one, for a query of two lines."""
+    pairs = [("a", "A"), ("a", "B"), ("b", "B")]
+    for documents in (1, 3):
+        _, report = evaluate(tmp_path, pairs, [("a", "A")] * documents * 2 + [("b", "B")] * documents)
+        assert f"only {documents} documents a query were looked at" in report

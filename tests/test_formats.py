@@ -184,7 +184,18 @@ def test_both_readers_refuse_and_a_flag_reads_all_the_same(tmp_path, monkeypatch
     flags.add_data_arguments(parser := flags.ArgumentParser("Reads."))
     parser.parse_args()
     assert console.settings.plain_text
-    monkeypatch.setattr(console.settings, "plain_text", False)
+    console.settings.plain_text = False
+
+
+def test_later_lines_of_stdin_are_taken_and_said(capsys):
+    lines = list(enumerate(["id,text", "", '1,"甲, 乙"', '2,"丙, 丁"', '3,"戊"', '4,"己"'], 1))
+    assert list(formats.checked(iter(lines), "stdin", "--flag", (1,))) == lines
+    said, = capsys.readouterr().err.splitlines()
+    assert said.startswith("--flag stdin: CSV with ") and said.endswith("; the lines before it were taken as they are")
+    blank_first = iter([(1, ""), (2, '{"text": "甲"}')])
+    assert next(blank := formats.checked(blank_first, "stdin", "--flag", (1,))) == (1, "")
+    with pytest.raises(InputError, match="--flag stdin: JSON objects"):
+        next(blank)
 
 
 def test_the_first_line_of_stdin_is_looked_at():
@@ -237,6 +248,23 @@ def test_of_several_encodings_none_is_given_as_the_right_one(tmp_path, content):
     said = wrong(tmp_path, content)
     assert "charset-normalizer: it may be " in said and "look whether it reads well before you convert it" in said
     assert " > " not in said
+
+
+def test_a_pipe_is_named_and_what_is_cut_off_in_it():
+    code = "import data; data.TextFile('/dev/stdin', '--flag')"
+    for given, said in (("甲\n乙\t丙\n丁\n", "--flag /dev/stdin: skipped; 1 of 3 lines are malformed: /dev/stdin:2 "),
+                        (JSONL, "to_tsv.py --input_file - converts it"),
+                        ("你好世\udce7\udc95", ":1: not UTF-8 at byte 10 of the line; the file ends within a char")):
+        ran = subprocess.run([sys.executable, "-c", code], input=given.encode("utf-8", "surrogateescape"),
+                             capture_output=True, cwd=ROOT)
+        assert said in ran.stderr.decode()
+
+
+def test_characters_that_a_conversion_lost_are_said(tmp_path, capsys):
+    path = tmp_path / "texts.txt"
+    path.write_text("甲\n\ufffd\ufffd乙\n丙\n", encoding="utf-8")
+    assert len(data.TextFile(str(path), "--flag")) == 3
+    assert f"--flag {path}: 1 of 3 lines have U+FFFD, " in (said := capsys.readouterr().err) and said.endswith(":2\n")
 
 
 @pytest.mark.parametrize("content, said", [

@@ -163,6 +163,43 @@ def test_training_texts_that_are_one_after_cutting(tokenizer, tmp_path, capsys):
     assert said.startswith("1 of 4 texts, cut to 8 tokens, are one with another") and said.endswith(f" {path}:2")
 
 
+def test_texts_that_are_one_to_the_encoder_are_no_training(tokenizer, tmp_path):
+    """All [UNK], or alike but for case and blanks; of pairs the titles."""
+    path = tmp_path / "train.csv"
+    for content in ("😀\n😀😀\n👍\n", "Hello 你好\nhello  你好\nＨ\n", "甲\tX\n乙\tx\n"):
+        path.write_text(content, encoding="utf-8")
+        texts = data.TextFile(str(path), "--flag", content.count("\t") and 2 or 1)
+        with pytest.raises(InputError, match="train.csv: there are no two different texts as the encoder sees them"):
+            train.look(arguments(path, epochs=0, whiten=0), texts, [], tokenizer)
+        train.look(arguments(path, epochs=0, whiten=None), texts, [], tokenizer)
+
+
+def test_embeddings_that_are_no_numbers_are_refused(tokenizer):
+    class Nan(Ones):
+        def embed(self, input_ids, token_type_ids):
+            return np.full((len(input_ids), 4), np.nan, "float32")
+
+    with pytest.raises(InputError, match="embeddings that are no numbers"):
+        m.encode(Nan(), tokenizer, ["短"], 8)
+
+
+def test_ranks_count_together(tokenizer, monkeypatch, capsys):
+    """Each has its part of the texts; the first says what all have seen."""
+    from simcse import ranks
+
+    texts, parts = ["长" * 9, "短", "👍", "长" * 8], []
+    monkeypatch.setattr(ranks, "gather_arrays", lambda array: parts.append(array) or parts)
+    for rows in (range(2, 4), range(2)):
+        sight = m.Sight(tokenizer, texts, 8, str, remark=False)
+        sight(rows)
+        sight.report()
+        assert not capsys.readouterr().err
+        sight.gather()
+    sight.report()
+    assert [line.split(":")[-1] for line in capsys.readouterr().err.splitlines()] == [" 0, 3", " 2"]
+    assert sight.count == 4
+
+
 def test_a_batch_of_one_is_warned_about(tmp_path, capsys):
     path = tmp_path / "train.csv"
     path.write_text("甲\n乙\n", encoding="utf-8")

@@ -190,6 +190,9 @@ def read_rows(args: argparse.Namespace, flag: str, columns: int) -> list[Row]:
     with open(path, "rb") as file:
         lines = file.read().splitlines()  # of bytes: at \n, \r\n and \r, nowhere else
     where, rows, bad, blank = f"--{flag} {path}", [], [], 0
+    first = next(filter(bytes.strip, lines), b"").strip()
+    if re.fullmatch(rb'\{".*\}|\[\{.*|"[^"]*"(,"[^"]*")+', first):
+        raise p.InputError(f"{where}: JSON or CSV, and not texts with tabs between them")
     for number, line in enumerate(lines, 1):
         given = decode(line, f"{where}:{number}").replace("\ufeff", "")  # BOMs, wherever files were joined
         row = [field.strip() for field in given.split("\t")]
@@ -225,7 +228,7 @@ def embed_rows(args: argparse.Namespace, embed: Callable, rows: Sequence[Row], c
 
     def complain(remark: str, which: list[int]) -> None:
         message = (f"{len(which):,} of {len(texts):,} texts {remark}: "
-                   f"{', '.join(places[text // columns] for text in which[:3])}")
+                   f"{', '.join(dict.fromkeys(places[text // columns] for text in which[:3]))}")
         if args.strict_data:
             raise p.InputError(f"{message} (--strict_data)")
         print(message, file=sys.stderr)
