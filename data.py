@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import unicodedata
 from array import array
 from collections import Counter
@@ -117,10 +118,6 @@ def read_texts(path: str, flag: str) -> list[str]:
     return [text for _, (text,) in read_rows(path, 1, flag)]
 
 
-def _text_of(line: bytes) -> str:
-    return line.decode("utf-8").replace(BOM, "").strip()
-
-
 class TextFile(Sequence):
     """The texts that `read_texts` gives, found by their offsets and read when asked for: 8 bytes of memory a line. Of
     several columns a row is a list of texts. Arguments and errors are those of `read_rows`. A pipe is copied first."""
@@ -195,7 +192,7 @@ class TextFile(Sequence):
             return self.take(range(len(self))[row])
         line = self.line_number(range(len(self))[row])  # the one after the text's
         start, end = map(int, self._starts[line - 1 : line + 1])
-        return self._row(_text_of(os.pread(self._file.fileno(), end - start, start)))
+        return self._row(os.pread(self._file.fileno(), end - start, start))
 
     def __iter__(self):
         """Yield the rows in their order, read by blocks of the file."""
@@ -205,10 +202,10 @@ class TextFile(Sequence):
             begins, ends, offset = self._starts[lines], self._starts[lines + 1], int(self._starts[lines[0]])
             block = os.pread(self._file.fileno(), int(ends[-1]) - offset, offset)
             places = zip((begins - offset).tolist(), (ends - offset).tolist())
-            texts = [_text_of(block[begin:end]) for begin, end in places]
-            yield from texts if self.columns == 1 else map(self._row, texts)
+            yield from [self._row(block[begin:end]) for begin, end in places]
 
-    def _row(self, text: str) -> str | list[str]:
+    def _row(self, line: bytes) -> str | list[str]:
+        text = line.decode("utf-8").replace(BOM, "").strip()
         return text if self.columns == 1 else [field.strip() for field in text.split("\t")]
 
     def sample(self, count: int) -> list[str]:
@@ -228,11 +225,6 @@ def not_a_number(row: list[str]) -> str | None:
         return None if math.isfinite(float(row[2])) else f"label {row[2]!r} is not a finite number"
     except ValueError:
         return f"label {row[2]!r} is not a number"
-
-
-def read_labeled_pairs(path: str, flag: str) -> list[tuple[str, str, float]]:
-    """Two texts and a number a line."""
-    return [(a, b, float(label)) for _, (a, b, label) in read_rows(path, 3, flag, not_a_number)]
 
 
 def count_columns(path: str, flag: str, choices: tuple[int, ...]) -> int:
@@ -268,6 +260,8 @@ class WordPiece:
 
     # PaddleNLP splits at symbols and at some more code points; BertPreTokenizer only at punctuation.
     # The last range is missing from the Rust normalizer's han (a typo in its table).
+    _PIECE = re.compile("[\u4e00-\u9fff]|[^\u4e00-\u9fff \\t\\r\\n]+")
+    _KNOWN = 1 << 18  # pieces whose ids are kept
     _SPLIT = r"[\p{S}\x{AD}\x{B2}\x{B5}\x{BA}\x{D8}\x{14B}\x{1B1}\x{3007}\x{2B820}-\x{2B91F}]"
 
     def __init__(self, vocab: dict[str, int], lowercase: bool = True, kind: str = "ErnieTokenizer") -> None:
@@ -284,20 +278,33 @@ class WordPiece:
             [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Split(Regex(self._SPLIT), "isolated")])
         self._rust.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]", special_tokens=[("[CLS]", self.cls), ("[SEP]", self.sep)])
+        self._known, self._lock = dict[str, Ids](), threading.Lock()
 
     def __call__(self, texts: Sequence[str], max_seq_length: int) -> list[Ids]:
-        """Token ids of each text, [CLS] and [SEP] included, cut to `max_seq_length`."""
-        return [encoding.ids for encoding in self.encode(texts, max_seq_length)]
+        """Token ids of each text, [CLS] and [SEP] included, cut to `max_seq_length`. It is taken by pieces, its han
+        characters and what is between them and blanks, where all text is split: there are few, whose ids are kept."""
+        with self._lock:  # evaluation runs beside the making of batches
+            known, pieces = self._known, [*map(self._PIECE.findall, self._heads(texts, max_seq_length))]
+            if len(known) > self._KNOWN:
+                known = self._known = {}
+            new = list(set().union(*pieces).difference(known))
+            self._rust.no_truncation()
+            known.update(zip(new, (encoding.ids[1:-1] for encoding in self._rust.encode_batch_fast(new))))
+        room, tokens = max_seq_length - 2, itertools.chain.from_iterable
+        return [[self.cls, *itertools.islice(tokens(map(known.__getitem__, each)), room), self.sep] for each in pieces]
 
-    def encode(self, texts: Sequence[str], max_seq_length: int, offsets: bool = False) -> list:
-        """What the tokenizers library gives of each text, ids and, if `offsets`, where in it each token stands."""
-        encode = self._rust.encode_batch if offsets else self._rust.encode_batch_fast
+    def encode(self, texts: Sequence[str], max_seq_length: int) -> list:
+        """What the tokenizers library gives of each text: ids, and where in it each token stands."""
+        return self._rust.encode_batch(self._heads(texts, max_seq_length, offsets=True))
+
+    def _heads(self, texts: Sequence[str], max_seq_length: int, offsets: bool = False) -> list[str]:
+        """Of each text a beginning with the same first tokens."""
         self._rust.enable_truncation(max_seq_length)
         room = max_seq_length - 2
         # A han character is a token and ends the one before it, so what follows the last that has room is cut anyway.
         enough = re.compile(f"(?:[^\u4e00-\u9fff]*[\u4e00-\u9fff]){{{room}}}").match
-        return encode([found[0] if len(text) > room and (found := enough(text)) else text
-                       for text in (self._beginning(text, room, offsets) for text in texts)])
+        return [found[0] if len(text) > room and (found := enough(text)) else text
+                for text in (self._beginning(text, room, offsets) for text in texts)]
 
     def _beginning(self, text: str, room: int, offsets: bool) -> str:
         """A text, of a very long one a beginning with the same first `room` tokens, and unless `offsets` with less of
@@ -386,9 +393,10 @@ def unseen(tokenizer: WordPiece | AnyTokenizer, ids: Sequence[Ids]) -> list[int]
 
 def pad(sequences: Sequence[Sequence[int]], pad_id: int, length: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Pad token ids to `length`, or to the longest: input_ids and token_type_ids (all zero), int64 [batch, length]."""
-    input_ids = np.full((len(sequences), length or max(map(len, sequences))), pad_id, dtype="int64")
-    for row, sequence in zip(input_ids, sequences):
-        row[: len(sequence)] = sequence
+    lengths = np.fromiter(map(len, sequences), "int64", len(sequences))
+    input_ids = np.full((len(sequences), length or lengths.max()), pad_id, dtype="int64")
+    tokens = np.fromiter(itertools.chain.from_iterable(sequences), "int64", lengths.sum())
+    input_ids[np.arange(input_ids.shape[1]) < lengths[:, None]] = tokens
     return input_ids, np.zeros_like(input_ids)
 
 
@@ -397,7 +405,8 @@ def make_batches(ids: Sequence[Sequence[int]], pad_id: int, batch_size: int | No
     """Batch token ids of like length, longest first, each batch padded to a multiple of LENGTH_MULTIPLE, `batch_size`
     texts at a time or, None, as many as fill `batch_tokens`, padding included. Yields the positions of the batch's
     texts in `ids`, its input_ids and its token_type_ids, int64 [texts, length]."""
-    order, longest = sorted(range(len(ids)), key=lambda i: -len(ids[i])), max(map(len, ids), default=0)
+    lengths = np.fromiter(map(len, ids), "int64", len(ids))
+    order, longest = np.argsort(-lengths, kind="stable").tolist(), lengths.max(initial=0).item()
     while order:
         length = min(longest, -(-len(ids[order[0]]) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
         size = batch_size or max(1, batch_tokens // length)

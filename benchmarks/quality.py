@@ -117,8 +117,8 @@ def prepare(args: argparse.Namespace, data_set: str, folder: str) -> dict[str, s
     if data_set == "csl":
         pairs = data.read_text_pairs(f"{source}/train.csv", "--data_dir")
     else:
-        labeled = data.read_labeled_pairs(f"{source}/dev_labeled.csv", "--data_dir")
-        pairs = [(query, title) for query, title, label in labeled if label]
+        labeled = [row for _, row in data.read_rows(f"{source}/dev_labeled.csv", 3, "--data_dir", data.not_a_number)]
+        pairs = [(query, title) for query, title, label in labeled if float(label)]
         known = {text for query, title, _ in labeled for text in (query, title)}
         queries = [pair for pair in queries if not known.intersection(pair)]
     seen = [(text[:SEEN],) for text in data.read_texts(files["corpus"], "--data_dir")]

@@ -100,7 +100,7 @@ class MaskedBatches:
     def make(self, rows: Sequence[int], epoch: int) -> MaskedBatch:
         """The batch of some rows of the training file, in an epoch from 0."""
         texts = [self.texts[row] for row in rows]
-        encodings = self.tokenizer.encode(texts, self.args.max_seq_length, offsets=True)
+        encodings = self.tokenizer.encode(texts, self.args.max_seq_length)
         input_ids, types = data.pad([encoding.ids for encoding in encodings], self.tokenizer.pad_token_id)
         chosen = np.zeros(input_ids.shape, bool)
         for line, (row, text, encoding) in enumerate(zip(rows, texts, encodings)):

@@ -114,7 +114,7 @@ def test_a_last_batch_of_one_is_joined_to_the_one_before(count, batch_size, rank
 def test_whole_words_are_masked(tokenizer):
     text = "城市道路交通流中观仿真研究,SimCSE is unsupervised"
     masked = pretrain.MaskedBatches([text], tokenizer, arguments(max_seq_length=64))
-    (encoding,) = tokenizer.encode([text], 64, offsets=True)
+    (encoding,) = tokenizer.encode([text], 64)
     ids, starts = encoding.ids, pretrain.starts_of(encoding)
     assert ids == tokenizer([text], 64)[0] and len(starts) == len(ids) - 2
     words = masked.words(text, starts)

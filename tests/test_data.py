@@ -86,7 +86,8 @@ def test_every_line_has_a_row_where_rows_stand_beside_lines(tmp_path, capsys, mo
 def test_labels_must_be_numbers(tmp_path, capsys):
     path = tmp_path / "file.csv"
     path.write_text("a\tb\t1\nc\td\t0.5\ne\tf\tyes\n")
-    assert data.read_labeled_pairs(str(path), "--flag") == [("a", "b", 1.0), ("c", "d", 0.5)]
+    labelled = data.read_rows(str(path), 3, "--flag", data.not_a_number)
+    assert list(labelled) == [(1, ["a", "b", "1"]), (2, ["c", "d", "0.5"])]
     assert "label 'yes' is not a number" in capsys.readouterr().err
 
 
