@@ -26,7 +26,7 @@ paddle2.6)
     sed 's/^paddlepaddle-gpu/paddlepaddle/' requirements-gpu.txt >"$venv.requirements.tmp"
     make_venv "$venv" "$venv.requirements.tmp" requirements-serving.txt requirements-test.txt
     tests=
-    for name in compat train gradients recall pipeline pipes engine precision losses objectives whitening \
+    for name in compat lengths train gradients recall pipeline pipes engine precision losses objectives whitening \
         pretrain mining deploy resume stopping checkpoint distributed serving; do
         tests="$tests tests/test_$name.py"
     done
