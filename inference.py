@@ -55,7 +55,7 @@ def main() -> None:
 
     from model import encode, load_engine
 
-    engine, tokenizer = load_engine(args)
+    engine, tokenizer = load_engine(args, [text for _, text in texts if data.holds_text(text)])
     for block in arriving(lines) if streams else [texts]:
         good = [data.holds_text(text) for _, text in block]
         places, complete = zip(*itertools.compress(block, good)) if any(good) else ((), ())

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from data import WINDOW, Ids, cut, load_tokenizer, make_batches, unseen
+from data import WINDOW, Ids, TextFile, cut, load_tokenizer, make_batches, unseen
 from simcse import console
 from simcse.console import InputError, progress
 from simcse.encoders import (
@@ -30,6 +30,8 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
+
+INT8_NEEDS = "requirements-openvino.txt"
 
 
 # ---------------------------------------------------------------------------------------------------------- the network
@@ -272,10 +274,27 @@ def save_checkpoint(folder: str, model: SimCSE, tokenizer: Any, record: dict,
             also(temporary)
 
 
-def load_engine(args: argparse.Namespace) -> tuple[Engine, Any]:
+def calibration(args: argparse.Namespace, texts: Sequence[Any], tokenizer: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Batches of one text each, from all over --calibration_file, or `texts`, for `int8.export_openvino`."""
+    from simcse.int8 import SAMPLE
+
+    if args.calibration_file:
+        texts = TextFile(args.calibration_file, "--calibration_file")
+    if not texts:
+        raise InputError(f"--precision int8: {args.params_path} has no int8 graph beside it yet; name a file of texts "
+                         "to make it with by --calibration_file")
+    rows = [texts[row] for row in range(0, len(texts), -(-len(texts) // SAMPLE))]
+    ids = tokenizer([row if isinstance(row, str) else row[0] for row in rows], args.max_seq_length)
+    return [batch for _, *batch in make_batches(ids, tokenizer.pad_token_id, batch_size=1)]
+
+
+def load_engine(args: argparse.Namespace, texts: Sequence[Any] = ()) -> tuple[Engine, Any]:
     """The engine and the tokenizer that a stage's flags ask for (`add_model_arguments`, `add_encode_arguments`). On a
-    CPU the graph, once exported, is kept beside the checkpoint; later starts need neither the network nor paddlenlp."""
+    CPU the graph, once exported, is kept beside the checkpoint; later starts need neither the network nor paddlenlp.
+    Of `texts`, or of rows that begin with one, int8 is calibrated where no file is given for it."""
     set_device(args.device, args.cpu_threads)
+    if args.precision == "int8":
+        console.check_installed("--precision int8", INT8_NEEDS, "openvino")
     kept = KeptGraph(args) if args.device == "cpu" else None
     if kept and (engine := kept.read()):
         return engine, checkpoint_tokenizer(args.params_path, args.model_name_or_path)
@@ -283,6 +302,12 @@ def load_engine(args: argparse.Namespace) -> tuple[Engine, Any]:
     model, tokenizer, record = load_model(args.params_path, args.model_name_or_path, args.output_emb_size,
                                           settings=settings)
     keep = functools.partial(kept.write, record) if kept and not RANK else None
+    if args.precision == "int8":
+        console.check_installed("--precision int8", INT8_NEEDS, "nncf", "paddle2onnx")
+        from simcse import int8
+
+        export = functools.partial(int8.export_openvino, batches=calibration(args, texts, tokenizer))
+        return make_engine(model, args.precision, args.cpu_threads, keep, export), tokenizer
     return make_engine(model, args.precision, args.cpu_threads, keep), tokenizer
 
 

@@ -48,7 +48,7 @@ def main() -> None:
 
     from model import encode_pairs, load_engine, mean_loss
 
-    engine, tokenizer = load_engine(args)
+    engine, tokenizer = load_engine(args, () if streams else [row for _, row in blocks[0] if complete(row)])
     for block in blocks:
         pairs = [row for _, row in block if complete(row)]
         places = [f"{'stdin' if streams else args.text_pair_file}:{number}" for number, row in block if complete(row)]

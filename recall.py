@@ -277,7 +277,7 @@ def main() -> None:
 
     import model
 
-    engine, tokenizer = model.load_engine(args)
+    engine, tokenizer = model.load_engine(args, corpus or ())
     encode = functools.partial(model.encode, engine, tokenizer, max_seq_length=args.max_seq_length,
                                batch_size=args.batch_size)
     index, entries = open_index(args, corpus, engine, tokenizer, encode)

@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 case "${STACK:-paddle3.3}" in
 paddle3.3)
     venv=.venv
-    make_venv "$venv" requirements.txt requirements-milvus.txt requirements-onnx.txt requirements-serving.txt \
+    make_venv "$venv" requirements.txt requirements-milvus.txt requirements-onnx.txt requirements-openvino.txt requirements-serving.txt \
         requirements-test.txt requirements-dev.txt
     # The tests of pages need a browser; without one they are skipped, and say so.
     if ! command -v chromedriver >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then

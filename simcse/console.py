@@ -1,6 +1,7 @@
 """What a person sees of a running script: log lines, progress and errors on stderr, results on stdout, exit codes."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -114,6 +115,13 @@ def progress(what: str, total: int | None, unit: str, lines: bool = True, done: 
                 yield bar.update
             finally:
                 settings.bars -= 1
+
+
+def check_installed(flag: str, requirements: str, *packages: str) -> None:
+    """InputError where a package that a flag needs is missing; nothing is imported."""
+    for name in packages:
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"{flag}: {name} is not installed; pip install -r {requirements}")
 
 
 @contextlib.contextmanager

@@ -13,8 +13,8 @@ from unittest.mock import patch
 
 from simcse.console import InputError, log, reported
 from simcse.files import file_digest, new_folder, read_json, write_json
-from simcse.machine import BATCH_TOKENS, CPU_HAS_BF16, CPU_THREADS, auto_precision
-from simcse.weights import CONFIG_FILE, ONNX_FILE, OPSET, model_digest, read_record
+from simcse.machine import BATCH_TOKENS, CPU_BF16_IS_FASTER, CPU_HAS_BF16, CPU_THREADS, auto_precision
+from simcse.weights import CONFIG_FILE, ONNX_FILE, OPENVINO_FILE, OPSET, model_digest, read_record
 
 import numpy as np
 import paddle
@@ -29,7 +29,7 @@ class Engine(Protocol):
     embedding_size: int
     max_positions: int
     batch_tokens: int  # tokens of a batch, padding included, where no batch size is asked for
-    precision: str  # number format of the matrix products: "fp32", "bf16" or "fp16"
+    precision: str  # number format of the matrix products: "fp32", "bf16", "fp16" or "int8"
 
     def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> Any: ...
 
@@ -95,6 +95,31 @@ class CpuEngine:
             handle.copy_from_cpu(array)
         self.predictor.run()
         return self.output.copy_to_cpu().astype("float32", copy=False)
+
+
+class OpenVinoEngine:
+    """A folder that `int8.export_openvino` has filled, run by OpenVINO on a CPU, on so many threads, 0 being all cores.
+    Of an int8 graph what is not int8 is, like all of another one where `precision` is "auto", bf16 on a CPU that is
+    faster in it, else fp32."""
+
+    batch_tokens = BATCH_TOKENS[True]
+
+    def __init__(self, folder: str, precision: str = "auto", cpu_threads: int = 0) -> None:
+        import openvino
+
+        record = read_record(folder)
+        self.embedding_size, self.max_positions = record["embedding_size"], record["max_positions"]
+        self.precision = auto_precision("cpu") if precision == "auto" else precision
+        in_bf16 = self.precision == "bf16" or (self.precision == "int8" and CPU_BF16_IS_FASTER)
+        graph = openvino.Core().compile_model(os.path.join(folder, OPENVINO_FILE), "CPU", {
+            "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": cpu_threads or CPU_THREADS,
+            "INFERENCE_PRECISION_HINT": "bf16" if in_bf16 else "f32"})
+        self.request = graph.create_infer_request()
+
+    def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
+        """int64 [batch, length] twice to float32 [batch, embedding_size], L2-normalized."""
+        inputs = {"input_ids": input_ids, "token_type_ids": token_type_ids}
+        return self.request.infer(inputs, share_inputs=True)[0]
 
 
 class TableEngine:
@@ -172,11 +197,12 @@ class TableEngine:
         return vectors
 
 
-def open_engine(folder: str, precision: str = "fp32", cpu_threads: int = 0) -> "CpuEngine | TableEngine":
+def open_engine(folder: str, precision: str = "fp32", cpu_threads: int = 0) -> Engine:
     """The engine of a folder that `make_engine` has filled."""
     if os.path.isfile(os.path.join(folder, TableEngine.FILE)):
         return TableEngine(folder, precision)
-    return CpuEngine(folder, precision, cpu_threads)
+    kind = OpenVinoEngine if os.path.isfile(os.path.join(folder, OPENVINO_FILE)) else CpuEngine
+    return kind(folder, precision, cpu_threads)
 
 
 def gpu_precision(precision: str) -> str:
@@ -188,14 +214,16 @@ def gpu_precision(precision: str) -> str:
 
 
 def make_engine(model: nn.Layer, precision: str = "auto", cpu_threads: int = 0,
-                keep: Callable[[str], None] | None = None) -> Engine:
-    """What encodes fastest on the current device: on a CPU a `CpuEngine` of the weights as they are now, the folder of
-    whose graph `keep` is given; on a GPU the network itself, in its own precision."""
+                keep: Callable[[str], None] | None = None,
+                export: Callable[[nn.Layer, str], Any] = export_graph) -> Engine:
+    """What encodes fastest on the current device: on a CPU the engine of the graph that `export` writes to a folder, of
+    the weights as they are now, and the folder is given to `keep`; on a GPU the network itself, in its own precision.
+    """
     if paddle.device.get_device() != "cpu":
         return model
     with tempfile.TemporaryDirectory() as folder:
         if not TableEngine.write(model, folder):
-            export_graph(model, folder)
+            export(model, folder)
         engine = open_engine(folder, precision, cpu_threads)
         if keep:
             keep(folder)
@@ -204,33 +232,38 @@ def make_engine(model: nn.Layer, precision: str = "auto", cpu_threads: int = 0,
 
 class KeptGraph:
     """The exported graph of the checkpoint that a stage's flags name, in a folder beside it, with its fingerprint: the
-    checkpoint and the encoder by content, the libraries, the code that shapes the graph, and its own files."""
+    checkpoint and the encoder by content, the libraries, the code that shapes the graph, its own files, and of int8 the
+    --calibration_file, with which it is made anew, and without which it is taken as it is."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.folder = args, f"{os.path.splitext(args.params_path)[0]}.graph"
-        here = os.path.dirname(os.path.abspath(__file__))
+        kind, code = "graph", ["engine.py", "encoders.py", "../model.py"]
+        if args.precision == "int8":
+            kind, code = "int8", [*code, "int8.py"]
+        self.args, self.folder = args, f"{os.path.splitext(args.params_path)[0]}.{kind}"
+        here, calibration = os.path.dirname(os.path.abspath(__file__)), vars(args).get("calibration_file")
         paddlenlp = next(iter(importlib.metadata.distributions(name="paddlenlp")), None)
         self.fingerprint = {
             "model": model_digest(args.params_path, args.model_name_or_path), "paddlepaddle": paddle.__version__,
             "paddlenlp": paddlenlp and paddlenlp.version,
-            "code": [file_digest(os.path.join(here, name)) for name in ("engine.py", "encoders.py", "../model.py")]}
+            "code": [file_digest(os.path.join(here, name)) for name in code],
+            **({"calibration": file_digest(calibration)} if calibration else {})}
 
-    def read(self) -> "CpuEngine | TableEngine | None":
+    def read(self) -> Engine | None:
         """Its engine; None where it has to be exported (again)."""
         try:
             found, record = read_json(os.path.join(self.folder, "fingerprint.json")), read_record(self.folder)
             files = {name: file_digest(os.path.join(self.folder, name)) for name in found["files"]}
         except (OSError, LookupError, TypeError, InputError):
             return None
-        if (found != {**self.fingerprint, "files": files}
+        if (found != {**found, **self.fingerprint, "files": files}
                 or self.args.output_emb_size not in (None, record["output_emb_size"])):
             return None
         return open_engine(self.folder, self.args.precision, self.args.cpu_threads)
 
     def write(self, record: dict, exported: str) -> None:
-        """Move the `exported` graph, with the checkpoint's record, to the folder, which appears whole or, where it
-        cannot be written, not at all."""
-        write_json(os.path.join(exported, CONFIG_FILE), record)
+        """Move the `exported` graph, its record joined to the checkpoint's, to the folder, which appears whole or,
+        where it cannot be written, not at all."""
+        write_json(os.path.join(exported, CONFIG_FILE), {**record, **read_record(exported)})
         files = {name: file_digest(os.path.join(exported, name)) for name in sorted(os.listdir(exported))}
         write_json(os.path.join(exported, "fingerprint.json"), {**self.fingerprint, "files": files})
         with contextlib.suppress(OSError):
@@ -241,7 +274,7 @@ class KeptGraph:
 
 
 @contextlib.contextmanager
-def _without_stdout() -> Iterator[None]:
+def without_stdout() -> Iterator[None]:
     """Nothing on stdout, of C++ neither: paddle2onnx reports there, and stdout is for results."""
     sys.stdout.flush()
     kept = os.dup(1)
@@ -267,7 +300,7 @@ def export_onnx(model: nn.Layer, folder: str) -> None:
         paths = [os.path.join(temporary, name) for name in ("inference.json", "inference.pdiparams")]
         # It logs what it could not convert, and then fails on having no result. Its default optimize_tool runs pip for
         # what it finds missing; onnxruntime folds constants itself.
-        with reported("--format onnx: paddle2onnx cannot convert the network", Exception), _without_stdout():
+        with reported("--format onnx: paddle2onnx cannot convert the network", Exception), without_stdout():
             paddle2onnx.export(*paths, save_file=os.path.join(folder, ONNX_FILE), opset_version=OPSET,
                                optimize_tool="None")
 

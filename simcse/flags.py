@@ -146,9 +146,15 @@ def add_encode_arguments(parser: argparse.ArgumentParser) -> None:
         help="texts per batch; None: as many as fill 2,048 tokens on a CPU, 65,536 on a GPU")
     add_data_arguments(parser)
     add_device_arguments(parser)
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16", "int8"), default="auto",
         help="number format of the matrix products; auto: bf16 on a CPU that is faster in it (AMX, or AMD's AVX-512 "
-        "BF16), else fp32. fp16 needs --device gpu")
+        "BF16), else fp32. fp16 needs --device gpu; int8 --device cpu and requirements-openvino.txt")
+    add_calibration_argument(parser)
+
+
+def add_calibration_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--calibration_file", type=readable_file, help="texts, one a line, of which some hundred set "
+                        "the ranges of --precision int8, once for a checkpoint; None: those that are encoded first")
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace,
@@ -158,6 +164,10 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace,
     records, else `length`."""
     if args.precision == "fp16" and args.device != "gpu":
         parser.error("--precision fp16 needs --device gpu")
+    if args.precision == "int8" and args.device != "cpu":
+        parser.error("--precision int8 needs --device cpu")
+    if vars(args).get("calibration_file") and args.precision != "int8":
+        parser.error("--calibration_file needs --precision int8")
     if args.cpu_threads and args.device != "cpu":
         parser.error("--cpu_threads needs --device cpu")
     named = vars(args)

@@ -1,4 +1,4 @@
-"""Embeddings and pair scores from an exported folder, by Paddle Inference or, where it holds ONNX, onnxruntime.
+"""Embeddings and pair scores from an exported folder, by Paddle Inference, onnxruntime or OpenVINO, by what it holds.
 
     python deploy/python/predict.py --model_dir=./output --device cpu
     python deploy/python/predict.py --model_dir=./output --device cpu --input_file texts.txt --output_file texts.npy
@@ -118,7 +118,8 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument_group("device").add_argument
     add("--device", choices=("cpu", "gpu", "xpu"), default="gpu", help="device to run on")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16", "int8"), default="auto",
-        help="number format of the matrix products; auto: bf16 on a CPU that is faster in it, else fp32")
+        help="number format of the matrix products; auto: int8 of a folder exported in it, bf16 on a CPU that is "
+        "faster in it, else fp32")
     add("--cpu_threads", type=natural_int, default=0, help="math threads on a CPU; 0: all cores")
     add("--use_tensorrt", **switch, default=False, help="run on TensorRT; needs --device gpu")
     add("--enable_mkldnn", **switch, help="use oneDNN; None: on a CPU")
@@ -133,7 +134,7 @@ def parse_args() -> argparse.Namespace:
 
 def check(parser: ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse flags that would do nothing, or what cannot be done, on the device asked for or with the folder given."""
-    cpu, gpu, onnx = args.device == "cpu", args.device == "gpu", p.holds_onnx(args.model_dir)
+    cpu, gpu, graph = args.device == "cpu", args.device == "gpu", p.other_format(args.model_dir)
     record = p.read_record(args.model_dir)
     positions, recorded, given = record["max_positions"], record.get("max_seq_length"), args.max_seq_length
     args.max_seq_length, whitened_at = given or recorded or 64, record.get("whitened_at")
@@ -144,27 +145,27 @@ def check(parser: ArgumentParser, args: argparse.Namespace) -> None:
         print(f"--max_seq_length {given}: {args.model_dir} was trained with {recorded}; embeddings of texts that are "
               "cut differ", file=sys.stderr)
     if args.enable_mkldnn is None:
-        args.enable_mkldnn = cpu and not onnx
-    only = (f"--model_dir {args.model_dir} holds {p.ONNX_FILE}, which runs with --device cpu, in fp32, without "
-            "TensorRT and oneDNN")
+        args.enable_mkldnn = cpu and not graph
+    only = f"--model_dir {args.model_dir} holds {graph}, which runs without TensorRT, and not by Paddle's oneDNN"
     for refused, message in (
             (args.format and args.output_file and (args.text or args.input_file) and not args.text_pair_file,
              "--format is how results are printed; --output_file writes .npy instead"),
-            (onnx and args.use_tensorrt, f"--use_tensorrt: {only}"),
-            (onnx and args.enable_mkldnn, f"--enable_mkldnn: {only}"),
-            (onnx and not cpu, f"--device {args.device}: {only}"),
-            (onnx and args.precision not in ("auto", "fp32"), f"--precision {args.precision}: {only}"),
+            (graph and args.use_tensorrt, f"--use_tensorrt: {only}"),
+            (graph and args.enable_mkldnn, f"--enable_mkldnn: {only}"),
             (args.use_tensorrt and not gpu, "--use_tensorrt needs --device gpu"),
-            (args.precision == "int8" and not args.use_tensorrt, "--precision int8 needs --use_tensorrt"),
             (args.precision == "fp16" and not gpu, "--precision fp16 needs --device gpu"),
             (args.cpu_threads and not cpu, "--cpu_threads needs --device cpu"),
             (args.enable_mkldnn and not cpu, "--enable_mkldnn needs --device cpu"),
-            (args.precision == "bf16" and not gpu and not args.enable_mkldnn,
+            (args.precision == "bf16" and not (gpu or graph or args.enable_mkldnn),
              "--precision bf16 needs --device gpu, or --device cpu with oneDNN (--enable_mkldnn True)"),
             (args.max_seq_length > positions,
              f"--max_seq_length {args.max_seq_length}: the encoder has {positions} positions")):
         if refused:
             parser.error(message)
+    try:
+        args.precision = p.choose_precision(args.model_dir, args.device, args.precision, args.enable_mkldnn)
+    except p.InputError as error:
+        parser.error(str(error))
 
 
 def decode(line: bytes, where: str) -> str:
@@ -299,13 +300,12 @@ def predict(args: argparse.Namespace) -> None:
     texts = [("--text", [given]) for given in args.text] + read_rows(args, "input_file", 1)
     bare = not (texts or pairs)
     texts = [("README", [README_TEXT])] if bare else texts
-    precision = p.auto_precision(args.device, args.enable_mkldnn) if args.precision == "auto" else args.precision
     threads = args.cpu_threads or p.CPU_CORES
     on_cpu = f", {threads} thread{'s' * (threads > 1)}" if args.device == "cpu" else ""
     sizes = {"text": sum(complete(row, 1) for _, row in texts), "pair": sum(complete(row, 2) for _, row in pairs)}
     counts = "; ".join(f"{size:,} {noun}{'s' * (size != 1)}" for noun, size in sizes.items())
-    log(args, f"predict.py: {args.device}{on_cpu}, {precision}; {args.model_dir}; {counts}")
-    predictor = p.Predictor(args.model_dir, args.device, threads, precision, 10 if args.enable_mkldnn else 0,
+    log(args, f"predict.py: {args.device}{on_cpu}, {args.precision}; {args.model_dir}; {counts}")
+    predictor = p.Predictor(args.model_dir, args.device, threads, args.precision, 10 if args.enable_mkldnn else 0,
                             (args.batch_size or 32, args.max_seq_length) if args.use_tensorrt else ())
     embed = partial(p.encode, predictor, p.Tokenizer(args.model_dir), max_seq_length=args.max_seq_length,
                     batch_size=args.batch_size)

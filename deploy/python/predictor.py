@@ -1,7 +1,7 @@
-"""An exported folder run by Paddle Inference or, where it holds ONNX, by onnxruntime: from texts to embeddings.
+"""An exported folder run by Paddle Inference, onnxruntime or OpenVINO, by what it holds: from texts to embeddings.
 
-This folder stands alone: copied to a server beside an exported folder it needs numpy, tokenizers, and paddlepaddle or
-onnxruntime (requirements.txt), which are imported by what needs them.
+This folder stands alone: copied to a server beside an exported folder it needs numpy, tokenizers, and paddlepaddle,
+onnxruntime or openvino (requirements.txt), which are imported by what needs them.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-ONNX_FILE = "inference.onnx"
+ONNX_FILE, OPENVINO_FILE = "inference.onnx", "inference.xml"
 # What `paddle.jit.save` writes: paddle 3 .json, paddle 2 .pdmodel; the last is what the original exported.
 GRAPH_FILES = ("inference.json", "inference.pdmodel", "inference.get_pooled_embedding.pdmodel")
 WINDOW = 16384  # texts tokenized and sorted by length at a time: enough for batches of even length, in little memory
@@ -63,36 +63,55 @@ def read_record(model_dir: str) -> dict:
     return {"max_positions": record.get("encoder_config", {}).get("max_position_embeddings", 512), **record}
 
 
-def holds_onnx(model_dir: str) -> bool:
-    """Whether an exported folder is for onnxruntime."""
-    return os.path.isfile(os.path.join(model_dir, ONNX_FILE))
+def other_format(model_dir: str) -> str | None:
+    """The graph of an exported folder that is not for Paddle Inference: ONNX_FILE, OPENVINO_FILE or None."""
+    return next((name for name in (ONNX_FILE, OPENVINO_FILE) if os.path.isfile(os.path.join(model_dir, name))), None)
+
+
+def choose_precision(model_dir: str, device: str, precision: str, onednn: bool = True) -> str:
+    """What an exported folder runs in where `precision` is asked for; InputError where it cannot run so."""
+    graph, made_in = other_format(model_dir), read_record(model_dir).get("precision", "fp32")
+    holds = f"--model_dir {model_dir} holds {graph}, which runs with --device cpu"
+    if graph and device != "cpu":
+        raise InputError(f"--device {device}: {holds}")
+    if graph == ONNX_FILE and precision not in ("auto", "fp32"):
+        raise InputError(f"--precision {precision}: {holds}, in fp32")
+    if precision != "auto" and (precision == "int8") != (made_in == "int8"):
+        raise InputError(f"--precision {precision}: --model_dir {model_dir} was exported in {made_in}; int8 is what "
+                         "export_model.py --format openvino --precision int8 writes")
+    if precision != "auto":
+        return precision
+    known = "fp32" if graph == ONNX_FILE else "int8" if made_in == "int8" else None
+    return known or auto_precision(device, onednn or graph == OPENVINO_FILE)
 
 
 class Predictor:
-    """An exported folder run by Paddle Inference or, where it holds ONNX, by onnxruntime on a CPU in fp32. `embed`
-    takes input_ids and token_type_ids, int64 [batch, length] each, to float32 [batch, embedding_size], L2-normalized.
+    """An exported folder run by Paddle Inference or, on a CPU, by onnxruntime in fp32 or by OpenVINO. `embed` takes
+    input_ids and token_type_ids, int64 [batch, length] each, to float32 [batch, embedding_size], L2-normalized.
 
     Args:
         device: "cpu", "gpu" or "xpu".
         cpu_threads: math threads; 0: all cores.
-        precision: "fp32", "bf16", "fp16" (GPU) or "int8" (TensorRT); see `auto_precision`.
+        precision: "fp32", "bf16", "fp16" (GPU), "int8" (of a folder exported in it) or "auto"; see `auto_precision`.
         shapes: how many shapes of batches oneDNN keeps kernels for on a CPU, each with a copy of the weights:
             ERNIE-base's are 333 MB in fp32, 170 MB in bf16, and take tenths of a second to make. 0: without oneDNN.
         tensorrt: texts and tokens of the largest batch in TensorRT on a GPU; empty: without TensorRT.
 
-    InputError: no exported graph, or a damaged one; no onnxruntime; the device or precision is not there.
+    InputError: no exported graph, or a damaged one; what runs it is not installed; the device or precision is not
+    there.
     """
 
     def __init__(self, model_dir: str, device: str = "cpu", cpu_threads: int = 0, precision: str = "fp32",
                  shapes: int = 10, tensorrt: Sequence[int] = ()) -> None:
-        threads = cpu_threads or CPU_CORES
-        if holds_onnx(model_dir):
-            self.precision, self.embed = "fp32", _run_onnx(model_dir, threads)
+        threads, graph, record = cpu_threads or CPU_CORES, other_format(model_dir), read_record(model_dir)
+        self.precision = precision = choose_precision(model_dir, device, precision, shapes > 0)
+        if graph == ONNX_FILE:
+            self.embed = _run_onnx(model_dir, threads)
+        elif graph == OPENVINO_FILE:
+            self.embed = _run_openvino(model_dir, threads, precision)
         else:
-            self.precision = precision
             self.embed = _run_paddle(model_dir, device, threads, precision, shapes, tensorrt)
         self.batch_tokens = 2048 if device == "cpu" else 65536  # of a batch, padding included, that keep it busy
-        record = read_record(model_dir)
         self.max_positions = record["max_positions"]
         self.embedding_size = record.get("embedding_size") or self.embed(*[np.ones([1, 3], "int64")] * 2).shape[1]
 
@@ -109,6 +128,21 @@ def _run_onnx(model_dir: str, threads: int) -> Callable:
         session = onnxruntime.InferenceSession(os.path.join(model_dir, ONNX_FILE), options, ["CPUExecutionProvider"])
     return lambda input_ids, token_type_ids: session.run(
         None, {"input_ids": input_ids, "token_type_ids": token_type_ids})[0]
+
+
+def _run_openvino(model_dir: str, threads: int, precision: str) -> Callable:
+    try:
+        import openvino
+    except ModuleNotFoundError as error:
+        raise InputError(f"OpenVINO: {error.name} is not installed; pip install openvino") from None
+    in_bf16 = precision == "bf16" or (precision == "int8" and auto_precision("cpu") == "bf16")
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads,
+                "INFERENCE_PRECISION_HINT": "bf16" if in_bf16 else "f32"}
+    with reported(f"--model_dir {model_dir}: {OPENVINO_FILE} cannot be run", RuntimeError):
+        graph = openvino.Core().compile_model(os.path.join(model_dir, OPENVINO_FILE), "CPU", settings)
+    request = graph.create_infer_request()
+    return lambda input_ids, token_type_ids: request.infer(
+        {"input_ids": input_ids, "token_type_ids": token_type_ids}, share_inputs=True)[0]
 
 
 def _run_paddle(model_dir: str, device: str, threads: int, precision: str, shapes: int,
@@ -149,7 +183,7 @@ def _configure(config: Any, device: str, threads: int, precision: str, shapes: i
             raise InputError("--device gpu: no GPU that this paddlepaddle can use; run with --device cpu, or install "
                              "paddlepaddle-gpu")
         types = paddle.inference.PrecisionType
-        kind = {"fp32": types.Float32, "bf16": types.Bfloat16, "fp16": types.Half, "int8": types.Int8}[precision]
+        kind = {"fp32": types.Float32, "bf16": types.Bfloat16, "fp16": types.Half}[precision]
         config.enable_use_gpu(100, 0, types.Float32 if tensorrt else kind)
         if tensorrt:
             config.enable_tensorrt_engine(workspace_size=1 << 30, max_batch_size=tensorrt[0], min_subgraph_size=5,

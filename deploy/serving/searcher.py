@@ -157,9 +157,9 @@ def _open_collection(args: argparse.Namespace, fingerprint: dict) -> tuple[Any, 
 
 
 def _open_engine(args: argparse.Namespace, precision: str, shapes: int) -> Any:
-    """The exported model, in the precision that the corpus was encoded in where none is asked for."""
-    if predictor.holds_onnx(args.model_dir) and (args.device != "cpu" or args.precision not in (None, "fp32")):
-        raise console.InputError(f"--model_dir {args.model_dir}: holds ONNX, which runs with --device cpu, in fp32")
+    """The exported model, in the precision that the corpus was encoded in where none is asked for; ONNX has one."""
+    if precision != "int8" and predictor.other_format(args.model_dir) == predictor.ONNX_FILE:
+        precision = "fp32"
     try:
         return predictor.Predictor(args.model_dir, args.device, args.cpu_threads, args.precision or precision, shapes)
     except predictor.InputError as error:

@@ -35,7 +35,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--distinct", action="store_true",
                        help="each text once, however many lines of the corpus have it")
     flags.add_device_arguments(group)
-    group.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default=None,
+    group.add_argument("--precision", choices=("fp32", "bf16", "fp16", "int8"), default=None,
                        help="number format of the matrix products; None: that of the index")
     group = parser.add_argument_group("server")
     group.add_argument("--host", type=flags.nonempty_text, default="127.0.0.1",

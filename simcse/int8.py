@@ -1,0 +1,76 @@
+"""The network in OpenVINO: as it is, or in int8, quantized by NNCF with texts of the user's own."""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from simcse.console import InputError, complain, log, reported
+from simcse.engine import OpenVinoEngine, export_onnx, without_stdout
+from simcse.files import write_json
+from simcse.weights import CONFIG_FILE, ONNX_FILE, OPENVINO_FILE
+
+import numpy as np
+from paddle import nn
+
+SAMPLE = 256  # texts: every second sets the ranges of activations, the others measure what int8 costs
+FEW = 32  # texts below which ranges are a guess
+LEAST_COSINE = 0.98  # to float32, on the mean: below, results are no longer those of the checkpoint
+Batch = tuple[np.ndarray, np.ndarray]  # input_ids and token_type_ids, int64 [texts, length]
+
+
+def export_openvino(model: nn.Layer, folder: str, batches: Sequence[Batch] = ()) -> dict:
+    """Write `get_pooled_embedding` with its weights, batch and length dynamic, to <folder>/inference.xml and .bin, in
+    float32 or, with `batches` of a text each, in int8; returns what is recorded of it. InputError where it cannot be
+    converted, or where int8 is too far from the network."""
+    import openvino
+    from openvino.passes import ConstantFolding, Manager
+
+    with tempfile.TemporaryDirectory() as temporary:
+        export_onnx(model, temporary)
+        network = openvino.Core().read_model(os.path.join(temporary, ONNX_FILE))
+        folding = Manager()  # of the table of tokens by a mask for [PAD], as large as the table
+        folding.register_pass(ConstantFolding())
+        folding.run_passes(network)
+        if batches:
+            network = _quantize(network, batches[::2], bool(model.output_emb_size))
+        openvino.save_model(network, os.path.join(folder, OPENVINO_FILE), compress_to_fp16=False)
+    record = {"embedding_size": model.embedding_size, "max_positions": model.max_positions,
+              "precision": "int8" if batches else "fp32"}
+    write_json(os.path.join(folder, CONFIG_FILE), record)
+    return {**record, **(_compare(model, OpenVinoEngine(folder, "int8"), batches[1::2] or batches) if batches else {})}
+
+
+def _quantize(network: Any, batches: Sequence[Batch], has_fc: bool) -> Any:
+    """Matrix products of int8 weights and int8 activations, scaled by their ranges over the batches (SmoothQuant, Xiao
+    et al. 2023, arXiv:2211.10438, and bias correction: NNCF's defaults for transformers). In float stay the products
+    of two activations, which are attention's, and that of the fc, whose whitening magnifies whatever error it has."""
+    os.environ.setdefault("NNCF_CI", "1")  # it reports to Google Analytics otherwise
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else tokenizers warns of the processes that it starts
+    import nncf
+
+    nncf.set_log_level(40)  # errors alone
+    products = [each for each in network.get_ordered_ops() if each.get_type_name() == "MatMul"]
+    in_float = [each for each in products if each.input_value(1).get_node().get_type_name() != "Constant"]
+    in_float += products[-1:] * has_fc
+    inputs = nncf.Dataset([{"input_ids": ids, "token_type_ids": types} for ids, types in batches])
+    log(f"quantizing with {len(batches)} texts, which takes a minute or two, once")
+    with reported("--precision int8: NNCF cannot quantize the network", Exception), without_stdout():
+        return nncf.quantize(network, inputs, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(batches),
+                             ignored_scope=nncf.IgnoredScope([each.get_friendly_name() for each in in_float]))
+
+
+def _compare(model: nn.Layer, engine: OpenVinoEngine, batches: Sequence[Batch]) -> dict:
+    """The cosines of embeddings with those of the network itself, the mean and the lowest, said and returned."""
+    cosines = np.concatenate([(engine.embed(*batch) * np.asarray(model.embed(*batch))).sum(axis=1)
+                              for batch in batches])
+    mean, lowest = float(cosines.mean()), float(cosines.min())
+    found = f"cosine of int8 to fp32 on {len(cosines)} texts: {mean:.4f} on the mean, {lowest:.4f} at lowest"
+    if not mean >= LEAST_COSINE:
+        raise InputError(f"--precision int8: {found}; below {LEAST_COSINE} on the mean it is another model: take bf16 "
+                         "or fp32")
+    log(found)
+    if len(batches) < FEW // 2:
+        complain(f"--precision int8: ranges are those of {len(batches)} texts alone; give some hundred with "
+                 "--calibration_file")
+    return {"int8_cosines": {"texts": len(cosines), "mean": mean, "lowest": lowest}}
