@@ -12,7 +12,7 @@
 Encodes the corpus, builds an index while it does, and writes `query \\t document \\t cosine`, `recall_num` lines a
 query, best first, to <recall_result_dir>/<recall_result_file>; answers to --query go to stdout, those to queries of
 stdin as they come. With --hybrid_bm25 the ranking is fused with that of words, and the fused score stands where the
-cosine does. """
+cosine does."""
 
 import argparse
 import contextlib
