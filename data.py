@@ -108,9 +108,9 @@ def _complaint(row: list[str], columns: int) -> str | None:
     return None if all(row) else "an empty field"
 
 
-def holds_text(line: str) -> bool:
-    """Whether a line of one column is neither blank nor malformed, of several."""
-    return line != "" and "\t" not in line
+def complete(row: list[str], columns: int) -> bool:
+    """Whether a row of so many columns is neither blank nor malformed."""
+    return _complaint(row, columns) is None
 
 
 def read_texts(path: str, flag: str) -> list[str]:

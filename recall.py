@@ -244,14 +244,13 @@ def asked(blocks: Iterable[list[tuple[int, list[str]]]], form: str) -> Iterator[
     """The queries among the rows of stdin; a blank or malformed one between them is answered here, with no document,
     when those before it have been."""
     for block in blocks:
-        lines = [("\t".join(row), f"stdin:{number}") for number, row in block]
-        for are_queries, group in itertools.groupby(lines, lambda line: data.holds_text(line[0])):
+        for are_queries, group in itertools.groupby(block, lambda line: data.complete(line[1], 1)):
             if are_queries:
-                yield list(group)
+                yield [(query, f"stdin:{number}") for number, (query,) in group]
                 continue
-            for line, _ in group:
+            for _, row in group:
                 rest = {"results": []} if form == "jsonl" else {"document": None, "cosine": None}
-                print(console.line(form, query=line, **rest), end="")
+                print(console.line(form, query="\t".join(row), **rest), end="")
             sys.stdout.flush()
 
 
