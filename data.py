@@ -113,14 +113,9 @@ def complete(row: list[str], columns: int) -> bool:
     return _complaint(row, columns) is None
 
 
-def read_texts(path: str, flag: str) -> list[str]:
-    """One text a line."""
-    return [text for _, (text,) in read_rows(path, 1, flag)]
-
-
 class TextFile(Sequence):
-    """The texts that `read_texts` gives, found by their offsets and read when asked for: 8 bytes of memory a line. Of
-    several columns a row is a list of texts. Arguments and errors are those of `read_rows`. A pipe is copied first."""
+    """The rows of `read_rows`, whose arguments and errors it has, found by their offsets and read when asked for: 8
+    bytes of memory a line. Of one column a row is a text, of several a list of texts. A pipe is copied first."""
 
     _CHUNK, _BLOCK = 1 << 22, 1024
 

@@ -7,7 +7,6 @@ import sys
 from importlib import metadata
 
 import model as m
-from data import read_texts
 from deploy.python.predictor import Predictor
 from simcse import weights
 from simcse.console import InputError
@@ -15,7 +14,7 @@ from simcse.engine import export_onnx
 
 import numpy as np
 import pytest
-from conftest import FP32, ROOT, refuse, run_script, succeed
+from conftest import FP32, ROOT, read_texts, refuse, run_script, succeed
 
 for package in ("onnxruntime", "paddle2onnx"):
     pytest.importorskip(package, reason=f"no {package}: pip install -r requirements-onnx.txt", exc_type=ImportError)
@@ -55,7 +54,7 @@ def test_vectors_of_the_sample(onnx_export, exported, sample, tmp_path, flags):
 
 
 def test_vectors_of_real_text(onnx_export, exported, real_data, tmp_path):
-    texts = read_texts(str(real_data / "csl" / "recall" / "corpus.csv"), "--flag")[:300]
+    texts = read_texts(real_data / "csl" / "recall" / "corpus.csv")[:300]
     (tmp_path / "texts").write_text("\n".join(texts), encoding="utf-8")
     of_onnx = vectors(onnx_export[0], tmp_path / "texts", tmp_path)
     assert len(of_onnx) == 300
