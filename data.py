@@ -203,10 +203,14 @@ class TextFile(Sequence):
         text = line.decode("utf-8").replace(BOM, "").strip()
         return text if self.columns == 1 else [field.strip() for field in text.split("\t")]
 
+    def spread(self, count: int) -> list[tuple[str, Any]]:
+        """So many rows from all over the file, in its order, each with its place."""
+        rows = np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)
+        return [(self.place(row), self[row]) for row in rows]
+
     def sample(self, count: int) -> list[str]:
         """The different texts of so many rows from all over the file, in its order."""
-        rows = np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)
-        return distinct(text for row in rows for text in ([self[row]] if self.columns == 1 else self[row]))
+        return distinct(text for _, row in self.spread(count) for text in ([row] if self.columns == 1 else row))
 
 
 def read_text_pairs(path: str, flag: str) -> list[tuple[str, str]]:

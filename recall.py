@@ -181,7 +181,7 @@ def open_index(args: argparse.Namespace, corpus: data.TextFile | None, engine, t
         index = ann_util.Shards(new, len(entries), engine.embedding_size, args.cpu_threads)
         fill(args, index, entries, engine, tokenizer)
         if new["ann_engine"] == "hnswlib":  # measured on documents, which unlike queries are always there
-            sample = encode(entries[:: -(-len(entries) // ann_util.MEASURED)], remark=False)
+            sample = encode(ann_util.sample(entries), remark=False)
             new["ann_recall"] = index.measure(sample, min(ann_util.MEASURED_K, len(entries)), "documents")
             ann_util.report(new["ann_recall"])
         wait_for_ranks()
@@ -223,8 +223,7 @@ def write_results(args: argparse.Namespace, blocks: Iterable[list[Query]], index
         rows, cosines = index.search(embeddings, min(depth, len(entries)))
         found = rows, cosines.clip(-1, 1)  # rounding of two unit vectors may go beyond 1
         if index.fingerprint["ann_engine"] == "hnswlib" and not args.query and number == 0:
-            sample = embeddings[:: -(-len(queries) // ann_util.MEASURED)]
-            ann_util.report(index.measure(sample, rows.shape[1], "queries"))
+            ann_util.report(index.measure(ann_util.sample(embeddings), rows.shape[1], "queries"))
         if RANK:
             continue
         if args.hybrid_bm25:

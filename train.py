@@ -144,8 +144,7 @@ def look(args: argparse.Namespace, texts: data.TextFile, test_set: list[tuple[in
     """Warn of what the encoder does not see of the texts; InputError where it sees no two that differ."""
     from model import look_at
 
-    rows = range(0, len(texts), -(-len(texts) // data.WINDOW))  # at most so many, from all over the file
-    ids = look_at([(texts.place(row), texts[row]) for row in rows], tokenizer, args.max_seq_length)
+    ids = look_at(texts.spread(data.WINDOW), tokenizer, args.max_seq_length)
     look_at([(f"{args.test_set_file}:{number}", row[:2]) for number, row in test_set], tokenizer, args.max_seq_length)
     if args.epochs or args.whiten is not None:
         for side in range(texts.columns if texts.columns < 3 else 0):

@@ -147,18 +147,15 @@ def arguments(path, **changed):
 
 def test_training_texts_that_are_one_after_cutting(tokenizer, tmp_path, capsys):
     """Of pairs a line is said where either of its texts is such a one."""
-    def look_at(texts):
-        m.look_at([(texts.place(row), text) for row, text in enumerate(texts)], tokenizer, 8)
-
     path = tmp_path / "train.csv"
     path.write_text("".join(f"承担单位见附件{row}\n" for row in range(5)) + "别的\n别的\n", encoding="utf-8")
-    look_at(data.TextFile(str(path), "--flag"))
+    m.look_at(data.TextFile(str(path), "--flag").spread(9), tokenizer, 8)
     cut, alike = capsys.readouterr().err.splitlines()
     assert cut.startswith("5 of 7 texts are longer than 8 tokens")
     assert alike == ("4 of 7 texts, cut to 8 tokens, are one with another text; a higher --max_seq_length tells them "
                      f"apart: {path}:2, {path}:3, {path}:4")
     path.write_text("".join(f"问题{row}\t承担单位见附件{row}\n" for row in "甲乙"), encoding="utf-8")
-    look_at(data.TextFile(str(path), "--flag", columns=2))
+    m.look_at(data.TextFile(str(path), "--flag", columns=2).spread(9), tokenizer, 8)
     said = capsys.readouterr().err.splitlines()[1]
     assert said.startswith("1 of 4 texts, cut to 8 tokens, are one with another") and said.endswith(f" {path}:2")
 
