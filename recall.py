@@ -200,8 +200,7 @@ def fill(args: argparse.Namespace, index, entries: ann_util.Entries | None, engi
         copies = entries.documents - len(entries)
         console.log(f"encoding and indexing {count} of {len(entries)} documents in {engine.precision}"
                     + (f"; {copies} more lines are copies, --distinct gives each text once" if copies else ""))
-        index.fill(encode_stream(engine, tokenizer, entries, args.max_seq_length, args.batch_size, index.pieces,
-                                 sight=sight))
+        index.fill(encode_stream(engine, sight, args.batch_size, index.pieces))
         console.log(f"{count / (time.time() - started):.1f} documents/s")
     if RANKS > 1:
         sight.gather()

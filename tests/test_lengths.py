@@ -24,13 +24,6 @@ def tokenizer():
     return data.load_tokenizer(str(ENCODER))
 
 
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch):
-    """Remarks are made once a run, and a test is one."""
-    monkeypatch.setattr(m.Sight, "_told", set())
-    monkeypatch.setattr(console.settings, "strict", False)
-
-
 class Ones:
     """An engine to which all texts are alike."""
 
@@ -73,14 +66,14 @@ def test_the_scripts_leave_the_length_to_the_checkpoint(script):
 
 
 # --------------------------------------------------------------------------------------------- what is cut, or not seen
-def test_cut_texts_are_counted_once_a_run(tokenizer, tmp_path, capsys):
+def test_cut_texts_are_counted(tokenizer, tmp_path, capsys):
     """A text of as many tokens as there is room for is not cut; places are those of lines, blank ones counted."""
     (tmp_path / "t.csv").write_text("六个汉字的长\n\n七个汉字的长短\n短\nabc " + "长" * 900 + "\n", encoding="utf-8")
     texts = data.TextFile(str(tmp_path / "t.csv"), "--flag")
-    for _ in range(2):
-        assert m.encode(Ones(), tokenizer, texts, 8).shape == (4, 4)
+    assert m.encode(Ones(), tokenizer, texts, 8).shape == (4, 4)
     assert capsys.readouterr().err == (f"2 of 4 texts are longer than 8 tokens and are cut; a higher --max_seq_length, "
                                        f"in training too, reads on: {tmp_path}/t.csv:3, {tmp_path}/t.csv:5\n")
+    assert m.encode(Ones(), tokenizer, texts, 8, remark=False).all() and not capsys.readouterr().err
 
 
 def test_a_cut_text_keeps_its_first_tokens(tokenizer):
