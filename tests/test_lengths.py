@@ -153,7 +153,7 @@ def test_training_texts_that_are_one_after_cutting(tokenizer, tmp_path, capsys):
     assert said.startswith("1 of 4 texts, cut to 8 tokens, are one with another") and said.endswith(f" {path}:2")
 
 
-def test_texts_that_are_one_to_the_encoder_are_no_training(tokenizer, tmp_path):
+def test_texts_that_are_one_to_the_encoder_are_no_training(tokenizer, tmp_path, capsys):
     """All [UNK], or alike but for case and blanks; of pairs the titles."""
     path = tmp_path / "train.csv"
     for content in ("😀\n😀😀\n👍\n", "Hello 你好\nhello  你好\nＨ\n", "甲\tX\n乙\tx\n"):
@@ -162,6 +162,9 @@ def test_texts_that_are_one_to_the_encoder_are_no_training(tokenizer, tmp_path):
         with pytest.raises(InputError, match="train.csv: there are no two different texts as the encoder sees them"):
             train.look(arguments(path, epochs=0, whiten=0), texts, [], tokenizer)
         train.look(arguments(path, epochs=0, whiten=None), texts, [], tokenizer)
+    path.write_text("承担单位见附件一\n承担单位见附件二\n", encoding="utf-8")  # they are but cut, which is warned of
+    train.look(arguments(path, epochs=1, whiten=None), data.TextFile(str(path), "--flag"), [], tokenizer)
+    assert "1 of 2 texts, cut to 8 tokens, are one with another text" in capsys.readouterr().err
 
 
 def test_embeddings_that_are_no_numbers_are_refused(tokenizer):
