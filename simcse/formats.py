@@ -105,7 +105,8 @@ def refuse_other_formats(lines: Sequence[str], path: str, flag: str, columns: tu
         raise InputError(f"{where}: {found.what}; {needed}; {remedy}; {anyway}")
     if not tabs and flag in TAKES_TEXTS and (path != "stdin" or len(lines) > 1):
         raise InputError(f"{where}: one column; {needed}; {TAKES_TEXTS[flag]}")
-    if 1 in columns and len(lines) >= MANY and (odd := odd_in_each(lines)):
+    enough = len(lines) == MANY if path == "stdin" else len(lines) >= MANY  # of stdin it is said once
+    if columns == (1,) and enough and (odd := odd_in_each(lines)):
         complain(f"{where}: each of the first {len(lines)} lines {odd}: "
                  f"{command(path, ['--format', 'csv'])}")
 

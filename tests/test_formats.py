@@ -142,6 +142,17 @@ def test_commas_that_may_be_columns_are_said(capsys):
     assert refused(couplets.replace(",", ", "), (1,)) is None and not capsys.readouterr().err
 
 
+def test_what_may_be_columns_is_said_once(tmp_path, capsys):
+    lines = [(row, f"第{row}句白日依山尽,黄河入海流") for row in range(130)]
+    assert list(formats.checked(iter(lines), "stdin", "--flag", (1,))) == lines
+    said, = capsys.readouterr().err.splitlines()
+    assert "stdin: each of the first 20 lines has 1 comma" in said
+    (tmp_path / "train.csv").write_text("".join(f"{line}\n" for _, line in lines), encoding="utf-8")
+    data.TextFile(path := str(tmp_path / "train.csv"), "--flag", data.count_columns(path, "--flag", TRAINING))
+    said, = capsys.readouterr().err.splitlines()
+    assert "each of the first 100 lines has 1 comma" in said
+
+
 @pytest.mark.parametrize("content, advice", [
     ('[\n {"text": "甲"},\n {"text": "乙"}\n]\n', "a JSON document; jq -c"),
     ('[{"text": "甲"}]\n', "a JSON array; jq -c"),
