@@ -174,10 +174,10 @@ def counts_up(values: Sequence[str]) -> bool:
     return numbers == list(range(numbers[0], numbers[0] + len(values))) or len(set(numbers)) == len(numbers) >= MANY
 
 
-def names_columns(row: Sequence[str]) -> bool:
+def names_columns(row: Sequence[str], name: re.Pattern = HEADER) -> bool:
     """Whether all fields of a row are what columns are called; the first may have no name, as pandas' index."""
     named = row if row[0] else row[1:]
-    return 0 < len(named) == len(set(named)) and all(HEADER.fullmatch(field.strip()) for field in named)
+    return 0 < len(named) == len(set(named)) and all(name.fullmatch(field.strip()) for field in named)
 
 
 def document(lines: Sequence[str], parsed: Sequence[Any]) -> str | None:
