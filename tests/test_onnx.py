@@ -120,6 +120,19 @@ def test_a_missing_package_is_one_line_and_nothing_is_written(checkpoint, tmp_pa
     assert [each for each in os.listdir(tmp_path) if "output" in each] == []
 
 
+def test_an_operator_that_paddle2onnx_does_not_know_is_one_line(tmp_path):
+    """It aborts the process that it runs in."""
+    class Unknown(m.nn.Layer):
+        embedding_size, max_positions, infer_with_pooler = 4, 8, True
+
+        def get_pooled_embedding(self, input_ids, token_type_ids, with_pooler=True):
+            return m.paddle.linalg.qr((input_ids + token_type_ids).astype("float32"))[0]
+
+    with pytest.raises(InputError, match="paddle2onnx cannot convert the network: .*unsupported operators.*$"):
+        export_onnx(Unknown(), str(tmp_path))
+    assert not os.listdir(tmp_path)
+
+
 def test_paddle_2_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(m.paddle, "__version__", "2.6.2")
     with pytest.raises(InputError, match=r"--format onnx needs paddlepaddle 3 \(requirements.txt\); this is 2.6.2"):
