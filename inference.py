@@ -70,9 +70,9 @@ def main() -> None:
                 np.save(file, embeddings)
             console.log(f"wrote {embeddings.shape[0]} x {embeddings.shape[1]} float32 to {args.output_file}")
         elif args.format or streams:
-            for (_, row), embedding, is_good in zip(block, embeddings.tolist(), good):
-                line = console.line(args.format or "tsv", text="\t".join(row), embedding=embedding if is_good else None)
-                print(line, end="")
+            for (_, row), vector, is_good in zip(block, embeddings, good):
+                numbers = vector.tolist() if is_good else None
+                print(console.line(args.format or "tsv", text="\t".join(row), embedding=numbers), end="")
             sys.stdout.flush()
         else:
             print(list(embeddings.shape))
