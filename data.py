@@ -108,19 +108,14 @@ def _complaint(row: list[str], columns: int) -> str | None:
     return None if all(row) else "an empty field"
 
 
-def holds_text(line: str) -> bool:
-    """Whether a line of one column is neither blank nor malformed, of several."""
-    return line != "" and "\t" not in line
-
-
-def read_texts(path: str, flag: str) -> list[str]:
-    """One text a line."""
-    return [text for _, (text,) in read_rows(path, 1, flag)]
+def complete(row: list[str], columns: int) -> bool:
+    """Whether a row of so many columns is neither blank nor malformed."""
+    return _complaint(row, columns) is None
 
 
 class TextFile(Sequence):
-    """The texts that `read_texts` gives, found by their offsets and read when asked for: 8 bytes of memory a line. Of
-    several columns a row is a list of texts. Arguments and errors are those of `read_rows`. A pipe is copied first."""
+    """The rows of `read_rows`, whose arguments and errors it has, found by their offsets and read when asked for: 8
+    bytes of memory a line. Of one column a row is a text, of several a list of texts. A pipe is copied first."""
 
     _CHUNK, _BLOCK = 1 << 22, 1024
 
@@ -208,10 +203,14 @@ class TextFile(Sequence):
         text = line.decode("utf-8").replace(BOM, "").strip()
         return text if self.columns == 1 else [field.strip() for field in text.split("\t")]
 
+    def spread(self, count: int) -> list[tuple[str, Any]]:
+        """So many rows from all over the file, in its order, each with its place."""
+        rows = np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)
+        return [(self.place(row), self[row]) for row in rows]
+
     def sample(self, count: int) -> list[str]:
         """The different texts of so many rows from all over the file, in its order."""
-        rows = np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)
-        return distinct(text for row in rows for text in ([self[row]] if self.columns == 1 else self[row]))
+        return distinct(text for _, row in self.spread(count) for text in ([row] if self.columns == 1 else row))
 
 
 def read_text_pairs(path: str, flag: str) -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ of input that is blank or malformed has a row of NaN, in tsv an empty field, in 
 
 import argparse
 import itertools
+import sys
 
 import data
 from simcse import console, flags
@@ -42,23 +43,24 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     streams = args.input_file == STDIN and not args.output_file
-    texts = [("--text", text) for text in args.text]
+    texts = [("--text", [text]) for text in args.text]
     rows = data.read_rows(args.input_file, 1, "--input_file", every=True)
     name = "stdin" if args.input_file == STDIN else args.input_file
-    lines = ((f"{name}:{number}", "\t".join(row)) for number, row in rows)
+    lines = ((f"{name}:{number}", row) for number, row in rows)
     if args.input_file and not streams:
         texts += lines
     if not texts and not streams:
-        texts = [("README", flags.README_TEXT)]
-    flags.announce(args, args.params_path, "texts of stdin" if streams else
-                   flags.count([text for _, text in texts if data.holds_text(text)], "text"))
+        texts = [("README", [flags.README_TEXT])]
+    first = [row for _, row in texts if data.complete(row, 1)]
+    flags.announce(args, args.params_path, "texts of stdin" if streams else flags.count(first, "text"))
 
     from model import encode, load_engine
 
-    engine, tokenizer = load_engine(args, [text for _, text in texts if data.holds_text(text)])
+    engine, tokenizer = load_engine(args, first)
     for block in arriving(lines) if streams else [texts]:
-        good = [data.holds_text(text) for _, text in block]
-        places, complete = zip(*itertools.compress(block, good)) if any(good) else ((), ())
+        good = [data.complete(row, 1) for _, row in block]
+        places = [place for place, _ in itertools.compress(block, good)]
+        complete = [text for _, (text,) in itertools.compress(block, good)]
         embeddings = encode(engine, tokenizer, complete, args.max_seq_length, args.batch_size, places.__getitem__)
         if not all(good):
             encoded, embeddings = embeddings, np.full((len(good), engine.embedding_size), np.nan, "float32")
@@ -68,8 +70,10 @@ def main() -> None:
                 np.save(file, embeddings)
             console.log(f"wrote {embeddings.shape[0]} x {embeddings.shape[1]} float32 to {args.output_file}")
         elif args.format or streams:
-            print(*(console.line(args.format or "tsv", text=text, embedding=embedding.tolist() if is_good else None)
-                    for (_, text), embedding, is_good in zip(block, embeddings, good)), sep="", end="", flush=True)
+            for (_, row), vector, is_good in zip(block, embeddings, good):
+                numbers = vector.tolist() if is_good else None
+                print(console.line(args.format or "tsv", text="\t".join(row), embedding=numbers), end="")
+            sys.stdout.flush()
         else:
             print(list(embeddings.shape))
             print(embeddings)

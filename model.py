@@ -276,22 +276,22 @@ def save_checkpoint(folder: str, model: SimCSE, tokenizer: Any, record: dict,
 
 def calibration(args: argparse.Namespace, texts: Sequence[Any], tokenizer: Any) -> list[tuple[np.ndarray, np.ndarray]]:
     """Batches of one text each, from all over --calibration_file, or `texts`, for `int8.export_openvino`."""
-    from simcse.int8 import SAMPLE
+    from simcse.int8 import LEAST, SAMPLE
 
     if args.calibration_file:
         texts = TextFile(args.calibration_file, "--calibration_file")
-    if not texts:
-        raise InputError(f"--precision int8: {args.params_path} has no int8 graph beside it yet; name a file of texts "
-                         "to make it with by --calibration_file")
-    rows = [texts[row] for row in range(0, len(texts), -(-len(texts) // SAMPLE))]
-    ids = tokenizer([row if isinstance(row, str) else row[0] for row in rows], args.max_seq_length)
+    if len(texts) < LEAST:
+        raise InputError(f"--precision int8: {args.params_path} has no int8 graph beside it yet, and {len(texts)} "
+                         "texts are too few to make it with; name a file of some hundred by --calibration_file")
+    rows = texts[:: -(-len(texts) // SAMPLE)]
+    ids = tokenizer([text for row in rows for text in ([row] if isinstance(row, str) else row)], args.max_seq_length)
     return [batch for _, *batch in make_batches(ids, tokenizer.pad_token_id, batch_size=1)]
 
 
 def load_engine(args: argparse.Namespace, texts: Sequence[Any] = ()) -> tuple[Engine, Any]:
     """The engine and the tokenizer that a stage's flags ask for (`add_model_arguments`, `add_encode_arguments`). On a
     CPU the graph, once exported, is kept beside the checkpoint; later starts need neither the network nor paddlenlp.
-    Of `texts`, or of rows that begin with one, int8 is calibrated where no file is given for it."""
+    With `texts`, or rows of them, int8 is calibrated where no file is given for it."""
     set_device(args.device, args.cpu_threads)
     if args.precision == "int8":
         console.check_installed("--precision int8", INT8_NEEDS, "openvino")
@@ -327,7 +327,6 @@ class Sight:
     REMARKS = {"cut": "are longer than {} tokens and are cut; a higher --max_seq_length, in training too, reads on",
                "unseen": "are all [UNK] to the encoder, so that their cosine with any text is 0; another encoder may "
                "have their words in its vocabulary"}
-    _told: set[str] = set()  # what the run has said
 
     def __init__(self, tokenizer: Any, texts: Sequence[str], max_seq_length: int,
                  place: Callable[[int], str] | None = None, remark: bool = True) -> None:
@@ -361,13 +360,11 @@ class Sight:
         self.remarks = {} if RANK and not console.settings.strict else self.REMARKS
 
     def report(self) -> None:
-        """Say what was counted, once in a run: training encodes the same test set again and again."""
+        """Say what was counted."""
         for kind, remark in self.remarks.items():
-            message = (f"{self.counts[kind]:,} of {self.count:,} texts {remark.format(self.length)}: "
-                       f"{', '.join(dict.fromkeys(map(self.place, self.first[kind])))}")
-            if self.counts[kind] and message not in self._told:
-                self._told.add(message)
-                console.complain(message)
+            if self.counts[kind]:
+                console.complain(f"{self.counts[kind]:,} of {self.count:,} texts {remark.format(self.length)}: "
+                                 f"{', '.join(dict.fromkeys(map(self.place, self.first[kind])))}")
 
 
 def look_at(rows: Sequence[tuple[str, str | Sequence[str]]], tokenizer: Any, max_seq_length: int) -> list[Ids]:
@@ -388,27 +385,25 @@ def look_at(rows: Sequence[tuple[str, str | Sequence[str]]], tokenizer: Any, max
     return ids
 
 
-def encode_stream(model: Engine, tokenizer: Any, texts: Sequence[str], max_seq_length: int,
-                  batch_size: int | None = None, windows: Sequence[range] | None = None,
-                  place: Callable[[int], str] | None = None, remark: bool = True,
-                  sight: Sight | None = None) -> Iterator[np.ndarray]:
-    """Yield the embeddings of `texts` in their order, float32 [texts of the window, embedding_size] at a time.
-    `windows` are the rows that are wanted, by which texts are batched together; None: all, WINDOW at a time. `place`
-    names them, and what is cut or not seen is said, if there is to be a `remark`; see `Sight`, of which there may
-    already be one. InputError: an embedding is not finite.
+def encode_stream(model: Engine, sight: Sight, batch_size: int | None = None,
+                  windows: Sequence[range] | None = None) -> Iterator[np.ndarray]:
+    """Yield the embeddings of a `Sight`'s texts in their order, float32 [texts of the window, embedding_size] at a
+    time. `windows` are the rows that are wanted, by which texts are batched together; None: all, WINDOW at a time.
+    InputError: an embedding is not finite.
 
     A batch is read back when the next one is under way, so that host and GPU work side by side. Texts that the encoder
     sees nothing of have an embedding of zeros, whose cosine with any is 0.
     """
-    check_length(model, max_seq_length)
+    check_length(model, sight.length)
     if windows is None:
-        windows = [range(start, min(start + WINDOW, len(texts))) for start in range(0, len(texts), WINDOW)]
-    sight = sight or Sight(tokenizer, texts, max_seq_length, place, remark)
+        count = len(sight.texts)
+        windows = [range(start, min(start + WINDOW, count)) for start in range(0, count, WINDOW)]
     with progress("encoding", sum(map(len, windows)), "texts") as advance:
         for ids, dark in prefetch(map(sight, windows)):
             embeddings = np.empty((len(ids), model.embedding_size), "float32")
             rows, under_way = [], embeddings[:0]
-            for next_rows, *batch in make_batches(ids, tokenizer.pad_token_id, batch_size, model.batch_tokens):
+            batches = make_batches(ids, sight.tokenizer.pad_token_id, batch_size, model.batch_tokens)
+            for next_rows, *batch in batches:
                 launched = model.embed(*batch)
                 embeddings[rows] = np.asarray(under_way)
                 rows, under_way = next_rows, launched
@@ -424,9 +419,10 @@ def encode_stream(model: Engine, tokenizer: Any, texts: Sequence[str], max_seq_l
 
 def encode(model: Engine, tokenizer: Any, texts: Sequence[str], max_seq_length: int, batch_size: int | None = None,
            place: Callable[[int], str] | None = None, remark: bool = True) -> np.ndarray:
-    """The one way from texts to embeddings: float32 [len(texts), embedding_size], in the order of `texts`."""
+    """The one way from texts to embeddings: float32 [len(texts), embedding_size], in the order of `texts`. `place` and
+    `remark` are those of `Sight`."""
     embeddings, row = np.empty((len(texts), model.embedding_size), "float32"), 0
-    for block in encode_stream(model, tokenizer, texts, max_seq_length, batch_size, None, place, remark):
+    for block in encode_stream(model, Sight(tokenizer, texts, max_seq_length, place, remark), batch_size):
         embeddings[row : row + len(block)] = block
         row += len(block)
     return embeddings

@@ -33,29 +33,25 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def complete(row: list[str]) -> bool:
-    """Whether a line is a pair, and neither blank nor malformed."""
-    return len(row) == 2 and all(row)
-
-
 def main() -> None:
     args = parse_args()
     streams = args.text_pair_file == STDIN
     rows = data.read_rows(args.text_pair_file, 2, "--text_pair_file", every=True)
     blocks = arriving(rows) if streams else [list(rows)]
-    flags.announce(args, args.params_path, "pairs of stdin" if streams else
-                   flags.count([row for _, row in blocks[0] if complete(row)], "pair"))
+    pairs = [] if streams else [row for _, row in blocks[0] if data.complete(row, 2)]
+    flags.announce(args, args.params_path, "pairs of stdin" if streams else flags.count(pairs, "pair"))
 
     from model import encode_pairs, load_engine, mean_loss
 
-    engine, tokenizer = load_engine(args, () if streams else [row for _, row in blocks[0] if complete(row)])
+    engine, tokenizer = load_engine(args, pairs)
     for block in blocks:
-        pairs = [row for _, row in block if complete(row)]
-        places = [f"{'stdin' if streams else args.text_pair_file}:{number}" for number, row in block if complete(row)]
+        good = [(number, row) for number, row in block if data.complete(row, 2)]
+        pairs = [row for _, row in good]
+        places = [f"{'stdin' if streams else args.text_pair_file}:{number}" for number, _ in good]
         first, second = encode_pairs(engine, tokenizer, pairs, args.max_seq_length, args.batch_size, places)
         cosines = iter((first * second).sum(axis=1).clip(-1, 1).tolist())
         for _, row in block:
-            cosine = next(cosines) if complete(row) else None
+            cosine = next(cosines) if data.complete(row, 2) else None
             if args.format:
                 line = console.line(args.format, query=row[0], title="\t".join(row[1:]), cosine=cosine)
             else:

@@ -12,7 +12,7 @@
 Encodes the corpus, builds an index while it does, and writes `query \\t document \\t cosine`, `recall_num` lines a
 query, best first, to <recall_result_dir>/<recall_result_file>; answers to --query go to stdout, those to queries of
 stdin as they come. With --hybrid_bm25 the ranking is fused with that of words, and the fused score stands where the
-cosine does. """
+cosine does."""
 
 import argparse
 import contextlib
@@ -181,7 +181,7 @@ def open_index(args: argparse.Namespace, corpus: data.TextFile | None, engine, t
         index = ann_util.Shards(new, len(entries), engine.embedding_size, args.cpu_threads)
         fill(args, index, entries, engine, tokenizer)
         if new["ann_engine"] == "hnswlib":  # measured on documents, which unlike queries are always there
-            sample = encode(entries[:: -(-len(entries) // ann_util.MEASURED)], remark=False)
+            sample = encode(ann_util.sample(entries), remark=False)
             new["ann_recall"] = index.measure(sample, min(ann_util.MEASURED_K, len(entries)), "documents")
             ann_util.report(new["ann_recall"])
         wait_for_ranks()
@@ -200,8 +200,7 @@ def fill(args: argparse.Namespace, index, entries: ann_util.Entries | None, engi
         copies = entries.documents - len(entries)
         console.log(f"encoding and indexing {count} of {len(entries)} documents in {engine.precision}"
                     + (f"; {copies} more lines are copies, --distinct gives each text once" if copies else ""))
-        index.fill(encode_stream(engine, tokenizer, entries, args.max_seq_length, args.batch_size, index.pieces,
-                                 sight=sight))
+        index.fill(encode_stream(engine, sight, args.batch_size, index.pieces))
         console.log(f"{count / (time.time() - started):.1f} documents/s")
     if RANKS > 1:
         sight.gather()
@@ -223,8 +222,7 @@ def write_results(args: argparse.Namespace, blocks: Iterable[list[Query]], index
         rows, cosines = index.search(embeddings, min(depth, len(entries)))
         found = rows, cosines.clip(-1, 1)  # rounding of two unit vectors may go beyond 1
         if index.fingerprint["ann_engine"] == "hnswlib" and not args.query and number == 0:
-            sample = embeddings[:: -(-len(queries) // ann_util.MEASURED)]
-            ann_util.report(index.measure(sample, rows.shape[1], "queries"))
+            ann_util.report(index.measure(ann_util.sample(embeddings), rows.shape[1], "queries"))
         if RANK:
             continue
         if args.hybrid_bm25:
@@ -244,14 +242,13 @@ def asked(blocks: Iterable[list[tuple[int, list[str]]]], form: str) -> Iterator[
     """The queries among the rows of stdin; a blank or malformed one between them is answered here, with no document,
     when those before it have been."""
     for block in blocks:
-        lines = [("\t".join(row), f"stdin:{number}") for number, row in block]
-        for are_queries, group in itertools.groupby(lines, lambda line: data.holds_text(line[0])):
+        for are_queries, group in itertools.groupby(block, lambda line: data.complete(line[1], 1)):
             if are_queries:
-                yield list(group)
+                yield [(query, f"stdin:{number}") for number, (query,) in group]
                 continue
-            for line, _ in group:
+            for _, row in group:
                 rest = {"results": []} if form == "jsonl" else {"document": None, "cosine": None}
-                print(console.line(form, query=line, **rest), end="")
+                print(console.line(form, query="\t".join(row), **rest), end="")
             sys.stdout.flush()
 
 

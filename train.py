@@ -141,15 +141,17 @@ def check_learnable(args: argparse.Namespace, texts: data.TextFile) -> None:
 
 def look(args: argparse.Namespace, texts: data.TextFile, test_set: list[tuple[int, list[str]]],
          tokenizer: Any) -> None:
-    """Warn of what the encoder does not see of the texts; InputError where it sees no two that differ."""
+    """Warn of what the encoder does not see of the texts; InputError where it sees no two that differ, those that are
+    cut being different ones."""
     from model import look_at
 
-    rows = range(0, len(texts), -(-len(texts) // data.WINDOW))  # at most so many, from all over the file
-    ids = look_at([(texts.place(row), texts[row]) for row in rows], tokenizer, args.max_seq_length)
+    ids = look_at(texts.spread(data.WINDOW), tokenizer, args.max_seq_length)
     look_at([(f"{args.test_set_file}:{number}", row[:2]) for number, row in test_set], tokenizer, args.max_seq_length)
     if args.epochs or args.whiten is not None:
         for side in range(texts.columns if texts.columns < 3 else 0):
-            if len({tuple(each) for each in ids[side :: texts.columns] if each}) < 2:
+            seen = {tuple(each) if len(each) < args.max_seq_length else row
+                    for row, each in enumerate(ids[side :: texts.columns]) if each}
+            if len(seen) < 2:
                 raise console.InputError(f"--train_set_file {texts.name}: there are no two different texts as the "
                                          "encoder sees them; SimCSE learns by telling them apart")
 

@@ -112,7 +112,7 @@ def prepare(args: argparse.Namespace, data_set: str, folder: str) -> dict[str, s
     source = os.path.abspath(os.path.join(args.data_dir, data_set, "recall"))
     files = {"encoder": os.path.join(ROOT, "pretrained", "ernie_mini_zh"), "corpus": f"{source}/corpus.csv",
              **{name: f"{folder}/{name}.csv" for name in ("texts", "pairs", "queries", "corpus_seen", "queries_seen")}}
-    texts = data.read_texts(f"{source}/{TRAINING_FILES[data_set]}", "--data_dir")
+    texts = list(data.TextFile(f"{source}/{TRAINING_FILES[data_set]}", "--data_dir"))
     queries = data.read_text_pairs(f"{source}/dev.csv", "--data_dir")
     if data_set == "csl":
         pairs = data.read_text_pairs(f"{source}/train.csv", "--data_dir")
@@ -121,7 +121,7 @@ def prepare(args: argparse.Namespace, data_set: str, folder: str) -> dict[str, s
         pairs = [(query, title) for query, title, label in labeled if float(label)]
         known = {text for query, title, _ in labeled for text in (query, title)}
         queries = [pair for pair in queries if not known.intersection(pair)]
-    seen = [(text[:SEEN],) for text in data.read_texts(files["corpus"], "--data_dir")]
+    seen = [(text[:SEEN],) for text in data.TextFile(files["corpus"], "--data_dir")]
     for name, rows in (("texts", [(text,) for text in texts[: args.lines or None]]), ("pairs", pairs),
                        ("queries", queries), ("corpus_seen", seen),
                        ("queries_seen", [(query, target[:SEEN]) for query, target in queries])):
@@ -175,7 +175,7 @@ def bm25(args: argparse.Namespace, data_set: str) -> dict[str, dict[str, float]]
         os.makedirs(f"{folder}/recall_result_dir")
         queries = data.distinct(query for query, _ in data.read_text_pairs(files["queries"], "--data_dir"))
         for suffix, part in zip(("", *SHORT), ("", "_seen")):
-            corpus = data.read_texts(files[f"corpus{part}"], "--data_dir")
+            corpus = data.TextFile(files[f"corpus{part}"], "--data_dir")
             rows, scores = Bm25(corpus).search(queries, 50)
             with open(f"{folder}/recall_result_dir/recall_result.txt", "w", encoding="utf-8") as file:
                 file.writelines(f"{query}\t{corpus[row]}\t{score}\n" for query, *best in zip(queries, rows, scores)

@@ -79,7 +79,7 @@ def read_pairs(args: argparse.Namespace) -> dict[str, dict[str, float]]:
                                  "a line")
     positives: dict[str, dict[str, float]] = {}
     for pair, (number, (score,)) in zip(pairs, scores):
-        if len(pair) == 2 and all(pair):
+        if data.complete(pair, 2):
             query, positive = pair
             positives.setdefault(query, {})[positive] = cosine_of(score, f"{args.positive_scores}:{number}")
     return positives

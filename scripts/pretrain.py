@@ -162,8 +162,7 @@ def train(args: argparse.Namespace, texts: data.TextFile) -> Any:
     name = args.resume or args.model_name_or_path
     model, tokenizer = masked_lm(name, args.dropout), data.load_tokenizer(name)
     check_length(model, args.max_seq_length)
-    look_at([(texts.place(row), texts[row]) for row in range(0, len(texts), -(-len(texts) // data.WINDOW))], tokenizer,
-            args.max_seq_length)
+    look_at(texts.spread(data.WINDOW), tokenizer, args.max_seq_length)
 
     def write(folder: str, also) -> None:
         with new_folder(folder) as temporary:

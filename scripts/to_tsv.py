@@ -26,17 +26,13 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 from simcse import console, flags
 from simcse.console import InputError
-from simcse.encodings import encodings
+from simcse.encodings import BLOCK, encodings, known_bytes, wide
 from simcse.files import STDIN, new_file
-from simcse.formats import LABELS, NUMBERING, SAMPLE, leaves, names_columns
+from simcse.formats import HEADER, LABELS, NUMBER, NUMBERING, SAMPLE, leaves, named, names_columns
 
 CELL_LINES = 1000  # of a cell in quotes, at most: a quote that nobody closes must not take the file with it
 DELIMITERS = {"csv": ",", "tsv": "\t"}
-OTHERS = {b"PK\x03\x04": "a zip archive, or a workbook of Excel; save that as CSV",
-          b"\x1f\x8b": "compressed; gunzip -c FILE | to_tsv.py --input_file -",
-          b"\xff\xfe\0\0": "UTF-32: --encoding utf-32", b"\xff\xfe": "UTF-16: --encoding utf-16",
-          b"\xfe\xff": "UTF-16: --encoding utf-16", b"[{": "a JSON array; jq -c '.[]' FILE makes lines of it"}
-NAME = re.compile(r"[A-Za-z_][\w.-]{0,24}|(问题|问句|查询|答案|标题|文本|文档|内容|摘要|句子|正例|负例|标签)\d?")
+NAME = re.compile(rf"[A-Za-z_][\w.-]{{0,24}}|{HEADER.pattern}", re.I)  # of a column, where texts are Chinese
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character of JSON, or a byte that is none of the encoding
 Lines = Iterator[tuple[int, str]]  # numbers, from 1, and lines
 
@@ -101,12 +97,14 @@ def guess_format(args: argparse.Namespace, sample: Sequence[str]) -> str:
     Raises:
         InputError: none of these, but what its message says.
     """
-    start = "".join(sample).encode("utf-8", "surrogateescape")
-    for magic, kind in OTHERS.items():
-        if re.sub(rb"\s", b"", start[:100]).startswith(magic):
-            raise InputError(f"--input_file {args.name}: {kind}")
-    if b"\0" in start:
-        raise InputError(f"--input_file {args.name}: no text, or UTF-16 without a BOM: --encoding utf-16-le")
+    start, convert = "".join(sample).encode("utf-8", "surrogateescape"), "--encoding {}".format
+    kind = known_bytes(start[:BLOCK], convert)
+    if not kind and b"\0" in start:
+        kind = wide(start[:BLOCK], convert) or "no text"
+    elif re.match(rb"\s*\[\s*\{", start):
+        kind = "a JSON array; jq -c '.[]' FILE makes lines of it"
+    if kind:
+        raise InputError(f"--input_file {args.name}: {named(kind, args.name)}")
     if start.lstrip().startswith(b"{"):
         return "jsonl"
     for kind in ("tsv", "csv"):
@@ -243,15 +241,12 @@ class Table:
 
 
 def is_header(first: Sequence[str], rest: Sequence[Sequence[str]]) -> bool:
-    """Whether the first row names the columns: all words that columns are called by where no other row is, or one that
-    is no number above numbers alone."""
-    def named(row: Sequence[str]) -> bool:
-        return all(NAME.fullmatch(field.strip()) or field.strip().lower() in NUMBERING for field in row)
-
-    number = re.compile(r"\s*[-+]?\d+(\.\d*)?\s*").fullmatch
+    """Whether the first row names the columns: by words that columns are called by, by others where no other row is of
+    such, or by one that is no number above numbers alone."""
+    numbers = [all(NUMBER.fullmatch(field.strip()) for field in column) for column in zip(*rest)]
     return bool(rest) and len(set(first)) == len(first) and (
-        (named(first) and not any(map(named, rest))) or names_columns(first)
-        or any(not number(name) and all(map(number, column)) for name, *column in zip(first, *rest)))
+        names_columns(first) or (names_columns(first, NAME) and not any(names_columns(row, NAME) for row in rest))
+        or any(number and not NUMBER.fullmatch(name) for name, number in zip(first, numbers)))
 
 
 def unless_numbering(args: argparse.Namespace, names: Iterable[str]) -> list[str]:

@@ -21,4 +21,6 @@ if "AuthenticAMD" in PROCESSOR and " avx2" in PROCESSOR:
     wide = all(f" {part}" in PROCESSOR for part in ("avx512f", "avx512bw", "avx512dq", "avx512vl"))
     os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "7" if wide else "5")
 os.environ.setdefault("GLOG_minloglevel", "2")  # paddle's C++ notes and warnings say nothing that a user can act on
+# Else tokenizers warns of every process that a package starts; none of them tokenizes.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 warnings.filterwarnings("ignore", message="No ccache found|Setuptools is replacing distutils")

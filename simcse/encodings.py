@@ -3,7 +3,7 @@
 import codecs
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from simcse.formats import MOST, command
 
@@ -23,8 +23,13 @@ ENCODINGS = {"gb18030": ("GBK", "GB18030"), "big5": ("Big5", "BIG5"), "cp932": (
              "cp1251": ("Windows-1251 (Cyrillic)", "CP1251"), "koi8_r": ("KOI8-R", "KOI8-R")}
 
 
-def known_bytes(head: bytes) -> str | None:
-    """What a file is by its first bytes, if it is no lines of text in an encoding without NUL bytes."""
+def iconv(name: str) -> str:
+    return f"convert it: iconv -f {name} -t UTF-8 FILE > NEW"
+
+
+def known_bytes(head: bytes, convert: Callable[[str], str] = iconv) -> str | None:
+    """What a file is by its first bytes, if it is no lines of text in an encoding without NUL bytes; `convert` says
+    what to do with one in an encoding."""
     if head.startswith(b"PK\x03\x04"):
         return ("a workbook of Excel: save it as CSV, UTF-8; python scripts/to_tsv.py converts that" if b"xl/" in head
                 else "a zip archive: unzip it")
@@ -33,10 +38,10 @@ def known_bytes(head: bytes) -> str | None:
             return what
     # The BOM of UTF-32 begins with that of UTF-16 or with NUL bytes; of English in UTF-16 every second byte is one.
     bom = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return wide(head) if bom or head.count(0) > len(head) / 4 else None
+    return wide(head, convert) if bom or head.count(0) > len(head) / 4 else None
 
 
-def wide(head: bytes) -> str | None:
+def wide(head: bytes, convert: Callable[[str], str] = iconv) -> str | None:
     """UTF-32 or UTF-16, with or without BOM; None: neither."""
     found = {}
     for name in ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE"):
@@ -52,7 +57,7 @@ def wide(head: bytes) -> str | None:
     # Hardly anything else is valid UTF-32; of UTF-16 that order of bytes is right which gives more common characters.
     name = next(iter(found)) if "UTF-32" in next(iter(found)) else max(found, key=found.get)
     marked = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE))
-    return f"it looks like {name[:6]}{'' if marked else ' without a BOM'}; {iconv(name[:6] if marked else name)}"
+    return f"it looks like {name[:6]}{'' if marked else ' without a BOM'}; {convert(name[:6] if marked else name)}"
 
 
 def not_utf8(path: str, line: bytes, error: UnicodeDecodeError) -> str:
@@ -121,7 +126,3 @@ def guess(lines: Sequence[bytes]) -> str:
         return (f"charset-normalizer: it may be {' or '.join(said)}; look whether it reads well before you convert it: "
                 f"iconv -f {name} -t UTF-8 FILE | head")
     return f"it looks like {said[0]} to charset-normalizer; {iconv(name)}"
-
-
-def iconv(name: str) -> str:
-    return f"convert it: iconv -f {name} -t UTF-8 FILE > NEW"

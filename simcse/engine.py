@@ -5,13 +5,14 @@ import contextlib
 import importlib.metadata
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 from unittest.mock import patch
 
-from simcse.console import InputError, log, reported
+from simcse.console import InputError, log
 from simcse.files import file_digest, new_folder, read_json, write_json
 from simcse.machine import BATCH_TOKENS, CPU_BF16_IS_FASTER, CPU_HAS_BF16, CPU_THREADS, auto_precision
 from simcse.weights import CONFIG_FILE, ONNX_FILE, OPENVINO_FILE, OPSET, model_digest, read_record
@@ -273,36 +274,23 @@ class KeptGraph:
             log(f"kept the graph in {self.folder}, for quicker starts")
 
 
-@contextlib.contextmanager
-def without_stdout() -> Iterator[None]:
-    """Nothing on stdout, of C++ neither: paddle2onnx reports there, and stdout is for results."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    with open(os.devnull, "w", encoding="utf-8") as null:
-        os.dup2(null.fileno(), 1)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-
-
 def export_onnx(model: nn.Layer, folder: str) -> None:
     """Write `get_pooled_embedding` with its weights, float32, batch and length dynamic, to <folder>/inference.onnx:
     from input_ids and token_type_ids, int64 [batch, length], to float32 [batch, embedding_size]. InputError where
     paddle is of version 2, or paddle2onnx cannot convert the network."""
     if paddle.__version__.startswith("2."):
-        raise InputError(f"--format onnx needs paddlepaddle 3 (requirements.txt); this is {paddle.__version__}")
-    import paddle2onnx
-
+        raise InputError(f"paddle2onnx needs paddlepaddle 3 (requirements.txt); this is {paddle.__version__}")
     with tempfile.TemporaryDirectory() as temporary:
         export_graph(model, temporary)
-        paths = [os.path.join(temporary, name) for name in ("inference.json", "inference.pdiparams")]
-        # It logs what it could not convert, and then fails on having no result. Its default optimize_tool runs pip for
-        # what it finds missing; onnxruntime folds constants itself.
-        with reported("--format onnx: paddle2onnx cannot convert the network", Exception), without_stdout():
-            paddle2onnx.export(*paths, save_file=os.path.join(folder, ONNX_FILE), opset_version=OPSET,
-                               optimize_tool="None")
+        # An operator that paddle2onnx does not know aborts its process. Its default optimize_tool runs pip
+        # for what it finds missing; onnxruntime folds constants itself.
+        files = ["inference.json", "inference.pdiparams", os.path.abspath(os.path.join(folder, ONNX_FILE))]
+        code = f"import paddle2onnx; paddle2onnx.export(*{files}, opset_version={OPSET}, optimize_tool='None')"
+        ran = subprocess.run([sys.executable, "-c", code], cwd=temporary, capture_output=True, text=True,
+                             errors="replace", check=False)
+    if ran.returncode:
+        said = (ran.stderr.strip() or f"exit code {ran.returncode}").splitlines()[-1]
+        raise InputError(f"paddle2onnx cannot convert the network: {said}")
 
 
 def onnx_graph(folder: str) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:

@@ -94,10 +94,11 @@ def refuse_other_formats(lines: Sequence[str], path: str, flag: str, columns: tu
     where = f"{flag} {path}"
     needed = f"needed: {COLUMNS.get(columns, f'columns between tabs, one of {columns}')}"
     anyway = "--plain_text takes its lines as they are"
-    if kind := document(lines):
+    parsed = list(map(_json, lines))
+    if kind := document(lines, parsed):
         raise InputError(f"{where}: {named(kind, path)}; {needed}; {anyway}")
     delimiters = ",\t" if tabs <= (1 - MOST) * len(lines) else "\t"
-    tables = itertools.chain([table_of_objects(lines)], (table(lines, each, columns) for each in delimiters))
+    tables = itertools.chain([table_of_objects(parsed)], (table(lines, each, columns) for each in delimiters))
     if found := next(filter(None, tables), None):
         options = conversion(found, columns)
         remedy = (f"there are too few columns of texts in it: {some(found.names)}" if options is None
@@ -105,7 +106,8 @@ def refuse_other_formats(lines: Sequence[str], path: str, flag: str, columns: tu
         raise InputError(f"{where}: {found.what}; {needed}; {remedy}; {anyway}")
     if not tabs and flag in TAKES_TEXTS and (path != "stdin" or len(lines) > 1):
         raise InputError(f"{where}: one column; {needed}; {TAKES_TEXTS[flag]}")
-    if 1 in columns and len(lines) >= MANY and (odd := odd_in_each(lines)):
+    enough = len(lines) == MANY if path == "stdin" else len(lines) >= MANY  # of stdin it is said once
+    if columns == (1,) and enough and (odd := odd_in_each(lines)):
         complain(f"{where}: each of the first {len(lines)} lines {odd}: "
                  f"{command(path, ['--format', 'csv'])}")
 
@@ -172,14 +174,14 @@ def counts_up(values: Sequence[str]) -> bool:
     return numbers == list(range(numbers[0], numbers[0] + len(values))) or len(set(numbers)) == len(numbers) >= MANY
 
 
-def names_columns(row: Sequence[str]) -> bool:
+def names_columns(row: Sequence[str], name: re.Pattern = HEADER) -> bool:
     """Whether all fields of a row are what columns are called; the first may have no name, as pandas' index."""
     named = row if row[0] else row[1:]
-    return 0 < len(named) == len(set(named)) and all(HEADER.fullmatch(field.strip()) for field in named)
+    return 0 < len(named) == len(set(named)) and all(name.fullmatch(field.strip()) for field in named)
 
 
-def document(lines: Sequence[str]) -> str | None:
-    """What a file is whose lines are parts of a whole, as of one JSON array or object, or are JSON arrays."""
+def document(lines: Sequence[str], parsed: Sequence[Any]) -> str | None:
+    """What a file is whose lines, `parsed` by `_json`, are parts of a whole, as of one array or object, or arrays."""
     for first, kind in DOCUMENTS.items():
         if re.fullmatch(first, lines[0], re.I):
             return kind
@@ -188,7 +190,7 @@ def document(lines: Sequence[str]) -> str | None:
     advice = "jq -c '.[]' FILE makes lines of an array, and python scripts/to_tsv.py columns of those"
     if lines[0] in ("[", "{", "[{") and len(lines) > 1 and re.match(r'[\[{"]', lines[1].lstrip()):
         return f"a JSON document; {advice}"
-    whole = _json(lines[0]) if len(lines) == 1 else None
+    whole = parsed[0] if len(lines) == 1 else None
     if (isinstance(whole, list) and len(whole) > 1 and all(isinstance(each, (str, dict)) for each in whole)) or (
             lines[0][:2] == "[{" and lines[-1][-1] in ",]" and all(
                 isinstance(_json(line.lstrip("[ ").rstrip(",] ")), dict) for line in lines)):
@@ -197,7 +199,7 @@ def document(lines: Sequence[str]) -> str | None:
         return "JSON strings, one a line; jq -r . FILE > NEW makes texts of them"
     if all(re.fullmatch(r"\{'[^']*': .*\}", line) for line in lines):
         return "dicts as Python prints them; json.dumps writes what scripts/to_tsv.py reads"
-    arrays = [found for line in lines if isinstance(found := _json(line), list)]
+    arrays = [found for found in parsed if isinstance(found, list)]
     if len(lines) > 1 and len(arrays) >= MOST * len(lines) and all(
             len(array) > 1 and any(isinstance(each, str) for each in array)
             and all(isinstance(each, (str, int, float)) for each in array) for array in arrays):
@@ -206,6 +208,7 @@ def document(lines: Sequence[str]) -> str | None:
 
 
 def _json(line: str) -> Any:
+    """The array or object that a line is; None: it is neither."""
     try:
         return json.loads(line) if line[:1] in "[{" and line else None
     except (ValueError, RecursionError):
@@ -222,10 +225,10 @@ def leaves(found: dict) -> Iterator[tuple[str, Any]]:
                 yield key, member
 
 
-def table_of_objects(lines: Sequence[str]) -> Table | None:
-    """The table of JSON lines."""
-    objects = [found for line in lines if isinstance(found := _json(line), dict) and found]
-    if len(objects) < max(1, MOST * len(lines)):
+def table_of_objects(parsed: Sequence[Any]) -> Table | None:
+    """The table of JSON lines, by what they are as JSON."""
+    objects = [found for found in parsed if isinstance(found, dict) and found]
+    if len(objects) < max(1, MOST * len(parsed)):
         return None
     firsts = [dict(reversed(list(leaves(found)))) for found in objects]  # of a list the first member
     names = list(dict.fromkeys(path for found in objects for path, _ in leaves(found)))

@@ -16,7 +16,7 @@ def backward(network: nn.Layer, model: Any, batch: Any, scale_loss: Callable) ->
     A batch of several chunks takes the memory of one (Gao et al. 2021, GradCache, arXiv:2101.06983): all are encoded
     without a graph, the loss gives the gradients of the embeddings, and each chunk is encoded again, its dropout
     replayed, to pass them on to the parameters. `network` is `model`, a `SimCSE`, or the DataParallel that holds it;
-    `batch` a `data.Batch`; `scale_loss` scales the loss before its gradients are taken. """
+    `batch` a `data.Batch`; `scale_loss` scales the loss before its gradients are taken."""
     # Ranks take the mean of their gradients; of a loss over all ranks' rows each rank has but its own rows' part.
     share = RANKS if model.cross_device_negatives else 1
     chunks = [{name: paddle.to_tensor(array) for name, array in chunk.items()} for chunk in batch.chunks]

@@ -1,12 +1,14 @@
 """The network in OpenVINO: as it is, or in int8, quantized by NNCF with texts of the user's own."""
 
+import contextlib
+import io
 import os
 import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from simcse.console import InputError, complain, log, reported
-from simcse.engine import OpenVinoEngine, export_onnx, without_stdout
+from simcse.console import InputError, log, reported
+from simcse.engine import OpenVinoEngine, export_onnx
 from simcse.files import write_json
 from simcse.weights import CONFIG_FILE, ONNX_FILE, OPENVINO_FILE
 
@@ -14,15 +16,15 @@ import numpy as np
 from paddle import nn
 
 SAMPLE = 256  # texts: every second sets the ranges of activations, the others measure what int8 costs
-FEW = 32  # texts below which ranges are a guess
+LEAST = 32  # texts below which ranges are a guess
 LEAST_COSINE = 0.98  # to float32, on the mean: below, results are no longer those of the checkpoint
 Batch = tuple[np.ndarray, np.ndarray]  # input_ids and token_type_ids, int64 [texts, length]
 
 
-def export_openvino(model: nn.Layer, folder: str, batches: Sequence[Batch] = ()) -> dict:
+def export_openvino(model: nn.Layer, folder: str, batches: Sequence[Batch] = ()) -> None:
     """Write `get_pooled_embedding` with its weights, batch and length dynamic, to <folder>/inference.xml and .bin, in
-    float32 or, with `batches` of a text each, in int8; returns what is recorded of it. InputError where it cannot be
-    converted, or where int8 is too far from the network."""
+    float32 or, with `batches` of a text each, in int8, and what a later stage has to know of it. InputError where it
+    cannot be converted, or where int8 is too far from the network."""
     import openvino
     from openvino.passes import ConstantFolding, Manager
 
@@ -38,7 +40,9 @@ def export_openvino(model: nn.Layer, folder: str, batches: Sequence[Batch] = ())
     record = {"embedding_size": model.embedding_size, "max_positions": model.max_positions,
               "precision": "int8" if batches else "fp32"}
     write_json(os.path.join(folder, CONFIG_FILE), record)
-    return {**record, **(_compare(model, OpenVinoEngine(folder, "int8"), batches[1::2] or batches) if batches else {})}
+    if batches:
+        record["int8_cosines"] = _compare(model, OpenVinoEngine(folder, "int8"), batches[1::2] or batches)
+        write_json(os.path.join(folder, CONFIG_FILE), record)
 
 
 def _quantize(network: Any, batches: Sequence[Batch], has_fc: bool) -> Any:
@@ -46,7 +50,6 @@ def _quantize(network: Any, batches: Sequence[Batch], has_fc: bool) -> Any:
     et al. 2023, arXiv:2211.10438, and bias correction: NNCF's defaults for transformers). In float stay the products
     of two activations, which are attention's, and that of the fc, whose whitening magnifies whatever error it has."""
     os.environ.setdefault("NNCF_CI", "1")  # it reports to Google Analytics otherwise
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else tokenizers warns of the processes that it starts
     import nncf
 
     nncf.set_log_level(40)  # errors alone
@@ -55,7 +58,8 @@ def _quantize(network: Any, batches: Sequence[Batch], has_fc: bool) -> Any:
     in_float += products[-1:] * has_fc
     inputs = nncf.Dataset([{"input_ids": ids, "token_type_ids": types} for ids, types in batches])
     log(f"quantizing with {len(batches)} texts, which takes a minute or two, once")
-    with reported("--precision int8: NNCF cannot quantize the network", Exception), without_stdout():
+    quiet = contextlib.redirect_stdout(io.StringIO())  # of progress bars; stdout is for results
+    with quiet, reported("--precision int8: NNCF cannot quantize the network", Exception):
         return nncf.quantize(network, inputs, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(batches),
                              ignored_scope=nncf.IgnoredScope([each.get_friendly_name() for each in in_float]))
 
@@ -70,7 +74,4 @@ def _compare(model: nn.Layer, engine: OpenVinoEngine, batches: Sequence[Batch]) 
         raise InputError(f"--precision int8: {found}; below {LEAST_COSINE} on the mean it is another model: take bf16 "
                          "or fp32")
     log(found)
-    if len(batches) < FEW // 2:
-        complain(f"--precision int8: ranges are those of {len(batches)} texts alone; give some hundred with "
-                 "--calibration_file")
-    return {"int8_cosines": {"texts": len(cosines), "mean": mean, "lowest": lowest}}
+    return {"texts": len(cosines), "mean": mean, "lowest": lowest}

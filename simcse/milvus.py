@@ -52,6 +52,9 @@ class MilvusIndex:
         self._lite = not uri.startswith(("http://", "https://"))
         if self._lite and RANKS > 1:
             raise InputError(f"--milvus_uri {uri}: a file can be used by one process; {RANKS} need a server")
+        missing = f"--milvus_collection {collection}: {uri} has no such collection; --corpus_file is needed to make it"
+        if self._lite and not entries and not os.path.exists(uri):  # a client would make it
+            raise InputError(missing)
         with self._errors():
             try:
                 self._client = MilvusClient(uri=uri, token=os.environ.get("MILVUS_TOKEN", ""), timeout=30)
@@ -64,8 +67,7 @@ class MilvusIndex:
                               "index_format": self._FORMAT})
             wait_for_ranks()
             if not self._client.has_collection(collection):
-                raise InputError(f"--milvus_collection {collection}: {uri} has no such collection; --corpus_file is "
-                                 "needed to make it")
+                raise InputError(missing)
             described = self._client.describe_collection(collection)
             kept = described.get("properties", {}).get(self._KEY) or described.get("description")
             try:

@@ -52,7 +52,7 @@ class Run:
     `args` are as `flags.check_run_arguments` returns them, `texts` is the training file, a `data.TextFile`; `write`
     writes a checkpoint to a folder, with what a function of that folder, its second argument, adds. `network` is the
     model, or the DataParallel that holds it; `step` of `steps` steps are done; `code` is the exit code of a run that
-    was ended before its last one: 1 for a loss that is no number, 128 + the signal. """
+    was ended before its last one: 1 for a loss that is no number, 128 + the signal."""
 
     def __init__(self, args: argparse.Namespace, model: Any, texts: Any, epoch_steps: int, write: Callable) -> None:
         from paddlenlp.transformers import LinearDecayWithWarmup

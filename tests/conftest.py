@@ -24,6 +24,13 @@ FP32 = ["--precision", "fp32"]  # where figures are compared with the dynamic gr
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 
+def read_texts(path, flag="--flag"):
+    """The texts of a file, one a line, by the reader of rows."""
+    from data import read_rows
+
+    return [text for _, (text,) in read_rows(str(path), 1, flag)]
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="all 50 recorded training steps, not the first ten alone")
 

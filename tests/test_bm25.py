@@ -7,13 +7,13 @@ import sys
 from collections import Counter
 
 import simcse.bm25
-from data import distinct, read_text_pairs, read_texts
+from data import distinct, read_text_pairs
 from simcse.bm25 import Bm25, fuse, words
 from simcse.console import InputError
 
 import numpy as np
 import pytest
-from conftest import ROOT, command, refuse, succeed
+from conftest import ROOT, command, read_texts, refuse, succeed
 
 CORPUS = ["语义索引与语义检索", "向量检索的近似算法", "。。。", "BM25 检索 模型", "中文分词与语义",
           "语义 语义 语义 bm25", "检索 模型 BM25"]
@@ -156,7 +156,7 @@ def read_result(path):
 @pytest.mark.parametrize("engine", ["exact", "hnswlib"])
 def test_recall_writes_the_fused_ranking(checkpoint, sample, tmp_path, engine):
     """Against the rankings of 100 that recall.py writes and that `Bm25` gives; --query says the same."""
-    corpus = read_texts(str(sample / "corpus.csv"), "--flag")
+    corpus = read_texts(sample / "corpus.csv")
     flags = ["--similar_text_pair", sample / "dev.csv", "--ann_engine", engine, "--index_path", "index"]
     recall(checkpoint, tmp_path, sample / "corpus.csv", *flags, "--top_k", 100, "--recall_result_file", "dense.txt")
     result = recall(checkpoint, tmp_path, sample / "corpus.csv", *flags, "--hybrid_bm25")

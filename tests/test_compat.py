@@ -3,12 +3,12 @@
 import json
 
 import model as m
-from data import read_text_pairs, read_texts
+from data import read_text_pairs
 
 import numpy as np
 import paddle
 import pytest
-from conftest import ROOT, succeed
+from conftest import ROOT, read_texts, succeed
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_training(compat, tmp_path, request):
     if not slow:
         return
     network, tokenizer, _ = m.load_model(str(tmp_path / "checkpoints" / "model_50" / "model_state.pdparams"))
-    vectors = m.encode(network, tokenizer, read_texts(str(compat / "titles.txt"), "--flag"), 60, 64)
+    vectors = m.encode(network, tokenizer, read_texts(compat / "titles.txt"), 60, 64)
     np.testing.assert_allclose(vectors, np.load(compat / "title_embeddings_after_training.npy"), atol=1e-3)
 
 

@@ -8,7 +8,7 @@ from simcse import console, files
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, read_texts
 
 
 def rows(tmp_path, content, columns=2, **options):
@@ -107,7 +107,7 @@ def test_a_text_file_by_offsets_is_the_list_of_its_texts(tmp_path, monkeypatch, 
         damage = b"\xb0" if random.random() < 0.1 else b""
         (tmp_path / "file.txt").write_bytes(random.choice([b"", b"\xef\xbb\xbf"]) + text.encode() + damage)
         results = []
-        for read in (lambda: data.read_texts(path, "--flag"), lambda: list(data.TextFile(path, "--flag"))):
+        for read in (lambda: read_texts(path, "--flag"), lambda: list(data.TextFile(path, "--flag"))):
             try:
                 texts = read()
             except console.InputError as error:

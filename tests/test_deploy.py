@@ -7,13 +7,13 @@ import subprocess
 import sys
 
 import simcse.engine
-from data import load_tokenizer, read_texts
+from data import load_tokenizer
 from deploy.python import predictor
 
 import numpy as np
 import paddle
 import pytest
-from conftest import FP32, ROOT, refuse, run_script, succeed
+from conftest import FP32, ROOT, read_texts, refuse, run_script, succeed
 from training import embed
 
 # Imports of what a server does not have fail.
@@ -60,7 +60,7 @@ def test_a_copied_folder_gives_the_same_vectors(kind, server, exported, checkpoi
                     *FP32)
     assert result.returncode == 0, result.stderr
     assert [line.split()[0] for line in result.stderr.splitlines()] == ["predict.py:", "120", "wrote"]  # all are cut
-    expected = embed(checkpoint, read_texts(str(sample / "corpus.csv"), "--flag"))
+    expected = embed(checkpoint, read_texts(sample / "corpus.csv"))
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected, atol=1e-5)
 
 
@@ -75,7 +75,7 @@ def test_in_an_environment_of_its_requirements_alone(request, exported, checkpoi
     subprocess.run(["sh", "python/deploy.sh", "--input_file", sample / "corpus.csv", "--output_file", "v.npy", *FP32],
                    cwd=tmp_path, check=True, env={**environment, "PYTHON": str(python), "DEVICE": "cpu",
                                                   "OUTPUT_DIR": str(exported)})
-    expected = embed(checkpoint, read_texts(str(sample / "corpus.csv"), "--flag"))
+    expected = embed(checkpoint, read_texts(sample / "corpus.csv"))
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected, atol=1e-5)
 
 
@@ -136,7 +136,7 @@ def test_what_was_whitened_at_a_length_is_told_of_longer_texts(exported, tmp_pat
 
 @pytest.mark.parametrize("length", [3, 16, 512])
 def test_tokens_are_those_of_the_project(exported, sample, length):
-    texts = TEXTS + read_texts(str(sample / "corpus.csv"), "--flag")
+    texts = TEXTS + read_texts(sample / "corpus.csv")
     ours, theirs = load_tokenizer(str(exported)), predictor.Tokenizer(str(exported))
     assert theirs(texts, length) == ours(texts, length) and theirs.pad_token_id == ours.pad_token_id
 
@@ -144,7 +144,7 @@ def test_tokens_are_those_of_the_project(exported, sample, length):
 @pytest.mark.parametrize("batch_size", [None, 3])
 def test_windows_give_the_rows_of_the_whole(exported, sample, batch_size, monkeypatch):
     """A file of many texts is tokenized a window at a time, and every embedding is in its text's row."""
-    texts = read_texts(str(sample / "corpus.csv"), "--flag")
+    texts = read_texts(sample / "corpus.csv")
     graph, tokenizer = predictor.Predictor(str(exported)), predictor.Tokenizer(str(exported))
     whole = predictor.encode(graph, tokenizer, texts, 64, batch_size)
     monkeypatch.setattr(predictor, "WINDOW", 7)

@@ -15,7 +15,7 @@ from simcse.console import InputError
 
 import pytest
 import to_tsv
-from conftest import ROOT, SHARED
+from conftest import ROOT, SHARED, read_texts
 
 CASES = SHARED / "cases"
 TRAINING = (1, 2, 3)
@@ -121,7 +121,7 @@ def test_ordinary_texts_are_not_refused(content, columns):
 def test_texts_of_every_kind_in_one_file_are_read(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("".join(TEXTS).replace("\t", " "), encoding="utf-8")
-    assert data.read_texts(str(path), "--flag") == list(data.TextFile(str(path), "--flag"))
+    assert read_texts(path) == list(data.TextFile(str(path), "--flag"))
 
 
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the real texts are not here")
@@ -140,6 +140,17 @@ def test_commas_that_may_be_columns_are_said(capsys):
     assert refused(quotes, (1,)) is None
     assert "each of the first 30 lines is in quotes; if they are none of the text: python" in capsys.readouterr().err
     assert refused(couplets.replace(",", ", "), (1,)) is None and not capsys.readouterr().err
+
+
+def test_what_may_be_columns_is_said_once(tmp_path, capsys):
+    lines = [(row, f"第{row}句白日依山尽,黄河入海流") for row in range(130)]
+    assert list(formats.checked(iter(lines), "stdin", "--flag", (1,))) == lines
+    said, = capsys.readouterr().err.splitlines()
+    assert "stdin: each of the first 20 lines has 1 comma" in said
+    (tmp_path / "train.csv").write_text("".join(f"{line}\n" for _, line in lines), encoding="utf-8")
+    data.TextFile(path := str(tmp_path / "train.csv"), "--flag", data.count_columns(path, "--flag", TRAINING))
+    said, = capsys.readouterr().err.splitlines()
+    assert "each of the first 100 lines has 1 comma" in said
 
 
 @pytest.mark.parametrize("content, advice", [
@@ -173,12 +184,12 @@ def test_one_column_where_two_are_needed_names_the_flag_that_takes_it(flag, advi
 def test_both_readers_refuse_and_a_flag_reads_all_the_same(tmp_path, monkeypatch):
     path = tmp_path / "corpus.jsonl"
     path.write_text(JSONL, encoding="utf-8")
-    for read in (data.read_texts, data.TextFile, lambda *to: data.count_columns(*to, TRAINING)):
+    for read in (read_texts, data.TextFile, lambda *to: data.count_columns(*to, TRAINING)):
         with pytest.raises(InputError, match=r"--flag .*corpus.jsonl: JSON objects, .*corpus.tsv converts it"):
             read(str(path), "--flag")
     lines = JSONL.splitlines()
     with console.as_it_is():
-        assert data.read_texts(str(path), "--flag") == list(data.TextFile(str(path), "--flag")) == lines
+        assert read_texts(path) == list(data.TextFile(str(path), "--flag")) == lines
         assert data.count_columns(str(path), "--flag", TRAINING) == 1
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--plain_text"])
     flags.add_data_arguments(parser := flags.ArgumentParser("Reads."))
@@ -211,7 +222,7 @@ def wrong(tmp_path, content, name="texts.txt"):
     """What both readers say of a file that is not UTF-8."""
     (tmp_path / name).write_bytes(content)
     said = []
-    for read in (data.read_texts, data.TextFile):
+    for read in (read_texts, data.TextFile):
         with pytest.raises(InputError) as caught:
             read(str(tmp_path / name), "--flag")
         said.append(str(caught.value))

@@ -14,7 +14,7 @@ from simcse.measures import percent
 
 import numpy as np
 import pytest
-from conftest import ENCODER
+from conftest import ENCODER, read_texts
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -56,7 +56,7 @@ def test_texts_by_offset_are_the_texts(path, content, chunk):
         file.write(content)
     before, data.TextFile._CHUNK = data.TextFile._CHUNK, chunk
     try:
-        texts = outcome(lambda: data.read_texts(path, "--flag"))
+        texts = outcome(lambda: read_texts(path, "--flag"))
         assert texts == outcome(lambda: data.TextFile(path, "--flag"))
         if isinstance(texts, list):
             lines = content.splitlines()

@@ -1,14 +1,11 @@
 """How training computes its gradients, by the command line: a batch at once, or in chunks."""
 
-
-from data import read_texts
-
-from conftest import ENCODER, ROOT, succeed
+from conftest import ENCODER, ROOT, read_texts, succeed
 
 
 def test_memory_of_a_cached_step_does_not_grow_with_the_batch(sample, tmp_path):
     """Peak memory of batches of 32 and of 192, plain and in chunks of 8."""
-    texts = read_texts(str(sample / "train_unsupervised.csv"), "--flag")
+    texts = read_texts(sample / "train_unsupervised.csv")
     (tmp_path / "measured.py").write_text(
         f"import resource, runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\nsys.argv[0] = {str(ROOT / 'train.py')!r}\n"
         "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"

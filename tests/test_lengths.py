@@ -24,13 +24,6 @@ def tokenizer():
     return data.load_tokenizer(str(ENCODER))
 
 
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch):
-    """Remarks are made once a run, and a test is one."""
-    monkeypatch.setattr(m.Sight, "_told", set())
-    monkeypatch.setattr(console.settings, "strict", False)
-
-
 class Ones:
     """An engine to which all texts are alike."""
 
@@ -73,14 +66,14 @@ def test_the_scripts_leave_the_length_to_the_checkpoint(script):
 
 
 # --------------------------------------------------------------------------------------------- what is cut, or not seen
-def test_cut_texts_are_counted_once_a_run(tokenizer, tmp_path, capsys):
+def test_cut_texts_are_counted(tokenizer, tmp_path, capsys):
     """A text of as many tokens as there is room for is not cut; places are those of lines, blank ones counted."""
     (tmp_path / "t.csv").write_text("六个汉字的长\n\n七个汉字的长短\n短\nabc " + "长" * 900 + "\n", encoding="utf-8")
     texts = data.TextFile(str(tmp_path / "t.csv"), "--flag")
-    for _ in range(2):
-        assert m.encode(Ones(), tokenizer, texts, 8).shape == (4, 4)
+    assert m.encode(Ones(), tokenizer, texts, 8).shape == (4, 4)
     assert capsys.readouterr().err == (f"2 of 4 texts are longer than 8 tokens and are cut; a higher --max_seq_length, "
                                        f"in training too, reads on: {tmp_path}/t.csv:3, {tmp_path}/t.csv:5\n")
+    assert m.encode(Ones(), tokenizer, texts, 8, remark=False).all() and not capsys.readouterr().err
 
 
 def test_a_cut_text_keeps_its_first_tokens(tokenizer):
@@ -147,23 +140,20 @@ def arguments(path, **changed):
 
 def test_training_texts_that_are_one_after_cutting(tokenizer, tmp_path, capsys):
     """Of pairs a line is said where either of its texts is such a one."""
-    def look_at(texts):
-        m.look_at([(texts.place(row), text) for row, text in enumerate(texts)], tokenizer, 8)
-
     path = tmp_path / "train.csv"
     path.write_text("".join(f"承担单位见附件{row}\n" for row in range(5)) + "别的\n别的\n", encoding="utf-8")
-    look_at(data.TextFile(str(path), "--flag"))
+    m.look_at(data.TextFile(str(path), "--flag").spread(9), tokenizer, 8)
     cut, alike = capsys.readouterr().err.splitlines()
     assert cut.startswith("5 of 7 texts are longer than 8 tokens")
     assert alike == ("4 of 7 texts, cut to 8 tokens, are one with another text; a higher --max_seq_length tells them "
                      f"apart: {path}:2, {path}:3, {path}:4")
     path.write_text("".join(f"问题{row}\t承担单位见附件{row}\n" for row in "甲乙"), encoding="utf-8")
-    look_at(data.TextFile(str(path), "--flag", columns=2))
+    m.look_at(data.TextFile(str(path), "--flag", columns=2).spread(9), tokenizer, 8)
     said = capsys.readouterr().err.splitlines()[1]
     assert said.startswith("1 of 4 texts, cut to 8 tokens, are one with another") and said.endswith(f" {path}:2")
 
 
-def test_texts_that_are_one_to_the_encoder_are_no_training(tokenizer, tmp_path):
+def test_texts_that_are_one_to_the_encoder_are_no_training(tokenizer, tmp_path, capsys):
     """All [UNK], or alike but for case and blanks; of pairs the titles."""
     path = tmp_path / "train.csv"
     for content in ("😀\n😀😀\n👍\n", "Hello 你好\nhello  你好\nＨ\n", "甲\tX\n乙\tx\n"):
@@ -172,6 +162,9 @@ def test_texts_that_are_one_to_the_encoder_are_no_training(tokenizer, tmp_path):
         with pytest.raises(InputError, match="train.csv: there are no two different texts as the encoder sees them"):
             train.look(arguments(path, epochs=0, whiten=0), texts, [], tokenizer)
         train.look(arguments(path, epochs=0, whiten=None), texts, [], tokenizer)
+    path.write_text("承担单位见附件一\n承担单位见附件二\n", encoding="utf-8")  # they are but cut, which is warned of
+    train.look(arguments(path, epochs=1, whiten=None), data.TextFile(str(path), "--flag"), [], tokenizer)
+    assert "1 of 2 texts, cut to 8 tokens, are one with another text" in capsys.readouterr().err
 
 
 def test_embeddings_that_are_no_numbers_are_refused(tokenizer):

@@ -155,6 +155,13 @@ def test_a_text_too_long_for_milvus_is_refused_with_its_line(tmp_path, monkeypat
         MilvusIndex("x.db", "texts", {})
 
 
+def test_asking_makes_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="--milvus_collection texts: x.db has no such collection; --corpus_file is ne"):
+        MilvusIndex("x.db", "texts", {})
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_in_use_is_called_that(filled, checkpoint):
     with open(filled / "recall.db" / "LOCK") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -303,7 +303,7 @@ def test_engine_is_the_network(kind):
     np.testing.assert_allclose(m.encode(engine, tokenizer, texts, 30), expected, atol=1e-5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(m, "WINDOW", 11)
-        blocks = list(m.encode_stream(engine, tokenizer, texts, 30))
+        blocks = list(m.encode_stream(engine, m.Sight(tokenizer, texts, 30)))
     assert [len(block) for block in blocks] == [11, 11, 7]
     np.testing.assert_allclose(np.concatenate(blocks), expected, atol=1e-5)
     assert m.encode(engine, tokenizer, [], 30).shape == (0, 8)

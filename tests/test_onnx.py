@@ -7,7 +7,6 @@ import sys
 from importlib import metadata
 
 import model as m
-from data import read_texts
 from deploy.python.predictor import Predictor
 from simcse import weights
 from simcse.console import InputError
@@ -15,7 +14,7 @@ from simcse.engine import export_onnx
 
 import numpy as np
 import pytest
-from conftest import FP32, ROOT, refuse, run_script, succeed
+from conftest import FP32, ROOT, read_texts, refuse, run_script, succeed
 
 for package in ("onnxruntime", "paddle2onnx"):
     pytest.importorskip(package, reason=f"no {package}: pip install -r requirements-onnx.txt", exc_type=ImportError)
@@ -55,7 +54,7 @@ def test_vectors_of_the_sample(onnx_export, exported, sample, tmp_path, flags):
 
 
 def test_vectors_of_real_text(onnx_export, exported, real_data, tmp_path):
-    texts = read_texts(str(real_data / "csl" / "recall" / "corpus.csv"), "--flag")[:300]
+    texts = read_texts(real_data / "csl" / "recall" / "corpus.csv")[:300]
     (tmp_path / "texts").write_text("\n".join(texts), encoding="utf-8")
     of_onnx = vectors(onnx_export[0], tmp_path / "texts", tmp_path)
     assert len(of_onnx) == 300
@@ -121,9 +120,22 @@ def test_a_missing_package_is_one_line_and_nothing_is_written(checkpoint, tmp_pa
     assert [each for each in os.listdir(tmp_path) if "output" in each] == []
 
 
+def test_an_operator_that_paddle2onnx_does_not_know_is_one_line(tmp_path):
+    """It aborts the process that it runs in."""
+    class Unknown(m.nn.Layer):
+        embedding_size, max_positions, infer_with_pooler = 4, 8, True
+
+        def get_pooled_embedding(self, input_ids, token_type_ids, with_pooler=True):
+            return m.paddle.linalg.qr((input_ids + token_type_ids).astype("float32"))[0]
+
+    with pytest.raises(InputError, match="paddle2onnx cannot convert the network: .*unsupported operators.*$"):
+        export_onnx(Unknown(), str(tmp_path))
+    assert not os.listdir(tmp_path)
+
+
 def test_paddle_2_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(m.paddle, "__version__", "2.6.2")
-    with pytest.raises(InputError, match=r"--format onnx needs paddlepaddle 3 \(requirements.txt\); this is 2.6.2"):
+    with pytest.raises(InputError, match=r"paddle2onnx needs paddlepaddle 3 \(requirements.txt\); this is 2.6.2"):
         export_onnx(None, str(tmp_path))
 
 

@@ -5,14 +5,14 @@ import os
 import re
 
 import model as m
-from data import read_text_pairs, read_texts
+from data import read_text_pairs
 from simcse import machine
 from simcse.engine import make_engine
 from simcse.flags import README_TEXT
 
 import numpy as np
 import pytest
-from conftest import FP32, refuse, succeed
+from conftest import FP32, read_texts, refuse, succeed
 from training import embed
 
 
@@ -35,7 +35,7 @@ def test_predict_prints_cosines_alone(checkpoint, sample):
 
 def test_no_cosine_is_past_1(exported, checkpoint, sample, tmp_path):
     """Of every text with itself, where rounding gives 1.0000001 now and then; predict.py, deployed, and recall.py."""
-    texts = read_texts(str(sample / "corpus.csv"), "--flag")
+    texts = read_texts(sample / "corpus.csv")
     (tmp_path / "pairs").write_text("".join(f"{text}\t{text}\n" for text in texts), encoding="utf-8")
     pairs = ["--device", "cpu", "--text_pair_file", tmp_path / "pairs"]
     model = ["--params_path", checkpoint]
@@ -60,7 +60,7 @@ def test_inference_of_texts_and_files(checkpoint, sample, tmp_path):
             "--input_file", sample / "corpus.csv", "--output_file", tmp_path / "v.npy", *FP32)
     vectors = np.load(tmp_path / "v.npy")
     assert vectors.dtype == np.float32
-    texts = ["一", "二 三", *read_texts(str(sample / "corpus.csv"), "--flag")]
+    texts = ["一", "二 三", *read_texts(sample / "corpus.csv")]
     np.testing.assert_allclose(vectors, embed(checkpoint, texts), atol=1e-5)
 
 
@@ -76,7 +76,7 @@ def test_deployed_equals_dynamic(exported, checkpoint, sample, tmp_path, flags):
     succeed("deploy/python/predict.py", "--model_dir", exported, "--device", "cpu", "--input_file",
             sample / "corpus.csv", "--output_file", tmp_path / "v.npy", *FP32, *flags)
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"),
-                               embed(checkpoint, read_texts(str(sample / "corpus.csv"), "--flag")), atol=1e-5)
+                               embed(checkpoint, read_texts(sample / "corpus.csv")), atol=1e-5)
 
 
 def test_deploy_prints_the_readmes_texts_and_benchmarks(exported, checkpoint, tmp_path):
@@ -127,6 +127,6 @@ def test_bfloat16_is_close_and_refused_where_there_is_none(checkpoint, sample, t
         assert "--precision bf16: this processor" in refuse("inference.py", *flags)
         return
     succeed("inference.py", *flags)
-    vectors = embed(checkpoint, read_texts(str(sample / "corpus.csv"), "--flag"))
+    vectors = embed(checkpoint, read_texts(sample / "corpus.csv"))
     cosines = (np.load(tmp_path / "v.npy") * vectors).sum(axis=1)
     assert cosines.min() > 0.999 and (cosines < 1 - 1e-6).any(), "close, and not float32 under another name"

@@ -2,14 +2,14 @@
 
 import model as m
 from ann_util import exact_search
-from data import distinct, read_text_pairs, read_texts
+from data import distinct, read_text_pairs
 from simcse import machine
 from simcse.engine import make_engine
 from simcse.measures import first_hits, per_query, percent
 
 import numpy as np
 import pytest
-from conftest import ENCODER, succeed
+from conftest import ENCODER, read_texts, succeed
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def test_bfloat16_recalls_what_float32_does(real_data, half_trained, name):
     if not machine.CPU_HAS_BF16:
         pytest.skip("this processor has neither AVX-512 BF16 nor AMX")
     network, tokenizer, _ = m.load_model(str(half_trained))
-    corpus = distinct(read_texts(str(real_data / name / "recall" / "corpus.csv"), "--flag"))
+    corpus = distinct(read_texts(real_data / name / "recall" / "corpus.csv"))
     pairs = read_text_pairs(str(real_data / name / "recall" / "dev.csv"), "--flag")
     queries = distinct(query for query, _ in pairs)[:1000]
     row_of = {text: row for row, text in enumerate(corpus)}

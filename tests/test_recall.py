@@ -7,11 +7,11 @@ import shutil
 
 import model as m
 from ann_util import exact_search
-from data import read_text_pairs, read_texts
+from data import read_text_pairs
 
 import numpy as np
 import pytest
-from conftest import FP32, refuse, succeed
+from conftest import FP32, read_texts, refuse, succeed
 from training import embed
 
 
@@ -28,7 +28,7 @@ def test_recall_result_is_exact_search_here(recalled, checkpoint, sample):
     lines = (recalled / "recall_result_dir" / "recall_result.txt").read_text(encoding="utf-8").splitlines()
     got = [line.split("\t") for line in lines]
     queries = [query for query, _ in read_text_pairs(str(sample / "dev.csv"), "--flag")]
-    corpus = read_texts(str(sample / "corpus.csv"), "--flag")
+    corpus = read_texts(sample / "corpus.csv")
     assert [line[0] for line in got] == [query for query in queries for _ in range(50)]
     rows, cosines = exact_search(embed(checkpoint, queries), embed(checkpoint, corpus), 50)
     np.testing.assert_allclose([float(line[2]) for line in got], cosines.ravel(), atol=1e-5)

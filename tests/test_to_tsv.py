@@ -1,5 +1,6 @@
 """Files of other kinds as the scripts read them: scripts/to_tsv.py."""
 
+import bz2
 import io
 import itertools
 import json
@@ -134,9 +135,11 @@ def test_encodings(convert, encoding, flag):
      r"--encoding may be gb18030 \(\d+%\)$"),
     ("標題,文本\n這家餐廳的牛肉麵,非常好吃\n今天的天氣,我們去公園散步\n".encode("big5"),
      r"--encoding may be big5 \(\d+%\)$"),
-    ("甲\n".encode("utf-16"), "UTF-16: --encoding utf-16$"), ("甲\n".encode("utf-16-le"), "--encoding utf-16-le$"),
-    ("甲\n".encode("utf-32"), "UTF-32: --encoding utf-32$"), (b"PK\x03\x04...", "a workbook of Excel"),
-    (b"\x1f\x8b\x08...", "compressed; gunzip"), (b'[\n {"text": "a"}]', "a JSON array; jq"), (b"a\xff\n", "not utf-8")])
+    ("甲\n".encode("utf-16"), "UTF-16; --encoding UTF-16$"), ("甲\n".encode("utf-16-le"), "--encoding UTF-16LE$"),
+    ("甲\n".encode("utf-16-be"), "--encoding UTF-16BE$"), ("甲\n".encode("utf-32"), "UTF-32; --encoding UTF-32$"),
+    (b"PK\x03\x04...xl/", "a workbook of Excel"), (b"\x1f\x8b\x08...", "compressed by gzip: gunzip it$"),
+    (bz2.compress(b"a"), "compressed by bzip2: bunzip2 it$"), (b"\0" * 9, ": no text$"),
+    (b'[\n {"text": "a"}]', "a JSON array; jq"), (b"a\xff\n", "not utf-8")])
 def test_what_is_no_text_is_said(convert, content, complaint):
     with pytest.raises(InputError, match=complaint):
         convert(content)
