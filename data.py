@@ -180,9 +180,16 @@ class TextFile(Sequence):
         """Where a text stands, as file:line."""
         return f"{self.name}:{self.line_number(row)}"
 
-    def take(self, rows: Iterable[int]) -> list[str]:
-        """The texts of some rows."""
-        return [self[row] for row in rows]
+    def take(self, rows: Sequence[int]) -> list[str]:
+        """The texts of some rows; where they stand close together, their part of the file is read at once."""
+        lines = np.asarray(rows, "int64") if self._lines is None else self._lines[rows]
+        begins, ends = self._starts[lines], self._starts[lines + 1]
+        offset, end = int(begins.min(initial=self._starts[-1])), int(ends.max(initial=0))
+        if end - offset > min(2 * (ends - begins).sum(), 1 << 30):
+            return [self[row] for row in rows]
+        block = os.pread(self._file.fileno(), max(0, end - offset), offset)
+        places = zip((begins - offset).tolist(), (ends - offset).tolist())
+        return [self._row(block[begin:end]) for begin, end in places]
 
     def __getitem__(self, row):
         if isinstance(row, slice):
@@ -194,12 +201,7 @@ class TextFile(Sequence):
     def __iter__(self):
         """Yield the rows in their order, read by blocks of the file."""
         for start in range(0, len(self), self._BLOCK):
-            stop = min(start + self._BLOCK, len(self))
-            lines = np.arange(start, stop) if self._lines is None else self._lines[start:stop]
-            begins, ends, offset = self._starts[lines], self._starts[lines + 1], int(self._starts[lines[0]])
-            block = os.pread(self._file.fileno(), int(ends[-1]) - offset, offset)
-            places = zip((begins - offset).tolist(), (ends - offset).tolist())
-            yield from [self._row(block[begin:end]) for begin, end in places]
+            yield from self[start : start + self._BLOCK]
 
     def _row(self, line: bytes) -> str | list[str]:
         text = line.decode("utf-8").replace(BOM, "").strip()
