@@ -3,7 +3,8 @@
     python export_model.py --params_path checkpoints/model_900 --output_path ./output
     python export_model.py --params_path checkpoints/model_900 --output_path ./output_onnx --format onnx
 
-Writes the graph with its weights, the tokenizer and simcse_config.json: all that deploy/python/predict.py needs.
+Writes the graph with its weights, the tokenizer and simcse_config.json: all that deploy/python/predict.py needs; of
+pooling first_avg a table as well, with which deploy/serving answers sooner.
 The exported graph is run against the dynamic one before the folder appears.
 """
 
@@ -79,6 +80,7 @@ def main() -> None:
             graph = engine.onnx_graph(folder)
         else:
             engine.export_graph(model, folder)
+            record["table"] = engine.TableEngine.write(model, folder)
             graph = engine.CpuEngine(folder).embed
         write_record(folder, record, tokenizer)
         if isinstance(tokenizer, WordPiece):

@@ -161,9 +161,15 @@ def _open_collection(args: argparse.Namespace, fingerprint: dict) -> tuple[Any, 
 
 
 def _open_engine(args: argparse.Namespace, precision: str, shapes: int) -> Any:
-    """The exported model, in the precision that the corpus was encoded in where none is asked for."""
+    """The exported model, in the precision that the corpus was encoded in where none is asked for; on a CPU its table,
+    where it has one."""
     if predictor.holds_onnx(args.model_dir) and (args.device != "cpu" or args.precision not in (None, "fp32")):
         raise console.InputError(f"--model_dir {args.model_dir}: holds ONNX, which runs with --device cpu, in fp32")
+    if (predictor.read_record(args.model_dir).get("table") and args.device == "cpu"
+            and (args.precision or precision) == "fp32"):
+        from simcse.engine import TableEngine
+
+        return TableEngine(args.model_dir)
     try:
         return predictor.Predictor(args.model_dir, args.device, args.cpu_threads, args.precision or precision, shapes)
     except predictor.InputError as error:
