@@ -3,13 +3,10 @@
 import argparse
 import codecs
 import itertools
-import json
 import math
 import os
-import re
 import shutil
 import tempfile
-import threading
 import unicodedata
 from array import array
 from collections import Counter
@@ -19,13 +16,13 @@ from typing import Any, NamedTuple
 from simcse import encodings, formats
 from simcse.console import InputError, complain, reported, settings, warn
 from simcse.files import STDIN, prefetch, read_json, reading
+from simcse.tokens import Ids, Tokens, WordPiece
 
 import numpy as np
 
 WINDOW = 16384  # texts tokenized and sorted by length at a time: enough for batches of even length, in little memory
 WHOLE = 512  # tokens of a text that views are cropped from
 BOM, LOST = "\ufeff", "\ufffd"
-Ids = list[int]  # of a text, [CLS] and [SEP] included
 
 
 def _decode(line: bytes, path: str, name: str, where: str) -> str:
@@ -178,9 +175,16 @@ class TextFile(Sequence):
         """Where a text stands, as file:line."""
         return f"{self.name}:{self.line_number(row)}"
 
-    def take(self, rows: Iterable[int]) -> list[str]:
-        """The texts of some rows."""
-        return [self[row] for row in rows]
+    def take(self, rows: Sequence[int]) -> list[str]:
+        """The texts of some rows; where they stand close together, their part of the file is read at once."""
+        lines = np.asarray(rows, "int64") if self._lines is None else self._lines[rows]
+        begins, ends = self._starts[lines], self._starts[lines + 1]
+        offset, end = int(begins.min(initial=self._starts[-1])), int(ends.max(initial=0))
+        if end - offset > min(2 * (ends - begins).sum(), 1 << 30):
+            return [self[row] for row in rows]
+        block = os.pread(self._file.fileno(), max(0, end - offset), offset)
+        places = zip((begins - offset).tolist(), (ends - offset).tolist())
+        return [self._row(block[begin:end]) for begin, end in places]
 
     def __getitem__(self, row):
         if isinstance(row, slice):
@@ -192,12 +196,7 @@ class TextFile(Sequence):
     def __iter__(self):
         """Yield the rows in their order, read by blocks of the file."""
         for start in range(0, len(self), self._BLOCK):
-            stop = min(start + self._BLOCK, len(self))
-            lines = np.arange(start, stop) if self._lines is None else self._lines[start:stop]
-            begins, ends, offset = self._starts[lines], self._starts[lines + 1], int(self._starts[lines[0]])
-            block = os.pread(self._file.fileno(), int(ends[-1]) - offset, offset)
-            places = zip((begins - offset).tolist(), (ends - offset).tolist())
-            yield from [self._row(block[begin:end]) for begin, end in places]
+            yield from self[start : start + self._BLOCK]
 
     def _row(self, line: bytes) -> str | list[str]:
         text = line.decode("utf-8").replace(BOM, "").strip()
@@ -249,89 +248,7 @@ def distinct(texts: Iterable[str]) -> list[str]:
 
 
 WORDPIECE_CLASSES = ("ErnieTokenizer", "BertTokenizer")  # of PaddleNLP
-WASTE = re.compile("([0-9A-Za-z]{101})[0-9A-Za-z]+|( ) +")  # what a long text has more of than makes a difference
 LENGTH_MULTIPLE = 4  # batches are padded to a multiple of so many tokens, so that kernels are made for few shapes
-
-
-class WordPiece:
-    """BERT WordPiece in Rust, token for token what PaddleNLP's ErnieTokenizer and BertTokenizer give, text being text:
-    a literal "[SEP]" in it is no separator. `lowercase` also strips accents; `kind` is PaddleNLP's class name."""
-
-    # PaddleNLP splits at symbols and at some more code points; BertPreTokenizer only at punctuation.
-    # The last range is missing from the Rust normalizer's han (a typo in its table).
-    _PIECE = re.compile("[\u4e00-\u9fff]|[^\u4e00-\u9fff \\t\\r\\n]+")
-    _KNOWN = 1 << 18  # pieces whose ids are kept
-    _SPLIT = r"[\p{S}\x{AD}\x{B2}\x{B5}\x{BA}\x{D8}\x{14B}\x{1B1}\x{3007}\x{2B820}-\x{2B91F}]"
-
-    def __init__(self, vocab: dict[str, int], lowercase: bool = True, kind: str = "ErnieTokenizer") -> None:
-        from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
-
-        self.vocab, self.lowercase, self.kind = vocab, lowercase, kind
-        self.unk_token_id = vocab.get("[UNK]")
-        self.wordless = {self.unk_token_id, *(number for token, number in vocab.items()
-                                              if not any(map(str.isalnum, token)))}
-        self.cls, self.sep, self.pad_token_id = (vocab[token] for token in ("[CLS]", "[SEP]", "[PAD]"))
-        self._rust = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
-        self._rust.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-        self._rust.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Split(Regex(self._SPLIT), "isolated")])
-        self._rust.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", self.cls), ("[SEP]", self.sep)])
-        self._known, self._lock = dict[str, Ids](), threading.Lock()
-
-    def __call__(self, texts: Sequence[str], max_seq_length: int) -> list[Ids]:
-        """Token ids of each text, [CLS] and [SEP] included, cut to `max_seq_length`. It is taken by pieces, its han
-        characters and what is between them and blanks, where all text is split: there are few, whose ids are kept."""
-        with self._lock:  # evaluation runs beside the making of batches
-            known, pieces = self._known, [*map(self._PIECE.findall, self._heads(texts, max_seq_length))]
-            if len(known) > self._KNOWN:
-                known = self._known = {}
-            new = list(set().union(*pieces).difference(known))
-            self._rust.no_truncation()
-            known.update(zip(new, (encoding.ids[1:-1] for encoding in self._rust.encode_batch_fast(new))))
-        room, tokens = max_seq_length - 2, itertools.chain.from_iterable
-        return [[self.cls, *itertools.islice(tokens(map(known.__getitem__, each)), room), self.sep] for each in pieces]
-
-    def encode(self, texts: Sequence[str], max_seq_length: int) -> list:
-        """What the tokenizers library gives of each text: ids, and where in it each token stands."""
-        return self._rust.encode_batch(self._heads(texts, max_seq_length, offsets=True))
-
-    def _heads(self, texts: Sequence[str], max_seq_length: int, offsets: bool = False) -> list[str]:
-        """Of each text a beginning with the same first tokens."""
-        self._rust.enable_truncation(max_seq_length)
-        room = max_seq_length - 2
-        # A han character is a token and ends the one before it, so what follows the last that has room is cut anyway.
-        enough = re.compile(f"(?:[^\u4e00-\u9fff]*[\u4e00-\u9fff]){{{room}}}").match
-        return [found[0] if len(text) > room and (found := enough(text)) else text
-                for text in (self._beginning(text, room, offsets) for text in texts)]
-
-    def _beginning(self, text: str, room: int, offsets: bool) -> str:
-        """A text, of a very long one a beginning with the same first `room` tokens, and unless `offsets` with less of
-        [UNK]s and blanks. A word has 100 tokens at most, and [UNK] alone if it is longer than that: where there are 100
-        tokens more than `room`, the word that the cut falls into is behind them."""
-        size = 16 * (room + 100)
-        if len(text) <= 4 * size:
-            return text
-        text = text if offsets else WASTE.sub(r"\1\2", text)
-        while size < len(text):
-            encoding, = self._rust.encode_batch_fast([text[:size]])
-            if room * len(encoding.overflowing) >= room + 100:
-                return text[:size]
-            size *= 4
-        return text
-
-    def save_rust(self, folder: str) -> None:
-        """Write tokenizer.json: this tokenizer for the tokenizers library alone."""
-        self._rust.no_truncation()
-        self._rust.save(os.path.join(folder, "tokenizer.json"), pretty=False)
-
-    def save_pretrained(self, folder: str) -> None:
-        """Write vocab.txt and tokenizer_config.json, as PaddleNLP's AutoTokenizer reads them."""
-        with open(os.path.join(folder, "vocab.txt"), "w", encoding="utf-8") as file:
-            file.writelines(token + "\n" for token in sorted(self.vocab, key=self.vocab.get))
-        names = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
-        with open(os.path.join(folder, "tokenizer_config.json"), "w", encoding="utf-8") as file:
-            json.dump({"do_lower_case": self.lowercase, **names, "tokenizer_class": self.kind}, file)
 
 
 class AnyTokenizer:
@@ -342,9 +259,9 @@ class AnyTokenizer:
         self.unk_token_id, self.wordless = tokenizer.unk_token_id, {tokenizer.unk_token_id}
         self.save_pretrained = tokenizer.save_pretrained
 
-    def __call__(self, texts: Sequence[str], max_seq_length: int) -> list[Ids]:
-        return self._python(list(texts), max_length=max_seq_length, truncation=True, return_token_type_ids=False,
-                            return_attention_mask=False)["input_ids"]
+    def __call__(self, texts: Sequence[str], max_seq_length: int) -> Tokens:
+        return Tokens.of(self._python(list(texts), max_length=max_seq_length, truncation=True,
+                                      return_token_type_ids=False, return_attention_mask=False)["input_ids"])
 
 
 def load_tokenizer(name_or_path: str) -> WordPiece | AnyTokenizer:
@@ -375,42 +292,36 @@ def _read_wordpiece(folder: str) -> WordPiece | None:
     return WordPiece(vocab, config.get("do_lower_case", True), kind)
 
 
-def cut(ids: list[Ids], length: int) -> list[int]:
-    """Cut the texts that are longer than `length`, [CLS] and [SEP] included, in place; returns which they are."""
-    longer = [row for row, each in enumerate(ids) if len(each) > length]
-    for row in longer:
-        ids[row] = [*ids[row][: length - 1], ids[row][-1]]
-    return longer
-
-
 def unseen(tokenizer: WordPiece | AnyTokenizer, ids: Sequence[Ids]) -> list[int]:
     """Which of the texts an encoder sees nothing of: they have no token, or [UNK] and no more than punctuation besides.
     All of them are one and the same to it, so that they would be each other's perfect match."""
-    return [row for row, each in enumerate(ids) if tokenizer.wordless.issuperset(each[1:-1])
-            and (len(each) == 2 or tokenizer.unk_token_id in each)]
+    ids = Tokens.of(ids)
+    words = np.isin(ids.flat, [*tokenizer.wordless], invert=True)
+    words[ids.starts] = words[ids.ends - 1] = False  # [CLS] and [SEP]
+    wordless = np.flatnonzero(~np.logical_or.reduceat(words, ids.starts)) if len(ids) else ()
+    return [row for row in map(int, wordless) if ids.lengths[row] == 2 or tokenizer.unk_token_id in ids[row]]
 
 
-def pad(sequences: Sequence[Sequence[int]], pad_id: int, length: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def pad(sequences: Sequence[Ids], pad_id: int, length: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Pad token ids to `length`, or to the longest: input_ids and token_type_ids (all zero), int64 [batch, length]."""
-    lengths = np.fromiter(map(len, sequences), "int64", len(sequences))
-    input_ids = np.full((len(sequences), length or lengths.max()), pad_id, dtype="int64")
-    tokens = np.fromiter(itertools.chain.from_iterable(sequences), "int64", lengths.sum())
-    input_ids[np.arange(input_ids.shape[1]) < lengths[:, None]] = tokens
+    ids = Tokens.of(sequences)
+    input_ids = ids.padded(slice(None), pad_id, length or ids.lengths.max())
     return input_ids, np.zeros_like(input_ids)
 
 
-def make_batches(ids: Sequence[Sequence[int]], pad_id: int, batch_size: int | None = None,
+def make_batches(ids: Sequence[Ids], pad_id: int, batch_size: int | None = None,
                  batch_tokens: int = 2048) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
     """Batch token ids of like length, longest first, each batch padded to a multiple of LENGTH_MULTIPLE, `batch_size`
     texts at a time or, None, as many as fill `batch_tokens`, padding included. Yields the positions of the batch's
     texts in `ids`, its input_ids and its token_type_ids, int64 [texts, length]."""
-    lengths = np.fromiter(map(len, ids), "int64", len(ids))
-    order, longest = np.argsort(-lengths, kind="stable").tolist(), lengths.max(initial=0).item()
-    while order:
-        length = min(longest, -(-len(ids[order[0]]) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
+    ids = Tokens.of(ids)
+    order, longest = np.argsort(-ids.lengths, kind="stable"), ids.lengths.max(initial=0)
+    while len(order):
+        length = int(min(longest, -(-ids.lengths[order[0]] // LENGTH_MULTIPLE) * LENGTH_MULTIPLE))
         size = batch_size or max(1, batch_tokens // length)
         rows, order = order[:size], order[size:]
-        yield rows, *pad([ids[i] for i in rows], pad_id, length)
+        input_ids = ids.padded(rows, pad_id, length)
+        yield rows.tolist(), input_ids, np.zeros_like(input_ids)
 
 
 class ShuffledBatches:

@@ -5,9 +5,10 @@
     python export_model.py --params_path checkpoints/model_900 --output_path ./output_int8 --format openvino \
         --precision int8 --calibration_file recall/corpus.csv
 
-Writes the graph with its weights, the tokenizer and simcse_config.json: all that deploy/python/predict.py needs.
-The exported graph is run against the dynamic one before the folder appears. The int8 graph is that which recall.py,
-inference.py and predict.py use with --precision int8, beside the checkpoint, and is made there where there is none.
+Writes the graph with its weights, the tokenizer and simcse_config.json: all that deploy/python/predict.py needs; of
+pooling first_avg a table as well, with which deploy/serving answers sooner. The exported graph is run against the
+dynamic one before the folder appears. The int8 graph is that which recall.py, inference.py and predict.py use with
+--precision int8, beside the checkpoint, and is made there where there is none.
 """
 
 import argparse
@@ -97,6 +98,7 @@ def main() -> None:
     flags.announce(args, f"{args.params_path} to {args.output_path}")
 
     from model import load_model
+    from simcse.engine import TableEngine
     from simcse.files import new_folder
     from simcse.ranks import set_device
     from simcse.weights import model_digest, read_record, write_record
@@ -108,6 +110,8 @@ def main() -> None:
     with new_folder(args.output_path) as folder:
         graph = write_graph(args, model, folder)
         record.update(read_record(folder))
+        if args.format == "paddle":
+            record["table"] = TableEngine.write(model, folder)
         write_record(folder, record, tokenizer)
         if isinstance(tokenizer, WordPiece):
             tokenizer.save_rust(folder)

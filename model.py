@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from data import WINDOW, Ids, TextFile, cut, load_tokenizer, make_batches, unseen
+from data import WINDOW, TextFile, load_tokenizer, make_batches, unseen
 from simcse import console
 from simcse.console import InputError, progress
 from simcse.encoders import (
@@ -24,6 +24,7 @@ from simcse.files import new_folder, prefetch
 from simcse.flags import DEFAULT_MODEL, POOLINGS
 from simcse.machine import BATCH_TOKENS, RANK
 from simcse.ranks import gather_rows, set_device
+from simcse.tokens import Ids, Tokens
 from simcse.weights import CONFIG_FILE, PARAMS_FILE, load_state, read_record, read_weights, write_record, write_weights
 
 import numpy as np
@@ -335,10 +336,11 @@ class Sight:
         self.place = place or getattr(texts, "place", lambda row: repr(texts[row][:20]))
         self.counts, self.first = dict.fromkeys(self.REMARKS, 0), {kind: [] for kind in self.REMARKS}
 
-    def __call__(self, window: range) -> tuple[list[Ids], list[int]]:
+    def __call__(self, window: range) -> tuple[Tokens, list[int]]:
         """The ids of the texts of some rows, and which of them the encoder does not see, from 0 in the window."""
-        ids = self.tokenizer(self.texts[window.start : window.stop], self.length + 1)
-        found = {"cut": cut(ids, self.length), "unseen": unseen(self.tokenizer, ids)}
+        whole = Tokens.of(self.tokenizer(self.texts[window.start : window.stop], self.length + 1))
+        ids = whole.cut(self.length)
+        found = {"cut": np.flatnonzero(whole.lengths > self.length).tolist(), "unseen": unseen(self.tokenizer, ids)}
         self.count += len(ids)
         for kind, rows in found.items():
             self.counts[kind] += len(rows)
@@ -372,7 +374,8 @@ def look_at(rows: Sequence[tuple[str, str | Sequence[str]]], tokenizer: Any, max
     none. Warns, on rank 0, of these, of cut ones, and of those that are another's twin once they are cut."""
     both = [(place, text) for place, row in rows for text in ([row] if isinstance(row, str) else row)]
     sight = Sight(tokenizer, [text for _, text in both], max_seq_length, lambda row: both[row][0], remark=not RANK)
-    ids, dark = sight(range(len(both)))
+    tokens, dark = sight(range(len(both)))
+    ids = list(tokens)
     sight.report()
     first_of: dict[tuple, str] = {}
     twins = [place for (place, text), each in zip(both, ids)

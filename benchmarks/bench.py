@@ -41,14 +41,16 @@ class Bench:
         if not os.path.isdir(self.checkpoint):
             self.side("ours", "prepare", folder=self.scratch, sizes=BASE, vocab_folder=MINI)
 
-    def mini(self) -> str:
-        """A checkpoint of ernie_mini_zh, made once by train.py."""
-        folder = f"{self.scratch}/mini"
+    def mini(self, pooling: str | None = None) -> str:
+        """A checkpoint of ernie_mini_zh, made once by train.py: its pooler with fc, or another pooling, whitened."""
+        folder = f"{self.scratch}/mini_{pooling}"
+        vectors = (("--pooling", pooling, "--whiten", "--max_seq_length", 512) if pooling else
+                   ("--output_emb_size", 256, "--infer_with_fc_pooler"))
         if not os.path.isdir(folder):
-            self.stage("train.py", "--epochs", 0, "--model_name_or_path", MINI, "--output_emb_size", 256,
-                       "--infer_with_fc_pooler", "--save_dir", folder, "--visualdl_dir", f"{self.scratch}/log",
-                       "--train_set_file", os.path.join(self.args.data_dir, FILES["training"]))
-        return f"{folder}/model_0"
+            self.stage("train.py", "--epochs", 0, "--model_name_or_path", MINI, *vectors, "--save_dir", folder,
+                       "--visualdl_dir", f"{self.scratch}/log", "--train_set_file",
+                       os.path.join(self.args.data_dir, FILES["training"]))
+        return f"{folder}/model_0" + "_whitened" * bool(pooling)
 
     def side(self, module: str, function: str, env: dict | None = None, python: str = sys.executable,
              **arguments) -> dict[str, float]:

@@ -126,6 +126,29 @@ def memory(bench: Bench) -> None:
                   lines * 256 * 4 / 2**20 + 1024, "MB")
 
 
+def static(bench: Bench) -> None:
+    """Without layers, pooling first_avg, whole processes: inference.py from a file to kept vectors, against the same
+    encoder with its layers, of a tenth of the lines; and recall.py from a million lines to a kept index."""
+    cases = {"titles": (64, 200_000), "corpus": (512, 20_000)}
+
+    def side(pooling: str, part: int) -> dict[str, float]:
+        speeds, checkpoint = {}, bench.mini(pooling)
+        for kind, (length, most) in cases.items():
+            texts, count, path = bench.texts(kind, 10_000), most // part, f"{bench.scratch}/{kind}"
+            with open(path, "w", encoding="utf-8") as file:
+                file.writelines(f"{texts[n % len(texts)]}\n" for n in range(count))
+            seconds, _, _ = bench.stage("inference.py", "--params_path", checkpoint, "--input_file", path,
+                                        "--max_seq_length", length, "--output_file", f"{bench.scratch}/vectors.npy")
+            speeds[f"{kind}, {length} tokens, to kept vectors"] = count / seconds
+        return speeds
+
+    bench.in_turn("static", "texts/s", 3, lambda: side("first_avg", 1),
+                  {"its layers, first_last_avg": lambda: side("first_last_avg", 10)})
+    seconds, _, _ = bench.stage("recall.py", "--params_path", bench.mini("first_avg"), "--corpus_file", short_lines(
+        bench, 1_000_000), "--query", flags.README_TEXT, "--index_path", f"{bench.scratch}/index")
+    bench.add("static", "1,000,000 short lines to a kept index, against two minutes", seconds, 120, "s")
+
+
 def growth(bench: Bench) -> None:
     """recall.py as a whole, by the size of the corpus; the reference grows in proportion to it, from the smallest."""
     checkpoint, first = bench.mini(), None
@@ -231,8 +254,8 @@ def shapes(bench: Bench) -> None:
         "fp32": lambda: bench.side("ours", "shapes", precision="fp32", **arguments)})
 
 
-ALL = {each.__name__: each for each in (tokenize, encode, latency, train, index, memory, growth, lines, start,
-                                        shapes, serving)}
+ALL = {each.__name__: each for each in (tokenize, encode, latency, train, index, memory, static, growth, lines,
+                                        start, shapes, serving)}
 
 
 def parse_args() -> argparse.Namespace:

@@ -142,12 +142,13 @@ class TableEngine:
         record = read_record(folder)
         self.embedding_size, self.max_positions = record["embedding_size"], record["max_positions"]
         with np.load(os.path.join(folder, self.FILE)) as tables:
-            self._tokens, self._positions, self._scale, self._bias, self._weight, self._shift = (
-                tables[name] for name in ("tokens", "positions", "scale", "bias", "weight", "shift"))
+            self._centred = tables["tokens"], tables["positions"]
             self._pad, self._epsilon, self._normalizes = (
                 tables[name].item() for name in ("pad", "epsilon", "normalizes"))
-        self._squares = [(table**2).sum(axis=1) for table in (self._tokens, self._positions)]
-        self._products = np.empty((len(self._tokens), 0), "float32")
+            self._tokens, self._positions = (
+                (table * tables["scale"]) @ tables["weight"] for table in self._centred)
+            self._bias, self._shift = tables["bias"] @ tables["weight"], tables["shift"]
+        self._weights = np.empty((0, 0), "float32")
 
     @classmethod
     def write(cls, model: nn.Layer, folder: str) -> bool:
@@ -174,28 +175,36 @@ class TableEngine:
                    {"embedding_size": model.embedding_size, "max_positions": model.max_positions})
         ids = np.random.default_rng(0).integers(0, len(words), (8, min(32, len(positions))))
         ids[:, -8:][::2] = model.ptm.config.pad_token_id
-        return np.allclose(cls(folder).embed(ids, np.zeros_like(ids)), model.embed(ids, np.zeros_like(ids)), atol=1e-5)
+        same = np.allclose(cls(folder).embed(ids, ids * 0), model.embed(ids, ids * 0), atol=1e-5)
+        if not same:
+            os.remove(os.path.join(folder, cls.FILE))
+        return same
 
     def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
         """int64 [batch, length] twice, types being 0, to float32 [batch, embedding_size], L2-normalized."""
         from scipy.sparse import csr_matrix
 
-        if input_ids.shape[1] > (made := self._products.shape[1]):
-            more = -(-input_ids.shape[1] // self._STEP) * self._STEP
-            self._products = np.hstack([self._products, self._tokens @ self._positions[made:more].T])
+        length = input_ids.shape[1]
+        if length > self._weights.shape[1]:
+            self._weights = self._inverse_deviations(-(-length // self._STEP) * self._STEP)
         inner = input_ids != self._pad
         inner[np.arange(len(inner)), inner.sum(axis=1) - 1] = inner[:, 0] = False  # [SEP] and [CLS]
+        weights = self._weights.take(input_ids * self._weights.shape[1] + np.arange(length)) * inner
         counts = inner.sum(axis=1)
-        tokens, positions = input_ids[inner], np.nonzero(inner)[1]
-        variance = self._squares[0][tokens] + self._squares[1][positions] + 2 * self._products[tokens, positions]
-        weights = np.repeat(1 / np.maximum(counts, 1), counts) / np.sqrt(variance / len(self._scale) + self._epsilon)
-        ends = np.append(0, np.cumsum(counts))
-        summed = sum(csr_matrix((weights.astype("float32"), rows, ends), (len(inner), len(table))) @ table
-                     for rows, table in ((tokens, self._tokens), (positions, self._positions)))
-        vectors = (summed * self._scale + self._bias * (counts > 0)[:, None]) @ self._weight + self._shift
+        of_tokens = csr_matrix((weights[inner], input_ids[inner].astype("int32"), np.append(0, np.cumsum(counts))),
+                               (len(inner), len(self._tokens)))
+        summed = of_tokens @ self._tokens + weights @ self._positions[:length]
+        vectors = summed / np.maximum(counts, 1)[:, None].astype("float32")
+        vectors += self._bias * (counts > 0)[:, None] + self._shift
         if self._normalizes:
             vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         return vectors
+
+    def _inverse_deviations(self, length: int) -> np.ndarray:
+        """What a token's and a position's embedding is divided by, inverted, float32 [tokens, first positions]."""
+        tokens, positions = self._centred[0], self._centred[1][:length]
+        squares = 2 * (tokens @ positions.T) + (tokens**2).sum(axis=1)[:, None] + (positions**2).sum(axis=1)
+        return 1 / np.sqrt(squares / tokens.shape[1] + self._epsilon)
 
 
 def open_engine(folder: str, precision: str = "fp32", cpu_threads: int = 0) -> Engine:

@@ -87,9 +87,11 @@ def test_rows_add_up(path, content, columns):
 
 @given(texts=st.lists(TEXT, min_size=1, max_size=6), length=st.integers(3, 20))
 def test_tokens_of_any_text(tokenizer, texts, length):
-    """One by one as together; never longer than asked for; what is cut is the end."""
+    """One by one as together, and in Rust alone; never longer than asked for; what is cut is the end."""
     together = tokenizer(texts, length)
     assert together == [tokenizer([text], length)[0] for text in texts]
+    tokenizer._rust.enable_truncation(length)
+    assert together == [encoding.ids for encoding in tokenizer._rust.encode_batch(texts)], "as of whole texts"
     for ids, longer in zip(together, tokenizer(texts, 512)):
         assert 2 <= len(ids) <= length and (ids[0], ids[-1]) == (tokenizer.cls, tokenizer.sep)
         assert ids[1:-1] == longer[1:-1][: length - 2]

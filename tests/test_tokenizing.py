@@ -7,7 +7,7 @@ import sys
 import data
 from deploy.python import predictor
 from deploy.serving import searcher
-from simcse import console, files
+from simcse import console, files, tokens
 
 import numpy as np
 import pytest
@@ -114,6 +114,24 @@ def test_the_beginning_of_a_long_text_has_its_tokens(tokenizer, seed, tmp_path):
             encoding.offsets for encoding in whole]
     cut = [len(tokenizer._beginning(text, 1, offsets=False)) < len(text) for text in texts]
     assert cut.count(True) > 5
+
+
+def test_ids_of_many_texts_in_one_array():
+    """Read as a list of lists; cut, and padded in any order; in blocks of characters as at once."""
+    rows = [[1, 5, 6, 7, 2], [1, 2], [1, 9, 2]]
+    ids = tokens.Tokens.of(rows)
+    assert ids == rows and rows == ids and ids != rows[:2] and (len(ids), ids[-1], ids[1:]) == (3, [1, 9, 2], rows[1:])
+    assert ids.cut(3) == [[1, 5, 2], [1, 2], [1, 9, 2]] and ids.cut(5) is ids and tokens.Tokens.of(ids) is ids
+    assert ids.padded([2, 0], 0, 6).tolist() == [[1, 9, 2, 0, 0, 0], [1, 5, 6, 7, 2, 0]]
+    assert tokens.Tokens.of([]) == []
+
+
+@pytest.mark.parametrize("block", [1, 7, 64])
+def test_blocks_of_characters_change_nothing(tokenizer, monkeypatch, block):
+    texts = ["", "语义abc，检索", "  ", "x" * 150, "a\nb\r\nc", "", "e\u0301", "字" * 40, ""]
+    expected = tokenizer(texts, 20)
+    monkeypatch.setattr(tokenizer, "_BLOCK", block)
+    assert tokenizer(texts, 20) == expected == [tokenizer([text], 20)[0] for text in texts] and tokenizer([], 20) == []
 
 
 def test_pieces_that_are_known_are_forgotten_when_there_are_too_many(tokenizer, monkeypatch):

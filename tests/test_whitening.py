@@ -4,6 +4,7 @@ import argparse
 
 import data
 import model as m
+from deploy.serving import searcher
 from simcse import flags, whitening
 from simcse.encoders import load_encoder
 
@@ -98,6 +99,11 @@ def test_a_whitened_checkpoint(texts, tmp_path, more):
     rows = {line: row for row, line in enumerate(texts.read_text(encoding="utf-8").split("\n")[:-1])}
     np.testing.assert_allclose(got[[rows[line] for line in lines]], white, atol=1e-4)
     succeed("export_model.py", "--params_path", folder, "--output_path", "exported", cwd=tmp_path)
+    where = argparse.Namespace(model_dir=str(tmp_path / "exported"), device="cpu", cpu_threads=0, precision=None)
+    engine = searcher._open_engine(where, "fp32", 10)
+    assert type(engine).__name__ == ("TableEngine" if more[0] == "--pooling" else "Predictor")
+    batch = data.pad(tokenizer(lines, 16), tokenizer.pad_token_id)
+    np.testing.assert_allclose(engine.embed(*batch), white, atol=1e-4)
 
 
 def test_whiten_to_more_than_there_is(texts, tmp_path):

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ann_util
-from data import cut, distinct, load_tokenizer, pad, unseen
+from data import distinct, load_tokenizer, unseen
 from deploy.python import predictor
 from deploy.serving.batching import Job
 from simcse import console
+from simcse.tokens import Ids, Tokens
 
 import numpy as np
 
@@ -39,10 +40,11 @@ class Searcher:
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings, float32 [texts, embedding_size], by batches of few shapes."""
-        ids = self.tokenizer(texts, self.max_seq_length + 1)
-        if cut(ids, self.max_seq_length) and not self.has_cut:
+        ids = Tokens.of(self.tokenizer(texts, self.max_seq_length + 1))
+        if ids.lengths.max() > self.max_seq_length and not self.has_cut:
             console.warn(f"texts longer than {self.max_seq_length} tokens are cut; this is said once")
             self.has_cut = True
+        ids = ids.cut(self.max_seq_length)
         embeddings = np.empty((len(ids), self.embedding_size), "float32")
         for rows, *batch in fixed_batches(ids, self.tokenizer.pad_token_id, *self.shapes):
             embeddings[rows] = np.asarray(self.engine.embed(*batch))[: len(rows)]
@@ -78,7 +80,7 @@ class Searcher:
         return [[(document, cosine) for document, _, cosine in hits] for hits in found]
 
 
-def fixed_batches(ids: Sequence[Sequence[int]], pad_id: int, sizes: Sequence[int],
+def fixed_batches(ids: Sequence[Ids], pad_id: int, sizes: Sequence[int],
                   lengths: Sequence[int]) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
     """Batch token ids in few shapes, longest first, for an engine that has to make something anew for each shape.
 
@@ -90,12 +92,14 @@ def fixed_batches(ids: Sequence[Sequence[int]], pad_id: int, sizes: Sequence[int
         rows: the positions of the batch's texts in `ids`, without those that fill it up.
         input_ids, token_type_ids: int64 [one of `sizes`, one of `lengths`].
     """
-    order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
+    ids = Tokens.of(ids)
+    order = np.argsort(-ids.lengths, kind="stable").tolist()
     while left := len(order):
         size = max(size for size in sizes if size <= max(1, 1.5 * left))
         rows, order = order[:size], order[size:]
-        length = next(length for length in lengths if length >= len(ids[rows[0]]))
-        yield rows, *pad([ids[row] for row in rows + rows[-1:] * (size - len(rows))], pad_id, length)
+        length = next(length for length in lengths if length >= ids.lengths[rows[0]])
+        input_ids = ids.padded(rows + rows[-1:] * (size - len(rows)), pad_id, length)
+        yield rows, input_ids, np.zeros_like(input_ids)
 
 
 def shapes_for(weights: int, max_seq_length: int) -> tuple[list[int], list[int]]:
@@ -157,9 +161,15 @@ def _open_collection(args: argparse.Namespace, fingerprint: dict) -> tuple[Any, 
 
 
 def _open_engine(args: argparse.Namespace, precision: str, shapes: int) -> Any:
-    """The exported model, in the precision that the corpus was encoded in where none is asked for; ONNX has one."""
+    """The exported model, in the precision that the corpus was encoded in where none is asked for; on a CPU its table,
+    where it has one. ONNX has one precision."""
     if precision != "int8" and predictor.other_format(args.model_dir) == predictor.ONNX_FILE:
         precision = "fp32"
+    if (predictor.read_record(args.model_dir).get("table") and args.device == "cpu"
+            and (args.precision or precision) == "fp32"):
+        from simcse.engine import TableEngine
+
+        return TableEngine(args.model_dir)
     try:
         return predictor.Predictor(args.model_dir, args.device, args.cpu_threads, args.precision or precision, shapes)
     except predictor.InputError as error:

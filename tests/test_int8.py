@@ -1,0 +1,217 @@
+"""int8 in OpenVINO: what is quantized, how near it stays, where it is kept, and who runs it."""
+
+import json
+import os
+import shutil
+from types import SimpleNamespace
+
+import model as m
+from simcse import int8
+from simcse.console import InputError
+from simcse.engine import make_engine
+
+import numpy as np
+import pytest
+from conftest import ENCODER, FP32, ROOT, Service, read_texts, refuse, run_script, succeed
+
+for package in ("openvino", "nncf", "paddle2onnx"):
+    pytest.importorskip(package, reason=f"no {package}: pip install -r requirements-openvino.txt", exc_type=ImportError)
+INT8 = ["--device", "cpu", "--precision", "int8"]
+
+
+@pytest.fixture(scope="module")
+def quantized(checkpoint, sample, tmp_path_factory):
+    """A copy of the checkpoint beside which recall.py has made the int8 graph, the index that it kept, and its run."""
+    folder = tmp_path_factory.mktemp("int8")
+    shutil.copytree(checkpoint, folder / "model", ignore=shutil.ignore_patterns("*.graph"))
+    result = succeed("recall.py", *INT8, "--params_path", folder / "model", "--corpus_file", sample / "corpus.csv",
+                     "--query", "语义检索", "--index_path", folder / "index")
+    return folder / "model", folder / "index", result
+
+
+@pytest.fixture(scope="module")
+def int8_export(quantized, tmp_path_factory):
+    """The graph beside the checkpoint, exported by the command line: folder and process."""
+    folder = tmp_path_factory.mktemp("int8") / "output"
+    result = succeed("export_model.py", "--params_path", quantized[0], "--output_path", folder, "--format", "openvino",
+                     "--precision", "int8")
+    return folder, result
+
+
+def vectors(script, folder, texts, path, *flags, env=None):
+    """What a script writes of a file of texts, and what it says."""
+    result = succeed(*script, folder, "--device", "cpu", "--input_file", texts, "--output_file", path, *flags, env=env)
+    return np.load(path), result.stderr
+
+
+STAGE = ("inference.py", "--params_path")
+DEPLOYED = ("deploy/python/predict.py", "--model_dir")
+
+
+def test_recall_makes_it_once_and_says_what_it_costs(quantized):
+    folder, _, result = quantized
+    assert result.stdout.startswith("语义检索\t") and result.stdout.count("\n") == 50
+    assert "cosine of int8 to fp32 on 60 texts: 0.99" in result.stderr
+    assert "encoding and indexing 120 of 120 documents in int8" in result.stderr
+    record = json.loads((folder / "model_state.int8" / "simcse_config.json").read_text(encoding="utf-8"))
+    assert record["precision"] == "int8" and 0.99 < record["int8_cosines"]["lowest"] <= record["int8_cosines"]["mean"]
+
+
+def test_a_second_start_needs_openvino_alone_and_is_near_fp32(quantized, sample, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nsys.modules.update(dict.fromkeys(['nncf', 'paddle2onnx', 'onnx', 'paddlenlp']))\n")
+    found, said = vectors(STAGE, quantized[0], sample / "corpus.csv", tmp_path / "v.npy", "--precision", "int8",
+                          env={"PYTHONPATH": str(tmp_path)})
+    assert "quantizing" not in said
+    exact, _ = vectors(STAGE, quantized[0], sample / "corpus.csv", tmp_path / "exact.npy", *FP32)
+    cosines = (found * exact).sum(axis=1)
+    assert cosines.min() > 0.98 and abs(found - exact).max() > 1e-3  # near, and not the same
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-4)
+
+
+def test_weights_are_int8_but_for_the_fc_and_attention_has_none(quantized):
+    """The encoder's 4 layers have 6 products with weights and 2 without each."""
+    import openvino
+
+    graph = openvino.Core().read_model(quantized[0] / "model_state.int8" / "inference.xml")
+    products = [each for each in graph.get_ordered_ops() if each.get_type_name() == "MatMul"]
+
+    def sources(node):
+        """The kinds and types of what a product's inputs are made of, up to what is not mere conversion."""
+        found, stack = set(), [each.get_source_output().get_node() for each in node.inputs()]
+        while stack:
+            source = stack.pop()
+            found.add((source.get_type_name(), source.get_element_type().get_type_name()))
+            if source.get_type_name() in ("Convert", "Multiply", "Subtract"):
+                stack += [each.get_source_output().get_node() for each in source.inputs()]
+        return found
+
+    of_int8 = [bool({("Constant", "i8"), ("Constant", "u8")} & sources(each)) for each in products]
+    assert len(products) == 4 * 8 + 1 + 1 and sum(of_int8) == 4 * 6 + 1  # the pooler's is one, the fc's is not
+    assert not of_int8[-1] and ("Constant", "f32") in sources(products[-1])
+    fed = [("FakeQuantize", "f32") in sources(each) for each in products]
+    assert fed == of_int8, "activations are quantized where weights are"
+
+
+def test_the_export_is_the_kept_graph_and_runs_without_paddle(quantized, int8_export, sample, tmp_path):
+    folder, result = int8_export
+    assert "cosine of int8 to fp32 0.99" in result.stderr and "quantizing" not in result.stderr
+    assert set(os.listdir(folder)) == {"inference.xml", "inference.bin", "simcse_config.json", "tokenizer.json",
+                                       "tokenizer_config.json", "vocab.txt"}
+    kept = quantized[0] / "model_state.int8" / "inference.bin"
+    assert (folder / "inference.bin").read_bytes() == kept.read_bytes()
+    assert kept.stat().st_size < 0.8 * (quantized[0] / "model_state.pdparams").stat().st_size
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nsys.modules.update(dict.fromkeys(['nncf', 'paddle', 'onnxruntime', 'simcse']))\n")
+    deployed, said = vectors(DEPLOYED, folder, sample / "corpus.csv", tmp_path / "deployed.npy",
+                             env={"PYTHONPATH": str(tmp_path)})
+    assert "predict.py: cpu" in said and "int8; " in said
+    stage, _ = vectors(STAGE, quantized[0], sample / "corpus.csv", tmp_path / "stage.npy", "--precision", "int8")
+    np.testing.assert_allclose(deployed, stage, atol=1e-5)
+    assert "--precision fp32: --model_dir" in (line := refuse(*DEPLOYED, folder, "--device", "cpu", *FP32))
+    assert "was exported in int8" in line
+
+
+def test_openvino_in_fp32_is_the_network(checkpoint, exported, sample, tmp_path):
+    folder = tmp_path / "output"
+    succeed("export_model.py", "--params_path", checkpoint, "--output_path", folder, "--format", "openvino")
+    found, _ = vectors(DEPLOYED, folder, sample / "corpus.csv", tmp_path / "found.npy", *FP32)
+    expected, _ = vectors(DEPLOYED, exported, sample / "corpus.csv", tmp_path / "expected.npy", *FP32)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert f"--output_path {folder}: holds inference." in refuse("export_model.py", "--params_path", checkpoint,
+                                                                 "--output_path", folder)
+
+
+def test_the_service_finds_what_recall_does(quantized, int8_export, exported, tmp_path):
+    pytest.importorskip("fastapi_offline", reason="requirements-serving.txt is not installed")
+    from deploy.serving.searcher import open_searcher
+
+    model, index, result = quantized
+    args = SimpleNamespace(model_dir=str(exported), index_path=str(index), milvus_uri=None, device="cpu", cpu_threads=0,
+                           precision=None, distinct=False)
+    with pytest.raises(InputError, match="does not fit|another model|model"):
+        open_searcher(args)
+    service = Service(tmp_path, "--model_dir", int8_export[0], "--index_path", index)
+    try:
+        hits, = service.ask("/search", {"queries": ["语义检索"], "top_k": 50})[2]["results"]
+    finally:
+        service.stop()
+    expected = [line.split("\t")[1:] for line in result.stdout.splitlines()]
+    assert [hit["document"] for hit in hits] == [document for document, _ in expected]
+    np.testing.assert_allclose([hit["cosine"] for hit in hits], [float(cosine) for _, cosine in expected], atol=1e-4)
+
+
+def test_it_is_made_anew_for_another_calibration_file_alone(quantized, sample, tmp_path):
+    folder = shutil.copytree(quantized[0], tmp_path / "model")
+    command = ["inference.py", *INT8, "--params_path", folder, "--text", "语义检索"]
+    assert "quantizing" not in succeed(*command).stderr
+    texts = sample / "train_unsupervised.csv"
+    assert "quantizing with 64 texts" in succeed(*command, "--calibration_file", texts).stderr
+    assert "quantizing" not in succeed(*command, "--calibration_file", texts).stderr
+    assert "quantizing" not in succeed(*command).stderr
+
+
+def test_few_texts_are_refused_and_nothing_is_kept(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    for flags, count in ([], 1), (["--calibration_file", tmp_path / "few"], 3):
+        (tmp_path / "few").write_text("一\n二\n三\n", encoding="utf-8")
+        line = refuse("inference.py", *INT8, "--params_path", folder, "--text", "语义", *flags)
+        assert f"has no int8 graph beside it yet, and {count} texts are too few" in line
+    assert not (folder / "model_state.int8").exists()
+
+
+def test_a_graph_that_is_far_from_the_network_is_refused():
+    """Embeddings of which every other is turned about."""
+    unit, flips = np.eye(4, 8, dtype="float32"), np.array([[1], [-1], [1], [1]], "float32")
+    network, far = SimpleNamespace(embed=lambda *ids: unit), SimpleNamespace(embed=lambda *ids: unit * flips)
+    with pytest.raises(InputError, match="0.5000 on the mean, -1.0000 at lowest; below 0.98"):
+        int8._compare(network, far, [(None, None)])
+    assert int8._compare(network, network, [(None, None)] * 2) == {"texts": 8, "mean": 1, "lowest": 1}
+
+
+def test_first_avg_has_no_products_to_quantize():
+    from simcse.encoders import load_encoder
+
+    network = m.SimCSE(load_encoder(str(ENCODER)), pooling="first_avg")
+    with pytest.raises(InputError, match="--precision int8: pooling first_avg is computed in fp32"):
+        make_engine(network, "int8", export=None)
+
+
+@pytest.mark.parametrize("package", ["openvino", "nncf"])
+def test_a_missing_package_is_one_line(checkpoint, sample, tmp_path, package):
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{package!r}] = None\n")
+    result = run_script("inference.py", *INT8, "--params_path", checkpoint, "--input_file", sample / "corpus.csv",
+                        env={"PYTHONPATH": str(tmp_path)})
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert f"{package} is not installed; pip install -r requirements-openvino.txt" in result.stderr.splitlines()[-1]
+
+
+def test_recall_of_real_text_stays(real_data, tmp_path):
+    """Recall@k of 300 titles among 1,500 abstracts, whitened, within 1 of fp32's."""
+    from simcse.measures import first_hits
+
+    folder, recall = real_data / "csl" / "recall", {}
+    texts = read_texts(folder / "corpus.csv")[:1500]
+    pairs = [line.split("\t") for line in (folder / "dev.csv").read_text(encoding="utf-8").splitlines()]
+    pairs = [(query, target) for query, target in pairs if target in set(texts)][:300]
+    (tmp_path / "texts").write_text("\n".join(texts), encoding="utf-8")
+    (tmp_path / "queries").write_text("\n".join(query for query, _ in pairs), encoding="utf-8")
+    succeed("train.py", "--device", "cpu", "--epochs", 0, "--pooling", "first_last_avg", "--whiten", "--max_seq_length",
+            64, "--model_name_or_path", ENCODER, "--train_set_file", tmp_path / "texts", cwd=tmp_path)
+    for precision in ("int8", "fp32"):
+        flags = ["--precision", precision]
+        checkpoint = tmp_path / "checkpoints" / "model_0_whitened"
+        documents, queries = (vectors(STAGE, checkpoint, tmp_path / name, tmp_path / "v.npy", *flags)[0]
+                              for name in ("texts", "queries"))
+        best = np.argsort(-queries @ documents.T, axis=1)[:, :50]
+        ranks = first_hits(best, [{texts.index(target)} for _, target in pairs])
+        recall[precision] = np.array([(ranks < k).mean() for k in (1, 5, 10, 20, 50)])
+    assert abs(recall["int8"] - recall["fp32"]).max() <= 0.01
+    assert recall["fp32"][0] > 0.5
+
+
+def test_requirements_are_pinned_alike():
+    pins = [(ROOT / f"requirements-{name}.txt").read_text(encoding="utf-8") for name in ("onnx", "openvino")]
+    for package in ("paddle2onnx", "onnx"):
+        line, = (line for line in pins[0].splitlines() if line.startswith(f"{package}=="))
+        assert line in pins[1].splitlines()
