@@ -77,6 +77,8 @@ def test_shards_find_the_same_on_any_number_of_ranks(vectors, documents, engine,
             kept = Shards({**fingerprint, "files": digests}, documents, 32, threads, str(folder), rank, ranks)
             one, again = (index.search(queries, 9) for index in (built, kept))
             assert all((a == b).all() for a, b in zip(one, again))
+            few = built.search(queries[:2], 9)  # the shards side by side
+            assert all((a[:2] == b).all() for a, b in zip(one, few))
             found.append((one, built.search(queries, 9, exact=True)))
         k = min(9, documents)
         results.append([merge(part, k) for part in zip(*found)])
