@@ -267,20 +267,25 @@ class Shards:
 
         missing = max(0, k - sum(map(len, self._shards.values())))
         parts = [(np.full((len(queries), missing), -1), np.full((len(queries), missing), -np.inf, "float32"))]
-        exact = exact or self.fingerprint["ann_engine"] == "exact"
+        exact, shards = exact or self.fingerprint["ann_engine"] == "exact", list(self._shards)
 
-        def search_one(index: ExactIndex | HnswIndex) -> Found:
-            return exact_search(queries, index, k) if exact else index.search(queries, k)
-
-        # Either search shares out blocks of the queries among the threads. Where they are too few for that, every
-        # thread takes a shard.
-        few = len(queries) <= self._threads * (QUERY_BLOCK if exact else HNSW_BLOCK)
-        with progress(f"searching {len(queries):,} queries", len(self._shards), "shards") as advance:
-            found = (self._workers.map if few else map)(search_one, self._shards.values())
-            for shard, (rows, cosines) in zip(self._shards, found):
+        def search_some(some: list[int]) -> list[Found]:
+            found = []
+            for shard in some:
+                index = self._shards[shard]
+                rows, cosines = exact_search(queries, index, k) if exact else index.search(queries, k)
                 pieces, places = np.divmod(rows, self._piece)
-                parts.append(((shard + pieces * self._count) * self._piece + places, cosines))
-                advance()
+                found.append(((shard + pieces * self._count) * self._piece + places, cosines))
+            return found
+
+        # A shard's search shares out blocks of the queries among the threads. Of few queries it would leave threads
+        # idle; then each thread searches its share of the shards.
+        few = len(queries) <= self._threads * (QUERY_BLOCK if exact else HNSW_BLOCK)
+        shares = min(self._threads, len(shards)) if few else len(shards)
+        with progress(f"searching {len(queries):,} queries", len(shards), "shards") as advance:
+            for found in (self._workers.map if few else map)(search_some, [shards[n::shares] for n in range(shares)]):
+                parts += found
+                advance(len(found))
         return merge(zip(*map(gather_arrays, merge(parts, k))), k)
 
     def measure(self, queries: np.ndarray, k: int, what: str) -> dict:
