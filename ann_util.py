@@ -22,6 +22,7 @@ import numpy as np
 
 # Exact search multiplies so many queries by so many documents at a time, on every core: 16 MB of cosines.
 QUERY_BLOCK, CORPUS_BLOCK = 256, 16384
+HNSW_BLOCK = 4  # queries a thread up to which hnswlib searches in one thread alone
 Found = tuple[np.ndarray, np.ndarray]  # of every query rows int64 [Q, k] and their cosines float32 [Q, k], best first
 Hit = tuple[str, int | None, float]  # a document, the number of its line, None where that is not known, and its score
 FORMAT = 2  # of a kept index: its rows are entries
@@ -225,6 +226,7 @@ class Shards:
                  rank: int = RANK, ranks: int = RANKS) -> None:
         self.fingerprint = fingerprint
         self._threads, self._count = cpu_threads or CPU_THREADS, fingerprint["index_shards"]
+        self._workers = ThreadPoolExecutor(self._threads)
         if self._count < ranks:
             raise InputError(f"--index_shards {self._count}: there are {ranks} processes")
         self._piece = min(WINDOW, -(-entries // self._count))
@@ -247,17 +249,16 @@ class Shards:
     def fill(self, blocks: Iterable[np.ndarray]) -> None:
         """Add the embeddings of `pieces`, float32 [len(piece), dim] each, in the background while the next are made."""
         adding = deque[tuple[Future, int]]()
-        with ThreadPoolExecutor(self._threads) as workers:
-            for embeddings, rows in zip(blocks, self.pieces):
-                # Pieces take turns with the shards, so that those in the queue are all of different ones.
-                while len(adding) > min(self._threads, len(self._shards) - 1):
-                    adding.popleft()[0].result()
-                shard = self._shards[rows.start // self._piece % self._count]
-                adding.append((workers.submit(shard.add, embeddings), len(rows)))
-            with progress("indexing", sum(count for _, count in adding), "documents") as advance:
-                for added, count in adding:
-                    added.result()
-                    advance(count)
+        for embeddings, rows in zip(blocks, self.pieces):
+            # Pieces take turns with the shards, so that those in the queue are all of different ones.
+            while len(adding) > min(self._threads, len(self._shards) - 1):
+                adding.popleft()[0].result()
+            shard = self._shards[rows.start // self._piece % self._count]
+            adding.append((self._workers.submit(shard.add, embeddings), len(rows)))
+        with progress("indexing", sum(count for _, count in adding), "documents") as advance:
+            for added, count in adding:
+                added.result()
+                advance(count)
 
     def search(self, queries: np.ndarray, k: int, exact: bool = False) -> Found:
         """The k best entries, approximately or exactly; where there are fewer, the last are rows -1 of cosine -inf.
@@ -266,12 +267,25 @@ class Shards:
 
         missing = max(0, k - sum(map(len, self._shards.values())))
         parts = [(np.full((len(queries), missing), -1), np.full((len(queries), missing), -np.inf, "float32"))]
-        with progress(f"searching {len(queries):,} queries", len(self._shards), "shards") as advance:
-            for shard, index in self._shards.items():
+        exact, shards = exact or self.fingerprint["ann_engine"] == "exact", list(self._shards)
+
+        def search_some(some: list[int]) -> list[Found]:
+            found = []
+            for shard in some:
+                index = self._shards[shard]
                 rows, cosines = exact_search(queries, index, k) if exact else index.search(queries, k)
                 pieces, places = np.divmod(rows, self._piece)
-                parts.append(((shard + pieces * self._count) * self._piece + places, cosines))
-                advance()
+                found.append(((shard + pieces * self._count) * self._piece + places, cosines))
+            return found
+
+        # A shard's search shares out blocks of the queries among the threads. Of few queries it would leave threads
+        # idle; then each thread searches its share of the shards.
+        few = len(queries) <= self._threads * (QUERY_BLOCK if exact else HNSW_BLOCK)
+        shares = min(self._threads, len(shards)) if few else len(shards)
+        with progress(f"searching {len(queries):,} queries", len(shards), "shards") as advance:
+            for found in (self._workers.map if few else map)(search_some, [shards[n::shares] for n in range(shares)]):
+                parts += found
+                advance(len(found))
         return merge(zip(*map(gather_arrays, merge(parts, k))), k)
 
     def measure(self, queries: np.ndarray, k: int, what: str) -> dict:

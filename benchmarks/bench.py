@@ -82,8 +82,10 @@ class Bench:
                           "ratio": round(ratio, 3), "unit": unit, "machine": self.machine})
         print(f"{name:9} {case:66} {ours:10.4g} {reference:10.4g} {unit:10} {ratio:7.2f}", flush=True)
 
-    def in_turn(self, name: str, unit: str, repeats: int, ours: Callable, references: dict[str, Callable]) -> None:
-        """Both sides in turn, `repeats` times; a row for each case and reference, of medians."""
+    def in_turn(self, name: str, unit: str | dict[str, str], repeats: int, ours: Callable,
+                references: dict[str, Callable]) -> None:
+        """Both sides in turn, `repeats` times; a row for each case and reference, of medians. `unit` may be one for
+        each case."""
         sides = {"": ours, **references}
         runs = {side: [] for side in sides}
         for _ in range(repeats):
@@ -93,7 +95,8 @@ class Bench:
                   for side, done in runs.items()}
         for reference in references:
             for case, value in middle[reference].items():
-                self.add(name, f"{case}, against {reference}", middle[""][case], value, unit)
+                self.add(name, f"{case}, against {reference}", middle[""][case], value,
+                         unit if isinstance(unit, str) else unit[case])
 
 
 def describe_machine() -> str:

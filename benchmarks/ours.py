@@ -11,6 +11,7 @@ sys.path.insert(0, ROOT)
 
 import data  # noqa: E402
 
+import graphs  # noqa: E402
 import numpy as np  # noqa: E402
 
 
@@ -93,41 +94,58 @@ def clustered(count: int, seed: int, centres: int = 1000, spread: float = 0.5) -
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def index(count: int, checkpoint: str | None, texts: list[str], queries: list[str]) -> dict[str, float]:
-    """Vectors/s of the build and ANN recall@50 of the defaults; hnswlib alone, and with the original's settings.
-
-    Vectors are those of `texts`, or, without a checkpoint, `count` clustered ones.
-    """
-    from ann_util import Shards, ann_recall, exact_search
-
-    import hnswlib
+def vectors(folder: str, count: int, checkpoint: str | None, texts: list[str], queries: list[str]) -> dict:
+    """Write what `index` is measured with: vectors of `texts` and `queries`, or, without a checkpoint, `count`
+    clustered ones; and what exact search finds."""
+    from ann_util import exact_search
 
     if checkpoint:
         from model import encode
 
         engine, tokenizer = engine_of(checkpoint)
-        vectors, asked = (encode(engine, tokenizer, part, 64) for part in (texts, queries))
+        both = [encode(engine, tokenizer, part, 64) for part in (texts, queries)]
     else:
-        vectors, asked = clustered(count, 1), clustered(500, 2)
-    _, exact = exact_search(asked, vectors, 50)
-    result = {}
+        both = [clustered(count, 1), clustered(500, 2)]
+    exact, _ = exact_search(both[1], both[0], graphs.K)
+    for name, array in zip(("vectors", "queries", "exact"), (*both, exact)):
+        np.save(f"{folder}/{name}.npy", array)
+    return {}
 
-    def build(name: str, add, search) -> None:
-        start = time.perf_counter()
-        add()
-        result[f"{name} build"] = len(vectors) / (time.perf_counter() - start)
-        result[f"{name} recall"] = ann_recall(search(), exact)
 
-    ours = Shards({"ann_engine": "hnswlib", "index_shards": 8, "hnsw_m": 32, "hnsw_ef": 100,
-                   "hnsw_max_elements": len(vectors)}, len(vectors), 256, os.cpu_count())
-    build("ours", lambda: ours.fill(vectors[rows.start : rows.stop] for rows in ours.pieces),
-          lambda: ours.search(asked, 50)[1])
-    for name, m in (("hnswlib", 32), ("original", 100)) if checkpoint else (("hnswlib", 32),):
-        alone = hnswlib.Index("ip", 256)
-        alone.init_index(len(vectors), ef_construction=100, M=m)
-        alone.set_ef(100)
-        build(name, lambda: alone.add_items(vectors), lambda: 1 - alone.knn_query(asked, 50)[1])  # noqa: B023
-    return result
+def index(folder: str, m: int, ef: int, shards: int) -> dict[str, float]:
+    """See `graphs.figures`."""
+    from ann_util import Shards
+
+    vectors, queries, exact = graphs.load(folder)
+    index = Shards({"ann_engine": "hnswlib", "index_shards": shards, "hnsw_m": m, "hnsw_ef": ef,
+                    "hnsw_max_elements": len(vectors)}, len(vectors), vectors.shape[1], os.cpu_count())
+
+    def search(queries: np.ndarray, effort: int) -> np.ndarray:
+        for shard in index._shards.values():
+            shard.ef = effort
+        return index.search(queries, graphs.K)[0]
+
+    def save(path: str) -> None:
+        os.mkdir(path)
+        index.save(path)
+
+    return graphs.figures(lambda: index.fill(vectors[rows.start : rows.stop] for rows in index.pieces), save, search,
+                          queries, exact)
+
+
+def index_alone(folder: str, m: int, ef: int) -> dict[str, float]:
+    """See `graphs.figures`; hnswlib alone."""
+    import hnswlib
+
+    vectors, queries, exact = graphs.load(folder)
+    index = hnswlib.Index("ip", vectors.shape[1])
+    index.init_index(len(vectors), ef_construction=ef, M=m)
+
+    def search(queries: np.ndarray, effort: int) -> np.ndarray:
+        index.set_ef(effort)
+        return index.knn_query(queries, graphs.K)[0]
+
+    return graphs.figures(lambda: index.add_items(vectors), index.save_index, search, queries, exact)
 
 
 if __name__ == "__main__":

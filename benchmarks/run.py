@@ -3,6 +3,7 @@
     python benchmarks/run.py                                        # all of it, under half an hour on 2 cores
     python benchmarks/run.py encode index --json benchmarks.json    # some of it
     python benchmarks/run.py encode --peer_python other/bin/python  # and sentence-transformers, as installed there
+    python benchmarks/run.py index --peer_python other/bin/python --vectors 1000000         # and usearch, faiss
 
 Each side runs in processes of its own, in turn, and medians are compared. A ratio above 1 is in this project's favour.
 The encoder has ERNIE-base's dimensions and random weights, except where `ernie_mini_zh` is named.
@@ -16,10 +17,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 
 from bench import BASE, FILES, MINI, ROOT, Bench  # first: it makes the project importable
+from recall import HNSW_EF, HNSW_M, SHARDS
 from simcse import console, files, flags
 
+import graphs
 from serving import serving
 
 
@@ -95,17 +99,27 @@ def train(bench: Bench) -> None:
 
 def index(bench: Bench) -> None:
     corpus, queries = bench.texts("corpus", 10000), bench.texts("titles", 1000)
-    for case, arguments in (
-            (f"{len(corpus)} documents, ernie_mini_zh", {"checkpoint": bench.mini(), "texts": corpus,
-                                                         "queries": queries}),
-            ("300,000 clustered vectors of 256", {"checkpoint": None, "texts": [], "queries": []})):
-        found = bench.side("ours", "index", count=300_000, **arguments)
-        for side, name in (("hnswlib", "hnswlib alone"), ("original", "the original's M=100, ef=100")):
-            if f"{side} build" in found:
-                bench.add("index", f"build, {case}, against {name}", found["ours build"], found[f"{side} build"],
-                          "vectors/s")
-                bench.add("index", f"ANN recall@50, {case}, against {name}", found["ours recall"],
-                          found[f"{side} recall"], "part")
+    of_texts = {"count": 0, "checkpoint": bench.mini(), "texts": corpus, "queries": queries}
+    count = bench.args.vectors
+    of_count = {"count": count, "checkpoint": None, "texts": [], "queries": []}
+    for case, repeats, made_of in ((f"{len(corpus)} documents, ernie_mini_zh", 3, of_texts),
+                                   (f"{count:,} clustered vectors of 256", 1, of_count)):
+        folder = tempfile.mkdtemp(dir=bench.scratch)
+        bench.side("ours", "vectors", folder=folder, **made_of)
+
+        def side(module: str, function: str, m: int = HNSW_M, python: str = sys.executable, **more) -> dict[str, float]:
+            found = bench.side(module, function, python=python, folder=folder, m=m, ef=HNSW_EF, **more)  # noqa: B023
+            return {f"{what}, {case}": value for what, value in found.items()}  # noqa: B023
+
+        references = {"hnswlib alone": partial(side, "ours", "index_alone"),
+                      "the original's M=100, ef=100": partial(side, "ours", "index_alone", m=100)}
+        if peer := bench.args.peer_python:
+            references["usearch"] = partial(side, "peer", "index_usearch", python=peer)
+            for kind in ("HNSW", "IVF"):
+                references[f"faiss {kind}"] = partial(side, "peer", "index_faiss", python=peer, kind=kind)
+        bench.in_turn("index", {f"{what}, {case}": unit for what, unit in graphs.UNITS.items()}, repeats,
+                      partial(side, "ours", "index", shards=SHARDS), references)
+        shutil.rmtree(folder)
 
 
 def short_lines(bench: Bench, count: int) -> str:
@@ -265,7 +279,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data_dir", type=flags.folder, default=None,
                         help="folder of train_unsupervised.csv, corpus.csv and dev.csv; None: generated sample data")
     parser.add_argument("--peer_python", type=flags.readable_file, default=None,
-                        help="a Python that has torch and sentence-transformers, for `encode`; None: not measured")
+                        help="a Python that has torch and sentence-transformers, for `encode`, or usearch and "
+                        "faiss-cpu, for `index`; None: not measured")
+    parser.add_argument("--vectors", type=flags.positive_int, default=300_000, help="clustered ones, for `index`")
     args = parser.parse_args()
     if unknown := [name for name in args.names if name not in ALL]:
         parser.error(f"no such measurement: {', '.join(unknown)}; there are {', '.join(ALL)}")
