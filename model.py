@@ -139,7 +139,7 @@ class SimCSE(nn.Layer):
                            for part, filler in ((ids, pad_id), (types, 0))])
         ids, types = map(paddle.concat, zip(*padded))
         if ids.place.is_cpu_place():
-            lengths = ((ids.numpy() != pad_id) * np.arange(1, width + 1)).max(axis=1)
+            lengths = ((ids.numpy() != pad_id) * np.arange(1, width + 1)).max(axis=1, initial=1)
         else:
             lengths = np.repeat(widths, sizes)
         groups, embeddings = length_groups(lengths), []
