@@ -33,6 +33,7 @@ import paddle.nn.functional as F
 from paddle import nn
 
 INT8_NEEDS = "requirements-openvino.txt"
+GROUP_TOKENS = 256  # what a pass costs beside its tokens, in tokens
 
 
 # ---------------------------------------------------------------------------------------------------------- the network
@@ -127,20 +128,34 @@ class SimCSE(nn.Layer):
         for input_ids, token_type_ids in data_loader:
             yield self.embed(input_ids, token_type_ids)
 
-    def _pair(self, *sides: tuple[paddle.Tensor, paddle.Tensor | None],
-              with_pooler: bool = True) -> tuple[paddle.Tensor, ...]:
-        """Embeddings of both sides; in one pass of twice the rows where their inputs have one shape."""
-        sides = [(ids, paddle.zeros_like(ids) if types is None else types) for ids, types in sides]
-        if sides[0][0].shape != sides[1][0].shape:
-            return tuple(self.get_pooled_embedding(*side, with_pooler=with_pooler) for side in sides)
-        both = map(paddle.concat, zip(*sides))
-        return tuple(paddle.split(self.get_pooled_embedding(*both, with_pooler=with_pooler), 2))
+    def _encode(self, *sides: tuple[paddle.Tensor, paddle.Tensor | None],
+                with_pooler: bool = True) -> tuple[paddle.Tensor, ...]:
+        """The embeddings of each side, float [rows, embedding_size]. Texts of like length are encoded together,
+        whichever side they are of, which takes less padding. The length of a text on a GPU, which is not waited for, is
+        that of its side."""
+        sizes, widths = zip(*(ids.shape for ids, _ in sides))
+        pad_id, width, padded = self.ptm.config.pad_token_id, max(widths), []
+        for ids, types in sides:
+            types = paddle.zeros_like(ids) if types is None else types
+            padded.append([F.pad(part, [0, 0, 0, width - ids.shape[1]], value=filler)
+                           for part, filler in ((ids, pad_id), (types, 0))])
+        ids, types = map(paddle.concat, zip(*padded))
+        if ids.place.is_cpu_place():
+            lengths = ((ids.numpy() != pad_id) * np.arange(1, width + 1)).max(axis=1, initial=1)
+        else:
+            lengths = np.repeat(widths, sizes)
+        groups, embeddings = length_groups(lengths), []
+        for rows in groups:
+            inputs = (part.index_select(paddle.to_tensor(rows))[:, : lengths[rows[-1]]] for part in (ids, types))
+            embeddings.append(self.get_pooled_embedding(*inputs, with_pooler=with_pooler))
+        order = paddle.to_tensor(np.argsort(np.concatenate(groups)))
+        return paddle.split(paddle.concat(embeddings).index_select(order), list(sizes))
 
     def cosine_sim(self, query_input_ids: paddle.Tensor, title_input_ids: paddle.Tensor, query_token_type_ids=None,
                    title_token_type_ids=None, with_pooler: bool = True) -> paddle.Tensor:
         """Cosine of each query with its title, float [batch]; arguments as in `get_pooled_embedding`."""
-        query, title = self._pair((query_input_ids, query_token_type_ids), (title_input_ids, title_token_type_ids),
-                                  with_pooler=with_pooler)
+        query, title = self._encode((query_input_ids, query_token_type_ids), (title_input_ids, title_token_type_ids),
+                                    with_pooler=with_pooler)
         return (query * title).sum(axis=-1)
 
     def loss(self, query: paddle.Tensor, title: paddle.Tensor, keys: paddle.Tensor | None = None,
@@ -161,9 +176,27 @@ class SimCSE(nn.Layer):
         of the queries' titles; twice as many rows are titles, then hard negatives. `keys`: see `loss`. With
         `embeddings_only` it gives the embeddings of queries, titles and hard negatives, where there are any, each float
         [batch, embedding_size], instead."""
-        query, title = self._pair((query_input_ids, query_token_type_ids), (title_input_ids, title_token_type_ids))
+        query, title = self._encode((query_input_ids, query_token_type_ids), (title_input_ids, title_token_type_ids))
         sides = (query, *paddle.split(title, len(title) // len(query)))
         return sides if embeddings_only else self.loss(*sides[:2], keys, *sides[2:])
+
+
+def length_groups(lengths: np.ndarray) -> list[np.ndarray]:
+    """The rows of texts of these lengths in groups of like length, shortest first, so that the padded tokens, and
+    GROUP_TOKENS for each group, are fewest."""
+    values, counts = np.unique(lengths, return_counts=True)
+    ends = np.append(0, counts.cumsum())  # how many texts there are up to each length
+    fewest, starts = [0], []  # tokens of the groups up to each length, and where the last of them starts
+    for end, value in zip(ends[1:], values):
+        tokens = [before + (end - start) * value + GROUP_TOKENS for before, start in zip(fewest, ends)]
+        starts.append(int(np.argmin(tokens)))
+        fewest.append(tokens[starts[-1]])
+    groups, end, order = [], len(values), np.argsort(lengths, kind="stable")
+    while end:
+        start = starts[end - 1]
+        groups.append(order[ends[start] : ends[end]])
+        end = start
+    return groups[::-1]
 
 
 # ------------------------------------------------------------------------------------------------------------- the loss

@@ -25,8 +25,8 @@ ROWS = 6
 # What each rank does: options of `gradients`.
 CASES = {
     "plain": {}, "cross": {"cross": True}, "cached": {"chunk": 4}, "cross_cached": {"cross": True, "chunk": 4},
-    "pairs": {"pairs": True}, "cross_pairs": {"pairs": True, "cross": True},
-    "cross_pairs_cached": {"pairs": True, "cross": True, "chunk": 4}}
+    "triples": {"columns": 3}, "cross_triples": {"columns": 3, "cross": True},
+    "cross_triples_cached": {"columns": 3, "cross": True, "chunk": 4}}
 
 
 def texts(number: int, rows: int = ROWS) -> list[list[int]]:
@@ -41,11 +41,11 @@ def rotated(ids: list, by: int) -> list:
     return [text for start in range(0, len(ids), ROWS) for text in (ids[start : start + ROWS] * 2)[by : by + ROWS]]
 
 
-def batch_of(ids: list[list[int]], chunk: int | None = None, keys: bool = True, pairs: bool = False) -> data.Batch:
-    """The texts under two dropouts; or, with `pairs`, each with the one after it as its title and the one after that as
-    its hard negative."""
-    sides = [rotated(ids, by) for by in range(3)] if pairs else [ids, ids]
-    texts = sides if pairs else sides[:1]
+def batch_of(ids: list[list[int]], chunk: int | None = None, keys: bool = True, columns: int = 1) -> data.Batch:
+    """The texts under two dropouts; or, of several columns, each with the one after it as its title and the one after
+    that as its hard negative."""
+    texts = [rotated(ids, by) for by in range(columns)]
+    sides = texts if columns > 1 else texts * 2
     return data.Batch(data.chunks_of(sides, chunk or len(ids), 0), data.text_keys(texts) if keys else None)
 
 
@@ -58,12 +58,12 @@ def tiny(dropout: float = 0.0, **settings) -> m.SimCSE:
 
 
 def gradients(ids: list[list[int]], dropout: float = 0.0, chunk: int | None = None, cross: bool = False,
-              keys: bool = True, pairs: bool = False) -> dict[str, np.ndarray]:
+              keys: bool = True, columns: int = 1) -> dict[str, np.ndarray]:
     """The loss of a step, and its gradients."""
     model = tiny(dropout, cross_device_negatives=cross)
     network = paddle.DataParallel(model) if paddle.distributed.get_world_size() > 1 else model
     paddle.seed(7)
-    loss = backward(network, model, batch_of(ids, chunk, keys, pairs), lambda loss: loss)
+    loss = backward(network, model, batch_of(ids, chunk, keys, columns), lambda loss: loss)
     named = {name: tensor.grad.numpy() for name, tensor in model.named_parameters() if tensor.grad is not None}
     return {"loss": loss.numpy(), **named}
 

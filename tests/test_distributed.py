@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import model as m
 from data import ShuffledBatches
 from simcse.weights import read_weights, saved_steps
 
@@ -37,12 +38,12 @@ def mean(parts):
     return {name: np.mean([part[name] for part in parts], axis=0) for name in parts[0]}
 
 
-@pytest.mark.parametrize("name", ["cross", "cross_cached", "cross_pairs", "cross_pairs_cached"])
+@pytest.mark.parametrize("name", ["cross", "cross_cached", "cross_triples", "cross_triples_cached"])
 def test_negatives_of_all_ranks_are_one_process_with_a_larger_batch(of_ranks, name):
-    expected = gradients.gradients(texts(0) + texts(1), pairs="pairs" in name)
+    expected = gradients.gradients(texts(0) + texts(1), columns=3 if "triples" in name else 1)
     for rank in of_ranks[name]:
         assert_same(rank, expected)
-    assert abs(expected["loss"] - of_ranks["pairs" if "pairs" in name else "plain"][0]["loss"]) > 0.1
+    assert abs(expected["loss"] - of_ranks["triples" if "triples" in name else "plain"][0]["loss"]) > 0.1
 
 
 @pytest.mark.parametrize("name", ["plain", "cached"])
@@ -71,6 +72,26 @@ def test_a_cached_step_is_a_plain_one(chunk):
     assert_same(gradients.gradients(ids, dropout=0.3, chunk=chunk), expected)
     assert_same(gradients.gradients(ids, chunk=chunk), gradients.gradients(ids))
     assert abs(gradients.gradients(ids)["loss"] - expected["loss"]) > 1e-3, "dropout was on"
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3])
+@pytest.mark.parametrize("chunk", [None, 7])
+@pytest.mark.parametrize("keys", [True, False])
+def test_texts_of_like_length_together_are_all_in_one_pass(monkeypatch, columns, chunk, keys):
+    """Loss and gradients, dropout off; the passes that there are, and their tokens."""
+    results, tokens, encode = [], [], m.SimCSE.get_pooled_embedding
+
+    def counted(model, ids, *types, **more):
+        tokens[-1].append(ids.size)
+        return encode(model, ids, *types, **more)
+
+    monkeypatch.setattr(m.SimCSE, "get_pooled_embedding", counted)
+    for cost in (10**6, 0):
+        monkeypatch.setattr(m, "GROUP_TOKENS", cost)
+        tokens.append([])
+        results.append(gradients.gradients(texts(1, 18), chunk=chunk, keys=keys, columns=columns))
+    assert_same(*results)
+    assert len(tokens[0]) == (6 if chunk else 1) < len(tokens[1]) and sum(tokens[0]) > sum(tokens[1])
 
 
 def test_duplicates_are_no_negatives():
