@@ -1,6 +1,7 @@
 """What the measurements share: both sides in processes of their own, scratch files, rows."""
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -29,6 +30,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace, scratch: str) -> None:
         self.args, self.scratch, self.rows, self.machine = args, scratch, [], describe_machine()
         self.encoder, self.checkpoint = f"{scratch}/encoder", f"{scratch}/checkpoint"
+        self.processes = contextlib.ExitStack()
 
     def texts(self, kind: str, most: int) -> list[str]:
         """Up to `most` texts, taken evenly over the file; of pairs the first."""
@@ -55,11 +57,34 @@ class Bench:
     def side(self, module: str, function: str, env: dict | None = None, python: str = sys.executable,
              **arguments) -> dict[str, float]:
         """Run a function of ours.py, original.py or peer.py in a process of its own."""
-        result = subprocess.run([python, f"{HERE}/{module}.py", function], input=json.dumps(arguments), text=True,
-                                capture_output=True, env={**os.environ, **(env or {})})
-        if result.returncode:
-            raise console.InputError(f"{module}.py {function} failed:\n{result.stderr[-2000:]}")
-        return json.loads(result.stdout.split("RESULT ")[-1])
+        with self._process(module, function, env, python, arguments) as (_, figures):
+            return figures
+
+    def passes(self, module: str, function: str, env: dict | None = None, python: str = sys.executable,
+               **arguments) -> Callable[[], dict[str, float]]:
+        """A function of theirs that measures pass by pass, as one that gives the figures of the next pass, a first one
+        not counted. Its process stays until the measurement ends, so that sides take turns at short intervals."""
+        next_pass, _ = self.processes.enter_context(self._process(module, function, env, python, arguments))
+        return next_pass
+
+    @contextlib.contextmanager
+    def _process(self, module: str, function: str, env: dict | None, python: str,
+                 arguments: dict) -> Iterator[tuple[Callable[[], dict[str, float]], dict[str, float]]]:
+        def ask(line: str) -> dict[str, float]:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(line + "\n")
+                process.stdin.flush()
+            for answer in process.stdout:
+                if answer.startswith("RESULT "):
+                    return json.loads(answer.removeprefix("RESULT "))
+            log.seek(0)
+            raise console.InputError(f"{module}.py {function} failed:\n{log.read()[-2000:]}")
+
+        with tempfile.TemporaryFile("w+") as log, subprocess.Popen(
+                [python, f"{HERE}/{module}.py", function], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                text=True, env={**os.environ, **(env or {})}) as process:
+            figures = ask(json.dumps(arguments))
+            yield lambda: ask(""), figures
 
     def stage(self, script: str, *flags) -> tuple[float, float, str]:
         """Run a stage on the CPU: seconds, peak memory in MB, stderr."""

@@ -1,10 +1,12 @@
 """This project's way of doing each thing that a stage's command line does not time by itself; see original.py."""
 
-import json
+import argparse
 import os
 import resource
 import sys
+import tempfile
 import time
+from collections.abc import Iterator, Sequence
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
 sys.path.insert(0, ROOT)
@@ -13,6 +15,7 @@ import data  # noqa: E402
 
 import graphs  # noqa: E402
 import numpy as np  # noqa: E402
+import side  # noqa: E402
 
 
 def prepare(folder: str, sizes: dict, vocab_folder: str) -> dict:
@@ -32,25 +35,25 @@ def prepare(folder: str, sizes: dict, vocab_folder: str) -> dict:
     return {}
 
 
-def engine_of(checkpoint: str, precision: str = "auto"):
-    """The engine and the tokenizer of a checkpoint."""
-    import model
-    from simcse import ranks
-    from simcse.engine import make_engine
+def engine_of(checkpoint: str, precision: str = "auto", texts: Sequence[str] = ()):
+    """The engine and the tokenizer of a checkpoint, as a stage has them; int8 is calibrated with the texts."""
+    from model import load_engine
 
-    ranks.set_device("cpu")
-    network, tokenizer, _ = model.load_model(f"{checkpoint}/model_state.pdparams")
-    return make_engine(network, precision), tokenizer
+    return load_engine(argparse.Namespace(
+        params_path=f"{checkpoint}/model_state.pdparams", model_name_or_path=None, output_emb_size=None, device="cpu",
+        cpu_threads=0, precision=precision, calibration_file=None, max_seq_length=64), texts)
+
+
+def seconds_of(work) -> float:
+    """What it takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def best_of(times: int, work) -> float:
     """Seconds: the median of some runs after one that does not count."""
-    seconds = []
-    for _ in range(times + 1):
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds[1:]))
+    return float(np.median([seconds_of(work) for _ in range(times + 1)][1:]))
 
 
 def tokenize(encoder: str, cases: dict[str, list[str]]) -> dict[str, float]:
@@ -59,13 +62,39 @@ def tokenize(encoder: str, cases: dict[str, list[str]]) -> dict[str, float]:
     return {name: len(texts) / best_of(5, lambda texts=texts: tokenizer(texts, 64)) for name, texts in cases.items()}
 
 
-def encode(checkpoint: str, cases: dict[str, list[str]], precision: str) -> dict[str, float]:
-    """Texts/s of `model.encode`, tokenizing included."""
+def encode(checkpoint: str, cases: dict[str, list[str]], precision: str) -> Iterator[dict[str, float]]:
+    """Texts/s of `model.encode`, tokenizing included, a pass after another."""
     from model import encode
 
-    engine, tokenizer = engine_of(checkpoint, precision)
-    return {name: len(texts) / best_of(2, lambda texts=texts: encode(engine, tokenizer, texts, 64))
-            for name, texts in cases.items()}
+    engine, tokenizer = engine_of(checkpoint, precision, cases["corpus"])
+    while True:
+        yield {name: len(texts) / seconds_of(lambda texts=texts: encode(engine, tokenizer, texts, 64))
+               for name, texts in cases.items()}
+
+
+def encode_openvino(checkpoint: str, cases: dict[str, list[str]], int8: bool) -> Iterator[dict[str, float]]:
+    """Texts/s of OpenVINO driven by hand with the batches of `model.encode`, tokenized before: the ONNX graph, in int8
+    by NNCF's defaults for transformers, else in the precision that OpenVINO chooses."""
+    import model
+    from simcse.engine import export_onnx
+    from simcse.machine import BATCH_TOKENS
+
+    import openvino
+
+    network, tokenizer, _ = model.load_model(f"{checkpoint}/model_state.pdparams")
+    batches = {name: [dict(zip(("input_ids", "token_type_ids"), batch)) for _, *batch in data.make_batches(
+        tokenizer(texts, 64), tokenizer.pad_token_id, None, BATCH_TOKENS[True])] for name, texts in cases.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        export_onnx(network, folder)
+        graph = openvino.Core().read_model(f"{folder}/inference.onnx")
+        if int8:
+            import nncf
+
+            graph = nncf.quantize(graph, nncf.Dataset(batches["corpus"]), model_type=nncf.ModelType.TRANSFORMER)
+        compiled = openvino.Core().compile_model(graph, "CPU")
+    while True:
+        yield {name: len(cases[name]) / seconds_of(lambda some=some: [compiled(batch) for batch in some])
+               for name, some in batches.items()}
 
 
 def shapes(checkpoint: str, precision: str, batches: list[int], lengths: list[int]) -> dict[str, float]:
@@ -149,4 +178,4 @@ def index_alone(folder: str, m: int, ef: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print("RESULT " + json.dumps(globals()[sys.argv[1]](**json.load(sys.stdin))))
+    side.serve(globals())

@@ -1,33 +1,87 @@
 """What other libraries make of the same task; run by run.py in the Python that --peer_python names."""
 
-import json
-import sys
+import os
 import tempfile
 import time
+from collections.abc import Iterator
+
+import side
 
 
-def encode(vocab: str, sizes: dict, cases: dict[str, list[str]], threads: int) -> dict[str, float]:
-    """Texts/s of sentence-transformers with torch bfloat16 on an encoder of the same dimensions, the second of two
-    passes over each case."""
+def encode(vocab: str, sizes: dict, cases: dict[str, list[str]], kind: str) -> Iterator[dict[str, float]]:
+    """Texts/s of sentence-transformers on an encoder of the same dimensions, a pass after another: in "torch" bfloat16,
+    or in its OpenVINO backend, in "int8", calibrated with the corpus, by the calls that its documentation gives."""
     import torch
     from sentence_transformers import SentenceTransformer, models
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(os.cpu_count())
     with tempfile.TemporaryDirectory() as folder:
-        BertModel(BertConfig(**sizes)).save_pretrained(folder)
-        BertTokenizerFast(vocab_file=vocab).save_pretrained(folder)
-        encoder = models.Transformer(folder, max_seq_length=64, model_args={"torch_dtype": torch.bfloat16})
-    fc = models.Dense(sizes["hidden_size"], 256, activation_function=torch.nn.Identity()).to(torch.bfloat16)
-    pooling = models.Pooling(sizes["hidden_size"], pooling_mode="cls")
-    model = SentenceTransformer(modules=[encoder, pooling, fc, models.Normalize()], device="cpu")
-    speeds = {}
-    for name, texts in cases.items():
-        for _ in range(2):
+        BertModel(BertConfig(**sizes)).save_pretrained(f"{folder}/encoder")
+        BertTokenizerFast(vocab_file=vocab).save_pretrained(f"{folder}/encoder")
+        dtype = {"model_args": {"torch_dtype": torch.bfloat16}} if kind == "torch" else {}
+        encoder = models.Transformer(f"{folder}/encoder", max_seq_length=64, **dtype)
+        fc = models.Dense(sizes["hidden_size"], 256, activation_function=torch.nn.Identity())
+        pooling = models.Pooling(sizes["hidden_size"], pooling_mode="cls")
+        model = SentenceTransformer(modules=[encoder, pooling, fc, models.Normalize()], device="cpu")
+        if kind == "torch":
+            fc.to(torch.bfloat16)
+        else:
+            model = openvino_int8(model, folder, cases["corpus"])
+    while True:
+        speeds = {}
+        for name, texts in cases.items():
             start = time.perf_counter()
             model.encode(texts, batch_size=32)
             speeds[name] = len(texts) / (time.perf_counter() - start)
-    return speeds
+        yield speeds
+
+
+def openvino_int8(model, folder: str, texts: list[str]):
+    """A SentenceTransformer in its OpenVINO backend, statically quantized with the texts."""
+    from sentence_transformers import SentenceTransformer, export_static_quantized_openvino_model
+
+    os.mkdir(f"{folder}/texts")
+    with open(f"{folder}/texts/train.txt", "w", encoding="utf-8") as file:
+        file.writelines(text + "\n" for text in texts)
+    model.save_pretrained(f"{folder}/model")
+    model = SentenceTransformer(f"{folder}/model", backend="openvino", device="cpu")
+    model.save_pretrained(f"{folder}/openvino")
+    export_static_quantized_openvino_model(
+        model, None, f"{folder}/openvino", dataset_name=f"{folder}/texts", dataset_config_name="default",
+        dataset_split="train", column_name="text")
+    return SentenceTransformer(f"{folder}/openvino", backend="openvino", device="cpu",
+                               model_kwargs={"file_name": "openvino_model_qint8_quantized.xml"})
+
+
+def train(vocab: str, sizes: dict, texts: list[str], batch: int, length: int,
+          bf16: bool) -> Iterator[dict[str, float]]:
+    """Samples/s of SimCSE in torch, ten steps a pass: two passes of the encoder a step under dropout 0.1, batches
+    padded to their longest, AdamW; in float32, or where autocast takes bfloat16 in that."""
+    import torch
+    import torch.nn.functional as F
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    torch.set_num_threads(os.cpu_count())
+    encoder, tokenizer = BertModel(BertConfig(**sizes)), BertTokenizerFast(vocab_file=vocab)
+    fc = torch.nn.Linear(sizes["hidden_size"], 256)
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *fc.parameters()], lr=5e-5, weight_decay=0.0)
+
+    def embed(inputs):
+        return F.normalize(F.dropout(fc(encoder(**inputs).pooler_output).float(), 0.1), dim=-1)
+
+    encoder.train()
+    while True:
+        start = time.perf_counter()
+        for first in range(0, 10 * batch, batch):
+            inputs = tokenizer(texts[first : first + batch], max_length=length, truncation=True, padding=True,
+                               return_tensors="pt")
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                query, title = embed(inputs), embed(inputs)
+            F.cross_entropy(20 * query @ title.T, torch.arange(batch)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        yield {f"batch {batch}, {length} tokens": 10 * batch / (time.perf_counter() - start)}
 
 
 def index_usearch(folder: str, m: int, ef: int) -> dict[str, float]:
@@ -73,4 +127,4 @@ def index_faiss(folder: str, m: int, ef: int, kind: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print("RESULT " + json.dumps(globals()[sys.argv[1]](**json.load(sys.stdin))))
+    side.serve(globals())

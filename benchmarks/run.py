@@ -2,11 +2,11 @@
 
     python benchmarks/run.py                                        # all of it, under half an hour on 2 cores
     python benchmarks/run.py encode index --json benchmarks.json    # some of it
-    python benchmarks/run.py encode --peer_python other/bin/python  # and sentence-transformers, as installed there
-    python benchmarks/run.py index --peer_python other/bin/python --vectors 1000000         # and usearch, faiss
+    python benchmarks/run.py encode int8 train --peer_python other/bin/python       # and sentence-transformers, torch
+    python benchmarks/run.py index --peer_python other/bin/python --vectors 1000000 # and usearch, faiss
 
-Each side runs in processes of its own, in turn, and medians are compared. A ratio above 1 is in this project's favour.
-The encoder has ERNIE-base's dimensions and random weights, except where `ernie_mini_zh` is named.
+Each side runs in processes of its own, pass by pass in turn, and medians are compared. A ratio above 1 is in this
+project's favour. The encoder has ERNIE-base's dimensions and random weights, except where `ernie_mini_zh` is named.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 
 from bench import BASE, FILES, MINI, ROOT, Bench  # first: it makes the project importable
@@ -33,26 +34,45 @@ def tokenize(bench: Bench) -> None:
                   {"the original": lambda: bench.side("original", "tokenize", encoder=MINI, cases=cases)})
 
 
+def encoding_cases(bench: Bench) -> dict[str, list[str]]:
+    return {"corpus": bench.texts("corpus", 256), "titles": bench.texts("titles", 512)}
+
+
 def encode(bench: Bench) -> None:
     bench.base()
-    cases = {"corpus": bench.texts("corpus", 256), "titles": bench.texts("titles", 512)}
+    cases = encoding_cases(bench)
 
-    def original(**env: str) -> dict[str, float]:  # of every eighth text, being slow
-        return bench.side("original", "encode", env=env, encoder=bench.encoder,
-                          cases={name: texts[::8] for name, texts in cases.items()})
+    def original(**env: str) -> Callable[[], dict[str, float]]:  # of every eighth text, being slow
+        return bench.passes("original", "encode", env=env, encoder=bench.encoder,
+                            cases={name: texts[::8] for name, texts in cases.items()})
 
-    references = {"the original": original}
-    told = mkl_setting()
-    if told:
-        references[f"the original with MKL_DEBUG_CPU_TYPE={told}"] = lambda: original(MKL_DEBUG_CPU_TYPE=told)
-    if bench.args.peer_python:
-        references["sentence-transformers, torch bf16"] = lambda: bench.side(
-            "peer", "encode", python=bench.args.peer_python, vocab=f"{MINI}/vocab.txt", sizes=BASE, cases=cases,
-            threads=os.cpu_count())
-    references["this project in fp32"] = lambda: bench.side(
-        "ours", "encode", checkpoint=bench.checkpoint, cases=cases, precision="fp32")
-    bench.in_turn("encode", "texts/s", 2, lambda: bench.side(
-        "ours", "encode", checkpoint=bench.checkpoint, cases=cases, precision="auto"), references)
+    def ours(precision: str) -> Callable[[], dict[str, float]]:
+        return bench.passes("ours", "encode", checkpoint=bench.checkpoint, cases=cases, precision=precision)
+
+    references = {"the original": original()}
+    if told := mkl_setting():
+        references[f"the original with MKL_DEBUG_CPU_TYPE={told}"] = original(MKL_DEBUG_CPU_TYPE=told)
+    if peer := bench.args.peer_python:
+        references["sentence-transformers, torch bf16"] = bench.passes(
+            "peer", "encode", python=peer, vocab=f"{MINI}/vocab.txt", sizes=BASE, cases=cases, kind="torch")
+    references["OpenVINO by hand"] = bench.passes(
+        "ours", "encode_openvino", checkpoint=bench.checkpoint, cases=cases, int8=False)
+    references["this project in fp32"] = ours("fp32")
+    bench.in_turn("encode", "texts/s", 5, ours("auto"), references)
+
+
+def int8(bench: Bench) -> None:
+    bench.base()
+    cases = encoding_cases(bench)
+    references = {"this project in bf16 or fp32": bench.passes(
+        "ours", "encode", checkpoint=bench.checkpoint, cases=cases, precision="auto"),
+        "OpenVINO int8 by hand": bench.passes(
+            "ours", "encode_openvino", checkpoint=bench.checkpoint, cases=cases, int8=True)}
+    if peer := bench.args.peer_python:
+        references["sentence-transformers, OpenVINO int8"] = bench.passes(
+            "peer", "encode", python=peer, vocab=f"{MINI}/vocab.txt", sizes=BASE, cases=cases, kind="openvino")
+    bench.in_turn("int8", "texts/s", 5, bench.passes(
+        "ours", "encode", checkpoint=bench.checkpoint, cases=cases, precision="int8"), references)
 
 
 def mkl_setting() -> str | None:
@@ -62,39 +82,57 @@ def mkl_setting() -> str | None:
 
 
 def latency(bench: Bench) -> None:
+    """Of one text, and of 32, in deploy/python: the graph for Paddle Inference, and that in int8."""
     bench.base()
-    graph, logs = f"{bench.scratch}/graph", f"{bench.scratch}/latency"
-    if not os.path.isdir(graph):
-        seconds_of_export(bench.checkpoint, graph)
+    texts = f"{bench.scratch}/calibration"
+    with open(texts, "w", encoding="utf-8") as file:
+        file.writelines(text + "\n" for text in bench.texts("corpus", 256))
+    graphs_of = {"": [], ", int8": ["--format", "openvino", "--precision", "int8", "--calibration_file", texts]}
 
     def ours() -> dict[str, float]:
-        bench.stage("deploy/python/predict.py", "--model_dir", graph, "--benchmark", "true", "--save_log_path", logs)
-        newest = max((os.path.join(logs, name) for name in os.listdir(logs)), key=os.path.getmtime)
-        with open(newest, encoding="utf-8") as file:
-            return {f"batch {row['batch_size']}": row["p50_ms"] for row in json.load(file)["results"]}
+        found, logs = {}, f"{bench.scratch}/latency"
+        for kind, more in graphs_of.items():
+            folder = f"{bench.scratch}/graph{kind}"
+            if not os.path.isdir(folder):
+                seconds_of_export(bench.checkpoint, folder, *more)
+            bench.stage("deploy/python/predict.py", "--model_dir", folder, "--benchmark", "true", "--save_log_path",
+                        logs)
+            newest = max((os.path.join(logs, name) for name in os.listdir(logs)), key=os.path.getmtime)
+            with open(newest, encoding="utf-8") as file:
+                found.update({f"batch {row['batch_size']}{kind}": row["p50_ms"] for row in json.load(file)["results"]})
+        return found
+
+    def original() -> dict[str, float]:
+        found, = bench.side("original", "latency", encoder=bench.encoder, text=flags.README_TEXT,
+                            folder=f"{bench.scratch}/original", runs=20).values()
+        return {f"batch 1{kind}": found for kind in graphs_of}
 
     os.makedirs(f"{bench.scratch}/original", exist_ok=True)
-    bench.in_turn("latency", "ms", 2, ours, {"the original's defaults": lambda: bench.side(
-        "original", "latency", encoder=bench.encoder, text=flags.README_TEXT, folder=f"{bench.scratch}/original",
-        runs=20)})
+    bench.in_turn("latency", "ms", 3, ours, {"the original's defaults": original})
 
 
 def train(bench: Bench) -> None:
-    """Ours is train.py itself, by the speed that it logs."""
+    """Ours is train.py itself, by the speed that it logs of its second ten steps."""
     bench.base()
-    texts = bench.texts("training", 320)
-    path = f"{bench.scratch}/texts"
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(text + "\n" for text in texts)
+    for kind, batch, length in (("corpus", 32, 32), ("training", 64, 64)):  # texts that fill 32 tokens; sentences
+        texts, path, case = bench.texts(kind, 20 * batch), f"{bench.scratch}/texts", f"batch {batch}, {length} tokens"
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(text + "\n" for text in texts)
 
-    def ours() -> dict[str, float]:
-        _, _, log = bench.stage("train.py", "--model_name_or_path", bench.encoder, "--train_set_file", path,
-                                "--max_seq_length", 32, "--batch_size", 32, "--output_emb_size", 256, "--save_dir",
-                                f"{bench.scratch}/trained", "--visualdl_dir", f"{bench.scratch}/log")
-        return {"batch 32": 32 * float(log.split("speed: ")[1].split()[0])}
+        def ours(path=path, batch=batch, length=length, case=case) -> dict[str, float]:
+            _, _, log = bench.stage("train.py", "--model_name_or_path", bench.encoder, "--train_set_file", path,
+                                    "--max_seq_length", length, "--batch_size", batch, "--output_emb_size", 256,
+                                    "--save_dir", f"{bench.scratch}/trained", "--visualdl_dir", f"{bench.scratch}/log")
+            return {case: batch * float(log.split("speed: ")[2].split()[0])}
 
-    bench.in_turn("train", "samples/s", 1, ours, {"the original": lambda: bench.side(
-        "original", "train", encoder=bench.encoder, texts=texts, length=32, steps=2)})
+        references = {}
+        if peer := bench.args.peer_python:
+            references = {f"torch {kind}": bench.passes(
+                "peer", "train", python=peer, vocab=f"{MINI}/vocab.txt", sizes=BASE, texts=texts, batch=batch,
+                length=length, bf16=kind == "bf16") for kind in ("fp32", "bf16")}
+        references["the original"] = partial(bench.side, "original", "train", encoder=bench.encoder, texts=texts,
+                                             batch=batch, length=length, steps=2)
+        bench.in_turn("train", "samples/s", 3, ours, references)
 
 
 def index(bench: Bench) -> None:
@@ -254,10 +292,10 @@ def start_of_stages(bench: Bench, name: str, encoder: str, checkpoint: str) -> N
     bench.in_turn("start", "s", 3, ours, {"the original's way": original})
 
 
-def seconds_of_export(checkpoint: str, folder: str) -> float:
+def seconds_of_export(checkpoint: str, folder: str, *more: str) -> float:
     started = time.perf_counter()
-    subprocess.run([sys.executable, f"{ROOT}/export_model.py", "--params_path", checkpoint, "--output_path", folder],
-                   check=True, stderr=subprocess.DEVNULL)
+    subprocess.run([sys.executable, f"{ROOT}/export_model.py", "--params_path", checkpoint, "--output_path", folder,
+                    *more], check=True, stderr=subprocess.DEVNULL)
     return time.perf_counter() - started
 
 
@@ -268,7 +306,7 @@ def shapes(bench: Bench) -> None:
         "fp32": lambda: bench.side("ours", "shapes", precision="fp32", **arguments)})
 
 
-ALL = {each.__name__: each for each in (tokenize, encode, latency, train, index, memory, static, growth, lines,
+ALL = {each.__name__: each for each in (tokenize, encode, int8, latency, train, index, memory, static, growth, lines,
                                         start, shapes, serving)}
 
 
@@ -279,8 +317,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data_dir", type=flags.folder, default=None,
                         help="folder of train_unsupervised.csv, corpus.csv and dev.csv; None: generated sample data")
     parser.add_argument("--peer_python", type=flags.readable_file, default=None,
-                        help="a Python that has torch and sentence-transformers, for `encode`, or usearch and "
-                        "faiss-cpu, for `index`; None: not measured")
+                        help="a Python with what is measured beside this project: torch, datasets and "
+                        "sentence-transformers[openvino] for `encode`, `int8` and `train`, usearch and faiss-cpu for "
+                        "`index`; None: they are not measured")
     parser.add_argument("--vectors", type=flags.positive_int, default=300_000, help="clustered ones, for `index`")
     args = parser.parse_args()
     if unknown := [name for name in args.names if name not in ALL]:
@@ -302,7 +341,8 @@ def main() -> None:
         print(f"{bench.machine}\n{'name':9} {'case':66} {'ours':>10} {'reference':>10} {'unit':10} {'ratio':>7}")
         for name in args.names or ALL:
             started = time.perf_counter()
-            ALL[name](bench)
+            with bench.processes:
+                ALL[name](bench)
             console.log(f"{name}: {time.perf_counter() - started:.0f} s")
     if args.json:
         with files.new_file(args.json) as file:
