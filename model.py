@@ -19,7 +19,7 @@ from simcse.encoders import (
     portable,
     remove_layers,
 )
-from simcse.engine import Engine, KeptGraph, gpu_precision, make_engine
+from simcse.engine import Engine, KeptGraph, export_graph, gpu_precision, make_engine, openvino_is_faster
 from simcse.files import new_folder, prefetch
 from simcse.flags import DEFAULT_MODEL, POOLINGS
 from simcse.machine import BATCH_TOKENS, RANK
@@ -336,13 +336,15 @@ def load_engine(args: argparse.Namespace, texts: Sequence[Any] = ()) -> tuple[En
     model, tokenizer, record = load_model(args.params_path, args.model_name_or_path, args.output_emb_size,
                                           settings=settings)
     keep = functools.partial(kept.write, record) if kept and not RANK else None
+    export = export_graph
     if args.precision == "int8":
         console.check_installed("--precision int8", INT8_NEEDS, "nncf", "paddle2onnx")
         from simcse import int8
 
         export = functools.partial(int8.export_openvino, batches=calibration(args, texts, tokenizer))
-        return make_engine(model, args.precision, args.cpu_threads, keep, export), tokenizer
-    return make_engine(model, args.precision, args.cpu_threads, keep), tokenizer
+    elif kept and openvino_is_faster():
+        from simcse.int8 import export_fastest as export
+    return make_engine(model, args.precision, args.cpu_threads, keep, export), tokenizer
 
 
 # --------------------------------------------------------------------------------------------- from texts to embeddings

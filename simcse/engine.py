@@ -1,8 +1,11 @@
 """What encodes fastest here: on a CPU the network as a static graph in Paddle Inference, kept beside its checkpoint."""
 
 import argparse
+import collections
 import contextlib
 import importlib.metadata
+import importlib.util
+import itertools
 import os
 import shutil
 import subprocess
@@ -14,7 +17,7 @@ from unittest.mock import patch
 
 from simcse.console import InputError, log
 from simcse.files import file_digest, new_folder, read_json, write_json
-from simcse.machine import BATCH_TOKENS, CPU_BF16_IS_FASTER, CPU_HAS_BF16, CPU_THREADS, auto_precision
+from simcse.machine import BATCH_TOKENS, CPU_BF16_IS_FASTER, CPU_HAS_AMX, CPU_HAS_BF16, CPU_THREADS, auto_precision
 from simcse.weights import CONFIG_FILE, ONNX_FILE, OPENVINO_FILE, OPSET, model_digest, read_record
 
 import numpy as np
@@ -98,12 +101,26 @@ class CpuEngine:
         return self.output.copy_to_cpu().astype("float32", copy=False)
 
 
-class OpenVinoEngine:
-    """A folder that `int8.export_openvino` has filled, run by OpenVINO on a CPU, on so many threads, 0 being all cores.
-    Of an int8 graph what is not int8 is, like all of another one where `precision` is "auto", bf16 on a CPU that is
-    faster in it, else fp32."""
+class _Launched:
+    """What an OpenVINO request under way gives; `numpy.asarray` waits for it."""
 
-    batch_tokens = BATCH_TOKENS[True]
+    def __init__(self, request: Any, *inputs: np.ndarray) -> None:
+        request.start_async(dict(zip(("input_ids", "token_type_ids"), inputs)), share_inputs=True)
+        self._request, self._inputs, self._found = request, inputs, None
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if self._found is None:
+            self._request.wait()
+            self._found, self._inputs = self._request.get_output_tensor().data.copy(), ()
+        return self._found
+
+
+class OpenVinoEngine:
+    """A folder that `int8.export_openvino` has filled, run by OpenVINO on a CPU, on so many threads, 0 being all cores:
+    two batches at a time, each on half of them. Of an int8 graph what is not int8 is, like all of another one where
+    `precision` is "auto", bf16 on a CPU that is faster in it, else fp32."""
+
+    batch_tokens, AT_A_TIME = BATCH_TOKENS[True], 2
 
     def __init__(self, folder: str, precision: str = "auto", cpu_threads: int = 0) -> None:
         import openvino
@@ -113,14 +130,18 @@ class OpenVinoEngine:
         self.precision = auto_precision("cpu") if precision == "auto" else precision
         in_bf16 = self.precision == "bf16" or (self.precision == "int8" and CPU_BF16_IS_FASTER)
         graph = openvino.Core().compile_model(os.path.join(folder, OPENVINO_FILE), "CPU", {
-            "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": cpu_threads or CPU_THREADS,
+            "NUM_STREAMS": str(self.AT_A_TIME), "INFERENCE_NUM_THREADS": cpu_threads or CPU_THREADS,
             "INFERENCE_PRECISION_HINT": "bf16" if in_bf16 else "f32"})
-        self.request = graph.create_infer_request()
+        self._requests = itertools.cycle([graph.create_infer_request() for _ in range(self.AT_A_TIME)])
+        self._launched = collections.deque(maxlen=self.AT_A_TIME)
 
-    def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
-        """int64 [batch, length] twice to float32 [batch, embedding_size], L2-normalized."""
-        inputs = {"input_ids": input_ids, "token_type_ids": token_type_ids}
-        return self.request.infer(inputs, share_inputs=True)[0]
+    def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> _Launched:
+        """int64 [batch, length] twice to float32 [batch, embedding_size], L2-normalized, which `numpy.asarray` waits
+        for."""
+        if len(self._launched) == self.AT_A_TIME:
+            np.asarray(self._launched[0])  # whose request is the next one
+        self._launched.append(_Launched(next(self._requests), input_ids, token_type_ids))
+        return self._launched[-1]
 
 
 class TableEngine:
@@ -215,6 +236,14 @@ def open_engine(folder: str, precision: str = "fp32", cpu_threads: int = 0) -> E
     return kind(folder, precision, cpu_threads)
 
 
+def openvino_is_faster() -> bool:
+    """Whether OpenVINO, if it is installed, is what runs a graph in fp32 or bf16: on a processor with AMX it was faster
+    than Paddle Inference at both sizes that were measured (docs/en/benchmarks.md); on others it was not, or was not
+    measured."""
+    return (CPU_HAS_AMX and not paddle.__version__.startswith("2.")
+            and importlib.util.find_spec("openvino") is not None)
+
+
 def gpu_precision(precision: str) -> str:
     """What `--precision` is on the GPU at hand; InputError where that does not have it."""
     supported = {"bf16": paddle.amp.is_bfloat16_supported, "fp16": paddle.amp.is_float16_supported}
@@ -246,15 +275,15 @@ class KeptGraph:
     --calibration_file, with which it is made anew, and without which it is taken as it is."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        kind, code = "graph", ["engine.py", "encoders.py", "../model.py"]
-        if args.precision == "int8":
-            kind, code = "int8", [*code, "int8.py"]
-        self.args, self.folder = args, f"{os.path.splitext(args.params_path)[0]}.{kind}"
+        is_int8 = args.precision == "int8"
+        self.args, self.folder = args, f"{os.path.splitext(args.params_path)[0]}.{'int8' if is_int8 else 'graph'}"
         here, calibration = os.path.dirname(os.path.abspath(__file__)), vars(args).get("calibration_file")
-        paddlenlp = next(iter(importlib.metadata.distributions(name="paddlenlp")), None)
+        code = ("engine.py", "encoders.py", "int8.py", "../model.py")
+        packages = ["paddlenlp"] + ["openvino"] * (openvino_is_faster() and not is_int8)
         self.fingerprint = {
             "model": model_digest(args.params_path, args.model_name_or_path), "paddlepaddle": paddle.__version__,
-            "paddlenlp": paddlenlp and paddlenlp.version,
+            "libraries": {name: found.version for name in packages
+                          for found in importlib.metadata.distributions(name=name)},
             "code": [file_digest(os.path.join(here, name)) for name in code],
             **({"calibration": file_digest(calibration)} if calibration else {})}
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from simcse.console import InputError, log, reported
-from simcse.engine import OpenVinoEngine, export_onnx
+from simcse.engine import OpenVinoEngine, export_graph, export_onnx
 from simcse.files import write_json
 from simcse.weights import CONFIG_FILE, ONNX_FILE, OPENVINO_FILE
 
@@ -45,6 +45,15 @@ def export_openvino(model: nn.Layer, folder: str, batches: Sequence[Batch] = ())
         write_json(os.path.join(folder, CONFIG_FILE), record)
 
 
+def export_fastest(model: nn.Layer, folder: str) -> None:
+    """`export_openvino` in float32 or, where the network has what OpenVINO does not, `engine.export_graph`."""
+    try:
+        export_openvino(model, folder)
+    except InputError as error:
+        log(f"{error}; Paddle Inference runs it instead")
+        export_graph(model, folder)
+
+
 def _quantize(network: Any, batches: Sequence[Batch], has_fc: bool) -> Any:
     """Matrix products of int8 weights and int8 activations, scaled by their ranges over the batches (SmoothQuant, Xiao
     et al. 2023, arXiv:2211.10438, and bias correction: NNCF's defaults for transformers). In float stay the products
@@ -66,7 +75,7 @@ def _quantize(network: Any, batches: Sequence[Batch], has_fc: bool) -> Any:
 
 def _compare(model: nn.Layer, engine: OpenVinoEngine, batches: Sequence[Batch]) -> dict:
     """The cosines of embeddings with those of the network itself, the mean and the lowest, said and returned."""
-    cosines = np.concatenate([(engine.embed(*batch) * np.asarray(model.embed(*batch))).sum(axis=1)
+    cosines = np.concatenate([(np.asarray(engine.embed(*batch)) * np.asarray(model.embed(*batch))).sum(axis=1)
                               for batch in batches])
     mean, lowest = float(cosines.mean()), float(cosines.min())
     found = f"cosine of int8 to fp32 on {len(cosines)} texts: {mean:.4f} on the mean, {lowest:.4f} at lowest"

@@ -7,9 +7,10 @@ import os
 PROCESSOR = ""  # what Linux says of the first one
 with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as cpuinfo:
     PROCESSOR = cpuinfo.read(4096)
-CPU_HAS_BF16 = " avx512_bf16" in PROCESSOR or " amx_bf16" in PROCESSOR
+CPU_HAS_AMX = " amx_bf16" in PROCESSOR
+CPU_HAS_BF16 = " avx512_bf16" in PROCESSOR or CPU_HAS_AMX
 # Intel's AVX-512 BF16 without AMX: oneDNN in bf16 takes 1.6 times as long as in fp32 there; on AMD's half as long.
-CPU_BF16_IS_FASTER = CPU_HAS_BF16 and (" amx_bf16" in PROCESSOR or "AuthenticAMD" in PROCESSOR)
+CPU_BF16_IS_FASTER = CPU_HAS_BF16 and (CPU_HAS_AMX or "AuthenticAMD" in PROCESSOR)
 BATCH_TOKENS = {True: 2048, False: 65536}  # of a batch, padding included, that keep a processor busy: is it a CPU?
 CPU_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 # Which of the processes that paddle's launcher started this is, and how many there are.
