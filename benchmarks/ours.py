@@ -62,11 +62,20 @@ def tokenize(encoder: str, cases: dict[str, list[str]]) -> dict[str, float]:
     return {name: len(texts) / best_of(5, lambda texts=texts: tokenizer(texts, 64)) for name, texts in cases.items()}
 
 
-def encode(checkpoint: str, cases: dict[str, list[str]], precision: str) -> Iterator[dict[str, float]]:
-    """Texts/s of `model.encode`, tokenizing included, a pass after another."""
-    from model import encode
+def encode(checkpoint: str, cases: dict[str, list[str]], precision: str,
+           paddle_inference: bool) -> Iterator[dict[str, float]]:
+    """Texts/s of `model.encode`, tokenizing included, a pass after another, in what is fastest here or in Paddle
+    Inference."""
+    from model import encode, load_model
+    from simcse.engine import make_engine
+    from simcse.ranks import set_device
 
-    engine, tokenizer = engine_of(checkpoint, precision, cases["corpus"])
+    if paddle_inference:
+        set_device("cpu")
+        network, tokenizer, _ = load_model(f"{checkpoint}/model_state.pdparams")
+        engine = make_engine(network, precision)
+    else:
+        engine, tokenizer = engine_of(checkpoint, precision, cases["corpus"])
     while True:
         yield {name: len(texts) / seconds_of(lambda texts=texts: encode(engine, tokenizer, texts, 64))
                for name, texts in cases.items()}

@@ -38,6 +38,13 @@ def encoding_cases(bench: Bench) -> dict[str, list[str]]:
     return {"corpus": bench.texts("corpus", 256), "titles": bench.texts("titles", 512)}
 
 
+def ours(bench: Bench, cases: dict[str, list[str]], precision: str,
+         paddle_inference: bool = False) -> Callable[[], dict[str, float]]:
+    """Passes of `model.encode`."""
+    return bench.passes("ours", "encode", checkpoint=bench.checkpoint, cases=cases, precision=precision,
+                        paddle_inference=paddle_inference)
+
+
 def encode(bench: Bench) -> None:
     bench.base()
     cases = encoding_cases(bench)
@@ -45,9 +52,6 @@ def encode(bench: Bench) -> None:
     def original(**env: str) -> Callable[[], dict[str, float]]:  # of every eighth text, being slow
         return bench.passes("original", "encode", env=env, encoder=bench.encoder,
                             cases={name: texts[::8] for name, texts in cases.items()})
-
-    def ours(precision: str) -> Callable[[], dict[str, float]]:
-        return bench.passes("ours", "encode", checkpoint=bench.checkpoint, cases=cases, precision=precision)
 
     references = {"the original": original()}
     if told := mkl_setting():
@@ -57,22 +61,22 @@ def encode(bench: Bench) -> None:
             "peer", "encode", python=peer, vocab=f"{MINI}/vocab.txt", sizes=BASE, cases=cases, kind="torch")
     references["OpenVINO by hand"] = bench.passes(
         "ours", "encode_openvino", checkpoint=bench.checkpoint, cases=cases, int8=False)
-    references["this project in fp32"] = ours("fp32")
-    bench.in_turn("encode", "texts/s", 5, ours("auto"), references)
+    references["Paddle Inference"] = ours(bench, cases, "auto", paddle_inference=True)
+    references["this project in fp32"] = ours(bench, cases, "fp32")
+    bench.in_turn("encode", "texts/s", 5, ours(bench, cases, "auto"), references)
 
 
 def int8(bench: Bench) -> None:
     bench.base()
     cases = encoding_cases(bench)
-    references = {"this project in bf16 or fp32": bench.passes(
-        "ours", "encode", checkpoint=bench.checkpoint, cases=cases, precision="auto"),
-        "OpenVINO int8 by hand": bench.passes(
-            "ours", "encode_openvino", checkpoint=bench.checkpoint, cases=cases, int8=True)}
+    references = {"this project in bf16 or fp32": ours(bench, cases, "auto"),
+                  "the same, Paddle Inference": ours(bench, cases, "auto", paddle_inference=True),
+                  "OpenVINO int8 by hand": bench.passes(
+                      "ours", "encode_openvino", checkpoint=bench.checkpoint, cases=cases, int8=True)}
     if peer := bench.args.peer_python:
         references["sentence-transformers, OpenVINO int8"] = bench.passes(
             "peer", "encode", python=peer, vocab=f"{MINI}/vocab.txt", sizes=BASE, cases=cases, kind="openvino")
-    bench.in_turn("int8", "texts/s", 5, bench.passes(
-        "ours", "encode", checkpoint=bench.checkpoint, cases=cases, precision="int8"), references)
+    bench.in_turn("int8", "texts/s", 5, ours(bench, cases, "int8"), references)
 
 
 def mkl_setting() -> str | None:
@@ -130,8 +134,9 @@ def train(bench: Bench) -> None:
             references = {f"torch {kind}": bench.passes(
                 "peer", "train", python=peer, vocab=f"{MINI}/vocab.txt", sizes=BASE, texts=texts, batch=batch,
                 length=length, bf16=kind == "bf16") for kind in ("fp32", "bf16")}
-        references["the original"] = partial(bench.side, "original", "train", encoder=bench.encoder, texts=texts,
-                                             batch=batch, length=length, steps=2)
+        if batch == 32:  # the other takes it minutes a step
+            references["the original"] = partial(bench.side, "original", "train", encoder=bench.encoder, texts=texts,
+                                                 batch=batch, length=length, steps=1)
         bench.in_turn("train", "samples/s", 3, ours, references)
 
 

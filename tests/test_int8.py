@@ -6,7 +6,7 @@ import shutil
 from types import SimpleNamespace
 
 import model as m
-from simcse import int8
+from simcse import engine, int8
 from simcse.console import InputError
 from simcse.engine import make_engine
 
@@ -139,6 +139,48 @@ def test_the_service_finds_what_recall_does(quantized, int8_export, exported, tm
     expected = [line.split("\t")[1:] for line in result.stdout.splitlines()]
     assert [hit["document"] for hit in hits] == [document for document, _ in expected]
     np.testing.assert_allclose([hit["cosine"] for hit in hits], [float(cosine) for _, cosine in expected], atol=1e-4)
+
+
+@pytest.fixture
+def arguments(checkpoint, tmp_path):
+    """Flags of a stage in fp32, of a copy of the checkpoint without a graph."""
+    folder = shutil.copytree(checkpoint, tmp_path / "model", ignore=shutil.ignore_patterns("*.graph", "*.int8"))
+    return SimpleNamespace(params_path=str(folder / "model_state.pdparams"), model_name_or_path=None,
+                           output_emb_size=None, device="cpu", cpu_threads=0, precision="fp32", calibration_file=None)
+
+
+def test_float_graphs_are_openvinos_on_a_processor_with_amx(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(engine, "CPU_HAS_AMX", False)
+    slow, tokenizer = m.load_engine(arguments)
+    monkeypatch.setattr(engine, "CPU_HAS_AMX", True)
+    first, again = m.load_engine(arguments)[0], m.load_engine(arguments)[0]
+    assert capsys.readouterr().err.count("kept the graph") == 2
+    assert [type(each) for each in (slow, first, again)] == [engine.CpuEngine, *[engine.OpenVinoEngine] * 2]
+    texts = [f"第{number}条" + "语义检索" * (number % 7) for number in range(300)]
+    vectors = [m.encode(each, tokenizer, texts, 64, batch_size=16, remark=False) for each in (slow, first, again)]
+    np.testing.assert_allclose(vectors[1], vectors[0], atol=1e-5)
+    np.testing.assert_array_equal(vectors[2], vectors[1])
+
+
+def test_what_openvino_cannot_run_paddle_does(arguments, monkeypatch, capsys):
+    def refuse_it(model, folder):
+        raise InputError("paddle2onnx cannot convert the network: it is strange")
+
+    monkeypatch.setattr(engine, "CPU_HAS_AMX", True)
+    monkeypatch.setattr(int8, "export_onnx", refuse_it)
+    for _ in range(2):
+        assert type(m.load_engine(arguments)[0]) is engine.CpuEngine
+    assert capsys.readouterr().err.count("it is strange; Paddle Inference runs it instead\n") == 1
+
+
+def test_batches_under_way_keep_their_results(quantized):
+    """Four of different lengths, the last read first."""
+    running = engine.OpenVinoEngine(str(quantized[0] / "model_state.int8"), "int8")
+    batches = [np.random.default_rng(length).integers(5, 1000, (3, length)) for length in (9, 5, 7, 6)]
+    alone = [np.asarray(running.embed(ids, ids * 0)) for ids in batches]
+    launched = [running.embed(ids, ids * 0) for ids in batches]
+    for expected, found in reversed([*zip(alone, launched)]):
+        np.testing.assert_array_equal(np.asarray(found), expected)
 
 
 def test_it_is_made_anew_for_another_calibration_file_alone(quantized, sample, tmp_path):
