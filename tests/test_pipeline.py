@@ -96,9 +96,9 @@ def test_deploy_prints_the_readmes_texts_and_benchmarks(exported, checkpoint, tm
 
 def test_deploy_scores_a_pair_file(exported, checkpoint, sample):
     result = succeed("deploy/python/predict.py", "--model_dir", exported, "--device", "cpu", "--text_pair_file",
-                     sample / "test.csv")
+                     sample / "test.csv", *FP32)
     same = succeed("predict.py", "--device", "cpu", "--params_path", checkpoint, "--text_pair_file",
-                   sample / "test.csv")
+                   sample / "test.csv", *FP32)
     np.testing.assert_allclose(*[[float(line) for line in each.stdout.splitlines()] for each in (result, same)],
                                atol=1e-5)
 
