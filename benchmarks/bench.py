@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -37,6 +37,13 @@ class Bench:
         with open(os.path.join(self.args.data_dir, FILES[kind]), encoding="utf-8") as file:
             texts = data.distinct(line.split("\t")[0].strip() for line in file if line.strip())
         return texts[:: max(1, len(texts) // most)][:most]
+
+    def write(self, name: str, texts: Iterable[str]) -> str:
+        """The path of a scratch file of texts, one a line."""
+        path = f"{self.scratch}/{name}"
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(text + "\n" for text in texts)
+        return path
 
     def base(self) -> None:
         """Make the encoder and the checkpoint of ERNIE-base's dimensions, once."""

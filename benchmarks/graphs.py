@@ -2,11 +2,11 @@
 
 import os
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 
 import numpy as np
+import side
 
 GOALS, K = (0.95, 0.99), 10
 UNITS = {"build": "s", "size": "MB", **{f"recall@{K} {goal}": "queries/s" for goal in GOALS}, "one query": "ms"}
@@ -23,9 +23,7 @@ def figures(build: Callable[[], None], save: Callable[[str], None], search: Call
     """UNITS: the build; what `save` writes at a path; the search of all queries, at the first of EFFORTS that reaches
     the goal, NaN where none does; and of the first 200 one by one, at the last goal's. `search` is given queries
     [Q, dim] and an effort, and finds rows [Q, 10]."""
-    start = time.perf_counter()
-    build()
-    result = {"build": time.perf_counter() - start}
+    result = {"build": side.seconds_of(build)}
     with tempfile.TemporaryDirectory() as folder:
         save(f"{folder}/index")
         result["size"] = sum(os.path.getsize(os.path.join(top, name)) for top, _, names in os.walk(folder)
@@ -43,9 +41,4 @@ def figures(build: Callable[[], None], save: Callable[[str], None], search: Call
 
 def median_time(works: list[Callable[[], object]]) -> float:
     """Seconds that one of the works takes."""
-    seconds = []
-    for work in works:
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds))
+    return float(np.median([side.seconds_of(work) for work in works]))

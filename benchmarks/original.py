@@ -6,6 +6,7 @@ Every function is one measurement, run in a process of its own by run.py.
 import resource
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import paddle
 import paddle.nn.functional as F
@@ -47,15 +48,14 @@ def encode(encoder: str, cases: dict[str, list[str]]) -> Iterator[dict[str, floa
     """Texts/s, a pass after another: dynamic graph, one thread, float32, in the order of the file, batches of 64."""
     network, tokenizer = Network(encoder), AutoTokenizer.from_pretrained(encoder)
     network.eval()
+
+    @paddle.no_grad()
+    def encode_all(texts: list[str]) -> None:
+        for first in range(0, len(texts), 64):
+            network(*batch_of(tokenizer, texts[first : first + 64], 64)).numpy()
+
     while True:
-        speeds = {}
-        for name, texts in cases.items():
-            start = time.perf_counter()
-            with paddle.no_grad():
-                for first in range(0, len(texts), 64):
-                    network(*batch_of(tokenizer, texts[first : first + 64], 64)).numpy()
-            speeds[name] = len(texts) / (time.perf_counter() - start)
-        yield speeds
+        yield {name: len(texts) / side.seconds_of(partial(encode_all, texts)) for name, texts in cases.items()}
 
 
 def export(encoder: str, folder: str) -> dict[str, float]:

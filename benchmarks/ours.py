@@ -44,16 +44,9 @@ def engine_of(checkpoint: str, precision: str = "auto", texts: Sequence[str] = (
         cpu_threads=0, precision=precision, calibration_file=None, max_seq_length=64), texts)
 
 
-def seconds_of(work) -> float:
-    """What it takes."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def best_of(times: int, work) -> float:
     """Seconds: the median of some runs after one that does not count."""
-    return float(np.median([seconds_of(work) for _ in range(times + 1)][1:]))
+    return float(np.median([side.seconds_of(work) for _ in range(times + 1)][1:]))
 
 
 def tokenize(encoder: str, cases: dict[str, list[str]]) -> dict[str, float]:
@@ -63,7 +56,7 @@ def tokenize(encoder: str, cases: dict[str, list[str]]) -> dict[str, float]:
 
 
 def encode(checkpoint: str, cases: dict[str, list[str]], precision: str,
-           paddle_inference: bool) -> Iterator[dict[str, float]]:
+           paddle_inference: bool = False) -> Iterator[dict[str, float]]:
     """Texts/s of `model.encode`, tokenizing included, a pass after another, in what is fastest here or in Paddle
     Inference."""
     from model import encode, load_model
@@ -77,7 +70,7 @@ def encode(checkpoint: str, cases: dict[str, list[str]], precision: str,
     else:
         engine, tokenizer = engine_of(checkpoint, precision, cases["corpus"])
     while True:
-        yield {name: len(texts) / seconds_of(lambda texts=texts: encode(engine, tokenizer, texts, 64))
+        yield {name: len(texts) / side.seconds_of(lambda texts=texts: encode(engine, tokenizer, texts, 64))
                for name, texts in cases.items()}
 
 
@@ -102,7 +95,7 @@ def encode_openvino(checkpoint: str, cases: dict[str, list[str]], int8: bool) ->
             graph = nncf.quantize(graph, nncf.Dataset(batches["corpus"]), model_type=nncf.ModelType.TRANSFORMER)
         compiled = openvino.Core().compile_model(graph, "CPU")
     while True:
-        yield {name: len(cases[name]) / seconds_of(lambda some=some: [compiled(batch) for batch in some])
+        yield {name: len(cases[name]) / side.seconds_of(lambda some=some: [compiled(batch) for batch in some])
                for name, some in batches.items()}
 
 

@@ -38,45 +38,39 @@ def encoding_cases(bench: Bench) -> dict[str, list[str]]:
     return {"corpus": bench.texts("corpus", 256), "titles": bench.texts("titles", 512)}
 
 
-def ours(bench: Bench, cases: dict[str, list[str]], precision: str,
-         paddle_inference: bool = False) -> Callable[[], dict[str, float]]:
-    """Passes of `model.encode`."""
-    return bench.passes("ours", "encode", checkpoint=bench.checkpoint, cases=cases, precision=precision,
-                        paddle_inference=paddle_inference)
+def encoding(bench: Bench, module: str = "ours", function: str = "encode", **arguments) -> Callable:
+    """Passes over `encoding_cases` by a function of ours.py, or of peer.py."""
+    of_side = {"ours": {"checkpoint": bench.checkpoint}, "peer": {
+        "python": bench.args.peer_python, "vocab": f"{MINI}/vocab.txt", "sizes": BASE}}[module]
+    return bench.passes(module, function, cases=encoding_cases(bench), **of_side, **arguments)
 
 
 def encode(bench: Bench) -> None:
     bench.base()
-    cases = encoding_cases(bench)
 
     def original(**env: str) -> Callable[[], dict[str, float]]:  # of every eighth text, being slow
         return bench.passes("original", "encode", env=env, encoder=bench.encoder,
-                            cases={name: texts[::8] for name, texts in cases.items()})
+                            cases={name: texts[::8] for name, texts in encoding_cases(bench).items()})
 
     references = {"the original": original()}
     if told := mkl_setting():
         references[f"the original with MKL_DEBUG_CPU_TYPE={told}"] = original(MKL_DEBUG_CPU_TYPE=told)
-    if peer := bench.args.peer_python:
-        references["sentence-transformers, torch bf16"] = bench.passes(
-            "peer", "encode", python=peer, vocab=f"{MINI}/vocab.txt", sizes=BASE, cases=cases, kind="torch")
-    references["OpenVINO by hand"] = bench.passes(
-        "ours", "encode_openvino", checkpoint=bench.checkpoint, cases=cases, int8=False)
-    references["Paddle Inference"] = ours(bench, cases, "auto", paddle_inference=True)
-    references["this project in fp32"] = ours(bench, cases, "fp32")
-    bench.in_turn("encode", "texts/s", 5, ours(bench, cases, "auto"), references)
+    if bench.args.peer_python:
+        references["sentence-transformers, torch bf16"] = encoding(bench, "peer", kind="torch")
+    references["OpenVINO by hand"] = encoding(bench, function="encode_openvino", int8=False)
+    references["Paddle Inference"] = encoding(bench, precision="auto", paddle_inference=True)
+    references["this project in fp32"] = encoding(bench, precision="fp32")
+    bench.in_turn("encode", "texts/s", 5, encoding(bench, precision="auto"), references)
 
 
 def int8(bench: Bench) -> None:
     bench.base()
-    cases = encoding_cases(bench)
-    references = {"this project in bf16 or fp32": ours(bench, cases, "auto"),
-                  "the same, Paddle Inference": ours(bench, cases, "auto", paddle_inference=True),
-                  "OpenVINO int8 by hand": bench.passes(
-                      "ours", "encode_openvino", checkpoint=bench.checkpoint, cases=cases, int8=True)}
-    if peer := bench.args.peer_python:
-        references["sentence-transformers, OpenVINO int8"] = bench.passes(
-            "peer", "encode", python=peer, vocab=f"{MINI}/vocab.txt", sizes=BASE, cases=cases, kind="openvino")
-    bench.in_turn("int8", "texts/s", 5, ours(bench, cases, "int8"), references)
+    references = {"this project in bf16 or fp32": encoding(bench, precision="auto"),
+                  "the same, Paddle Inference": encoding(bench, precision="auto", paddle_inference=True),
+                  "OpenVINO int8 by hand": encoding(bench, function="encode_openvino", int8=True)}
+    if bench.args.peer_python:
+        references["sentence-transformers, OpenVINO int8"] = encoding(bench, "peer", kind="openvino")
+    bench.in_turn("int8", "texts/s", 5, encoding(bench, precision="int8"), references)
 
 
 def mkl_setting() -> str | None:
@@ -88,9 +82,7 @@ def mkl_setting() -> str | None:
 def latency(bench: Bench) -> None:
     """Of one text, and of 32, in deploy/python: the graph for Paddle Inference, and that in int8."""
     bench.base()
-    texts = f"{bench.scratch}/calibration"
-    with open(texts, "w", encoding="utf-8") as file:
-        file.writelines(text + "\n" for text in bench.texts("corpus", 256))
+    texts = bench.write("calibration", bench.texts("corpus", 256))
     graphs_of = {"": [], ", int8": ["--format", "openvino", "--precision", "int8", "--calibration_file", texts]}
 
     def ours() -> dict[str, float]:
@@ -117,17 +109,20 @@ def latency(bench: Bench) -> None:
 
 def train(bench: Bench) -> None:
     """Ours is train.py itself, by the speed that it logs of its second ten steps."""
+    from visualdl import LogReader
+
     bench.base()
     for kind, batch, length in (("corpus", 32, 32), ("training", 64, 64)):  # texts that fill 32 tokens; sentences
-        texts, path, case = bench.texts(kind, 20 * batch), f"{bench.scratch}/texts", f"batch {batch}, {length} tokens"
-        with open(path, "w", encoding="utf-8") as file:
-            file.writelines(text + "\n" for text in texts)
+        texts = bench.texts(kind, 20 * batch)
+        path, case = bench.write("texts", texts), f"batch {batch}, {length} tokens"
 
         def ours(path=path, batch=batch, length=length, case=case) -> dict[str, float]:
-            _, _, log = bench.stage("train.py", "--model_name_or_path", bench.encoder, "--train_set_file", path,
-                                    "--max_seq_length", length, "--batch_size", batch, "--output_emb_size", 256,
-                                    "--save_dir", f"{bench.scratch}/trained", "--visualdl_dir", f"{bench.scratch}/log")
-            return {case: batch * float(log.split("speed: ")[2].split()[0])}
+            log = tempfile.mkdtemp(dir=bench.scratch)
+            bench.stage("train.py", "--model_name_or_path", bench.encoder, "--train_set_file", path,
+                        "--max_seq_length", length, "--batch_size", batch, "--output_emb_size", 256,
+                        "--save_dir", f"{bench.scratch}/trained", "--visualdl_dir", log)
+            name, = os.listdir(log)
+            return {case: batch * LogReader(file_path=f"{log}/{name}").get_data("scalar", "train/speed")[1].value}
 
         references = {}
         if peer := bench.args.peer_python:
@@ -167,10 +162,8 @@ def index(bench: Bench) -> None:
 
 def short_lines(bench: Bench, count: int) -> str:
     """A file of so many lines of four characters."""
-    words, path = bench.texts("titles", 1000), f"{bench.scratch}/lines"
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(f"{words[n % len(words)][:4]}{n}\n" for n in range(count))
-    return path
+    words = bench.texts("titles", 1000)
+    return bench.write("lines", (f"{words[n % len(words)][:4]}{n}" for n in range(count)))
 
 
 def memory(bench: Bench) -> None:
@@ -191,9 +184,8 @@ def static(bench: Bench) -> None:
     def side(pooling: str, part: int) -> dict[str, float]:
         speeds, checkpoint = {}, bench.mini(pooling)
         for kind, (length, most) in cases.items():
-            texts, count, path = bench.texts(kind, 10_000), most // part, f"{bench.scratch}/{kind}"
-            with open(path, "w", encoding="utf-8") as file:
-                file.writelines(f"{texts[n % len(texts)]}\n" for n in range(count))
+            texts, count = bench.texts(kind, 10_000), most // part
+            path = bench.write(kind, (texts[n % len(texts)] for n in range(count)))
             seconds, _, _ = bench.stage("inference.py", "--params_path", checkpoint, "--input_file", path,
                                         "--max_seq_length", length, "--output_file", f"{bench.scratch}/vectors.npy")
             speeds[f"{kind}, {length} tokens, to kept vectors"] = count / seconds

@@ -197,7 +197,7 @@ class Run:
         """Log a step, and how similar its positives and its negatives were, under the dropout of training."""
         speed = (self.step - self.logged_step) / (time.time() - self.logged_at)
         log(f"global step {self.step}, epoch: {self.epoch}, batch: {self.number}, loss: {loss:.5f}, "
-            f"speed: {speed:.3g} step/s, {tqdm.format_interval((self.steps - self.step) / speed)} left")
+            f"speed: {speed:.2f} step/s, {tqdm.format_interval((self.steps - self.step) / speed)} left")
         scalars = {"loss": loss, "learning_rate": learning_rate, "speed": speed}
         if compared := getattr(self.model, "compared", None):  # of a contrastive loss
             query, title, keys = (None if rows is None else rows.numpy() for rows in compared)

@@ -35,7 +35,7 @@ def trained(sample, tmp_path_factory):
 
 def test_training_logs_evaluates_and_saves(trained):
     folder, result = trained
-    line = r"global step 10, epoch: 3, batch: 2, loss: \d+\.\d{5}, speed: [\d.]+ step/s"
+    line = r"global step 10, epoch: 3, batch: 2, loss: \d+\.\d{5}, speed: \d+\.\d\d step/s"
     assert re.search(line, result.stderr)
     evaluations = [line for line in result.stdout.splitlines() if line]
     assert [int(re.match(r"global step (\d+), recall@1=", line)[1]) for line in evaluations] == [4, 8, 12]
