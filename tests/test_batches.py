@@ -1,9 +1,11 @@
 """Views of texts, pairs, masked words: what a training step is made of."""
 
 import argparse
+import itertools
 from functools import partial
 
 import data
+import model as m
 from data import ShuffledBatches, load_tokenizer, text_keys
 from scripts import pretrain
 
@@ -148,3 +150,23 @@ def test_masks_are_eighty_ten_ten(tokenizer):
     assert not set(seen.tolist()) & {tokenizer.cls, tokenizer.sep, tokenizer.pad_token_id}
     again = pretrain.MaskedBatches(texts, tokenizer, args).make(range(500), 0)
     np.testing.assert_array_equal(again[0], ids)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(0, 20))
+def test_groups_of_like_length_take_the_fewest_tokens(lengths, cost):
+    """Against all ways to cut the sorted lengths."""
+    lengths, patch = np.array(lengths), pytest.MonkeyPatch()
+    with patch.context() as patched:
+        patched.setattr(m, "GROUP_TOKENS", cost)
+        groups = m.length_groups(lengths)
+    assert sorted(np.concatenate(groups)) == list(range(len(lengths)))
+    ascending, cuts = np.sort(lengths), range(1, len(lengths))
+
+    def tokens(parts):
+        return sum(len(part) * max(part) + cost for part in parts)
+
+    fewest = min(tokens(np.split(ascending, chosen)) for count in range(len(lengths))
+                 for chosen in itertools.combinations(cuts, count))
+    assert tokens([lengths[rows] for rows in groups]) == fewest
+    assert all(lengths[one].max() < lengths[other].min() for one, other in itertools.pairwise(groups))

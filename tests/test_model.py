@@ -1,6 +1,5 @@
 """The network, its loss and its checkpoints, function by function, on a tiny encoder with random weights."""
 
-import itertools
 import json
 import os
 import pickle
@@ -15,8 +14,6 @@ import numpy as np
 import paddle
 import pytest
 from conftest import ENCODER
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from paddlenlp.transformers import BertConfig, BertModel, ErnieConfig, ErnieModel
 
 SIZES = {"vocab_size": 200, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -109,26 +106,6 @@ def test_sides_of_other_lengths_and_cosine_sim():
     cosine = network.cosine_sim(*tensors(query, title)).numpy()
     expected = (network.embed(query, query * 0) * network.embed(title, title * 0)).sum(axis=1)
     np.testing.assert_allclose(cosine, expected, atol=1e-6)
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(0, 20))
-def test_groups_of_like_length_take_the_fewest_tokens(lengths, cost):
-    """Against all ways to cut the sorted lengths."""
-    lengths, patch = np.array(lengths), pytest.MonkeyPatch()
-    with patch.context() as patched:
-        patched.setattr(m, "GROUP_TOKENS", cost)
-        groups = m.length_groups(lengths)
-    assert sorted(np.concatenate(groups)) == list(range(len(lengths)))
-    ascending, cuts = np.sort(lengths), range(1, len(lengths))
-
-    def tokens(parts):
-        return sum(len(part) * max(part) + cost for part in parts)
-
-    fewest = min(tokens(np.split(ascending, chosen)) for count in range(len(lengths))
-                 for chosen in itertools.combinations(cuts, count))
-    assert tokens([lengths[rows] for rows in groups]) == fewest
-    assert all(lengths[one].max() < lengths[other].min() for one, other in itertools.pairwise(groups))
 
 
 def test_texts_of_one_group_are_seen_under_two_dropouts(monkeypatch):
