@@ -23,6 +23,7 @@ from functools import partial
 from bench import BASE, FILES, MINI, ROOT, Bench  # first: it makes the project importable
 from recall import HNSW_EF, HNSW_M, SHARDS
 from simcse import console, files, flags
+from simcse.machine import CPU_HAS_BF16
 
 import graphs
 from serving import serving
@@ -126,9 +127,9 @@ def train(bench: Bench) -> None:
 
         references = {}
         if peer := bench.args.peer_python:
-            references = {f"torch {kind}": bench.passes(
+            references = {f"torch {precision}": bench.passes(
                 "peer", "train", python=peer, vocab=f"{MINI}/vocab.txt", sizes=BASE, texts=texts, batch=batch,
-                length=length, bf16=kind == "bf16") for kind in ("fp32", "bf16")}
+                length=length, bf16=precision == "bf16") for precision in ("fp32", "bf16")[: 1 + CPU_HAS_BF16]}
         if batch == 32:  # the other takes it minutes a step
             references["the original"] = partial(bench.side, "original", "train", encoder=bench.encoder, texts=texts,
                                                  batch=batch, length=length, steps=1)
