@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice, repeat
-from typing import Any
+from typing import Any, NamedTuple
 
-from data import WINDOW, TextFile
+from data import WINDOW, Corpus
 from simcse.console import InputError, as_it_is, log, progress, reported, warn
 from simcse.files import check_fingerprint, file_digest, new_folder, read_json, temporary_name, write_json
 from simcse.machine import CPU_THREADS, RANK, RANKS, available_memory
@@ -24,7 +24,7 @@ import numpy as np
 QUERY_BLOCK, CORPUS_BLOCK = 256, 16384
 HNSW_BLOCK = 4  # queries a thread up to which hnswlib searches in one thread alone
 Found = tuple[np.ndarray, np.ndarray]  # of every query rows int64 [Q, k] and their cosines float32 [Q, k], best first
-Hit = tuple[str, int | None, float]  # a document, the number of its line, None where that is not known, and its score
+Line = tuple[int | None, str | None]  # its number, from 1, and its document's id, None where they are not known
 FORMAT = 2  # of a kept index: its rows are entries
 MEASURED, MEASURED_K, DEEPER = 100, 10, 4  # documents that an index is measured with; how deep; a larger ef to compare
 POOR = 0.99  # ANN recall below which it is said what finds more
@@ -42,7 +42,7 @@ class Entries(Sequence):
         folder: where `save` has written the two, which are then mapped instead of read; None: they are found.
     """
 
-    def __init__(self, corpus: TextFile, folder: str | None = None) -> None:
+    def __init__(self, corpus: Corpus, folder: str | None = None) -> None:
         self.corpus, self.documents = corpus, len(corpus)
         if folder:
             both = np.load(os.path.join(folder, "entries.npy"), mmap_mode="r")
@@ -64,21 +64,31 @@ class Entries(Sequence):
         rows = self.rows[self.starts[:-1][entry]]
         return self.corpus.take(rows) if isinstance(entry, slice) else self.corpus[int(rows)]
 
-    def lines(self, entry: int, most: int | None = None) -> list[int]:
-        """The numbers of the first `most` lines of an entry in the corpus' file, from 1; None: of all."""
+    def lines(self, entry: int, most: int | None = None) -> list[Line]:
+        """The first `most` lines of an entry in the corpus' file; None: all."""
         start, end = self.starts[entry : entry + 2]
-        return [self.corpus.line_number(row) for row in self.rows[start:end][:most]]
+        rows = self.rows[start:end][:most]
+        return list(zip(map(self.corpus.line_number, rows), self.corpus.ids(rows)))
 
     def place(self, entry: int) -> str:
         """Where the first line of an entry stands, as file:line."""
         return self.corpus.place(int(self.rows[self.starts[entry]]))
 
-    def take(self, entries: Sequence[int], most: int | None = None) -> list[tuple[str, list[int]]]:
+    def take(self, entries: Sequence[int], most: int | None = None) -> list[tuple[str, list[Line]]]:
         """The texts of some entries, and their `lines`."""
         return [(self[entry], self.lines(entry, most)) for entry in entries]
 
     def save(self, folder: str) -> None:
         np.save(os.path.join(folder, "entries.npy"), np.append(self.rows, self.starts))
+
+
+class Hit(NamedTuple):
+    """A document that was found: the number of its line and its id are None where they are not known."""
+
+    document: str
+    line: int | None
+    id: str | None
+    score: float
 
 
 def expand(found: Found, documents: Any, depths: Sequence[int], distinct: bool = False) -> list[list[Hit]]:
@@ -87,7 +97,7 @@ def expand(found: Found, documents: Any, depths: Sequence[int], distinct: bool =
     sides = [side.tolist() for side in found]
     wanted = sorted({entry for entries, depth in zip(sides[0], depths) for entry in entries[:depth] if entry >= 0})
     of_entry = dict(zip(wanted, documents.take(wanted, 1 if distinct else max(depths))))
-    return [[(of_entry[entry][0], line, score) for entry, score in zip(entries[:depth], scores) if entry >= 0
+    return [[Hit(of_entry[entry][0], *line, score) for entry, score in zip(entries[:depth], scores) if entry >= 0
              for line in of_entry[entry][1]][:depth] for entries, scores, depth in zip(*sides, depths)]
 
 
@@ -371,12 +381,13 @@ def read_fingerprint(path: str, wanted: dict) -> dict:
         found = read_json(os.path.join(path, "fingerprint.json"))
     if not found:
         raise InputError(f"--index_path {path}: exists, but is not an index that recall.py wrote")
+    found.setdefault("corpus_columns", 1)  # as in indexes that were written before there were ids
     return check_fingerprint(found, {**wanted, "index_format": FORMAT}, f"--index_path {path}",
                              "name another folder, or remove this one to build it again")
 
 
 def load_index(path: str, fingerprint: dict, dim: int, cpu_threads: int = 0,
-               corpus: TextFile | None = None) -> tuple[Shards, Entries]:
+               corpus: Corpus | None = None) -> tuple[Shards, Entries]:
     """This rank's part of the index in the folder `path`, whose fingerprint has been read, and its entries, of `corpus`
     or of the corpus in the folder; InputError where a file there is damaged. See `Shards`."""
     with reported(f"--index_path {path}: damaged", OSError, RuntimeError, ValueError):
@@ -386,7 +397,8 @@ def load_index(path: str, fingerprint: dict, dim: int, cpu_threads: int = 0,
             if not os.path.isfile(os.path.join(path, name)) or file_digest(os.path.join(path, name)) != digest:
                 raise ValueError(f"{name} is not what was written")
         with as_it_is():
-            entries = Entries(corpus or TextFile(os.path.join(path, "corpus.csv"), "--index_path"), path)
+            entries = Entries(corpus or Corpus(os.path.join(path, "corpus.csv"), "--index_path",
+                                               fingerprint["corpus_columns"]), path)
         index = Shards(fingerprint, len(entries), dim, cpu_threads, path)
     log(f"using the index in {path}")
     report(fingerprint.get("ann_recall"), fingerprint["hnsw_ef"])

@@ -52,7 +52,8 @@ def _lines(path: str, flag: str, name: str) -> Iterator[tuple[int, str]]:
 
 
 def read_rows(path: str, columns: int, flag: str, check: Callable[[list[str]], str | None] | None = None,
-              every: bool = False, name: str | None = None) -> Iterator[tuple[int, list[str]]]:
+              every: bool = False, name: str | None = None,
+              choices: tuple[int, ...] = ()) -> Iterator[tuple[int, list[str]]]:
     """Stream the rows of a tab-separated UTF-8 file, or of stdin (STDIN), each with the number of its line, from 1.
 
     Lines end in \\n, \\r\\n or \\r. Every field loses the white space around it and keeps what is inside. Blank lines
@@ -61,11 +62,12 @@ def read_rows(path: str, columns: int, flag: str, check: Callable[[list[str]], s
     once as well. With `every` these and blank lines, which are reported too, come as they are. InputError, which names
     the `flag`: not UTF-8; another format, unless --plain_text; a bad row with --strict_data; more than half of the rows
     malformed, unless every line of stdin has been answered; no good row. Lines with U+FFFD, which stands for bytes that
-    a conversion lost, are reported. `name` is that of the file in messages, if it is another than `path`."""
+    a conversion lost, are reported. `name` is that of the file in messages, if it is another than `path`; `choices` are
+    the numbers of columns that it might have had as well."""
     good, bad, blank, first_bad, lossy = 0, 0, 0, [], []
     name = name or ("stdin" if path == STDIN else path)
     fate = "no result (NaN, empty or null)" if every else "skipped"
-    for number, line in formats.checked(_lines(path, flag, name), name, flag, (columns,)):
+    for number, line in formats.checked(_lines(path, flag, name), name, flag, choices or (columns,)):
         if LOST in line:
             lossy.append(f"{name}:{number}")
         row = [field.strip() for field in line.split("\t")]
@@ -116,8 +118,8 @@ class TextFile(Sequence):
 
     _CHUNK, _BLOCK = 1 << 22, 1024
 
-    def __init__(self, path: str, flag: str, columns: int = 1) -> None:
-        self.columns, self._lines = columns, None  # the numbers of the texts' lines, from 0; None: all of the file's
+    def __init__(self, path: str, flag: str, columns: int | tuple[int, ...] = 1) -> None:
+        self._lines = None  # the numbers of the texts' lines, from 0; None: all of the file's
         self.name = path  # in messages
         self._file = open(path, "rb")  # noqa: SIM115  read from as long as this object lives
         if not os.path.isfile(path):
@@ -128,17 +130,19 @@ class TextFile(Sequence):
             self._file.seek(0)
         self.path = path
         _refuse_bytes(os.pread(self._file.fileno(), encodings.BLOCK, 0), flag, self.name)
+        self._choices = (columns,) if isinstance(columns, int) else columns
+        self.columns = count_columns(path, flag, columns, self.name) if len(self._choices) > 1 else columns
         with reading(path) as advance:
             simple, maybe_blank = self._scan(advance)
-        if columns > 1 or not simple:  # something may have to be reported, or left out
-            rows = read_rows(path, columns, flag, name=self.name)
+        if self.columns > 1 or not simple:  # something may have to be reported, or left out
+            rows = read_rows(path, self.columns, flag, name=self.name, choices=self._choices)
             self._lines = np.fromiter((number - 1 for number, _ in rows), "int32")
         elif blank := [row for row in maybe_blank if not self[row]]:
             self._lines = np.delete(np.arange(len(self), dtype="int32"), blank)
         if not len(self):
             raise InputError(f"{flag} {self.name}: the file holds no text")
-        if simple and not settings.plain_text:
-            formats.refuse_other_formats(self[: formats.SAMPLE], self.name, flag, (columns,))
+        if self.columns == 1 and simple and not settings.plain_text:
+            formats.refuse_other_formats(self[: formats.SAMPLE], self.name, flag, self._choices)
 
     def _scan(self, advance: Callable[[int], Any]) -> tuple[bool, array]:
         """Find where lines start. Returns whether all is UTF-8 without tabs; and the numbers, from 0, of the lines that
@@ -177,21 +181,23 @@ class TextFile(Sequence):
 
     def take(self, rows: Sequence[int]) -> list[str]:
         """The texts of some rows; where they stand close together, their part of the file is read at once."""
+        return list(map(self._row, self._take(rows)))
+
+    def _take(self, rows: Sequence[int]) -> list[bytes]:
         lines = np.asarray(rows, "int64") if self._lines is None else self._lines[rows]
         begins, ends = self._starts[lines], self._starts[lines + 1]
         offset, end = int(begins.min(initial=self._starts[-1])), int(ends.max(initial=0))
         if end - offset > min(2 * (ends - begins).sum(), 1 << 30):
-            return [self[row] for row in rows]
+            return [os.pread(self._file.fileno(), end - begin, begin)
+                    for begin, end in zip(begins.tolist(), ends.tolist())]
         block = os.pread(self._file.fileno(), max(0, end - offset), offset)
         places = zip((begins - offset).tolist(), (ends - offset).tolist())
-        return [self._row(block[begin:end]) for begin, end in places]
+        return [block[begin:end] for begin, end in places]
 
     def __getitem__(self, row):
         if isinstance(row, slice):
             return self.take(range(len(self))[row])
-        line = self.line_number(range(len(self))[row])  # the one after the text's
-        start, end = map(int, self._starts[line - 1 : line + 1])
-        return self._row(os.pread(self._file.fileno(), end - start, start))
+        return self.take([range(len(self))[row]])[0]
 
     def __iter__(self):
         """Yield the rows in their order, read by blocks of the file."""
@@ -209,7 +215,46 @@ class TextFile(Sequence):
 
     def sample(self, count: int) -> list[str]:
         """The different texts of so many rows from all over the file, in its order."""
-        return distinct(text for _, row in self.spread(count) for text in ([row] if self.columns == 1 else row))
+        return distinct(text for _, row in self.spread(count) for text in ([row] if isinstance(row, str) else row))
+
+
+class Corpus(TextFile):
+    """Documents, or queries: a row is a text, whose line is the text, or an id, a tab and the text. `columns` is 1 or
+    2; None: what most of the first lines have. Ids are unique: a line with an earlier one is reported and left out, and
+    where most are such ones, or with --strict_data, there is an InputError."""
+
+    def __init__(self, path: str, flag: str, columns: int | None = None) -> None:
+        super().__init__(path, flag, columns or formats.IDS)
+        if not self.has_ids:
+            return
+        keys = np.fromiter(map(hash, self.all_ids()), "int64", len(self))
+        again = np.delete(np.arange(len(keys)), np.unique(keys, return_index=True)[1])
+        if not len(again):
+            return
+        said = (f"{flag} {self.name}: {len(again):,} of {len(keys):,} ids stand on an earlier line as well: "
+                f"{', '.join(map(self.place, again[:3]))}")
+        if settings.strict or len(again) > len(keys) / 2:
+            raise InputError(said + (" (--strict_data)" if settings.strict else
+                                     f"; {flag} has a text a line, or an id, a tab and a text"))
+        warn(f"{said}; skipped")
+        self._lines = np.delete(self._lines, again)
+
+    @property
+    def has_ids(self) -> bool:
+        return self.columns == 2
+
+    def ids(self, rows: Sequence[int]) -> list[str | None]:
+        """The ids of some rows; None where there are none."""
+        both = super()._row
+        return [both(line)[0] for line in self._take(rows)] if self.has_ids else [None] * len(rows)
+
+    def all_ids(self) -> Iterator[str | None]:
+        """Yield the ids of all rows, read by blocks of the file."""
+        for start in range(0, len(self), self._BLOCK):
+            yield from self.ids(range(start, min(start + self._BLOCK, len(self))))
+
+    def _row(self, line: bytes) -> str:
+        return super()._row(line)[1] if self.has_ids else super()._row(line)
 
 
 def read_text_pairs(path: str, flag: str) -> list[tuple[str, str]]:
@@ -225,14 +270,15 @@ def not_a_number(row: list[str]) -> str | None:
         return f"label {row[2]!r} is not a number"
 
 
-def count_columns(path: str, flag: str, choices: tuple[int, ...]) -> int:
+def count_columns(path: str, flag: str, choices: tuple[int, ...], name: str | None = None) -> int:
     """Which of `choices` is the number of columns of most of the first 1,000 lines; of as many the one that comes
-    first. InputError: none, or another format, unless --plain_text."""
-    first = itertools.islice(formats.checked(_lines(path, flag, path), path, flag, choices), 1000)
+    first. InputError: none, or another format, unless --plain_text. `name` is that of the file in messages."""
+    name = name or path
+    first = itertools.islice(formats.checked(_lines(path, flag, name), name, flag, choices), 1000)
     counted = Counter(line.count("\t") + 1 for _, line in first if line.strip())
     if found := [count for count in counted if count in choices]:
         return max(found, key=counted.get)
-    raise InputError(f"{flag} {path}: {'' if counted else 'the file holds no text; '}no line has "
+    raise InputError(f"{flag} {name}: {'' if counted else 'the file holds no text; '}no line has "
                      f"{' or '.join(map(str, choices))} tab-separated columns")
 
 

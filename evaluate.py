@@ -3,29 +3,35 @@
     python evaluate.py --similar_text_pair recall/dev.csv --recall_result_file recall_result_dir/recall_result.txt
     python evaluate.py --recall_result_file before.txt after.txt --compare --metrics recall,mrr --plot recall.png
     python evaluate.py --show_errors 20
+    python evaluate.py --qrels recall/qrels.tsv --recall_result_file run.txt --metrics recall,success,mrr,ndcg
 
-A query counts as hit at k if any of its targets is among its first k documents. Prints `recall@k=...` in percent and
-appends the figures, tab-separated, as a row to result.tsv. Needs neither paddle nor paddlenlp.
+A query counts as hit at k if any of its targets is among its first k documents: what others call success@k. By
+judgements (--qrels), recall@k is the part of a query's relevant documents among its first k, and all measures are those
+of trec_eval. Prints `recall@k=...` in percent and appends the figures, tab-separated, as a row to result.tsv. Needs
+neither paddle nor paddlenlp.
 """
 
 import argparse
 import importlib.util
+import json
 import logging
 import math
 import os
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 
 import data
 from simcse import console, flags
 from simcse.files import new_file
-from simcse.measures import METRICS, RECALL_KS, paired_bootstrap, per_query, percent
+from simcse.measures import JUDGED_METRICS, METRICS, RECALL_KS, paired_bootstrap, per_query, percent
+from simcse.trec import ranking, read_judgements, read_run
 
 import numpy as np
 
+PAIRS = "recall/dev.csv"
 SHOWN = 3  # documents of a missed query that --show_errors lists
 ENDINGS = (".png", ".svg", ".pdf")
 # Okabe and Ito 2008: told apart with any colour vision.
@@ -42,14 +48,18 @@ Tops = dict[str, list[tuple[str, str]]]  # of a query the first documents and th
 def parse_args() -> argparse.Namespace:
     parser = flags.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--similar_text_pair", type=flags.readable_file, default="recall/dev.csv",
-        help="query and target, tab-separated, a pair a line; a query may stand on several lines")
+    add("--similar_text_pair", type=flags.readable_file, help="query and target, tab-separated, a pair a line; a query "
+        f"may stand on several lines; None: {PAIRS}, unless there are --qrels")
+    flags.add_targets_argument(parser)
+    add("--qrels", type=flags.readable_file, help="judgements, instead of --similar_text_pair: query id, 0, document "
+        "id, grade, as TREC has them, or BEIR, without the 0; the results are of recall.py --format trec then")
     add("--recall_result_file", type=flags.readable_file, nargs="+", default="./recall_result_dir/recall_result.txt",
-        help="what recall.py wrote: query, document, score, best first; several files of the same queries are "
-        "evaluated one after the other")
+        help="what recall.py wrote, tsv or jsonl, with ids for --targets id, or trec for --qrels; several files of the "
+        "same queries are evaluated one after the other")
     add("--recall_num", type=flags.positive_int, default=50,
         help="documents looked at for each query; those below are ignored")
-    add("--metrics", default="recall", help=f"what to print, separated by commas: {', '.join(METRICS)}")
+    add("--metrics", default="recall", help="what to print, separated by commas: "
+        f"{', '.join(METRICS)}; with --qrels {', '.join(JUDGED_METRICS)}")
     add("--compare", action="store_true", help="print several files as a table, with each one's difference to the "
         "first and its paired bootstrap 95 %% interval")
     add("--plot", help="draw Recall@k of all files there, .png, .svg or .pdf; None: draw nothing")
@@ -57,6 +67,11 @@ def parse_args() -> argparse.Namespace:
         help="list so many of the queries whose first document is no target, the worst first; None: none")
     flags.add_data_arguments(parser)
     args = parser.parse_args()
+    if not args.similar_text_pair and not args.qrels:
+        try:
+            args.similar_text_pair = flags.readable_file(PAIRS)
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"argument --similar_text_pair: {error}")
     if isinstance(args.recall_result_file, str):  # argparse checks a default only where it is no list
         args.recall_result_file = [args.recall_result_file]
     if args.compare and len(args.recall_result_file) < 2:
@@ -64,8 +79,11 @@ def parse_args() -> argparse.Namespace:
     if args.show_errors and len(args.recall_result_file) > 1:
         parser.error("--show_errors takes one --recall_result_file")
     args.metrics = data.distinct(name.strip() for name in args.metrics.split(","))
-    for name in set(args.metrics) - set(METRICS):
-        parser.error(f"argument --metrics: {name!r} is not one of {', '.join(METRICS)}")
+    known = JUDGED_METRICS if args.qrels else METRICS
+    for name in set(args.metrics) - set(known):
+        parser.error(f"argument --metrics: {name!r} is not one of {', '.join(known)}")
+    if args.qrels and (args.similar_text_pair or args.show_errors or args.targets == "id"):
+        parser.error("--qrels takes the place of --similar_text_pair, without --targets and --show_errors")
     if args.plot and not args.plot.lower().endswith(ENDINGS):
         parser.error(f"argument --plot: {args.plot}: the name has to end in {', '.join(ENDINGS)}")
     if not os.path.isdir(folder := os.path.dirname(args.plot or "") or "."):
@@ -73,6 +91,29 @@ def parse_args() -> argparse.Namespace:
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error(f"--plot: matplotlib {console.HOW_TO_INSTALL}")
     return args
+
+
+def read_recalled(args: argparse.Namespace, path: str) -> Iterator[tuple[str, str, str, str]]:
+    """Yield query, target, document and score of a result of recall.py, tsv or jsonl; the target is the document, or
+    its id. InputError: a line is neither, or there is no id."""
+    with open(path, "rb") as file:
+        is_jsonl = file.readline().lstrip().startswith(b'{"query"')
+    if not is_jsonl:
+        if args.targets == "id":
+            raise console.InputError(f"--targets id: {path} has no ids; recall.py writes them with --format jsonl")
+        for _, (query, document, score) in data.read_rows(path, 3, "--recall_result_file"):
+            yield query, document, document, score
+        return
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                found = json.loads(line)
+                for hit in found["results"]:
+                    target = hit["id"] if args.targets == "id" else hit["document"]
+                    yield found["query"], target, hit["document"], str(hit.get("cosine", hit.get("score")))
+            except (ValueError, KeyError, TypeError) as error:
+                missing = "the corpus had no ids" if error.args == ("id",) else "no line of recall.py --format jsonl"
+                raise console.InputError(f"--recall_result_file {path}:{number}: {missing}") from None
 
 
 def repeats(documents: Sequence[str], lines: int) -> int:
@@ -87,18 +128,18 @@ def read_result(args: argparse.Namespace, targets: Ranks, lines: Mapping[str, in
     ranks, tops = {query: dict(each) for query, each in targets.items()}, {}
     seen, unknown = dict.fromkeys(targets, 0), 0
     recalled: dict[str, list[str]] = {query: [] for query, count in lines.items() if count > 1}
-    for _, (query, document, score) in data.read_rows(path, 3, "--recall_result_file"):
+    for query, target, document, score in read_recalled(args, path):
         if query not in targets:
             unknown += 1
             continue
         rank = seen[query]
         seen[query] += 1
         if query in recalled:
-            recalled[query].append(document)
+            recalled[query].append(target)
         # A document that stands there twice counts where it stands first; so does a query that recall.py wrote twice.
-        if document in ranks[query]:
-            ranks[query][document] = min(ranks[query][document], rank)
-        missed = rank == 0 and document not in targets[query]
+        if target in ranks[query]:
+            ranks[query][target] = min(ranks[query][target], rank)
+        missed = rank == 0 and target not in targets[query]
         if args.show_errors and (missed or (query in tops and rank < SHOWN)):
             tops.setdefault(query, []).append((document, score))
     if missing := [query for query, count in seen.items() if not count]:
@@ -199,19 +240,57 @@ def draw_recall(path: str, results: Mapping[str, Sequence[float]], queries: int)
             figure.savefig(file, format=path.rsplit(".")[-1].lower(), dpi=150, bbox_inches="tight")
 
 
-def main() -> None:
-    args = parse_args()
+Measured = list[dict[str, np.ndarray]]  # of each result every figure, of every query
+
+
+def by_targets(args: argparse.Namespace) -> tuple[int, Measured, str]:
+    """How many queries --similar_text_pair has, the measures of each result, and what --show_errors lists."""
     targets: Ranks = {}  # recalled nowhere yet
-    lines = Counter[str]()  # of each query
+    lines, measured, shown = Counter[str](), [], ""  # lines of each query
     for query, target in data.read_text_pairs(args.similar_text_pair, "--similar_text_pair"):
         targets.setdefault(query, {})[target] = math.inf
         lines[query] += 1
-    names, results, recalls = labels(args.recall_result_file), [], []
     for path in args.recall_result_file:
         ranks, tops = read_result(args, targets, lines, path)
-        values = per_query([each.values() for each in ranks.values()], ["recall", *args.metrics], args.recall_num)
-        recalls.append([percent(values[name]) for name in METRICS["recall"]])
-        results.append({name: values[name] for metric in args.metrics for name in METRICS[metric]})
+        measured.append(per_query([each.values() for each in ranks.values()], args.measured, args.recall_num))
+        shown = errors(args, ranks, tops) if args.show_errors else ""
+    return len(targets), measured, shown
+
+
+def by_judgements(args: argparse.Namespace) -> tuple[int, Measured, str]:
+    """How many queries --qrels judges, and the measures of each result."""
+    grades = {query: {document: grade for document, grade in each.items() if grade > 0}
+              for query, each in read_judgements(args.qrels, "--qrels").items()}
+    if not any(grades.values()):
+        raise console.InputError(f"--qrels {args.qrels}: no document is judged to be relevant")
+    measured = []
+    for path in args.recall_result_file:
+        run = read_run(path, "--recall_result_file")
+        if missing := [query for query in grades if query not in run]:
+            console.warn(f"{len(missing)} queries have no line in {path} and count as missed: "
+                         f"{console.some(missing, 3)}")
+        if unknown := len(run.keys() - grades.keys()):
+            console.warn(f"{unknown} queries of {path} are not judged in {args.qrels}")
+        values = {}
+        for metric in args.measured:
+            ranks = []
+            for query, each in grades.items():
+                places = {document: rank for rank, document in enumerate(ranking(run.get(query, {}), metric))}
+                ranks.append([places.get(document, math.inf) for document in each])
+            values.update(per_query(ranks, [metric], args.recall_num, [[*each.values()] for each in grades.values()],
+                                    JUDGED_METRICS))
+        measured.append(values)
+    return len(grades), measured, ""
+
+
+def main() -> None:
+    args = parse_args()
+    known, measure = (JUDGED_METRICS, by_judgements) if args.qrels else (METRICS, by_targets)
+    args.measured = data.distinct(["recall", *args.metrics])
+    queries, measured, shown = measure(args)
+    names = labels(args.recall_result_file)
+    recalls = [[percent(values[name]) for name in known["recall"]] for values in measured]
+    results = [{name: values[name] for metric in args.metrics for name in known[metric]} for values in measured]
     if args.compare:
         print(compare(names, results))
     else:
@@ -219,12 +298,12 @@ def main() -> None:
             if len(results) > 1:
                 print("\n" * bool(number) + path)
             print("\n".join(f"{name}={percent(each)}" for name, each in values.items()))
-    if args.show_errors:
-        print("\n" + errors(args, ranks, tops))
+    if shown:
+        print("\n" + shown)
     with open("result.tsv", "a", encoding="utf-8") as file:
         file.writelines("\t".join(map(str, recall)) + "\n" for recall in recalls)
     if args.plot:
-        draw_recall(args.plot, dict(zip(names, recalls)), len(targets))
+        draw_recall(args.plot, dict(zip(names, recalls)), queries)
         console.log(f"wrote {args.plot}")
 
 

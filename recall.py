@@ -22,11 +22,11 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import IO
+from typing import IO, NamedTuple
 
 import ann_util
 import data
-from simcse import console, flags
+from simcse import console, flags, formats
 from simcse.files import STDIN, arriving, file_digest, new_file
 from simcse.machine import RANK, RANKS
 from simcse.weights import model_digest
@@ -35,25 +35,37 @@ HNSW_M, HNSW_EF, SHARDS = 32, 100, 8
 OF_INDEX = ("ann_engine", "index_shards", "hnsw_m", "hnsw_ef", "hnsw_max_elements")  # flags that a kept index has
 FUSED = 100  # documents that a ranking brings to the fusion, or --recall_num, if that is more
 MILVUS_URI = "./recall.db"
-Query = tuple[str, str]  # and where it stands, as file:line
+
+
+class Query(NamedTuple):
+    text: str
+    place: str  # as file:line
+    id: str | None = None  # of the query file, or the number of its line
 
 
 def parse_args() -> argparse.Namespace:
     parser = flags.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument_group("files").add_argument
-    add("--corpus_file", type=flags.readable_file,
-        help="documents to search, one a line; may be left out with --query, where there is an index")
+    group = parser.add_argument_group("files")
+    add = group.add_argument
+    add("--corpus_file", type=flags.readable_file, help="documents to search, a text a line, or its id, a tab and the "
+        "text; may be left out with --query and --query_file, where there is an index")
+    add("--corpus_columns", type=int, choices=formats.IDS, help="1: a text a line; 2: an id, a tab and the text; None: "
+        "as most lines of --corpus_file are")
     add("--similar_text_pair", "--similar_text_pair_file", type=flags.readable_file,
         help="query and target, tab-separated, a pair a line; for the queries documents are recalled, and of the "
         "targets is said whether the corpus has them")
+    flags.add_targets_argument(group)
+    add("--query_file", type=flags.readable_file, help="queries without targets, instead of --similar_text_pair, a "
+        "text a line, or its id, a tab and the text")
     add("--query", action="append", nargs="?", const=STDIN, metavar="TEXT", type=flags.given_text, default=[],
         help="a query, instead of --similar_text_pair; may be given several times. Without TEXT, or -: queries of "
         "stdin, one a line, answered as they come, a blank or malformed one with no document")
     add("--recall_result_dir", default="recall_result_dir", help="folder of the result, made if need be")
     add("--recall_result_file", default="recall_result.txt", help="name of the result in that folder")
-    add("--format", choices=("tsv", "jsonl"), default="tsv", help="of the result. tsv: query, document, cosine, a line "
-        'a document, which is what evaluate.py reads; jsonl: {"query", "results": [{"rank", "document", "cosine"}]}, a '
-        'line a query; with --hybrid_bm25 the fused score instead of the cosine, in jsonl as "score"')
+    add("--format", choices=("tsv", "jsonl", "trec"), default="tsv", help="of the result. tsv: query, document, "
+        'cosine, a line a document; jsonl: {"query", "results": [{"rank", "line", "id", "document", "cosine"}]}, a '
+        "line a query; trec: query id, Q0, document id, rank, cosine, simcse, the number of a line being the id where "
+        'there is none; with --hybrid_bm25 the fused score instead of the cosine, in jsonl as "score"')
     group = parser.add_argument_group("model")
     flags.add_model_arguments(group)
     flags.add_encode_arguments(group)
@@ -94,6 +106,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     engine, graph, stdin = args.ann_engine, args.hnsw_m or args.hnsw_ef, STDIN in args.query
     milvus, server = engine == "milvus", (args.milvus_uri or MILVUS_URI).startswith("http")
     in_folder = not args.corpus_file and not milvus
+    sources = [flag for flag in ("--similar_text_pair", "--query_file", "--query") if getattr(args, flag[2:])]
     for wrong, message in (
             (args.milvus_uri and not milvus, "--milvus_uri needs --ann_engine milvus"),
             (args.milvus_collection and not milvus, "--milvus_collection needs --ann_engine milvus"),
@@ -104,41 +117,48 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             (milvus and graph and not server, "--hnsw_m and --hnsw_ef are not for Milvus Lite, which searches exactly"),
             (milvus and args.hybrid_bm25 and not args.corpus_file,
              "--hybrid_bm25 with --ann_engine milvus needs --corpus_file"),
-            (not args.query and not args.similar_text_pair, "one of --similar_text_pair and --query is needed"),
-            (args.query and args.similar_text_pair, "one of --similar_text_pair and --query is needed, not both"),
+            (not sources, "one of --similar_text_pair, --query_file and --query is needed"),
+            (len(sources) > 1, f"{' and '.join(sources)}: one of them, please"),
+            (args.format == "trec" and args.query, "--format trec needs --query_file or --similar_text_pair"),
+            (args.targets == "id" and not args.similar_text_pair, "--targets needs --similar_text_pair"),
+            (args.corpus_columns and not args.corpus_file, "--corpus_columns needs --corpus_file"),
             (stdin and len(args.query) > 1, "--query TEXT and queries of stdin: one of them, please"),
             (stdin and RANKS > 1, "--query of stdin is for one process"),
-            (not args.corpus_file and not args.query, "the following arguments are required: --corpus_file"),
-            (in_folder and not args.index_path, "--query needs --index_path, or --corpus_file, or --ann_engine milvus"),
+            (args.similar_text_pair and not args.corpus_file, "the following arguments are required: --corpus_file"),
+            (in_folder and not args.index_path,
+             f"{' '.join(sources)} needs --index_path, or --corpus_file, or --ann_engine milvus"),
             (in_folder and not os.path.isdir(args.index_path or ""),
              f"argument --index_path: {args.index_path}: no such folder; --corpus_file is needed to build it")):
         if wrong:
             parser.error(message)
 
 
-def check_targets(path: str, pairs: Iterable[tuple[int, list[str]]], corpus: data.TextFile) -> None:
+def check_targets(args: argparse.Namespace, pairs: Iterable[tuple[int, list[str]]], corpus: data.Corpus) -> None:
     """Warn of the targets of --similar_text_pair that the corpus lacks, and that no recall can find."""
+    path, ids = args.similar_text_pair, args.targets == "id"
     lines = {target: number for number, (_, target) in reversed(list(pairs))}
-    count = len(lines)
-    for document in corpus:
+    count, near = len(lines), ""
+    for document in corpus.all_ids() if ids else corpus:
         if lines.pop(document, None) and not lines:
             return
-    looks = {data.plain(target) for target in lines}
-    there = {look for document in corpus if (look := data.plain(document)) in looks}
-    unseen = sum(data.plain(target) in there for target in lines)
+    if not ids:
+        looks = {data.plain(target) for target in lines}
+        there = {look for document in corpus if (look := data.plain(document)) in looks}
+        unseen = sum(data.plain(target) in there for target in lines)
+        near = f" {unseen:,} of them are but for white space, width or invisible characters:"
     first = ", ".join(f"{path}:{number}" for number in sorted(lines.values())[:3])
-    console.complain(f"--similar_text_pair: {len(lines):,} of {count:,} targets are not in {corpus.name}, and count as "
-                     f"missed; {unseen:,} of them are but for white space, width or invisible characters: {first}")
+    console.complain(f"--similar_text_pair: {len(lines):,} of {count:,} targets are not {'ids ' * ids}in "
+                     f"{corpus.name}, and count as missed;{near} {first}")
 
 
-def fingerprint_of(args: argparse.Namespace, corpus: data.TextFile | None, engine) -> tuple[dict, dict]:
+def fingerprint_of(args: argparse.Namespace, corpus: data.Corpus | None, engine) -> tuple[dict, dict]:
     """What an index that is there has to agree with: how texts become embeddings, and what is given; and all that a new
     one depends on."""
     milvus, given = args.ann_engine == "milvus", {name: getattr(args, name) for name in OF_INDEX if getattr(args, name)}
     wanted = {"max_seq_length": args.max_seq_length, "precision": engine.precision, **given}
     if args.index_path or milvus:
         wanted["model"] = model_digest(args.params_path, args.model_name_or_path)
-        wanted.update({"corpus": file_digest(corpus.path)} if corpus else {})
+        wanted.update({"corpus": file_digest(corpus.path), "corpus_columns": corpus.columns} if corpus else {})
     new = {"ann_engine": "hnswlib", "hnsw_m": HNSW_M, "hnsw_ef": HNSW_EF}
     if milvus:
         new.update(dim=engine.embedding_size, metric="COSINE",
@@ -148,7 +168,7 @@ def fingerprint_of(args: argparse.Namespace, corpus: data.TextFile | None, engin
     return wanted, {**new, **wanted}
 
 
-def open_index(args: argparse.Namespace, corpus: data.TextFile | None, engine, tokenizer, encode) -> tuple:
+def open_index(args: argparse.Namespace, corpus: data.Corpus | None, engine, tokenizer, encode) -> tuple:
     """The index, kept or built, and what is in it: `Entries`, or the `MilvusIndex` itself where there is no corpus."""
     from simcse.ranks import join_ranks, wait_for_ranks
 
@@ -216,8 +236,8 @@ def write_results(args: argparse.Namespace, blocks: Iterable[list[Query]], index
 
         bm25 = Bm25(entries, args.index_path and os.path.join(args.index_path, "bm25"))
     for number, block in enumerate(blocks):
-        place_of = dict(reversed(block))
-        queries = data.distinct(query for query, _ in block)  # one on several lines is encoded and searched once
+        place_of = {query.text: query.place for query in reversed(block)}
+        queries = data.distinct(query.text for query in block)  # one on several lines is encoded and searched once
         embeddings = encode(queries, place=lambda row: place_of[queries[row]])  # noqa: B023  is called before the next
         rows, cosines = index.search(embeddings, min(depth, len(entries)))
         found = rows, cosines.clip(-1, 1)  # rounding of two unit vectors may go beyond 1
@@ -228,14 +248,28 @@ def write_results(args: argparse.Namespace, blocks: Iterable[list[Query]], index
         if args.hybrid_bm25:
             found = fuse(found, bm25.search(queries, depth), min(args.recall_num, len(entries)))
         row_of = {query: row for row, query in enumerate(queries)}
-        for query, _ in block:
-            row = slice(row_of[query], row_of[query] + 1)
+        for query in block:
+            row = slice(row_of[query.text], row_of[query.text] + 1)
             hits, = ann_util.expand([side[row] for side in found], entries, [args.recall_num], args.distinct)
-            best = [{"rank": rank, "line": line, "document": document, measure: score}
-                    for rank, (document, line, score) in enumerate(hits, 1)]
-            file.write(console.line("jsonl", query=query, results=best) if args.format == "jsonl" else "".join(
-                f"{query}\t{each['document']}\t{each[measure]}\n" for each in best))
+            file.write(result(args.format, query, hits, measure))
         file.flush()
+
+
+def result(form: str, query: Query, hits: Iterable[ann_util.Hit], measure: str) -> str:
+    """What is written of a query, in the --format `form`; the score is a `measure`, "cosine" or "score"."""
+    if form == "jsonl":
+        return console.line("jsonl", query=query.text, **({"id": query.id} if query.id else {}), results=[
+            {"rank": rank, "line": hit.line, **({"id": hit.id} if hit.id else {}), "document": hit.document,
+             measure: hit.score} for rank, hit in enumerate(hits, 1)])
+    if form == "tsv":
+        return "".join(f"{query.text}\t{hit.document}\t{hit.score}\n" for hit in hits)
+    lines, name = [], query.id or query.place.rsplit(":", 1)[-1]
+    for rank, hit in enumerate(hits, 1):
+        fields = [name, "Q0", hit.id or str(hit.line), str(rank), str(hit.score), "simcse"]
+        if any(len(field.split()) != 1 for field in fields):
+            raise console.InputError(f"--format trec: white space parts its columns, and is in an id: {fields[:3]}")
+        lines.append(" ".join(fields) + "\n")
+    return "".join(lines)
 
 
 def asked(blocks: Iterable[list[tuple[int, list[str]]]], form: str) -> Iterator[list[Query]]:
@@ -244,7 +278,7 @@ def asked(blocks: Iterable[list[tuple[int, list[str]]]], form: str) -> Iterator[
     for block in blocks:
         for are_queries, group in itertools.groupby(block, lambda line: data.complete(line[1], 1)):
             if are_queries:
-                yield [(query, f"stdin:{number}") for number, (query,) in group]
+                yield [Query(query, f"stdin:{number}") for number, (query,) in group]
                 continue
             for _, row in group:
                 rest = {"results": []} if form == "jsonl" else {"document": None, "cosine": None}
@@ -252,15 +286,21 @@ def asked(blocks: Iterable[list[tuple[int, list[str]]]], form: str) -> Iterator[
             sys.stdout.flush()
 
 
+def queries_of(args: argparse.Namespace) -> list[Query]:
+    """Those of --query_file."""
+    queries = data.Corpus(args.query_file, "--query_file")
+    return [Query(text, queries.place(row), id) for row, (text, id) in enumerate(zip(queries, queries.all_ids()))]
+
+
 def main() -> None:
     args = parse_args()
-    corpus = data.TextFile(args.corpus_file, "--corpus_file") if args.corpus_file else None
+    corpus = data.Corpus(args.corpus_file, "--corpus_file", args.corpus_columns) if args.corpus_file else None
     streams = args.query == [STDIN]
-    pairs = [] if args.query else list(data.read_rows(args.similar_text_pair, 2, "--similar_text_pair"))
-    queries = [(query, "--query") for query in args.query] or [
-        (query, f"{args.similar_text_pair}:{number}") for number, (query, _) in pairs]
+    pairs = list(data.read_rows(args.similar_text_pair, 2, "--similar_text_pair")) if args.similar_text_pair else []
+    queries = [Query(query, "--query") for query in args.query] or [
+        Query(query, f"{args.similar_text_pair}:{number}") for number, (query, _) in pairs] or queries_of(args)
     if pairs and not RANK:
-        check_targets(args.similar_text_pair, pairs, corpus)
+        check_targets(args, pairs, corpus)
     path = None if args.query else os.path.join(args.recall_result_dir, args.recall_result_file)
     if path:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -268,7 +308,8 @@ def main() -> None:
         import simcse.bm25  # noqa: F401  a missing package is told before anything takes time
     kept = args.index_path and os.path.exists(args.index_path)
     target = args.index_path if kept else args.ann_engine or "hnswlib"
-    flags.announce(args, args.params_path, f"{flags.count(corpus, 'document')} for {target}" if corpus else
+    with_ids = " with ids" * bool(corpus and corpus.has_ids)
+    flags.announce(args, args.params_path, f"{flags.count(corpus, 'document')}{with_ids} for {target}" if corpus else
                  f"index {args.index_path or args.milvus_uri}",
                  "queries of stdin" if streams else f"{len(queries):,} queries")
 

@@ -236,15 +236,14 @@ def train(args: argparse.Namespace, texts: data.TextFile, test_set: list[tuple[i
 def main() -> None:
     args = parse_args()
     path, flag = args.train_set_file, "--train_set_file"
-    columns = data.count_columns(path, flag, (1, 2, 3)) if os.path.isfile(path) else 1
-    if columns > 1 and args.crop_rate:
-        raise console.InputError(f"--crop_rate is for texts, one a line; {path} has {columns} columns")
-    texts, test_set = data.TextFile(path, flag, columns), read_test_set(args)
+    texts, test_set = data.TextFile(path, flag, (1, 2, 3)), read_test_set(args)
+    if texts.columns > 1 and args.crop_rate:
+        raise console.InputError(f"--crop_rate is for texts, one a line; {path} has {texts.columns} columns")
     if args.epochs or args.whiten is not None:
         check_learnable(args, texts)
 
     flags.announce_training(args, args.init_from_ckpt or args.model_name_or_path or flags.DEFAULT_MODEL,
-                            flags.count(texts, ("training text", "training pair", "training triple")[columns - 1]))
+                            flags.count(texts, f"training {('text', 'pair', 'triple')[texts.columns - 1]}"))
 
     from simcse.run import run_training
 

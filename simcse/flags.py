@@ -222,6 +222,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
                         "columns, though it looks like CSV, JSON lines, labels or a header, which are refused")
 
 
+def add_targets_argument(parser: argparse._ActionsContainer) -> None:
+    """What the targets of --similar_text_pair are."""
+    parser.add_argument("--targets", choices=("text", "id"), default="text", help="what the second column of "
+                        "--similar_text_pair is: the text of a document, or its id in a corpus that has them")
+
+
 def announce(args: argparse.Namespace, *parts: str) -> None:
     """Say, before anything takes time, what is about to happen: on what, in what precision, and `parts`, the model
     first."""

@@ -32,7 +32,9 @@ _CHINESE = ("(?:相似|相关|标准|扩展|用户|原始|候选|目标|参考|�
 HEADER = re.compile(rf"_?{_WORD}\d?(?:[ _.-](?:{_WORD}|[a-z])\d?)*|[qs][12]|{_CHINESE}", re.I)
 OF_TEXTS = {name + end for end in ("", "s") for name in ("text", "content", "sentence", "question", "title", "document",
                                                         "passage", "abstract")} | {"query", "queries", "sent", "doc"}
-COLUMNS = {(1,): "a text a line", (2,): "two texts a line, a tab between them",
+IDS = (1, 2)  # numbers of columns of documents, whose ids may stand before them
+COLUMNS = {(1,): "a text a line", IDS: "a text a line, or an id, a tab and a text",
+           (2,): "two texts a line, a tab between them",
            (3,): "two texts and a number a line, tabs between them",
            (2, 3): "two texts a line, or two texts and a number, tabs between them",
            (1, 2, 3): "one, two or three texts a line, tabs between them"}
@@ -107,7 +109,7 @@ def refuse_other_formats(lines: Sequence[str], path: str, flag: str, columns: tu
     if not tabs and flag in TAKES_TEXTS and (path != "stdin" or len(lines) > 1):
         raise InputError(f"{where}: one column; {needed}; {TAKES_TEXTS[flag]}")
     enough = len(lines) == MANY if path == "stdin" else len(lines) >= MANY  # of stdin it is said once
-    if columns == (1,) and enough and (odd := odd_in_each(lines)):
+    if 1 in columns and not tabs and enough and (odd := odd_in_each(lines)):
         complain(f"{where}: each of the first {len(lines)} lines {odd}: "
                  f"{command(path, ['--format', 'csv'])}")
 
@@ -139,7 +141,11 @@ def conversion(found: Table, columns: tuple[int, ...]) -> list[str] | None:
     values = dict(zip(found.names, zip(*found.rows)))
     taken = [name for name in found.names if not numbers_rows(name, values[name]) and any(values[name])]
     options = []
-    if not numbers_third(columns):
+    if columns == IDS and taken:
+        ids = [name for name in found.names if numbers_rows(name, values[name])
+               and len(set(values[name])) == len(found.rows)]
+        taken = [*ids[:1], max(taken, key=lambda name: sum(map(len, values[name])))]
+    elif not numbers_third(columns):
         if len(taken) == 3 and all(value in LABELS for value in values[taken[2]]):
             options = ["--labels", "positives"]
         else:
@@ -324,6 +330,8 @@ def odd_column(fields: Sequence[Sequence[str]], columns: tuple[int, ...], delimi
     column."""
     first, *_, last = fields
     numbers = [all(map(NUMBER.fullmatch, column)) for column in fields]
+    if columns == IDS and len(fields) == 2:
+        return f"with numbers in its last column ({some(list(dict.fromkeys(last)), 3)})" if numbers[-1] else None
     if counts_up(first) and not all(numbers) and (delimiter == "\t" or first[0] == "0" or len(first) >= MANY):
         return "with rows numbered by its first column"
     if delimiter == "\t" and numbers_third(columns):

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import itertools
 import json
 import logging
 import os
@@ -17,7 +18,8 @@ import numpy as np
 
 
 class MilvusIndex:
-    """A collection of Milvus: a corpus' distinct texts, each beside its embedding and the number of lines that have it.
+    """A collection of Milvus: a corpus' distinct texts, each beside its embedding, the number of lines that have it,
+    and their ids, as many as a field can hold.
 
     The key of a text is the number of its first line in the corpus' file. Texts are upserted in pieces, each in order,
     so that a broken run goes on where the last piece ends. `pieces` are those of this rank that are not there yet. The
@@ -33,7 +35,7 @@ class MilvusIndex:
             with "hnsw_m" and "hnsw_ef" as in `HnswIndex`.
     """
 
-    _PIECE, _QUERIES, _TEXT_BYTES, _KEY, _FORMAT = 4096, 1000, 65535, "simcse", 2
+    _PIECE, _QUERIES, _TEXT_BYTES, _KEY, _FORMAT = 4096, 1000, 65535, "simcse", 3
     MOST = 16384  # documents for a query
 
     def __init__(self, uri: str, collection: str, wanted: dict, entries: Any = None,
@@ -48,7 +50,7 @@ class MilvusIndex:
         for name in ("pymilvus", "milvus_lite", "grpc", "faiss"):
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # they log what they raise, with tracebacks
         self.uri, self.collection, self._entries = uri, collection, entries
-        self._keys = np.array([entries.lines(entry, 1)[0] for entry in range(len(entries))]) if entries else None
+        self._keys = np.array([entries.lines(entry, 1)[0][0] for entry in range(len(entries))]) if entries else None
         self._lite = not uri.startswith(("http://", "https://"))
         if self._lite and RANKS > 1:
             raise InputError(f"--milvus_uri {uri}: a file can be used by one process; {RANKS} need a server")
@@ -128,6 +130,7 @@ class MilvusIndex:
         schema.add_field("id", DataType.INT64, is_primary=True)
         schema.add_field("text", DataType.VARCHAR, max_length=self._TEXT_BYTES)
         schema.add_field("lines", DataType.INT64)
+        schema.add_field("ids", DataType.VARCHAR, max_length=self._TEXT_BYTES)
         schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=fingerprint["dim"])
         index = self._client.prepare_index_params()
         index.add_index(field_name="embedding", index_type=fingerprint["index_type"], metric_type=fingerprint["metric"],
@@ -152,16 +155,26 @@ class MilvusIndex:
 
     def _upsert(self, rows: range, embeddings: np.ndarray) -> None:
         with self._errors():
+            texts, lines = self._entries[rows.start : rows.stop], map(self._entries.lines, rows)
             self._client.upsert(self.collection, [
-                {"id": int(self._keys[row]), "embedding": embedding, "text": text,
-                 "lines": len(self._entries.lines(row))}
-                for row, embedding, text in zip(rows, embeddings, self._entries[rows.start : rows.stop])])
+                {"id": int(self._keys[row]), "embedding": embedding, "text": text, "lines": len(each),
+                 "ids": self._joined([id for _, id in each if id])}
+                for row, embedding, text, each in zip(rows, embeddings, texts, lines)])
 
-    def take(self, keys: Sequence[int], most: int) -> list[tuple[str, list[int | None]]]:
-        """As `Entries.take`, by key; of the lines only the first has a number, the others are None."""
+    def _joined(self, ids: list[str]) -> str:
+        """The ids in one field, a tab between them, which none has; the last are left out where they do not fit."""
+        sizes = itertools.accumulate(len(id.encode()) + 1 for id in ids)
+        return "\t".join(id for id, size in zip(ids, sizes) if size <= self._TEXT_BYTES)
+
+    def take(self, keys: Sequence[int], most: int) -> list[tuple[str, list[tuple[int | None, str | None]]]]:
+        """As `Entries.take`, by key; of the lines only the first has a number, the others have None."""
         with self._errors():
-            found = self._client.get(self.collection, ids=list(keys), output_fields=["text", "lines"])
-        by_key = {each["id"]: (each["text"], [each["id"], *[None] * (min(most, each["lines"]) - 1)]) for each in found}
+            found = self._client.get(self.collection, ids=list(keys), output_fields=["text", "lines", "ids"])
+        by_key = {}
+        for each in found:
+            lines = range(min(most, each["lines"]))
+            ids = filter(None, each["ids"].split("\t"))
+            by_key[each["id"]] = each["text"], [(None if line else each["id"], next(ids, None)) for line in lines]
         return [by_key[key] for key in keys]
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

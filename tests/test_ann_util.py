@@ -13,7 +13,7 @@ from ann_util import (
     exact_search,
     merge,
 )
-from data import TextFile, load_tokenizer, read_text_pairs
+from data import Corpus, load_tokenizer, read_text_pairs
 from recall import HNSW_EF, HNSW_M, SHARDS
 from simcse import machine
 from simcse.console import InputError
@@ -174,7 +174,7 @@ def test_csl_in_milvus_and_hnswlib_against_exact(real_data, tmp_path, monkeypatc
 
     monkeypatch.chdir(tmp_path)
     folder = real_data / "csl" / "recall"
-    entries = Entries(TextFile(str(folder / "corpus.csv"), "--flag"))
+    entries = Entries(Corpus(str(folder / "corpus.csv"), "--flag"))
     corpus = entries[:]
     queries = [query for query, _ in read_text_pairs(str(folder / "dev.csv"), "--flag")[:250]]
     network = SimCSE(load_encoder(str(ENCODER)))

@@ -6,7 +6,7 @@ import os
 
 import ann_util
 from ann_util import Entries, Shards, building, exact_search, expand
-from data import TextFile
+from data import Corpus
 from simcse.console import InputError
 
 import numpy as np
@@ -17,7 +17,7 @@ FINGERPRINT = {"ann_engine": "hnswlib", "index_shards": 2, "hnsw_m": 16, "hnsw_e
 
 def entries_of(folder, *lines):
     (folder / "corpus.csv").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return Entries(TextFile(str(folder / "corpus.csv"), "--corpus_file"))
+    return Entries(Corpus(str(folder / "corpus.csv"), "--corpus_file"))
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -26,10 +26,11 @@ def test_an_entry_is_a_text_and_has_its_lines(tmp_path, kept):
     entries = entries_of(tmp_path, "甲", "", "乙", " 甲 ", "丙", "乙", "甲\u3000")
     if kept:
         entries.save(str(tmp_path))
-        entries = Entries(TextFile(str(tmp_path / "corpus.csv"), "--index_path"), str(tmp_path))
+        entries = Entries(Corpus(str(tmp_path / "corpus.csv"), "--index_path"), str(tmp_path))
     assert (len(entries), entries.documents) == (3, 6) and list(entries) == entries[:] == ["甲", "乙", "丙"]
-    assert entries[1] == "乙" and entries.take([2, 0]) == [("丙", [5]), ("甲", [1, 4, 7])]
-    assert entries.take([0], 2) == [("甲", [1, 4])]
+    assert entries[1] == "乙" and entries.take([2, 0]) == [
+        ("丙", [(5, None)]), ("甲", [(1, None), (4, None), (7, None)])]
+    assert entries.take([0], 2) == [("甲", [(1, None), (4, None)])]
     assert entries.rows.dtype == entries.starts.dtype == "int32"
 
 
@@ -37,17 +38,17 @@ def test_a_file_is_read_by_blocks_as_it_is_row_by_row(tmp_path):
     """1,000 rows in blocks of 256, with blank lines between them and without; the last line has no break."""
     for blank in ("", "\n"):
         (tmp_path / "texts.csv").write_text("\n".join(f"文本 {row}{blank * (row % 3)}" for row in range(1000)), "utf-8")
-        assert list(TextFile(str(tmp_path / "texts.csv"), "--flag")) == [f"文本 {row}" for row in range(1000)]
+        assert list(Corpus(str(tmp_path / "texts.csv"), "--flag")) == [f"文本 {row}" for row in range(1000)]
 
 
 def test_lines_are_given_out_in_order_down_to_the_depth(tmp_path):
     entries = entries_of(tmp_path, "甲", "乙", "甲", "甲", "丙")
     found = np.array([[1, 0, 2], [0, 2, -1]]), np.array([[0.9, 0.8, 0.1], [0.7, 0.6, -np.inf]])
     assert expand(found, entries, [3, 9]) == [
-        [("乙", 2, 0.9), ("甲", 1, 0.8), ("甲", 3, 0.8)],
-        [("甲", 1, 0.7), ("甲", 3, 0.7), ("甲", 4, 0.7), ("丙", 5, 0.6)]]
+        [("乙", 2, None, 0.9), ("甲", 1, None, 0.8), ("甲", 3, None, 0.8)],
+        [("甲", 1, None, 0.7), ("甲", 3, None, 0.7), ("甲", 4, None, 0.7), ("丙", 5, None, 0.6)]]
     assert expand(found, entries, [2, 9], distinct=True) == [
-        [("乙", 2, 0.9), ("甲", 1, 0.8)], [("甲", 1, 0.7), ("丙", 5, 0.6)]]
+        [("乙", 2, None, 0.9), ("甲", 1, None, 0.8)], [("甲", 1, None, 0.7), ("丙", 5, None, 0.6)]]
 
 
 def test_copies_do_not_break_the_graph(tmp_path):
@@ -67,7 +68,7 @@ def test_copies_do_not_break_the_graph(tmp_path):
     assert [hits[0][0] for hits in got] == [entries[entry] for entry in asked]
     _, exact = exact_search(vectors[asked], vectors[[entry_of[line] for line in lines]], 10)
     assert ann_util.ann_recall(np.array([[cosine for *_, cosine in hits] for hits in got]), exact) > 0.98
-    assert all(lines[line - 1] == text for hits in got for text, line, _ in hits)
+    assert all(lines[line - 1] == text for hits in got for text, line, *_ in hits)
 
 
 def test_what_the_approximation_costs_is_measured_and_advice_was_tried(tmp_path, capsys):

@@ -1,8 +1,10 @@
-"""Measures against scikit-learn and against loops written out; the bootstrap against one that draws query by query."""
+"""Measures against scikit-learn, ir-measures and loops written out; the bootstrap against one that draws query by
+query."""
 
 import math
 
-from simcse.measures import first_hits, hit, ndcg, paired_bootstrap, per_query, percent, reciprocal_rank
+from simcse.measures import JUDGED_METRICS, first_hits, ndcg, paired_bootstrap, per_query, percent
+from simcse.trec import ranking, read_judgements, read_run
 
 import numpy as np
 import pytest
@@ -24,21 +26,57 @@ def test_ndcg_is_scikit_learns(ranks):
     gains[[int(rank) if rank < DEPTH else DEPTH + 10 + place for place, rank in enumerate(ranks)]] = 1
     scores = -np.arange(len(gains))
     for k in (1, 3, 10):
-        assert ndcg(ranks, k) == pytest.approx(ndcg_score([gains], [scores], k=k), abs=1e-12)
+        assert ndcg([(rank, 1) for rank in ranks], k) == pytest.approx(ndcg_score([gains], [scores], k=k), abs=1e-12)
 
 
 @given(RANKS)
 def test_reciprocal_rank_by_walking_down_the_result(ranks):
     first = next((1 / looked_at for looked_at in range(1, DEPTH + 1) if looked_at - 1 in ranks), 0)
-    assert reciprocal_rank(ranks) == first
+    assert per_query([ranks], ["mrr"])["mrr"] == [first]
 
 
 def test_measures_worked_out_by_hand():
     """Järvelin and Kekäläinen's gains 1 at ranks 1 and 3 of three targets: (1 + 1/2) / (1 + 1/log2(3) + 1/2)."""
-    ranks = [2, math.inf, 0]
-    assert ndcg(ranks) == pytest.approx(1.5 / (1.5 + 1 / math.log2(3)))
-    assert reciprocal_rank([4, 1]) == 0.5 and reciprocal_rank([math.inf]) == 0
-    assert [hit(ranks, 1), hit([1], 1), hit([1], 2)] == [1, 0, 1]
+    found = per_query([[2, math.inf, 0], [4, 1], [math.inf]], ["recall", "mrr", "ndcg"])
+    assert found["ndcg@10"][0] == pytest.approx(1.5 / (1.5 + 1 / math.log2(3)))
+    assert found["mrr"].tolist() == [1, 0.5, 0]
+    assert found["recall@1"].tolist() == [1, 0, 0] and found["recall@5"].tolist() == [1, 1, 0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_judged_measures_are_those_of_ir_measures(tmp_path, seed):
+    """Random runs of 60 documents with ties, judgements with grades from -1 to 3, queries that nobody answered, or
+    judged, or found nothing relevant for; ids whose order is another as text and as numbers."""
+    from ir_measures import RR, R, Success, calc_aggregate, iter_calc, nDCG, read_trec_qrels, read_trec_run
+
+    random = np.random.default_rng(seed)
+    judgements = [f"q{query} 0 d{document} {random.integers(-1, 4) if query else 0}\n" for query in range(30)
+                  for document in random.choice(80, random.integers(1, 25), replace=False)]
+    run = [f"q{query} Q0 d{document} {rank} {random.integers(20) / 19 + 0.25} simcse\n" for query in range(2, 34)
+           for rank, document in enumerate(random.choice(80, 60, replace=False), 1) if query % 7]
+    (tmp_path / "qrels").write_text("".join(judgements))
+    (tmp_path / "run").write_text("".join(run))
+    grades = {query: {document: grade for document, grade in each.items() if grade > 0}
+              for query, each in read_judgements(str(tmp_path / "qrels"), "--qrels").items()}
+    run = read_run(str(tmp_path / "run"), "--recall_result_file")
+    found = {}
+    for metric in JUDGED_METRICS:
+        ranked = {query: ranking(run.get(query, {}), metric) for query in grades}
+        ranks = [[ranked[query].index(document) if document in ranked[query] else math.inf for document in each]
+                 for query, each in grades.items()]
+        found.update(per_query(ranks, [metric], grades=[[*each.values()] for each in grades.values()],
+                               known=JUDGED_METRICS))
+    theirs = {"mrr@10": RR @ 10, "ndcg@10": nDCG @ 10, **{
+        f"{name}@{k}": measure @ k for name, measure in (("recall", R), ("success", Success))
+        for k in (1, 5, 10, 20, 50)}}
+    assert found.keys() == theirs.keys()
+    both = [list(read(str(tmp_path / name))) for read, name in ((read_trec_qrels, "qrels"), (read_trec_run, "run"))]
+    means = calc_aggregate(theirs.values(), *both)
+    by_query = {(each.measure, each.query_id): each.value for each in iter_calc(theirs.values(), *both)}
+    for name, values in found.items():
+        assert values.mean() == pytest.approx(means[theirs[name]], abs=1e-9), name
+        for query, value in zip(grades, values):
+            assert value == pytest.approx(by_query[theirs[name], query], abs=1e-9), (name, query)
 
 
 def test_recall_of_first_hits():

@@ -7,7 +7,7 @@ import signal
 import subprocess
 
 from ann_util import Entries, ann_recall
-from data import TextFile
+from data import Corpus
 from simcse.console import InputError
 from simcse.milvus import MilvusIndex
 
@@ -124,7 +124,7 @@ def test_without_pymilvus_a_hint(checkpoint, tmp_path):
 
 def entries_of(folder, *lines):
     (folder / "corpus.csv").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return Entries(TextFile(str(folder / "corpus.csv"), "--corpus_file"))
+    return Entries(Corpus(str(folder / "corpus.csv"), "--corpus_file"))
 
 
 NEW = {"dim": 8, "index_type": "FLAT", "metric": "COSINE"}
@@ -142,7 +142,20 @@ def test_a_key_is_the_number_of_a_line(tmp_path, monkeypatch):
     index.close()
     again = MilvusIndex("x.db", "texts", {})
     assert not again.pieces and again.search(vectors, 3)[0][:, 0].tolist() == [1, 3, 5]
-    assert again.take([3, 1], 9) == [(whole, [3]), ("甲", [1, None, None])]
+    assert again.take([3, 1], 9) == [
+        (whole, [(3, None)]), ("甲", [(1, None), (None, None), (None, None)])]
+    again.close()
+
+
+def test_ids_are_stored(tmp_path, monkeypatch):
+    """Of the lines of a text as many as a field holds: 65,535 bytes, a tab after each of them."""
+    monkeypatch.chdir(tmp_path)
+    index = MilvusIndex("x.db", "texts", {}, entries_of(tmp_path, "甲", "乙", "a\t丙", "b\t丁", "c\t丙", "d\t丙"), NEW)
+    index.fill([np.eye(2, 8, dtype="float32")])
+    assert index._joined(["长" * 10000, "b" * 35533, "c"]) == "长" * 10000 + "\t" + "b" * 35533
+    index.close()
+    again = MilvusIndex("x.db", "texts", {})
+    assert again.take([3, 4], 2) == [("丙", [(3, "a"), (None, "c")]), ("丁", [(4, "b")])]
     again.close()
 
 

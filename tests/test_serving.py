@@ -247,14 +247,14 @@ def test_no_cosine_is_above_one():
             return np.array([[1, 0]] * len(queries)), np.array([[1.0000007, -1.0000002]] * len(queries), "float32")
 
         def take(self, rows, most):
-            return [(self.texts[row], [row + 1]) for row in rows]
+            return [(self.texts[row], [(row + 1, "ab"[row])]) for row in rows]
 
         def __len__(self):
             return 2
 
     one = Rounded()
     searcher = Searcher(one, one, one, one, 8, ([1, 2], [8]))
-    assert searcher.answer([Job(["a"], 2)]) == [[[("乙", 1.0), ("甲", -1.0)]]]
+    assert searcher.answer([Job(["a"], 2)]) == [[[("乙", 2, "b", 1.0), ("甲", 1, "a", -1.0)]]]
     app = make_app(searcher, Limits())
 
     async def asked():

@@ -85,6 +85,8 @@ class Cosines(BaseModel):
 
 class Hit(BaseModel):
     rank: int
+    line: Annotated[int | None, Field(description="in the corpus, from 1; null where it is not known")]
+    id: Annotated[str | None, Field(description="of the document; null where the corpus has none")]
     document: str
     cosine: float
 
@@ -274,8 +276,8 @@ def add_endpoints(app: FastAPI, searcher: Searcher, batcher: Batcher, limits: Li
     async def search(body: Queries) -> Found:
         """The documents that are most similar to each query."""
         started = time.perf_counter()
-        results = [[{"rank": rank, "document": document, "cosine": cosine}
-                    for rank, (document, cosine) in enumerate(hits, 1)] for hits in await ask(body.queries, body.top_k)]
+        results = [[{"rank": rank, "line": hit.line, "id": hit.id, "document": hit.document, "cosine": hit.score}
+                    for rank, hit in enumerate(hits, 1)] for hits in await ask(body.queries, body.top_k)]
         return JSONResponse({"results": results, "documents": searcher.documents,
                              "milliseconds": round(1000 * (time.perf_counter() - started), 2)})
 

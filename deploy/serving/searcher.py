@@ -15,7 +15,6 @@ from simcse.tokens import Ids, Tokens
 
 import numpy as np
 
-Hits = list[tuple[str, float]]  # documents and their cosines, best first
 SHAPES_BYTES = 2 << 30
 
 
@@ -74,10 +73,9 @@ class Searcher:
         """Let go of the index."""
         self.index.close()
 
-    def _search(self, queries: Any, depths: list[int]) -> list[Hits]:
+    def _search(self, queries: Any, depths: list[int]) -> list[list[ann_util.Hit]]:
         entries, cosines = self.index.search(queries, min(max(depths), len(self.entries)))
-        found = ann_util.expand((entries, cosines.clip(-1, 1)), self.entries, depths, self.distinct)
-        return [[(document, cosine) for document, _, cosine in hits] for hits in found]
+        return ann_util.expand((entries, cosines.clip(-1, 1)), self.entries, depths, self.distinct)
 
 
 def fixed_batches(ids: Sequence[Ids], pad_id: int, sizes: Sequence[int],
