@@ -1,6 +1,5 @@
-"""Nearest neighbours by cosine of L2-normalized embeddings: what has a vector, and which lines of the corpus that is;
-hnswlib's graph, and exact search as the reference; an index of several of either, the shards, and how it is kept in a
-folder with its corpus."""
+"""The index of a corpus: what has a vector, and which lines of the corpus that is; shards, each a graph of hnswlib or
+an exact index; and how they are kept in a folder with the corpus, and follow it when it changes."""
 
 import contextlib
 import fcntl
@@ -10,21 +9,19 @@ import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice, repeat
+from itertools import islice
 from typing import Any, NamedTuple
 
 from data import WINDOW, Corpus
 from simcse.console import InputError, as_it_is, log, progress, reported, warn
 from simcse.files import check_fingerprint, file_digest, new_folder, read_json, temporary_name, write_json
-from simcse.machine import CPU_THREADS, RANK, RANKS, available_memory
+from simcse.machine import CPU_THREADS, RANK, RANKS
+from simcse.nearest import HNSW_BLOCK, QUERY_BLOCK, ExactIndex, Found, HnswIndex, exact_search, merge
 
 import numpy as np
 
-# Exact search multiplies so many queries by so many documents at a time, on every core: 16 MB of cosines.
-QUERY_BLOCK, CORPUS_BLOCK = 256, 16384
-HNSW_BLOCK = 4  # queries a thread up to which hnswlib searches in one thread alone
-Found = tuple[np.ndarray, np.ndarray]  # of every query rows int64 [Q, k] and their cosines float32 [Q, k], best first
 Line = tuple[int | None, str | None]  # its number, from 1, and its document's id, None where they are not known
+OF_CORPUS = ("corpus", "corpus_columns")  # parts of a fingerprint that may change
 FORMAT = 2  # of a kept index: its rows are entries
 MEASURED, MEASURED_K, DEEPER = 100, 10, 4  # documents that an index is measured with; how deep; a larger ef to compare
 POOR = 0.99  # ANN recall below which it is said what finds more
@@ -48,11 +45,7 @@ class Entries(Sequence):
             both = np.load(os.path.join(folder, "entries.npy"), mmap_mode="r")
             self.rows, self.starts = np.split(both, [len(corpus)])
             return
-        with progress("looking for copies", len(corpus), "documents") as advance:
-            keys, texts = np.empty(len(corpus), "int64"), iter(corpus)
-            for block in np.split(keys, range(WINDOW, len(keys), WINDOW)):
-                block[:] = np.fromiter(map(hash, islice(texts, len(block))), "int64")
-                advance(len(block))
+        keys = _hashes(corpus)
         _, first, entry, lines = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
         self.rows = np.argsort(first[entry], kind="stable").astype("int32")
         self.starts = np.append(0, np.cumsum(lines[np.argsort(first)])).astype("int32")
@@ -62,7 +55,7 @@ class Entries(Sequence):
 
     def __getitem__(self, entry):
         rows = self.rows[self.starts[:-1][entry]]
-        return self.corpus.take(rows) if isinstance(entry, slice) else self.corpus[int(rows)]
+        return self.corpus.take(rows) if rows.ndim else self.corpus[int(rows)]
 
     def lines(self, entry: int, most: int | None = None) -> list[Line]:
         """The first `most` lines of an entry in the corpus' file; None: all."""
@@ -78,8 +71,42 @@ class Entries(Sequence):
         """The texts of some entries, and their `lines`."""
         return [(self[entry], self.lines(entry, most)) for entry in entries]
 
+    def find(self, others: "Entries") -> np.ndarray:
+        """Which entry has the text of each of the others, int64 [others]; -1: none."""
+        own, theirs = (_hashes(each.corpus)[each.rows[each.starts[:-1]]] for each in (self, others))
+        order = np.argsort(own)
+        places = order[np.searchsorted(own, theirs, sorter=order).clip(max=len(own) - 1)]
+        return np.where(own[places] == theirs, places, -1)
+
     def save(self, folder: str) -> None:
         np.save(os.path.join(folder, "entries.npy"), np.append(self.rows, self.starts))
+
+
+def _hashes(corpus: Corpus) -> np.ndarray:
+    """A hash of each text, int64 [rows], the same for the same text in this process alone."""
+    with progress("looking for copies", len(corpus), "documents") as advance:
+        keys, texts = np.empty(len(corpus), "int64"), iter(corpus)
+        for block in np.split(keys, range(WINDOW, len(keys), WINDOW)):
+            block[:] = np.fromiter(map(hash, islice(texts, len(block))), "int64")
+            advance(len(block))
+    return keys
+
+
+class Part(Sequence):
+    """Some of the entries, int64 `rows`, in their order."""
+
+    def __init__(self, entries: Entries, rows: np.ndarray) -> None:
+        self._entries, self._rows = entries, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, place):
+        return self._entries[self._rows[place]]
+
+    def place(self, row: int) -> str:
+        """As `Entries.place`."""
+        return self._entries.place(self._rows[row])
 
 
 class Hit(NamedTuple):
@@ -99,122 +126,6 @@ def expand(found: Found, documents: Any, depths: Sequence[int], distinct: bool =
     of_entry = dict(zip(wanted, documents.take(wanted, 1 if distinct else max(depths))))
     return [[Hit(of_entry[entry][0], *line, score) for entry, score in zip(entries[:depth], scores) if entry >= 0
              for line in of_entry[entry][1]][:depth] for entries, scores, depth in zip(*sides, depths)]
-
-
-def merge(parts: Iterable[Found], k: int) -> Found:
-    """The k best of several results of the same queries, or all where there are fewer; of equal cosines the lower row
-    first."""
-    rows, cosines = map(np.hstack, zip(*parts))
-    order = np.lexsort((rows, -cosines), axis=1)[:, :k]
-    return np.take_along_axis(rows, order, axis=1), np.take_along_axis(cosines, order, axis=1)
-
-
-def exact_search(queries: np.ndarray, corpus: "np.ndarray | ExactIndex | HnswIndex", k: int) -> Found:
-    """The k most similar corpus rows of every query, by a blocked matrix product.
-
-    Queries [Q, dim] and corpus [N, dim], an array or an index, are float32 and L2-normalized. Rows, int64, and cosines,
-    float32, are [Q, min(k, N)], best first; of equal cosines the lower row comes first.
-    """
-    best = np.empty((len(queries), 0), "int64"), np.empty((len(queries), 0), "float32")
-    query_blocks = np.split(queries, range(QUERY_BLOCK, len(queries), QUERY_BLOCK))
-    with ThreadPoolExecutor(os.cpu_count()) as workers:
-        for start in range(0, len(corpus), CORPUS_BLOCK):  # cosines depend on blocks, in their last bit
-            block = corpus[start : start + CORPUS_BLOCK]
-            found = workers.map(_search_block, query_blocks, repeat(block.T), repeat(k))
-            rows, cosines = map(np.concatenate, zip(*found))
-            best = merge([best, (rows + start, cosines)], k)
-    return best
-
-
-def _search_block(queries: np.ndarray, transposed: np.ndarray, k: int) -> Found:
-    """The k most similar columns of `transposed`, float32 [dim, block], in rising order, and their cosines."""
-    cosines = queries @ transposed
-    columns = np.sort(np.argpartition(-cosines, min(k, cosines.shape[1]) - 1, axis=1)[:, :k], axis=1)
-    return columns, np.take_along_axis(cosines, columns, axis=1)
-
-
-class ExactIndex:
-    """All embeddings in memory, searched by `exact_search`: for small corpora, and as the reference."""
-
-    def __init__(self, path: str | None = None) -> None:
-        self._embeddings = np.load(path) if path else np.empty((0, 0), "float32")
-
-    def __len__(self) -> int:
-        return len(self._embeddings)
-
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        return self._embeddings[rows]
-
-    def add(self, embeddings: np.ndarray) -> None:
-        """Add float32 [n, dim]; their rows are numbered on from those before."""
-        self._embeddings = np.concatenate([self._embeddings, embeddings]) if len(self) else embeddings
-
-    def search(self, queries: np.ndarray, k: int) -> Found:
-        """See `exact_search`."""
-        return exact_search(queries, self, k)
-
-    def save(self, path: str) -> None:
-        with open(path, "wb") as file:
-            np.save(file, self._embeddings)
-
-
-class HnswIndex:
-    """hnswlib (Malkov and Yashunin 2018) on inner products, which are cosines for L2-normalized embeddings.
-
-    Args:
-        m: links a node (hnswlib's M); memory and recall grow with it.
-        ef: candidates kept while building, and at least while searching; time and recall grow with it.
-        threads: those of a search. Adding takes one, so that the same vectors give the same graph.
-        path: where `save` has written an index; None: an empty one.
-    """
-
-    def __init__(self, dim: int, max_elements: int, m: int = 32, ef: int = 100, threads: int = 0,
-                 path: str | None = None) -> None:
-        import hnswlib
-
-        self.ef, self.threads = ef, threads or -1
-        self._index = hnswlib.Index(space="ip", dim=dim)
-        needed = max_elements * (4 * dim + 8 * m + 60)  # the vector, the links of the lowest level, label and lock
-        try:
-            if needed > available_memory():
-                raise MemoryError
-            if not path:
-                self._index.init_index(max_elements=max_elements, ef_construction=ef, M=m)
-        except (MemoryError, RuntimeError):
-            raise InputError(f"the graph of {max_elements:,} documents of {dim} needs {needed / 1e9:.1f} GB of memory, "
-                             f"and {available_memory() / 1e9:.1f} are free: share it out among several processes or "
-                             "machines, or take --ann_engine milvus") from None
-        if path:
-            self._index.load_index(path, max_elements)
-
-    def __len__(self) -> int:
-        return self._index.get_current_count()
-
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        return np.asarray(self._index.get_items(np.arange(*rows.indices(len(self)))), "float32")
-
-    def add(self, embeddings: np.ndarray) -> None:
-        """Add float32 [n, dim]; their rows are numbered on from those before."""
-        self._index.add_items(embeddings, np.arange(len(self), len(self) + len(embeddings)), 1)
-
-    def search(self, queries: np.ndarray, k: int) -> Found:
-        """As `exact_search`, approximately, with at least 2 k candidates; InputError where the graph, built with too
-        small an `m`, does not reach k elements from some query."""
-        k = min(k, len(self))
-        ef = max(self.ef, 2 * k)
-        while True:
-            self._index.set_ef(ef)
-            try:
-                rows, distances = self._index.knn_query(queries, k, self.threads)
-                return rows.astype("int64"), 1.0 - distances
-            except RuntimeError:  # hnswlib: fewer than k reached with this ef
-                if ef >= len(self):
-                    raise InputError(f"--hnsw_m is too small: the index does not reach {k} documents from every query; "
-                                     "raise --hnsw_m or --hnsw_ef") from None
-                ef = min(2 * ef, len(self))
-
-    def save(self, path: str) -> None:
-        self._index.save_index(path)
 
 
 class Shards:
@@ -269,6 +180,14 @@ class Shards:
             for added, count in adding:
                 added.result()
                 advance(count)
+
+    def take(self, entries: np.ndarray, vectors: np.ndarray) -> None:
+        """Write the embeddings of those of some entries that are on this rank to their rows of `vectors`."""
+        pieces, places = np.divmod(entries, self._piece)
+        for shard, index in self._shards.items():
+            rows, = np.nonzero((entries >= 0) & (pieces % self._count == shard))
+            if len(rows):
+                vectors[rows] = index[pieces[rows] // self._count * self._piece + places[rows]]
 
     def search(self, queries: np.ndarray, k: int, exact: bool = False) -> Found:
         """The k best entries, approximately or exactly; where there are fewer, the last are rows -1 of cosine -inf.
@@ -374,16 +293,25 @@ def building(path: str, wanted: dict, new: dict) -> Iterator[None]:
 
 
 def read_fingerprint(path: str, wanted: dict) -> dict:
-    """What the index in the folder `path` was made of, with the "hnsw_ef" of `wanted`, if that has one; InputError
-    where it is other than `wanted`, or it is no index."""
+    """What the index in the folder `path` was made of, with the "hnsw_ef" of `wanted`, if that has one, and its
+    "corpus" or another; InputError where anything else is other than `wanted`, or it is no index."""
     found = {}
     with contextlib.suppress(InputError):
         found = read_json(os.path.join(path, "fingerprint.json"))
     if not found:
         raise InputError(f"--index_path {path}: exists, but is not an index that recall.py wrote")
     found.setdefault("corpus_columns", 1)  # as in indexes that were written before there were ids
-    return check_fingerprint(found, {**wanted, "index_format": FORMAT}, f"--index_path {path}",
-                             "name another folder, or remove this one to build it again")
+    wanted = {**wanted, "index_format": FORMAT}
+    return check_fingerprint(found, {name: wanted[name] for name in wanted if name not in OF_CORPUS},
+                             f"--index_path {path}", "name another folder, or remove this one to build it again")
+
+
+def is_kept(path: str, wanted: dict) -> bool:
+    """Whether there is such an index in the folder `path`, and of the corpus that is `wanted`, if any is."""
+    if not os.path.exists(path):
+        return False
+    found = read_fingerprint(path, wanted)
+    return all(found.get(name) == wanted[name] for name in OF_CORPUS if name in wanted)
 
 
 def load_index(path: str, fingerprint: dict, dim: int, cpu_threads: int = 0,
@@ -391,27 +319,73 @@ def load_index(path: str, fingerprint: dict, dim: int, cpu_threads: int = 0,
     """This rank's part of the index in the folder `path`, whose fingerprint has been read, and its entries, of `corpus`
     or of the corpus in the folder; InputError where a file there is damaged. See `Shards`."""
     with reported(f"--index_path {path}: damaged", OSError, RuntimeError, ValueError):
-        kept = {"entries.npy": fingerprint["files"]["entries.npy"], **({} if corpus else {
-            "corpus.csv": fingerprint["corpus"]})}
-        for name, digest in kept.items():
-            if not os.path.isfile(os.path.join(path, name)) or file_digest(os.path.join(path, name)) != digest:
-                raise ValueError(f"{name} is not what was written")
-        with as_it_is():
-            entries = Entries(corpus or Corpus(os.path.join(path, "corpus.csv"), "--index_path",
-                                               fingerprint["corpus_columns"]), path)
+        entries = _load_entries(path, fingerprint, corpus)
         index = Shards(fingerprint, len(entries), dim, cpu_threads, path)
     log(f"using the index in {path}")
     report(fingerprint.get("ann_recall"), fingerprint["hnsw_ef"])
     return index, entries
 
 
-def save_index(path: str, index: Shards, entries: Entries) -> None:
+def _load_entries(path: str, fingerprint: dict, corpus: Corpus | None = None) -> Entries:
+    kept = {"entries.npy": fingerprint["files"]["entries.npy"], **({} if corpus else {
+        "corpus.csv": fingerprint["corpus"]})}
+    for name, digest in kept.items():
+        if not os.path.isfile(os.path.join(path, name)) or file_digest(os.path.join(path, name)) != digest:
+            raise ValueError(f"{name} is not what was written")
+    with as_it_is():
+        return Entries(corpus or Corpus(os.path.join(path, "corpus.csv"), "--index_path",
+                                        fingerprint["corpus_columns"]), path)
+
+
+class Kept:
+    """What the index in the folder `path` has of another corpus' `entries`: `fresh` are the entries, int64, that it
+    lacks; of the others of `pieces`, this rank's, it gives the embeddings, float32. InputError where a file there is
+    damaged, or it has none of them, so that it is not that corpus' of before."""
+
+    def __init__(self, path: str, fingerprint: dict, entries: Entries, pieces: list[range], dim: int) -> None:
+        with reported(f"--index_path {path}: damaged", OSError, RuntimeError, ValueError):
+            old = _load_entries(path, fingerprint)
+            source = old.find(entries)
+            self._pieces = pieces
+            self._rows = np.concatenate([np.empty(0, "int64"), *(source[rows.start : rows.stop] for rows in pieces)])
+            self._embeddings = np.empty((len(self._rows), dim), "float32")
+            count = fingerprint["index_shards"]
+            for shard in range(count):  # one in memory at a time
+                Shards(fingerprint, len(old), dim, 1, path, shard, count).take(self._rows, self._embeddings)
+        self.fresh = np.flatnonzero(source < 0)
+        found = len(source) - len(self.fresh)
+        if not found:
+            raise InputError(f"--index_path {path}: was built with another corpus, of which no text is in "
+                             f"{entries.corpus.name}; name another folder, or remove this one to build it again")
+        if not RANK:
+            log(f"{entries.documents:,} documents: {len(self.fresh):,} new, {len(old) - found:,} gone, encoded "
+                f"{len(self.fresh):,}")
+
+    def windows(self) -> list[range]:
+        """The places in `fresh` of what is fresh of each piece that has any."""
+        lacking = [np.searchsorted(self.fresh, (rows.start, rows.stop)) for rows in self._pieces]
+        return [range(*ends) for ends in lacking if ends[0] < ends[1]]
+
+    def blocks(self, encoded: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        """Yield the embeddings of each piece, those of `windows` among them as they come, `encoded`."""
+        start = 0
+        for rows in self._pieces:
+            part = slice(start, start + len(rows))
+            fresh, start = self._rows[part] < 0, part.stop
+            if fresh.any():
+                self._embeddings[part][fresh] = next(encoded)
+            yield self._embeddings[part]
+        next(encoded, None)  # what it has to say at its end
+
+
+def save_index(path: str, index: Shards, entries: Entries, replaced: dict | None = None) -> None:
     """Write the index of all ranks, its entries and their corpus to the folder `path`, which appears when all is
-    written."""
+    written; it takes the place of the one there whose fingerprint is `replaced`."""
     from simcse.ranks import gather_arrays, wait_for_ranks
 
     shared = temporary_name(path, int(gather_arrays(np.array([os.getpid()]))[0]))  # that of rank 0
-    with contextlib.nullcontext(shared) if RANK else new_folder(path) as folder:
+    gone = [*replaced["files"], "bm25"] if replaced else ()
+    with contextlib.nullcontext(shared) if RANK else new_folder(path, gone=gone) as folder:
         wait_for_ranks()
         index.save(folder)
         wait_for_ranks()

@@ -53,7 +53,7 @@ def _lines(path: str, flag: str, name: str) -> Iterator[tuple[int, str]]:
 
 def read_rows(path: str, columns: int, flag: str, check: Callable[[list[str]], str | None] | None = None,
               every: bool = False, name: str | None = None,
-              choices: tuple[int, ...] = ()) -> Iterator[tuple[int, list[str]]]:
+              known: bool = False) -> Iterator[tuple[int, list[str]]]:
     """Stream the rows of a tab-separated UTF-8 file, or of stdin (STDIN), each with the number of its line, from 1.
 
     Lines end in \\n, \\r\\n or \\r. Every field loses the white space around it and keeps what is inside. Blank lines
@@ -62,12 +62,13 @@ def read_rows(path: str, columns: int, flag: str, check: Callable[[list[str]], s
     once as well. With `every` these and blank lines, which are reported too, come as they are. InputError, which names
     the `flag`: not UTF-8; another format, unless --plain_text; a bad row with --strict_data; more than half of the rows
     malformed, unless every line of stdin has been answered; no good row. Lines with U+FFFD, which stands for bytes that
-    a conversion lost, are reported. `name` is that of the file in messages, if it is another than `path`; `choices` are
-    the numbers of columns that it might have had as well."""
+    a conversion lost, are reported. `name` is that of the file in messages, if it is another than `path`; its format
+    is `known` where `count_columns` has looked at it."""
     good, bad, blank, first_bad, lossy = 0, 0, 0, [], []
     name = name or ("stdin" if path == STDIN else path)
     fate = "no result (NaN, empty or null)" if every else "skipped"
-    for number, line in formats.checked(_lines(path, flag, name), name, flag, choices or (columns,)):
+    lines = _lines(path, flag, name)
+    for number, line in lines if known else formats.checked(lines, name, flag, (columns,)):
         if LOST in line:
             lossy.append(f"{name}:{number}")
         row = [field.strip() for field in line.split("\t")]
@@ -130,19 +131,19 @@ class TextFile(Sequence):
             self._file.seek(0)
         self.path = path
         _refuse_bytes(os.pread(self._file.fileno(), encodings.BLOCK, 0), flag, self.name)
-        self._choices = (columns,) if isinstance(columns, int) else columns
-        self.columns = count_columns(path, flag, columns, self.name) if len(self._choices) > 1 else columns
+        known = not isinstance(columns, int)
+        self.columns = count_columns(path, flag, columns, self.name) if known else columns
         with reading(path) as advance:
             simple, maybe_blank = self._scan(advance)
         if self.columns > 1 or not simple:  # something may have to be reported, or left out
-            rows = read_rows(path, self.columns, flag, name=self.name, choices=self._choices)
+            rows = read_rows(path, self.columns, flag, name=self.name, known=known)
             self._lines = np.fromiter((number - 1 for number, _ in rows), "int32")
         elif blank := [row for row in maybe_blank if not self[row]]:
             self._lines = np.delete(np.arange(len(self), dtype="int32"), blank)
         if not len(self):
             raise InputError(f"{flag} {self.name}: the file holds no text")
-        if self.columns == 1 and simple and not settings.plain_text:
-            formats.refuse_other_formats(self[: formats.SAMPLE], self.name, flag, self._choices)
+        if not known and simple and not settings.plain_text:
+            formats.refuse_other_formats(self[: formats.SAMPLE], self.name, flag, (columns,))
 
     def _scan(self, advance: Callable[[int], Any]) -> tuple[bool, array]:
         """Find where lines start. Returns whether all is UTF-8 without tabs; and the numbers, from 0, of the lines that
@@ -255,6 +256,24 @@ class Corpus(TextFile):
 
     def _row(self, line: bytes) -> str:
         return super()._row(line)[1] if self.has_ids else super()._row(line)
+
+
+def read_targets(path: str, flag: str, corpus_file: str | None, every: bool = False) -> Iterator[tuple[int, list[str]]]:
+    """The rows of query and target of `read_rows`; where there is a corpus, targets are ids, which become the texts of
+    its documents. A row whose id it lacks is malformed, and with `every` has no target."""
+    if not corpus_file:
+        yield from read_rows(path, 2, flag, every=every)
+        return
+    corpus = Corpus(corpus_file, "--corpus_file", 2)
+    row_of = {id: row for row, id in enumerate(corpus.all_ids())}
+
+    def lacks(row: list[str]) -> str | None:
+        return None if row[1] in row_of else f"no document has the id {row[1]}"
+
+    for number, row in read_rows(path, 2, flag, lacks, every):
+        if complete(row, 2):
+            row = [row[0], corpus[row_of[row[1]]] if row[1] in row_of else ""]
+        yield number, row
 
 
 def read_text_pairs(path: str, flag: str) -> list[tuple[str, str]]:

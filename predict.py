@@ -23,11 +23,13 @@ def parse_args() -> argparse.Namespace:
                              "malformed one has no cosine: nan, in tsv an empty field, in jsonl null", required=True)
     parser.add_argument("--format", choices=("tsv", "jsonl"), help="what is printed, a line a pair. tsv: query, title, "
                         'cosine; jsonl: {"query", "title", "cosine"}; None: the cosine alone')
+    flags.add_target_texts_arguments(parser, "--text_pair_file")
     flags.add_model_arguments(parser)
     flags.add_encode_arguments(parser)
     parser.add_argument("--margin", type=flags.natural_float, default=0.0, help="margin of the loss, in cosine")
     parser.add_argument("--scale", type=flags.positive_float, default=20, help="factor on the cosines in the loss")
     args = flags.check_arguments(parser, parser.parse_args())
+    flags.check_target_texts(parser, args)
     if args.text_pair_file == STDIN and (args.margin, args.scale) != (0, 20):
         parser.error("--margin and --scale are of the loss, which is of a file's pairs, not of stdin's")
     return args
@@ -36,7 +38,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     streams = args.text_pair_file == STDIN
-    rows = data.read_rows(args.text_pair_file, 2, "--text_pair_file", every=True)
+    rows = data.read_targets(args.text_pair_file, "--text_pair_file", args.corpus_file, every=True)
     blocks = arriving(rows) if streams else [list(rows)]
     pairs = [] if streams else [row for _, row in blocks[0] if data.complete(row, 2)]
     flags.announce(args, args.params_path, "pairs of stdin" if streams else flags.count(pairs, "pair"))

@@ -185,42 +185,52 @@ def open_index(args: argparse.Namespace, corpus: data.Corpus | None, engine, tok
         fill(args, index, entries, engine, tokenizer)
         wait_for_ranks()
         return index, entries or index
-    path, claim = args.index_path, contextlib.nullcontext()
-    if path and not RANK and not os.path.exists(path):
+    path, claim, kept = args.index_path, contextlib.nullcontext(), None
+    if path and not RANK and not ann_util.is_kept(path, wanted):
         claim = ann_util.building(path, wanted, new)
     with claim:
         wait_for_ranks()  # for rank 0, which may have waited for another process to build the index
         if path and os.path.exists(path):
-            fingerprint = ann_util.read_fingerprint(path, wanted)
-            return ann_util.load_index(path, fingerprint, engine.embedding_size, args.cpu_threads, corpus)
+            kept = ann_util.read_fingerprint(path, wanted)
+            if ann_util.is_kept(path, wanted):
+                return ann_util.load_index(path, kept, engine.embedding_size, args.cpu_threads, corpus)
+            new = {**new, **{name: kept[name] for name in OF_INDEX if name in kept}}
         entries = ann_util.Entries(corpus)
-        new = {"hnsw_max_elements": len(entries), **new}
+        if not args.hnsw_max_elements:
+            new["hnsw_max_elements"] = len(entries)
         if new["hnsw_max_elements"] < len(entries):
             raise console.InputError(f"--hnsw_max_elements {args.hnsw_max_elements}: the corpus has {len(entries)} "
                                      "distinct documents")
         index = ann_util.Shards(new, len(entries), engine.embedding_size, args.cpu_threads)
-        fill(args, index, entries, engine, tokenizer)
+        fill(args, index, entries, engine, tokenizer, kept and ann_util.Kept(path, kept, entries, index.pieces,
+                                                                             engine.embedding_size))
         if new["ann_engine"] == "hnswlib":  # measured on documents, which unlike queries are always there
             sample = encode(ann_util.sample(entries), remark=False)
             new["ann_recall"] = index.measure(sample, min(ann_util.MEASURED_K, len(entries)), "documents")
             ann_util.report(new["ann_recall"])
         wait_for_ranks()
         if path:
-            ann_util.save_index(path, index, entries)
+            ann_util.save_index(path, index, entries, kept)
     return index, entries
 
 
-def fill(args: argparse.Namespace, index, entries: ann_util.Entries | None, engine, tokenizer) -> None:
-    """Add the entries of this rank that the index lacks while the next ones are encoded."""
+def fill(args: argparse.Namespace, index, entries: ann_util.Entries | None, engine, tokenizer,
+         kept: ann_util.Kept | None = None) -> None:
+    """Add the entries of this rank that the index lacks while the next ones are encoded, but those whose embeddings are
+    `kept`."""
     from model import Sight, encode_stream
 
-    sight = Sight(tokenizer, entries, args.max_seq_length, remark=RANKS == 1)  # several have to count together
+    texts = ann_util.Part(entries, kept.fresh) if kept else entries
+    sight = Sight(tokenizer, texts, args.max_seq_length, remark=RANKS == 1)  # several have to count together
     if index.pieces:
-        count, started = sum(map(len, index.pieces)), time.time()
+        windows = kept.windows() if kept else index.pieces
+        count, started = sum(map(len, windows)), time.time()
         copies = entries.documents - len(entries)
-        console.log(f"encoding and indexing {count} of {len(entries)} documents in {engine.precision}"
-                    + (f"; {copies} more lines are copies, --distinct gives each text once" if copies else ""))
-        index.fill(encode_stream(engine, sight, args.batch_size, index.pieces))
+        if not kept:
+            console.log(f"encoding and indexing {count} of {len(entries)} documents in {engine.precision}"
+                        + (f"; {copies} more lines are copies, --distinct gives each text once" if copies else ""))
+        encoded = encode_stream(engine, sight, args.batch_size, windows)
+        index.fill(kept.blocks(encoded) if kept else encoded)
         console.log(f"{count / (time.time() - started):.1f} documents/s")
     if RANKS > 1:
         sight.gather()

@@ -39,6 +39,7 @@ def parse_args() -> argparse.Namespace:
                        help="what recall.py wrote for --similar_text_pair: query, document, cosine, best first")
     group.add_argument("--output_file", type=flags.nonempty_text, required=True,
                        help="query, positive and negative, tab-separated, for train.py --train_set_file")
+    flags.add_target_texts_arguments(group, "--similar_text_pair")
     flags.add_data_arguments(group)
     group = parser.add_argument_group("filters")
     group.add_argument("--negatives_per_pair", type=flags.positive_int, metavar="N", default=1,
@@ -52,6 +53,7 @@ def parse_args() -> argparse.Namespace:
                        help="highest Jaccard similarity of a negative's pairs of letters with those of the query or of "
                        "any of its positives; 1: any")
     args = parser.parse_args()
+    flags.check_target_texts(parser, args)
     first, last = args.negative_depth
     ranks = last - first + 1
     if ranks < 1:
@@ -71,7 +73,8 @@ def read_pairs(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     Raises:
         InputError: the two files do not have as many lines, or a score is no number.
     """
-    pairs = [pair for _, pair in data.read_rows(args.similar_text_pair, 2, "--similar_text_pair", every=True)]
+    rows = data.read_targets(args.similar_text_pair, "--similar_text_pair", args.corpus_file, every=True)
+    pairs = [pair for _, pair in rows]
     scores = [*data.read_rows(args.positive_scores, 1, "--positive_scores")]
     if len(scores) != len(pairs):
         raise console.InputError(f"--positive_scores {args.positive_scores}: {flags.count(scores, 'line')} for "

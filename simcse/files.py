@@ -9,7 +9,7 @@ import queue
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, TypeVar
 
@@ -80,10 +80,11 @@ def file_digest(path: str) -> str:
 
 
 @contextlib.contextmanager
-def new_folder(path: str, cache: bool = False) -> Iterator[str]:
+def new_folder(path: str, cache: bool = False, gone: Collection[str] = ()) -> Iterator[str]:
     """`with new_folder(path) as temporary:` fill it, and it becomes `path` when all is written and on the disk. Where
-    `path` exists, the two are exchanged in one step, and files of other names are kept. On an error `path` stays as it
-    was. A `cache`, which can be made again and is checked before it is used, waits for no disk and keeps no file."""
+    `path` exists, the two are exchanged in one step, and files of other names are kept, but those that are `gone`. On
+    an error `path` stays as it was. A `cache`, which can be made again and is checked before it is used, waits for no
+    disk and keeps no file."""
     path = os.path.abspath(path)
     with _beside(path) as temporary:
         os.mkdir(temporary)
@@ -91,7 +92,7 @@ def new_folder(path: str, cache: bool = False) -> Iterator[str]:
         if not cache:
             sync(temporary)
         if os.path.isdir(path):
-            for name in () if cache else set(os.listdir(path)) - set(os.listdir(temporary)):
+            for name in () if cache else set(os.listdir(path)) - set(os.listdir(temporary)) - set(gone):
                 copy = shutil.copytree if os.path.isdir(os.path.join(path, name)) else shutil.copy2
                 copy(os.path.join(path, name), os.path.join(temporary, name))
             exchange(temporary, path)

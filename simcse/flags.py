@@ -222,10 +222,22 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
                         "columns, though it looks like CSV, JSON lines, labels or a header, which are refused")
 
 
-def add_targets_argument(parser: argparse._ActionsContainer) -> None:
-    """What the targets of --similar_text_pair are."""
-    parser.add_argument("--targets", choices=("text", "id"), default="text", help="what the second column of "
-                        "--similar_text_pair is: the text of a document, or its id in a corpus that has them")
+def add_targets_argument(parser: argparse._ActionsContainer, flag: str = "--similar_text_pair") -> None:
+    """What the second column of the file that `flag` names is."""
+    parser.add_argument("--targets", choices=("text", "id"), default="text", help=f"what the second column of {flag} "
+                        "is: the text of a document, or its id in a corpus that has them")
+
+
+def add_target_texts_arguments(parser: argparse._ActionsContainer, flag: str) -> None:
+    """The same, and where the texts of ids stand."""
+    add_targets_argument(parser, flag)
+    parser.add_argument("--corpus_file", type=readable_file, help="an id, a tab and a text a line, for --targets id")
+
+
+def check_target_texts(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse ids without a corpus, and a corpus without ids."""
+    if (args.targets == "id") != bool(args.corpus_file):
+        parser.error("--targets id and --corpus_file go together")
 
 
 def announce(args: argparse.Namespace, *parts: str) -> None:

@@ -15,7 +15,7 @@ from ann_util import (
 )
 from data import Corpus, load_tokenizer, read_text_pairs
 from recall import HNSW_EF, HNSW_M, SHARDS
-from simcse import machine
+from simcse import machine, nearest
 from simcse.console import InputError
 from simcse.engine import make_engine
 from simcse.files import file_digest
@@ -34,8 +34,8 @@ def vectors():
 
 @pytest.mark.parametrize("k", [1, 10, 600, 900])
 def test_exact_search_is_a_full_sort(vectors, k, monkeypatch):
-    monkeypatch.setattr(ann_util, "QUERY_BLOCK", 33)
-    monkeypatch.setattr(ann_util, "CORPUS_BLOCK", 64)
+    monkeypatch.setattr(nearest, "QUERY_BLOCK", 33)
+    monkeypatch.setattr(nearest, "CORPUS_BLOCK", 64)
     queries, corpus = vectors[:100], vectors[100:]
     rows, cosines = exact_search(queries, corpus, k)
     products = queries.astype("float64") @ corpus.T.astype("float64")
@@ -51,7 +51,7 @@ def test_exact_search_is_a_full_sort(vectors, k, monkeypatch):
 
 @pytest.mark.parametrize("block", [2, 4, 6])
 def test_equal_cosines_come_in_row_order(block, monkeypatch):
-    monkeypatch.setattr(ann_util, "CORPUS_BLOCK", block)
+    monkeypatch.setattr(nearest, "CORPUS_BLOCK", block)
     corpus = np.ones((6, 1), "float32")
     assert exact_search(corpus[:1], corpus, 6)[0].tolist() == [[0, 1, 2, 3, 4, 5]]
 
@@ -158,7 +158,7 @@ def test_an_unreachable_graph_is_an_input_error():
 
 
 def test_too_little_memory_says_how_much(monkeypatch):
-    monkeypatch.setattr(ann_util, "available_memory", lambda: 10**9)
+    monkeypatch.setattr(nearest, "available_memory", lambda: 10**9)
     with pytest.raises(InputError, match=r"the graph of 10,000,000 documents of 256 needs 13\.4 GB .* 1\.0 are free"):
         HnswIndex(256, 10**7)
     monkeypatch.undo()

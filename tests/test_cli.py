@@ -68,7 +68,7 @@ def test_usage_errors(tmp_path, script, flags, message):
 @pytest.mark.parametrize("script, flags, message", [
     ("recall.py", ["--device", "cpu", "--precision", "fp16"], "--precision fp16 needs --device gpu"),
     ("recall.py", ["--ann_engine", "exact", "--hnsw_ef", 9], "need --ann_engine hnswlib"),
-    ("recall.py", ["--query", "x"], "one of --similar_text_pair and --query is needed, not both"),
+    ("recall.py", ["--query", "x"], "--similar_text_pair and --query: one of them, please"),
     ("recall.py", ["--milvus_uri", "x.db"], "--milvus_uri needs --ann_engine milvus"),
     ("recall.py", ["--ann_engine", "milvus", "--index_path", "x"], "are not for --ann_engine milvus"),
     ("recall.py", ["--ann_engine", "milvus", "--hnsw_m", 8], "--hnsw_m and --hnsw_ef are not for Milvus Lite"),

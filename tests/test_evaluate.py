@@ -78,8 +78,8 @@ def test_a_million_lines(tmp_path):
 @pytest.mark.parametrize("name, content, message", [
     ("dev.csv", "", "holds no text"), ("result.txt", "", "holds no text"),
     ("result.txt", "a\tA\n", "malformed"), ("dev.csv", "a b\n", "one column"),
-    ("result.txt", '{"query": "a", "results": [{"rank": 1, "document": "A", "cosine": 0.5}]}\n',
-     "JSON objects, one a line, as recall.py --format jsonl writes them")])
+    ("result.txt", '{"query": "a", "results": [{"rank": 1, "cosine": 0.5}]}\n',
+     "result.txt:1: no line of recall.py --format jsonl")])
 def test_malformed_files(tmp_path, name, content, message):
     (tmp_path / "dev.csv").write_text("a\tA\n")
     (tmp_path / "result.txt").write_text("a\tA\t0.5\n")

@@ -148,7 +148,7 @@ def test_what_may_be_columns_is_said_once(tmp_path, capsys):
     said, = capsys.readouterr().err.splitlines()
     assert "stdin: each of the first 20 lines has 1 comma" in said
     (tmp_path / "train.csv").write_text("".join(f"{line}\n" for _, line in lines), encoding="utf-8")
-    data.TextFile(path := str(tmp_path / "train.csv"), "--flag", data.count_columns(path, "--flag", TRAINING))
+    data.TextFile(str(tmp_path / "train.csv"), "--flag", TRAINING)
     said, = capsys.readouterr().err.splitlines()
     assert "each of the first 100 lines has 1 comma" in said
 

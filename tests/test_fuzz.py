@@ -131,7 +131,7 @@ def test_recall_by_counting(path, pairs, result, depth):
     queries = {query for query, _ in pairs}
     targets = {query: {target: math.inf for other, target in pairs if other == query} for query in queries}
     args = argparse.Namespace(similar_text_pair="pairs", recall_num=depth, strict_data=False, plain_text=True,
-                              show_errors=None)
+                              show_errors=None, targets="text")
     ranks, _ = evaluate.read_result(args, targets, dict.fromkeys(targets, 1), path)
     values = measures.per_query([each.values() for each in ranks.values()], ["recall"], depth)
     recall = {k: percent(values[f"recall@{k}"]) for k in measures.RECALL_KS}

@@ -7,7 +7,7 @@ from data import read_rows, read_text_pairs
 from scripts.mine_negatives import Miner, bigrams, overlap, read_pairs
 
 import pytest
-from conftest import FP32, refuse, succeed
+from conftest import FP32, read_texts, refuse, succeed
 from training import embed
 
 
@@ -110,6 +110,27 @@ def test_triples_are_what_the_filters_let_through(mined, checkpoint):
     assert counted == {n: sum(len(each) == n for each in expected.values()) for n in counted} and len(counted) > 1
 
 
+def test_targets_by_id_are_the_same(mined, checkpoint, sample, tmp_path):
+    """The same cosines and the same triples as by text; a target whose id the corpus lacks has none, and no cosine."""
+    folder, _ = mined
+    ids = {text: f"d{number}" for number, text in enumerate(read_texts(sample / "corpus.csv"))}
+    (tmp_path / "corpus.csv").write_text("".join(f"{id}\t{text}\n" for text, id in ids.items()), encoding="utf-8")
+    pairs = [f"{query}\t{ids[target]}\n" for query, target in read_text_pairs(str(folder / "dev.csv"), "--flag")]
+    (tmp_path / "dev.csv").write_text("".join(pairs) + "查询\td999\n", encoding="utf-8")
+    by_id = ["--targets", "id", "--corpus_file", "corpus.csv"]
+    scores = succeed("predict.py", "--device", "cpu", "--params_path", checkpoint, *FP32, "--text_pair_file", "dev.csv",
+                     *by_id, cwd=tmp_path)
+    assert scores.stdout == (folder / "cosines.txt").read_text() + "nan\n"
+    assert "dev.csv:64 (no document has the id d999)" in scores.stderr
+    (tmp_path / "cosines.txt").write_text(scores.stdout)
+    succeed("scripts/mine_negatives.py", *FILES[:4], *by_id, "--recall_result_file", folder / FILES[5], "--output_file",
+            "triples.csv", "--negatives_per_pair", 3, "--negative_depth", 5, 40, "--negative_max_score", MAX_SCORE,
+            "--negative_max_overlap", 0.3, cwd=tmp_path)
+    assert (tmp_path / "triples.csv").read_bytes() == (folder / "out" / "triples.csv").read_bytes()
+    assert "--targets id and --corpus_file go together" in refuse(
+        "scripts/mine_negatives.py", *FILES, "--output_file", "x", "--targets", "id", cwd=folder)
+
+
 def test_real_questions(checkpoint, real_data, tmp_path):
     """Questions with several paraphrases, many near-duplicates among the documents; the defaults."""
     lcqmc = real_data / "lcqmc" / "recall"
@@ -148,7 +169,7 @@ def test_scores_stand_beside_the_lines_of_the_file(files):
     (files / "dev.csv").write_text("q\ta\n\nq\nr\tb\nq\tc\n")
     (files / "cosines.txt").write_text("0.9\nnan\nnan\n0.8\n0.7\n")
     args = argparse.Namespace(similar_text_pair=str(files / "dev.csv"), positive_scores=str(files / "cosines.txt"),
-                              strict_data=False)
+                              strict_data=False, corpus_file=None)
     assert read_pairs(args) == {"q": {"a": 0.9, "c": 0.7}, "r": {"b": 0.8}}
 
 
