@@ -33,7 +33,6 @@ from simcse.weights import model_digest
 
 HNSW_M, HNSW_EF, SHARDS = 32, 100, 8
 OF_INDEX = ("ann_engine", "index_shards", "hnsw_m", "hnsw_ef", "hnsw_max_elements")  # flags that a kept index has
-FUSED = 100  # documents that a ranking brings to the fusion, or --recall_num, if that is more
 MILVUS_URI = "./recall.db"
 
 
@@ -85,9 +84,9 @@ def parse_args() -> argparse.Namespace:
         f"index, else {HNSW_EF}")
     add("--hnsw_max_elements", type=flags.positive_int,
         help="distinct texts the graph can hold; None: as many as the corpus has")
-    add("--hybrid_bm25", action="store_true", help=f"fuse the ranking with that of BM25 over words, {FUSED} documents "
-        "of each, or --recall_num if that is more; the result has the fused score instead of the cosine: the cosine "
-        "plus BM25's score divided by the query's highest")
+    add("--hybrid_bm25", action="store_true", help="fuse the ranking with that of BM25 over words, "
+        f"{flags.FUSED} documents of each, or --recall_num if that is more; the result has the fused score instead of "
+        "the cosine: the cosine plus BM25's score divided by the query's highest")
     add = parser.add_argument_group("milvus").add_argument
     add("--milvus_uri", type=flags.milvus_uri, help="http://host:port of a server, its token in the environment as "
         f"MILVUS_TOKEN; or a path ending in .db: Milvus Lite, without a server; None: {MILVUS_URI}")
@@ -240,7 +239,7 @@ def fill(args: argparse.Namespace, index, entries: ann_util.Entries | None, engi
 def write_results(args: argparse.Namespace, blocks: Iterable[list[Query]], index, entries, encode, file: IO) -> None:
     """Search the queries, block by block, and write what was asked for; every rank searches, rank 0 alone fuses and
     writes."""
-    measure, depth = ("score", max(args.recall_num, FUSED)) if args.hybrid_bm25 else ("cosine", args.recall_num)
+    measure, depth = ("score", max(args.recall_num, flags.FUSED)) if args.hybrid_bm25 else ("cosine", args.recall_num)
     if args.hybrid_bm25 and not RANK:
         from simcse.bm25 import Bm25, fuse
 

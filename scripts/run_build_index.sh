@@ -10,10 +10,11 @@
 cd "$(dirname "$0")/.." || exit 1
 . scripts/common.sh
 given --params_path "$@" || set -- --params_path "$(params_path)" "$@"
-if ! given --corpus_file "$@" && ! { given --query "$@" && given "--index_path --milvus_uri" "$@"; }; then
+if ! given --corpus_file "$@" && ! { given "--query --query_file" "$@" && given "--index_path --milvus_uri" "$@"; }; then
     set -- --corpus_file "$DATA_DIR/corpus.csv" "$@" # an index that is there needs none to be asked
 fi
-given "--similar_text_pair --similar_text_pair_file --query" "$@" || set -- --similar_text_pair "$DATA_DIR/dev.csv" "$@"
+given "--similar_text_pair --similar_text_pair_file --query --query_file" "$@" ||
+    set -- --similar_text_pair "$DATA_DIR/dev.csv" "$@"
 launch "${GPUS:-0}" "${LOG_DIR:-recall_log/}" recall.py \
     --device "$DEVICE" \
     --recall_result_dir "${RESULT_DIR:-recall_result_dir}" \

@@ -18,6 +18,7 @@ ENCODE_LENGTH, TRAIN_LENGTH = 64, 128  # --max_seq_length where no checkpoint re
 POOLINGS = ("pooler", "mean", "first_last_avg", "first_avg")  # see model.py
 DEFAULT_PARAMS = "checkpoints/model_20000/model_state.pdparams"
 COLLECTION = "simcse"  # of Milvus
+FUSED = 100  # documents that a ranking brings to a fusion, or as many as are asked for, if that is more
 README_TEXT = "国有企业引入非国有资本对创新绩效的影响——基于制造业国有上市公司的经验证据"
 
 

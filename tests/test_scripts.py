@@ -275,13 +275,15 @@ def test_quickstart(clone):
     os.symlink(sys.prefix, clone / ".venv")
     result = subprocess.run(["bash", "scripts/quickstart.sh"], cwd=clone, capture_output=True, text=True, timeout=1800)
     assert result.returncode == 0, result.stderr
-    before, after = ([float(value) for value in re.search(rf"^  {when} +(.*)$", result.stdout, re.M)[1].split()]
-                     for when in ("before", "after"))
-    assert len(before) == len(after) == 5
-    assert all(b < a for b, a in zip(before, after)), (before, after)
-    for name in ("scores.txt", "corpus.npy", "output/simcse_config.json", "deploy.txt", "after/recall_result.txt"):
+    rows = [re.search(rf"^{name} +((?:[\d.]+ +){{5}})\d+ s$", result.stdout, re.M)[1].split() for name in (
+        "untrained", "SimCSE, epochs: 1", "first_last_avg, whitened", "the same, with BM25")]
+    untrained, simcse, recipe, hybrid = ([float(value) for value in row] for row in rows)
+    assert all(b < a for b, a in zip(untrained, simcse)), (untrained, simcse)
+    assert recipe[0] > simcse[0] and hybrid[0] >= recipe[0], (simcse, recipe, hybrid)
+    assert max(map(len, result.stdout.splitlines())) < 200 and "made-up sample data" in result.stdout
+    for name in ("scores.txt", "corpus.npy", "output/simcse_config.json", "deploy.txt", "hybrid/recall_result.txt"):
         assert (clone / "quickstart" / name).stat().st_size > 0
-        assert name.split("/")[0] in result.stdout
+    assert (clone / "quickstart" / "query.txt").read_text(encoding="utf-8").count("\n") == 5
 
 
 def test_the_newest_checkpoint_is_that_of_the_newest_weights(bare_clone, tmp_path):

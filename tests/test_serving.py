@@ -120,7 +120,7 @@ def test_requests_at_once_get_each_its_own_answer(service, sample):
 
 def test_health_says_what_is_served(service):
     assert service.ask("/healthz")[2] == {"status": "ok", "documents": 120, "embedding_size": 128, "max_texts": 64,
-                                          "max_text_length": 2000, "max_top_k": 100}
+                                          "max_text_length": 2000, "max_top_k": 100, "modes": ["embedding"]}
 
 
 @pytest.mark.parametrize("token", ["geheim", "密码 é"])
@@ -192,10 +192,11 @@ def test_onnx(checkpoint, kept_index, service, tmp_path):
 def test_errors_of_the_index_and_of_the_service_itself():
     """Milvus is gone: 503; anything else: 500; no detail of either is told, and the next request is answered."""
     from deploy.serving.app import Limits, make_app
+    from deploy.serving.searcher import Facts
     from simcse.console import InputError
 
     class Failing:
-        documents, embedding_size = 3, 2
+        facts = Facts(3, 2, "fp32", False, 8, False)
         raises = None
 
         def answer(self, jobs):
@@ -254,7 +255,8 @@ def test_no_cosine_is_above_one():
 
     one = Rounded()
     searcher = Searcher(one, one, one, one, 8, ([1, 2], [8]))
-    assert searcher.answer([Job(["a"], 2)]) == [[[("乙", 2, "b", 1.0), ("甲", 1, "a", -1.0)]]]
+    assert searcher.answer([Job(["a"], 2)]) == [[
+        [("乙", 2, "b", 1.0, None, None), ("甲", 1, "a", -1.0, None, None)]]]
     app = make_app(searcher, Limits())
 
     async def asked():

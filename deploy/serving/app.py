@@ -5,15 +5,17 @@ Every error is JSON of one line, {"error": "..."}.
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import logging
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+from deploy.serving import openai_api
 from deploy.serving.batching import Batcher, Job, OverloadedError
 from deploy.serving.middleware import BodyLimit, Watch
 from deploy.serving.searcher import Searcher
@@ -31,6 +33,7 @@ from starlette.exceptions import HTTPException as HTTPError
 
 PAGE = Path(__file__).parent / "page"
 # A character that str.strip would leave; what \S means differs between Python, pydantic and JSON Schema.
+MODES = ("embedding", "hybrid")
 NOT_BLANK = r"[^\x09-\x0d\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 RETRY_AFTER = {"Retry-After": "1"}  # seconds
 SECURITY = {
@@ -89,6 +92,8 @@ class Hit(BaseModel):
     id: Annotated[str | None, Field(description="of the document; null where the corpus has none")]
     document: str
     cosine: float
+    score: Annotated[float | None, Field(description="hybrid: the cosine plus BM25's score by the query's highest")]
+    words: Annotated[list[str] | None, Field(description="hybrid: those of the query that the document has")]
 
 
 class Found(BaseModel):
@@ -104,11 +109,16 @@ class Health(BaseModel):
     max_texts: int
     max_text_length: int
     max_top_k: int
+    modes: Annotated[list[str], Field(description="of /search; the last is the default")]
 
 
-def bodies(limits: Limits) -> tuple[type[Strict], type[Strict], type[Strict]]:
+def text_of(limits: Limits) -> Any:
+    return Annotated[str, StringConstraints(min_length=1, max_length=limits.text_length, pattern=NOT_BLANK)]
+
+
+def bodies(limits: Limits, modes: Sequence[str]) -> tuple[type[Strict], type[Strict], type[Strict]]:
     """The bodies of /embed, /similarity and /search, which have the limits in their schema."""
-    text = Annotated[str, StringConstraints(min_length=1, max_length=limits.text_length, pattern=NOT_BLANK)]
+    text = text_of(limits)
     many = Field(min_length=1, max_length=limits.texts)
     pair = Annotated[list[text], Field(min_length=2, max_length=2)]
     # 3.0 is an integer of JSON Schema, too.
@@ -124,6 +134,8 @@ def bodies(limits: Limits) -> tuple[type[Strict], type[Strict], type[Strict]]:
         queries: Annotated[list[text], many]
         top_k: Annotated[int, Field(ge=1, le=limits.top_k, description="documents for each query"), whole] = min(
             10, limits.top_k)
+        mode: Annotated[Literal[tuple(modes)], Field(
+            description="embedding: by cosines; hybrid: fused with BM25, where the index has it")] = modes[-1]
 
     return Texts, Pairs, Queries
 
@@ -141,7 +153,7 @@ class Metrics:
         self.texts = Counter("simcse_texts", "Texts encoded, repeated ones included", registry=self.registry)
         Gauge("simcse_waiting_texts", "Texts that wait for a batch", registry=self.registry).set_function(
             lambda: batcher.waiting)
-        Gauge("simcse_documents", "Documents that are searched", registry=self.registry).set(searcher.documents)
+        Gauge("simcse_documents", "Documents that are searched", registry=self.registry).set(searcher.facts.documents)
         batcher.batched = self._batched
 
     def request(self, path: str, status: int, seconds: float) -> None:
@@ -154,8 +166,8 @@ class Metrics:
         self.texts.inc(texts)
 
 
-def error(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse({"error": message}, status, headers)
+def error(request: Request, status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse(openai_api.error_of(request.url.path, status, message), status, headers)
 
 
 def not_utf8(found: UnicodeDecodeError) -> str:
@@ -172,9 +184,10 @@ def handle_errors(app: FastAPI) -> None:
     """Every error as JSON of one line."""
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, found: RequestValidationError) -> JSONResponse:
+        refused_as = 400 if request.url.path.startswith(openai_api.PREFIX) else 422
         if isinstance(found.body, bytes):  # what FastAPI leaves as it came
             given = request.headers.get("Content-Type")
-            return error(422, "Content-Type: application/json is needed, the request has "
+            return error(request, refused_as, "Content-Type: application/json is needed, the request has "
                               + (ascii(given)[1:-1][:40] if given else "none"))
         first = found.errors()[0]
         # Not what was sent: it may be long, or no valid text; the name of a field that is not known is, too.
@@ -184,17 +197,17 @@ def handle_errors(app: FastAPI) -> None:
             what = "String should not be blank"
         elif first["type"] == "json_invalid":
             what = f"{what}: {first['ctx']['error']}"
-        return error(422, f"{where}: {what}")
+        return error(request, refused_as, f"{where}: {what}")
 
     @app.exception_handler(HTTPError)
     async def refused(request: Request, found: HTTPError) -> JSONResponse:
         if isinstance(found.__cause__, UnicodeDecodeError):
-            return error(400, not_utf8(found.__cause__))
-        return error(found.status_code, str(found.detail), found.headers)
+            return error(request, 400, not_utf8(found.__cause__))
+        return error(request, found.status_code, str(found.detail), found.headers)
 
     @app.exception_handler(Exception)
     async def failed(request: Request, found: Exception) -> JSONResponse:
-        return error(500, f"internal error: {type(found).__name__}")
+        return error(request, 500, f"internal error: {type(found).__name__}")
 
 
 def bearer(token: str | None) -> list[Any]:
@@ -235,19 +248,11 @@ def make_app(searcher: Searcher, limits: Limits, token: str | None = None) -> Fa
     return app
 
 
-def add_endpoints(app: FastAPI, searcher: Searcher, batcher: Batcher, limits: Limits, guards: list[Any],
-                  metrics: Metrics) -> None:
-    Texts, Pairs, Queries = bodies(limits)
-    says = {400: "no UTF-8, or no JSON", **({401: "no token, or another one"} if guards else {}),
-            408: "the body came too slowly", 413: "the body is too large", 422: "not what is asked for",
-            500: "an error of the service", 503: "overloaded, or no index; try again after Retry-After seconds",
-            504: "it took too long"}
-    asked = {"dependencies": guards, "responses": {status: {"model": Error, "description": text}
-                                                   for status, text in says.items()}}
-
-    async def ask(texts: list[str], top_k: int = 0) -> Any:
+def asker(batcher: Batcher, limits: Limits) -> Callable[..., Awaitable[Any]]:
+    """What asks the batcher for a `Job` of texts, and makes HTTP's errors of what goes wrong."""
+    async def ask(texts: list[str], **what: Any) -> Any:
         try:
-            return await asyncio.wait_for(batcher.ask(Job(texts, top_k)), limits.seconds)
+            return await asyncio.wait_for(batcher.ask(Job(texts, **what)), limits.seconds)
         except OverloadedError:
             raise HTTPException(503, "too many texts wait already; try again", RETRY_AFTER) from None
         except asyncio.TimeoutError:
@@ -258,6 +263,22 @@ def add_endpoints(app: FastAPI, searcher: Searcher, batcher: Batcher, limits: Li
         except Exception as found:
             log.exception("an error of the service itself")
             raise HTTPException(500, f"internal error: {type(found).__name__}") from None
+
+    return ask
+
+
+def add_endpoints(app: FastAPI, searcher: Searcher, batcher: Batcher, limits: Limits, guards: list[Any],
+                  metrics: Metrics) -> None:
+    modes = MODES if searcher.facts.hybrid else MODES[:1]
+    Texts, Pairs, Queries = bodies(limits, modes)
+    OfOpenai = openai_api.body_of(text_of(limits), limits.texts, searcher.facts)
+    says = {400: "no UTF-8, or no JSON", **({401: "no token, or another one"} if guards else {}),
+            408: "the body came too slowly", 413: "the body is too large", 422: "not what is asked for",
+            500: "an error of the service", 503: "overloaded, or no index; try again after Retry-After seconds",
+            504: "it took too long"}
+    asked = {"dependencies": guards, "responses": {status: {"model": Error, "description": text}
+                                                   for status, text in says.items()}}
+    ask = asker(batcher, limits)
 
     @app.post("/embed", **asked)
     async def embed(body: Texts) -> Embeddings:
@@ -274,18 +295,25 @@ def add_endpoints(app: FastAPI, searcher: Searcher, batcher: Batcher, limits: Li
 
     @app.post("/search", **asked)
     async def search(body: Queries) -> Found:
-        """The documents that are most similar to each query."""
+        """The documents that are most similar to each query, or, hybrid, that are and have its words."""
         started = time.perf_counter()
-        results = [[{"rank": rank, "line": hit.line, "id": hit.id, "document": hit.document, "cosine": hit.score}
-                    for rank, hit in enumerate(hits, 1)] for hits in await ask(body.queries, body.top_k)]
-        return JSONResponse({"results": results, "documents": searcher.documents,
+        found = await ask(body.queries, top_k=body.top_k, hybrid=body.mode == "hybrid")
+        results = [[{"rank": rank, **hit._asdict()} for rank, hit in enumerate(hits, 1)] for hits in found]
+        return JSONResponse({"results": results, "documents": searcher.facts.documents,
                              "milliseconds": round(1000 * (time.perf_counter() - started), 2)})
+
+    @app.post(f"{openai_api.PREFIX}embeddings", dependencies=guards, responses={
+        status: {"model": openai_api.Error, "description": text} for status, text in says.items() if status != 422})
+    async def embeddings(body: OfOpenai) -> openai_api.Embeddings:
+        """Embeddings of texts, by OpenAI's protocol. A text of more tokens than the model takes is refused."""
+        return await openai_api.answer(body, searcher.facts, functools.partial(ask, counted=True))
 
     @app.get("/healthz")
     async def healthz() -> Health:
         """Whether the service is up, and what it serves."""
-        return Health(status="ok", documents=searcher.documents, embedding_size=searcher.embedding_size,
-                      max_texts=limits.texts, max_text_length=limits.text_length, max_top_k=limits.top_k)
+        return Health(status="ok", documents=searcher.facts.documents, embedding_size=searcher.facts.embedding_size,
+                      max_texts=limits.texts, max_text_length=limits.text_length, max_top_k=limits.top_k,
+                      modes=modes)
 
     @app.get("/metrics", dependencies=guards, response_class=Response, responses={
         200: {"content": {"text/plain": {}}}, **({401: asked["responses"][401]} if guards else {})})

@@ -14,10 +14,13 @@ class OverloadedError(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """What a request asks: the texts' embeddings, or, with `top_k`, the documents most similar to each."""
+    """What a request asks: the texts' embeddings, or, with `top_k`, the documents most similar to each, by embedding or
+    by that and by words, `hybrid`; with `counted` the embeddings, and how many tokens each text has."""
 
     texts: Sequence[str]
     top_k: int = 0
+    hybrid: bool = False
+    counted: bool = False
 
 
 class Batcher:

@@ -4,6 +4,8 @@ import asyncio
 import time
 from collections.abc import Callable
 
+from deploy.serving.openai_api import error_of
+
 from starlette.datastructures import MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -61,7 +63,7 @@ class BodyLimit:
 
 async def _refuse(status: int, message: str, scope: Scope, receive: Receive, send: Send) -> None:
     # What is left of the body is not read: the connection ends.
-    await JSONResponse({"error": message}, status, {"Connection": "close"})(scope, receive, send)
+    await JSONResponse(error_of(scope["path"], status, message), status, {"Connection": "close"})(scope, receive, send)
 
 
 class Watch:

@@ -27,7 +27,7 @@ def _answer(connection: Connection, args: argparse.Namespace) -> None:
     try:
         console.settings.answering = True
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the server ends this process when all is answered
-        connection.send((searcher.documents, searcher.embedding_size, searcher.engine.precision))
+        connection.send(searcher.facts)
         while True:
             jobs = connection.recv()
             try:
@@ -55,7 +55,7 @@ class RemoteSearcher:
         theirs.close()
         self.ended = False  # by itself
         try:
-            self.documents, self.embedding_size, self.precision = self._receive()
+            self.facts = self._receive()
         except BaseException:  # Ctrl-C, too
             self._process.kill()  # not SIGTERM, which paddle answers with a stack on stdout
             raise

@@ -4,18 +4,41 @@ import argparse
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import ann_util
 from data import distinct, load_tokenizer, unseen
 from deploy.python import predictor
 from deploy.serving.batching import Job
 from simcse import console
+from simcse.flags import FUSED
 from simcse.tokens import Ids, Tokens
 
 import numpy as np
 
 SHAPES_BYTES = 2 << 30
+
+
+class Facts(NamedTuple):
+    """What the service says of what it serves."""
+
+    documents: int
+    embedding_size: int
+    precision: str
+    hybrid: bool
+    max_seq_length: int
+    whitened: bool
+
+
+class Found(NamedTuple):
+    """A document that was found; by words, too, its fused score, and which of the query's words it has."""
+
+    document: str
+    line: int | None
+    id: str | None
+    cosine: float
+    score: float | None = None
+    words: list[str] | None = None
 
 
 class Searcher:
@@ -28,27 +51,32 @@ class Searcher:
         max_seq_length: tokens per text, of the corpus and of what is asked.
         shapes: texts and tokens that a batch may have.
         distinct: whether a text is given out once, however many lines have it.
+        bm25: a `Bm25` of the entries, for hybrid jobs; None: there are none.
+        whitened: whether the model's embeddings are.
     """
 
     def __init__(self, engine: Any, tokenizer: Any, index: Any, entries: Any, max_seq_length: int,
-                 shapes: tuple[Sequence[int], Sequence[int]], distinct: bool = False) -> None:
-        self.engine, self.tokenizer, self.index, self.entries = engine, tokenizer, index, entries
-        self.documents, self.embedding_size = entries.documents, engine.embedding_size
+                 shapes: tuple[Sequence[int], Sequence[int]], distinct: bool = False, bm25: Any = None,
+                 whitened: bool = False) -> None:
+        self.engine, self.tokenizer, self.index, self.entries, self.bm25 = engine, tokenizer, index, entries, bm25
         self.max_seq_length, self.shapes, self.distinct = max_seq_length, shapes, distinct
+        self.facts = Facts(entries.documents, engine.embedding_size, getattr(engine, "precision", "fp32"),
+                           bm25 is not None, max_seq_length, whitened)
         self.has_cut = False
 
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Embeddings, float32 [texts, embedding_size], by batches of few shapes."""
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Embeddings, float32 [texts, embedding_size], by batches of few shapes, and the texts' tokens, int64 [texts],
+        one more than are seen where there are more."""
         ids = Tokens.of(self.tokenizer(texts, self.max_seq_length + 1))
         if ids.lengths.max() > self.max_seq_length and not self.has_cut:
             console.warn(f"texts longer than {self.max_seq_length} tokens are cut; this is said once")
             self.has_cut = True
-        ids = ids.cut(self.max_seq_length)
-        embeddings = np.empty((len(ids), self.embedding_size), "float32")
+        lengths, ids = ids.lengths, ids.cut(self.max_seq_length)
+        embeddings = np.empty((len(ids), self.facts.embedding_size), "float32")
         for rows, *batch in fixed_batches(ids, self.tokenizer.pad_token_id, *self.shapes):
             embeddings[rows] = np.asarray(self.engine.embed(*batch))[: len(rows)]
         embeddings[unseen(self.tokenizer, ids)] = 0  # as in model.encode_stream
-        return embeddings
+        return embeddings, lengths
 
     def warm_up(self) -> None:
         """Have the engine make what it needs for each shape, before somebody waits for it."""
@@ -56,26 +84,58 @@ class Searcher:
             self.engine.embed(*[np.ones([size, length], "int64")] * 2)
 
     def answer(self, jobs: list[Job]) -> list[Any]:
-        """For every job its texts' embeddings, float32 [texts, embedding_size], or of every text its hits."""
+        """For every job its texts' embeddings, float32 [texts, embedding_size], and with `counted` their tokens; or of
+        every text its `Found`, best first."""
         texts = distinct(text for job in jobs for text in job.texts)
         row_of = {text: row for row, text in enumerate(texts)}
-        embeddings = self.encode(texts)
-        asked: dict[str, int] = {}
+        embeddings, lengths = self.encode(texts)
+        asked: dict[tuple[str, bool], int] = {}  # how deep each text is looked for
         for job in jobs:
             for text in job.texts if job.top_k else ():
-                asked[text] = max(job.top_k, asked.get(text, 0))
-        hits = self._search(embeddings[[row_of[text] for text in asked]], list(asked.values())) if asked else []
-        found = dict(zip(asked, hits))
-        return [[found[text][: job.top_k] for text in job.texts] if job.top_k else
-                embeddings[[row_of[text] for text in job.texts]] for job in jobs]
+                asked[text, job.hybrid] = max(job.top_k, asked.get((text, job.hybrid), 0))
+        found = self._search(embeddings[[row_of[text] for text, _ in asked]], asked) if asked else {}
+        answers = []
+        for job in jobs:
+            rows = [row_of[text] for text in job.texts]
+            if job.top_k:
+                answers.append([found[text, job.hybrid][: job.top_k] for text in job.texts])
+            else:
+                answers.append((embeddings[rows], lengths[rows]) if job.counted else embeddings[rows])
+        return answers
 
     def close(self) -> None:
         """Let go of the index."""
         self.index.close()
 
-    def _search(self, queries: Any, depths: list[int]) -> list[list[ann_util.Hit]]:
+    def _search(self, queries: np.ndarray,
+                asked: dict[tuple[str, bool], int]) -> dict[tuple[str, bool], list[Found]]:
+        depths = [max(depth, FUSED) if hybrid else depth for (_, hybrid), depth in asked.items()]
         entries, cosines = self.index.search(queries, min(max(depths), len(self.entries)))
-        return ann_util.expand((entries, cosines.clip(-1, 1)), self.entries, depths, self.distinct)
+        cosines = cosines.clip(-1, 1)  # rounding of two unit vectors may go beyond 1
+        hits = ann_util.expand((entries, cosines), self.entries, [*asked.values()], self.distinct)
+        found = {key: [Found(*hit) for hit in each] for key, each in zip(asked, hits)}
+        for row, ((text, hybrid), depth) in enumerate(zip(asked, depths)):
+            if hybrid:
+                near = entries[row : row + 1, :depth], cosines[row : row + 1, :depth]
+                found[text, True] = self._fused(text, queries[row], near, asked[text, True], depth)
+        return found
+
+    def _fused(self, text: str, query: np.ndarray, near: ann_util.Found, top_k: int, depth: int) -> list[Found]:
+        """As recall.py --hybrid_bm25 fuses what is `near` with what BM25 finds."""
+        from simcse.bm25 import fuse, words
+
+        (entries,), (scores,) = fuse(near, self.bm25.search([text], depth), min(top_k, len(self.entries)))
+        entries, scores = entries[entries >= 0], scores[entries >= 0]
+        vectors = np.empty((len(entries), self.facts.embedding_size), "float32")
+        self.index.take(entries, vectors)  # of those, too, that words alone have found
+        cosines, asked_words = (vectors @ query).clip(-1, 1).tolist(), distinct(words(text))
+        hits, = ann_util.expand((entries[None], np.arange(len(entries))[None]), self.entries, [top_k], self.distinct)
+        found = []
+        for document, line, id, place in hits:
+            there = set(words(document))
+            found.append(Found(document, line, id, cosines[place], float(scores[place]),
+                               [word for word in asked_words if word in there]))
+        return found
 
 
 def fixed_batches(ids: Sequence[Ids], pad_id: int, sizes: Sequence[int],
@@ -141,7 +201,8 @@ def open_searcher(args: argparse.Namespace) -> Searcher:
     else:
         entries = index
     searcher = Searcher(engine, load_tokenizer(args.model_dir), index, entries, fingerprint["max_seq_length"], shapes,
-                        args.distinct)
+                        args.distinct, _open_bm25(args.index_path, entries),
+                        read_record(args.model_dir).get("whitened_at") is not None)
     searcher.warm_up()
     return searcher
 
@@ -156,6 +217,18 @@ def _open_collection(args: argparse.Namespace, fingerprint: dict) -> tuple[Any, 
         raise console.InputError(f"--milvus_collection {index.collection}: not all documents are in it yet; finish it "
                                  "with recall.py")
     return index, index.fingerprint
+
+
+def _open_bm25(index_path: str | None, entries: Any) -> Any:
+    """The index of words that recall.py --hybrid_bm25 keeps in that of embeddings; None: there is none."""
+    folder = os.path.join(index_path or "", "bm25")
+    if not index_path or not os.path.isdir(folder):
+        return None
+    from simcse.bm25 import Bm25
+
+    bm25 = Bm25(entries, folder)
+    bm25.search(["语义检索"], 1)  # jieba reads its dictionary before somebody waits for it
+    return bm25
 
 
 def _open_engine(args: argparse.Namespace, precision: str, shapes: int) -> Any:

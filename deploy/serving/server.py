@@ -4,9 +4,9 @@
     python deploy/serving/server.py --model_dir ./output --milvus_uri ./recall.db --device cpu
     curl -s localhost:8000/search -H 'Content-Type: application/json' -d '{"queries": ["语义检索"], "top_k": 3}'
 
-POST /embed, /similarity and /search; GET /healthz and /metrics; / is the search page and /docs describes all of it.
-With SIMCSE_TOKEN in the environment, clients have to send it as bearer token. Ctrl-C and SIGTERM stop it after what is
-being answered.
+POST /embed, /similarity, /search, and /v1/embeddings as OpenAI's clients send it; GET /healthz and /metrics; / is the
+search page and /docs describes all of it. With SIMCSE_TOKEN in the environment, clients have to send it as bearer
+token. Ctrl-C and SIGTERM stop it after what is being answered.
 """
 
 import argparse
@@ -98,7 +98,8 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     app = make_app(searcher, limits, token)
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    console.log(f"{searcher.documents:,} documents in {searcher.precision} at {address}, API at {address}/docs"
+    facts = searcher.facts
+    console.log(f"{facts.documents:,} documents in {facts.precision} at {address}, API at {address}/docs"
                 + (", with the token of SIMCSE_TOKEN" if token else ""))
     if not token and host not in ("127.0.0.1", "::1"):
         console.warn(f"--host {args.host}: whoever reaches this machine can use it; SIMCSE_TOKEN in the environment "

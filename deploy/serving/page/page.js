@@ -80,7 +80,8 @@ async function search() {
     if (query) {
       if ([...query].length > health.max_text_length) throw new Failure("long");
       const start = performance.now();
-      const content = await ask("search", { queries: [query], top_k: Number($("count").value) }, signal);
+      const mode = health.modes[$("hybrid").checked ? health.modes.length - 1 : 0];
+      const content = await ask("search", { queries: [query], top_k: Number($("count").value), mode }, signal);
       const milliseconds = performance.now() - start;
       found = { query, hits: content.results[0], milliseconds, server: content.milliseconds };
       health.documents = content.documents;
@@ -130,6 +131,8 @@ function offerCounts() {
   const chosen = recall("count") ?? "10";
   $("count").replaceChildren(...options);
   (options.find((option) => option.value === chosen) ?? options.at(-1)).selected = true;
+  $("modes").hidden = !health.modes.includes("hybrid");
+  $("hybrid").checked = recall("hybrid") !== "false";
 }
 
 function element(tag, className, ...children) {
@@ -149,7 +152,7 @@ function highlight(text, query) {
   return [...nodes, text.slice(position)];
 }
 
-function drawHit({ rank, document: text, cosine }, index) {
+function drawHit({ rank, id, document: text, cosine, words }, index) {
   const texts = TEXTS[language];
   const { query } = answer;
   const body = element("p", "text");
@@ -174,6 +177,10 @@ function drawHit({ rank, document: text, cosine }, index) {
   const score = element("span", "score", cosine.toFixed(4));
   score.title = texts.cosine(score.textContent);
   item.append(element("div", "cosine", score, bar));
+  const notes = [];
+  if (id != null) notes.push(texts.id(id));
+  if (words) notes.push(words.length ? texts.words(words.join(" · ")) : texts.noWords);
+  if (notes.length) item.append(element("p", "notes", notes.join("    ")));
   return item;
 }
 
@@ -259,6 +266,10 @@ $("search").addEventListener("submit", (event) => {
 $("clear").addEventListener("click", () => lookFor(""));
 $("count").addEventListener("change", () => {
   keep("count", $("count").value);
+  search();
+});
+$("hybrid").addEventListener("change", () => {
+  keep("hybrid", String($("hybrid").checked));
   search();
 });
 $("language").addEventListener("click", () => {
