@@ -67,8 +67,8 @@ printf '\nRecall@k of made-up sample data, in percent, and what it took (%d s in
     $((SECONDS - started)) "$out"
 printf '%-36s %6s %6s %6s %6s %6s %8s\n' "" @1 @5 @10 @20 @50 took
 printf '%s\n' "${figures[@]}"
-printf '\nThe deployed model (deploy.txt): an embedding, and cosines of pairs:\n\n'
-cut -c -100 "$out/deploy.txt"
+printf '\nThe deployed model (deploy.txt): an embedding, of which the first numbers, and cosines of two pairs:\n\n'
+printf '%s ...\n%s\n' "$(head -n 1 "$out/deploy.txt")" "$(tail -n 1 "$out/deploy.txt")"
 printf '\nFive documents for the query %s, and their fused scores:\n\n' "$query"
 cut -f 2- "$out/query.txt"
 printf '\nThe search page of these documents, at http://127.0.0.1:8000:\n\n'

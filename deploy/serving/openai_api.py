@@ -65,8 +65,8 @@ def body_of(text: Any, most: int, facts: Facts) -> type[BaseModel]:
         encoding_format: Literal["float", "base64"] = "float"
         dimensions: Annotated[int | None, Field(
             ge=1 if facts.whitened else facts.embedding_size, le=facts.embedding_size,
-            description="the first so many numbers, L2-normalized; a whitened checkpoint has them in the order of their "
-            "variance, another is not shortened")] = None
+            description="the first so many numbers, L2-normalized; a whitened checkpoint has them in the order of "
+            "their variance, another is not shortened")] = None
         user: Annotated[str | None, Field(max_length=256, description="not looked at")] = None
 
     return Input
