@@ -33,13 +33,13 @@ say "sample data, all made up by scripts/make_sample_data.py: they show that eve
 
 say "an encoder that was not trained for this: recall, evaluate"
 from=$SECONDS
-SAVE_DIR=$out/untrained MODEL=$encoder EPOCHS=0 bash scripts/train.sh --visualdl_dir "$out/log_untrained"
+SAVE_DIR=$out/untrained MODEL=$encoder EPOCHS=0 bash scripts/train.sh --visualdl_dir "$out/log_untrained" >&2
 row untrained "untrained" "$from" "$out/untrained/model_0"
 
 say "SimCSE: train, recall, evaluate"
 from=$SECONDS
 SAVE_DIR=$out/simcse MODEL=$encoder EPOCHS=${EPOCHS:-1} DROPOUT=0.1 bash scripts/train.sh --warmup_proportion 0.1 \
-    --visualdl_dir "$out/log"
+    --visualdl_dir "$out/log" >&2
 row simcse "SimCSE, epochs: ${EPOCHS:-1}" "$from" "$(SAVE_DIR=$out/simcse params_path)"
 
 say "the recipe of docs/zh/better-recall.md: whiten, recall, evaluate"
@@ -68,7 +68,7 @@ printf '\nRecall@k of made-up sample data, in percent, and what it took (%d s in
 printf '%-36s %6s %6s %6s %6s %6s %8s\n' "" @1 @5 @10 @20 @50 took
 printf '%s\n' "${figures[@]}"
 printf '\nThe deployed model (deploy.txt): an embedding, of which the first numbers, and cosines of two pairs:\n\n'
-printf '%s ...\n%s\n' "$(head -n 1 "$out/deploy.txt")" "$(tail -n 1 "$out/deploy.txt")"
+printf '%s ...\n%s\n' "$(sed -n 1,2p "$out/deploy.txt")" "$(tail -n 1 "$out/deploy.txt")"
 printf '\nFive documents for the query %s, and their fused scores:\n\n' "$query"
 cut -f 2- "$out/query.txt"
 printf '\nThe search page of these documents, at http://127.0.0.1:8000:\n\n'

@@ -108,7 +108,8 @@ def test_the_readmes_commands(clone):
     evaluated = outputs["bash scripts/evaluate.sh"]
     assert re.fullmatch(r"(recall@\d+=\d+\.\d+\n){5}", evaluated)
     assert outputs["python evaluate.py"] == evaluated
-    assert len((clone / "result.tsv").read_text().splitlines()) == 9, "two of each --compare, one of --show_errors"
+    rows = len((clone / "result.tsv").read_text().splitlines())
+    assert rows == 10, "two of each --compare, one of --show_errors and of --targets id"
     assert len(outputs["sh scripts/predict.sh"].splitlines()) == 40
     assert outputs["sh deploy/python/deploy.sh"].startswith("(1, 256)\n")
     assert np.load(clone / "corpus.npy").shape == (120, 256)
