@@ -106,10 +106,11 @@ def test_nor_are_they_to_a_service_or_a_server(tokenizer, tmp_path, capsys):
     from deploy.serving.searcher import Searcher
 
     searcher = Searcher(Ones(), tokenizer, None, SimpleNamespace(documents=0), 8, ([1, 4], [8]))
-    assert searcher.encode(["语义", *UNSEEN]).any(axis=1).tolist() == [True, *[False] * 5]
+    embeddings, _ = searcher.encode(["语义", *UNSEEN])
+    assert embeddings.any(axis=1).tolist() == [True, *[False] * 5]
     assert not capsys.readouterr().err
     for _ in range(2):
-        searcher.encode(["长" * 9])
+        assert searcher.encode(["长" * 9, "长" * 5])[1].tolist() == [9, 7]  # one more than are seen
     assert capsys.readouterr().err == "texts longer than 8 tokens are cut; this is said once\n"
     tokenizer.save_rust(str(tmp_path))
     said = []
@@ -225,10 +226,11 @@ def test_targets_that_the_corpus_lacks(tmp_path, capsys):
     import recall
 
     (tmp_path / "corpus.csv").write_text("甲？\n\ufeff乙 丙\n丁\n", encoding="utf-8")
-    corpus = data.TextFile(str(tmp_path / "corpus.csv"), "--corpus_file")
+    corpus = data.Corpus(str(tmp_path / "corpus.csv"), "--corpus_file")
 
     def check(*targets):
-        recall.check_targets("dev.csv", [(number, ["问", target]) for number, target in enumerate(targets, 1)], corpus)
+        args = SimpleNamespace(similar_text_pair="dev.csv", targets="text")
+        recall.check_targets(args, [(number, ["问", target]) for number, target in enumerate(targets, 1)], corpus)
         return capsys.readouterr().err
 
     assert check("丁", "乙 丙", "甲？") == ""
