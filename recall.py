@@ -230,7 +230,8 @@ def fill(args: argparse.Namespace, index, entries: ann_util.Entries | None, engi
                         + (f"; {copies} more lines are copies, --distinct gives each text once" if copies else ""))
         encoded = encode_stream(engine, sight, args.batch_size, windows)
         index.fill(kept.blocks(encoded) if kept else encoded)
-        console.log(f"{count / (time.time() - started):.1f} documents/s")
+        if not kept:
+            console.log(f"{count / (time.time() - started):.1f} documents/s")
     if RANKS > 1:
         sight.gather()
         sight.report()
