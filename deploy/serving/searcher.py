@@ -112,7 +112,8 @@ class Searcher:
         depths = [max(depth, FUSED) if hybrid else depth for (_, hybrid), depth in asked.items()]
         entries, cosines = self.index.search(queries, min(max(depths), len(self.entries)))
         cosines = cosines.clip(-1, 1)  # rounding of two unit vectors may go beyond 1
-        hits = ann_util.expand((entries, cosines), self.entries, [*asked.values()], self.distinct)
+        alone = [0 if hybrid else depth for (_, hybrid), depth in asked.items()]  # the others' hits are fused below
+        hits = ann_util.expand((entries, cosines), self.entries, alone, self.distinct)
         found = {key: [Found(*hit) for hit in each] for key, each in zip(asked, hits)}
         for row, ((text, hybrid), depth) in enumerate(zip(asked, depths)):
             if hybrid:
