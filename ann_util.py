@@ -10,13 +10,14 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 from data import WINDOW, Corpus
 from simcse.console import InputError, as_it_is, log, progress, reported, warn
 from simcse.files import check_fingerprint, file_digest, new_folder, read_json, temporary_name, write_json
 from simcse.machine import CPU_THREADS, RANK, RANKS
 from simcse.nearest import HNSW_BLOCK, QUERY_BLOCK, ExactIndex, Found, HnswIndex, exact_search, merge
+from simcse.passages import Passages
 
 import numpy as np
 
@@ -31,9 +32,10 @@ class Entries(Sequence):
     """What an index has a vector of: the distinct texts of a corpus, in the order of their first lines. Copies would
     break the graph: they are each other's neighbours, and nothing leads out of them.
 
-    An entry is a row of the index. `rows`, int32, are the corpus' rows, entry by entry: rows[starts[e] : starts[e + 1]]
-    have the text of entry e, in their order. Equal texts are found by a hash of 64 bits, whose key is another in every
-    process: the odds that any two of 8 million texts are taken for one are 2 in a million.
+    An entry is a row of the index, or, with `passages`, several. `rows`, int32, are the corpus' rows, entry by entry:
+    rows[starts[e] : starts[e + 1]] have the text of entry e, in their order. Equal texts are found by a hash of 64
+    bits, whose key is another in every process: the odds that any two of 8 million are taken for one are 2 in a
+    million.
 
     Args:
         folder: where `save` has written the two, which are then mapped instead of read; None: they are found.
@@ -41,6 +43,7 @@ class Entries(Sequence):
 
     def __init__(self, corpus: Corpus, folder: str | None = None) -> None:
         self.corpus, self.documents = corpus, len(corpus)
+        self.passages: Passages | None = None
         if folder:
             both = np.load(os.path.join(folder, "entries.npy"), mmap_mode="r")
             self.rows, self.starts = np.split(both, [len(corpus)])
@@ -52,6 +55,11 @@ class Entries(Sequence):
 
     def __len__(self) -> int:
         return len(self.starts) - 1
+
+    @property
+    def vectors(self) -> "Entries | Passages":
+        """What the rows of the index are."""
+        return self if self.passages is None else self.passages
 
     def __getitem__(self, entry):
         rows = self.rows[self.starts[:-1][entry]]
@@ -78,8 +86,20 @@ class Entries(Sequence):
         places = order[np.searchsorted(own, theirs, sorter=order).clip(max=len(own) - 1)]
         return np.where(own[places] == theirs, places, -1)
 
+    def rows_in(self, old: "Entries") -> tuple[np.ndarray, np.ndarray]:
+        """Which entry of an `old` corpus each of these is, and which row of its index each row is, int64; -1: none."""
+        entries = old.find(self)
+        if self.passages is None:
+            return entries, entries
+        places = np.arange(len(self.passages))
+        own = self.passages.documents_of(places)
+        rows = old.passages.starts[entries[own]] + places - self.passages.starts[own]
+        return entries, np.where(entries[own] < 0, -1, rows)
+
     def save(self, folder: str) -> None:
         np.save(os.path.join(folder, "entries.npy"), np.append(self.rows, self.starts))
+        if self.passages is not None:
+            self.passages.save(folder)
 
 
 def _hashes(corpus: Corpus) -> np.ndarray:
@@ -90,42 +110,6 @@ def _hashes(corpus: Corpus) -> np.ndarray:
             block[:] = np.fromiter(map(hash, islice(texts, len(block))), "int64")
             advance(len(block))
     return keys
-
-
-class Part(Sequence):
-    """Some of the entries, int64 `rows`, in their order."""
-
-    def __init__(self, entries: Entries, rows: np.ndarray) -> None:
-        self._entries, self._rows = entries, rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, place):
-        return self._entries[self._rows[place]]
-
-    def place(self, row: int) -> str:
-        """As `Entries.place`."""
-        return self._entries.place(self._rows[row])
-
-
-class Hit(NamedTuple):
-    """A document that was found: the number of its line and its id are None where they are not known."""
-
-    document: str
-    line: int | None
-    id: str | None
-    score: float
-
-
-def expand(found: Found, documents: Any, depths: Sequence[int], distinct: bool = False) -> list[list[Hit]]:
-    """Of every query the documents that were found, best first, at most its depth: each line that has an entry's text,
-    or, if `distinct`, the first of them alone. `documents` are `Entries` or a `MilvusIndex`."""
-    sides = [side.tolist() for side in found]
-    wanted = sorted({entry for entries, depth in zip(sides[0], depths) for entry in entries[:depth] if entry >= 0})
-    of_entry = dict(zip(wanted, documents.take(wanted, 1 if distinct else max(depths))))
-    return [[Hit(of_entry[entry][0], *line, score) for entry, score in zip(entries[:depth], scores) if entry >= 0
-             for line in of_entry[entry][1]][:depth] for entries, scores, depth in zip(*sides, depths)]
 
 
 class Shards:
@@ -300,10 +284,19 @@ def read_fingerprint(path: str, wanted: dict) -> dict:
         found = read_json(os.path.join(path, "fingerprint.json"))
     if not found:
         raise InputError(f"--index_path {path}: exists, but is not an index that recall.py wrote")
-    found.setdefault("corpus_columns", 1)  # as in indexes that were written before there were ids
+    found = {"corpus_columns": 1, "passages": False, **found}  # as in indexes from before there were ids, and passages
     wanted = {**wanted, "index_format": FORMAT}
     return check_fingerprint(found, {name: wanted[name] for name in wanted if name not in OF_CORPUS},
                              f"--index_path {path}", "name another folder, or remove this one to build it again")
+
+
+def kept_precision(path: str, device: str) -> str:
+    """What --precision auto is for queries to the index in the folder `path`: its own, where the device may have it."""
+    found = {}
+    with contextlib.suppress(InputError):  # of which `read_fingerprint` tells
+        found = read_json(os.path.join(path, "fingerprint.json"))
+    precision = found.get("precision", "auto")
+    return "auto" if {"int8": "cpu", "fp16": "gpu"}.get(precision, device) != device else precision
 
 
 def is_kept(path: str, wanted: dict) -> bool:
@@ -320,61 +313,59 @@ def load_index(path: str, fingerprint: dict, dim: int, cpu_threads: int = 0,
     or of the corpus in the folder; InputError where a file there is damaged. See `Shards`."""
     with reported(f"--index_path {path}: damaged", OSError, RuntimeError, ValueError):
         entries = _load_entries(path, fingerprint, corpus)
-        index = Shards(fingerprint, len(entries), dim, cpu_threads, path)
+        index = Shards(fingerprint, len(entries.vectors), dim, cpu_threads, path)
     log(f"using the index in {path}")
     report(fingerprint.get("ann_recall"), fingerprint["hnsw_ef"])
     return index, entries
 
 
 def _load_entries(path: str, fingerprint: dict, corpus: Corpus | None = None) -> Entries:
-    kept = {"entries.npy": fingerprint["files"]["entries.npy"], **({} if corpus else {
-        "corpus.csv": fingerprint["corpus"]})}
+    kept = {name: digest for name, digest in fingerprint["files"].items() if name.endswith(".npy")}
+    kept.update({} if corpus else {"corpus.csv": fingerprint["corpus"]})
     for name, digest in kept.items():
         if not os.path.isfile(os.path.join(path, name)) or file_digest(os.path.join(path, name)) != digest:
             raise ValueError(f"{name} is not what was written")
     with as_it_is():
-        return Entries(corpus or Corpus(os.path.join(path, "corpus.csv"), "--index_path",
-                                        fingerprint["corpus_columns"]), path)
+        entries = Entries(corpus or Corpus(os.path.join(path, "corpus.csv"), "--index_path",
+                                           fingerprint["corpus_columns"]), path)
+    if fingerprint["passages"]:
+        entries.passages = Passages.load(entries, path)
+    return entries
 
 
 class Kept:
-    """What the index in the folder `path` has of another corpus' `entries`: `fresh` are the entries, int64, that it
-    lacks; of the others of `pieces`, this rank's, it gives the embeddings, float32. InputError where a file there is
-    damaged, or it has none of them, so that it is not that corpus' of before."""
+    """What the index in the folder `path` has of another corpus' `entries`: of the rows of `pieces`, this rank's, it
+    gives the embeddings, float32, but of those of `lacking`, int64 [rows] of each piece that has any. InputError where
+    a file there is damaged, or it has none of them, so that it is not that corpus' of before."""
 
     def __init__(self, path: str, fingerprint: dict, entries: Entries, pieces: list[range], dim: int) -> None:
         with reported(f"--index_path {path}: damaged", OSError, RuntimeError, ValueError):
             old = _load_entries(path, fingerprint)
-            source = old.find(entries)
-            self._pieces = pieces
-            self._rows = np.concatenate([np.empty(0, "int64"), *(source[rows.start : rows.stop] for rows in pieces)])
-            self._embeddings = np.empty((len(self._rows), dim), "float32")
+            known, source = entries.rows_in(old)
+            self._pieces = [source[rows.start : rows.stop] for rows in pieces]
+            rows = np.concatenate([np.empty(0, "int64"), *self._pieces])
+            self._embeddings = np.empty((len(rows), dim), "float32")
             count = fingerprint["index_shards"]
             for shard in range(count):  # one in memory at a time
-                Shards(fingerprint, len(old), dim, 1, path, shard, count).take(self._rows, self._embeddings)
-        self.fresh = np.flatnonzero(source < 0)
-        found = len(source) - len(self.fresh)
-        if not found:
+                Shards(fingerprint, len(old.vectors), dim, 1, path, shard, count).take(rows, self._embeddings)
+        fresh = [piece.start + np.flatnonzero(own < 0) for piece, own in zip(pieces, self._pieces)]
+        self.lacking = [rows for rows in fresh if len(rows)]
+        new = int((known < 0).sum())
+        if new == len(known):
             raise InputError(f"--index_path {path}: was built with another corpus, of which no text is in "
                              f"{entries.corpus.name}; name another folder, or remove this one to build it again")
         if not RANK:
-            log(f"{entries.documents:,} documents: {len(self.fresh):,} new, {len(old) - found:,} gone, encoded "
-                f"{len(self.fresh):,}")
-
-    def windows(self) -> list[range]:
-        """The places in `fresh` of what is fresh of each piece that has any."""
-        lacking = [np.searchsorted(self.fresh, (rows.start, rows.stop)) for rows in self._pieces]
-        return [range(*ends) for ends in lacking if ends[0] < ends[1]]
+            log(f"{entries.documents:,} documents: {new:,} new, {len(old) - len(known) + new:,} gone, encoded {new:,}")
 
     def blocks(self, encoded: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-        """Yield the embeddings of each piece, those of `windows` among them as they come, `encoded`."""
+        """Yield the embeddings of each piece, those of `lacking` among them as they come, `encoded`."""
         start = 0
-        for rows in self._pieces:
-            part = slice(start, start + len(rows))
-            fresh, start = self._rows[part] < 0, part.stop
-            if fresh.any():
-                self._embeddings[part][fresh] = next(encoded)
-            yield self._embeddings[part]
+        for source in self._pieces:
+            part = self._embeddings[start : start + len(source)]
+            start += len(source)
+            if (source < 0).any():
+                part[source < 0] = next(encoded)
+            yield part
         next(encoded, None)  # what it has to say at its end
 
 

@@ -371,15 +371,16 @@ class Sight:
         self.place = place or getattr(texts, "place", lambda row: repr(texts[row][:20]))
         self.counts, self.first = dict.fromkeys(self.REMARKS, 0), {kind: [] for kind in self.REMARKS}
 
-    def __call__(self, window: range) -> tuple[Tokens, list[int]]:
+    def __call__(self, window: range | np.ndarray) -> tuple[Tokens, list[int]]:
         """The ids of the texts of some rows, and which of them the encoder does not see, from 0 in the window."""
-        whole = Tokens.of(self.tokenizer(self.texts[window.start : window.stop], self.length + 1))
+        texts = self.texts[slice(window.start, window.stop) if isinstance(window, range) else window]
+        whole = Tokens.of(self.tokenizer(texts, self.length + 1))
         ids = whole.cut(self.length)
         found = {"cut": np.flatnonzero(whole.lengths > self.length).tolist(), "unseen": unseen(self.tokenizer, ids)}
         self.count += len(ids)
         for kind, rows in found.items():
             self.counts[kind] += len(rows)
-            self.first[kind] += [window.start + row for row in rows[: 3 - len(self.first[kind])]]
+            self.first[kind] += [int(window[row]) for row in rows[: 3 - len(self.first[kind])]]
         if console.settings.strict:
             self.report()
         return ids, found["unseen"]
@@ -424,7 +425,7 @@ def look_at(rows: Sequence[tuple[str, str | Sequence[str]]], tokenizer: Any, max
 
 
 def encode_stream(model: Engine, sight: Sight, batch_size: int | None = None,
-                  windows: Sequence[range] | None = None) -> Iterator[np.ndarray]:
+                  windows: Sequence[range | np.ndarray] | None = None) -> Iterator[np.ndarray]:
     """Yield the embeddings of a `Sight`'s texts in their order, float32 [texts of the window, embedding_size] at a
     time. `windows` are the rows that are wanted, by which texts are batched together; None: all, WINDOW at a time.
     InputError: an embedding is not finite.

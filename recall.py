@@ -28,11 +28,13 @@ import ann_util
 import data
 from simcse import console, flags, formats
 from simcse.files import STDIN, arriving, file_digest, new_file
+from simcse.hits import Hit, expand, search
 from simcse.machine import RANK, RANKS
+from simcse.passages import Passages
 from simcse.weights import model_digest
 
 HNSW_M, HNSW_EF, SHARDS = 32, 100, 8
-OF_INDEX = ("ann_engine", "index_shards", "hnsw_m", "hnsw_ef", "hnsw_max_elements")  # flags that a kept index has
+OF_INDEX = ("ann_engine", "index_shards", "hnsw_m", "hnsw_ef", "hnsw_max_elements", "passages")  # that a kept index has
 MILVUS_URI = "./recall.db"
 
 
@@ -84,6 +86,9 @@ def parse_args() -> argparse.Namespace:
         f"index, else {HNSW_EF}")
     add("--hnsw_max_elements", type=flags.positive_int,
         help="distinct texts the graph can hold; None: as many as the corpus has")
+    add("--passages", action="store_true", help="split each document at sentence ends into passages of at most "
+        "--max_seq_length tokens, and find it by the best of them, each embedded in its document; else the encoder "
+        "sees a document's first tokens alone; a kept index knows whether it has them")
     add("--hybrid_bm25", action="store_true", help="fuse the ranking with that of BM25 over words, "
         f"{flags.FUSED} documents of each, or --recall_num if that is more; the result has the fused score instead of "
         "the cosine: the cosine plus BM25's score divided by the query's highest")
@@ -158,7 +163,7 @@ def fingerprint_of(args: argparse.Namespace, corpus: data.Corpus | None, engine)
     if args.index_path or milvus:
         wanted["model"] = model_digest(args.params_path, args.model_name_or_path)
         wanted.update({"corpus": file_digest(corpus.path), "corpus_columns": corpus.columns} if corpus else {})
-    new = {"ann_engine": "hnswlib", "hnsw_m": HNSW_M, "hnsw_ef": HNSW_EF}
+    new = {"ann_engine": "hnswlib", "hnsw_m": HNSW_M, "hnsw_ef": HNSW_EF, "passages": False}
     if milvus:
         new.update(dim=engine.embedding_size, metric="COSINE",
                    index_type="HNSW" if args.milvus_uri.startswith("http") else "FLAT")
@@ -195,12 +200,15 @@ def open_index(args: argparse.Namespace, corpus: data.Corpus | None, engine, tok
                 return ann_util.load_index(path, kept, engine.embedding_size, args.cpu_threads, corpus)
             new = {**new, **{name: kept[name] for name in OF_INDEX if name in kept}}
         entries = ann_util.Entries(corpus)
+        if new["passages"]:
+            entries.passages = Passages.split(entries, tokenizer, args.max_seq_length)
+        count = len(entries.vectors)
         if not args.hnsw_max_elements:
-            new["hnsw_max_elements"] = len(entries)
-        if new["hnsw_max_elements"] < len(entries):
-            raise console.InputError(f"--hnsw_max_elements {args.hnsw_max_elements}: the corpus has {len(entries)} "
-                                     "distinct documents")
-        index = ann_util.Shards(new, len(entries), engine.embedding_size, args.cpu_threads)
+            new["hnsw_max_elements"] = count
+        if new["hnsw_max_elements"] < count:
+            raise console.InputError(f"--hnsw_max_elements {args.hnsw_max_elements}: the corpus has {count} distinct "
+                                     + ("passages" if new["passages"] else "documents"))
+        index = ann_util.Shards(new, count, engine.embedding_size, args.cpu_threads)
         fill(args, index, entries, engine, tokenizer, kept and ann_util.Kept(path, kept, entries, index.pieces,
                                                                              engine.embedding_size))
         if new["ann_engine"] == "hnswlib":  # measured on documents, which unlike queries are always there
@@ -219,19 +227,19 @@ def fill(args: argparse.Namespace, index, entries: ann_util.Entries | None, engi
     `kept`."""
     from model import Sight, encode_stream
 
-    texts = ann_util.Part(entries, kept.fresh) if kept else entries
-    sight = Sight(tokenizer, texts, args.max_seq_length, remark=RANKS == 1)  # several have to count together
+    sight = Sight(tokenizer, entries and entries.vectors, args.max_seq_length, remark=RANKS == 1)  # several add up
     if index.pieces:
-        windows = kept.windows() if kept else index.pieces
-        count, started = sum(map(len, windows)), time.time()
-        copies = entries.documents - len(entries)
+        pieces, passages, started = kept.lacking if kept else index.pieces, entries.passages, time.time()
+        copies, count = entries.documents - len(entries), sum(map(len, pieces))
         if not kept:
-            console.log(f"encoding and indexing {count} of {len(entries)} documents in {engine.precision}"
+            what = f" passages of {len(entries)} documents" if passages else f" of {len(entries)} documents"
+            console.log(f"encoding and indexing {count}{what} in {engine.precision}"
                         + (f"; {copies} more lines are copies, --distinct gives each text once" if copies else ""))
-        encoded = encode_stream(engine, sight, args.batch_size, windows)
+        encoded = encode_stream(engine, sight, args.batch_size, passages.windows(pieces) if passages else pieces)
+        encoded = passages.in_context(pieces, encoded) if passages else encoded
         index.fill(kept.blocks(encoded) if kept else encoded)
         if not kept:
-            console.log(f"{count / (time.time() - started):.1f} documents/s")
+            console.log(f"{count / (time.time() - started):.1f} {'passages' if passages else 'documents'}/s")
     if RANKS > 1:
         sight.gather()
         sight.report()
@@ -249,10 +257,10 @@ def write_results(args: argparse.Namespace, blocks: Iterable[list[Query]], index
         place_of = {query.text: query.place for query in reversed(block)}
         queries = data.distinct(query.text for query in block)  # one on several lines is encoded and searched once
         embeddings = encode(queries, place=lambda row: place_of[queries[row]])  # noqa: B023  is called before the next
-        rows, cosines = index.search(embeddings, min(depth, len(entries)))
-        found = rows, cosines.clip(-1, 1)  # rounding of two unit vectors may go beyond 1
+        (nearest, cosines), passages = search(index, entries, embeddings, depth)
+        found = nearest, cosines.clip(-1, 1)  # rounding of two unit vectors may go beyond 1
         if index.fingerprint["ann_engine"] == "hnswlib" and not args.query and number == 0:
-            ann_util.report(index.measure(ann_util.sample(embeddings), rows.shape[1], "queries"))
+            ann_util.report(index.measure(ann_util.sample(embeddings), nearest.shape[1], "queries"))
         if RANK:
             continue
         if args.hybrid_bm25:
@@ -260,17 +268,19 @@ def write_results(args: argparse.Namespace, blocks: Iterable[list[Query]], index
         row_of = {query: row for row, query in enumerate(queries)}
         for query in block:
             row = slice(row_of[query.text], row_of[query.text] + 1)
-            hits, = ann_util.expand([side[row] for side in found], entries, [args.recall_num], args.distinct)
+            hits, = expand([side[row] for side in found], entries, [args.recall_num], args.distinct,
+                                    passages and passages[row])
             file.write(result(args.format, query, hits, measure))
         file.flush()
 
 
-def result(form: str, query: Query, hits: Iterable[ann_util.Hit], measure: str) -> str:
+def result(form: str, query: Query, hits: Iterable[Hit], measure: str) -> str:
     """What is written of a query, in the --format `form`; the score is a `measure`, "cosine" or "score"."""
     if form == "jsonl":
         return console.line("jsonl", query=query.text, **({"id": query.id} if query.id else {}), results=[
             {"rank": rank, "line": hit.line, **({"id": hit.id} if hit.id else {}), "document": hit.document,
-             measure: hit.score} for rank, hit in enumerate(hits, 1)])
+             **({"passage": hit.passage} if hit.passage else {}), measure: hit.score}
+            for rank, hit in enumerate(hits, 1)])
     if form == "tsv":
         return "".join(f"{query.text}\t{hit.document}\t{hit.score}\n" for hit in hits)
     lines, name = [], query.id or query.place.rsplit(":", 1)[-1]
@@ -317,6 +327,8 @@ def main() -> None:
     if args.hybrid_bm25:
         import simcse.bm25  # noqa: F401  a missing package is told before anything takes time
     kept = args.index_path and os.path.exists(args.index_path)
+    if kept and args.precision == "auto":
+        args.precision = ann_util.kept_precision(args.index_path, args.device)
     target = args.index_path if kept else args.ann_engine or "hnswlib"
     with_ids = " with ids" * bool(corpus and corpus.has_ids)
     flags.announce(args, args.params_path, f"{flags.count(corpus, 'document')}{with_ids} for {target}" if corpus else

@@ -115,7 +115,7 @@ def read_candidates(args: argparse.Namespace, queries: Mapping) -> dict[str, dic
             return f"cosine {row[2]!r} is not a number"
         return None
 
-    rows = data.read_rows(args.recall_result_file, 3, "--recall_result_file", not_a_number)
+    rows = data.read_rows(args.recall_result_file, 3, "--recall_result_file", not_a_number, known=True)
     lowest: dict[str, float] = {}
     for _, (query, document, cosine) in rows:
         if float(cosine) > lowest.get(query, math.inf):  # recall.py wrote a query of several pairs once more

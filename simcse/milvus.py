@@ -37,6 +37,7 @@ class MilvusIndex:
 
     _PIECE, _QUERIES, _TEXT_BYTES, _KEY, _FORMAT = 4096, 1000, 65535, "simcse", 3
     MOST = 16384  # documents for a query
+    passages = None
 
     def __init__(self, uri: str, collection: str, wanted: dict, entries: Any = None,
                  new: dict | None = None) -> None:

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 
-import ann_util
 from ann_util import Entries
 from data import Corpus
 
@@ -100,5 +99,4 @@ def test_which_entry_has_a_text(tmp_path):
     write(tmp_path / "b", ["丁", "丙", "甲", "丁"])
     old, new = (Entries(Corpus(str(tmp_path / name), "--flag")) for name in "ab")
     assert old.find(new).tolist() == [-1, 2, 0] and new.find(old).tolist() == [2, -1, 1]
-    assert ann_util.Part(new, np.array([2, 0]))[0:2] == ["甲", "丁"]
-    assert ann_util.Part(new, np.array([2, 0])).place(1) == f"{tmp_path}/b:1"
+    assert new[np.array([2, 0])] == ["甲", "丁"] and new.place(0) == f"{tmp_path}/b:1"

@@ -5,9 +5,10 @@ import multiprocessing
 import os
 
 import ann_util
-from ann_util import Entries, Shards, building, exact_search, expand
+from ann_util import Entries, Shards, building, exact_search
 from data import Corpus
 from simcse.console import InputError
+from simcse.hits import Hit, expand
 
 import numpy as np
 import pytest
@@ -45,10 +46,10 @@ def test_lines_are_given_out_in_order_down_to_the_depth(tmp_path):
     entries = entries_of(tmp_path, "甲", "乙", "甲", "甲", "丙")
     found = np.array([[1, 0, 2], [0, 2, -1]]), np.array([[0.9, 0.8, 0.1], [0.7, 0.6, -np.inf]])
     assert expand(found, entries, [3, 9]) == [
-        [("乙", 2, None, 0.9), ("甲", 1, None, 0.8), ("甲", 3, None, 0.8)],
-        [("甲", 1, None, 0.7), ("甲", 3, None, 0.7), ("甲", 4, None, 0.7), ("丙", 5, None, 0.6)]]
+        [Hit("乙", 2, None, 0.9), Hit("甲", 1, None, 0.8), Hit("甲", 3, None, 0.8)],
+        [Hit("甲", 1, None, 0.7), Hit("甲", 3, None, 0.7), Hit("甲", 4, None, 0.7), Hit("丙", 5, None, 0.6)]]
     assert expand(found, entries, [2, 9], distinct=True) == [
-        [("乙", 2, None, 0.9), ("甲", 1, None, 0.8)], [("甲", 1, None, 0.7), ("丙", 5, None, 0.6)]]
+        [Hit("乙", 2, None, 0.9), Hit("甲", 1, None, 0.8)], [Hit("甲", 1, None, 0.7), Hit("丙", 5, None, 0.6)]]
 
 
 def test_copies_do_not_break_the_graph(tmp_path):
@@ -67,7 +68,7 @@ def test_copies_do_not_break_the_graph(tmp_path):
     got = expand(index.search(vectors[asked], 10), entries, [10] * len(asked))
     assert [hits[0][0] for hits in got] == [entries[entry] for entry in asked]
     _, exact = exact_search(vectors[asked], vectors[[entry_of[line] for line in lines]], 10)
-    assert ann_util.ann_recall(np.array([[cosine for *_, cosine in hits] for hits in got]), exact) > 0.98
+    assert ann_util.ann_recall(np.array([[hit.score for hit in hits] for hits in got]), exact) > 0.98
     assert all(lines[line - 1] == text for hits in got for text, line, *_ in hits)
 
 

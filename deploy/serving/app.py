@@ -94,6 +94,7 @@ class Hit(BaseModel):
     cosine: float
     score: Annotated[float | None, Field(description="hybrid: the cosine plus BM25's score by the query's highest")]
     words: Annotated[list[str] | None, Field(description="hybrid: those of the query that the document has")]
+    passage: Annotated[str | None, Field(description="that was found; null where the index has no passages")]
 
 
 class Found(BaseModel):

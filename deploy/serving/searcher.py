@@ -12,6 +12,7 @@ from deploy.python import predictor
 from deploy.serving.batching import Job
 from simcse import console
 from simcse.flags import FUSED
+from simcse.hits import Rows, expand, search
 from simcse.tokens import Ids, Tokens
 
 import numpy as np
@@ -39,6 +40,7 @@ class Found(NamedTuple):
     cosine: float
     score: float | None = None
     words: list[str] | None = None
+    passage: str | None = None
 
 
 class Searcher:
@@ -110,11 +112,11 @@ class Searcher:
     def _search(self, queries: np.ndarray,
                 asked: dict[tuple[str, bool], int]) -> dict[tuple[str, bool], list[Found]]:
         depths = [max(depth, FUSED) if hybrid else depth for (_, hybrid), depth in asked.items()]
-        entries, cosines = self.index.search(queries, min(max(depths), len(self.entries)))
+        (entries, cosines), rows = search(self.index, self.entries, queries, max(depths))
         cosines = cosines.clip(-1, 1)  # rounding of two unit vectors may go beyond 1
         alone = [0 if hybrid else depth for (_, hybrid), depth in asked.items()]  # the others' hits are fused below
-        hits = ann_util.expand((entries, cosines), self.entries, alone, self.distinct)
-        found = {key: [Found(*hit) for hit in each] for key, each in zip(asked, hits)}
+        hits = expand((entries, cosines), self.entries, alone, self.distinct, rows)
+        found = {key: [Found(*hit[:4], passage=hit.passage) for hit in each] for key, each in zip(asked, hits)}
         for row, ((text, hybrid), depth) in enumerate(zip(asked, depths)):
             if hybrid:
                 near = entries[row : row + 1, :depth], cosines[row : row + 1, :depth]
@@ -127,16 +129,26 @@ class Searcher:
 
         (entries,), (scores,) = fuse(near, self.bm25.search([text], depth), min(top_k, len(self.entries)))
         entries, scores = entries[entries >= 0], scores[entries >= 0]
-        vectors = np.empty((len(entries), self.facts.embedding_size), "float32")
-        self.index.take(entries, vectors)  # of those, too, that words alone have found
-        cosines, asked_words = (vectors @ query).clip(-1, 1).tolist(), distinct(words(text))
-        hits, = ann_util.expand((entries[None], np.arange(len(entries))[None]), self.entries, [top_k], self.distinct)
+        rows, cosines = self._best_rows(entries, query)  # of those, too, that words alone have found
+        asked_words = distinct(words(text))
+        hits, = expand((entries[None], np.arange(len(entries))[None]), self.entries, [top_k], self.distinct, rows)
         found = []
-        for document, line, id, place in hits:
+        for document, line, id, place, passage in hits:
             there = set(words(document))
             found.append(Found(document, line, id, cosines[place], float(scores[place]),
-                               [word for word in asked_words if word in there]))
+                               [word for word in asked_words if word in there], passage))
         return found
+
+    def _best_rows(self, entries: np.ndarray, query: np.ndarray) -> tuple[Rows | None, list[float]]:
+        """The cosine of each entry, of its best passage where there are any; and the row that this is."""
+        passages = self.entries.passages
+        of = [np.array([entry]) if passages is None else passages.rows_of(entry) for entry in entries]
+        rows, starts = np.concatenate([np.empty(0, "int64"), *of]), np.cumsum([0, *map(len, of)])
+        vectors = np.empty((len(rows), self.facts.embedding_size), "float32")
+        self.index.take(rows, vectors)
+        cosines = (vectors @ query).clip(-1, 1)
+        best = [start + int(cosines[start:end].argmax()) for start, end in itertools.pairwise(starts)]
+        return None if passages is None else [dict(zip(entries.tolist(), rows[best].tolist()))], cosines[best].tolist()
 
 
 def fixed_batches(ids: Sequence[Ids], pad_id: int, sizes: Sequence[int],
