@@ -235,7 +235,7 @@ def test_no_cosine_is_above_one():
     class Rounded:
         """An engine, a tokenizer, an index and a corpus in which all is a little too long."""
 
-        documents, embedding_size, pad_token_id, texts = 2, 2, 0, ["甲", "乙"]
+        documents, embedding_size, pad_token_id, texts, passages = 2, 2, 0, ["甲", "乙"], None
         unk_token_id, wordless = 9, {9}
 
         def __call__(self, texts, max_seq_length):
