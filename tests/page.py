@@ -14,7 +14,8 @@ window.fetch = (path, { body, signal }) => new Promise((resolve, reject) => {
   window.asked.push(ask);
   signal.addEventListener("abort", () => { ask.aborted = true; reject(signal.reason); });
   if (status === 503) delete answers[query];
-  const hits = documents.map((document, i) => ({ rank: i + 1, document, cosine: 0.9 - i / 10 }));
+  const hits = documents.map((found, i) => ({ rank: i + 1, cosine: 0.9 - i / 10,
+    ...(typeof found === "string" ? { document: found } : found) }));
   const content = status === 200 ? { results: [hits], documents: 7, milliseconds: 1 } : { error: "a reason" };
   const answer = new Response(JSON.stringify(content), { status, headers: retry ? { "Retry-After": retry } : {} });
   if (query !== "永") resolve(answer);
@@ -42,7 +43,7 @@ class Page:
         return self.browser.execute_script(script, *args)
 
     def answer_with(self, *documents, **answers):
-        """From now on the page's requests are answered here, with these documents."""
+        """From now on the page's requests are answered here, with these documents, or objects of all that a hit has."""
         self.run(FAKE, {"*": [200, "", documents], **answers})
 
     def find(self, selector):

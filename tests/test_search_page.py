@@ -83,6 +83,17 @@ def test_a_long_document_is_shown_in_full_on_demand(page):
     assert page.texts("#results .text") == [shown]
 
 
+def test_the_passage_that_was_found_is_shown(page):
+    """And all of its document on demand; a document of one passage is shown as it is."""
+    passages = ("甲。", "乙。", "丙。", "甲。乙。丙。")
+    page.answer_with(*({"document": "甲。乙。丙。", "passage": passage} for passage in passages))
+    page.search("乙")
+    assert page.texts("#results .text") == ["甲。…", "…乙。…", "…丙。", "甲。乙。丙。"]
+    assert page.texts(".more") == ["Show all"] * 3 and page.texts("mark") == ["乙", "乙"]
+    page.find("#results li:nth-child(2) .more").click()
+    assert page.texts("#results .text")[1] == "甲。乙。丙。"
+
+
 def test_no_results_and_no_query(page):
     assert "nearest" in page.text("#empty")
     page.answer_with()

@@ -152,17 +152,23 @@ function highlight(text, query) {
   return [...nodes, text.slice(position)];
 }
 
-function drawHit({ rank, id, document: text, cosine, words }, index) {
+// The passage that was found, or the beginning of a long document.
+function partOf(text, passage) {
+  if (passage != null) return `${text.startsWith(passage) ? "" : "…"}${passage}${text.endsWith(passage) ? "" : "…"}`;
+  return text.length > SHOWN_LENGTH ? `${text.slice(0, SHOWN_LENGTH).replace(/[\ud800-\udbff]$/, "")}…` : text;
+}
+
+function drawHit({ rank, id, document: text, cosine, words, passage }, index) {
   const texts = TEXTS[language];
   const { query } = answer;
   const body = element("p", "text");
   const item = element("li", "", element("span", "rank", String(rank)), body);
   item.tabIndex = index ? -1 : 0;
-  if (text.length > SHOWN_LENGTH) {
-    const beginning = `${text.slice(0, SHOWN_LENGTH).replace(/[\ud800-\udbff]$/, "")}…`;
+  const part = partOf(text, passage);
+  if (part !== text) {
     const button = element("button", "more");
     const open = (opened) => {
-      body.replaceChildren(...highlight(opened ? text : beginning, query));
+      body.replaceChildren(...highlight(opened ? text : part, query));
       button.textContent = opened ? texts.less : texts.more;
       button.ariaExpanded = String(opened);
       button.onclick = () => open(!opened);
