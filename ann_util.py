@@ -44,6 +44,7 @@ class Entries(Sequence):
     def __init__(self, corpus: Corpus, folder: str | None = None) -> None:
         self.corpus, self.documents = corpus, len(corpus)
         self.passages: Passages | None = None
+        self._keys: np.ndarray | None = None
         if folder:
             both = np.load(os.path.join(folder, "entries.npy"), mmap_mode="r")
             self.rows, self.starts = np.split(both, [len(corpus)])
@@ -52,6 +53,7 @@ class Entries(Sequence):
         _, first, entry, lines = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
         self.rows = np.argsort(first[entry], kind="stable").astype("int32")
         self.starts = np.append(0, np.cumsum(lines[np.argsort(first)])).astype("int32")
+        self._keys = keys[np.sort(first)]
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -81,7 +83,8 @@ class Entries(Sequence):
 
     def find(self, others: "Entries") -> np.ndarray:
         """Which entry has the text of each of the others, int64 [others]; -1: none."""
-        own, theirs = (_hashes(each.corpus)[each.rows[each.starts[:-1]]] for each in (self, others))
+        own, theirs = (_hashes(each.corpus)[each.rows[each.starts[:-1]]] if each._keys is None else each._keys
+                       for each in (self, others))
         order = np.argsort(own)
         places = order[np.searchsorted(own, theirs, sorter=order).clip(max=len(own) - 1)]
         return np.where(own[places] == theirs, places, -1)

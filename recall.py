@@ -41,7 +41,7 @@ MILVUS_URI = "./recall.db"
 class Query(NamedTuple):
     text: str
     place: str  # as file:line
-    id: str | None = None  # of the query file, or the number of its line
+    id: str | None = None  # of the query file
 
 
 def parse_args() -> argparse.Namespace:
