@@ -7,25 +7,41 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import Any
 
 from data import WINDOW, Corpus
-from simcse.console import InputError, as_it_is, log, progress, reported, warn
-from simcse.files import check_fingerprint, file_digest, new_folder, read_json, temporary_name, write_json
+from simcse.console import InputError, as_it_is, log, progress, reported
+from simcse.files import (
+    OF_CORPUS,
+    check_fingerprint,
+    file_digest,
+    new_folder,
+    read_json,
+    temporary_name,
+    unrelated,
+    write_json,
+)
 from simcse.machine import CPU_THREADS, RANK, RANKS
-from simcse.nearest import HNSW_BLOCK, QUERY_BLOCK, ExactIndex, Found, HnswIndex, exact_search, merge
+from simcse.nearest import (
+    HNSW_BLOCK,
+    QUERY_BLOCK,
+    ExactIndex,
+    Found,
+    HnswIndex,
+    ann_recall,
+    exact_search,
+    merge,
+    report,
+)
 from simcse.passages import Passages
 
 import numpy as np
 
 Line = tuple[int | None, str | None]  # its number, from 1, and its document's id, None where they are not known
-OF_CORPUS = ("corpus", "corpus_columns")  # parts of a fingerprint that may change
 FORMAT = 2  # of a kept index: its rows are entries
-MEASURED, MEASURED_K, DEEPER = 100, 10, 4  # documents that an index is measured with; how deep; a larger ef to compare
-POOR = 0.99  # ANN recall below which it is said what finds more
+MEASURED_K, DEEPER = 10, 4  # how deep an index is measured; a larger ef to compare
 
 
 class Entries(Sequence):
@@ -89,15 +105,13 @@ class Entries(Sequence):
         places = order[np.searchsorted(own, theirs, sorter=order).clip(max=len(own) - 1)]
         return np.where(own[places] == theirs, places, -1)
 
-    def rows_in(self, old: "Entries") -> tuple[np.ndarray, np.ndarray]:
-        """Which entry of an `old` corpus each of these is, and which row of its index each row is, int64; -1: none."""
-        entries = old.find(self)
+    def rows_from(self, first: np.ndarray) -> np.ndarray:
+        """Where each row is in an index in which each entry's first row is at `first`, int64; -1: not there."""
         if self.passages is None:
-            return entries, entries
-        places = np.arange(len(self.passages))
-        own = self.passages.documents_of(places)
-        rows = old.passages.starts[entries[own]] + places - self.passages.starts[own]
-        return entries, np.where(entries[own] < 0, -1, rows)
+            return first
+        rows = np.arange(len(self.passages))
+        own = self.passages.documents_of(rows)
+        return np.where(first[own] < 0, -1, first[own] + rows - self.passages.starts[own])
 
     def save(self, folder: str) -> None:
         np.save(os.path.join(folder, "entries.npy"), np.append(self.rows, self.starts))
@@ -226,33 +240,6 @@ class Shards:
         """Nothing is to be let go of, unlike in a `MilvusIndex`."""
 
 
-def sample(items: Any) -> Any:
-    """Every nth of some entries or embeddings, MEASURED at most, to measure an index with."""
-    return items[:: -(-len(items) // MEASURED)]
-
-
-def ann_recall(cosines: np.ndarray, exact_cosines: np.ndarray) -> float:
-    """The part of the exact result that an approximate one has, both cosines [Q, k] of the same queries, best first;
-    documents of equal cosine stand for each other."""
-    return float(np.mean(cosines >= exact_cosines[:, -1:] - 1e-6))
-
-
-def report(measured: dict | None, ef: int = 0) -> None:
-    """Say what `Shards.measure` has found, and, where much is missed, what has been seen to find more; and where the
-    search has another `ef`, for which nothing was measured."""
-    if RANK or not measured:
-        return
-    remedy = ""
-    if measured["recall"] < POOR:
-        helps = measured["deeper_recall"] > measured["recall"] + 0.001
-        remedy = (f"; --hnsw_ef {measured['deeper_ef']} finds {measured['deeper_recall']:.4f}" if helps else
-                  "; --ann_engine exact finds all, a larger --hnsw_ef does not help")
-    (warn if remedy else log)(
-        f"ANN recall@{measured['k']} against exact search, {measured['queries']}: {measured['recall']:.4f} "
-        f"with --hnsw_ef {measured['hnsw_ef']}{remedy}"
-        + (f"; this search has {ef}" if ef not in (0, measured["hnsw_ef"]) else ""))
-
-
 @contextlib.contextmanager
 def building(path: str, wanted: dict, new: dict) -> Iterator[None]:
     """While an index, `new`, is built in the folder `path`, no other process builds one there: it waits, or, where
@@ -337,39 +324,55 @@ def _load_entries(path: str, fingerprint: dict, corpus: Corpus | None = None) ->
 
 
 class Kept:
-    """What the index in the folder `path` has of another corpus' `entries`: of the rows of `pieces`, this rank's, it
-    gives the embeddings, float32, but of those of `lacking`, int64 [rows] of each piece that has any. InputError where
-    a file there is damaged, or it has none of them, so that it is not that corpus' of before."""
+    """What an index of another state of the corpus has of these `entries`: of the rows of `pieces`, this rank's, it
+    gives the embeddings, but of those of `lacking`, int64 [rows] of each piece that has any. InputError where it has
+    none of them, so that it is not that corpus' of before.
 
-    def __init__(self, path: str, fingerprint: dict, entries: Entries, pieces: list[range], dim: int) -> None:
-        with reported(f"--index_path {path}: damaged", OSError, RuntimeError, ValueError):
-            old = _load_entries(path, fingerprint)
-            known, source = entries.rows_in(old)
-            self._pieces = [source[rows.start : rows.stop] for rows in pieces]
-            rows = np.concatenate([np.empty(0, "int64"), *self._pieces])
-            self._embeddings = np.empty((len(rows), dim), "float32")
-            count = fingerprint["index_shards"]
-            for shard in range(count):  # one in memory at a time
-                Shards(fingerprint, len(old.vectors), dim, 1, path, shard, count).take(rows, self._embeddings)
+    Args:
+        where: the flag that names the index, and its value.
+        first: where the first row of each entry is there, int64; -1: it is not.
+        before: how many entries it has.
+        take: gives the embeddings, float32 [rows, dim], of rows that are there, -1 being none, for each piece in turn.
+    """
+
+    def __init__(self, where: str, entries: Entries, first: np.ndarray, before: int, pieces: list[range],
+                 take: Callable[[np.ndarray], np.ndarray]) -> None:
+        source = entries.rows_from(first)
+        self._take, self._pieces = take, [source[rows.start : rows.stop] for rows in pieces]
         fresh = [piece.start + np.flatnonzero(own < 0) for piece, own in zip(pieces, self._pieces)]
         self.lacking = [rows for rows in fresh if len(rows)]
-        new = int((known < 0).sum())
-        if new == len(known):
-            raise InputError(f"--index_path {path}: was built with another corpus, of which no text is in "
-                             f"{entries.corpus.name}; name another folder, or remove this one to build it again")
+        new = int((first < 0).sum())
+        if new == len(entries):
+            raise unrelated(where, entries.corpus.name)
         if not RANK:
-            log(f"{entries.documents:,} documents: {new:,} new, {len(old) - len(known) + new:,} gone, encoded {new:,}")
+            log(f"{entries.documents:,} documents: {new:,} new, {before - len(entries) + new:,} gone, encoded {new:,}")
 
     def blocks(self, encoded: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         """Yield the embeddings of each piece, those of `lacking` among them as they come, `encoded`."""
-        start = 0
         for source in self._pieces:
-            part = self._embeddings[start : start + len(source)]
-            start += len(source)
+            embeddings = self._take(source)
             if (source < 0).any():
-                part[source < 0] = next(encoded)
-            yield part
+                embeddings[source < 0] = next(encoded)
+            yield embeddings
         next(encoded, None)  # what it has to say at its end
+
+
+def kept_in(path: str, fingerprint: dict, entries: Entries, pieces: list[range], dim: int) -> Kept:
+    """What the index in the folder `path` has of another state of its corpus; InputError where a file there is damaged.
+    """
+    where = f"--index_path {path}"
+    with reported(f"{where}: damaged", OSError, RuntimeError, ValueError):
+        old = _load_entries(path, fingerprint)
+        known = old.find(entries)
+        first = known if old.passages is None else np.where(known < 0, -1, old.passages.starts[known])
+        source = entries.rows_from(first)
+        rows = np.concatenate([np.empty(0, "int64"), *(source[piece.start : piece.stop] for piece in pieces)])
+        embeddings = np.empty((len(rows), dim), "float32")
+        count = fingerprint["index_shards"]
+        for shard in range(count):  # one in memory at a time
+            Shards(fingerprint, len(old.vectors), dim, 1, path, shard, count).take(rows, embeddings)
+    parts = iter(np.split(embeddings, np.cumsum([len(piece) for piece in pieces])))
+    return Kept(where, entries, first, len(old), pieces, lambda source: next(parts))
 
 
 def save_index(path: str, index: Shards, entries: Entries, replaced: dict | None = None) -> None:

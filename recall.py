@@ -30,6 +30,7 @@ from simcse import console, flags, formats
 from simcse.files import STDIN, arriving, file_digest, new_file
 from simcse.hits import Hit, expand, search
 from simcse.machine import RANK, RANKS
+from simcse.nearest import report, sample
 from simcse.passages import Passages
 from simcse.weights import model_digest
 
@@ -176,18 +177,25 @@ def open_index(args: argparse.Namespace, corpus: data.Corpus | None, engine, tok
     """The index, kept or built, and what is in it: `Entries`, or the `MilvusIndex` itself where there is no corpus."""
     from simcse.ranks import join_ranks, wait_for_ranks
 
+    def split(entries: ann_util.Entries) -> None:
+        entries.passages = Passages.split(entries, tokenizer, args.max_seq_length)
+
     join_ranks()
     wanted, new = fingerprint_of(args, corpus, engine)
     if args.ann_engine == "milvus":
         from simcse.milvus import MilvusIndex
 
         entries = ann_util.Entries(corpus) if corpus else None
-        index = MilvusIndex(args.milvus_uri, args.milvus_collection or flags.COLLECTION, wanted, entries, new)
+        name = args.milvus_collection or flags.COLLECTION
+        index = MilvusIndex(args.milvus_uri, name, wanted, entries, new, lambda: split(entries))
         if index.pieces and not corpus:
-            raise console.InputError(f"--milvus_collection {index.collection}: not all documents are in it yet; run "
-                                     "again with --corpus_file")
-        fill(args, index, entries, engine, tokenizer)
+            raise console.InputError(f"--milvus_collection {name}: not all documents are in it yet; run again with "
+                                     "--corpus_file")
+        kept = ann_util.Kept(f"--milvus_collection {name}", entries, index.known, index.before, index.pieces,
+                             index.stored) if index.follows else None
+        fill(args, index, entries, engine, tokenizer, kept)
         wait_for_ranks()
+        index.finish()
         return index, entries or index
     path, claim, kept = args.index_path, contextlib.nullcontext(), None
     if path and not RANK and not ann_util.is_kept(path, wanted):
@@ -201,7 +209,7 @@ def open_index(args: argparse.Namespace, corpus: data.Corpus | None, engine, tok
             new = {**new, **{name: kept[name] for name in OF_INDEX if name in kept}}
         entries = ann_util.Entries(corpus)
         if new["passages"]:
-            entries.passages = Passages.split(entries, tokenizer, args.max_seq_length)
+            split(entries)
         count = len(entries.vectors)
         if not args.hnsw_max_elements:
             new["hnsw_max_elements"] = count
@@ -209,12 +217,12 @@ def open_index(args: argparse.Namespace, corpus: data.Corpus | None, engine, tok
             raise console.InputError(f"--hnsw_max_elements {args.hnsw_max_elements}: the corpus has {count} distinct "
                                      + ("passages" if new["passages"] else "documents"))
         index = ann_util.Shards(new, count, engine.embedding_size, args.cpu_threads)
-        fill(args, index, entries, engine, tokenizer, kept and ann_util.Kept(path, kept, entries, index.pieces,
-                                                                             engine.embedding_size))
+        fill(args, index, entries, engine, tokenizer, kept and ann_util.kept_in(path, kept, entries, index.pieces,
+                                                                                engine.embedding_size))
         if new["ann_engine"] == "hnswlib":  # measured on documents, which unlike queries are always there
-            sample = encode(ann_util.sample(entries), remark=False)
-            new["ann_recall"] = index.measure(sample, min(ann_util.MEASURED_K, len(entries)), "documents")
-            ann_util.report(new["ann_recall"])
+            documents = encode(sample(entries), remark=False)
+            new["ann_recall"] = index.measure(documents, min(ann_util.MEASURED_K, len(entries)), "documents")
+            report(new["ann_recall"])
         wait_for_ranks()
         if path:
             ann_util.save_index(path, index, entries, kept)
@@ -260,7 +268,7 @@ def write_results(args: argparse.Namespace, blocks: Iterable[list[Query]], index
         (nearest, cosines), passages = search(index, entries, embeddings, depth)
         found = nearest, cosines.clip(-1, 1)  # rounding of two unit vectors may go beyond 1
         if index.fingerprint["ann_engine"] == "hnswlib" and not args.query and number == 0:
-            ann_util.report(index.measure(ann_util.sample(embeddings), nearest.shape[1], "queries"))
+            report(index.measure(sample(embeddings), nearest.shape[1], "queries"))
         if RANK:
             continue
         if args.hybrid_bm25:

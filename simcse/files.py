@@ -19,6 +19,7 @@ Item = TypeVar("Item")
 BLOCK = 16384  # lines of stdin that are answered at a time, at most
 STDIN = "-"  # the path that means stdin
 SHA256 = 64  # hexadecimal digits
+OF_CORPUS = ("corpus", "corpus_columns")  # parts of an index' fingerprint that may change
 
 
 def temporary_name(path: str, pid: int | str) -> str:
@@ -133,6 +134,12 @@ def check_fingerprint(found: dict, wanted: dict, where: str, remedy: str) -> dic
     if said:
         raise InputError(f"{where}: was built with {', and '.join(said)}; {remedy}")
     return {**found, **wanted}
+
+
+def unrelated(where: str, corpus: str) -> InputError:
+    """That the index named by the flag and value `where` has no text of a corpus, so that it is no state of it."""
+    return InputError(f"{where}: was built with another corpus, of which no text is in {corpus}; name another, or "
+                      "remove this one to build it again")
 
 
 def read_json(path: str) -> dict:

@@ -6,84 +6,174 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from simcse.console import InputError, log, reported, some
-from simcse.files import check_fingerprint
+from simcse.console import InputError, check_installed, log, reported, some
+from simcse.files import OF_CORPUS, check_fingerprint, unrelated
 from simcse.machine import RANK, RANKS
+from simcse.ranks import wait_for_ranks
 
 import numpy as np
+
+PLACES = 20  # bits of a passage's key that are its place in the document
+NEXT, GONE = "_next", "_gone"  # behind the name of a collection that will take another's, or has left it
 
 
 class MilvusIndex:
     """A collection of Milvus: a corpus' distinct texts, each beside its embedding, the number of lines that have it,
-    and their ids, as many as a field can hold.
+    and their ids, as many as a field can hold; or, of documents in passages, each passage beside its embedding, and
+    the rest beside the first one.
 
-    The key of a text is the number of its first line in the corpus' file. Texts are upserted in pieces, each in order,
-    so that a broken run goes on where the last piece ends. `pieces` are those of this rank that are not there yet. The
-    token of a server is read from the environment, MILVUS_TOKEN. InputError: no pymilvus, no such server, a file that
-    is in use, no such collection, one made of something else, or a text that is too long for Milvus.
+    The key of a text is the number of its first line in the corpus' file; that of a passage is this times 2^20, plus
+    its place in the document. Rows are upserted in pieces, each in order, so that a broken run goes on where the last
+    piece ends. `pieces` are those of this rank that are not there yet. The token of a server is read from the
+    environment, MILVUS_TOKEN. InputError: no pymilvus, no such server, a file that is in use, no such collection, one
+    made of something else, or a text that is too long for Milvus.
+
+    Where the collection is of another state of the corpus, `follows` is true: a new one is filled beside it, and takes
+    its name when `finish` is called. `known` are then for each entry the key of its first row in the old one, int64, -1
+    being none, and `before` is how many texts that has.
 
     Args:
         uri: http://host:port of a server, or a path ending in .db: Milvus Lite, in this process, for one rank alone.
         wanted: what a collection that is there has to agree with; its "hnsw_ef", if any, is the search's.
         entries: the `ann_util.Entries` of the corpus, of which `search` then gives rows; None: all texts have to be in
             the collection, and `search` gives their keys.
-        new: what a new collection depends on, kept with it: "dim", "metric" (COSINE) and "index_type": FLAT, or HNSW
-            with "hnsw_m" and "hnsw_ef" as in `HnswIndex`.
+        new: what a new collection depends on, kept with it: "dim", "metric" (COSINE), "passages" and "index_type":
+            FLAT, or HNSW with "hnsw_m" and "hnsw_ef" as in `HnswIndex`.
+        split: gives the entries their passages; called where the collection has any.
     """
 
-    _PIECE, _QUERIES, _TEXT_BYTES, _KEY, _FORMAT = 4096, 1000, 65535, "simcse", 3
+    _PIECE, _PAGE, _TEXT_BYTES, _KEY, _FORMAT = 4096, 1000, 65535, "simcse", 4
     MOST = 16384  # documents for a query
-    passages = None
 
-    def __init__(self, uri: str, collection: str, wanted: dict, entries: Any = None,
-                 new: dict | None = None) -> None:
-        try:
-            from pymilvus import MilvusClient, MilvusException
-        except ModuleNotFoundError as error:
-            raise InputError(f"--ann_engine milvus: {error.name} is not installed; "
-                             "pip install -r requirements-milvus.txt") from None
-        from simcse.ranks import wait_for_ranks
-
+    def __init__(self, uri: str, collection: str, wanted: dict, entries: Any = None, new: dict | None = None,
+                 split: Callable[[], None] = lambda: None) -> None:
+        check_installed("--ann_engine milvus", "requirements-milvus.txt", "pymilvus")
         for name in ("pymilvus", "milvus_lite", "grpc", "faiss"):
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # they log what they raise, with tracebacks
-        self.uri, self.collection, self._entries = uri, collection, entries
-        self._keys = np.array([entries.lines(entry, 1)[0][0] for entry in range(len(entries))]) if entries else None
-        self._lite = not uri.startswith(("http://", "https://"))
+        self.uri, self.collection, self._entries, self._name = uri, collection, entries, collection
+        self._lite, self.follows = not uri.startswith(("http://", "https://")), False
         if self._lite and RANKS > 1:
             raise InputError(f"--milvus_uri {uri}: a file can be used by one process; {RANKS} need a server")
         missing = f"--milvus_collection {collection}: {uri} has no such collection; --corpus_file is needed to make it"
         if self._lite and not entries and not os.path.exists(uri):  # a client would make it
             raise InputError(missing)
+        self._connect()
+        with self._errors():
+            if not RANK:
+                self._mend()
+            wait_for_ranks()
+            found = self._described(collection, wanted)
+            if not found and not entries:
+                raise InputError(missing)
+            self.fingerprint = found or {**new, **wanted}
+            if entries and self.fingerprint.get("passages"):
+                split()
+            if found and any(found.get(name) != wanted[name] for name in OF_CORPUS if name in wanted):
+                self._follow(wanted)
+            if entries:
+                self._make(wanted)
+            wait_for_ranks()
+            self._client.load_collection(self.collection)
+            self.documents, self.pieces = self.fingerprint["documents"], self._missing()
+        self.passages = Stored(self) if self.fingerprint.get("passages") else None
+        if not self.pieces:
+            log(f"using the collection {collection} in {uri}")
+
+    def _connect(self) -> None:
+        from pymilvus import MilvusClient, MilvusException
+
         with self._errors():
             try:
-                self._client = MilvusClient(uri=uri, token=os.environ.get("MILVUS_TOKEN", ""), timeout=30)
+                self._client = MilvusClient(uri=self.uri, token=os.environ.get("MILVUS_TOKEN", ""), timeout=30)
             except MilvusException:
                 self._check_file()
                 raise
-            if not RANK and entries and not self._client.has_collection(collection):
-                self._check_lengths(entries.corpus)
-                self._create({**new, "documents": entries.documents, "entries": len(entries),
-                              "index_format": self._FORMAT})
+
+    def _described(self, collection: str, wanted: dict) -> dict:
+        """What a collection was made of, with the "hnsw_ef" of `wanted`; {}: there is none. InputError where anything
+        but its corpus is other than `wanted`."""
+        if not self._client.has_collection(collection):
+            return {}
+        described = self._client.describe_collection(collection)
+        kept = described.get("properties", {}).get(self._KEY) or described.get("description")
+        try:
+            found = json.loads(kept or "")
+        except ValueError:
+            raise InputError(f"--milvus_collection {collection}: exists, but was not made by recall.py") from None
+        same = {name: value for name, value in wanted.items() if name not in OF_CORPUS}
+        return check_fingerprint(found, {**same, "index_format": self._FORMAT}, f"--milvus_collection {collection}",
+                                 "name another collection, or drop this one to build it again")
+
+    def _follow(self, wanted: dict) -> None:
+        """Have another state of the corpus filled beside the collection."""
+        self.follows, self.collection = True, f"{self._name}{NEXT}"
+        self.known, self.before = self._look_up()
+        if (self.known < 0).all():
+            raise unrelated(f"--milvus_collection {self._name}", self._entries.corpus.name)
+        other = None if RANK else self._described(self.collection, {})
+        if other and any(other.get(name) != value for name, value in wanted.items()):
+            self._client.drop_collection(self.collection)  # of a third state, which was not finished
+
+    def _make(self, wanted: dict) -> None:
+        """Find the key of each row, and make the collection where there is none."""
+        entries = self._entries
+        self._keys = np.array([entries.lines(entry, 1)[0][0] for entry in range(len(entries))])
+        if entries.passages is not None:
+            rows = np.arange(len(entries.passages))
+            own = entries.passages.documents_of(rows)
+            self._keys = (self._keys[own] << PLACES) + rows - entries.passages.starts[own]
+        self.fingerprint = {**self.fingerprint, **wanted, "documents": entries.documents, "entries": len(entries),
+                            "rows": len(self._keys), "index_format": self._FORMAT}
+        if not RANK and not self._client.has_collection(self.collection):
+            self._check_lengths(entries.corpus)
+            self._create(self.fingerprint)
+
+    def _look_up(self) -> tuple[np.ndarray, int]:
+        """`known` and `before`."""
+        key_of: dict[int, int] = {}
+        self._client.load_collection(self._name)
+        pages = self._client.query_iterator(self._name, batch_size=self._PAGE, filter="lines > 0",
+                                            output_fields=["id", "text"])
+        while page := pages.next():
+            key_of.update((hash(each["text"]), each["id"]) for each in page)
+        pages.close()
+        known = np.fromiter((key_of.get(hash(text), -1) for text in self._entries), "int64", len(self._entries))
+        return known, len(key_of)
+
+    def stored(self, keys: np.ndarray) -> np.ndarray:
+        """The embeddings of some keys, float32 [keys, dim], in the collection that is followed; zeros for -1."""
+        vectors = np.zeros((len(keys), self.fingerprint["dim"]), "float32")
+        there = np.flatnonzero(keys >= 0)
+        for some_rows in np.split(there, range(self._PAGE, len(there), self._PAGE)):
+            with self._errors():
+                found = self._client.get(self._name, ids=keys[some_rows].tolist(), output_fields=["embedding"])
+            of_key = {each["id"]: each["embedding"] for each in found}
+            vectors[some_rows] = [of_key[key] for key in keys[some_rows].tolist()]
+        return vectors
+
+    def finish(self) -> None:
+        """Give a collection that follows another its name; all ranks call it when all of them have filled it."""
+        if not self.follows:
+            return
+        with self._errors():
+            if not RANK:
+                self._client.rename_collection(self._name, f"{self._name}{GONE}")
+                self._client.rename_collection(self.collection, self._name)
+                self._client.drop_collection(f"{self._name}{GONE}")
             wait_for_ranks()
-            if not self._client.has_collection(collection):
-                raise InputError(missing)
-            described = self._client.describe_collection(collection)
-            kept = described.get("properties", {}).get(self._KEY) or described.get("description")
-            try:
-                found = json.loads(kept or "")
-            except ValueError:
-                raise InputError(f"--milvus_collection {collection}: exists, but was not made by recall.py") from None
-            self.fingerprint = check_fingerprint(
-                found, {**wanted, "index_format": self._FORMAT}, f"--milvus_collection {collection}",
-                "name another collection, or drop this one to build it again")
-            self._client.load_collection(collection)
-            self.documents, self.pieces = self.fingerprint["documents"], self._missing()
-        if not self.pieces:
-            log(f"using the collection {collection} in {uri}")
+            self.collection = self._name
+            self._client.load_collection(self.collection)
+
+    def _mend(self) -> None:
+        """End what a process that was killed in `finish` has begun."""
+        if self._client.has_collection(f"{self._name}{GONE}"):
+            if not self._client.has_collection(self._name):
+                self._client.rename_collection(f"{self._name}{NEXT}", self._name)
+            self._client.drop_collection(f"{self._name}{GONE}")
 
     def _errors(self) -> contextlib.AbstractContextManager:
         """What goes wrong in Milvus, as an InputError."""
@@ -105,12 +195,13 @@ class MilvusIndex:
 
     def _missing(self) -> list[range]:
         """The pieces of this rank whose last text is not there; without the entries all, where a text is missing."""
-        pieces = [range(start, min(start + self._PIECE, len(self))) for start in range(0, len(self), self._PIECE)]
+        count = self.fingerprint["rows"]
+        pieces = [range(start, min(start + self._PIECE, count)) for start in range(0, count, self._PIECE)]
         if self._entries:
             return [rows for rows in pieces[RANK::RANKS] if not self._client.get(
                 self.collection, ids=[int(self._keys[rows[-1]])], output_fields=["id"])]
         there = self._client.query(self.collection, filter="", output_fields=["count(*)"])[0]["count(*)"]
-        return pieces if there < len(self) else []
+        return pieces if there < count else []
 
     def _check_lengths(self, corpus: Any) -> None:
         """InputError where a text of the corpus is longer than a field of Milvus can be."""
@@ -130,6 +221,7 @@ class MilvusIndex:
         schema = self._client.create_schema(auto_id=False, enable_dynamic_field=False, description=kept)
         schema.add_field("id", DataType.INT64, is_primary=True)
         schema.add_field("text", DataType.VARCHAR, max_length=self._TEXT_BYTES)
+        schema.add_field("passage", DataType.VARCHAR, max_length=self._TEXT_BYTES)
         schema.add_field("lines", DataType.INT64)
         schema.add_field("ids", DataType.VARCHAR, max_length=self._TEXT_BYTES)
         schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=fingerprint["dim"])
@@ -155,12 +247,22 @@ class MilvusIndex:
             self._client.flush(self.collection)
 
     def _upsert(self, rows: range, embeddings: np.ndarray) -> None:
+        passages = self._entries.passages
+        texts = self._entries.vectors[rows.start : rows.stop]
         with self._errors():
-            texts, lines = self._entries[rows.start : rows.stop], map(self._entries.lines, rows)
             self._client.upsert(self.collection, [
-                {"id": int(self._keys[row]), "embedding": embedding, "text": text, "lines": len(each),
-                 "ids": self._joined([id for _, id in each if id])}
-                for row, embedding, text, each in zip(rows, embeddings, texts, lines)])
+                {"id": int(self._keys[row]), "embedding": embedding, "passage": "" if passages is None else text,
+                 **self._document(row)} for row, embedding, text in zip(rows, embeddings, texts)])
+
+    def _document(self, row: int) -> dict:
+        """What stands beside the first row of each document."""
+        entry, passages = row, self._entries.passages
+        if passages is not None:
+            entry = int(passages.documents_of(row))
+            if row > passages.starts[entry]:
+                return {"text": "", "lines": 0, "ids": ""}
+        lines = self._entries.lines(entry)
+        return {"text": self._entries[entry], "lines": len(lines), "ids": self._joined([id for _, id in lines if id])}
 
     def _joined(self, ids: list[str]) -> str:
         """The ids in one field, a tab between them, which none has; the last are left out where they do not fit."""
@@ -168,14 +270,23 @@ class MilvusIndex:
         return "\t".join(id for id, size in zip(ids, sizes) if size <= self._TEXT_BYTES)
 
     def take(self, keys: Sequence[int], most: int) -> list[tuple[str, list[tuple[int | None, str | None]]]]:
-        """As `Entries.take`, by key; of the lines only the first has a number, the others have None."""
+        """As `Entries.take`, by the key of a document's first row; of the lines only the first has a number, the others
+        have None."""
         with self._errors():
             found = self._client.get(self.collection, ids=list(keys), output_fields=["text", "lines", "ids"])
         by_key = {}
         for each in found:
             lines = range(min(most, each["lines"]))
             ids = filter(None, each["ids"].split("\t"))
-            by_key[each["id"]] = each["text"], [(None if line else each["id"], next(ids, None)) for line in lines]
+            number = each["id"] if self.passages is None else each["id"] >> PLACES
+            by_key[each["id"]] = each["text"], [(None if line else number, next(ids, None)) for line in lines]
+        return [by_key[key] for key in keys]
+
+    def passage_texts(self, keys: list[int]) -> list[str]:
+        """The texts of some passages."""
+        with self._errors():
+            found = self._client.get(self.collection, ids=keys, output_fields=["passage"])
+        by_key = {each["id"]: each["passage"] for each in found}
         return [by_key[key] for key in keys]
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -187,9 +298,9 @@ class MilvusIndex:
             raise InputError(f"--recall_num {k}: Milvus gives at most {self.MOST}")
         hnsw = self.fingerprint["index_type"] == "HNSW"
         depth = {"ef": max(self.fingerprint["hnsw_ef"], 2 * k)} if hnsw else {}
-        for start in range(0, len(queries), self._QUERIES):
+        for start in range(0, len(queries), self._PAGE):
             with self._errors():
-                hits = self._client.search(self.collection, data=queries[start : start + self._QUERIES],
+                hits = self._client.search(self.collection, data=queries[start : start + self._PAGE],
                                            anns_field="embedding", limit=k, search_params={"params": depth})
             for number, one in enumerate(hits, start):
                 best = sorted((-hit["distance"], hit["id"]) for hit in one)  # of equal cosines the lower line first
@@ -204,3 +315,20 @@ class MilvusIndex:
             from milvus_lite.server_manager import server_manager_instance
 
             server_manager_instance.release_server(self.uri)
+
+
+class Stored:
+    """The passages of a collection, by key: what `hits.search` and `hits.expand` ask of `Passages`."""
+
+    def __init__(self, index: MilvusIndex) -> None:
+        self._index = index
+
+    def __len__(self) -> int:
+        return self._index.fingerprint["rows"]
+
+    def documents_of(self, keys: np.ndarray) -> np.ndarray:
+        """The key of the first passage of each one's document."""
+        return keys >> PLACES << PLACES
+
+    def __getitem__(self, keys: np.ndarray) -> list[str]:
+        return self._index.passage_texts(keys.tolist())

@@ -4,14 +4,17 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
+from typing import Any
 
-from simcse.console import InputError
-from simcse.machine import available_memory
+from simcse.console import InputError, log, warn
+from simcse.machine import RANK, available_memory
 
 import numpy as np
 
 # Exact search multiplies so many queries by so many documents at a time, on every core: 16 MB of cosines.
 QUERY_BLOCK, CORPUS_BLOCK = 256, 16384
+MEASURED = 100  # documents, or queries, that an index is measured with
+POOR = 0.99  # ANN recall below which it is said what finds more
 HNSW_BLOCK = 4  # queries a thread up to which hnswlib searches in one thread alone
 Found = tuple[np.ndarray, np.ndarray]  # of every query rows int64 [Q, k] and their cosines float32 [Q, k], best first
 
@@ -131,3 +134,30 @@ class HnswIndex:
 
     def save(self, path: str) -> None:
         self._index.save_index(path)
+
+
+def sample(items: Any) -> Any:
+    """Every nth of some entries or embeddings, MEASURED at most, to measure an index with."""
+    return items[:: -(-len(items) // MEASURED)]
+
+
+def ann_recall(cosines: np.ndarray, exact_cosines: np.ndarray) -> float:
+    """The part of the exact result that an approximate one has, both cosines [Q, k] of the same queries, best first;
+    documents of equal cosine stand for each other."""
+    return float(np.mean(cosines >= exact_cosines[:, -1:] - 1e-6))
+
+
+def report(measured: dict | None, ef: int = 0) -> None:
+    """Say what `Shards.measure` has found, and, where much is missed, what has been seen to find more; and where the
+    search has another `ef`, for which nothing was measured."""
+    if RANK or not measured:
+        return
+    remedy = ""
+    if measured["recall"] < POOR:
+        helps = measured["deeper_recall"] > measured["recall"] + 0.001
+        remedy = (f"; --hnsw_ef {measured['deeper_ef']} finds {measured['deeper_recall']:.4f}" if helps else
+                  "; --ann_engine exact finds all, a larger --hnsw_ef does not help")
+    (warn if remedy else log)(
+        f"ANN recall@{measured['k']} against exact search, {measured['queries']}: {measured['recall']:.4f} "
+        f"with --hnsw_ef {measured['hnsw_ef']}{remedy}"
+        + (f"; this search has {ef}" if ef not in (0, measured["hnsw_ef"]) else ""))

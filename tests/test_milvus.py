@@ -6,10 +6,12 @@ import shutil
 import signal
 import subprocess
 
-from ann_util import Entries, ann_recall
+from ann_util import Entries, Kept, ann_recall
 from data import Corpus
 from simcse.console import InputError
+from simcse.hits import expand, search
 from simcse.milvus import MilvusIndex
+from simcse.passages import Passages
 
 import numpy as np
 import pytest
@@ -105,7 +107,8 @@ def test_one_query_without_the_corpus(checkpoint, sample, filled):
 
 def test_refusals(flags, checkpoint, filled, tmp_path):
     (tmp_path / "other.csv").write_text("另一个\n" * 120, encoding="utf-8")
-    assert "was built with another corpus;" in refuse("recall.py", *flags(corpus=tmp_path / "other.csv"), cwd=filled)
+    assert "simcse: was built with another corpus, of which no text is in" in refuse(
+        "recall.py", *flags(corpus=tmp_path / "other.csv"), cwd=filled)
     ask = ["--device", "cpu", "--params_path", checkpoint, "--ann_engine", "milvus", "--query", "问"]
     assert "--milvus_collection none: ./recall.db has no such collection" in refuse(
         "recall.py", *ask, "--milvus_collection", "none", cwd=filled)
@@ -156,6 +159,82 @@ def test_ids_are_stored(tmp_path, monkeypatch):
     index.close()
     again = MilvusIndex("x.db", "texts", {})
     assert again.take([3, 4], 2) == [("丙", [(3, "a"), (None, "c")]), ("丁", [(4, "b")])]
+    again.close()
+
+
+def vectors_of(index, *numbers):
+    """A unit vector for each row of the index' pieces."""
+    return [np.eye(8, dtype="float32")[list(numbers)][rows.start : rows.stop] for rows in index.pieces]
+
+
+def follow(folder, *lines):
+    """A collection of another state of the corpus; what is new of it has the last vectors."""
+    entries = entries_of(folder, *lines)
+    index = MilvusIndex("x.db", "texts", {"corpus": str(lines), "model": "m"}, entries, NEW)
+    kept = Kept("--milvus_collection texts", entries, index.known, index.before, index.pieces, index.stored)
+    return index, kept
+
+
+def test_a_collection_follows_its_corpus(tmp_path, monkeypatch, capsys):
+    """Embeddings go with their texts, which have other lines and ids now; broken off anywhere the old one stays, and
+    the same command goes on."""
+    monkeypatch.chdir(tmp_path)
+    index = MilvusIndex("x.db", "texts", {"corpus": "before", "model": "m"}, entries_of(
+        tmp_path, "a\t甲", "b\t乙", "c\t丙"), NEW)
+    index.fill(vectors_of(index, 0, 1, 2))
+    index.close()
+    lines = ["n\t新", "c\t丙", "a2\t甲", "a3\t甲"]
+    with pytest.raises(InputError, match="texts: was built with model m, not other; name another collection"):
+        MilvusIndex("x.db", "texts", {"corpus": "x", "model": "other"}, entries_of(tmp_path, *lines), NEW)
+    with pytest.raises(InputError, match="texts: was built with another corpus, of which no text is in"):
+        follow(tmp_path, "z\t别的")
+    index, kept = follow(tmp_path, *lines)
+    assert "4 documents: 1 new, 1 gone, encoded 1" in capsys.readouterr().err
+    assert [rows.tolist() for rows in kept.lacking] == [[0]] and index.follows
+    index.close()  # before anything is filled
+    again = MilvusIndex("x.db", "texts", {})
+    assert again.take([1, 3], 9) == [("甲", [(1, "a")]), ("丙", [(3, "c")])]
+    again.close()
+    index, kept = follow(tmp_path, *lines)
+    index.fill(kept.blocks(iter([np.eye(8, dtype="float32")[[7]]])))
+    rename = index._client.rename_collection
+    monkeypatch.setattr(index._client, "rename_collection", lambda *names: rename(*names) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # when the old one has gone, and the new one has no name yet
+        index.finish()
+    index.close()
+    again = MilvusIndex("x.db", "texts", {"corpus": str(tuple(lines))})
+    assert not again.pieces and again._client.list_collections() == ["texts"]
+    keys, cosines = again.search(np.eye(8, dtype="float32")[[7, 2, 0]], 1)
+    assert keys.tolist() == [[1], [2], [3]] and cosines.min() == pytest.approx(1)
+    assert again.take([1, 2, 3], 9) == [("新", [(1, "n")]), ("丙", [(2, "c")]), ("甲", [(3, "a2"), (None, "a3")])]
+    again.close()
+
+
+def test_passages_are_rows_of_their_document(tmp_path, monkeypatch):
+    """Found with the corpus and without it; each document once, by its best passage."""
+    monkeypatch.chdir(tmp_path)
+
+    def opened(entries=None):
+        def split():
+            entries.passages = Passages(entries, np.array([0, 2, 5]), np.array([0, 2, 0, 2, 4]))
+
+        return MilvusIndex("x.db", "texts", {}, entries, {**NEW, "passages": True}, split)
+
+    entries = entries_of(tmp_path, "", "a\t甲。乙。", "b\t丙。丁。戊。", "c\t甲。乙。")
+    index = opened(entries)
+    index.fill(vectors_of(index, 0, 1, 2, 3, 4))
+    queries = np.eye(8, dtype="float32")[[1, 4]] + np.eye(8, dtype="float32")[[2, 0]] / 2
+    found, rows = search(index, entries, queries, 2)
+    hits = expand(found, entries, [3, 3], rows=rows)
+    assert [[(hit.line, hit.id, hit.passage) for hit in each] for each in hits] == [
+        [(2, "a", "乙。"), (4, "c", "乙。"), (3, "b", "丙。")], [(3, "b", "戊。"), (2, "a", "甲。"), (4, "c", "甲。")]]
+    index.close()
+    again = opened()
+    assert (len(again), again.documents, len(again.passages)) == (2, 3, 5)
+    found, rows = search(again, again, queries, 2)
+    alone = expand(found, again, [3, 3], rows=rows)
+    assert [[hit.passage for hit in each] for each in alone] == [[hit.passage for hit in each] for each in hits]
+    assert [(hit.line, hit.id) for hit in alone[0]] == [(2, "a"), (None, "c"), (3, "b")]
     again.close()
 
 
