@@ -136,11 +136,14 @@ class MilvusIndex:
         """`known` and `before`."""
         key_of: dict[int, int] = {}
         self._client.load_collection(self._name)
-        pages = self._client.query_iterator(self._name, batch_size=self._PAGE, filter="lines > 0",
-                                            output_fields=["id", "text"])
-        while page := pages.next():
+        bits = PLACES if self._entries.passages is not None else 0
+        for first in itertools.count(1, self._PAGE):  # by key: for each page of an iterator Milvus Lite reads all again
+            keys = [line << bits for line in range(first, first + self._PAGE)]
+            page = self._client.get(self._name, ids=keys, output_fields=["text"])
             key_of.update((hash(each["text"]), each["id"]) for each in page)
-        pages.close()
+            if not page and not self._client.query(self._name, filter=f"id >= {keys[0]}", limit=1,
+                                                   output_fields=["id"]):
+                break
         known = np.fromiter((key_of.get(hash(text), -1) for text in self._entries), "int64", len(self._entries))
         return known, len(key_of)
 
