@@ -230,7 +230,7 @@ def test_no_cosine_is_above_one():
     """Of float32 vectors of length 1 the sum of the products is now and then 1.0000001; whatever the index gives."""
     from deploy.serving.app import Limits, make_app
     from deploy.serving.batching import Job
-    from deploy.serving.searcher import Searcher
+    from deploy.serving.searcher import Found, Searcher
 
     class Rounded:
         """An engine, a tokenizer, an index and a corpus in which all is a little too long."""
@@ -256,7 +256,7 @@ def test_no_cosine_is_above_one():
     one = Rounded()
     searcher = Searcher(one, one, one, one, 8, ([1, 2], [8]))
     assert searcher.answer([Job(["a"], 2)]) == [[
-        [("乙", 2, "b", 1.0, None, None), ("甲", 1, "a", -1.0, None, None)]]]
+        [Found("乙", 2, "b", 1.0), Found("甲", 1, "a", -1.0)]]]
     app = make_app(searcher, Limits())
 
     async def asked():

@@ -144,7 +144,7 @@ def bodies(limits: Limits, modes: Sequence[str]) -> tuple[type[Strict], type[Str
 class Metrics:
     """What GET /metrics tells, in a registry of its own."""
 
-    def __init__(self, searcher: Searcher, batcher: Batcher) -> None:
+    def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter("simcse_requests", "Requests", ["path", "status"], registry=self.registry)
         self.seconds = Histogram("simcse_request_seconds", "Time to answer a request", ["path"],
@@ -152,9 +152,13 @@ class Metrics:
         self.batch_jobs = Histogram("simcse_batch_requests", "Requests of a batch", registry=self.registry,
                                     buckets=[2**i for i in range(9)])
         self.texts = Counter("simcse_texts", "Texts encoded, repeated ones included", registry=self.registry)
-        Gauge("simcse_waiting_texts", "Texts that wait for a batch", registry=self.registry).set_function(
-            lambda: batcher.waiting)
-        Gauge("simcse_documents", "Documents that are searched", registry=self.registry).set(searcher.facts.documents)
+        self.waiting = Gauge("simcse_waiting_texts", "Texts that wait for a batch", registry=self.registry)
+        self.documents = Gauge("simcse_documents", "Documents that are searched", registry=self.registry)
+
+    def watch(self, searcher: Searcher, batcher: Batcher) -> None:
+        """Tell of these from now on."""
+        self.waiting.set_function(lambda: batcher.waiting)
+        self.documents.set(searcher.facts.documents)
         batcher.batched = self._batched
 
     def request(self, path: str, status: int, seconds: float) -> None:
@@ -224,14 +228,16 @@ def bearer(token: str | None) -> list[Any]:
     return [Depends(check)]
 
 
-def make_app(searcher: Searcher, limits: Limits, token: str | None = None) -> FastAPI:
+def make_app(searcher: Searcher, limits: Limits, token: str | None = None, metrics: Metrics | None = None) -> FastAPI:
     """The service.
 
     Args:
         token: what clients have to send as bearer token; None: nothing. /, /docs and /healthz are open either way.
+        metrics: those of the app before, which are gone on with.
     """
     batcher = Batcher(searcher.answer, limits.batch, limits.waiting)
-    metrics = Metrics(searcher, batcher)
+    metrics = metrics or Metrics()
+    metrics.watch(searcher, batcher)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -53,9 +53,10 @@ class RemoteSearcher:
         self._process = context.Process(target=_answer, args=(theirs, args), daemon=True)
         self._process.start()
         theirs.close()
-        self.ended = False  # by itself
+        self._opened = self.ended = False  # by itself
         try:
             self.facts = self._receive()
+            self._opened = True
         except BaseException:  # Ctrl-C, too
             self._process.kill()  # not SIGTERM, which paddle answers with a stack on stdout
             raise
@@ -64,9 +65,12 @@ class RemoteSearcher:
         try:
             received = self._connection.recv()
         except (EOFError, OSError):
+            said = "the process of the model has ended"
+            if not self._opened:
+                raise console.InputError(f"{said} while it opened the index; is there enough memory?") from None
             self.ended = True
             os.kill(os.getpid(), signal.SIGTERM)  # without it there is nothing to serve
-            raise RuntimeError("the process of the model has ended") from None
+            raise RuntimeError(said) from None
         if isinstance(received, Exception):
             raise received
         return received

@@ -6,11 +6,13 @@
 
 POST /embed, /similarity, /search, and /v1/embeddings as OpenAI's clients send it; GET /healthz and /metrics; / is the
 search page and /docs describes all of it. With SIMCSE_TOKEN in the environment, clients have to send it as bearer
-token. Ctrl-C and SIGTERM stop it after what is being answered.
+token. Ctrl-C and SIGTERM stop it after what is being answered; an index folder that has been replaced, and after SIGHUP
+the model as well, is opened again and takes over.
 """
 
 import argparse
 import asyncio
+import functools
 import logging
 import os
 import signal
@@ -86,19 +88,20 @@ def listen(args: argparse.Namespace) -> socket.socket:
 
 def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     """Answer until SIGINT or SIGTERM."""
-    from deploy.serving.app import Limits, make_app
+    from deploy.serving.app import Limits, Metrics, make_app
+    from deploy.serving.following import Following, stamp_of
     from deploy.serving.remote import RemoteSearcher
 
     import uvicorn
 
-    searcher = RemoteSearcher(args)
     limits = Limits(args.max_texts, args.max_text_length, args.max_top_k, args.max_body, args.max_seconds,
                     args.max_batch, args.max_waiting)
-    token = os.environ.get("SIMCSE_TOKEN")
-    app = make_app(searcher, limits, token)
+    token, metrics = os.environ.get("SIMCSE_TOKEN"), Metrics()
+    app = Following(lambda: RemoteSearcher(args), lambda searcher: make_app(searcher, limits, token, metrics),
+                    functools.partial(stamp_of, args))
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    facts = searcher.facts
+    facts = app.searcher.facts
     console.log(f"{facts.documents:,} documents in {facts.precision} at {address}, API at {address}/docs"
                 + (", with the token of SIMCSE_TOKEN" if token else ""))
     if not token and host not in ("127.0.0.1", "::1"):
@@ -115,9 +118,9 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     try:
         uvicorn.Server(config).run(sockets=[listener])
     finally:
-        searcher.close()
+        app.searcher.close()
         console.log("stopped")
-        if searcher.ended:
+        if app.searcher.ended:
             raise SystemExit("server.py: error: the process of the model has ended")
 
 

@@ -1,0 +1,168 @@
+"""A service whose index is replaced: no request is lost, and no answer is of two indexes."""
+
+import asyncio
+import shutil
+import signal
+import threading
+import time
+
+import pytest
+from conftest import FP32, read_texts, run_script
+
+pytest.importorskip("fastapi_offline", reason="requirements-serving.txt is not installed")
+
+
+@pytest.fixture(scope="module")
+def indexes(checkpoint, sample, tmp_path_factory):
+    """Of two corpora that share no document, the second with BM25."""
+    folder = tmp_path_factory.mktemp("following")
+    texts = read_texts(sample / "corpus.csv")
+    for name, own in (("first", texts[:40]), ("second", texts[40:100])):
+        (folder / f"{name}.csv").write_text("".join(f"{text}\n" for text in own), encoding="utf-8")
+        result = run_script("recall.py", "--device", "cpu", "--params_path", checkpoint, "--corpus_file",
+                            folder / f"{name}.csv", "--query", "语义", "--max_seq_length", 32, "--index_path",
+                            folder / name, *(["--hybrid_bm25"] if name == "second" else []), *FP32)
+        assert not result.returncode, result.stderr
+    return folder
+
+
+def replace(source, index):
+    """As recall.py does it: the new folder takes the old one's place in one step."""
+    from simcse.files import new_folder
+
+    with new_folder(str(index), cache=True) as folder:
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+
+
+def test_an_index_that_is_replaced_under_load(serve, indexes, tmp_path):
+    """Three times, the second time damaged; every answer is 200, and of one index alone."""
+    index = tmp_path / "index"
+    shutil.copytree(indexes / "first", index)
+    service = serve("--index_path", index)
+    texts = [read_texts(indexes / f"{name}.csv") for name in ("first", "second")]
+    corpora = {len(each): set(each) for each in texts}
+    answers, ended = [], threading.Event()
+
+    def ask(number):
+        while not ended.is_set():
+            status, _, content = service.ask("/search", {"queries": [f"语义 {number}", "检索"], "top_k": 5})
+            answers.append((status, content))
+
+    def wait_for(documents):
+        until = time.time() + 60
+        while service.ask("/healthz")[2]["documents"] != documents:
+            assert time.time() < until, service.log.read_text("utf-8")
+            time.sleep(0.05)
+
+    clients = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+    for client in clients:
+        client.start()
+    replace(indexes / "second", index)
+    wait_for(60)
+    assert service.ask("/healthz")[2]["modes"] == ["embedding", "hybrid"]
+    (index / "shard_0.bin").write_bytes(b"damaged")
+    service.process.send_signal(signal.SIGHUP)
+    while "what was served before goes on" not in service.log.read_text("utf-8"):
+        time.sleep(0.05)
+    replace(indexes / "first", index)
+    wait_for(40)
+    ended.set()
+    for client in clients:
+        client.join()
+    assert service.ask("/search", {"queries": ["语义"]})[2]["documents"] == 40
+    seen = [content["documents"] for status, content in answers if status == 200]
+    assert len(seen) == len(answers) and set(seen) == {40, 60}
+    for _, content in answers:
+        hits = [hit for each in content["results"] for hit in each]
+        assert len(hits) == 10 and {hit["document"] for hit in hits} <= corpora[content["documents"]]
+        assert all((hit["score"] is not None) == (content["documents"] == 60) for hit in hits)
+    assert service.figures()["simcse_documents"] == 40
+    assert service.figures()['simcse_requests_total{path="/search",status="200"}'] >= len(answers)
+    said = [line for line in service.log.read_text("utf-8").splitlines() if "from now on" in line or "goes on" in line]
+    assert [line.split()[0] for line in said] == ["60", "--index_path", "40"] and "damaged" in said[1], said
+
+
+class Searcher:
+    """One that is opened, and its app, whose answers wait for its gate."""
+
+    def __init__(self, name):
+        self.name, self.closed, self.gate = name, False, asyncio.Event()
+        self.facts = type("Facts", (), {"documents": 1, "precision": "fp32"})
+
+    def close(self):
+        self.closed = True
+
+    def app(self):
+        from fastapi import FastAPI
+
+        app = FastAPI()
+
+        @app.get("/")
+        async def name():
+            await self.gate.wait()
+            return self.name
+
+        return app
+
+
+async def get(app):
+    sent = []
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": [], "query_string": b"", "http_version": "1.1"}
+    await app(scope, receive, send)
+    return sent[-1]["body"]
+
+
+async def until(condition):
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+def test_requests_under_way_are_answered_by_what_they_began_with():
+    """The old searcher is closed when they are; one that cannot be opened changes nothing."""
+    from deploy.serving.following import Following
+
+    opened, stamps = [], ["a"]
+
+    def open_searcher():
+        if stamps[0] == "broken":
+            stamps.append("seen")
+            raise OSError("no such index")
+        opened.append(Searcher(stamps[0]))
+        return opened[-1]
+
+    async def main():
+        following = Following(open_searcher, Searcher.app, lambda: stamps[0], seconds=0.01)
+        events, said = asyncio.Queue(), []
+
+        async def send(message):
+            said.append(message["type"])
+
+        await events.put({"type": "lifespan.startup"})
+        living = asyncio.create_task(following({"type": "lifespan"}, events.get, send))
+        await until(lambda: said)
+        waiting = asyncio.create_task(get(following))
+        await asyncio.sleep(0.02)
+        stamps[0] = "broken"
+        await until(lambda: "seen" in stamps)
+        assert following.searcher is opened[0]
+        stamps[0] = "b"
+        await until(lambda: following.searcher.name == "b")
+        opened[1].gate.set()
+        assert await get(following) == b'"b"' and not opened[0].closed
+        opened[0].gate.set()
+        assert await waiting == b'"a"'
+        await until(lambda: opened[0].closed)
+        stamps[0] = None  # the folder is away for a moment
+        await asyncio.sleep(0.05)
+        await events.put({"type": "lifespan.shutdown"})
+        await living
+        assert [searcher.name for searcher in opened] == ["a", "b"] and not opened[1].closed
+
+    asyncio.run(asyncio.wait_for(main(), 20))
