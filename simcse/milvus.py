@@ -2,10 +2,12 @@
 
 import contextlib
 import fcntl
+import hashlib
 import itertools
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,7 +20,8 @@ from simcse.ranks import wait_for_ranks
 import numpy as np
 
 PLACES = 20  # bits of a passage's key that are its place in the document
-NEXT, GONE = "_next", "_gone"  # behind the name of a collection that will take another's, or has left it
+NEXT, BEFORE = "next", "before"  # what is beside a collection: the one that will take its name, or that has left it
+DIGITS = 16  # hexadecimal, of a digest that ends their names: no one else's collection is taken for one of them
 
 
 class MilvusIndex:
@@ -64,7 +67,7 @@ class MilvusIndex:
         self._connect()
         with self._errors():
             if not RANK:
-                self._mend()
+                self._restore()
             wait_for_ranks()
             found = self._described(collection, wanted)
             if not found and not entries:
@@ -110,13 +113,18 @@ class MilvusIndex:
 
     def _follow(self, wanted: dict) -> None:
         """Have another state of the corpus filled beside the collection."""
-        self.follows, self.collection = True, f"{self._name}{NEXT}"
+        named = self._client.describe_collection(self._name)["collection_name"]
+        if named != self._name:
+            raise InputError(f"--milvus_collection {self._name}: is an alias of {named}; to have it follow the corpus, "
+                             "name that")
+        self.follows, self.collection = True, self._name_beside(NEXT, {**self.fingerprint, **wanted})
         self.known, self.before = self._look_up()
         if (self.known < 0).all():
             raise unrelated(f"--milvus_collection {self._name}", self._entries.corpus.name)
-        other = None if RANK else self._described(self.collection, {})
-        if other and any(other.get(name) != value for name, value in wanted.items()):
-            self._client.drop_collection(self.collection)  # of a third state, which was not finished
+        if not RANK:
+            self._drop(self._beside(BEFORE))
+            if self._client.has_collection(self.collection) and not self._client.list_indexes(self.collection):
+                self._drop([self.collection])  # it was not made to its end
 
     def _make(self, wanted: dict) -> None:
         """Find the key of each row, and make the collection where there is none."""
@@ -151,10 +159,14 @@ class MilvusIndex:
         """The embeddings of some keys, float32 [keys, dim], in the collection that is followed; zeros for -1."""
         vectors = np.zeros((len(keys), self.fingerprint["dim"]), "float32")
         there = np.flatnonzero(keys >= 0)
-        for some_rows in np.split(there, range(self._PAGE, len(there), self._PAGE)):
+        for start in range(0, len(there), self._PAGE):
+            some_rows = there[start : start + self._PAGE]
             with self._errors():
                 found = self._client.get(self._name, ids=keys[some_rows].tolist(), output_fields=["embedding"])
             of_key = {each["id"]: each["embedding"] for each in found}
+            if len(of_key) < len(some_rows):
+                raise InputError(f"--milvus_collection {self._name}: lacks a part of a document, or another took its "
+                                 "place meanwhile; run again, or drop it to build it again")
             vectors[some_rows] = [of_key[key] for key in keys[some_rows].tolist()]
         return vectors
 
@@ -164,19 +176,39 @@ class MilvusIndex:
             return
         with self._errors():
             if not RANK:
-                self._client.rename_collection(self._name, f"{self._name}{GONE}")
-                self._client.rename_collection(self.collection, self._name)
-                self._client.drop_collection(f"{self._name}{GONE}")
+                before = self._name_beside(BEFORE, self.fingerprint)
+                self._client.rename_collection(self._name, before)
+                try:
+                    self._client.rename_collection(self.collection, self._name)
+                except Exception:
+                    self._restore()
+                    raise
+                self._drop([before, *self._beside(NEXT)])
             wait_for_ranks()
             self.collection = self._name
             self._client.load_collection(self.collection)
 
-    def _mend(self) -> None:
-        """End what a process that was killed in `finish` has begun."""
-        if self._client.has_collection(f"{self._name}{GONE}"):
-            if not self._client.has_collection(self._name):
-                self._client.rename_collection(f"{self._name}{NEXT}", self._name)
-            self._client.drop_collection(f"{self._name}{GONE}")
+    def _name_beside(self, what: str, fingerprint: dict) -> str:
+        digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
+        return f"{self._name}_{what}_{digest[:DIGITS]}"
+
+    def _beside(self, what: str) -> list[str]:
+        """The names of the collections beside this one that runs have left: NEXT or BEFORE."""
+        form = re.compile(rf"{re.escape(self._name)}_{what}_[0-9a-f]{{{DIGITS}}}")
+        return list(filter(form.fullmatch, self._client.list_collections()))
+
+    def _restore(self) -> None:
+        """Give the collection of before its name back, where `finish` ended between its two renames."""
+        if not self._client.has_collection(self._name):
+            for name in self._beside(BEFORE)[:1]:
+                self._client.rename_collection(name, self._name)
+
+    def _drop(self, names: Iterable[str]) -> None:
+        """Drop collections beside this one, which gets their aliases: a server drops none that has any."""
+        for name in names:
+            for alias in self._client.list_aliases(name)["aliases"]:
+                self._client.alter_alias(self._name, alias)
+            self._client.drop_collection(name)
 
     def _errors(self) -> contextlib.AbstractContextManager:
         """What goes wrong in Milvus, as an InputError."""
@@ -277,6 +309,8 @@ class MilvusIndex:
         have None."""
         with self._errors():
             found = self._client.get(self.collection, ids=list(keys), output_fields=["text", "lines", "ids"])
+        if len(found) < len(set(keys)):
+            raise InputError(f"--milvus_collection {self._name}: another took its place meanwhile; ask again")
         by_key = {}
         for each in found:
             lines = range(min(most, each["lines"]))

@@ -202,6 +202,13 @@ def test_a_collection_follows_its_corpus(tmp_path, monkeypatch, capsys):
     with pytest.raises(ZeroDivisionError):  # when the old one has gone, and the new one has no name yet
         index.finish()
     index.close()
+    again = MilvusIndex("x.db", "texts", {})
+    assert again.take([1, 3], 9) == [("甲", [(1, "a")]), ("丙", [(3, "c")])]
+    again.close()
+    index, kept = follow(tmp_path, *lines)
+    assert not index.pieces and not kept.lacking
+    index.finish()
+    index.close()
     again = MilvusIndex("x.db", "texts", {"corpus": str(tuple(lines))})
     assert not again.pieces and again._client.list_collections() == ["texts"]
     keys, cosines = again.search(np.eye(8, dtype="float32")[[7, 2, 0]], 1)
