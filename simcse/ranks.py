@@ -37,6 +37,11 @@ def wait_for_ranks() -> None:
         paddle.distributed.barrier()
 
 
+def largest(number: int) -> int:
+    """The largest of the numbers of all ranks, which call it together."""
+    return max(int(each[0]) for each in gather_arrays(np.array([number], "int64")))
+
+
 def gather_arrays(array: np.ndarray) -> list[np.ndarray]:
     """The arrays of all ranks, which have one shape and dtype."""
     return [array] if RANKS == 1 else np.split(gather_rows(paddle.to_tensor(array)).numpy(), RANKS)

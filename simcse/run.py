@@ -15,21 +15,25 @@ from typing import Any
 from simcse import console
 from simcse.console import InputError, log, log_from_handler
 from simcse.encoders import train_faster_on_cpu
+from simcse.engine import gpu_precision
 from simcse.files import file_digest, read_json, write_json
 from simcse.machine import RANK, RANKS
-from simcse.ranks import LAUNCHER_GONE, join_ranks, set_device, wait_for_ranks
+from simcse.ranks import LAUNCHER_GONE, join_ranks, largest, set_device, wait_for_ranks
 from simcse.weights import STATE_FILE, STATE_RECORD, read_weights, saved_steps, write_weights
 
 import numpy as np
 import paddle
 from tqdm import tqdm
 
+REMEDY = "A lower --learning_rate, --max_grad_norm 1 or --warmup_proportion 0.1 may help"
 BINS = np.linspace(-1, 1, 51)  # of the histograms of cosines
 
 
 def run_training(args: argparse.Namespace, train: Callable[[], "Run"]) -> None:
     """Train on the device asked for, and exit with the code of the run that `train` returns."""
     set_device(args.device, args.cpu_threads)
+    if args.device == "gpu":
+        gpu_precision(args.precision)  # before anything takes time
     started = time.time()
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -52,7 +56,7 @@ class Run:
     `args` are as `flags.check_run_arguments` returns them, `texts` is the training file, a `data.TextFile`; `write`
     writes a checkpoint to a folder, with what a function of that folder, its second argument, adds. `network` is the
     model, or the DataParallel that holds it; `step` of `steps` steps are done; `code` is the exit code of a run that
-    was ended before its last one: 1 for a loss that is no number, 128 + the signal."""
+    was ended before its last one: 1 for a loss, or weights, that are no numbers, 128 + the signal."""
 
     def __init__(self, args: argparse.Namespace, model: Any, texts: Any, epoch_steps: int, write: Callable) -> None:
         from paddlenlp.transformers import LinearDecayWithWarmup
@@ -66,7 +70,7 @@ class Run:
         if args.device == "cpu":
             train_faster_on_cpu(model)
         self.network = paddle.DataParallel(model) if RANKS > 1 else model  # gives all ranks the weights of rank 0
-        self.steps, self.step, self.code, self.saved = epoch_steps * args.epochs, 0, 0, None
+        self.steps, self.step, self.code, self.saved, self.sound = epoch_steps * args.epochs, 0, 0, None, None
         self.schedule = LinearDecayWithWarmup(args.learning_rate, self.steps, args.warmup_proportion)
         decayed = {parameter.name for name, parameter in model.named_parameters()
                    if "bias" not in name and "norm" not in name}
@@ -100,31 +104,55 @@ class Run:
                 advance()
                 if self.step % self.args.save_steps == 0:
                     self.save()
-                if self._stops():
-                    self.code = 128 + self.signal
-                    break
+                if not self.code and self._stops():
+                    self.save()
+                    self.code = self.code or 128 + self.signal
+                if self.code:
+                    return
         self.save()
 
     def update(self, loss: paddle.Tensor, batch: Any) -> None:
-        """Take a step by the gradients of `loss`; where it is no number, say what can be said of it, and save, where
-        the weights still are numbers."""
-        if (self.args.device == "cpu" or self.step % 10 == 9) and not math.isfinite(float(loss)):
-            self.code = 1
-            if all(bool(paddle.isfinite(parameter).all()) for parameter in self.model.parameters()):
+        """Take a step by the gradients of `loss`; where it is no number on any rank, say what can be said of it, and
+        save, where the weights still are numbers. On several ranks and on a GPU, whose loss is waited for, it is looked
+        at every tenth step, and where it is acted on."""
+        looks = self.args.device == "cpu" and RANKS == 1
+        if looks or (self.step + 1) % 10 == 0 or self._is_acted_on(self.step + 1):
+            bad = not math.isfinite(float(loss))
+            if largest(bad):
+                if bad:
+                    lines = sorted(self.texts.line_number(row) for row in batch.rows)
+                    log(f"{console.PROGRAM}: error: the loss of step {self.step + 1} is {float(loss)}; its batch is "
+                        f"lines {', '.join(map(str, lines[:100]))} of --train_set_file. {REMEDY}")
+                self.code = 1
                 self.save()
-            lines = sorted(self.texts.line_number(row) for row in batch.rows)
-            log(f"{console.PROGRAM}: error: the loss of step {self.step + 1} is {float(loss)}; its batch is lines "
-                f"{', '.join(map(str, lines[:100]))} of --train_set_file. A lower --learning_rate, --max_grad_norm 1 "
-                "or --warmup_proportion 0.1 may help")
-            return
+                return
         learning_rate = self.optimizer.get_lr()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
         self.optimizer.clear_grad()
         self.step += 1
-        if self.step % 10 == 0 and not RANK:
+        if self._is_acted_on(self.step):
+            self._look_at_weights()
+        if self.step % 10 == 0 and not RANK and not self.code:
             self._log_step(float(loss), learning_rate)  # on a GPU the only wait for the device
+
+    def _is_acted_on(self, step: int) -> bool:
+        """Whether the weights after a step are saved or measured."""
+        every = self.args.save_steps, vars(self.args).get("eval_steps")
+        return step == self.steps or any(step % steps == 0 for steps in every if steps)
+
+    def _look_at_weights(self) -> bool:
+        """Whether the weights are numbers, on all ranks; where they are not, `code` ends the run."""
+        if self.sound != self.step:
+            if largest(not all(bool(paddle.isfinite(parameter).all()) for parameter in self.model.parameters())):
+                if not self.code and not RANK:
+                    log(f"{console.PROGRAM}: error: after step {self.step} weights are no numbers; they are not saved. "
+                        f"{REMEDY}")
+                self.code = 1
+                return False
+            self.sound = self.step
+        return True
 
     def _request_stop(self, number: int, _) -> None:
         """Have the run stop after the step at hand; a second Ctrl-C or SIGTERM ends it at once."""
@@ -141,14 +169,12 @@ class Run:
         if RANKS > 1:
             if self.step % 10:
                 return False
-            signals = paddle.to_tensor([self.signal])
-            paddle.distributed.all_reduce(signals, op=paddle.distributed.ReduceOp.MAX)
-            self.signal = int(signals)
+            self.signal = largest(self.signal)
         return bool(self.signal)
 
     def save(self) -> None:
-        """Write a checkpoint, on rank 0, while the others wait."""
-        if self.saved == self.step:
+        """Write a checkpoint, on rank 0, while the others wait; but none of weights that are no numbers."""
+        if self.saved == self.step or not self._look_at_weights():
             return
         if not RANK:
             folder = os.path.join(self.args.save_dir, f"model_{self.step}")
@@ -165,10 +191,9 @@ class Run:
         write_weights(os.path.join(folder, STATE_FILE), {
             f"{name}|{key.removeprefix(parameter.name + '_')}": tensor for name, parameter in own
             for key, tensor in state.items() if key.startswith(parameter.name + "_")})
-        scaler = {name: value if isinstance(value, (bool, int)) else float(value)
-                  for name, value in self.scaler.state_dict().items()}
         write_json(os.path.join(folder, STATE_RECORD), {
-            "step": self.step, "run": self.settings, "scaler": scaler, "schedule": state["LR_Scheduler"]})
+            "step": self.step, "run": self.settings, "scaler": scaler_record(self.scaler),
+            "schedule": state["LR_Scheduler"]})
 
     def _read_state(self, folder: str) -> None:
         """Go on from what `_write_state` wrote. It raises InputError where that is of a run with another training file,
@@ -189,7 +214,7 @@ class Run:
             state[f"{names[name]}_{kind}"] = paddle.to_tensor(array)
         self.optimizer.set_state_dict(state)
         if record["scaler"]:
-            self.scaler.load_state_dict(record["scaler"])
+            restore_scaler(self.scaler, record["scaler"])
         self.step = record["step"]
         log(f"going on from {folder}")
 
@@ -234,6 +259,17 @@ class Run:
         if not RANK:
             self.writer.close()
         wait_for_ranks()
+
+
+def scaler_record(scaler: paddle.amp.GradScaler) -> dict[str, float]:
+    """The state of a loss scaler, as JSON has it; {} of one that is off."""
+    return {name: value if isinstance(value, (bool, int)) else float(np.ravel(value)[0])
+            for name, value in scaler.state_dict().items()}
+
+
+def restore_scaler(scaler: paddle.amp.GradScaler, record: dict[str, float]) -> None:
+    """Give a loss scaler the state of a `scaler_record`."""
+    scaler.load_state_dict({**record, "scale": np.array([record["scale"]], "float32")})
 
 
 def alignment(positives: np.ndarray) -> float:

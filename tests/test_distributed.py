@@ -184,6 +184,28 @@ def test_ranks_end_with_the_launcher(sample, tmp_path, number):
         assert "training_state.json" in os.listdir(tmp_path / "checkpoints" / name)
 
 
+def test_a_loss_that_is_no_number_on_one_rank_ends_both(sample, tmp_path):
+    """Before an evaluation: neither waits for the other, and the weights, which all ranks' gradients have spoilt, are
+    not saved."""
+    (tmp_path / "train.py").write_text(f"""import runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+import simcse.gradients as gradients
+from simcse.machine import RANK
+whole, steps = gradients.backward, []
+
+def broken(*args):
+    steps.append(1)
+    return whole(*args) * (float("nan") if RANK and len(steps) == 2 else 1)
+
+gradients.backward = broken
+runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+""")
+    result, logs = launch(tmp_path / "train.py", *train_flags(sample, "--eval_steps", 2, "--save_dir", "out"),
+                          cwd=tmp_path, timeout=120)
+    assert result.returncode and not any("Traceback" in log for log in logs), logs
+    assert "error: the loss of step 2 is nan; its batch is lines" in logs[1] and "error" not in logs[0], logs
+
+
 def test_two_ranks_broken_and_resumed_are_two_unbroken(sample, tmp_path):
     flags = ["--device", "cpu", "--model_name_or_path", ENCODER, "--train_set_file", sample / "train_unsupervised.csv",
              "--batch_size", 4, "--max_seq_length", 16, "--epochs", 2, "--save_steps", 12, "--cross_device_negatives",
