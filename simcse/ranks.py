@@ -1,6 +1,7 @@
 """The device of this process, and the other processes that a launcher started beside it."""
 
 import ctypes
+import os
 import signal
 
 from simcse.console import InputError
@@ -15,11 +16,23 @@ LAUNCHER_GONE = signal.SIGUSR1  # not SIGTERM: it comes once for each thread of 
 def set_device(device: str, cpu_threads: int = 0) -> None:
     """Make `device` ("cpu", "gpu") the current one, with `cpu_threads` math threads (0: all cores) on a CPU; InputError
     where this paddle, or this machine, has no such device."""
-    if device == "gpu" and not (paddle.device.is_compiled_with_cuda() and paddle.device.cuda.device_count()):
-        raise InputError("--device gpu: no GPU that this paddlepaddle can use; run with --device cpu, "
-                         "or install paddlepaddle-gpu (requirements-gpu.txt)")
+    if device == "gpu":
+        visible_gpus()
     paddle.set_device(device)
     paddle.base.core.set_num_threads(cpu_threads or CPU_THREADS)  # paddle starts with one
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES has for them, else by their numbers;
+    InputError where there is none."""
+    count = paddle.device.cuda.device_count() if paddle.device.is_compiled_with_cuda() else 0
+    if not count:
+        raise InputError("--device gpu: no GPU that this paddlepaddle can use; run with --device cpu (DEVICE=cpu of "
+                         "the shell scripts), or install a GPU build (README, chapter 2)")
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if names is None:
+        return [str(number) for number in range(count)]
+    return [name.strip() for name in names.split(",")][:count]  # CUDA takes those before the first that is not there
 
 
 def join_ranks() -> None:
