@@ -1,10 +1,14 @@
 """GPUs without one: which are taken, what is said of those that cannot be used, which Python the shell scripts take."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 
+from simcse import console, flags, ranks
+
+import paddle
 import pytest
 from conftest import ROOT, refuse
 
@@ -80,14 +84,175 @@ def test_a_gpu_that_is_not_there_is_one_line(cards, count, visible, gpus, messag
 
 
 def test_the_cpu_build_is_one_line(tmp_path):
-    import paddle
-
     if paddle.device.is_compiled_with_cuda():
         pytest.skip("this paddle can use GPUs")
-    for flags in ([], ["--gpus", "0,1,2,3"]):
-        line = refuse("scripts/launch.py", *flags, "train.py")
+    for asked in ([], ["--gpus", "0,1,2,3"]):
+        line = refuse("scripts/launch.py", *asked, "train.py")
         assert line.startswith("launch.py: error: --device gpu: no GPU that this paddlepaddle can use")
         assert "DEVICE=cpu" in line
+
+
+# --------------------------------------------------------------------------------------------------- a GPU by itself
+@pytest.fixture
+def card(monkeypatch):
+    """Makes the current device look like a GPU of a compute capability, under a build for some; it computes on the
+    CPU."""
+    def make(capability, built, version="3.3.1", cuda="12.6"):
+        monkeypatch.setattr(paddle.device.cuda, "get_device_name", lambda: "NVIDIA X1")
+        monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda: capability)
+        monkeypatch.setattr(paddle, "__version__", version)
+        monkeypatch.setattr(paddle.version, "cuda", lambda: cuda)
+        if built is None:
+            monkeypatch.delattr(paddle.version, "cuda_archs", raising=False)
+        else:
+            monkeypatch.setattr(paddle.version, "cuda_archs", lambda: built, raising=False)
+
+    return make
+
+
+OLD = {"built": None, "version": "2.6.2", "cuda": "11.8"}  # what pip finds
+
+
+@pytest.mark.parametrize("capability, build", [
+    ((7, 0), OLD), ((8, 6), OLD), ((8, 9), OLD), ((9, 0), {**OLD, "cuda": "12.0"}), ((9, 0), {"built": [75, 80, 90]}),
+    ((8, 9), {"built": ["80"]}), ((12, 0), {"built": [80, 120]}), ((7, 0), {"built": []})])
+def test_a_gpu_that_the_build_is_for(card, capability, build):
+    """Of a major number the code of a lower minor one runs; of a build that is not known nothing is said."""
+    card(capability, **build)
+    ranks.check_gpu()
+
+
+@pytest.mark.parametrize("capability, build, known", [
+    ((9, 0), OLD, "2.6.2 is built for 6.1, 7.0, 7.5, 8.0, 8.6"), ((6, 0), OLD, "2.6.2 is built for 6.1"),
+    ((12, 0), {"built": [75, 80, 86, 89]}, "3.3.1 is built for 7.5, 8.0, 8.6, 8.9"),
+    ((7, 0), {"built": [75, 80]}, "3.3.1"), ((8, 0), {"built": [86]}, "3.3.1 is built for 8.6")])
+def test_a_gpu_that_the_build_has_no_code_for_is_one_line(card, capability, build, known):
+    card(capability, **build)
+    with pytest.raises(console.InputError) as said:
+        ranks.check_gpu()
+    message, (major, minor) = str(said.value), capability
+    assert message.startswith(f"--device gpu: NVIDIA X1 has compute capability {major}.{minor}, and this ")
+    assert known in message and "says which one fits" in message and "\n" not in message
+
+
+LIBRARY = """(PreconditionNotMet) The third-party dynamic library (libcublas.so) that Paddle depends on is not \
+configured correctly. (error code is libcublas.so: cannot open shared object file: No such file or directory)
+  Suggestions:
+  1. Check if the third-party dynamic library (e.g. CUDA, CUDNN) is installed correctly. (at /paddle/x.cc:312)"""
+DRIVER = """
+
+--------------------------------------
+C++ Traceback (most recent call last):
+--------------------------------------
+0   phi::backends::gpu::GetGPUDeviceCount()
+
+----------------------
+Error Message Summary:
+----------------------
+ExternalError: CUDA error(803), system has unsupported display driver / cuda driver combination.
+  [Hint: Please search for the error code(803) on website to get Nvidia's advice about CUDA Error.] (at /paddle/x.cc:1)
+"""
+FULL = """(ResourceExhausted)
+
+Out of memory error on GPU 0. Cannot allocate 15.258789GB memory on GPU 0, 15.6GB memory has been allocated.
+
+Please check whether there is any other process using GPU 0. (at /paddle/x.cc:86)"""
+LATE = "(External) CUDA error(2), out of memory.\n  [Hint: 'cudaErrorMemoryAllocation'.] (at /paddle/x.cc:65)"
+
+
+@pytest.mark.parametrize("error, line", [
+    (RuntimeError(LIBRARY), "--device gpu: NVIDIA X1 cannot be computed on: The third-party dynamic library "
+     "(libcublas.so) that Paddle depends on is not configured correctly. (error code is libcublas.so: cannot open "
+     "shared object file: No such file or directory); requirements-gpu.txt has the CUDA libraries"),
+    (OSError(DRIVER), "--device gpu: NVIDIA X1 cannot be computed on: CUDA error(803), system has unsupported display "
+     "driver / cuda driver combination."),
+    (MemoryError(FULL), "--device gpu: NVIDIA X1 cannot be computed on: Out of memory error on GPU 0. Cannot allocate "
+     "15.258789GB memory on GPU 0, 15.6GB memory has been allocated.")])
+def test_the_first_tensor_says_in_one_line_what_is_wrong(card, monkeypatch, error, line):
+    def ones(shape):
+        raise error
+
+    card((8, 0), [80])
+    monkeypatch.setattr(paddle, "ones", ones)
+    with pytest.raises(console.InputError) as said:
+        ranks.check_gpu()
+    assert str(said.value) == line
+
+
+def ended(error, capsys):
+    """Exit code and stderr of a script that ends so."""
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        console.run(main)
+    return end.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error, said", [
+    (MemoryError(FULL), "out of memory: Out of memory error on GPU 0. Cannot allocate 15.258789GB memory on GPU 0, "
+     "15.6GB memory has been allocated.; "), (OSError(LATE), "out of memory: CUDA error(2), out of memory.; "),
+    (OSError("(External) CUBLAS error(3).\n [Hint: 'CUBLAS_STATUS_ALLOC_FAILED'.]"), "out of memory: CUBLAS error(3)."),
+    (MemoryError(), "out of memory: MemoryError; "), (OSError(DRIVER), "the GPU cannot be used: CUDA error(803), syst"),
+    (RuntimeError(LIBRARY), "the GPU cannot be used: The third-party dynamic library (libcublas.so) that"),
+    (RuntimeError("Unsupported GPU architecture"), "the GPU cannot be used: Unsupported GPU architecture"),
+    (OSError("(External) NCCL error(2), unhandled system error."), "the GPU cannot be used: NCCL error(2), unhandled")])
+def test_trouble_with_memory_or_cuda_is_one_line(monkeypatch, capsys, error, said):
+    """Out of memory names the flags of this program that help."""
+    parser = flags.ArgumentParser(description="x")
+    for flag in ("--batch_size", "--max_seq_length", "--other"):
+        parser.add_argument(flag)
+    parser.parse_args([])
+    code, printed = ended(error, capsys)
+    assert code == 2 and printed.count("\n") == 1
+    assert printed.startswith(f"{console.PROGRAM}: error: {said}")
+    assert printed.endswith("; a lower --batch_size or --max_seq_length takes less\n") == ("out of memory: " in said)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("x"), ValueError(FULL), NotImplementedError("CUDA"), SystemError("y")])
+def test_a_mistake_of_the_program_keeps_its_traceback(error):
+    def main():
+        raise error
+
+    with pytest.raises(type(error)):
+        console.run(main)
+
+
+def test_memory_that_paddle_does_not_get_is_one_line(capsys):
+    with pytest.raises(MemoryError) as error:
+        paddle.empty([1 << 44])
+    code, printed = ended(error.value, capsys)
+    assert code == 2 and re.search(r"error: out of memory: Fail to alloc memory of \d+ size, error code is 12", printed)
+
+
+@pytest.mark.parametrize("version, linked", [("2.6.2", True), ("3.3.1", False)])
+def test_cuda_libraries_of_pip_are_linked_under_the_names_that_paddle_opens(tmp_path, monkeypatch, version, linked):
+    for name in ("nvidia/cudnn/lib/libcudnn.so.8", "nvidia/cublas/lib/libcublas.so.11", "paddle/libs/libcublas.so",
+                 "nvidia/__init__.py", "paddle/__init__.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(paddle, "__version__", version)
+    monkeypatch.setattr(paddle, "__file__", str(tmp_path / "paddle" / "__init__.py"))
+    for _ in range(2):
+        ranks.link_cuda_libraries()
+    libraries = {path.name: path.read_text() for path in (tmp_path / "paddle" / "libs").iterdir()}
+    assert libraries == {"libcublas.so": "paddle/libs/libcublas.so", **({
+        "libcublas.so.11": "nvidia/cublas/lib/libcublas.so.11", "libcudnn.so": "nvidia/cudnn/lib/libcudnn.so.8",
+        "libcudnn.so.8": "nvidia/cudnn/lib/libcudnn.so.8"} if linked else {})}
+
+
+@pytest.mark.parametrize("library", ["16GetNCCL", "17GetCUDNN", "17GetCUFFT", "17GetNVRTC", "18GetCublas",
+                                     "20GetCublasLt", "18GetCurand", "20GetCusolver", "20GetCusparse"])
+def test_paddle_opens_the_cuda_libraries_of_pip(library):
+    """By paddle's own functions, in the GPU build of paddle 2.6, for which no driver is needed."""
+    if not (paddle.device.is_compiled_with_cuda() and paddle.__version__.startswith("2.")):
+        pytest.skip("this paddle is not the GPU build of requirements-gpu.txt")
+    ranks.link_cuda_libraries()
+    code = ("import ctypes, os, simcse, paddle\n"
+            "phi = ctypes.CDLL(os.path.join(os.path.dirname(paddle.__file__), 'libs', 'libphi.so'))\n"
+            f"find = phi._ZN3phi7dynload{library}DsoHandleEv\nfind.restype = ctypes.c_void_p\nos._exit(not find())\n")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 # ----------------------------------------------------------------------------------------------------- shell scripts
