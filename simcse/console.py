@@ -140,8 +140,9 @@ def reported(what: str, *kinds: type[Exception], remedy: str = "") -> Iterator[N
 
 def summary(error: BaseException) -> str:
     """What an error says in one line, one of paddle's without the C++ traceback, the kind, the hints and the place."""
-    text = str(error).rpartition("Error Message Summary:")[2].lstrip("-\n ")
-    text = re.sub(r"^(\(\w+\)|\w+Error:)\s*", "", text).strip() or type(error).__name__
+    _, traceback, text = str(error).rpartition("Error Message Summary:")
+    text = text.lstrip("-\n ") if traceback else text.strip()
+    text = re.sub(r"^(\(\w+\)|\w+Error:)\s*", "", text) or type(error).__name__
     return re.sub(r" *\(at /.*", "", text.splitlines()[0]).strip()
 
 
