@@ -10,7 +10,7 @@ from simcse import console, flags, ranks
 
 import paddle
 import pytest
-from conftest import ROOT, refuse
+from conftest import ROOT
 
 # Stands in for paddle, and its launcher, on a machine with CARDS GPUs.
 PADDLE = """
@@ -83,13 +83,15 @@ def test_a_gpu_that_is_not_there_is_one_line(cards, count, visible, gpus, messag
     assert said.startswith(f"launch.py: error: {message}")
 
 
-def test_the_cpu_build_is_one_line(tmp_path):
-    if paddle.device.is_compiled_with_cuda():
-        pytest.skip("this paddle can use GPUs")
-    for asked in ([], ["--gpus", "0,1,2,3"]):
-        line = refuse("scripts/launch.py", *asked, "train.py")
-        assert line.startswith("launch.py: error: --device gpu: no GPU that this paddlepaddle can use")
-        assert "DEVICE=cpu" in line
+def test_without_a_gpu_or_with_the_cpu_build_it_is_one_line():
+    if paddle.device.is_compiled_with_cuda() and paddle.device.cuda.device_count():
+        pytest.skip("there is a GPU")
+    for script in ("train", "run_build_index", "predict"):
+        ran = subprocess.run(["sh", f"scripts/{script}.sh", "--any_flag"], cwd=ROOT, capture_output=True, text=True,
+                             env={**os.environ, "PYTHON": sys.executable, "DEVICE": "gpu", "GPUS": "0"})
+        assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (2, "", 1), ran.stderr
+        assert ran.stderr.startswith("launch.py: error: --device gpu: no GPU that this paddlepaddle can use; run with ")
+        assert "DEVICE=cpu" in ran.stderr
 
 
 # --------------------------------------------------------------------------------------------------- a GPU by itself

@@ -33,7 +33,8 @@ if AMD and " avx2" in PROCESSOR:  # else paddle's MKL runs AMD's processors on S
     wide = all(f" {part}" in PROCESSOR for part in ("avx512f", "avx512bw", "avx512dq", "avx512vl"))
     os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "7" if wide else "5")
 os.environ.setdefault("GLOG_minloglevel", "2")  # paddle's C++ notes and warnings say nothing that a user can act on
-warnings.filterwarnings("ignore", message="No ccache found|Setuptools is replacing distutils")
+# The last is the GPU build without a GPU: with --device cpu nothing is wrong, and with --device gpu it is an error.
+warnings.filterwarnings("ignore", message="No ccache found|Setuptools is replacing distutils|You are using GPU version")
 
 
 class InputError(Exception):
