@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+from deploy.python import predictor
 from simcse import console, flags, ranks
 
 import paddle
@@ -227,8 +228,9 @@ def test_memory_that_paddle_does_not_get_is_one_line(capsys):
     assert code == 2 and re.search(r"error: out of memory: Fail to alloc memory of \d+ size, error code is 12", printed)
 
 
+@pytest.mark.parametrize("module", [ranks, predictor])
 @pytest.mark.parametrize("version, linked", [("2.6.2", True), ("3.3.1", False)])
-def test_cuda_libraries_of_pip_are_linked_under_the_names_that_paddle_opens(tmp_path, monkeypatch, version, linked):
+def test_cuda_libraries_of_pip_are_linked_as_paddle_names_them(tmp_path, monkeypatch, version, linked, module):
     for name in ("nvidia/cudnn/lib/libcudnn.so.8", "nvidia/cublas/lib/libcublas.so.11", "paddle/libs/libcublas.so",
                  "nvidia/__init__.py", "paddle/__init__.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -237,7 +239,7 @@ def test_cuda_libraries_of_pip_are_linked_under_the_names_that_paddle_opens(tmp_
     monkeypatch.setattr(paddle, "__version__", version)
     monkeypatch.setattr(paddle, "__file__", str(tmp_path / "paddle" / "__init__.py"))
     for _ in range(2):
-        ranks.link_cuda_libraries()
+        module.link_cuda_libraries()
     libraries = {path.name: path.read_text() for path in (tmp_path / "paddle" / "libs").iterdir()}
     assert libraries == {"libcublas.so": "paddle/libs/libcublas.so", **({
         "libcublas.so.11": "nvidia/cublas/lib/libcublas.so.11", "libcudnn.so": "nvidia/cudnn/lib/libcudnn.so.8",

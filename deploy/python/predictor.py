@@ -5,6 +5,8 @@ onnxruntime or openvino (requirements.txt), which are imported by what needs the
 """
 
 import contextlib
+import glob
+import importlib.util
 import json
 import os
 import re
@@ -187,6 +189,24 @@ def _run_paddle(model_dir: str, device: str, threads: int, precision: str, shape
     return embed
 
 
+def link_cuda_libraries() -> None:
+    """Have paddle 2.6 find the CUDA libraries of pip's packages (nvidia-cudnn-cu11 and others, see the project's
+    requirements-gpu.txt): it opens them by names without a version, so links are made in its own folder, where it
+    looks. Where they cannot be made, LD_LIBRARY_PATH has to name libraries of CUDA 11.8 and cuDNN 8."""
+    import paddle
+
+    packages = importlib.util.find_spec("nvidia")
+    if not paddle.__version__.startswith("2.") or packages is None:
+        return
+    folder = os.path.join(os.path.dirname(paddle.__file__), "libs")
+    for root in packages.submodule_search_locations or ():
+        for library in glob.glob(os.path.join(root, "*", "lib", "*.so.*")):
+            name = os.path.basename(library)
+            for link in (name, name.split(".so.")[0] + ".so"):
+                with contextlib.suppress(OSError):  # it is there, or the folder cannot be written
+                    os.symlink(os.path.relpath(library, folder), os.path.join(folder, link))
+
+
 def _check_tensorrt(graph: str, precision: str, built_with: tuple[int, int, int]) -> None:
     """InputError where paddle.inference.Config has no TensorRT for a graph or a precision, or this paddle has none."""
     if graph.endswith(".json"):
@@ -205,6 +225,7 @@ def _configure(config: Any, device: str, threads: int, precision: str, shapes: i
         if not (paddle.device.is_compiled_with_cuda() and paddle.device.cuda.device_count()):
             raise InputError("--device gpu: no GPU that this paddlepaddle can use; run with --device cpu, or install "
                              "paddlepaddle-gpu")
+        link_cuda_libraries()
         types = paddle.inference.PrecisionType
         kind = {"fp32": types.Float32, "bf16": types.Bfloat16, "fp16": types.Half}[precision]
         config.enable_use_gpu(100, 0, types.Float32 if tensorrt else kind)
