@@ -60,7 +60,9 @@ def link_cuda_libraries() -> None:
 
 def check_gpu() -> None:
     """InputError where paddle has no code for the current GPU, or where computing on it fails."""
-    name, (major, minor) = paddle.device.cuda.get_device_name(), paddle.device.cuda.get_device_capability()
+    device = paddle.device.get_device()
+    name = paddle.device.cuda.get_device_name(device)
+    major, minor = paddle.device.cuda.get_device_capability(device)
     built = compute_capabilities()
     if built and not any(each // 10 == major and each % 10 <= minor for each in built):
         known = ", ".join(f"{each // 10}.{each % 10}" for each in built)

@@ -101,8 +101,8 @@ def card(monkeypatch):
     """Makes the current device look like a GPU of a compute capability, under a build for some; it computes on the
     CPU."""
     def make(capability, built, version="3.3.1", cuda="12.6"):
-        monkeypatch.setattr(paddle.device.cuda, "get_device_name", lambda: "NVIDIA X1")
-        monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda: capability)
+        monkeypatch.setattr(paddle.device.cuda, "get_device_name", lambda device: "NVIDIA X1")
+        monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(paddle, "__version__", version)
         monkeypatch.setattr(paddle.version, "cuda", lambda: cuda)
         if built is None:
