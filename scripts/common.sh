@@ -30,7 +30,7 @@ launch() {
     gpus=$1
     log_dir=$2
     shift 2
-    if [ "$DEVICE" = gpu ]; then
+    if [ "$DEVICE" = gpu ] && ! given "--help -h" "$@"; then
         exec "$PYTHON" -u scripts/launch.py --gpus "$gpus" --log_dir "$log_dir" "$@"
     fi
     exec "$PYTHON" -u "$@"

@@ -283,8 +283,9 @@ def test_shell_scripts_leave_the_gpus_to_launch(tmp_path, script, gpus):
             assert code == 0, said
             assert words[2:5] == ["scripts/launch.py", "--gpus", asked.get("GPUS", gpus)]
             assert words[words.index("--device") + 1] == "gpu"
-    code, words, said = words_of(script, stub, PYTHON=str(stub), DEVICE="cpu", GPUS="0,1")
-    assert code == 0 and "scripts/launch.py" not in words, said
+    for flag, device in (("--quiet", "cpu"), ("--help", "gpu")):
+        code, words, said = words_of(script, stub, flag, PYTHON=str(stub), DEVICE=device, GPUS="1")
+        assert code == 0 and flag in words and "scripts/launch.py" not in words, said
 
 
 @pytest.mark.parametrize("script", ["run_build_index", "predict"])
