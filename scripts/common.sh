@@ -1,30 +1,37 @@
 # Read by the other scripts, from the project's folder, under dash and bash.
 # Settings come from the environment:
 #   DEVICE    gpu or cpu                      (gpu)
-#   PYTHON    the Python to run               (.venv/bin/python where there is one, else python, else python3)
+#   GPUS      GPUs by their numbers, of those in CUDA_VISIBLE_DEVICES where it is set: see the script that reads it
+#   PYTHON    the Python to run               (that of an activated environment, else .venv/bin/python, else python)
 #   DATA_DIR  folder of train_unsupervised.csv, dev.csv, corpus.csv and test.csv  (./recall)
 #   SAVE_DIR  folder of the checkpoints       (./checkpoints)
 DEVICE=${DEVICE:-gpu}
 DATA_DIR=${DATA_DIR:-./recall}
 SAVE_DIR=${SAVE_DIR:-./checkpoints}
 if [ -z "${PYTHON:-}" ]; then
-    if [ -x .venv/bin/python ]; then
-        PYTHON=.venv/bin/python
-    elif command -v python >/dev/null 2>&1; then
-        PYTHON=python
-    else
-        PYTHON=python3
+    conda=${CONDA_PREFIX:-}
+    if [ "${CONDA_DEFAULT_ENV:-}" = base ]; then
+        conda= # every shell has that one, whether somebody chose it or not
     fi
+    for folder in "${VIRTUAL_ENV:-}" "$conda" .venv; do
+        if [ -n "$folder" ] && [ -x "$folder/bin/python" ]; then
+            PYTHON=$folder/bin/python
+            break
+        fi
+    done
+fi
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON=python
+    command -v python >/dev/null 2>&1 || PYTHON=python3
 fi
 
-# launch GPUS LOG_DIR SCRIPT FLAGS...: through paddle.distributed.launch on GPUs, directly on a CPU.
+# launch GPUS LOG_DIR SCRIPT FLAGS...: on the GPUs of scripts/launch.py's --gpus, or on a CPU.
 launch() {
     gpus=$1
     log_dir=$2
     shift 2
-    if [ "$DEVICE" = gpu ]; then
-        unset CUDA_VISIBLE_DEVICES
-        exec "$PYTHON" -u -m paddle.distributed.launch --gpus "$gpus" --log_dir "$log_dir" "$@"
+    if [ "$DEVICE" = gpu ] && ! given "--help -h" "$@"; then
+        exec "$PYTHON" -u scripts/launch.py --gpus "$gpus" --log_dir "$log_dir" "$@"
     fi
     exec "$PYTHON" -u "$@"
 }

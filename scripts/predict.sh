@@ -1,12 +1,11 @@
 #!/bin/sh
 # Cosine of text pairs. Further flags are passed on and win over those here.
-#   GPUS         GPU to run on                          (0)
+#   GPUS         GPU to run on                          (the first)
 #   DEVICE       gpu or cpu                             (gpu)
 #   PARAMS_PATH  checkpoint                             (the newest in SAVE_DIR)
 #   DATA_DIR     folder of test.csv                     (./recall)
 #   MODEL        encoder, for a checkpoint that has no simcse_config.json
 #   BATCH_SIZE MAX_SEQ_LENGTH
-# On GPUs the launcher writes what the script prints to LOG_DIR/workerlog.0 (predict_log) as well.
 cd "$(dirname "$0")/.." || exit 1
 . scripts/common.sh
 case ${1:--} in
@@ -14,8 +13,15 @@ case ${1:--} in
 *) set -- --text_pair_file "$@" ;; # a file without its flag
 esac
 given --params_path "$@" || set -- --params_path "$(params_path)" "$@"
-launch "${GPUS:-0}" "${LOG_DIR:-predict_log}" predict.py \
+if [ "$DEVICE" = gpu ]; then
+    case ${GPUS:-} in *,*)
+        echo "predict.sh: error: GPUS=$GPUS: pairs are scored on one GPU" >&2
+        exit 2
+        ;;
+    esac
+fi
+launch "${GPUS:-first}" "${LOG_DIR:-predict_log}" predict.py \
     --device "$DEVICE" \
     ${MODEL:+--model_name_or_path "$MODEL"} \
     ${MAX_SEQ_LENGTH:+--max_seq_length "$MAX_SEQ_LENGTH"} \
-    --batch_size "${BATCH_SIZE:-128}" "$@"
+    ${BATCH_SIZE:+--batch_size "$BATCH_SIZE"} "$@"

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Encode the corpus, build the index, recall. Further flags are passed on and win over those here.
-#   GPUS         GPU to encode on                       (0)
+#   GPUS         GPUs to encode on, as in 0,1,2,3       (the first)
 #   DEVICE       gpu or cpu                             (gpu)
 #   PARAMS_PATH  checkpoint                             (the newest in SAVE_DIR)
 #   DATA_DIR     folder of corpus.csv and dev.csv       (./recall)
@@ -15,13 +15,13 @@ if ! given --corpus_file "$@" && ! { given "--query --query_file" "$@" && given 
 fi
 given "--similar_text_pair --similar_text_pair_file --query --query_file" "$@" ||
     set -- --similar_text_pair "$DATA_DIR/dev.csv" "$@"
-launch "${GPUS:-0}" "${LOG_DIR:-recall_log/}" recall.py \
+launch "${GPUS:-first}" "${LOG_DIR:-recall_log/}" recall.py \
     --device "$DEVICE" \
     --recall_result_dir "${RESULT_DIR:-recall_result_dir}" \
     --recall_result_file "recall_result.txt" \
     ${MODEL:+--model_name_or_path "$MODEL"} \
     ${HNSW_M:+--hnsw_m "$HNSW_M"} \
     ${HNSW_EF:+--hnsw_ef "$HNSW_EF"} \
-    --batch_size "${BATCH_SIZE:-64}" \
+    ${BATCH_SIZE:+--batch_size "$BATCH_SIZE"} \
     ${MAX_SEQ_LENGTH:+--max_seq_length "$MAX_SEQ_LENGTH"} \
     --recall_num "${RECALL_NUM:-50}" "$@"

@@ -20,14 +20,14 @@ paddle3.3)
     tests=tests
     ;;
 paddle2.6)
-    # The GPU stack with the CPU build of the same paddle.
+    # The GPU stack with the CPU build of the same paddle, and without CUDA's libraries.
     venv=.venv-paddle2.6
     mkdir -p "$venv"
-    sed 's/^paddlepaddle-gpu/paddlepaddle/' requirements-gpu.txt >"$venv.requirements.tmp"
+    sed 's/^paddlepaddle-gpu/paddlepaddle/; /^nvidia-/d' requirements-gpu.txt >"$venv.requirements.tmp"
     make_venv "$venv" "$venv.requirements.tmp" requirements-serving.txt requirements-test.txt
     tests=
     for name in compat lengths train gradients recall pipeline pipes engine precision losses objectives whitening \
-        pretrain mining deploy resume stopping checkpoint distributed serving; do
+        pretrain mining deploy device resume stopping checkpoint distributed serving; do
         tests="$tests tests/test_$name.py"
     done
     ;;

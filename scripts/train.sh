@@ -1,6 +1,6 @@
 #!/bin/sh
 # Train SimCSE. Further flags are passed on and win over those here.
-#   GPUS        GPUs to train on                        (0,1,2,3)
+#   GPUS        GPUs to train on, as in 0,1,2,3         (all)
 #   DEVICE      gpu or cpu                              (gpu)
 #   MODEL       encoder, hub name or folder             (rocketqa-zh-base-query-encoder)
 #   DATA_DIR    folder of train_unsupervised.csv, dev.csv  (./recall)
@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.." || exit 1
 given --train_set_file "$@" || set -- --train_set_file "$DATA_DIR/train_unsupervised.csv" "$@"
 given --test_set_file "$@" || set -- --test_set_file "$DATA_DIR/dev.csv" "$@"
 given "--model_name_or_path --init_from_ckpt" "$@" || set -- --model_name_or_path "${MODEL:-rocketqa-zh-base-query-encoder}" "$@"
-launch "${GPUS:-0,1,2,3}" "${LOG_DIR:-./train_log}" train.py \
+launch "${GPUS:-all}" "${LOG_DIR:-./train_log}" train.py \
     --eval_steps "${EVAL_STEPS:-100}" \
     --infer_with_fc_pooler \
     --output_emb_size "${OUTPUT_EMB_SIZE:-256}" \

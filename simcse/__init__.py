@@ -23,4 +23,5 @@ if "AuthenticAMD" in PROCESSOR and " avx2" in PROCESSOR:
 os.environ.setdefault("GLOG_minloglevel", "2")  # paddle's C++ notes and warnings say nothing that a user can act on
 # Else tokenizers warns of every process that a package starts; none of them tokenizes.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-warnings.filterwarnings("ignore", message="No ccache found|Setuptools is replacing distutils")
+# The last is the GPU build without a GPU: with --device cpu nothing is wrong, and with --device gpu it is an error.
+warnings.filterwarnings("ignore", message="No ccache found|Setuptools is replacing distutils|You are using GPU version")

@@ -23,8 +23,10 @@ class InputError(Exception):
 
 
 # --quiet, --strict_data, --plain_text; whether the lines that are answered are progress enough; how many progress bars
-# are on the terminal now
-settings = SimpleNamespace(quiet=False, strict=False, plain_text=False, answering=False, bars=0)
+# are on the terminal now; the program's flags that less memory is taken with
+settings = SimpleNamespace(quiet=False, strict=False, plain_text=False, answering=False, bars=0, memory_flags=())
+GPU_TROUBLE = re.compile(r"\b(CUDA|CUBLAS|CUDNN|CUSOLVER|CUSPARSE|CURAND|CUFFT|NCCL) error|third-party dynamic library|"
+                         "Unsupported GPU architecture", re.IGNORECASE)
 
 
 def log(message: str) -> None:
@@ -136,8 +138,27 @@ def reported(what: str, *kinds: type[Exception], remedy: str = "") -> Iterator[N
         raise InputError(f"{what}: {message}{remedy}") from None
 
 
+def summary(error: BaseException) -> str:
+    """What an error says in one line, one of paddle's without the C++ traceback, the kind, the hints and the place."""
+    _, traceback, text = str(error).rpartition("Error Message Summary:")
+    text = text.lstrip("-\n ") if traceback else text.strip()
+    text = re.sub(r"^(\(\w+\)|\w+Error:)\s*", "", text) or type(error).__name__
+    return re.sub(r" *\(at /.*", "", text.splitlines()[0]).strip()
+
+
+def explain(error: Exception) -> str | None:
+    """The line about an error that is no mistake of the program's: memory has run out, or CUDA or one of its libraries
+    fails; None for any other."""
+    said = summary(error)
+    if isinstance(error, MemoryError) or re.search("out of memory|ALLOC_FAILED", str(error), re.IGNORECASE):
+        flags = " or ".join(settings.memory_flags)
+        return f"out of memory: {said}" + (flags and f"; a lower {flags} takes less")
+    return f"the GPU cannot be used: {said}" if GPU_TROUBLE.search(said) else None
+
+
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`: input errors become one line and exit code 2, Ctrl-C exit code 130."""
+    """Run a script's `main`: input errors, no more memory and trouble with CUDA become one line and exit code 2, Ctrl-C
+    exit code 130; other errors keep their traceback."""
     code = 0
     try:
         main()
@@ -147,8 +168,14 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader of stdout (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
-    except (InputError, OSError) as error:
+    except InputError as error:
         warn(f"{PROGRAM}: error: {error}")
+        code = 2
+    except (OSError, MemoryError, RuntimeError, SystemError) as error:  # the last three of paddle
+        line = explain(error)
+        if line is None and not isinstance(error, OSError):
+            raise
+        warn(f"{PROGRAM}: error: {line or error}")
         code = 2
     except ModuleNotFoundError as error:
         warn(f"{PROGRAM}: error: {error.name} {HOW_TO_INSTALL}")

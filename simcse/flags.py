@@ -42,6 +42,8 @@ class ArgumentParser(argparse.ArgumentParser):
         console.settings.quiet = known.quiet
         console.settings.strict = getattr(known, "strict_data", False)
         console.settings.plain_text = getattr(known, "plain_text", False)
+        console.settings.memory_flags = [flag for flag in ("--batch_size", "--chunk_size", "--max_seq_length")
+                                         if flag in self._option_string_actions]
         return known, unknown
 
     def error(self, message: str) -> None:

@@ -1,7 +1,9 @@
 """deploy/python on a server: an exported folder and these files, without paddlenlp and without the project."""
 
+import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +30,15 @@ sys.meta_path.insert(0, Blocker())
 PROJECT = {"simcse", "model", "data", "ann_util", "deploy", "paddlenlp", "hnswlib", "jieba", "visualdl"}
 TEXTS = ["语义检索", "", "a [SEP] b[CLS]", "😀 ①ⅷ", "Ünïcödé ÄÖ\u00ad", "長" * 600, "x" * 300,
          "𠮷野 \u2b820 \x1f\u200b.", "2型  糖尿病。"]
+
+
+def load_script(name, monkeypatch):
+    """A script of a folder whose modules it imports by their bare names, as a module."""
+    monkeypatch.syspath_prepend(ROOT / os.path.dirname(name))
+    spec = importlib.util.spec_from_file_location("deployed_predict", ROOT / name)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
 
 
 @pytest.fixture
@@ -185,6 +196,60 @@ def test_onednn_is_set_up_as_by_the_stages(exported, precision, monkeypatch):
         with pytest.raises(TypeError):  # there is no predictor of such a config
             make()
     assert calls[0][0] == calls[1][0] and set(calls[0]) == set(calls[1]) and len(calls[0]) > 5, calls
+
+
+@pytest.mark.parametrize("graph, precision, built_with, message", [
+    ("out/inference.json", "fp32", (8, 5, 3), "out/inference.json was exported by paddle 3, which has TensorRT for"),
+    ("out/inference.pdmodel", "bf16", (8, 5, 3), "--precision bf16 is not one of TensorRT's here: fp32 or fp16"),
+    ("out/inference.pdmodel", "fp16", (0, 0, 0), "this paddlepaddle is built without TensorRT")])
+def test_tensorrt_is_refused_where_it_cannot_work(graph, precision, built_with, message):
+    predictor._check_tensorrt("out/inference.pdmodel", "fp16", (8, 5, 3))
+    with pytest.raises(predictor.InputError, match=f"^--use_tensorrt: {re.escape(message)}"):
+        predictor._check_tensorrt(graph, precision, built_with)
+
+
+def test_tensorrt_is_refused_before_the_device_is_looked_at(exported):
+    old = paddle.__version__.startswith("2.")
+    line = refuse("deploy/python/predict.py", "--model_dir", exported, "--use_tensorrt", "True")
+    assert ("built without TensorRT" if old else "was exported by paddle 3") in line
+    line = refuse("deploy/python/predict.py", "--model_dir", exported, "--use_tensorrt", "True", "--precision", "int8")
+    assert "--precision int8: --model_dir" in line and "was exported in fp32" in line
+
+
+@pytest.mark.parametrize("batch_size", [None, 100])
+def test_batches_of_tensorrt_are_no_larger_than_it_was_built_for(exported, monkeypatch, batch_size):
+    """The engine is made for so many texts of so many tokens at most, and cannot run more."""
+    shapes = []
+
+    def embed(input_ids, token_type_ids):
+        shapes.append(input_ids.shape)
+        return np.ones([len(input_ids), 128], "float32")
+
+    monkeypatch.setattr(predictor, "_run_paddle", lambda *args: embed)
+    graph = predictor.Predictor(str(exported), "gpu", precision="fp16", tensorrt=(32, 60))
+    texts = ["语义" * (1 + number % 40) for number in range(200)]
+    assert len(predictor.encode(graph, predictor.Tokenizer(str(exported)), texts, 60, batch_size)) == 200
+    assert max(texts for texts, _ in shapes) == 32 and max(tokens for _, tokens in shapes) <= 60
+
+
+@pytest.mark.parametrize("error, line", [
+    (MemoryError("(ResourceExhausted)\n\nOut of memory error on GPU 0.\n\nPlease check"), "out of memory: Out of "
+     "memory error on GPU 0.; a lower --batch_size or --max_seq_length takes less"),
+    (OSError("\n---\nC++ Traceback\n---\n0 x()\n\n---\nError Message Summary:\n---\nExternalError: CUDA error(209), no "
+             "kernel image is available\n [Hint"), "ExternalError: CUDA error(209), no kernel image is available"),
+    (RuntimeError("(PreconditionNotMet) The third-party dynamic library (libcudnn.so) that\n x"),
+     "The third-party dynamic library (libcudnn.so) that")])
+def test_trouble_on_a_gpu_is_one_line(monkeypatch, capsys, error, line):
+    def stop(args):
+        raise error
+
+    script = load_script("deploy/python/predict.py", monkeypatch)
+    monkeypatch.setattr(script, "predict", stop)
+    monkeypatch.setattr(script, "parse_args", lambda: None)
+    assert script.main() == 2 and capsys.readouterr().err == f"predict.py: error: {line}\n"
+    monkeypatch.setattr(script, "predict", lambda args: [].remove(1))
+    with pytest.raises(ValueError, match="x not in list"):
+        script.main()
 
 
 def test_deployed_at_the_recorded_length(exported, tmp_path):

@@ -27,7 +27,7 @@ def tokenizer():
 class Ones:
     """An engine to which all texts are alike."""
 
-    embedding_size, max_positions, batch_tokens, precision = 4, 512, 2048, "fp32"
+    embedding_size, max_positions, batch_tokens, most_texts, precision = 4, 512, 2048, 1000, "fp32"
 
     def embed(self, input_ids, token_type_ids):
         assert input_ids.shape[1] <= 8

@@ -12,7 +12,7 @@ from simcse.flags import README_TEXT
 
 import numpy as np
 import pytest
-from conftest import FP32, read_texts, refuse, succeed
+from conftest import ENCODER, FP32, read_texts, refuse, succeed
 from training import embed
 
 
@@ -113,11 +113,20 @@ def test_what_is_found_out_late_is_still_one_line(checkpoint, sample, tmp_path, 
     assert re.search(message, line), line
 
 
-def test_no_gpu_is_one_line(checkpoint):
-    if m.paddle.device.is_compiled_with_cuda():
-        pytest.skip("this paddle can use GPUs")
-    line = refuse("inference.py", "--params_path", checkpoint)
-    assert line.startswith("inference.py: error: --device gpu: no GPU") and "--device cpu" in line
+@pytest.mark.parametrize("script, flags", [
+    ("train.py", ["--model_name_or_path", ENCODER, "--train_set_file", "train_unsupervised.csv"]),
+    ("scripts/pretrain.py", ["--model_name_or_path", ENCODER, "--train_set_file", "train_unsupervised.csv"]),
+    ("recall.py", ["--params_path", "CHECKPOINT", "--corpus_file", "corpus.csv", "--query", "语义"]),
+    ("predict.py", ["--params_path", "CHECKPOINT", "--text_pair_file", "test.csv"]),
+    ("inference.py", ["--params_path", "CHECKPOINT"]), ("deploy/python/predict.py", ["--model_dir", "EXPORTED"])])
+def test_no_gpu_is_one_line(checkpoint, exported, sample, tmp_path, script, flags):
+    """Of every stage, by the CPU build and by the GPU build on a machine without a GPU; nothing is written."""
+    if m.paddle.device.is_compiled_with_cuda() and m.paddle.device.cuda.device_count():
+        pytest.skip("there is a GPU")
+    files = {"CHECKPOINT": checkpoint, "EXPORTED": exported, **{path.name: path for path in sample.iterdir()}}
+    line = refuse(script, *[files.get(flag, flag) for flag in flags], cwd=tmp_path)
+    assert line.startswith(f"{script.split('/')[-1]}: error: --device gpu: no GPU") and "--device cpu" in line
+    assert not list(tmp_path.iterdir())
 
 
 def test_bfloat16_is_close_and_refused_where_there_is_none(checkpoint, sample, tmp_path):

@@ -23,8 +23,10 @@ ENGLISH = ["README_en.md", *(f"docs/en/{page}.md" for page in PAGES)]
 SHIM = """#!{python} -IS
 import os, sys
 words = sys.argv[1:]
-if "paddle.distributed.launch" in words:
-    del words[words.index("-m"):next(i for i, word in enumerate(words) if word.endswith(".py"))]
+for launcher, first in (("paddle.distributed.launch", "-m"), ("scripts/launch.py", "scripts/launch.py")):
+    if launcher in words:
+        start = words.index(first)
+        del words[start:next(i for i, word in enumerate(words) if word.endswith(".py") and i > start)]
 words = ["cpu" if before == "--device" and word == "gpu" else word for before, word in zip([""] + words, words)]
 script = next(word for word in words if word.endswith(".py"))
 if script == "train.py":

@@ -28,16 +28,26 @@ def test_bandit_finds_nothing():
     assert result.returncode == 0, result.stdout
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-gpu.txt", "requirements-milvus.txt",
-                                  "requirements-onnx.txt", "requirements-serving.txt", "requirements-test.txt",
-                                  "requirements-dev.txt", "deploy/python/requirements.txt"])
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-gpu.txt", "requirements-gpu3.txt",
+                                  "requirements-milvus.txt", "requirements-onnx.txt", "requirements-serving.txt",
+                                  "requirements-test.txt", "requirements-dev.txt", "deploy/python/requirements.txt"])
 def test_pins_are_exact_and_installed(name):
     """Every package at one version, except where the file may say less; and, of this stack, that version is here."""
     loose = {"scipy", "setuptools", "pip"}
     for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
-        if not line or line.startswith("#"):
+        if not line or line.startswith(("#", "--extra-index-url https://www.paddlepaddle.org.cn/")):
             continue
         package, relation, version = re.fullmatch(r"([\w-]+)(?:(==|>=|<)([\w.]+))?", line).groups()
         assert relation == "==" or package in loose, line
-        if relation == "==" and name != "requirements-gpu.txt":
+        if relation == "==" and not name.startswith("requirements-gpu"):
             assert metadata.version(package) == version
+
+
+def test_the_default_stack_on_gpus_is_that_on_a_cpu():
+    """But for paddle itself, which has another name there: the CPU's would be written over it."""
+    def pins(name):
+        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+        return [line for line in lines if line and not line.startswith(("#", "--"))]
+
+    (paddle, *cpu), (paddle_gpu, *gpu) = pins("requirements.txt"), pins("requirements-gpu3.txt")
+    assert gpu == cpu and paddle_gpu == paddle.replace("paddlepaddle", "paddlepaddle-gpu")

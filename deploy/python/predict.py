@@ -121,7 +121,8 @@ def parse_args() -> argparse.Namespace:
         help="number format of the matrix products; auto: int8 of a folder exported in it, bf16 on a CPU that is "
         "faster in it, else fp32")
     add("--cpu_threads", type=natural_int, default=0, help="math threads on a CPU; 0: all cores")
-    add("--use_tensorrt", **switch, default=False, help="run on TensorRT; needs --device gpu")
+    add("--use_tensorrt", **switch, default=False, help="run on TensorRT, in batches of --batch_size, or "
+        "32; needs --device gpu, and a graph that paddle 2 exported")
     add("--enable_mkldnn", **switch, help="use oneDNN; None: on a CPU")
     add = parser.add_argument_group("benchmark").add_argument
     add("--benchmark", **switch, default=False,
@@ -346,7 +347,13 @@ def main() -> int:
     except ModuleNotFoundError as error:
         message = f"{error.name} {NOT_INSTALLED}"
     except (p.InputError, OSError) as error:
-        message = str(error)
+        message = p.first_line(error)
+    except MemoryError as error:
+        message = f"out of memory: {p.first_line(error)}; a lower --batch_size or --max_seq_length takes less"
+    except RuntimeError as error:
+        message = p.first_line(error)
+        if "dynamic library" not in message:  # of CUDA's, which paddle opens when it needs them
+            raise
     print(f"predict.py: error: {message}", file=sys.stderr)
     return 2
 

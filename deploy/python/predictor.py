@@ -5,9 +5,12 @@ onnxruntime or openvino (requirements.txt), which are imported by what needs the
 """
 
 import contextlib
+import glob
+import importlib.util
 import json
 import os
 import re
+import sys
 import warnings
 import zlib  # noqa: F401  paddlepaddle 2.6 dies in inflateReset2 if its own zlib is loaded before Python's
 from collections.abc import Callable, Iterator, Sequence
@@ -32,11 +35,19 @@ if AMD and " avx2" in PROCESSOR:  # else paddle's MKL runs AMD's processors on S
     wide = all(f" {part}" in PROCESSOR for part in ("avx512f", "avx512bw", "avx512dq", "avx512vl"))
     os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "7" if wide else "5")
 os.environ.setdefault("GLOG_minloglevel", "2")  # paddle's C++ notes and warnings say nothing that a user can act on
-warnings.filterwarnings("ignore", message="No ccache found|Setuptools is replacing distutils")
+# The last is the GPU build without a GPU: with --device cpu nothing is wrong, and with --device gpu it is an error.
+warnings.filterwarnings("ignore", message="No ccache found|Setuptools is replacing distutils|You are using GPU version")
 
 
 class InputError(Exception):
     """A mistake in a flag or an input file: reported in one line, exit code 2, no traceback."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, of one of paddle's on a GPU what follows the C++ traceback, in one line."""
+    _, traceback, message = str(error).rpartition("Error Message Summary:")
+    message = message.lstrip("-\n ") if traceback else message.strip()
+    return re.sub(r"^\(\w+\)\s+", "", message).partition("\n")[0] or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -45,8 +56,7 @@ def reported(what: str, *kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        message = str(error).strip() or type(error).__name__
-        raise InputError(f"{what}: {message.splitlines()[0]}") from None
+        raise InputError(f"{what}: {first_line(error)}") from None
 
 
 def auto_precision(device: str, onednn: bool = True) -> str:
@@ -95,7 +105,8 @@ class Predictor:
         precision: "fp32", "bf16", "fp16" (GPU), "int8" (of a folder exported in it) or "auto"; see `auto_precision`.
         shapes: how many shapes of batches oneDNN keeps kernels for on a CPU, each with a copy of the weights:
             ERNIE-base's are 333 MB in fp32, 170 MB in bf16, and take tenths of a second to make. 0: without oneDNN.
-        tensorrt: texts and tokens of the largest batch in TensorRT on a GPU; empty: without TensorRT.
+        tensorrt: texts and tokens of the largest batch in TensorRT on a GPU, in fp32 or fp16; empty: without TensorRT.
+            Only for what paddle 2 exported, and a paddle that is built with TensorRT.
 
     InputError: no exported graph, or a damaged one; what runs it is not installed; the device or precision is not
     there.
@@ -112,6 +123,7 @@ class Predictor:
         else:
             self.embed = _run_paddle(model_dir, device, threads, precision, shapes, tensorrt)
         self.batch_tokens = 2048 if device == "cpu" else 65536  # of a batch, padding included, that keep it busy
+        self.most_texts = tensorrt[0] if tensorrt else sys.maxsize  # of a batch
         self.max_positions = record["max_positions"]
         self.embedding_size = record.get("embedding_size") or self.embed(*[np.ones([1, 3], "int64")] * 2).shape[1]
 
@@ -158,6 +170,8 @@ def _run_paddle(model_dir: str, device: str, threads: int, precision: str, shape
     if graph.endswith(".json") and paddle.__version__.startswith("2."):
         raise InputError(f"{graph} was exported by paddle 3; paddle {paddle.__version__} cannot run it: export the "
                          "checkpoint again here")
+    if tensorrt:
+        _check_tensorrt(graph, precision, paddle.inference.get_trt_compile_version())
     config = paddle.inference.Config(graph, params)
     config.disable_glog_info()
     _configure(config, device, threads, precision, shapes, tensorrt)
@@ -175,6 +189,35 @@ def _run_paddle(model_dir: str, device: str, threads: int, precision: str, shape
     return embed
 
 
+def link_cuda_libraries() -> None:
+    """Have paddle 2.6 find the CUDA libraries of pip's packages (nvidia-cudnn-cu11 and others, see the project's
+    requirements-gpu.txt): it opens them by names without a version, so links are made in its own folder, where it
+    looks. Where they cannot be made, LD_LIBRARY_PATH has to name libraries of CUDA 11.8 and cuDNN 8."""
+    import paddle
+
+    packages = importlib.util.find_spec("nvidia")
+    if not paddle.__version__.startswith("2.") or packages is None:
+        return
+    folder = os.path.join(os.path.dirname(paddle.__file__), "libs")
+    for root in packages.submodule_search_locations or ():
+        for library in glob.glob(os.path.join(root, "*", "lib", "*.so.*")):
+            name = os.path.basename(library)
+            for link in (name, name.split(".so.")[0] + ".so"):
+                with contextlib.suppress(OSError):  # it is there, or the folder cannot be written
+                    os.symlink(os.path.relpath(library, folder), os.path.join(folder, link))
+
+
+def _check_tensorrt(graph: str, precision: str, built_with: tuple[int, int, int]) -> None:
+    """InputError where paddle.inference.Config has no TensorRT for a graph or a precision, or this paddle has none."""
+    if graph.endswith(".json"):
+        raise InputError(f"--use_tensorrt: {graph} was exported by paddle 3, which has TensorRT for the .pdmodel of "
+                         "paddle 2 alone; run it without, or export the checkpoint by paddle 2")
+    if precision not in ("fp32", "fp16"):
+        raise InputError(f"--use_tensorrt: --precision {precision} is not one of TensorRT's here: fp32 or fp16")
+    if not any(built_with):
+        raise InputError("--use_tensorrt: this paddlepaddle is built without TensorRT")
+
+
 def _configure(config: Any, device: str, threads: int, precision: str, shapes: int, tensorrt: Sequence[int]) -> None:
     import paddle
 
@@ -182,6 +225,7 @@ def _configure(config: Any, device: str, threads: int, precision: str, shapes: i
         if not (paddle.device.is_compiled_with_cuda() and paddle.device.cuda.device_count()):
             raise InputError("--device gpu: no GPU that this paddlepaddle can use; run with --device cpu, or install "
                              "paddlepaddle-gpu")
+        link_cuda_libraries()
         types = paddle.inference.PrecisionType
         kind = {"fp32": types.Float32, "bf16": types.Bfloat16, "fp16": types.Half}[precision]
         config.enable_use_gpu(100, 0, types.Float32 if tensorrt else kind)
@@ -257,9 +301,10 @@ class Tokenizer:
 def encode(predictor: Predictor, tokenizer: Tokenizer, texts: Sequence[str], max_seq_length: int,
            batch_size: int | None = None, complain: Callable[[str, list[int]], Any] = lambda *told: None) -> np.ndarray:
     """Embeddings, float32 [len(texts), embedding_size], in the order of `texts`; texts of like length are batched,
-    `batch_size` or, None, as many as fill the predictor's `batch_tokens`, padding included. Texts that the encoder sees
-    nothing of have zeros, whose cosine with any is 0. `complain` is told that texts are cut or not seen, and which.
-    InputError where texts of `max_seq_length` tokens have more positions than the encoder."""
+    `batch_size` or, None, as many as fill the predictor's `batch_tokens`, padding included, and no more than its
+    `most_texts`. Texts that the encoder sees nothing of have zeros, whose cosine with any is 0. `complain` is told that
+    texts are cut or not seen, and which. InputError where texts of `max_seq_length` tokens have more positions than the
+    encoder."""
     if max_seq_length > predictor.max_positions:
         raise InputError(f"--max_seq_length {max_seq_length}: the encoder has {predictor.max_positions} positions")
     embeddings, cut, dark = np.empty((len(texts), predictor.embedding_size), "float32"), [], []
@@ -272,7 +317,7 @@ def encode(predictor: Predictor, tokenizer: Tokenizer, texts: Sequence[str], max
         longest = len(ids[order[0]])
         while order:
             length = min(longest, -(-len(ids[order[0]]) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
-            size = batch_size or max(1, predictor.batch_tokens // length)
+            size = min(batch_size or max(1, predictor.batch_tokens // length), predictor.most_texts)
             rows, order = order[:size], order[size:]
             input_ids = np.full((len(rows), length), tokenizer.pad_token_id, "int64")
             for line, row in zip(input_ids, rows):
