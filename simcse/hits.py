@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from simcse.console import warn
 from simcse.nearest import Found
 
 import numpy as np
@@ -29,14 +30,19 @@ def search(index: Any, documents: Any, queries: np.ndarray, k: int) -> tuple[Fou
     if documents.passages is None:
         return index.search(queries, k), None
     depth, lacking = k, np.arange(len(queries))
+    most = min(len(documents.passages), getattr(index, "MOST", len(documents.passages)))  # that the index gives
     entries, cosines, rows = (np.empty((len(queries), k), kind) for kind in ("int64", "float32", "int64"))
     while len(lacking):
-        depth = min(2 * depth, len(documents.passages))
+        depth = min(2 * depth, most)
         found = index.search(queries[lacking], depth)
         of = np.where(found[0] < 0, -1, documents.passages.documents_of(found[0]))
         entries[lacking], cosines[lacking], rows[lacking] = best_rows(*found, of, k)
-        done = depth == len(documents.passages)
-        lacking = lacking[(entries[lacking, -1] < 0) & (found[0][:, -1] >= 0) & (not done)]
+        lacking = lacking[(entries[lacking, -1] < 0) & (found[0][:, -1] >= 0)]
+        if depth == most:
+            break
+    if len(lacking) and most < len(documents.passages):
+        warn(f"{len(lacking):,} of {len(queries):,} queries have fewer than {k:,} documents: their first {most:,} "
+             "passages, more than which Milvus does not give, are of fewer")
     return (entries, cosines), [dict(zip(*both)) for both in zip(entries.tolist(), rows.tolist())]
 
 

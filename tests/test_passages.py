@@ -93,7 +93,7 @@ def test_the_best_rows_of_each_document_are_found():
         assert [tuple(side[number, k] for side in found) for k in range(6)] == wanted
 
 
-def test_it_is_asked_deeper_until_there_are_enough_documents(tmp_path, tokenizer):
+def test_it_is_asked_deeper_until_there_are_enough_documents(tmp_path, tokenizer, capsys):
     """The first document has the 40 best passages."""
     entries = corpus_of(tmp_path, "一二。" * 40, "三。", "四。")
     entries.passages = Passages.split(entries, tokenizer, 5)
@@ -108,6 +108,10 @@ def test_it_is_asked_deeper_until_there_are_enough_documents(tmp_path, tokenizer
     assert found[0].tolist() == [[0, 1, 2]] and rows == [{0: 0, 1: 40, 2: 41}] and depths == [6, 12, 24, 42]
     hits, = expand(found, entries, [3], rows=rows)
     assert [(hit.line, hit.passage) for hit in hits] == [(1, "一二。"), (2, "三。"), (3, "四。")]
+    Index.MOST = 41  # as Milvus has a most
+    found, _ = search(Index(), entries, np.zeros((1, 2)), 3)
+    assert found[0].tolist() == [[0, 1, -1]] and depths[4:] == [6, 12, 24, 41]
+    assert "1 of 1 queries have fewer than 3 documents: their first 41 passages" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
