@@ -1,6 +1,7 @@
 """A service whose index is replaced: no request is lost, and no answer is of two indexes."""
 
 import asyncio
+import multiprocessing
 import shutil
 import signal
 import threading
@@ -166,3 +167,28 @@ def test_requests_under_way_are_answered_by_what_they_began_with():
         assert [searcher.name for searcher in opened] == ["a", "b"] and not opened[1].closed
 
     asyncio.run(asyncio.wait_for(main(), 20))
+
+
+def test_what_nobody_waits_for_may_be_computed_when_it_is_closed(monkeypatch):
+    """The server goes on: only a model that ends by itself ends it."""
+    from deploy.serving import remote
+
+    searcher, (ours, theirs) = object.__new__(remote.RemoteSearcher), multiprocessing.Pipe()
+    searcher._connection, searcher._answering = ours, threading.Lock()
+    searcher._opened, searcher._closing, searcher.ended = True, False, False
+    searcher._process = type("Process", (), {"kill": staticmethod(theirs.close)})
+    killed, errors = [], []
+    monkeypatch.setattr(remote.os, "kill", lambda *_: killed.append(1))
+
+    def ask():
+        try:
+            searcher.answer([])
+        except RuntimeError as error:
+            errors.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert theirs.recv() == []
+    searcher.close()
+    asking.join(10)
+    assert errors and not killed and not searcher.ended

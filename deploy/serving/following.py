@@ -15,17 +15,15 @@ from starlette.types import Receive, Scope, Send
 
 
 def stamp_of(args: argparse.Namespace) -> tuple | None:
-    """What is another when the index folder, or BM25 in it, has been replaced; None: there is no such folder now."""
+    """What is another when something in the index folder has been replaced; None: there is no such folder now."""
     if not args.index_path:
         return None
-    found = []
-    for name in ("fingerprint.json", "bm25"):
-        try:
-            status = os.stat(os.path.join(args.index_path, name))
-            found.append((status.st_ino, status.st_mtime_ns))
-        except OSError:
-            found.append(None)
-    return tuple(found) if found[0] else None
+    try:
+        with os.scandir(args.index_path) as entries:
+            found = [(entry.name, entry.stat()) for entry in entries if not entry.name.startswith(".")]
+    except OSError:
+        return None
+    return tuple(sorted((name, status.st_ino, status.st_mtime_ns) for name, status in found)) or None
 
 
 class _Served:
@@ -38,11 +36,15 @@ class _Served:
     async def begin(self) -> None:
         await self._lifespan.__aenter__()
 
-    async def end(self) -> None:
-        """When all requests are answered."""
+    async def _finish(self) -> None:
         while self.requests:
             self.idle.clear()
             await self.idle.wait()
+
+    async def end(self, seconds: float) -> None:
+        """When all requests are answered, or so long after: a client may have stopped reading its answer."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._finish(), seconds)
         await self._lifespan.__aexit__(None, None, None)
 
 
@@ -55,11 +57,13 @@ class Following:
         open_searcher: called here, whose errors are raised, and in a thread later.
         make_app: gives the app of a searcher.
         stamp: gives what is compared, every `seconds`; None: nothing to compare now.
+        patience: seconds that requests to what was served before have.
     """
 
     def __init__(self, open_searcher: Callable[[], Any], make_app: Callable[[Any], FastAPI],
-                 stamp: Callable[[], Any] = lambda: None, seconds: float = 1.0) -> None:
+                 stamp: Callable[[], Any] = lambda: None, patience: float = 60.0, seconds: float = 1.0) -> None:
         self._open, self._make_app, self._stamp, self._seconds = open_searcher, make_app, stamp, seconds
+        self._patience = patience
         self._hangup, self._seen = asyncio.Event(), stamp()  # before it is opened
         self.searcher = open_searcher()
 
@@ -85,7 +89,7 @@ class Following:
         await send({"type": "lifespan.startup.complete"})
         await receive()  # that it ends
         following.cancel()
-        await self._served.end()
+        await self._served.end(self._patience)
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _follow(self) -> None:
@@ -109,5 +113,5 @@ class Following:
         await served.begin()
         before, self._served, self.searcher = self._served, served, searcher
         console.log(f"{searcher.facts.documents:,} documents in {searcher.facts.precision} from now on")
-        await before.end()
+        await before.end(self._patience)
         await asyncio.get_running_loop().run_in_executor(None, before.searcher.close)

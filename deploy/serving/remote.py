@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -53,6 +54,7 @@ class RemoteSearcher:
         self._process = context.Process(target=_answer, args=(theirs, args), daemon=True)
         self._process.start()
         theirs.close()
+        self._answering, self._closing = threading.Lock(), False
         self._opened = self.ended = False  # by itself
         try:
             self.facts = self._receive()
@@ -68,8 +70,9 @@ class RemoteSearcher:
             said = "the process of the model has ended"
             if not self._opened:
                 raise console.InputError(f"{said} while it opened the index; is there enough memory?") from None
-            self.ended = True
-            os.kill(os.getpid(), signal.SIGTERM)  # without it there is nothing to serve
+            if not self._closing:
+                self.ended = True
+                os.kill(os.getpid(), signal.SIGTERM)  # without it there is nothing to serve
             raise RuntimeError(said) from None
         if isinstance(received, Exception):
             raise received
@@ -77,12 +80,15 @@ class RemoteSearcher:
 
     def answer(self, jobs: list[Job]) -> list[Any]:
         """See `Searcher.answer`."""
-        with contextlib.suppress(OSError):  # of which `_receive` tells
-            self._connection.send(jobs)
-        return self._receive()
+        with self._answering:
+            with contextlib.suppress(OSError):  # of which `_receive` tells
+                self._connection.send(jobs)
+            return self._receive()
 
     def close(self) -> None:
-        """End the other process."""
-        self._connection.close()
-        self._process.join(10)
+        """End the other process; it may still compute what nobody waits for any more."""
+        self._closing = True
+        if self._answering.acquire(timeout=1):
+            self._connection.close()
+            self._process.join(10)
         self._process.kill()

@@ -98,7 +98,7 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
                     args.max_batch, args.max_waiting)
     token, metrics = os.environ.get("SIMCSE_TOKEN"), Metrics()
     app = Following(lambda: RemoteSearcher(args), lambda searcher: make_app(searcher, limits, token, metrics),
-                    functools.partial(stamp_of, args))
+                    functools.partial(stamp_of, args), 2 * args.max_seconds + 1)
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     facts = app.searcher.facts
