@@ -97,10 +97,13 @@ class Entries(Sequence):
         """The texts of some entries, and their `lines`."""
         return [(self[entry], self.lines(entry, most)) for entry in entries]
 
+    def hashes(self) -> np.ndarray:
+        """Python's hash of each text, int64, the same for the same text in this process alone."""
+        return _hashes(self.corpus)[self.rows[self.starts[:-1]]] if self._keys is None else self._keys
+
     def find(self, others: "Entries") -> np.ndarray:
         """Which entry has the text of each of the others, int64 [others]; -1: none."""
-        own, theirs = (_hashes(each.corpus)[each.rows[each.starts[:-1]]] if each._keys is None else each._keys
-                       for each in (self, others))
+        own, theirs = self.hashes(), others.hashes()
         order = np.argsort(own)
         places = order[np.searchsorted(own, theirs, sorter=order).clip(max=len(own) - 1)]
         return np.where(own[places] == theirs, places, -1)

@@ -277,7 +277,7 @@ def write_results(args: argparse.Namespace, blocks: Iterable[list[Query]], index
         for query in block:
             row = slice(row_of[query.text], row_of[query.text] + 1)
             hits, = expand([side[row] for side in found], entries, [args.recall_num], args.distinct,
-                                    passages and passages[row])
+                           passages and passages[row])
             file.write(result(args.format, query, hits, measure))
         file.flush()
 

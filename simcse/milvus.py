@@ -152,7 +152,7 @@ class MilvusIndex:
             if not page and not self._client.query(self._name, filter=f"id >= {keys[0]}", limit=1,
                                                    output_fields=["id"]):
                 break
-        known = np.fromiter((key_of.get(hash(text), -1) for text in self._entries), "int64", len(self._entries))
+        known = np.array([key_of.get(each, -1) for each in self._entries.hashes().tolist()], "int64")
         return known, len(key_of)
 
     def stored(self, keys: np.ndarray) -> np.ndarray:

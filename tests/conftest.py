@@ -95,6 +95,20 @@ def succeed(script, *args, **options):
     return result
 
 
+def succeed_on(ranks, *words, cwd):
+    """Run a script on so many ranks; what the first of them says on stderr."""
+    if ranks == 1:
+        return succeed(*words, cwd=cwd).stderr
+    result, logs = launch(*words, cwd=cwd, ranks=ranks)
+    assert not result.returncode, logs
+    return logs[0]
+
+
+def contents(folder):
+    """The files of a folder, by their names."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
 def refuse(script, *args, **options):
     """Run a script that has to end with exit code 2 and one line on stderr; returns that line."""
     result = run_script(script, *args, **options)

@@ -10,7 +10,7 @@ from data import Corpus
 
 import numpy as np
 import pytest
-from conftest import FP32, ROOT, launch, read_texts, refuse, succeed
+from conftest import FP32, ROOT, contents, read_texts, refuse, succeed, succeed_on
 
 
 def write(path, texts):
@@ -33,23 +33,13 @@ def recall(checkpoint, sample, *flags):
             *FP32, "--batch_size", 1, *flags]
 
 
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
 @pytest.mark.parametrize("engine, ranks", [("hnswlib", 1), ("exact", 1), ("hnswlib", 2)])
 def test_the_result_is_that_of_an_index_built_from_nothing(checkpoint, sample, changed, engine, ranks):
     flags = recall(checkpoint, sample, "--ann_engine", engine)
     succeed(*flags, "--corpus_file", "before.csv", "--index_path", "kept", cwd=changed)
     (changed / "kept" / "bm25").mkdir()  # of the corpus of before
     (changed / "kept" / "notes.txt").write_text("the user's own")
-    follow = [*flags, "--corpus_file", "after.csv", "--index_path", "kept"]
-    if ranks == 1:
-        said = succeed(*follow, cwd=changed).stderr
-    else:
-        result, logs = launch(*follow, cwd=changed, ranks=ranks)
-        assert not result.returncode, logs
-        said = logs[0]
+    said = succeed_on(ranks, *flags, "--corpus_file", "after.csv", "--index_path", "kept", cwd=changed)
     assert "121 documents: 3 new, 3 gone, encoded 3" in said
     result = (changed / "recall_result_dir" / "recall_result.txt").read_bytes()
     succeed(*flags, "--corpus_file", "after.csv", "--index_path", "new", cwd=changed)

@@ -10,7 +10,7 @@ from simcse.passages import Passages, begins
 
 import numpy as np
 import pytest
-from conftest import ENCODER, FP32, Service, launch, read_texts, succeed
+from conftest import ENCODER, FP32, Service, contents, read_texts, succeed, succeed_on
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -132,23 +132,12 @@ def recall(checkpoint, *flags):
             "--passages", "--format", "jsonl", *FP32, *flags]
 
 
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
 @pytest.mark.parametrize("engine, ranks", [("hnswlib", 2), ("exact", 1)])
 def test_an_index_of_passages_follows_its_corpus(checkpoint, sample, long, tmp_path, engine, ranks):
     """To the byte as one built from nothing, on whatever ranks; the documents found are those of the best passage."""
     flags = recall(checkpoint, "--ann_engine", engine, "--similar_text_pair", sample / "dev.csv", "--recall_num", 30)
-    (tmp_path / "before.csv").write_bytes((long / "before.csv").read_bytes())
     succeed(*flags, "--corpus_file", long / "before.csv", "--index_path", "kept", cwd=tmp_path)
-    follow = [*flags, "--corpus_file", long / "after.csv", "--index_path", "kept"]
-    if ranks == 1:
-        said = succeed(*follow, cwd=tmp_path).stderr
-    else:
-        result, logs = launch(*follow, cwd=tmp_path, ranks=ranks)
-        assert not result.returncode, logs
-        said = logs[0]
+    said = succeed_on(ranks, *flags, "--corpus_file", long / "after.csv", "--index_path", "kept", cwd=tmp_path)
     assert "19 documents: 1 new, 3 gone, encoded 1" in said
     found = (tmp_path / "recall_result_dir" / "recall_result.txt").read_text("utf-8")
     succeed(*flags, "--corpus_file", long / "after.csv", "--index_path", "new", cwd=tmp_path)
