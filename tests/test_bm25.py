@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -181,7 +182,8 @@ def test_recall_writes_the_fused_ranking(checkpoint, sample, tmp_path, engine):
 
 
 def test_queries_of_stdin(checkpoint, kept_index, tmp_path):
-    flags = ["--device", "cpu", "--params_path", checkpoint, "--index_path", kept_index, "--max_seq_length", 32,
+    shutil.copytree(kept_index, tmp_path / "index")  # BM25 is kept in it, which a service of the original would follow
+    flags = ["--device", "cpu", "--params_path", checkpoint, "--index_path", "index", "--max_seq_length", 32,
              "--precision", "fp32", "--hybrid_bm25", "--query"]
     piped = subprocess.run(command("recall.py", *flags), capture_output=True, cwd=tmp_path,
                            input="语义\n检索\n".encode())
