@@ -2,7 +2,6 @@
 embeddings."""
 
 import argparse
-import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,10 +18,11 @@ from simcse.encoders import (
     portable,
     remove_layers,
 )
-from simcse.engine import Engine, KeptGraph, export_graph, gpu_precision, make_engine, openvino_is_faster
+from simcse.engine import Engine, KeptGraph, export_graph, make_engine, openvino_is_faster
 from simcse.files import new_folder, prefetch
 from simcse.flags import DEFAULT_MODEL, POOLINGS
 from simcse.machine import BATCH_TOKENS, RANK
+from simcse.precision import casting, gpu_precision
 from simcse.ranks import gather_rows, set_device
 from simcse.tokens import Ids, Tokens
 from simcse.weights import CONFIG_FILE, PARAMS_FILE, load_state, read_record, read_weights, write_record, write_weights
@@ -48,7 +48,7 @@ class SimCSE(nn.Layer):
         output_emb_size: size of the embedding; None or 0: the encoder's hidden size, without fc.
         pooling: one of flags.POOLINGS; see `pool`.
         infer_with_pooler: whether `embed` and the exported graph take the pooled output; training always does.
-        precision: of matrix products: fp32, or on a GPU bf16 or fp16.
+        precision: of matrix products: fp32, or on a GPU tf32, bf16 or fp16; see `precision.gpu_precision`.
         cross_device_negatives: whether `loss` is that of the rows of all ranks.
         whitened_at: tokens of the longest texts that `whitening.whiten` was fitted on; None: it was not.
     """
@@ -105,12 +105,11 @@ class SimCSE(nn.Layer):
         length], padded with the encoder's pad id; None is all zero. Positions and masks, which the original's methods
         take too, are those that the encoder makes of them. With pooling "pooler" the encoder's pooled (tanh) output is
         taken if `with_pooler`, else the raw first token."""
-        with contextlib.nullcontext() if self.precision == "fp32" else paddle.amp.auto_cast(
-                level="O1", dtype={"bf16": "bfloat16", "fp16": "float16"}[self.precision]):
+        with casting(self.precision):
             embedding = self.pool(input_ids, token_type_ids, with_pooler)
             if self.output_emb_size:
                 embedding = self.emb_reduce_linear(embedding)
-        if self.precision != "fp32":
+        if self.precision in ("bf16", "fp16"):
             embedding = embedding.astype("float32")  # norm, cosines and loss are of full precision
         embedding = self.dropout(embedding)
         return F.normalize(embedding, p=2, axis=-1) if self.normalizes else embedding

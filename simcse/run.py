@@ -15,9 +15,10 @@ from typing import Any
 from simcse import console
 from simcse.console import InputError, log, log_from_handler, warn
 from simcse.encoders import train_faster_on_cpu
-from simcse.engine import gpu_precision
 from simcse.files import file_digest, read_json, write_json
+from simcse.flags import TRAIN_PRECISIONS
 from simcse.machine import RANK, RANKS
+from simcse.precision import gpu_precision
 from simcse.ranks import LAUNCHER_GONE, join_ranks, largest, set_device, wait_for_ranks
 from simcse.weights import STATE_FILE, STATE_RECORD, read_weights, saved_steps, write_weights
 
@@ -64,6 +65,10 @@ class Run:
 
         self.args, self.model, self.texts, self.write = args, model, texts, write
         join_ranks()
+        precision = TRAIN_PRECISIONS.index(args.precision)
+        if largest(precision) != -largest(-precision):  # gradients that are scaled would be added to others
+            raise InputError(f"--precision: {args.precision} on this machine, and another on another; give all the "
+                             "same one")
         if not RANK:  # weights, and two moments of each
             prepare_save_dir(args.save_dir, 12 * sum(parameter.size for parameter in model.parameters()))
         wait_for_ranks()
@@ -78,7 +83,8 @@ class Run:
             self.schedule, parameters=model.parameters(), weight_decay=args.weight_decay,
             apply_decay_param_fun=decayed.__contains__,
             grad_clip=paddle.nn.ClipGradByGlobalNorm(args.max_grad_norm) if args.max_grad_norm else None)
-        self.scaler = paddle.amp.GradScaler(enable=args.precision == "fp16", init_loss_scaling=2.0**15)
+        scales = args.precision == "fp16" and args.device == "gpu"
+        self.scaler = paddle.amp.GradScaler(enable=scales, init_loss_scaling=2.0**15)
         self.settings = {"train_set_file": file_digest(texts.path), "number of processes": RANKS,
                          **{name: getattr(args, name) for name in args.learns_by}}
         if args.resume:
