@@ -5,6 +5,7 @@ import contextlib
 import functools
 import json
 
+import train
 from scripts import pretrain
 from simcse import engine, flags, machine, ranks, run
 from simcse.console import InputError
@@ -164,6 +165,13 @@ def test_an_engine_of_a_gpu_has_the_precision_that_is_asked_for(gpus, casts, mon
         assert all(one is other for one, other in zip(made.parameters(), network.parameters()))
         made.embed(np.ones((1, 4), "int64"), np.zeros((1, 4), "int64"))
         assert casts == ["bfloat16", None], "in bf16 alone"
+
+
+@pytest.mark.parametrize("batch, chunk, length, tokens", [
+    (32, None, 128, 8192), (64, None, 64, 8192), (256, None, 64, 32768), (4096, 64, 128, 16384), (8, 64, 16, 8192)])
+def test_an_evaluation_takes_no_more_tokens_at_once_than_a_step(batch, chunk, length, tokens):
+    """Or a few, of which nothing has to be kept for gradients."""
+    assert train.evaluation_tokens(training(batch_size=batch, chunk_size=chunk, max_seq_length=length)) == tokens
 
 
 @pytest.mark.parametrize("major, precision", [(7, "bf16"), (7, "tf32"), (6, "fp16")])
