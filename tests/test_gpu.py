@@ -4,8 +4,11 @@ import argparse
 import contextlib
 import functools
 import json
+from unittest.mock import Mock
 
+import ann_util
 import train
+from deploy.serving import searcher
 from scripts import pretrain
 from simcse import engine, flags, machine, ranks, run
 from simcse.console import InputError
@@ -85,6 +88,27 @@ def test_tf32_is_on_where_it_is_asked_for_alone(gpus):
     switches = gpus(8)
     for precision, on in (("tf32", True), ("fp32", False), ("tf32", True), ("bf16", False)):
         assert gpu_precision(precision) == precision and set(switches.values()) == {on}
+
+
+@pytest.mark.parametrize("device, kept, used", [
+    ("gpu", "tf32", "fp32"), ("gpu", "fp16", "fp16"), ("gpu", "bf16", "bf16"), ("cpu", "tf32", "fp32"),
+    ("cpu", "fp16", "fp32"), ("cpu", "bf16", "bf16")])
+def test_an_index_of_a_gpu_is_served_in_what_is_next_to_its_precision(monkeypatch, tmp_path, device, kept, used):
+    """recall.py asks it in no other than its own, and not on a CPU where that has none such."""
+    monkeypatch.setattr(searcher.predictor, "Predictor", lambda *args: args[3])
+    args = argparse.Namespace(model_dir=str(tmp_path), device=device, cpu_threads=0, precision=None)
+    assert searcher._open_engine(args, kept, 9) == used
+    (tmp_path / "fingerprint.json").write_text(json.dumps({"precision": kept}))
+    own = device == "gpu" or kept == "bf16"
+    assert ann_util.kept_precision(str(tmp_path), device) == (kept if own else "auto")
+
+
+def test_an_exported_graph_is_not_rounded_to_tf32(gpus, monkeypatch):
+    switches, config = gpus(8), Mock()
+    for name, found in (("is_compiled_with_cuda", True), ("cuda.device_count", 1)):
+        monkeypatch.setattr(f"paddle.device.{name}", lambda found=found: found)
+    searcher.predictor._configure(config, "gpu", 1, "fp32", 0, ())
+    assert switches == {"cublas": False, "cudnn": False} and config.enable_use_gpu.called
 
 
 def training(**given):
