@@ -429,8 +429,10 @@ def encode_stream(model: Engine, sight: Sight, batch_size: int | None = None,
     time. `windows` are the rows that are wanted, by which texts are batched together; None: all, WINDOW at a time.
     InputError: an embedding is not finite.
 
-    A batch is read back when the next one is under way, so that host and GPU work side by side. Texts that the encoder
-    sees nothing of have an embedding of zeros, whose cosine with any is 0.
+    A batch is read back when the next one is under way, as OpenVINO computes two at a time. A GPU has no such gain: the
+    next one is launched without waiting for it, but paddle's copies to and from a GPU wait for all that was launched.
+    The ids of the next window are made meanwhile. Texts that the encoder sees nothing of have an embedding of zeros,
+    whose cosine with any is 0.
     """
     check_length(model, sight.length)
     if windows is None:
