@@ -33,13 +33,13 @@ def auto_precision(device: str) -> str:
 def gpu_generation() -> int:
     """The major number of the compute capability of the GPUs that this process may use, the lowest of them, as CUDA's
     driver has it; 0 where there is none."""
-    count, major, major_of = ctypes.c_int(), ctypes.c_int(), 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
-    found = []
+    compute_capability_major = 75  # of the driver's CUdevice_attribute
+    count, major, found = ctypes.c_int(), ctypes.c_int(), []
     with contextlib.suppress(OSError):
         driver = ctypes.CDLL("libcuda.so.1")
         if not driver.cuInit(0) and not driver.cuDeviceGetCount(ctypes.byref(count)):
             for device in range(count.value):
-                driver.cuDeviceGetAttribute(ctypes.byref(major), major_of, device)
+                driver.cuDeviceGetAttribute(ctypes.byref(major), compute_capability_major, device)
                 found.append(major.value)
     return min(found, default=0)
 
