@@ -289,7 +289,7 @@ def kept_precision(path: str, device: str) -> str:
     with contextlib.suppress(InputError):  # of which `read_fingerprint` tells
         found = read_json(os.path.join(path, "fingerprint.json"))
     precision = found.get("precision", "auto")
-    return "auto" if {"int8": "cpu", "fp16": "gpu"}.get(precision, device) != device else precision
+    return "auto" if {"int8": "cpu", "fp16": "gpu", "tf32": "gpu"}.get(precision, device) != device else precision
 
 
 def is_kept(path: str, wanted: dict) -> bool:

@@ -2,7 +2,6 @@
 embeddings."""
 
 import argparse
-import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,10 +18,11 @@ from simcse.encoders import (
     portable,
     remove_layers,
 )
-from simcse.engine import Engine, KeptGraph, export_graph, gpu_precision, make_engine, openvino_is_faster
+from simcse.engine import Engine, KeptGraph, export_graph, make_engine, openvino_is_faster
 from simcse.files import new_folder, prefetch
 from simcse.flags import DEFAULT_MODEL, POOLINGS
 from simcse.machine import BATCH_TOKENS, RANK
+from simcse.precision import casting, gpu_precision
 from simcse.ranks import gather_rows, set_device
 from simcse.tokens import Ids, Tokens
 from simcse.weights import CONFIG_FILE, PARAMS_FILE, load_state, read_record, read_weights, write_record, write_weights
@@ -48,7 +48,7 @@ class SimCSE(nn.Layer):
         output_emb_size: size of the embedding; None or 0: the encoder's hidden size, without fc.
         pooling: one of flags.POOLINGS; see `pool`.
         infer_with_pooler: whether `embed` and the exported graph take the pooled output; training always does.
-        precision: of matrix products: fp32, or on a GPU bf16 or fp16.
+        precision: of matrix products: fp32, or on a GPU tf32, bf16 or fp16; see `precision.gpu_precision`.
         cross_device_negatives: whether `loss` is that of the rows of all ranks.
         whitened_at: tokens of the longest texts that `whitening.whiten` was fitted on; None: it was not.
     """
@@ -105,12 +105,11 @@ class SimCSE(nn.Layer):
         length], padded with the encoder's pad id; None is all zero. Positions and masks, which the original's methods
         take too, are those that the encoder makes of them. With pooling "pooler" the encoder's pooled (tanh) output is
         taken if `with_pooler`, else the raw first token."""
-        with contextlib.nullcontext() if self.precision == "fp32" else paddle.amp.auto_cast(
-                level="O1", dtype={"bf16": "bfloat16", "fp16": "float16"}[self.precision]):
+        with casting(self.precision):
             embedding = self.pool(input_ids, token_type_ids, with_pooler)
             if self.output_emb_size:
                 embedding = self.emb_reduce_linear(embedding)
-        if self.precision != "fp32":
+        if self.precision in ("bf16", "fp16"):
             embedding = embedding.astype("float32")  # norm, cosines and loss are of full precision
         embedding = self.dropout(embedding)
         return F.normalize(embedding, p=2, axis=-1) if self.normalizes else embedding
@@ -430,8 +429,10 @@ def encode_stream(model: Engine, sight: Sight, batch_size: int | None = None,
     time. `windows` are the rows that are wanted, by which texts are batched together; None: all, WINDOW at a time.
     InputError: an embedding is not finite.
 
-    A batch is read back when the next one is under way, so that host and GPU work side by side. Texts that the encoder
-    sees nothing of have an embedding of zeros, whose cosine with any is 0.
+    A batch is read back when the next one is under way, as OpenVINO computes two at a time. A GPU has no such gain: the
+    next one is launched without waiting for it, but paddle's copies to and from a GPU wait for all that was launched.
+    The ids of the next window are made meanwhile. Texts that the encoder sees nothing of have an embedding of zeros,
+    whose cosine with any is 0.
     """
     check_length(model, sight.length)
     if windows is None:

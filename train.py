@@ -28,6 +28,8 @@ from simcse import console, flags
 from simcse.machine import RANK, RANKS
 from simcse.measures import RECALL_KS, first_hits, per_query, percent
 
+FEW_TOKENS = 8192
+
 
 def parse_args() -> argparse.Namespace:
     parser = flags.ArgumentParser(description=__doc__.splitlines()[0])
@@ -107,12 +109,15 @@ def read_test_set(args: argparse.Namespace) -> list[tuple[int, list[str]]]:
 
 def evaluate(embed: Callable, test_set: Sequence[Sequence[str]]) -> dict[str, float]:
     """Spearman's rank correlation of the cosines with the labels, none where all cosines are the same, or Recall@k of
-    each distinct query's targets among all distinct targets, by exact search; in percent."""
+    each distinct query's targets among all distinct targets, by exact search; in percent. Other ranks than the first
+    measure nothing, but `embed` may need them."""
     first, second, *labels = zip(*test_set)
     if labels:
         from scipy.stats import spearmanr
 
         cosines = (embed(first) * embed(second)).sum(axis=1)
+        if RANK:
+            return {}
         if cosines.min() == cosines.max():
             console.warn(f"spearman is undefined: all {len(cosines)} cosines are {cosines[0]:g}")
             return {}
@@ -121,9 +126,18 @@ def evaluate(embed: Callable, test_set: Sequence[Sequence[str]]) -> dict[str, fl
     targets = defaultdict(set)
     for query, target in test_set:
         targets[query].add(corpus[target])
-    rows, _ = exact_search(embed(list(targets)), embed(list(corpus)), max(RECALL_KS))
+    embeddings = embed(list(targets)), embed(list(corpus))
+    if RANK:
+        return {}
+    rows, _ = exact_search(*embeddings, max(RECALL_KS))
     ranks = first_hits(rows, list(targets.values()))
     return {name: percent(hits) for name, hits in per_query(ranks[:, None], ["recall"]).items()}
+
+
+def evaluation_tokens(args: argparse.Namespace) -> int:
+    """The tokens of a batch, padding included, that has room on a GPU beside training: those of both views of what a
+    step encodes at once, whose memory is free between steps, or a few."""
+    return max(FEW_TOKENS, 2 * min(args.batch_size, args.chunk_size or args.batch_size) * args.max_seq_length)
 
 
 def check_learnable(args: argparse.Namespace, texts: data.TextFile) -> None:
@@ -185,7 +199,7 @@ def train(args: argparse.Namespace, texts: data.TextFile, test_set: list[tuple[i
     from model import encode, make_record, save_checkpoint
     from simcse.engine import make_engine
     from simcse.gradients import backward
-    from simcse.ranks import wait_for_ranks
+    from simcse.ranks import encode_shares
     from simcse.run import Run
     from simcse.whitening import SAMPLE, runs, whiten
 
@@ -197,13 +211,17 @@ def train(args: argparse.Namespace, texts: data.TextFile, test_set: list[tuple[i
         engine = make_engine(model, precision, args.cpu_threads)
         return lambda texts: encode(engine, tokenizer, texts, args.max_seq_length, remark=False)
 
-    def measure(group: str) -> None:
-        """On rank 0, while the others wait."""
-        if test_set and not RANK and (measures := evaluate(encoder(), [row for _, row in test_set])):
+    def measure(group: str, share: bool = True) -> None:
+        """The texts being shared out among the ranks, or this one's alone."""
+        if not test_set:
+            return
+        embed = encoder()
+        if measures := evaluate(functools.partial(encode_shares, embed) if share else embed,
+                                [row for _, row in test_set]):
             run.log_measures(measures, group)
-        wait_for_ranks()
 
     model, tokenizer, name = build_model(args)
+    model.batch_tokens = min(model.batch_tokens, evaluation_tokens(args))
     look(args, texts, test_set, tokenizer)
     sampler = data.ShuffledBatches(len(texts), args.batch_size, RANK, RANKS)
     make = functools.partial(data.make_batch, texts, tokenizer, args)
@@ -216,17 +234,16 @@ def train(args: argparse.Namespace, texts: data.TextFile, test_set: list[tuple[i
     if run.code:
         return run
     measure("eval")
-    if args.whiten is not None:
-        if not RANK:
-            sample = texts.sample(SAMPLE)
-            sample += runs(sample, tokenizer, args.max_seq_length)
-            dark = set(data.unseen(tokenizer, tokenizer(sample, args.max_seq_length)))  # whose embeddings are zeros
-            sample = [text for row, text in enumerate(sample) if row not in dark]
-            whiten(model, lambda: encoder("fp32")(sample), args.whiten or model.embedding_size, args.max_seq_length)
-            folder = os.path.join(args.save_dir, f"model_{run.step}_whitened")
-            save(folder)  # beside the checkpoint of the step, which stays as it is
-            console.log(f"saved {folder}")
-        measure("whitened")
+    if args.whiten is not None and not RANK:
+        sample = texts.sample(SAMPLE)
+        sample += runs(sample, tokenizer, args.max_seq_length)
+        dark = set(data.unseen(tokenizer, tokenizer(sample, args.max_seq_length)))  # whose embeddings are zeros
+        sample = [text for row, text in enumerate(sample) if row not in dark]
+        whiten(model, lambda: encoder("fp32")(sample), args.whiten or model.embedding_size, args.max_seq_length)
+        folder = os.path.join(args.save_dir, f"model_{run.step}_whitened")
+        save(folder)  # beside the checkpoint of the step, which stays as it is
+        console.log(f"saved {folder}")
+        measure("whitened", share=False)  # the other ranks' network is not whitened
     if args.visualdl_embeddings and not RANK:
         sample = texts.sample(args.visualdl_embeddings)
         run.writer.add_embeddings("texts", mat=encoder()(sample).tolist(), metadata=sample)

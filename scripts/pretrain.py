@@ -113,17 +113,19 @@ class MaskedBatches:
         return MaskedBatch(input_ids, types, np.flatnonzero(chosen), labels, rows)
 
 
-def masked_lm(name: str, dropout: float) -> Any:
+def masked_lm(name: str, dropout: float, precision: str = "fp32") -> Any:
     """The network: an encoder and the head that predicts its tokens, random where the encoder comes without one.
 
     Args:
         name: as in `load_encoder`.
         dropout: hidden and attention dropout rate.
+        precision: of matrix products, as in `SimCSE`.
 
     Raises:
         InputError: see `load_encoder`; or there is no such head for the encoder.
     """
     from simcse.encoders import freeze_pooler, load_encoder
+    from simcse.precision import casting
 
     import paddle
     import paddle.nn.functional as F
@@ -144,9 +146,10 @@ def masked_lm(name: str, dropout: float) -> Any:
             self.max_positions = getattr(network.config, "max_position_embeddings", 512)
 
         def forward(self, input_ids, token_type_ids, places, labels):
-            hidden = encoder(input_ids, token_type_ids=token_type_ids)[0]
-            logits = network.cls(hidden.reshape([-1, hidden.shape[-1]]).index_select(places))
-            return F.cross_entropy(logits, labels, reduction="sum") / max(1, len(labels))
+            with casting(precision):
+                hidden = encoder(input_ids, token_type_ids=token_type_ids)[0]
+                logits = network.cls(hidden.reshape([-1, hidden.shape[-1]]).index_select(places))
+            return F.cross_entropy(logits.astype("float32"), labels, reduction="sum") / max(1, len(labels))
 
     return MaskedLM()
 
@@ -160,7 +163,7 @@ def train(args: argparse.Namespace, texts: data.TextFile) -> Any:
     import paddle
 
     name = args.resume or args.model_name_or_path
-    model, tokenizer = masked_lm(name, args.dropout), data.load_tokenizer(name)
+    model, tokenizer = masked_lm(name, args.dropout, args.precision), data.load_tokenizer(name)
     check_length(model, args.max_seq_length)
     look_at(texts.spread(data.WINDOW), tokenizer, args.max_seq_length)
 

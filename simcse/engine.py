@@ -3,6 +3,7 @@
 import argparse
 import collections
 import contextlib
+import copy
 import importlib.metadata
 import importlib.util
 import itertools
@@ -18,6 +19,7 @@ from unittest.mock import patch
 from simcse.console import InputError, log
 from simcse.files import file_digest, new_folder, read_json, write_json
 from simcse.machine import BATCH_TOKENS, CPU_BF16_IS_FASTER, CPU_HAS_AMX, CPU_HAS_BF16, CPU_THREADS, auto_precision
+from simcse.precision import gpu_precision
 from simcse.weights import CONFIG_FILE, ONNX_FILE, OPENVINO_FILE, OPSET, model_digest, read_record
 
 import numpy as np
@@ -33,7 +35,7 @@ class Engine(Protocol):
     embedding_size: int
     max_positions: int
     batch_tokens: int  # tokens of a batch, padding included, where no batch size is asked for
-    precision: str  # number format of the matrix products: "fp32", "bf16", "fp16" or "int8"
+    precision: str  # number format of the matrix products: "fp32", "tf32", "bf16", "fp16" or "int8"
 
     def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> Any: ...
 
@@ -244,22 +246,16 @@ def openvino_is_faster() -> bool:
             and importlib.util.find_spec("openvino") is not None)
 
 
-def gpu_precision(precision: str) -> str:
-    """What `--precision` is on the GPU at hand; InputError where that does not have it."""
-    supported = {"bf16": paddle.amp.is_bfloat16_supported, "fp16": paddle.amp.is_float16_supported}
-    if precision in supported and not supported[precision]():
-        raise InputError(f"--precision {precision}: this GPU does not have it")
-    return "fp32" if precision == "auto" else precision
-
-
 def make_engine(model: nn.Layer, precision: str = "auto", cpu_threads: int = 0,
                 keep: Callable[[str], None] | None = None,
                 export: Callable[[nn.Layer, str], Any] = export_graph) -> Engine:
     """What encodes fastest on the current device: on a CPU the engine of the graph that `export` writes to a folder, of
-    the weights as they are now, and the folder is given to `keep`; on a GPU the network itself, in its own precision.
-    """
+    the weights as they are now, and the folder is given to `keep`; on a GPU the network itself, "auto" being its own
+    precision."""
     if paddle.device.get_device() != "cpu":
-        return model
+        network = copy.copy(model)  # with the same weights
+        network.precision = gpu_precision(model.precision if precision == "auto" else precision)
+        return network
     with tempfile.TemporaryDirectory() as folder:
         if not TableEngine.write(model, folder):
             export(model, folder)

@@ -19,6 +19,8 @@ POOLINGS = ("pooler", "mean", "first_last_avg", "first_avg")  # see model.py
 DEFAULT_PARAMS = "checkpoints/model_20000/model_state.pdparams"
 COLLECTION = "simcse"  # of Milvus
 FUSED = 100  # documents that a ranking brings to a fusion, or as many as are asked for, if that is more
+TRAIN_PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
+AUTO_ON_GPU = "on a GPU bf16 from compute capability 8.0 on, fp16 on 7.x"
 README_TEXT = "国有企业引入非国有资本对创新绩效的影响——基于制造业国有上市公司的经验证据"
 
 
@@ -149,9 +151,10 @@ def add_encode_arguments(parser: argparse.ArgumentParser) -> None:
         help="texts per batch; None: as many as fill 2,048 tokens on a CPU, 65,536 on a GPU")
     add_data_arguments(parser)
     add_device_arguments(parser)
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16", "int8"), default="auto",
+    add("--precision", choices=(*TRAIN_PRECISIONS, "int8"), default="auto",
         help="number format of the matrix products; auto: bf16 on a CPU that is faster in it (AMX, or AMD's AVX-512 "
-        "BF16), else fp32. fp16 needs --device gpu; int8 --device cpu and requirements-openvino.txt")
+        f"BF16), {AUTO_ON_GPU}, else fp32. tf32 and fp16 need --device gpu; int8 --device cpu and "
+        "requirements-openvino.txt")
     add_calibration_argument(parser)
 
 
@@ -165,8 +168,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace,
     """Refuse what would do nothing on the device asked for, and texts longer than the encoder, where a flag names a
     folder that describes it; returns `args`. Where no --max_seq_length is given it is the one that the checkpoint
     records, else `length`."""
-    if args.precision == "fp16" and args.device != "gpu":
-        parser.error("--precision fp16 needs --device gpu")
+    if args.precision in ("tf32", "fp16") and args.device != "gpu":
+        parser.error(f"--precision {args.precision} needs --device gpu")
     if args.precision == "int8" and args.device != "cpu":
         parser.error("--precision int8 needs --device cpu")
     if vars(args).get("calibration_file") and args.precision != "int8":
@@ -277,8 +280,9 @@ def add_optimization_arguments(group: argparse._ArgumentGroup) -> None:
     add("--max_seq_length", type=sequence_length, help="tokens per text, [CLS] and [SEP] included, others are cut. "
         f"None: that of the checkpoint that training goes on from, else {TRAIN_LENGTH}")
     add("--seed", type=natural_int, default=1000, help="random seed")
-    add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32",
-        help="number format of the matrix products; bf16 and fp16, with loss scaling, need --device gpu")
+    add("--precision", choices=TRAIN_PRECISIONS, default="auto",
+        help=f"number format of the matrix products; auto: {AUTO_ON_GPU}, else fp32, or that of the run that --resume "
+        "goes on with. tf32, bf16 and fp16, with loss scaling, need --device gpu")
 
 
 def add_run_arguments(device: argparse._ArgumentGroup, output: argparse._ArgumentGroup) -> None:
@@ -299,7 +303,7 @@ def check_run_arguments(parser: argparse.ArgumentParser, args: argparse.Namespac
                         *learning: argparse._ArgumentGroup) -> argparse.Namespace:
     """Refuse training flags that contradict the device, the encoder, or each other; returns `args`, with the names of
     the flags of `learning`, which a resumed run has to share, and with those of `start` before them."""
-    if args.precision != "fp32" and args.device != "gpu":
+    if args.precision not in ("auto", "fp32") and args.device != "gpu":
         parser.error(f"--precision {args.precision} needs --device gpu: paddle has no such training on a CPU")
     if args.resume not in (None, "auto") and not os.path.isfile(os.path.join(args.resume, STATE_RECORD)):
         parser.error(f"argument --resume: {args.resume}: no checkpoint folder that training can go on from (it has no "
@@ -309,8 +313,20 @@ def check_run_arguments(parser: argparse.ArgumentParser, args: argparse.Namespac
     return check_arguments(parser, args, TRAIN_LENGTH)
 
 
+def training_precision(device: str, resumed: str | None) -> str:
+    """What `--precision auto` is in training: on a GPU that of the run that left the checkpoint folder `resumed`, if
+    any; on a CPU fp32, as paddle has no other."""
+    if device != "gpu":
+        return "fp32"
+    run = read_json(os.path.join(resumed, STATE_RECORD)).get("run", {}) if resumed else {}
+    return run.get("precision") or auto_precision(device)
+
+
 def announce_training(args: argparse.Namespace, start: str, texts: str) -> None:
-    """Find the checkpoint that --resume auto means, and announce the run: from where, else `start`, on which texts."""
+    """Find the checkpoint that --resume auto means, and what --precision auto is, and announce the run: from where,
+    else `start`, on which texts."""
     if args.resume == "auto":
         args.resume = newest_resumable(args.save_dir)
+    if args.precision == "auto":
+        args.precision = training_precision(args.device, args.resume)
     announce(args, args.resume or start, texts, f"{args.epochs} epochs in batches of {args.batch_size}")

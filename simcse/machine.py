@@ -1,6 +1,8 @@
 """What this machine has and this process is, without importing paddle."""
 
 import contextlib
+import ctypes
+import functools
 import math
 import os
 
@@ -19,8 +21,27 @@ CPU_THREADS = max(1, CPU_CORES // RANKS)  # of math, where none are asked for: r
 
 
 def auto_precision(device: str) -> str:
-    """What `--precision auto` is: bf16 on a CPU that is faster in it, else fp32."""
+    """What `--precision auto` is: bf16 on a CPU that is faster in it; on GPUs bf16 from compute capability 8.0 on, and
+    fp16 from 7.0 on; else fp32."""
+    if device == "gpu":
+        generation = gpu_generation()
+        return "bf16" if generation >= 8 else "fp16" if generation >= 7 else "fp32"
     return "bf16" if device == "cpu" and CPU_BF16_IS_FASTER else "fp32"
+
+
+@functools.cache
+def gpu_generation() -> int:
+    """The major number of the compute capability of the GPUs that this process may use, the lowest of them, as CUDA's
+    driver has it; 0 where there is none."""
+    compute_capability_major = 75  # of the driver's CUdevice_attribute
+    count, major, found = ctypes.c_int(), ctypes.c_int(), []
+    with contextlib.suppress(OSError):
+        driver = ctypes.CDLL("libcuda.so.1")
+        if not driver.cuInit(0) and not driver.cuDeviceGetCount(ctypes.byref(count)):
+            for device in range(count.value):
+                driver.cuDeviceGetAttribute(ctypes.byref(major), compute_capability_major, device)
+                found.append(major.value)
+    return min(found, default=0)
 
 
 def available_memory() -> float:

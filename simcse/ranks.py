@@ -5,6 +5,7 @@ import ctypes
 import importlib.util
 import os
 import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from simcse.console import InputError, summary
@@ -107,6 +108,14 @@ def largest(number: int) -> int:
 def gather_arrays(array: np.ndarray) -> list[np.ndarray]:
     """The arrays of all ranks, which have one shape and dtype."""
     return [array] if RANKS == 1 else np.split(gather_rows(paddle.to_tensor(array)).numpy(), RANKS)
+
+
+def encode_shares(encode: Callable[[Sequence], np.ndarray], texts: Sequence) -> np.ndarray:
+    """What `encode` makes of the texts, float32 [texts, size], of which every rank encodes its share; all ranks call it
+    together."""
+    share = -(-len(texts) // RANKS)
+    own = encode(texts[RANK * share : (RANK + 1) * share])
+    return np.concatenate(gather_arrays(np.pad(own, ((0, share - len(own)), (0, 0)))))[: len(texts)]
 
 
 def gather_rows(tensor: paddle.Tensor) -> paddle.Tensor:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from simcse import console
-from simcse.console import InputError, log, log_from_handler
+from simcse.console import InputError, log, log_from_handler, warn
 from simcse.encoders import train_faster_on_cpu
-from simcse.engine import gpu_precision
 from simcse.files import file_digest, read_json, write_json
+from simcse.flags import TRAIN_PRECISIONS
 from simcse.machine import RANK, RANKS
+from simcse.precision import gpu_precision
 from simcse.ranks import LAUNCHER_GONE, join_ranks, largest, set_device, wait_for_ranks
 from simcse.weights import STATE_FILE, STATE_RECORD, read_weights, saved_steps, write_weights
 
@@ -64,6 +65,10 @@ class Run:
 
         self.args, self.model, self.texts, self.write = args, model, texts, write
         join_ranks()
+        precision = TRAIN_PRECISIONS.index(args.precision)
+        if largest(precision) != -largest(-precision):  # gradients that are scaled would be added to others
+            raise InputError(f"--precision: {args.precision} on this machine, and another on another; give all the "
+                             "same one")
         if not RANK:  # weights, and two moments of each
             prepare_save_dir(args.save_dir, 12 * sum(parameter.size for parameter in model.parameters()))
         wait_for_ranks()
@@ -78,7 +83,8 @@ class Run:
             self.schedule, parameters=model.parameters(), weight_decay=args.weight_decay,
             apply_decay_param_fun=decayed.__contains__,
             grad_clip=paddle.nn.ClipGradByGlobalNorm(args.max_grad_norm) if args.max_grad_norm else None)
-        self.scaler = paddle.amp.GradScaler(enable=args.precision == "fp16", init_loss_scaling=2.0**15)
+        scales = args.precision == "fp16" and args.device == "gpu"
+        self.scaler = paddle.amp.GradScaler(enable=scales, init_loss_scaling=2.0**15)
         self.settings = {"train_set_file": file_digest(texts.path), "number of processes": RANKS,
                          **{name: getattr(args, name) for name in args.learns_by}}
         if args.resume:
@@ -104,9 +110,9 @@ class Run:
                 advance()
                 if self.step % self.args.save_steps == 0:
                     self.save()
-                if not self.code and self._stops():
+                if not self.code and (number := self._stops()):
                     self.save()
-                    self.code = self.code or 128 + self.signal
+                    self.code = self.code or 128 + number
                 if self.code:
                     return
         self.save()
@@ -121,8 +127,8 @@ class Run:
             if largest(bad):
                 if bad:
                     lines = sorted(self.texts.line_number(row) for row in batch.rows)
-                    log(f"{console.PROGRAM}: error: the loss of step {self.step + 1} is {float(loss)}; its batch is "
-                        f"lines {', '.join(map(str, lines[:100]))} of --train_set_file. {REMEDY}")
+                    warn(f"{console.PROGRAM}: error: the loss of step {self.step + 1} is {float(loss)}; its batch is "
+                         f"lines {', '.join(map(str, lines[:100]))} of --train_set_file. {REMEDY}")
                 self.code = 1
                 self.save()
                 return
@@ -147,8 +153,8 @@ class Run:
         if self.sound != self.step:
             if largest(not all(bool(paddle.isfinite(parameter).all()) for parameter in self.model.parameters())):
                 if not self.code and not RANK:
-                    log(f"{console.PROGRAM}: error: after step {self.step} weights are no numbers; they are not saved. "
-                        f"{REMEDY}")
+                    warn(f"{console.PROGRAM}: error: after step {self.step} weights are no numbers; they are not "
+                         f"saved. {REMEDY}")
                 self.code = 1
                 return False
             self.sound = self.step
@@ -156,7 +162,7 @@ class Run:
 
     def _request_stop(self, number: int, _) -> None:
         """Have the run stop after the step at hand; a second Ctrl-C or SIGTERM ends it at once."""
-        if "PADDLE_TRAINER_ID" in os.environ:  # a launcher sends SIGTERM twice, a second apart, and kills in three more
+        if "PADDLE_TRAINER_ID" in os.environ:  # a launcher sends SIGTERM several times before it kills
             self.signal = signal.SIGTERM
             return
         self.signal = number
@@ -164,13 +170,12 @@ class Run:
             signal.signal(each, signal.SIG_DFL)
         log_from_handler(f"{signal.Signals(number).name}: saving after this step; once more to stop without saving")
 
-    def _stops(self) -> bool:
-        """Whether to stop after this step. Ranks stop after the same one, so they ask each other, every 10 steps."""
-        if RANKS > 1:
-            if self.step % 10:
-                return False
-            self.signal = largest(self.signal)
-        return bool(self.signal)
+    def _stops(self) -> int:
+        """The signal to stop for after this step, 0: none. Ranks stop after the same one, so they ask each other, every
+        10 steps."""
+        if RANKS == 1:
+            return self.signal
+        return 0 if self.step % 10 else largest(self.signal)
 
     def save(self) -> None:
         """Write a checkpoint, on rank 0, while the others wait; but none of weights that are no numbers."""

@@ -22,6 +22,7 @@ from paddlenlp.transformers import ErnieConfig, ErnieModel
 SIZES = {"vocab_size": 200, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
          "intermediate_size": 32, "max_position_embeddings": 40}
 ROWS = 6
+COUNTS = (1, 5, 6)  # of texts that ranks share out
 # What each rank does: options of `gradients`.
 CASES = {
     "plain": {}, "cross": {"cross": True}, "cached": {"chunk": 4}, "cross_cached": {"cross": True, "chunk": 4},
@@ -68,11 +69,18 @@ def gradients(ids: list[list[int]], dropout: float = 0.0, chunk: int | None = No
     return {"loss": loss.numpy(), **named}
 
 
+def shares(count: int) -> np.ndarray:
+    """Of so many texts on all ranks, each its number and the rank that encoded it."""
+    return ranks.encode_shares(lambda numbers: np.array([[number, RANK] for number in numbers], "float32").reshape(
+        len(numbers), 2), range(count))
+
+
 def main(folder: str) -> None:
     paddle.set_device("cpu")
     ranks.join_ranks()
     for name, options in CASES.items():
         np.savez(os.path.join(folder, f"{name}_{RANK}.npz"), **gradients(texts(RANK), **options))
+    np.savez(os.path.join(folder, f"shares_{RANK}.npz"), **{str(count): shares(count) for count in COUNTS})
 
 
 if __name__ == "__main__":

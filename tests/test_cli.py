@@ -76,7 +76,7 @@ def test_usage_errors(tmp_path, script, flags, message):
     ("train.py", ["--gradient_cache"], "no such flag: --gradient_cache"),
     ("recall.py", ["--precision", "int8"], "--precision int8 needs --device cpu"),
     ("inference.py", ["--cpu_threads", 2], "--cpu_threads needs --device cpu"),
-    ("predict.py", ["--device", "cpu", "--precision", "fp16"], "--precision fp16 needs --device gpu"),
+    ("predict.py", ["--device", "cpu", "--precision", "tf32"], "--precision tf32 needs --device gpu"),
     ("train.py", ["--device", "cpu", "--precision", "bf16"], "--precision bf16 needs --device gpu"),
     ("train.py", ["--cpu_threads", 1], "--cpu_threads needs --device cpu"),
     ("train.py", ["--chunk_size", 0], "'0' is not a whole number from 1 up")])

@@ -25,7 +25,7 @@ def of_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gradients")
     result, _ = launch("tests/gradients.py", folder, cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
-    return {name: [dict(np.load(folder / f"{name}_{rank}.npz")) for rank in (0, 1)] for name in CASES}
+    return {name: [dict(np.load(folder / f"{name}_{rank}.npz")) for rank in (0, 1)] for name in [*CASES, "shares"]}
 
 
 def assert_same(got, expected):
@@ -117,6 +117,13 @@ def test_batches_are_those_of_paddles_sampler(count, batch_size, ranks):
         for epoch in range(3):
             assert [rows.tolist() for rows in ours.epoch(epoch)] == list(theirs)
         assert len(ours) == len(theirs)
+
+
+def test_ranks_encode_their_shares_and_have_all(of_ranks):
+    for count in gradients.COUNTS:
+        for rank in (0, 1):
+            numbers, by = of_ranks["shares"][rank][str(count)].T
+            assert numbers.tolist() == list(range(count)) and by.sum() == count // 2 and (np.diff(by) >= 0).all()
 
 
 @pytest.mark.parametrize("flags", [[], ["--ann_engine", "exact"]])
@@ -253,7 +260,8 @@ def wait_for(condition, seconds=120):
 
 
 def test_two_processes_train_one_model(sample, tmp_path):
-    """paddle.distributed.launch with gloo: both ranks work, rank 0 alone logs, evaluates and saves."""
+    """paddle.distributed.launch with gloo: both ranks work, rank 0 alone logs and saves, and measures what one process
+    does."""
     result, logs = launch("train.py", *train_flags(
         sample, "--test_set_file", sample / "dev.csv", "--save_dir", tmp_path / "ck", "--batch_size", 4,
         "--visualdl_dir", tmp_path / "log"), cwd=tmp_path)
@@ -261,3 +269,6 @@ def test_two_processes_train_one_model(sample, tmp_path):
     assert "global step 10," in logs[0] and "recall@1=" in logs[0]
     assert "global step" not in logs[1] and "saved" not in logs[1]
     assert os.listdir(tmp_path / "ck") == ["model_16"], "128 texts in batches of 4 on each of two ranks"
+    alone = succeed("train.py", *train_flags(sample, "--test_set_file", sample / "dev.csv", "--epochs", 0, "--save_dir",
+                                             "alone", "--init_from_ckpt", tmp_path / "ck" / "model_16"), cwd=tmp_path)
+    assert alone.stdout.removeprefix("global step 0") in logs[0] and "recall@50=" in alone.stdout

@@ -5,7 +5,7 @@ import signal
 import subprocess
 
 import model
-from simcse import weights
+from simcse import run, weights
 
 import pytest
 from conftest import command
@@ -36,3 +36,21 @@ def test_signals_save_and_a_second_ends_at_once(flags, tmp_path, signals, code):
         model.load_model(str(tmp_path / "checkpoints" / f"model_{step}" / "model_state.pdparams"))
     else:
         assert "saved" not in rest and not weights.saved_steps(str(tmp_path / "checkpoints"))
+
+
+def test_a_signal_that_comes_while_ranks_ask_each_other_is_kept(monkeypatch):
+    """It has the ranks stop the next time that they ask."""
+    training = object.__new__(run.Run)
+    training.step, training.signal = 10, 0
+
+    def largest(number):
+        training.signal = signal.SIGTERM
+        return number
+
+    monkeypatch.setattr(run, "RANKS", 2)
+    monkeypatch.setattr(run, "largest", largest)
+    assert training._stops() == 0
+    training.step = 15
+    assert training._stops() == 0
+    training.step = 20
+    assert training._stops() == signal.SIGTERM

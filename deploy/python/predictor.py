@@ -226,6 +226,8 @@ def _configure(config: Any, device: str, threads: int, precision: str, shapes: i
             raise InputError("--device gpu: no GPU that this paddlepaddle can use; run with --device cpu, or install "
                              "paddlepaddle-gpu")
         link_cuda_libraries()
+        for switch in (paddle.base.core.set_cublas_switch, paddle.base.core.set_cudnn_switch):
+            switch(False)  # paddle 2.6 rounds products of float32 to TF32 by itself
         types = paddle.inference.PrecisionType
         kind = {"fp32": types.Float32, "bf16": types.Bfloat16, "fp16": types.Half}[precision]
         config.enable_use_gpu(100, 0, types.Float32 if tensorrt else kind)

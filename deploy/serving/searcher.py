@@ -245,8 +245,10 @@ def _open_bm25(index_path: str | None, entries: Any) -> Any:
 
 
 def _open_engine(args: argparse.Namespace, precision: str, shapes: int) -> Any:
-    """The exported model, in the precision that the corpus was encoded in where none is asked for; on a CPU its table,
-    where it has one. ONNX has one precision."""
+    """The exported model, in the precision that the corpus was encoded in where none is asked for, fp32 being next to
+    TF32, and on a CPU to fp16; on a CPU its table, where it has one. ONNX has one precision."""
+    if precision == "tf32" or (precision == "fp16" and args.device == "cpu"):
+        precision = "fp32"
     if precision != "int8" and predictor.other_format(args.model_dir) == predictor.ONNX_FILE:
         precision = "fp32"
     if (predictor.read_record(args.model_dir).get("table") and args.device == "cpu"
