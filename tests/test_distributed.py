@@ -76,20 +76,29 @@ def test_a_cached_step_is_a_plain_one(chunk):
 
 @pytest.mark.parametrize("columns", [1, 2, 3])
 @pytest.mark.parametrize("chunk", [None, 7])
-@pytest.mark.parametrize("keys", [True, False])
-def test_texts_of_like_length_together_are_all_in_one_pass(monkeypatch, columns, chunk, keys):
-    """Loss and gradients, dropout off; the passes that there are, and their tokens."""
+@pytest.mark.parametrize("keys, device", [(True, "cpu"), (False, "cpu"), (True, "gpu:0")])
+def test_texts_of_like_length_together_are_all_in_one_pass(monkeypatch, columns, chunk, keys, device):
+    """Loss and gradients, dropout off; the passes that there are, and their tokens; on what looks like a GPU, too, and
+    nothing is read back from it."""
     results, tokens, encode = [], [], m.SimCSE.get_pooled_embedding
 
     def counted(model, ids, *types, **more):
         tokens[-1].append(ids.size)
         return encode(model, ids, *types, **more)
 
+    def read(*_):
+        raise AssertionError("the host waits for the device")
+
     monkeypatch.setattr(m.SimCSE, "get_pooled_embedding", counted)
+    monkeypatch.setattr(paddle.device, "get_device", lambda: device)
     for cost in (10**6, 0):
-        monkeypatch.setattr(m, "GROUP_TOKENS", cost)
+        monkeypatch.setitem(m.GROUP_TOKENS, "cpu" if device == "cpu" else "fp32", cost)
         tokens.append([])
-        results.append(gradients.gradients(texts(1, 18), chunk=chunk, keys=keys, columns=columns))
+        with monkeypatch.context() as reading:
+            for name in ("numpy", "item", "tolist", "__array__", "__float__", "__bool__", "__int__"):
+                reading.setattr(paddle.Tensor, name, read)
+            loss, model = gradients.step(texts(1, 18), chunk=chunk, keys=keys, columns=columns)
+        results.append(gradients.read(loss, model))
     assert_same(*results)
     assert len(tokens[0]) == (6 if chunk else 1) < len(tokens[1]) and sum(tokens[0]) > sum(tokens[1])
 
