@@ -57,24 +57,15 @@ def tiny(dropout: float = 0.0, **settings) -> m.SimCSE:
     return network
 
 
-def step(ids: list[list[int]], dropout: float = 0.0, chunk: int | None = None, cross: bool = False, keys: bool = True,
-         columns: int = 1) -> tuple[paddle.Tensor, m.SimCSE]:
-    """The loss of a step, and the network, which has its gradients."""
+def gradients(ids: list[list[int]], dropout: float = 0.0, chunk: int | None = None, cross: bool = False,
+              keys: bool = True, columns: int = 1) -> dict[str, np.ndarray]:
+    """The loss of a step, and its gradients."""
     model = tiny(dropout, cross_device_negatives=cross)
     network = paddle.DataParallel(model) if paddle.distributed.get_world_size() > 1 else model
     paddle.seed(7)
-    return backward(network, model, batch_of(ids, chunk, keys, columns), lambda loss: loss), model
-
-
-def read(loss: paddle.Tensor, model: m.SimCSE) -> dict[str, np.ndarray]:
-    """The loss of a `step`, and its gradients by name."""
+    loss = backward(network, model, batch_of(ids, chunk, keys, columns), lambda loss: loss)
     named = {name: tensor.grad.numpy() for name, tensor in model.named_parameters() if tensor.grad is not None}
     return {"loss": loss.numpy(), **named}
-
-
-def gradients(*args, **options) -> dict[str, np.ndarray]:
-    """What is `read` of a `step`."""
-    return read(*step(*args, **options))
 
 
 def main(folder: str) -> None:
