@@ -33,8 +33,8 @@ import paddle.nn.functional as F
 from paddle import nn
 
 INT8_NEEDS = "requirements-openvino.txt"
-# What a pass of training costs beside its tokens, in tokens of ERNIE-base: measured on a CPU; on GPUs, by precision, the
-# least time of its kernels (docs/en/benchmarks.md, "From one card to many").
+# What a pass of training costs beside its tokens, in tokens of ERNIE-base: measured on a CPU; on GPUs, by precision,
+# the least time of its kernels (docs/en/benchmarks.md, "From one card to many").
 GROUP_TOKENS = {"cpu": 256, "fp32": 256, "tf32": 512, "fp16": 256, "bf16": 1000}
 
 
