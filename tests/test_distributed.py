@@ -197,6 +197,12 @@ def test_ranks_end_with_the_launcher(sample, tmp_path, number):
         assert "training_state.json" in os.listdir(tmp_path / "checkpoints" / name)
 
 
+def test_a_rank_whose_launcher_is_gone_before_it_joins_ends():
+    code = ("import os, signal\nfrom simcse import ranks\nranks.PARENT -= 1  # the process that was its parent\n"
+            "ranks.end_with_launcher()\nsignal.pause()\n")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == -signal.SIGUSR1
+
+
 def test_a_loss_that_is_no_number_on_one_rank_ends_both(sample, tmp_path):
     """Before an evaluation: neither waits for the other, and the weights, which all ranks' gradients have spoilt, are
     not saved."""
