@@ -33,7 +33,9 @@ import paddle.nn.functional as F
 from paddle import nn
 
 INT8_NEEDS = "requirements-openvino.txt"
-GROUP_TOKENS = 256  # what a pass costs beside its tokens, in tokens
+# What a pass of training costs beside its tokens, in tokens of ERNIE-base: measured on a CPU; on GPUs, by precision,
+# the least time of its kernels (docs/en/benchmarks.md, "From one card to many").
+GROUP_TOKENS = {"cpu": 256, "fp32": 256, "tf32": 512, "fp16": 256, "bf16": 1000}
 
 
 # ---------------------------------------------------------------------------------------------------------- the network
@@ -127,25 +129,22 @@ class SimCSE(nn.Layer):
         for input_ids, token_type_ids in data_loader:
             yield self.embed(input_ids, token_type_ids)
 
-    def _encode(self, *sides: tuple[paddle.Tensor, paddle.Tensor | None],
+    def _encode(self, *sides: tuple[np.ndarray | paddle.Tensor, np.ndarray | paddle.Tensor | None],
                 with_pooler: bool = True) -> tuple[paddle.Tensor, ...]:
         """The embeddings of each side, float [rows, embedding_size]. Texts of like length are encoded together,
-        whichever side they are of, which takes less padding. The length of a text on a GPU, which is not waited for, is
-        that of its side."""
+        whichever side they are of, which takes less padding. The host finds them: tensors of a GPU are read back."""
         sizes, widths = zip(*(ids.shape for ids, _ in sides))
         pad_id, width, padded = self.ptm.config.pad_token_id, max(widths), []
         for ids, types in sides:
-            types = paddle.zeros_like(ids) if types is None else types
-            padded.append([F.pad(part, [0, 0, 0, width - ids.shape[1]], value=filler)
+            types = np.zeros_like(ids) if types is None else types
+            padded.append([np.pad(np.asarray(part), ((0, 0), (0, width - ids.shape[1])), constant_values=filler)
                            for part, filler in ((ids, pad_id), (types, 0))])
-        ids, types = map(paddle.concat, zip(*padded))
-        if ids.place.is_cpu_place():
-            lengths = ((ids.numpy() != pad_id) * np.arange(1, width + 1)).max(axis=1, initial=1)
-        else:
-            lengths = np.repeat(widths, sizes)
-        groups, embeddings = length_groups(lengths), []
+        ids, types = map(np.concatenate, zip(*padded))
+        lengths = ((ids != pad_id) * np.arange(1, width + 1)).max(axis=1, initial=1)
+        place = "cpu" if paddle.device.get_device() == "cpu" else self.precision
+        groups, embeddings = length_groups(lengths, GROUP_TOKENS[place]), []
         for rows in groups:
-            inputs = (part.index_select(paddle.to_tensor(rows))[:, : lengths[rows[-1]]] for part in (ids, types))
+            inputs = (paddle.to_tensor(part[rows, : lengths[rows[-1]]]) for part in (ids, types))
             embeddings.append(self.get_pooled_embedding(*inputs, with_pooler=with_pooler))
         order = paddle.to_tensor(np.argsort(np.concatenate(groups)))
         return paddle.split(paddle.concat(embeddings).index_select(order), list(sizes))
@@ -180,14 +179,14 @@ class SimCSE(nn.Layer):
         return sides if embeddings_only else self.loss(*sides[:2], keys, *sides[2:])
 
 
-def length_groups(lengths: np.ndarray) -> list[np.ndarray]:
+def length_groups(lengths: np.ndarray, cost: float) -> list[np.ndarray]:
     """The rows of texts of these lengths in groups of like length, shortest first, so that the padded tokens, and
-    GROUP_TOKENS for each group, are fewest."""
+    `cost` for each group, are fewest."""
     values, counts = np.unique(lengths, return_counts=True)
     ends = np.append(0, counts.cumsum())  # how many texts there are up to each length
     fewest, starts = [0], []  # tokens of the groups up to each length, and where the last of them starts
     for end, value in zip(ends[1:], values):
-        tokens = [before + (end - start) * value + GROUP_TOKENS for before, start in zip(fewest, ends)]
+        tokens = [before + (end - start) * value + cost for before, start in zip(fewest, ends)]
         starts.append(int(np.argmin(tokens)))
         fewest.append(tokens[starts[-1]])
     groups, end, order = [], len(values), np.argsort(lengths, kind="stable")
@@ -231,7 +230,8 @@ def contrastive_loss(query: paddle.Tensor, title: paddle.Tensor, margin: float, 
     logits = scale * (cosine - margin * positive)
     if keys is not None:
         logits = logits - 1e9 * (same_texts(keys).astype(cosine.dtype) - positive)
-    loss = F.cross_entropy(logits, paddle.arange(batch, dtype="int64"))
+    # F.cross_entropy does the same, and in paddle 2.6 waits for the device to look for labels that are ignored.
+    loss = F.softmax_with_cross_entropy(logits, paddle.arange(batch, dtype="int64").unsqueeze(-1)).mean()
     # On a CPU paddle's softmax makes ln(batch) of NaN; a run that has diverged would look like one that learns nothing.
     return loss + 0 * cosine.detach().sum()
 

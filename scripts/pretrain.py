@@ -149,7 +149,8 @@ def masked_lm(name: str, dropout: float, precision: str = "fp32") -> Any:
             with casting(precision):
                 hidden = encoder(input_ids, token_type_ids=token_type_ids)[0]
                 logits = network.cls(hidden.reshape([-1, hidden.shape[-1]]).index_select(places))
-            return F.cross_entropy(logits.astype("float32"), labels, reduction="sum") / max(1, len(labels))
+            losses = F.softmax_with_cross_entropy(logits.astype("float32"), labels.unsqueeze(-1))
+            return losses.sum() / max(1, len(labels))
 
     return MaskedLM()
 

@@ -19,7 +19,7 @@ def backward(network: nn.Layer, model: Any, batch: Any, scale_loss: Callable) ->
     `batch` a `data.Batch`; `scale_loss` scales the loss before its gradients are taken."""
     # Ranks take the mean of their gradients; of a loss over all ranks' rows each rank has but its own rows' part.
     share = RANKS if model.cross_device_negatives else 1
-    chunks = [{name: paddle.to_tensor(array) for name, array in chunk.items()} for chunk in batch.chunks]
+    chunks = batch.chunks
     keys = None if batch.keys is None else paddle.to_tensor(batch.keys)
     if len(chunks) == 1:
         loss = network(**chunks[0], keys=keys)

@@ -17,6 +17,7 @@ BATCH_TOKENS = {True: 2048, False: 65536}  # of a batch, padding included, that 
 CPU_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 # Which of the processes that paddle's launcher started this is, and how many there are.
 RANK, RANKS = int(os.environ.get("PADDLE_TRAINER_ID", 0)), int(os.environ.get("PADDLE_TRAINERS_NUM", 1))
+PARENT = os.getppid()  # as this process started: where there are several ranks, the launcher
 CPU_THREADS = max(1, CPU_CORES // RANKS)  # of math, where none are asked for: ranks on one machine share its cores
 
 

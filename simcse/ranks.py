@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from simcse.console import InputError, summary
-from simcse.machine import CPU_THREADS, RANK, RANKS
+from simcse.machine import CPU_THREADS, PARENT, RANK, RANKS
 
 import numpy as np
 import paddle
@@ -88,10 +88,18 @@ def compute_capabilities() -> list[int]:
 def join_ranks() -> None:
     """Make this process one of those that the launcher started, if it did."""
     if RANKS > 1:
-        if hasattr(libc := ctypes.CDLL(None), "prctl"):  # Linux: a launcher that is killed does not end its processes
-            pr_set_pdeathsig = 1
-            libc.prctl(pr_set_pdeathsig, LAUNCHER_GONE)
+        end_with_launcher()
         paddle.distributed.init_parallel_env()
+
+
+def end_with_launcher() -> None:
+    """Have LAUNCHER_GONE sent to this process when its launcher ends, which may be killed, or has been since it started
+    this process. Linux alone has that."""
+    if hasattr(libc := ctypes.CDLL(None), "prctl"):
+        pr_set_pdeathsig = 1
+        libc.prctl(pr_set_pdeathsig, LAUNCHER_GONE)
+        if os.getppid() != PARENT:
+            os.kill(os.getpid(), LAUNCHER_GONE)
 
 
 def wait_for_ranks() -> None:

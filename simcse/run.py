@@ -77,12 +77,7 @@ class Run:
         self.network = paddle.DataParallel(model) if RANKS > 1 else model  # gives all ranks the weights of rank 0
         self.steps, self.step, self.code, self.saved, self.sound = epoch_steps * args.epochs, 0, 0, None, None
         self.schedule = LinearDecayWithWarmup(args.learning_rate, self.steps, args.warmup_proportion)
-        decayed = {parameter.name for name, parameter in model.named_parameters()
-                   if "bias" not in name and "norm" not in name}
-        self.optimizer = paddle.optimizer.AdamW(
-            self.schedule, parameters=model.parameters(), weight_decay=args.weight_decay,
-            apply_decay_param_fun=decayed.__contains__,
-            grad_clip=paddle.nn.ClipGradByGlobalNorm(args.max_grad_norm) if args.max_grad_norm else None)
+        self.optimizer = make_optimizer(args, model, self.schedule)
         scales = args.precision == "fp16" and args.device == "gpu"
         self.scaler = paddle.amp.GradScaler(enable=scales, init_loss_scaling=2.0**15)
         self.settings = {"train_set_file": file_digest(texts.path), "number of processes": RANKS,
@@ -264,6 +259,18 @@ class Run:
         if not RANK:
             self.writer.close()
         wait_for_ranks()
+
+
+def make_optimizer(args: argparse.Namespace, model: Any, schedule: Any) -> paddle.optimizer.Optimizer:
+    """AdamW, which does not decay biases and norms; without decay that is Adam, which updates all parameters by one
+    operator."""
+    clip = paddle.nn.ClipGradByGlobalNorm(args.max_grad_norm) if args.max_grad_norm else None
+    if not args.weight_decay:
+        return paddle.optimizer.Adam(schedule, parameters=model.parameters(), grad_clip=clip, use_multi_tensor=True)
+    decayed = {parameter.name for name, parameter in model.named_parameters()
+               if "bias" not in name and "norm" not in name}
+    return paddle.optimizer.AdamW(schedule, parameters=model.parameters(), weight_decay=args.weight_decay,
+                                  apply_decay_param_fun=decayed.__contains__, grad_clip=clip)
 
 
 def scaler_record(scaler: paddle.amp.GradScaler) -> dict[str, float]:

@@ -156,10 +156,8 @@ def test_masks_are_eighty_ten_ten(tokenizer):
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(0, 20))
 def test_groups_of_like_length_take_the_fewest_tokens(lengths, cost):
     """Against all ways to cut the sorted lengths."""
-    lengths, patch = np.array(lengths), pytest.MonkeyPatch()
-    with patch.context() as patched:
-        patched.setattr(m, "GROUP_TOKENS", cost)
-        groups = m.length_groups(lengths)
+    lengths = np.array(lengths)
+    groups = m.length_groups(lengths, cost)
     assert sorted(np.concatenate(groups)) == list(range(len(lengths)))
     ascending, cuts = np.sort(lengths), range(1, len(lengths))
 

@@ -1,5 +1,6 @@
 """GPUs without one: which are taken, what is said of those that cannot be used, which Python the shell scripts take."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ from simcse import console, flags, ranks
 
 import paddle
 import pytest
-from conftest import ROOT
+from conftest import ENCODER, ROOT, refuse
 
 # Stands in for paddle, and its launcher, on a machine with CARDS GPUs.
 PADDLE = """
@@ -93,6 +94,25 @@ def test_without_a_gpu_or_with_the_cpu_build_it_is_one_line():
         assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (2, "", 1), ran.stderr
         assert ran.stderr.startswith("launch.py: error: --device gpu: no GPU that this paddlepaddle can use; run with ")
         assert "DEVICE=cpu" in ran.stderr
+
+
+def test_every_script_says_in_one_line_that_there_is_no_gpu(checkpoint, exported, sample, kept_index, tmp_path):
+    if paddle.device.is_compiled_with_cuda() and paddle.device.cuda.device_count():
+        pytest.skip("there is a GPU")
+    of_model, corpus = ["--params_path", checkpoint], sample / "corpus.csv"
+    scripts = {
+        "train.py": ["--train_set_file", sample / "train_unsupervised.csv", "--model_name_or_path", ENCODER],
+        "scripts/pretrain.py": ["--train_set_file", corpus, "--model_name_or_path", ENCODER],
+        "recall.py": [*of_model, "--corpus_file", corpus, "--query", "语义"],
+        "predict.py": [*of_model, "--text_pair_file", sample / "test.csv"], "inference.py": of_model,
+        "deploy/python/predict.py": ["--model_dir", exported]}
+    if importlib.util.find_spec("fastapi_offline"):
+        scripts["deploy/serving/server.py"] = ["--model_dir", exported, "--index_path", kept_index, "--port", 0]
+    for script, words in scripts.items():
+        line = refuse(script, "--device", "gpu", *words, cwd=tmp_path)
+        assert line.startswith(f"{os.path.basename(script)}: error: --device gpu: no GPU that this paddlepaddle can "
+                               "use; run with --device cpu"), line
+        assert list(tmp_path.iterdir()) in ([], [tmp_path / "recall_result_dir"])
 
 
 # --------------------------------------------------------------------------------------------------- a GPU by itself

@@ -8,6 +8,7 @@ import time
 
 import model as m
 from data import ShuffledBatches
+from simcse.gradients import backward
 from simcse.weights import read_weights, saved_steps
 
 import gradients
@@ -76,18 +77,30 @@ def test_a_cached_step_is_a_plain_one(chunk):
 
 @pytest.mark.parametrize("columns", [1, 2, 3])
 @pytest.mark.parametrize("chunk", [None, 7])
-@pytest.mark.parametrize("keys", [True, False])
-def test_texts_of_like_length_together_are_all_in_one_pass(monkeypatch, columns, chunk, keys):
-    """Loss and gradients, dropout off; the passes that there are, and their tokens."""
+@pytest.mark.parametrize("keys, device", [(True, "cpu"), (False, "cpu"), (True, "gpu:0")])
+def test_texts_of_like_length_together_are_all_in_one_pass(monkeypatch, columns, chunk, keys, device):
+    """Loss and gradients, dropout off; the passes that there are, and their tokens; on what looks like a GPU, too, and
+    nothing is read back from it."""
     results, tokens, encode = [], [], m.SimCSE.get_pooled_embedding
 
     def counted(model, ids, *types, **more):
         tokens[-1].append(ids.size)
         return encode(model, ids, *types, **more)
 
+    def read(*_):
+        raise AssertionError("the host waits for the device")
+
+    def backward_alone(*args):
+        with monkeypatch.context() as reading:
+            for name in ("numpy", "item", "tolist", "__array__", "__float__", "__bool__", "__int__"):
+                reading.setattr(paddle.Tensor, name, read)
+            return backward(*args)
+
+    monkeypatch.setattr(gradients, "backward", backward_alone)
     monkeypatch.setattr(m.SimCSE, "get_pooled_embedding", counted)
+    monkeypatch.setattr(paddle.device, "get_device", lambda: device)
     for cost in (10**6, 0):
-        monkeypatch.setattr(m, "GROUP_TOKENS", cost)
+        monkeypatch.setitem(m.GROUP_TOKENS, "cpu" if device == "cpu" else "fp32", cost)
         tokens.append([])
         results.append(gradients.gradients(texts(1, 18), chunk=chunk, keys=keys, columns=columns))
     assert_same(*results)
@@ -189,6 +202,12 @@ def test_ranks_end_with_the_launcher(sample, tmp_path, number):
     for name in saved:
         assert f"saved ./checkpoints/{name}" in log.read_text(encoding="utf-8")
         assert "training_state.json" in os.listdir(tmp_path / "checkpoints" / name)
+
+
+def test_a_rank_whose_launcher_is_gone_before_it_joins_ends():
+    code = ("import os, signal\nfrom simcse import ranks\nranks.PARENT -= 1  # the process that was its parent\n"
+            "ranks.end_with_launcher()\nsignal.pause()\n")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == -signal.SIGUSR1
 
 
 def test_a_loss_that_is_no_number_on_one_rank_ends_both(sample, tmp_path):

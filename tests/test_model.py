@@ -110,7 +110,7 @@ def test_sides_of_other_lengths_and_cosine_sim():
 
 def test_texts_of_one_group_are_seen_under_two_dropouts(monkeypatch):
     """And without dropout each is itself, in its place."""
-    monkeypatch.setattr(m, "GROUP_TOKENS", 0)
+    monkeypatch.setitem(m.GROUP_TOKENS, "cpu", 0)
     network = tiny(dropout=0.5)
     batch, _ = pad([row[: 3 + number % 4].tolist() for number, row in enumerate(ids(8))], 0)
     for mode in (network.train, network.eval):
