@@ -8,8 +8,10 @@ rows to --json. Exit code 1 says that a figure is not what is expected, or could
 """
 
 import argparse
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,11 +21,12 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from bench import HERE, ROOT, describe_machine
+from bench import HERE, ROOT
 from simcse import console, files, flags
 
-from gpu_jobs import last_line, row
+from gpu_jobs import last_line
 
+FIGURES = os.path.join(HERE, "gpu_figures.json")
 MINUTES, SECONDS = 10, 200  # that all of it, and a job of it, may take
 
 
@@ -43,23 +46,23 @@ def number_formats(add_arguments, parser: argparse.ArgumentParser) -> list[str]:
 
 
 def sections(device: str, cards: int) -> dict[str, list[Job]]:
-    """The jobs of each section; what is right or wrong first."""
+    """The jobs of each section; what is right or wrong comes first."""
     trained = number_formats(flags.add_optimization_arguments, flags.ArgumentParser(""))
     encoded = number_formats(flags.add_encode_arguments, flags.ArgumentParser(""))
-    formats = list(dict.fromkeys(trained + encoded))
-    sizes = ("mini", "base")
+    formats, exported = list(dict.fromkeys(trained + encoded)), ("fp32", "bf16", "fp16")[: 3 if device == "gpu" else 2]
+    sizes = ("mini", "base")[: 2 if device == "gpu" else 1]
     return {
         "machine": [Job("checks", "machine", {})],
         "figures": [Job("checks", "figures", {"precision": each}) for each in formats],
-        "export": [Job("checks", "exported", {}),
-                   *(Job("checks", "deployed", {"precision": each, "tensorrt": False}) for each in encoded
-                     if device == "gpu" or each != "fp16"),
-                   *(Job("checks", "deployed", {"precision": each, "tensorrt": True}) for each in ("fp32", "fp16")
-                     if device == "gpu")],
+        "export": [Job("checks", "exported", {"size": "mini"}),
+                   *(Job("checks", "deployed", {"size": "mini", "precision": each, "tensorrt": False})
+                     for each in exported),
+                   *(Job("checks", "deployed", {"size": "mini", "precision": each, "tensorrt": True})
+                     for each in ("fp32", "fp16") if device == "gpu")],
         "ranks": [Job("checks", "ranks", {"cards": cards}), Job("speed", "scaling", {"cards": cards, "size": "mini"})],
         "breaks": [Job("checks", "nan", {}), *(Job("checks", "resume", {"precision": each}) for each in ("fp32", "fp16")
                                                if each == "fp32" or device == "gpu")],
-        "step": [Job("speed", "host", {"size": each}) for each in sizes],
+        "step": [Job("speed", "host", {"size": each}) for each in ("6 layers", "12 layers")],
         "memory": [Job("speed", "memory", {"size": "mini"})],
         "train": [Job("speed", "train_speed", {"size": size, "precision": each}) for each in trained for size in sizes],
         "encode": [Job("speed", "encode_speed", {"size": size, "precision": each}) for each in encoded
@@ -68,26 +71,36 @@ def sections(device: str, cards: int) -> dict[str, list[Job]]:
 
 def run_job(job: Job, scratch: str, device: str, seconds: float) -> Iterator[dict]:
     """Yield the rows that a job prints; where it fails, or takes longer, a last one that says so."""
-    name = " ".join([job.function, *map(str, job.arguments.values())])
+    what = " ".join([job.function, *map(str, job.arguments.values())])
+    failed = {"what": what, "unit": "", "expected": "", "ok": False}
     if seconds <= 0:
-        yield row(name, f"failed: not run, {MINUTES} minutes are over", ok=False)
+        yield {**failed, "figure": f"failed: not run, {MINUTES} minutes are over"}
         return
     words = [f"{HERE}/gpu_{job.module}.py", job.function, json.dumps({"scratch": scratch, "device": device,
                                                                       **job.arguments})]
     with (tempfile.TemporaryFile("w+", errors="replace") as log,
           subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=log, text=True,
                            start_new_session=True) as process):
-        timer = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))  # with what it started
+        timer = threading.Timer(seconds, kill, [process])
         timer.start()
-        for line in process.stdout:
-            if line.startswith("ROW "):
-                yield json.loads(line.removeprefix("ROW "))
-        code, in_time = process.wait(), timer.is_alive()
-        timer.cancel()
-        log.seek(0)
+        try:
+            for line in process.stdout:
+                if line.startswith("ROW "):
+                    yield json.loads(line.removeprefix("ROW "))
+            code, in_time = process.wait(), timer.is_alive()
+        finally:
+            timer.cancel()
+            kill(process)
         if code:
-            said = last_line(log.read()) if in_time else f"it took longer than {seconds:.0f} s"
-            yield row(name, f"failed: {said}", ok=False)
+            log.seek(0)
+            said = last_line(log.read()) if in_time else f"it took longer than {seconds:.3g} s"
+            yield {**failed, "figure": f"failed: {said}"}
+
+
+def kill(process: subprocess.Popen) -> None:
+    """End a job with all that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def write_texts(scratch: str) -> None:
@@ -117,8 +130,8 @@ def parse_args() -> argparse.Namespace:
                         help=f"what to find out, of {', '.join(names)}")
     parser.add_argument("--device", choices=("cpu", "gpu"), default=None, help="None: gpu, if there is one")
     parser.add_argument("--json", default="gpu.json", help="file for the rows, in the current folder")
-    parser.add_argument("--record", action="store_true", help="instead write the figures that others are compared "
-                        "with, by this CPU in fp32")
+    parser.add_argument("--figures", default=FIGURES, help="vectors, scores and losses to compare with")
+    parser.add_argument("--record", action="store_true", help="instead write --figures, by this CPU in fp32")
     args = parser.parse_args()
     if args.record and args.device == "gpu":
         parser.error("--record is of a CPU")
@@ -135,7 +148,7 @@ def choose_device(asked: str | None) -> tuple[str, int]:
         except console.InputError as error:
             if asked:
                 raise
-            console.log(f"on the CPU: {error}")
+            console.log(f"all of it on the CPU: {error}")
     return "cpu", 2
 
 
@@ -146,16 +159,22 @@ def main() -> None:
     wanted = {name: jobs for name, jobs in sections(device, cards).items() if name in args.only}
     if args.record:
         wanted = {"record": [Job("checks", "record", {})]}
-    console.result(f"{describe_machine()}\n{'section':8} {'what':58} {'figure':22} {'expected':20} ok")
+    sizes = {"small", *(job.arguments.get("size", "small") for jobs in wanted.values() for job in jobs)}
+    prepare = [Job("checks", "prepare", {"sizes": sorted(sizes)})]
+    console.result(f"{'section':8} {'what':58} {'figure':22} {'expected':20} ok")
     with tempfile.TemporaryDirectory() as scratch:
         write_texts(scratch)
-        for section, jobs in {"prepare": [Job("checks", "prepare", {})], **wanted}.items():
+        if not args.record:
+            shutil.copy(args.figures, f"{scratch}/figures.json")
+        for section, jobs in {"prepare": prepare, **wanted}.items():
             started = time.monotonic()
             for job in jobs:
                 for found in run_job(job, scratch, device, min(SECONDS, end - time.monotonic())):
                     rows.append({"section": section, **found})
                     console.result(shown(section, found))
             console.log(f"{section}: {time.monotonic() - started:.0f} s")
+        if args.record:
+            shutil.copy(f"{scratch}/figures.json", args.figures)
     wrong = sum(found["ok"] is False for found in rows)
     if not args.record:
         with files.new_file(args.json) as file:

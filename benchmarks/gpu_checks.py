@@ -6,7 +6,6 @@ Everything is made here: encoders whose weights numpy draws, and texts of script
 import contextlib
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -15,17 +14,16 @@ from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
 
-from bench import HERE, MINI, ROOT  # first: it makes the project importable
+from bench import MINI, ROOT, describe_machine  # first: it makes the project importable
 from data import Batch, TextFile, chunks_of, load_tokenizer, text_keys
 from deploy.python import predictor
 from simcse import console, files
 from simcse.machine import RANK, RANKS
-from simcse.weights import PARAMS_FILE, load_state, read_weights
+from simcse.weights import PARAMS_FILE, load_state, read_weights, saved_steps
 
 import numpy as np
-from gpu_jobs import SIZES, call, last_line, on_all_cards, per_second, row, serve, unless_refused, within
+from gpu_jobs import SIZES, call, last_line, on_all_cards, per_second, report, report_within, serve, unless_refused
 
-FIGURES = f"{HERE}/gpu_figures.json"
 FC, LENGTH, STEPS = 32, 32, 50  # size of the vectors, tokens of a text, training steps
 # How far figures may be from those recorded in fp32 on a CPU: vectors and scores by themselves, losses relatively.
 # Rounding the factors of all products on a CPU to fp16 moves losses by 2e-3, to bf16 by 2e-2.
@@ -33,7 +31,7 @@ TOLERANCES = {"fp32": 1e-4, "tf32": 1e-2, "fp16": 1e-2, "bf16": 5e-2}
 
 
 # ------------------------------------------------------------------------------------------------------- what is made
-def prepare(scratch: str, device: str) -> Iterator[dict]:
+def prepare(scratch: str, device: str, sizes: list[str]) -> None:
     """Write the checkpoints. Their weights depend on names and shapes alone, so that they are the same on every machine
     and stack; those of "small" are larger, so that its vectors differ."""
     from model import SimCSE, make_record, save_checkpoint
@@ -41,7 +39,7 @@ def prepare(scratch: str, device: str) -> Iterator[dict]:
     from simcse.ranks import set_device
 
     set_device("cpu")
-    for name in SIZES:
+    for name in sizes:
         record = {"encoder_class": "ErnieModel", "encoder_config": SIZES[name]}
         network, state = SimCSE(encoder_from_record(record, None), output_emb_size=FC), {}
         spread = 0.1 if name == "small" else 0.02
@@ -50,32 +48,32 @@ def prepare(scratch: str, device: str) -> Iterator[dict]:
             state[key] = spread * drawn + ("norm" in key and key.endswith("weight"))
         load_state(network, state, name)
         save_checkpoint(f"{scratch}/{name}", network, load_tokenizer(MINI), make_record(network, MINI, LENGTH))
-    yield row("checkpoints", ", ".join(SIZES))
+    report("checkpoints", ", ".join(sizes))
 
 
-def machine(scratch: str, device: str) -> Iterator[dict]:
+def machine(scratch: str, device: str) -> None:
     """What there is."""
     from simcse.ranks import compute_capabilities, set_device
 
     import paddle
     import paddlenlp
 
-    yield row("python", platform.python_version())
-    yield row("paddle", paddle.__version__)
-    yield row("paddlenlp", paddlenlp.__version__)
-    yield row("CUDA, cuDNN of the build", f"{paddle.version.cuda()}, {paddle.version.cudnn()}")
+    report("processor, Python", describe_machine())
+    report("paddle", paddle.__version__)
+    report("paddlenlp", paddlenlp.__version__)
+    report("CUDA, cuDNN of the build", f"{paddle.version.cuda()}, {paddle.version.cudnn()}")
     built = " ".join(f"{each // 10}.{each % 10}" for each in compute_capabilities())
-    yield row("compute capabilities of the build", built or "not known")
+    report("compute capabilities of the build", built or "not known")
     if device == "gpu":
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
             asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-            yield row("driver", subprocess.check_output(asked, text=True).split("\n")[0])
+            report("driver", subprocess.check_output(asked, text=True).split("\n")[0])
         for number in range(paddle.device.cuda.device_count()):
             card = paddle.device.cuda.get_device_properties(number)
-            yield row(f"card {number}", f"{card.name}, {card.major}.{card.minor}, {card.total_memory / 2**30:.1f} GiB, "
-                      f"{card.multi_processor_count} multiprocessors")
+            report(f"card {number}", f"{card.name}, {card.major}.{card.minor}, {card.total_memory / 2**30:.1f} GiB, "
+                   f"{card.multi_processor_count} multiprocessors")
     set_device(device)
-    yield row("computes", "yes", "", "yes", True)
+    report("computes", "yes", "", "yes", True)
 
 
 # --------------------------------------------------------------------------------------------------- recorded figures
@@ -108,33 +106,30 @@ def trained(scratch: str, device: str, precision: str) -> Iterator[tuple[str, np
     yield "vectors after training", np.load(f"{scratch}/v.npy")
 
 
-def figures(scratch: str, device: str, precision: str) -> Iterator[dict]:
+def figures(scratch: str, device: str, precision: str) -> None:
     """The largest differences to the recorded figures."""
-    recorded = files.read_json(FIGURES)
-    most = TOLERANCES[precision]
-
-    def compared(parts: Iterator[tuple[str, np.ndarray]]) -> Iterator[dict]:
-        for name, found in parts:
-            expected = np.array(recorded[name])
-            scale = expected if name == "losses" else 1
-            same = found.shape == expected.shape
-            yield within(f"{name}, {precision}", abs((found - expected) / scale).max() if same else np.nan, most)
-
-    yield from unless_refused(f"encoding, {precision}", compared(encoded(scratch, device, precision)))
-    yield from unless_refused(f"training, {precision}", compared(trained(scratch, device, precision)))
+    recorded = files.read_json(f"{scratch}/figures.json")
+    for what, part in (("encoding", encoded), ("training", trained)):
+        with unless_refused(f"{what}, {precision}"):
+            for name, found in part(scratch, device, precision):
+                expected = np.array(recorded[name])
+                scale = expected if name == "losses" else 1
+                same = found.shape == expected.shape
+                report_within(f"{name}, {precision}", abs((found - expected) / scale).max() if same else np.nan,
+                              TOLERANCES[precision])
 
 
-def record(scratch: str, device: str) -> Iterator[dict]:
-    """Write the figures of this CPU in fp32."""
+def record(scratch: str, device: str) -> None:
+    """Write the figures of fp32."""
     found = {name: np.round(values, 6).tolist() for part in (encoded, trained)
              for name, values in part(scratch, device, "fp32")}
-    with files.new_file(FIGURES) as file:
+    with files.new_file(f"{scratch}/figures.json") as file:
         json.dump(found, file, separators=(",", ":"))
-    yield row("recorded", ", ".join(found))
+    report("recorded", ", ".join(found))
 
 
 # ----------------------------------------------------------------------------------------------------------- all cards
-def rank_gradients(scratch: str, device: str, ranks: int) -> Iterator[dict]:
+def rank_gradients(scratch: str, device: str, ranks: int) -> None:
     """Write the loss and the gradients of a step with cross-device negatives on so many ranks, or, of one process, with
     the batches of all of them as one."""
     from model import load_model
@@ -154,59 +149,54 @@ def rank_gradients(scratch: str, device: str, ranks: int) -> Iterator[dict]:
     loss = backward(paddle.DataParallel(model) if RANKS > 1 else model, model, batch, lambda loss: loss)
     np.savez(f"{scratch}/gradients_{RANK if RANKS > 1 else 'whole'}.npz", loss=loss.numpy(), **{
         name: each.grad.numpy() for name, each in model.named_parameters() if each.grad is not None})
-    yield row("gradients", "written")
 
 
-def ranks(scratch: str, device: str, cards: int) -> Iterator[dict]:
+def ranks(scratch: str, device: str, cards: int) -> None:
     """Cross-device negatives on all cards against one process with the batches of all."""
     if cards == 1:
-        yield row("several cards", "not there: one card")
+        report("several cards", "not there: one card")
         return
-    arguments = json.dumps({"scratch": scratch, "device": device, "ranks": cards})
-    code, logs = on_all_cards(device, f"{scratch}/ranks", __file__, "rank_gradients", arguments)
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # of the processes, which compare float32
+    job = [__file__, "rank_gradients", json.dumps({"scratch": scratch, "device": device, "ranks": cards})]
+    code, logs = on_all_cards(device, f"{scratch}/ranks", *job)
     if code:
-        raise console.InputError(f"the launcher ended with {code}: {last_line(' '.join(logs[:1]))}")
-    subprocess.run([sys.executable, __file__, "rank_gradients", arguments], check=True, stdout=subprocess.DEVNULL)
+        raise console.InputError(f"the launcher ended with {code}: {last_line(logs[0])}")
+    subprocess.run([sys.executable, *job], check=True, stdout=subprocess.DEVNULL)
     whole, *others = (dict(np.load(f"{scratch}/gradients_{name}.npz")) for name in ("whole", *range(cards)))
-    yield within(f"loss, {cards} ranks against one", max(abs(each["loss"] - whole["loss"]).max() for each in others),
+    report_within(f"loss, {cards} ranks against one", max(abs(each["loss"] - whole["loss"]).max() for each in others),
                  1e-4)
     largest = max(abs(gradient).max() for name, gradient in whole.items() if name != "loss")
-    yield within("gradients, as parts of the largest", max(
+    report_within("gradients, as parts of the largest", max(
         abs(each[name] - whole[name]).max() for each in others for name in whole if name != "loss") / largest, 1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------- deployed
-def exported(scratch: str, device: str) -> Iterator[dict]:
+def exported(scratch: str, device: str, size: str) -> None:
     """export_model.py, which compares the graph with the network itself."""
-    call("export_model", "--params_path", f"{scratch}/mini", "--output_path", f"{scratch}/exported")
-    yield row("export", "as the dynamic graph", "", "as the dynamic graph", True)
+    call("export_model", "--params_path", f"{scratch}/{size}", "--output_path", f"{scratch}/exported")
+    report("export", "as the dynamic graph", "", "as the dynamic graph", True)
 
 
-def deployed(scratch: str, device: str, precision: str, tensorrt: bool) -> Iterator[dict]:
+def deployed(scratch: str, device: str, size: str, precision: str, tensorrt: bool) -> None:
     """The exported graph in Paddle Inference, by deploy/python, against the dynamic graph in fp32."""
     from model import encode, load_model
     from simcse.ranks import set_device
 
     set_device(device)
-    network, tokenizer, _ = load_model(f"{scratch}/mini/{PARAMS_FILE}")
+    network, tokenizer, _ = load_model(f"{scratch}/{size}/{PARAMS_FILE}")
     with open(f"{scratch}/sample/train.csv", encoding="utf-8") as file:
-        texts = file.read().split("\n")[:64]
+        texts = file.read().split("\n")[:32]
     name = precision + ", TensorRT" * tensorrt
 
-    def compared() -> Iterator[dict]:
+    with unless_refused(name):
         graph = predictor.Predictor(f"{scratch}/exported", device, precision=precision,
                                     tensorrt=(64, LENGTH) if tensorrt else ())
         own = predictor.Tokenizer(f"{scratch}/exported")
-        expected = encode(network, tokenizer, texts, LENGTH)
-        found = predictor.encode(graph, own, texts, LENGTH)
-        if precision == "fp32" and not tensorrt:
-            yield within(f"vectors, {name}", abs(found - expected).max(), 1e-4)
-        else:
-            yield within(f"1 - cosine, {name}", 1 - (found * expected).sum(axis=1).min(), 1e-2)
+        expected, found = encode(network, tokenizer, texts, LENGTH), predictor.encode(graph, own, texts, LENGTH)
+        report_within(f"1 - cosine, {name}", 1 - (found * expected).sum(axis=1).min(),
+                      1e-5 if precision == "fp32" and not tensorrt else 1e-2)
         speed = len(texts) * per_second(lambda: predictor.encode(graph, own, texts, LENGTH))
-        yield row(f"Paddle Inference, {name}", round(speed, 1), "texts/s")
-
-    yield from unless_refused(name, compared())
+        report(f"Paddle Inference, {name}", round(speed, 1), "texts/s")
 
 
 # --------------------------------------------------------------------------------------------------------------- breaks
@@ -233,16 +223,16 @@ def training_words(scratch: str, device: str, precision: str, folder: str) -> li
                        "--save_dir", folder, "--visualdl_dir", f"{folder}_log"))]
 
 
-def nan(scratch: str, device: str) -> Iterator[dict]:
+def nan(scratch: str, device: str) -> None:
     """A loss of NaN on one rank ends all, with one line."""
     words = [*training_words(scratch, device, "fp32", f"{scratch}/nan"), "--eval_steps", 2]
     code, logs = on_all_cards(device, f"{scratch}/nan_ranks", __file__, "nan_on_the_last_rank", *words)
     said = [line for log in logs for line in log.splitlines() if "error: " in line or "Traceback" in line]
     good = code and len(said) == 1 and "error: the loss of step 2 is nan; its batch is lines" in said[0]
-    yield row("NaN on one rank", f"exit code {code}, {len(said)} lines of errors", "", "not 0, 1", bool(good))
+    report("NaN on one rank", f"exit code {code}, {len(said)} lines of errors", "", "not 0, 1", bool(good))
 
 
-def resume(scratch: str, device: str, precision: str) -> Iterator[dict]:
+def resume(scratch: str, device: str, precision: str) -> None:
     """Training that kill -9 breaks off and --resume goes on with, against an unbroken run."""
     whole, broken = (training_words(scratch, device, precision, f"{scratch}/{precision}_{name}")
                      for name in ("whole", "broken"))
@@ -251,8 +241,10 @@ def resume(scratch: str, device: str, precision: str) -> Iterator[dict]:
     subprocess.run([sys.executable, f"{ROOT}/train.py", *whole], check=True, stderr=subprocess.DEVNULL, env=exact)
     with subprocess.Popen([sys.executable, f"{ROOT}/train.py", *broken], stderr=subprocess.PIPE, text=True,
                           env=exact) as process:
-        saved = next((line for line in process.stderr if "saved" in line), "")
+        any("saved" in line for line in process.stderr)
         process.send_signal(signal.SIGKILL)
+    last = saved_steps(f"{scratch}/{precision}_broken")[-1]
+    report(f"kill -9, {precision}, left of {STEPS} steps", last, "", f"< {STEPS}", last < STEPS)
     subprocess.run([sys.executable, f"{ROOT}/train.py", *broken, "--resume"], check=True, stderr=subprocess.DEVNULL,
                    env=exact)
     one, other = (read_weights(f"{scratch}/{precision}_{name}/model_{STEPS}/{PARAMS_FILE}", "")
@@ -260,8 +252,7 @@ def resume(scratch: str, device: str, precision: str) -> Iterator[dict]:
     # The gradients of keys' biases are 0 but for rounding, which AdamW makes whole steps of.
     difference = max(abs(array - other[name]).max() for name, array in one.items()
                      if device == "cpu" or not name.endswith("k_proj.bias"))
-    yield within(f"weights after kill -9 at step {saved.strip().rpartition('_')[2]} and --resume, {precision}",
-                 difference, 0 if device == "cpu" else 1e-4)
+    report_within(f"weights after --resume, {precision}", difference, 0 if device == "cpu" else 1e-4)
 
 
 if __name__ == "__main__":

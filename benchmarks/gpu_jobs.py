@@ -4,11 +4,12 @@ import contextlib
 import importlib
 import io
 import json
+import math
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
 
@@ -21,33 +22,37 @@ import side
 SIZES = {"small": {**BASE, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
                    "intermediate_size": 256},
          "mini": {**BASE, "vocab_size": 40_000, "hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536},
-         "base": {**BASE, "vocab_size": 40_000}}
+         "base": {**BASE, "vocab_size": 40_000},
+         **{f"{layers} layers": {**BASE, "hidden_size": 24, "num_hidden_layers": layers, "intermediate_size": 96}
+            for layers in (6, 12)}}  # as many operators as mini and base, with next to nothing to compute
 
 
-def row(what: str, figure: Any, unit: str = "", expected: str = "", ok: bool | None = None) -> dict:
-    """A row of the table; `ok` is None where nothing is expected."""
-    return {"what": what, "figure": figure, "unit": unit, "expected": expected, "ok": ok}
+def serve(jobs: dict[str, Callable[..., None]]) -> None:
+    """Run the job that the command line names, with arguments by JSON."""
+    jobs[sys.argv[1]](**json.loads(sys.argv[2]))
 
 
-def within(what: str, difference: float, most: float) -> dict:
+def report(what: str, figure: Any, unit: str = "", expected: str = "", ok: bool | None = None) -> None:
+    """Print a row for gpu.py; `ok` is None where nothing is expected."""
+    found = {"what": what, "figure": figure, "unit": unit, "expected": expected, "ok": ok}
+    print("ROW " + json.dumps(found), flush=True)
+
+
+def report_within(what: str, difference: float, most: float) -> None:
     """The row of a difference, which NaN is never small enough for."""
-    return row(what, float(f"{difference:.3g}"), "", f"<= {most:g}", bool(difference <= most))
+    figure = float(f"{difference:.3g}")
+    report(what, figure if math.isfinite(figure) else str(figure), "", f"<= {most:g}", bool(difference <= most))
 
 
-def serve(jobs: dict[str, Callable[..., Iterable[dict]]]) -> None:
-    """Run the job that the command line names, with arguments by JSON, and print its rows, a line each."""
-    for each in jobs[sys.argv[1]](**json.loads(sys.argv[2])):
-        print("ROW " + json.dumps(each), flush=True)
-
-
-def unless_refused(what: str, rows: Iterable[dict]) -> Iterator[dict]:
-    """The rows; where the device or the build lacks a precision, or TensorRT, one that says so."""
+@contextlib.contextmanager
+def unless_refused(what: str) -> Iterator[None]:
+    """Where the device or the build lacks a precision, or TensorRT, a row says so."""
     try:
-        yield from rows
+        yield
     except (console.InputError, predictor.InputError) as error:
         if not re.match("(argument )?--(precision|use_tensorrt)", str(error)):
             raise
-        yield row(what, f"not there: {error}")
+        report(what, f"not there: {error}")
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """How fast training and encoding are on this device, and how much memory a step takes: gpu.py's jobs that measure."""
 
+import contextlib
 import functools
 import gc
 import json
@@ -17,14 +18,14 @@ from simcse import console
 
 import numpy as np
 import side
-from gpu_jobs import SIZES, command_line, last_line, on_all_cards, per_second, row, serve, unless_refused
+from gpu_jobs import SIZES, command_line, last_line, on_all_cards, per_second, report, serve, unless_refused
 
 # Texts and tokens of a batch.
 TRAINED = {"cpu": [(8, 16)], "gpu": [(64, 32), (64, 64), (256, 64), (32, 384)]}
 ENCODED = {"cpu": [(1, 16), (32, 16)], "gpu": [(1, 32), (64, 64), (1024, 64), (128, 512)]}
 CHUNK, BATCHES = {"cpu": 8, "gpu": 64}, {"cpu": [32, 64], "gpu": [256, 1024, 4096]}
 SIDE = {"cpu": 1024, "gpu": 8192}  # of the square matrices that show the matrix rate
-OPERATORS = {"mini": 1200, "base": 2300}  # of a step at most
+OPERATORS = {"6 layers": 660, "12 layers": 1200}  # of a step at most
 
 
 # -------------------------------------------------------------------------------------------------------------- a step
@@ -35,12 +36,12 @@ def batch_of(texts: int, tokens: int, chunk: int | None = None) -> Batch:
 
 
 def with_run(scratch: str, size: str, device: str, precision: str,
-             measure: Callable[[Callable[[Batch], None], Callable[[], Any]], Iterator[dict]]) -> Iterator[dict]:
-    """The rows of `measure`, which is given train.py's step of a batch, as its flags make it, and what waits for it."""
+             measure: Callable[[Callable[[Batch], None], Callable[[], Any]], None]) -> None:
+    """Call `measure` with train.py's step of a batch, as its flags make it, and what waits for that."""
     from simcse.gradients import backward
     from simcse.run import Run, run_training
 
-    path, rows = f"{scratch}/sample/train.csv", []
+    path = f"{scratch}/sample/train.csv"
     with command_line("train", "--init_from_ckpt", f"{scratch}/{size}", "--train_set_file", path, "--device", device,
                       "--precision", precision, "--infer_with_fc_pooler", "--save_dir", f"{scratch}/speed",
                       "--visualdl_dir", f"{scratch}/speed_log") as train:
@@ -55,18 +56,24 @@ def with_run(scratch: str, size: str, device: str, precision: str,
         def step(batch: Batch) -> None:
             run.update(backward(run.network, network, batch, run.scaler.scale), batch)
 
-        rows.extend(measure(step, lambda: network.parameters()[-1].numpy()))
+        measure(step, lambda: network.parameters()[-1].numpy())
         return run
 
-    try:
+    with contextlib.suppress(SystemExit):  # its end
         run_training(args, start)
-    except SystemExit:  # its end
-        yield from rows
 
 
-def without_memory(error: BaseException) -> bool:
-    """Whether an error is that memory has run out."""
-    return isinstance(error, Exception) and (console.explain(error) or "").startswith("out of memory")
+@contextlib.contextmanager
+def unless_out_of_memory(what: str) -> Iterator[list[bool]]:
+    """Where memory runs out, a row says so, and the list that is given is empty."""
+    fits = [True]
+    try:
+        yield fits
+    except (MemoryError, RuntimeError, SystemError) as error:
+        if not (console.explain(error) or "").startswith("out of memory"):
+            raise
+        report(what, "out of memory")
+        fits.clear()
 
 
 def matrix_rate(device: str, precision: str) -> float:
@@ -76,13 +83,13 @@ def matrix_rate(device: str, precision: str) -> float:
     if device == "cpu" and precision != "fp32":
         return math.nan
     kind = {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32")
-    square = paddle.ones([SIDE[device]] * 2).astype(kind)
+    square = paddle.rand([SIDE[device]] * 2).astype(kind)
     product = [square]
 
     def multiply() -> None:
         product[0] = paddle.matmul(square, square)
 
-    return 2 * SIDE[device] ** 3 * per_second(multiply, lambda: product[0][0].astype("float32").numpy())
+    return 2 * SIDE[device] ** 3 * per_second(multiply, lambda: float(product[0][0, 0].astype("float32")))
 
 
 def operations(size: str, tokens: int) -> float:
@@ -95,46 +102,44 @@ def operations(size: str, tokens: int) -> float:
 
 # --------------------------------------------------------------------------------------------------------------- speed
 def speeds(name: str, cases: list[tuple[int, int]], run: Callable[[int, int], float], size: str, times: int,
-           rate: float) -> Iterator[dict]:
+           rate: float) -> None:
     """Rows of texts a second by batch and length, `run` giving batches a second, and of the part of the matrix rate
     that is reached: a text takes `times` as many operations as forward."""
     import paddle
 
     for texts, tokens in cases:
         what = f"{name}, {texts} x {tokens} tokens"
-        try:
+        with unless_out_of_memory(what) as fits:
             speed = texts * run(texts, tokens)
-        except (MemoryError, RuntimeError, SystemError) as error:
-            if not without_memory(error):
-                raise
-            yield row(what, "out of memory")
+        if not fits:
             gc.collect()
             paddle.device.cuda.empty_cache()
             continue
-        yield row(what, round(speed, 2), "texts/s")
+        report(what, round(speed, 2), "texts/s")
         if rate == rate:
             part = speed * times * operations(size, tokens) / rate
-            yield row(f"{what}, of the matrix rate", round(100 * part, 1), "%")
+            report(f"{what}, of the matrix rate", round(100 * part, 1), "%")
 
 
-def train_speed(scratch: str, size: str, device: str, precision: str) -> Iterator[dict]:
+def train_speed(scratch: str, size: str, device: str, precision: str) -> None:
     """Training steps as train.py takes them, of two views of a text, forward and, twice as much, backward."""
-    def measure(step: Callable, wait: Callable) -> Iterator[dict]:
+    def measure(step: Callable, wait: Callable) -> None:
         rate = matrix_rate(device, precision)
         if rate == rate:
-            yield row(f"matrix rate, {precision}", round(rate / 1e12, 3), "TFLOP/s")
-        yield from speeds(f"training, {size}, {precision}", TRAINED[device], lambda texts, tokens: per_second(
+            report(f"matrix rate, {precision}", round(rate / 1e12, 3), "TFLOP/s")
+        speeds(f"training, {size}, {precision}", TRAINED[device], lambda texts, tokens: per_second(
             functools.partial(step, batch_of(texts, tokens)), wait), size, 6, rate)
 
-    yield from unless_refused(f"training, {size}, {precision}", with_run(scratch, size, device, precision, measure))
+    with unless_refused(f"training, {size}, {precision}"):
+        with_run(scratch, size, device, precision, measure)
 
 
-def encode_speed(scratch: str, size: str, device: str, precision: str) -> Iterator[dict]:
+def encode_speed(scratch: str, size: str, device: str, precision: str) -> None:
     """The engine of inference.py, of texts that are tokenized."""
     from model import load_engine
 
-    def measure() -> Iterator[dict]:
-        words = ["--params_path", f"{scratch}/{size}", "--device", device, "--precision", precision]
+    words = ["--params_path", f"{scratch}/{size}", "--device", device, "--precision", precision]
+    with unless_refused(f"encoding, {size}, {precision}"):
         with command_line("inference", *words) as inference:
             args = inference.parse_args()
         engine, _ = load_engine(args)
@@ -143,29 +148,26 @@ def encode_speed(scratch: str, size: str, device: str, precision: str) -> Iterat
         def encode(ids: np.ndarray) -> None:
             found[0] = engine.embed(ids, ids * 0)
 
-        yield from speeds(f"encoding, {size}, {precision}", ENCODED[device], lambda texts, tokens: per_second(
+        speeds(f"encoding, {size}, {precision}", ENCODED[device], lambda texts, tokens: per_second(
             functools.partial(encode, np.random.default_rng(0).integers(1000, 17_000, (texts, tokens))),
             lambda: np.asarray(found[0])), size, 1, matrix_rate(device, precision))
 
-    yield from unless_refused(f"encoding, {size}, {precision}", measure())
-
 
 # -------------------------------------------------------------------------------------------------------- host, memory
-def host(scratch: str, size: str, device: str) -> Iterator[dict]:
-    """What a step takes of the host: its operators, each of which a GPU is given by itself, and its time where they
-    have next to nothing to compute."""
+def host(scratch: str, size: str, device: str) -> None:
+    """What a step takes of the host: its operators, each of which a GPU is given by itself, and its time."""
     from simcse import run
 
     batch = batch_of(2, 4)
 
-    def measure(step: Callable, wait: Callable) -> Iterator[dict]:
+    def measure(step: Callable, wait: Callable) -> None:
         work = functools.partial(step, batch)
         count = operators(work)
-        yield row(f"operators a step, {size}", count, "", f"<= {OPERATORS[size]}", count <= OPERATORS[size])
-        yield row(f"host ms a step, {size}", round(1000 / per_second(work, wait), 2), "ms")
+        report(f"operators a step, {size}", count, "", f"<= {OPERATORS[size]}", count <= OPERATORS[size])
+        report(f"host ms a step, {size}", round(1000 / per_second(work, wait), 2), "ms")
 
     with patch.object(run, "train_faster_on_cpu", lambda model: None):  # the network as a GPU has it
-        yield from with_run(scratch, size, device, "fp32", measure)
+        with_run(scratch, size, device, "fp32", measure)
 
 
 def operators(work: Callable[[], Any]) -> int:
@@ -179,64 +181,60 @@ def operators(work: Callable[[], Any]) -> int:
     while nodes:
         node = nodes.pop()
         nodes += node.children_node
-        count += node.type.name == "DygraphKernelLaunch"
+        count += node.name.endswith(" infer_meta")  # once for each operator, forward and backward, in both stacks
     return count
 
 
-def memory(scratch: str, size: str, device: str) -> Iterator[dict]:
+def memory(scratch: str, size: str, device: str) -> None:
     """The peak of a step by batch, with --chunk_size and without: on a GPU what tensors took at once, on a CPU the
     process. Peaks only rise, so what takes more comes later."""
     import paddle
 
     tokens, chunk = (16, 8) if device == "cpu" else (64, 64)
-    peaks = {}
+    peaks = {chunk: (0, 0.0), None: (0, 0.0)}  # of the largest batch that fits: texts, MB
 
     def peak() -> float:
         if device == "gpu":
             return paddle.device.cuda.max_memory_allocated() / 2**20
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
-    def measure(step: Callable, wait: Callable) -> Iterator[dict]:
+    def measure(step: Callable, wait: Callable) -> None:
         for chunked in (chunk, None):
             for texts in BATCHES[device]:
                 what = f"{size}, batch {texts} x {tokens}" + f", --chunk_size {chunk}" * bool(chunked)
-                try:
+                with unless_out_of_memory(what) as fits:
                     step(batch_of(texts, tokens, chunked))
                     wait()
-                except (MemoryError, RuntimeError, SystemError) as error:
-                    if not without_memory(error):
-                        raise
-                    peaks[chunked, texts] = math.inf
-                    yield row(what, "out of memory")
+                if not fits:
                     break
-                peaks[chunked, texts] = peak()
-                yield row(what, round(peak()), "MB")
-        most = BATCHES[device][-1]
-        less = peaks[chunk, most] < peaks.get((None, most), math.inf)
-        yield row("--chunk_size takes less memory", "yes" if less else "no", "", "yes", less)
+                peaks[chunked] = texts, peak()
+                report(what, round(peak()), "MB")
+        less = peaks[chunk][0] == BATCHES[device][-1] and (peaks[None][0] < peaks[chunk][0] or
+                                                           peaks[chunk][1] < peaks[None][1])
+        report("--chunk_size takes less memory", "yes" if less else "no", "", "yes", less)
 
-    yield from with_run(scratch, size, device, "fp32", measure)
+    with_run(scratch, size, device, "fp32", measure)
 
 
 # ----------------------------------------------------------------------------------------------------------- all cards
-def rank_speed(scratch: str, size: str, device: str) -> Iterator[dict]:
+def rank_speed(scratch: str, size: str, device: str) -> None:
     """Texts a second of this process, one of several or alone, which all take the same number of steps."""
     texts, tokens = TRAINED[device][-1]
     batch, count = batch_of(texts, tokens), 20 if device == "gpu" else 3
 
-    def measure(step: Callable, wait: Callable) -> Iterator[dict]:
+    def measure(step: Callable, wait: Callable) -> None:
         def steps() -> None:
             for _ in range(count):
                 step(batch)
             wait()
 
         steps()
-        yield row("speed", texts * count / side.seconds_of(steps), "texts/s")
+        report("speed", texts * count / side.seconds_of(steps), "texts/s")
 
-    yield from with_run(scratch, size, device, "fp32", measure)
+    with_run(scratch, size, device, "fp32", measure)
 
 
-def scaling(scratch: str, size: str, device: str, cards: int) -> Iterator[dict]:
+def scaling(scratch: str, size: str, device: str, cards: int) -> None:
     """Training on all cards against one."""
     if cards == 1:
         return
@@ -247,7 +245,7 @@ def scaling(scratch: str, size: str, device: str, cards: int) -> Iterator[dict]:
                           if line.startswith("ROW ")) for texts in ([alone.stdout], logs))
     if code or not one:
         raise console.InputError(last_line(logs[0] if one else alone.stderr))
-    yield row(f"training, {size}, {cards} processes against one", round(all_cards / one, 2), "times")
+    report(f"training, {size}, {cards} processes against one", round(all_cards / one, 2), "times")
 
 
 if __name__ == "__main__":
