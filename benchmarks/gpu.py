@@ -135,6 +135,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.record and args.device == "gpu":
         parser.error("--record is of a CPU")
+    if not args.record and not os.path.isfile(args.figures):
+        parser.error(f"argument --figures: {args.figures}: no such file")
     return args
 
 

@@ -7,13 +7,14 @@ import json
 import math
 import os
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
 
-from bench import BASE, ROOT  # first: it makes the project importable
+from bench import BASE, HERE, ROOT  # first: it makes the project importable
 from deploy.python import predictor
 from simcse import console, flags
 
@@ -82,7 +83,7 @@ def call(name: str, *words: Any) -> str:
 def on_all_cards(device: str, folder: str, *words: Any) -> tuple[int, list[str]]:
     """Run a script on all GPUs, or on two processes of a CPU: its exit code, and what each of them said."""
     launcher = ([f"{ROOT}/scripts/launch.py"] if device == "gpu" else
-                ["-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--backend", "gloo"])
+                [f"{HERE}/gpu_jobs.py", "--nproc_per_node", "2", "--backend", "gloo"])
     done = subprocess.run([sys.executable, *launcher, "--log_dir", folder, *map(str, words)], capture_output=True,
                           text=True)
     logs = sorted(name for name in os.listdir(folder) if name.startswith("workerlog.")) if os.path.isdir(folder) else []
@@ -105,3 +106,7 @@ def per_second(work: Callable[[], Any], wait: Callable[[], Any] = lambda: None) 
     wait()
     count = min(50, max(1, int(1 / side.seconds_of(lambda: (work(), wait())))))
     return count / side.seconds_of(lambda: ([work() for _ in range(count)], wait()))
+
+
+if __name__ == "__main__":  # paddle's launcher as a script, which the tests' server can fork
+    runpy.run_module("paddle.distributed.launch", run_name="__main__")

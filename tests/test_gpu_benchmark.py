@@ -51,4 +51,4 @@ def test_mistakes_are_one_line(tmp_path):
     assert "no GPU that this paddlepaddle can use" in refuse(GPU, "--device", "gpu")
     assert "argument --only: invalid choice: 'planes'" in refuse(GPU, "--only", "planes")
     assert "--record is of a CPU" in refuse(GPU, "--record", "--device", "gpu")
-    assert "none.json" in refuse(GPU, "--only", "machine", "--device", "cpu", "--figures", tmp_path / "none.json")
+    assert "none.json: no such file" in refuse(GPU, "--device", "cpu", "--figures", tmp_path / "none.json")
