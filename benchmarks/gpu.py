@@ -27,7 +27,7 @@ from simcse import console, files, flags
 from gpu_jobs import last_line
 
 FIGURES = os.path.join(HERE, "gpu_figures.json")
-MINUTES, SECONDS = 10, 200  # that all of it, and a job of it, may take
+MINUTES, SECONDS = {"gpu": 10, "cpu": 30}, {"gpu": 200, "cpu": 600}  # that all of it, and a job of it, may take
 
 
 class Job(NamedTuple):
@@ -74,7 +74,7 @@ def run_job(job: Job, scratch: str, device: str, seconds: float) -> Iterator[dic
     what = " ".join([job.function, *map(str, job.arguments.values())])
     failed = {"what": what, "unit": "", "expected": "", "ok": False}
     if seconds <= 0:
-        yield {**failed, "figure": f"failed: not run, {MINUTES} minutes are over"}
+        yield {**failed, "figure": f"failed: not run, {MINUTES[device]} minutes are over"}
         return
     words = [f"{HERE}/gpu_{job.module}.py", job.function, json.dumps({"scratch": scratch, "device": device,
                                                                       **job.arguments})]
@@ -157,7 +157,7 @@ def choose_device(asked: str | None) -> tuple[str, int]:
 def main() -> None:
     args = parse_args()
     device, cards = choose_device("cpu" if args.record else args.device)
-    end, rows = time.monotonic() + 60 * MINUTES, []
+    end, rows = time.monotonic() + 60 * MINUTES[device], []
     wanted = {name: jobs for name, jobs in sections(device, cards).items() if name in args.only}
     if args.record:
         wanted = {"record": [Job("checks", "record", {})]}
@@ -171,7 +171,7 @@ def main() -> None:
         for section, jobs in {"prepare": prepare, **wanted}.items():
             started = time.monotonic()
             for job in jobs:
-                for found in run_job(job, scratch, device, min(SECONDS, end - time.monotonic())):
+                for found in run_job(job, scratch, device, min(SECONDS[device], end - time.monotonic())):
                     rows.append({"section": section, **found})
                     console.result(shown(section, found))
             console.log(f"{section}: {time.monotonic() - started:.0f} s")

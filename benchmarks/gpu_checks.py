@@ -22,7 +22,18 @@ from simcse.machine import RANK, RANKS
 from simcse.weights import PARAMS_FILE, load_state, read_weights, saved_steps
 
 import numpy as np
-from gpu_jobs import SIZES, call, last_line, on_all_cards, per_second, report, report_within, serve, unless_refused
+from gpu_jobs import (
+    SIZES,
+    alone,
+    call,
+    last_line,
+    on_all_cards,
+    per_second,
+    report,
+    report_within,
+    serve,
+    unless_refused,
+)
 
 FC, LENGTH, STEPS = 32, 32, 50  # size of the vectors, tokens of a text, training steps
 # How far figures may be from those recorded in fp32 on a CPU: vectors and scores by themselves, losses relatively.
@@ -88,15 +99,15 @@ def encoded(scratch: str, device: str, precision: str) -> Iterator[tuple[str, np
 
 def trained(scratch: str, device: str, precision: str) -> Iterator[tuple[str, np.ndarray]]:
     """The losses of train.py, [STEPS], without dropout, and the vectors after them in fp32."""
-    import model
+    from simcse import gradients
 
-    losses, formula, folder = [], model.contrastive_loss, f"{scratch}/trained_{precision}"
+    losses, whole, folder = [], gradients.backward, f"{scratch}/trained_{precision}"
 
     def observed(*args: Any) -> Any:
-        losses.append(formula(*args))
+        losses.append(whole(*args))
         return losses[-1]
 
-    with patch.object(model, "contrastive_loss", observed):
+    with patch.object(gradients, "backward", observed):
         call("train", "--init_from_ckpt", f"{scratch}/small", "--train_set_file", f"{scratch}/sample/train.csv",
              "--device", device, "--precision", precision, "--batch_size", 16, "--dropout", 0,
              "--output_dropout", 0, "--infer_with_fc_pooler", "--save_dir", folder, "--visualdl_dir", f"{folder}/log")
@@ -156,12 +167,12 @@ def ranks(scratch: str, device: str, cards: int) -> None:
     if cards == 1:
         report("several cards", "not there: one card")
         return
-    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # of the processes, which compare float32
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # float32 is compared
     job = [__file__, "rank_gradients", json.dumps({"scratch": scratch, "device": device, "ranks": cards})]
     code, logs = on_all_cards(device, f"{scratch}/ranks", *job)
     if code:
         raise console.InputError(f"the launcher ended with {code}: {last_line(logs[0])}")
-    subprocess.run([sys.executable, *job], check=True, stdout=subprocess.DEVNULL)
+    alone(*job)
     whole, *others = (dict(np.load(f"{scratch}/gradients_{name}.npz")) for name in ("whole", *range(cards)))
     report_within(f"loss, {cards} ranks against one", max(abs(each["loss"] - whole["loss"]).max() for each in others),
                  1e-4)
@@ -211,8 +222,7 @@ def nan_on_the_last_rank(*words: str) -> None:
         steps.append(1)
         return whole(*args) * (float("nan") if RANK == RANKS - 1 and len(steps) == 2 else 1)
 
-    gradients.backward = broken
-    with patch.object(sys, "argv", ["train.py", *words]):
+    with patch.object(gradients, "backward", broken), patch.object(sys, "argv", ["train.py", *words]):
         train.main()
 
 
@@ -229,7 +239,7 @@ def nan(scratch: str, device: str) -> None:
     code, logs = on_all_cards(device, f"{scratch}/nan_ranks", __file__, "nan_on_the_last_rank", *words)
     said = [line for log in logs for line in log.splitlines() if "error: " in line or "Traceback" in line]
     good = code and len(said) == 1 and "error: the loss of step 2 is nan; its batch is lines" in said[0]
-    report("NaN on one rank", f"exit code {code}, {len(said)} lines of errors", "", "not 0, 1", bool(good))
+    report("NaN on one rank", f"exit code {code}, {len(said)} error", "", "not 0, 1 error", bool(good))
 
 
 def resume(scratch: str, device: str, precision: str) -> None:
@@ -237,22 +247,22 @@ def resume(scratch: str, device: str, precision: str) -> None:
     whole, broken = (training_words(scratch, device, precision, f"{scratch}/{precision}_{name}")
                      for name in ("whole", "broken"))
     # Else a GPU adds up the gradients of the embeddings in any order.
-    exact = {**os.environ, "FLAGS_embedding_deterministic": "1", "FLAGS_cudnn_deterministic": "1"}
-    subprocess.run([sys.executable, f"{ROOT}/train.py", *whole], check=True, stderr=subprocess.DEVNULL, env=exact)
-    with subprocess.Popen([sys.executable, f"{ROOT}/train.py", *broken], stderr=subprocess.PIPE, text=True,
-                          env=exact) as process:
-        any("saved" in line for line in process.stderr)
-        process.send_signal(signal.SIGKILL)
-    last = saved_steps(f"{scratch}/{precision}_broken")[-1]
-    report(f"kill -9, {precision}, left of {STEPS} steps", last, "", f"< {STEPS}", last < STEPS)
-    subprocess.run([sys.executable, f"{ROOT}/train.py", *broken, "--resume"], check=True, stderr=subprocess.DEVNULL,
-                   env=exact)
-    one, other = (read_weights(f"{scratch}/{precision}_{name}/model_{STEPS}/{PARAMS_FILE}", "")
-                  for name in ("whole", "broken"))
-    # The gradients of keys' biases are 0 but for rounding, which AdamW makes whole steps of.
-    difference = max(abs(array - other[name]).max() for name, array in one.items()
-                     if device == "cpu" or not name.endswith("k_proj.bias"))
-    report_within(f"weights after --resume, {precision}", difference, 0 if device == "cpu" else 1e-4)
+    os.environ.update(FLAGS_embedding_deterministic="1", FLAGS_cudnn_deterministic="1")
+    with unless_refused(f"--resume, {precision}"):
+        alone(f"{ROOT}/train.py", *whole)
+        words = [sys.executable, f"{ROOT}/train.py", *broken]
+        with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+            any("saved" in line for line in process.stderr)
+            process.send_signal(signal.SIGKILL)
+        last = saved_steps(f"{scratch}/{precision}_broken")[-1]
+        report(f"kill -9, {precision}, left of {STEPS} steps", last, "", f"< {STEPS}", last < STEPS)
+        alone(f"{ROOT}/train.py", *broken, "--resume")
+        one, other = (read_weights(f"{scratch}/{precision}_{name}/model_{STEPS}/{PARAMS_FILE}", "")
+                      for name in ("whole", "broken"))
+        # The gradients of keys' biases are 0 but for rounding, which AdamW makes whole steps of.
+        difference = max(abs(array - other[name]).max() for name, array in one.items()
+                         if device == "cpu" or not name.endswith("k_proj.bias"))
+        report_within(f"weights after --resume, {precision}", difference, 0 if device == "cpu" else 1e-4)
 
 
 if __name__ == "__main__":

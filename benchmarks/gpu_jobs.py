@@ -68,20 +68,34 @@ def command_line(name: str, *words: Any) -> Iterator[Any]:
         yield importlib.import_module(name)
 
 
+@contextlib.contextmanager
+def ending(name: str) -> Iterator[None]:
+    """A script may end within; InputError where it does not end well."""
+    try:
+        yield
+    except SystemExit as end:
+        if end.code:
+            raise console.InputError(f"{name}.py ended with exit code {end.code}") from None
+
+
 def call(name: str, *words: Any) -> str:
-    """What a script, run in this process, prints to stdout; InputError where it does not end well."""
+    """What a script, run in this process, prints to stdout."""
     printed = io.StringIO()
-    with command_line(name, *words) as script, contextlib.redirect_stdout(printed):
-        try:
-            script.main()
-        except SystemExit as end:
-            if end.code:
-                raise console.InputError(f"{name}.py ended with exit code {end.code}") from None
+    with command_line(name, *words) as script, contextlib.redirect_stdout(printed), ending(name):
+        script.main()
     return printed.getvalue()
 
 
+def alone(script: str, *words: Any) -> str:
+    """What a script prints to stdout as a process of its own; InputError, its last line, where it fails."""
+    done = subprocess.run([sys.executable, script, *map(str, words)], capture_output=True, text=True)
+    if done.returncode:
+        raise console.InputError(last_line(done.stderr).removeprefix(f"{os.path.basename(script)}: error: "))
+    return done.stdout
+
+
 def on_all_cards(device: str, folder: str, *words: Any) -> tuple[int, list[str]]:
-    """Run a script on all GPUs, or on two processes of a CPU: its exit code, and what each of them said."""
+    """Run a script on all GPUs, or as two processes on a CPU: the exit code, and what each of them said."""
     launcher = ([f"{ROOT}/scripts/launch.py"] if device == "gpu" else
                 [f"{HERE}/gpu_jobs.py", "--nproc_per_node", "2", "--backend", "gloo"])
     done = subprocess.run([sys.executable, *launcher, "--log_dir", folder, *map(str, words)], capture_output=True,

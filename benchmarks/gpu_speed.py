@@ -6,8 +6,6 @@ import gc
 import json
 import math
 import resource
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
@@ -18,12 +16,23 @@ from simcse import console
 
 import numpy as np
 import side
-from gpu_jobs import SIZES, command_line, last_line, on_all_cards, per_second, report, serve, unless_refused
+from gpu_jobs import (
+    SIZES,
+    alone,
+    command_line,
+    ending,
+    last_line,
+    on_all_cards,
+    per_second,
+    report,
+    serve,
+    unless_refused,
+)
 
-# Texts and tokens of a batch.
+# Texts and tokens of a batch or, of CHUNK, of a chunk of it.
 TRAINED = {"cpu": [(8, 16)], "gpu": [(64, 32), (64, 64), (256, 64), (32, 384)]}
 ENCODED = {"cpu": [(1, 16), (32, 16)], "gpu": [(1, 32), (64, 64), (1024, 64), (128, 512)]}
-CHUNK, BATCHES = {"cpu": 8, "gpu": 64}, {"cpu": [16, 32], "gpu": [256, 1024, 4096]}
+CHUNK, BATCHES = {"cpu": (8, 16), "gpu": (64, 64)}, {"cpu": [16, 32], "gpu": [256, 1024, 4096]}  # of `memory`
 SIDE = {"cpu": 1024, "gpu": 8192}  # of the square matrices that show the matrix rate
 OPERATORS = {"6 layers": 660, "12 layers": 1200}  # of a step at most
 
@@ -59,7 +68,7 @@ def with_run(scratch: str, size: str, device: str, precision: str,
         measure(step, lambda: network.parameters()[-1].numpy())
         return run
 
-    with contextlib.suppress(SystemExit):  # its end
+    with ending("train"):
         run_training(args, start)
 
 
@@ -163,8 +172,9 @@ def host(scratch: str, size: str, device: str) -> None:
     def measure(step: Callable, wait: Callable) -> None:
         work = functools.partial(step, batch)
         count = operators(work)
+        fastest = min(side.seconds_of(lambda: (work(), wait())) for _ in range(20))
         report(f"operators a step, {size}", count, "", f"<= {OPERATORS[size]}", count <= OPERATORS[size])
-        report(f"host ms a step, {size}", round(1000 / per_second(work, wait), 2), "ms")
+        report(f"host ms a step, {size}", round(1000 * fastest, 2), "ms")
 
     with patch.object(run, "train_faster_on_cpu", lambda model: None):  # the network as a GPU has it
         with_run(scratch, size, device, "fp32", measure)
@@ -190,7 +200,7 @@ def memory(scratch: str, size: str, device: str) -> None:
     process. Peaks only rise, so what takes more comes later."""
     import paddle
 
-    tokens, chunk = (16, 8) if device == "cpu" else (64, 64)
+    chunk, tokens = CHUNK[device]
     peaks = {chunk: (0, 0.0), None: (0, 0.0)}  # of the largest batch that fits: texts, MB
 
     def peak() -> float:
@@ -239,13 +249,17 @@ def scaling(scratch: str, size: str, device: str, cards: int) -> None:
     if cards == 1:
         return
     job = [f"{HERE}/gpu_speed.py", "rank_speed", json.dumps({"scratch": scratch, "size": size, "device": device})]
-    alone = subprocess.run([sys.executable, *job], capture_output=True, text=True)
+    one = speed_of(alone(*job))
     code, logs = on_all_cards(device, f"{scratch}/scaling", *job)
-    one, all_cards = (sum(json.loads(line[4:])["figure"] for text in texts for line in text.splitlines()
-                          if line.startswith("ROW ")) for texts in ([alone.stdout], logs))
-    if code or not one:
-        raise console.InputError(last_line(logs[0] if one else alone.stderr))
-    report(f"training, {size}, {cards} processes against one", round(all_cards / one, 2), "times")
+    if code:
+        raise console.InputError(f"the launcher ended with {code}: {last_line(logs[0])}")
+    report(f"training, {size}, {cards} processes against one", round(sum(map(speed_of, logs)) / one, 2), "times")
+
+
+def speed_of(printed: str) -> float:
+    """The figure of the only row."""
+    line, = (line for line in printed.splitlines() if line.startswith("ROW "))
+    return json.loads(line.removeprefix("ROW "))["figure"]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """benchmarks/gpu.py, on the CPU: all that it does on a GPU, at a small size. No time is tested."""
 
+import importlib
+import inspect
 import json
 
 import pytest
@@ -38,13 +40,26 @@ def test_a_figure_that_is_not_as_recorded_is_wrong(tmp_path):
 
 @pytest.mark.parametrize("function, seconds, said", [
     ("nothing", 60, "failed: KeyError: 'nothing'"), ("machine", 0.1, "failed: it took longer than 0.1 s"),
-    ("machine", 0, "failed: not run, 10 minutes are over")])
+    ("machine", 0, "failed: not run, 30 minutes are over")])
 def test_a_job_that_fails_is_a_row(monkeypatch, tmp_path, function, seconds, said):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import gpu
 
     (row,) = gpu.run_job(gpu.Job("checks", function, {}), str(tmp_path), "cpu", seconds)
     assert row["figure"] == said and row["ok"] is False and row["what"] == function
+
+
+@pytest.mark.parametrize("cards", [1, 4])
+def test_the_jobs_of_a_gpu_are_functions_that_take_their_arguments(monkeypatch, cards):
+    """Which the CPU's jobs show by running."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gpu
+
+    sections = gpu.sections("gpu", cards)
+    assert list(sections) == SECTIONS
+    for job in (job for jobs in sections.values() for job in jobs):
+        function = getattr(importlib.import_module(f"gpu_{job.module}"), job.function)
+        inspect.signature(function).bind(scratch="", device="gpu", **job.arguments)
 
 
 def test_mistakes_are_one_line(tmp_path):
