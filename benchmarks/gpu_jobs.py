@@ -24,7 +24,7 @@ SIZES = {"small": {**BASE, "hidden_size": 64, "num_hidden_layers": 2, "num_atten
                    "intermediate_size": 256},
          "mini": {**BASE, "vocab_size": 40_000, "hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536},
          "base": {**BASE, "vocab_size": 40_000},
-         **{f"{layers} layers": {**BASE, "hidden_size": 24, "num_hidden_layers": layers, "intermediate_size": 96}
+         **{f"{layers} layers": {**BASE, "hidden_size": 96, "num_hidden_layers": layers, "intermediate_size": 384}
             for layers in (6, 12)}}  # as many operators as mini and base, with next to nothing to compute
 
 
