@@ -4,6 +4,7 @@ Everything is made here: encoders whose weights numpy draws, and texts of script
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -191,6 +192,7 @@ def exported(scratch: str, device: str, size: str) -> None:
 def deployed(scratch: str, device: str, size: str, precision: str, tensorrt: bool) -> None:
     """The exported graph in Paddle Inference, by deploy/python, against the dynamic graph in fp32."""
     from model import encode, load_model
+    from simcse.engine import gpu_precision
     from simcse.ranks import set_device
 
     set_device(device)
@@ -200,6 +202,11 @@ def deployed(scratch: str, device: str, size: str, precision: str, tensorrt: boo
     name = precision + ", TensorRT" * tensorrt
 
     with unless_refused(name):
+        if device == "gpu":
+            gpu_precision(precision)
+        if tensorrt:
+            with console.reported("--use_tensorrt", OSError):
+                ctypes.CDLL("libnvinfer.so")  # which paddle opens by this name
         graph = predictor.Predictor(f"{scratch}/exported", device, precision=precision,
                                     tensorrt=(64, LENGTH) if tensorrt else ())
         own = predictor.Tokenizer(f"{scratch}/exported")

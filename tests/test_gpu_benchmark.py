@@ -62,6 +62,17 @@ def test_the_jobs_of_a_gpu_are_functions_that_take_their_arguments(monkeypatch, 
         inspect.signature(function).bind(scratch="", device="gpu", **job.arguments)
 
 
+def test_memory_that_runs_out_is_a_row(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gpu_speed
+
+    with gpu_speed.unless_out_of_memory("a batch") as fits:
+        raise MemoryError("(ResourceExhausted) Out of memory error on GPU 0.")
+    assert not fits and '"what": "a batch", "figure": "out of memory"' in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="shapes"), gpu_speed.unless_out_of_memory("a batch"):
+        raise RuntimeError("shapes differ")
+
+
 def test_mistakes_are_one_line(tmp_path):
     assert "no GPU that this paddlepaddle can use" in refuse(GPU, "--device", "gpu")
     assert "argument --only: invalid choice: 'planes'" in refuse(GPU, "--only", "planes")
