@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from bench import HERE, ROOT
@@ -38,17 +38,17 @@ class Job(NamedTuple):
     arguments: dict
 
 
-def number_formats(add_arguments, parser: argparse.ArgumentParser) -> list[str]:
-    """What --precision may be, `auto` and `int8` aside, which is for CPUs."""
-    add_arguments(parser)
+def number_formats(add_arguments: Callable[[argparse.ArgumentParser], None]) -> list[str]:
+    """What --precision may be of the flags that are added, but for `auto`, and `int8`, which is for CPUs."""
+    add_arguments(parser := flags.ArgumentParser(""))
     action = next(action for action in parser._actions if action.dest == "precision")
     return [name for name in action.choices if name not in ("auto", "int8")]
 
 
 def sections(device: str, cards: int) -> dict[str, list[Job]]:
     """The jobs of each section; what is right or wrong comes first."""
-    trained = number_formats(flags.add_optimization_arguments, flags.ArgumentParser(""))
-    encoded = number_formats(flags.add_encode_arguments, flags.ArgumentParser(""))
+    trained = number_formats(flags.add_optimization_arguments)
+    encoded = number_formats(flags.add_encode_arguments)
     formats, exported = list(dict.fromkeys(trained + encoded)), ("fp32", "bf16", "fp16")[: 3 if device == "gpu" else 2]
     sizes = ("mini", "base")[: 2 if device == "gpu" else 1]
     return {
