@@ -1,0 +1,266 @@
+"""How fast training and encoding are on this device, and how much memory a step takes: gpu.py's jobs that measure."""
+
+import contextlib
+import functools
+import gc
+import json
+import math
+import resource
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest.mock import patch
+
+from bench import HERE  # first: it makes the project importable
+from data import Batch, TextFile, chunks_of, text_keys
+from simcse import console
+
+import numpy as np
+import side
+from gpu_jobs import (
+    SIZES,
+    alone,
+    command_line,
+    ending,
+    last_line,
+    on_all_cards,
+    per_second,
+    report,
+    serve,
+    unless_refused,
+)
+
+# Texts and tokens of a batch or, of CHUNK, of a chunk of it.
+TRAINED = {"cpu": [(8, 16)], "gpu": [(64, 32), (64, 64), (256, 64), (32, 384)]}
+ENCODED = {"cpu": [(1, 16), (32, 16)], "gpu": [(1, 32), (64, 64), (1024, 64), (128, 512)]}
+CHUNK, BATCHES = {"cpu": (8, 16), "gpu": (64, 64)}, {"cpu": [16, 32], "gpu": [256, 1024, 4096]}  # of `memory`
+SIDE = {"cpu": 1024, "gpu": 8192}  # of the square matrices that show the matrix rate
+OPERATORS = {"6 layers": 660, "12 layers": 1200}  # of a step at most
+
+
+# -------------------------------------------------------------------------------------------------------------- a step
+def batch_of(texts: int, tokens: int, chunk: int | None = None) -> Batch:
+    """Random texts, all of so many tokens, each under two dropouts."""
+    ids = np.random.default_rng(0).integers(1000, 17_000, (texts, tokens)).tolist()
+    return Batch(chunks_of([ids, ids], chunk or texts, 0), text_keys([ids]), range(texts))
+
+
+def with_run(scratch: str, size: str, device: str, precision: str,
+             measure: Callable[[Callable[[Batch], None], Callable[[], Any]], None]) -> None:
+    """Call `measure` with train.py's step of a batch, as its flags make it, and what waits for that."""
+    from simcse.gradients import backward
+    from simcse.run import Run, run_training
+
+    path = f"{scratch}/sample/train.csv"
+    with command_line("train", "--init_from_ckpt", f"{scratch}/{size}", "--train_set_file", path, "--device", device,
+                      "--precision", precision, "--infer_with_fc_pooler", "--save_dir", f"{scratch}/speed",
+                      "--visualdl_dir", f"{scratch}/speed_log") as train:
+        args = train.parse_args()
+
+    def start() -> Run:
+        network, _, _ = train.build_model(args)
+        run = Run(args, network, TextFile(path, "--train_set_file"), 10_000, lambda *_: None)
+        run.epoch = run.number = 1
+        network.train()
+
+        def step(batch: Batch) -> None:
+            run.update(backward(run.network, network, batch, run.scaler.scale), batch)
+
+        measure(step, lambda: network.parameters()[-1].numpy())
+        return run
+
+    with ending("train"):
+        run_training(args, start)
+
+
+@contextlib.contextmanager
+def unless_out_of_memory(what: str) -> Iterator[list[bool]]:
+    """Where memory runs out, a row says so, and the list that is given is empty."""
+    fits = [True]
+    try:
+        yield fits
+    except (MemoryError, RuntimeError, SystemError) as error:
+        if not (console.explain(error) or "").startswith("out of memory"):
+            raise
+        report(what, "out of memory")
+        fits.clear()
+
+
+def matrix_rate(device: str, precision: str) -> float:
+    """Operations in a second of a product of large matrices; NaN where a CPU has none in this precision."""
+    import paddle
+
+    if device == "cpu" and precision != "fp32":
+        return math.nan
+    kind = {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32")
+    square = paddle.rand([SIDE[device]] * 2).astype(kind)
+    product = [square]
+
+    def multiply() -> None:
+        product[0] = paddle.matmul(square, square)
+
+    return 2 * SIDE[device] ** 3 * per_second(multiply, lambda: float(product[0][0, 0].astype("float32")))
+
+
+def operations(size: str, tokens: int) -> float:
+    """Of a text forward, multiplications and additions in matrix products. Of the last layer only keys and values are
+    of all tokens, the rest is the first one's."""
+    hidden, inner, layers = (SIZES[size][name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    layer = 2 * (4 * hidden**2 + 2 * hidden * inner) + 4 * tokens * hidden
+    return tokens * ((layers - 1) * layer + 4 * hidden**2) + layer
+
+
+# --------------------------------------------------------------------------------------------------------------- speed
+def speeds(name: str, cases: list[tuple[int, int]], run: Callable[[int, int], float], size: str, times: int,
+           rate: float) -> None:
+    """Rows of texts a second by batch and length, `run` giving batches a second, and of the part of the matrix rate
+    that is reached: a text takes `times` as many operations as forward."""
+    import paddle
+
+    for texts, tokens in cases:
+        what = f"{name}, {texts} x {tokens} tokens"
+        with unless_out_of_memory(what) as fits:
+            speed = texts * run(texts, tokens)
+        if not fits:
+            gc.collect()
+            paddle.device.cuda.empty_cache()
+            continue
+        report(what, round(speed, 2), "texts/s")
+        if rate == rate:
+            part = speed * times * operations(size, tokens) / rate
+            report(f"{what}, of the matrix rate", round(100 * part, 1), "%")
+
+
+def train_speed(scratch: str, size: str, device: str, precision: str) -> None:
+    """Training steps as train.py takes them, of two views of a text, forward and, twice as much, backward."""
+    def measure(step: Callable, wait: Callable) -> None:
+        rate = matrix_rate(device, precision)
+        if rate == rate:
+            report(f"matrix rate, {precision}", round(rate / 1e12, 3), "TFLOP/s")
+        speeds(f"training, {size}, {precision}", TRAINED[device], lambda texts, tokens: per_second(
+            functools.partial(step, batch_of(texts, tokens)), wait), size, 6, rate)
+
+    with unless_refused(f"training, {size}, {precision}"):
+        with_run(scratch, size, device, precision, measure)
+
+
+def encode_speed(scratch: str, size: str, device: str, precision: str) -> None:
+    """The engine of inference.py, of texts that are tokenized."""
+    from model import load_engine
+
+    words = ["--params_path", f"{scratch}/{size}", "--device", device, "--precision", precision]
+    with unless_refused(f"encoding, {size}, {precision}"):
+        with command_line("inference", *words) as inference:
+            args = inference.parse_args()
+        engine, _ = load_engine(args)
+        found = [None]
+
+        def encode(ids: np.ndarray) -> None:
+            found[0] = engine.embed(ids, ids * 0)
+
+        speeds(f"encoding, {size}, {precision}", ENCODED[device], lambda texts, tokens: per_second(
+            functools.partial(encode, np.random.default_rng(0).integers(1000, 17_000, (texts, tokens))),
+            lambda: np.asarray(found[0])), size, 1, matrix_rate(device, precision))
+
+
+# -------------------------------------------------------------------------------------------------------- host, memory
+def host(scratch: str, size: str, device: str) -> None:
+    """What a step takes of the host: its operators, each of which a GPU is given by itself, and its time."""
+    from simcse import run
+
+    batch = batch_of(2, 4)
+
+    def measure(step: Callable, wait: Callable) -> None:
+        work = functools.partial(step, batch)
+        count = operators(work)
+        fastest = min(side.seconds_of(lambda: (work(), wait())) for _ in range(20))
+        report(f"operators a step, {size}", count, "", f"<= {OPERATORS[size]}", count <= OPERATORS[size])
+        report(f"host ms a step, {size}", round(1000 * fastest, 2), "ms")
+
+    with patch.object(run, "train_faster_on_cpu", lambda model: None):  # the network as a GPU has it
+        with_run(scratch, size, device, "fp32", measure)
+
+
+def operators(work: Callable[[], Any]) -> int:
+    """How many operators `work` runs, the second time."""
+    from paddle.profiler import Profiler, ProfilerTarget
+
+    work()
+    with Profiler(targets=[ProfilerTarget.CPU], on_trace_ready=lambda profiler: None) as profiler:
+        work()
+    nodes, count = list(profiler.profiler_result.get_data().values()), 0
+    while nodes:
+        node = nodes.pop()
+        nodes += node.children_node
+        count += node.name.endswith(" infer_meta")  # once for each operator, forward and backward, in both stacks
+    return count
+
+
+def memory(scratch: str, size: str, device: str) -> None:
+    """The peak of a step by batch, with --chunk_size and without: on a GPU what tensors took at once, on a CPU the
+    process. Peaks only rise, so what takes more comes later."""
+    import paddle
+
+    chunk, tokens = CHUNK[device]
+    peaks = {chunk: (0, 0.0), None: (0, 0.0)}  # of the largest batch that fits: texts, MB
+
+    def peak() -> float:
+        if device == "gpu":
+            return paddle.device.cuda.max_memory_allocated() / 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    def measure(step: Callable, wait: Callable) -> None:
+        for chunked in (chunk, None):
+            for texts in BATCHES[device]:
+                what = f"{size}, batch {texts} x {tokens}" + f", --chunk_size {chunk}" * bool(chunked)
+                with unless_out_of_memory(what) as fits:
+                    step(batch_of(texts, tokens, chunked))
+                    wait()
+                if not fits:
+                    break
+                peaks[chunked] = texts, peak()
+                report(what, round(peak()), "MB")
+        less = peaks[chunk][0] == BATCHES[device][-1] and (peaks[None][0] < peaks[chunk][0] or
+                                                           peaks[chunk][1] < peaks[None][1])
+        report("--chunk_size takes less memory", "yes" if less else "no", "", "yes", less)
+
+    with_run(scratch, size, device, "fp32", measure)
+
+
+# ----------------------------------------------------------------------------------------------------------- all cards
+def rank_speed(scratch: str, size: str, device: str) -> None:
+    """Texts a second of this process, one of several or alone, which all take the same number of steps."""
+    texts, tokens = TRAINED[device][-1]
+    batch, count = batch_of(texts, tokens), 20 if device == "gpu" else 3
+
+    def measure(step: Callable, wait: Callable) -> None:
+        def steps() -> None:
+            for _ in range(count):
+                step(batch)
+            wait()
+
+        steps()
+        report("speed", texts * count / side.seconds_of(steps), "texts/s")
+
+    with_run(scratch, size, device, "fp32", measure)
+
+
+def scaling(scratch: str, size: str, device: str, cards: int) -> None:
+    """Training on all cards against one."""
+    if cards == 1:
+        return
+    job = [f"{HERE}/gpu_speed.py", "rank_speed", json.dumps({"scratch": scratch, "size": size, "device": device})]
+    one = speed_of(alone(*job))
+    code, logs = on_all_cards(device, f"{scratch}/scaling", *job)
+    if code:
+        raise console.InputError(f"the launcher ended with {code}: {last_line(logs[0])}")
+    report(f"training, {size}, {cards} processes against one", round(sum(map(speed_of, logs)) / one, 2), "times")
+
+
+def speed_of(printed: str) -> float:
+    """The figure of the only row."""
+    line, = (line for line in printed.splitlines() if line.startswith("ROW "))
+    return json.loads(line.removeprefix("ROW "))["figure"]
+
+
+if __name__ == "__main__":
+    console.run(lambda: serve(globals()))
