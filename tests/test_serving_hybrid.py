@@ -18,8 +18,9 @@ def index(checkpoint, sample, tmp_path_factory):
     texts = read_texts(sample / "corpus.csv")
     (folder / "corpus.csv").write_text("".join(
         f"d{number}\t{text}\n" for number, text in enumerate([*texts, texts[0]])), encoding="utf-8")
-    succeed("recall.py", "--device", "cpu", "--params_path", checkpoint, "--corpus_file", folder / "corpus.csv",
-            "--query", "语义", "--max_seq_length", 32, "--hybrid_bm25", "--index_path", folder / "index", *FP32)
+    said = succeed("recall.py", "--device", "cpu", "--params_path", checkpoint, "--corpus_file", folder / "corpus.csv",
+                   "--query", "语义", "--max_seq_length", 32, "--hybrid_bm25", "--index_path", folder / "index", *FP32)
+    assert said.stderr.index("BM25 over 120 documents") < said.stderr.index("kept the index")  # both in one step
     return folder / "index"
 
 
