@@ -370,7 +370,7 @@ def save_index(path: str, index: Shards, entries: Entries, replaced: dict | None
             if hybrid:
                 from simcse.bm25 import Bm25
 
-                Bm25(entries, os.path.join(folder, "bm25"))
+                Bm25(entries, os.path.join(folder, "bm25"), index.fingerprint["corpus"])
             elif replaced and os.path.isdir(os.path.join(path, "bm25")):
                 log("BM25 of the corpus before is gone; --hybrid_bm25 makes it anew")
     if not RANK:

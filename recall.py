@@ -260,7 +260,7 @@ def write_results(args: argparse.Namespace, blocks: Iterable[list[Query]], index
     if args.hybrid_bm25 and not RANK:
         from simcse.bm25 import Bm25, fuse
 
-        bm25 = Bm25(entries, args.index_path and os.path.join(args.index_path, "bm25"))
+        bm25 = Bm25(entries, args.index_path and os.path.join(args.index_path, "bm25"), index.fingerprint.get("corpus"))
     for number, block in enumerate(blocks):
         place_of = {query.text: query.place for query in reversed(block)}
         queries = data.distinct(query.text for query in block)  # one on several lines is encoded and searched once

@@ -81,6 +81,10 @@ def test_kept_and_read_again(tmp_path, capsys):
         np.testing.assert_array_equal(one, other)
     with pytest.raises(InputError, match="damaged: of 7 documents instead of 6"):
         Bm25(CORPUS[1:], str(folder))
+    with pytest.raises(InputError, match="damaged: of another corpus; remove this folder"):
+        Bm25(CORPUS[::-1], str(folder), "its digest")
+    (folder / "corpus.json").unlink()  # as in one of an earlier version
+    Bm25(CORPUS, str(folder), "its digest")
     (folder / "vocab.index.json").write_text("{")
     with pytest.raises(InputError, match="bm25: damaged: .*; remove this folder"):
         Bm25(CORPUS, str(folder))
@@ -100,14 +104,14 @@ def test_it_appears_with_its_index(tmp_path, monkeypatch):
     exchange = files.exchange
 
     def watched(one, other):
-        exchanged.append(Bm25(["语义"], os.path.join(one, "bm25")))
+        exchanged.append(Bm25(["语义"], os.path.join(one, "bm25"), "its digest"))
         exchange(one, other)
 
     monkeypatch.setattr(files, "exchange", watched)
     for texts in (CORPUS, ["语义"]):
         (tmp_path / "corpus.csv").write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
         entries = Entries(Corpus(str(tmp_path / "corpus.csv"), "--corpus_file"))
-        index = Shards({"ann_engine": "exact", "index_shards": 1}, len(entries), 4)
+        index = Shards({"ann_engine": "exact", "index_shards": 1, "corpus": "its digest"}, len(entries), 4)
         index.fill([np.ones((len(entries), 4), "float32")])
         save_index(str(path), index, entries, kept, hybrid=True)
         kept = json.loads((path / "fingerprint.json").read_text(encoding="utf-8"))

@@ -261,6 +261,23 @@ def test_one_whose_app_cannot_be_made_changes_nothing(capsys):
     assert capsys.readouterr().err.splitlines()[0] == "KeyError: 'mode'; what was served before goes on"
 
 
+def test_figures_are_of_what_has_begun():
+    """An app that was made, and does not take over, changes none."""
+    from deploy.serving.app import Limits, Metrics, make_app
+    from deploy.serving.searcher import Facts
+
+    metrics, searcher = Metrics(), Searcher("a")
+    searcher.facts, searcher.answer = Facts(7, 2, "fp32", False, 8, False), None
+    app = make_app(searcher, Limits(), metrics=metrics)
+    assert metrics.registry.get_sample_value("simcse_documents") == 0
+
+    async def main():
+        async with app.router.lifespan_context(app):
+            assert metrics.registry.get_sample_value("simcse_documents") == 7
+
+    run(main)
+
+
 def test_who_waits_for_what_is_killed_while_it_opens_is_told():
     searcher, errors = remote.RemoteSearcher(argparse.Namespace(quiet=True)), []
 
