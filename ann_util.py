@@ -250,9 +250,12 @@ def read_fingerprint(path: str, wanted: dict) -> dict:
     if not found:
         raise InputError(f"--index_path {path}: exists, but is not an index that recall.py wrote")
     found = {"corpus_columns": 1, "passages": False, **found}  # as in indexes from before there were ids, and passages
-    wanted = {**wanted, "index_format": FORMAT}
+    wanted, remedy = {**wanted, "index_format": FORMAT}, "name another folder, or remove this one to build it again"
+    if wanted.get("precision", precision := found.get("precision")) != precision:
+        device = " with --device cpu" * (precision == "int8")
+        remedy = f"--precision {precision}{device} takes it as it is; or {remedy}"
     return check_fingerprint(found, {name: wanted[name] for name in wanted if name not in OF_CORPUS},
-                             f"--index_path {path}", "name another folder, or remove this one to build it again")
+                             f"--index_path {path}", remedy)
 
 
 def kept_precision(path: str, device: str) -> str:

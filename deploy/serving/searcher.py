@@ -257,4 +257,6 @@ def _open_engine(args: argparse.Namespace, precision: str, shapes: int) -> Any:
     try:
         return predictor.Predictor(args.model_dir, args.device, args.cpu_threads, args.precision or precision, shapes)
     except predictor.InputError as error:
-        raise console.InputError(str(error)) from None
+        of_index = not args.precision and str(error).startswith("--precision")
+        advice = "; that is the precision of the index, --precision names another" * of_index
+        raise console.InputError(f"{error}{advice}") from None
