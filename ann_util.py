@@ -2,8 +2,6 @@
 an exact index; and how they are kept in a folder with the corpus, and follow it when it changes."""
 
 import contextlib
-import fcntl
-import json
 import os
 import shutil
 from collections import deque
@@ -243,32 +241,6 @@ class Shards:
         """Nothing is to be let go of, unlike in a `MilvusIndex`."""
 
 
-@contextlib.contextmanager
-def building(path: str, wanted: dict, new: dict) -> Iterator[None]:
-    """While an index, `new`, is built in the folder `path`, no other process builds one there: it waits, or, where
-    `new` is other than what it `wanted`, raises InputError."""
-    lock = temporary_name(path, "lock")
-    os.makedirs(os.path.dirname(lock), exist_ok=True)
-    with open(lock, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            if other := file.read():
-                check_fingerprint(json.loads(other), wanted, f"--index_path {path}, which another process is "
-                                  "building", "name another folder")
-            log(f"waiting for the process that is building the index in {path}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        file.truncate(0)
-        json.dump(new, file)
-        file.flush()
-        try:
-            yield
-        finally:
-            with contextlib.suppress(FileNotFoundError):  # the process that was waited for has removed it
-                os.remove(lock)
-
-
 def read_fingerprint(path: str, wanted: dict) -> dict:
     """What the index in the folder `path` was made of, with the "hnsw_ef" of `wanted`, if that has one, and its
     "corpus" or another; InputError where anything else is other than `wanted`, or it is no index."""
@@ -278,9 +250,12 @@ def read_fingerprint(path: str, wanted: dict) -> dict:
     if not found:
         raise InputError(f"--index_path {path}: exists, but is not an index that recall.py wrote")
     found = {"corpus_columns": 1, "passages": False, **found}  # as in indexes from before there were ids, and passages
-    wanted = {**wanted, "index_format": FORMAT}
+    wanted, remedy = {**wanted, "index_format": FORMAT}, "name another folder, or remove this one to build it again"
+    if wanted.get("precision", precision := found.get("precision")) != precision:
+        device = " with --device cpu" * (precision == "int8")
+        remedy = f"--precision {precision}{device} takes it as it is; or {remedy}"
     return check_fingerprint(found, {name: wanted[name] for name in wanted if name not in OF_CORPUS},
-                             f"--index_path {path}", "name another folder, or remove this one to build it again")
+                             f"--index_path {path}", remedy)
 
 
 def kept_precision(path: str, device: str) -> str:
@@ -378,12 +353,12 @@ def kept_in(path: str, fingerprint: dict, entries: Entries, pieces: list[range],
     return Kept(where, entries, first, len(old), pieces, lambda source: next(parts))
 
 
-def save_index(path: str, index: Shards, entries: Entries, replaced: dict | None = None) -> None:
-    """Write the index of all ranks, its entries and their corpus to the folder `path`, which appears when all is
-    written; it takes the place of the one there whose fingerprint is `replaced`."""
+def save_index(path: str, index: Shards, entries: Entries, replaced: dict | None = None, hybrid: bool = False) -> None:
+    """Write the index of all ranks, its entries and their corpus, and with `hybrid` BM25 of them, to the folder `path`,
+    which appears when all is written; it takes the place of the one there whose fingerprint is `replaced`."""
     from simcse.ranks import gather_arrays, wait_for_ranks
 
-    shared = temporary_name(path, int(gather_arrays(np.array([os.getpid()]))[0]))  # that of rank 0
+    shared = temporary_name(path, gather_arrays(np.array([os.getpid()]))[0].item())  # that of rank 0
     gone = [*replaced["files"], "bm25"] if replaced else ()
     with contextlib.nullcontext(shared) if RANK else new_folder(path, gone=gone) as folder:
         wait_for_ranks()
@@ -395,5 +370,11 @@ def save_index(path: str, index: Shards, entries: Entries, replaced: dict | None
             shutil.copyfile(entries.corpus.path, os.path.join(folder, "corpus.csv"))
             write_json(os.path.join(folder, "fingerprint.json"),
                        {**index.fingerprint, "index_format": FORMAT, "files": digests})
+            if hybrid:
+                from simcse.bm25 import Bm25
+
+                Bm25(entries, os.path.join(folder, "bm25"), index.fingerprint["corpus"])
+            elif replaced and os.path.isdir(os.path.join(path, "bm25")):
+                log("BM25 of the corpus before is gone; --hybrid_bm25 makes it anew")
     if not RANK:
         log(f"kept the index in {path}")

@@ -10,13 +10,23 @@ of input that is blank or malformed has a row of NaN, in tsv an empty field, in 
 
 import argparse
 import itertools
+import os
 import sys
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import data
-from simcse import console, flags
+from simcse import console, flags, formats
 from simcse.files import STDIN, arriving, new_file
 
 import numpy as np
+
+
+class Line(NamedTuple):
+    place: str  # as file:line
+    text: str  # all of a line that is not good
+    good: bool = True
+    id: str | None = None
 
 
 def parse_args() -> argparse.Namespace:
@@ -24,12 +34,14 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--text", action="append", type=flags.given_text, default=[], help="a text; may be given several times. "
         f"Without --text and --input_file: {flags.README_TEXT}")
-    flags.add_lines_argument(parser, "--input_file", "texts, one a line; a blank or malformed one has no embedding: a "
-                             "row of NaN, in tsv an empty field, in jsonl null")
+    flags.add_lines_argument(parser, "--input_file", "texts, one a line, in a file also an id, a tab and the text, as "
+                             "most lines are; a blank or malformed one has no embedding: a row of NaN, in tsv an empty "
+                             "field, in jsonl null")
     add("--output_file", type=flags.npy_file,
         help="write the embeddings there, .npy, float32 [texts, embedding size]; None: print them")
     add("--format", choices=("tsv", "jsonl"), help="how embeddings are printed, a line a text. tsv: text, tab, numbers "
-        'with blanks between them; jsonl: {"text", "embedding"}; None: shape and matrix, of stdin tsv')
+        'with blanks between them; jsonl: {"text", "embedding"}, between them "id" where there is one; None: shape and '
+        "matrix, of stdin tsv")
     flags.add_model_arguments(parser, params_path=flags.DEFAULT_PARAMS)
     flags.add_encode_arguments(parser)
     args = flags.check_arguments(parser, parser.parse_args())
@@ -40,28 +52,41 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def lines_of(path: str) -> tuple[Iterator[Line], bool]:
+    """The lines of --input_file, and whether ids stand before their texts, as most of a file's first lines have it."""
+    found = data.count_columns(path, "--input_file", formats.IDS) if os.path.isfile(path) else None
+    columns, name = found or 1, "stdin" if path == STDIN else path
+
+    def lines() -> Iterator[Line]:
+        for number, row in data.read_rows(path, columns, "--input_file", every=True, known=bool(found)):
+            good = data.complete(row, columns)
+            text, id = (row[-1], row[0] if columns == 2 else None) if good else ("\t".join(row), None)
+            yield Line(f"{name}:{number}", text, good, id)
+
+    return lines(), columns == 2
+
+
 def main() -> None:
     args = parse_args()
     streams = args.input_file == STDIN and not args.output_file
-    texts = [("--text", [text]) for text in args.text]
-    rows = data.read_rows(args.input_file, 1, "--input_file", every=True)
-    name = "stdin" if args.input_file == STDIN else args.input_file
-    lines = ((f"{name}:{number}", row) for number, row in rows)
-    if args.input_file and not streams:
+    texts = [Line("--text", text) for text in args.text]
+    lines, has_ids = lines_of(args.input_file) if args.input_file else (iter(()), False)
+    if not streams:
         texts += lines
     if not texts and not streams:
-        texts = [("README", [flags.README_TEXT])]
-    first = [row for _, row in texts if data.complete(row, 1)]
-    flags.announce(args, args.params_path, "texts of stdin" if streams else flags.count(first, "text"))
+        texts = [Line("README", flags.README_TEXT)]
+    first = [line.text for line in texts if line.good]
+    flags.announce(args, args.params_path,
+                   "texts of stdin" if streams else flags.count(first, "text") + " with ids" * has_ids)
 
     from model import encode, load_engine
 
     engine, tokenizer = load_engine(args, first)
     for block in arriving(lines) if streams else [texts]:
-        good = [data.complete(row, 1) for _, row in block]
-        places = [place for place, _ in itertools.compress(block, good)]
-        complete = [text for _, (text,) in itertools.compress(block, good)]
-        embeddings = encode(engine, tokenizer, complete, args.max_seq_length, args.batch_size, places.__getitem__)
+        good = [line.good for line in block]
+        complete = list(itertools.compress(block, good))
+        embeddings = encode(engine, tokenizer, [line.text for line in complete], args.max_seq_length, args.batch_size,
+                            lambda row: complete[row].place)  # noqa: B023  is called before the next
         if not all(good):
             encoded, embeddings = embeddings, np.full((len(good), engine.embedding_size), np.nan, "float32")
             embeddings[good] = encoded
@@ -70,9 +95,10 @@ def main() -> None:
                 np.save(file, embeddings)
             console.log(f"wrote {embeddings.shape[0]} x {embeddings.shape[1]} float32 to {args.output_file}")
         elif args.format or streams:
-            for (_, row), vector, is_good in zip(block, embeddings, good):
-                numbers = vector.tolist() if is_good else None
-                print(console.line(args.format or "tsv", text="\t".join(row), embedding=numbers), end="")
+            for line, vector in zip(block, embeddings):
+                id = {"id": line.id} if line.id and args.format == "jsonl" else {}
+                numbers = vector.tolist() if line.good else None
+                print(console.line(args.format or "tsv", text=line.text, **id, embedding=numbers), end="")
             sys.stdout.flush()
         else:
             print(list(embeddings.shape))

@@ -27,7 +27,7 @@ from typing import IO, NamedTuple
 import ann_util
 import data
 from simcse import console, flags, formats
-from simcse.files import STDIN, arriving, file_digest, new_file
+from simcse.files import STDIN, arriving, building, file_digest, new_file
 from simcse.hits import Hit, expand, search
 from simcse.machine import RANK, RANKS
 from simcse.nearest import report, sample
@@ -199,7 +199,7 @@ def open_index(args: argparse.Namespace, corpus: data.Corpus | None, engine, tok
         return index, entries or index
     path, claim, kept = args.index_path, contextlib.nullcontext(), None
     if path and not RANK and not ann_util.is_kept(path, wanted):
-        claim = ann_util.building(path, wanted, new)
+        claim = building(path, wanted, new)
     with claim:
         wait_for_ranks()  # for rank 0, which may have waited for another process to build the index
         if path and os.path.exists(path):
@@ -225,7 +225,7 @@ def open_index(args: argparse.Namespace, corpus: data.Corpus | None, engine, tok
             report(new["ann_recall"])
         wait_for_ranks()
         if path:
-            ann_util.save_index(path, index, entries, kept)
+            ann_util.save_index(path, index, entries, kept, args.hybrid_bm25)
     return index, entries
 
 
@@ -260,7 +260,7 @@ def write_results(args: argparse.Namespace, blocks: Iterable[list[Query]], index
     if args.hybrid_bm25 and not RANK:
         from simcse.bm25 import Bm25, fuse
 
-        bm25 = Bm25(entries, args.index_path and os.path.join(args.index_path, "bm25"))
+        bm25 = Bm25(entries, args.index_path and os.path.join(args.index_path, "bm25"), index.fingerprint.get("corpus"))
     for number, block in enumerate(blocks):
         place_of = {query.text: query.place for query in reversed(block)}
         queries = data.distinct(query.text for query in block)  # one on several lines is encoded and searched once

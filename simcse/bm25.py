@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 
 from simcse import console
-from simcse.files import new_folder
+from simcse.files import new_folder, read_json, write_json
 
 import bm25s
 import jieba
@@ -15,6 +15,7 @@ import numpy as np
 
 Found = tuple[np.ndarray, np.ndarray]  # of every query rows int64 [Q, k] and scores [Q, k], best first
 K1, B = 1.5, 0.75
+CORPUS_FILE = "corpus.json"  # beside what bm25s writes
 jieba.setLogLevel(logging.WARNING)
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # else it logs wherever another library has set up logging
 
@@ -36,18 +37,20 @@ class Bm25:
     ln(1 + (N - df + 0.5) / (df + 0.5)) * tf / (tf + k1 * (1 - b + b * length / mean length)); lengths are in words.
 
     The index is read from `folder`, InputError where that is damaged, or else built, with all words of the documents in
-    memory, and kept there; None: it is only built.
+    memory, and kept there; None: it is only built. `corpus` is the SHA-256 of the file that the documents are of, which
+    is kept beside it: read for another, it is damaged.
     """
 
-    def __init__(self, documents: Sequence[str], folder: str | None = None) -> None:
+    def __init__(self, documents: Sequence[str], folder: str | None = None, corpus: str | None = None) -> None:
         if folder and os.path.isdir(folder):
-            self._index = _read(folder, len(documents))
+            self._index = _read(folder, len(documents), corpus)
             return
         self._index = _build(documents)
         if folder and self._index:
             try:
                 with new_folder(folder) as temporary:
                     self._index.save(temporary, show_progress=False)
+                    write_json(os.path.join(temporary, CORPUS_FILE), {"corpus": corpus})
             except OSError as error:  # the index may be another user's, or on a disk that cannot be written
                 console.warn(f"BM25 is not kept in {folder}: {error.strerror or error}")
 
@@ -83,13 +86,15 @@ def _build(documents: Sequence[str]) -> bm25s.BM25 | None:
     return index
 
 
-def _read(folder: str, documents: int) -> bm25s.BM25:
-    """The index that is kept in a folder, of so many documents."""
+def _read(folder: str, documents: int, corpus: str | None) -> bm25s.BM25:
+    """The index that is kept in a folder, of so many documents of a corpus."""
     with console.reported(f"{folder}: damaged", OSError, EOFError, KeyError, ValueError,
                           remedy="; remove this folder to build it again"):
         index = bm25s.BM25.load(folder, mmap=True, show_progress=False)
         if index.scores["num_docs"] != documents:
             raise ValueError(f"of {index.scores['num_docs']} documents instead of {documents}")
+        if read_json(os.path.join(folder, CORPUS_FILE)).get("corpus", corpus) != corpus:  # earlier versions kept none
+            raise ValueError("of another corpus")
         if fold(known := " ".join(index.vocab_dict)) != known:
             raise ValueError("its words differ in width or case, as an earlier version made them")
     console.log(f"using BM25 in {folder}")

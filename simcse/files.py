@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, TypeVar
 
-from simcse.console import InputError, progress, reported, settings
+from simcse.console import InputError, log, progress, reported, settings
 
 Item = TypeVar("Item")
 BLOCK = 16384  # lines of stdin that are answered at a time, at most
@@ -134,6 +135,32 @@ def check_fingerprint(found: dict, wanted: dict, where: str, remedy: str) -> dic
     if said:
         raise InputError(f"{where}: was built with {', and '.join(said)}; {remedy}")
     return {**found, **wanted}
+
+
+@contextlib.contextmanager
+def building(path: str, wanted: dict, new: dict) -> Iterator[None]:
+    """While an index, `new`, is built in the folder `path`, no other process builds one there: it waits, or, where
+    `new` is other than what it `wanted`, raises InputError."""
+    lock = temporary_name(path, "lock")
+    os.makedirs(os.path.dirname(lock), exist_ok=True)
+    with open(lock, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            if other := file.read():
+                check_fingerprint(json.loads(other), wanted, f"--index_path {path}, which another process is "
+                                  "building", "name another folder")
+            log(f"waiting for the process that is building the index in {path}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        json.dump(new, file)
+        file.flush()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(FileNotFoundError):  # the process that was waited for has removed it
+                os.remove(lock)
 
 
 def unrelated(where: str, corpus: str) -> InputError:

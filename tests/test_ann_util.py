@@ -104,6 +104,13 @@ def test_an_index_survives_the_disk(vectors, make, tmp_path):
         assert (one == other).all()
 
 
+def test_an_index_in_another_precision_is_refused_with_advice(tmp_path):
+    (tmp_path / "fingerprint.json").write_text(json.dumps({"precision": "int8", "index_format": 2}))
+    with pytest.raises(InputError, match="was built with precision int8, not fp16; --precision int8 with --device cpu "
+                       "takes it as it is; or name another folder"):
+        ann_util.read_fingerprint(str(tmp_path), {"precision": "fp16"})
+
+
 def test_a_kept_index_of_a_former_version_is_refused(checkpoint, sample, tmp_path):
     """Of a former version, whose rows were lines."""
     flags = ["--device", "cpu", "--params_path", checkpoint, "--query", "语义", "--index_path", "index", *FP32]

@@ -2,13 +2,16 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
 from collections import Counter
 
 import simcse.bm25
-from data import distinct, read_text_pairs
+from ann_util import Entries, Shards, save_index
+from data import Corpus, distinct, read_text_pairs
+from simcse import files
 from simcse.bm25 import Bm25, fuse, words
 from simcse.console import InputError
 
@@ -78,6 +81,10 @@ def test_kept_and_read_again(tmp_path, capsys):
         np.testing.assert_array_equal(one, other)
     with pytest.raises(InputError, match="damaged: of 7 documents instead of 6"):
         Bm25(CORPUS[1:], str(folder))
+    with pytest.raises(InputError, match="damaged: of another corpus; remove this folder"):
+        Bm25(CORPUS[::-1], str(folder), "its digest")
+    (folder / "corpus.json").unlink()  # as in one of an earlier version
+    Bm25(CORPUS, str(folder), "its digest")
     (folder / "vocab.index.json").write_text("{")
     with pytest.raises(InputError, match="bm25: damaged: .*; remove this folder"):
         Bm25(CORPUS, str(folder))
@@ -88,6 +95,28 @@ def test_kept_and_read_again(tmp_path, capsys):
     assert "BM25 is not kept in " in capsys.readouterr().err
     Bm25(["。"], str(tmp_path / "no words"))
     assert not (tmp_path / "no words").exists()
+
+
+def test_it_appears_with_its_index(tmp_path, monkeypatch):
+    """In one step, and in one step it takes the place of that of another corpus; the index' files are listed without.
+    """
+    path, kept, exchanged = tmp_path / "index", None, []
+    exchange = files.exchange
+
+    def watched(one, other):
+        exchanged.append(Bm25(["语义"], os.path.join(one, "bm25"), "its digest"))
+        exchange(one, other)
+
+    monkeypatch.setattr(files, "exchange", watched)
+    for texts in (CORPUS, ["语义"]):
+        (tmp_path / "corpus.csv").write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+        entries = Entries(Corpus(str(tmp_path / "corpus.csv"), "--corpus_file"))
+        index = Shards({"ann_engine": "exact", "index_shards": 1, "corpus": "its digest"}, len(entries), 4)
+        index.fill([np.ones((len(entries), 4), "float32")])
+        save_index(str(path), index, entries, kept, hybrid=True)
+        kept = json.loads((path / "fingerprint.json").read_text(encoding="utf-8"))
+        assert (path / "bm25").is_dir() and sorted(kept["files"]) == ["entries.npy", "shard_0.bin"]
+    assert len(exchanged) == 1
 
 
 def test_no_log_lines_but_the_projects_own():

@@ -41,6 +41,7 @@ def test_the_result_is_that_of_an_index_built_from_nothing(checkpoint, sample, c
     (changed / "kept" / "notes.txt").write_text("the user's own")
     said = succeed_on(ranks, *flags, "--corpus_file", "after.csv", "--index_path", "kept", cwd=changed)
     assert "121 documents: 3 new, 3 gone, encoded 3" in said
+    assert "BM25 of the corpus before is gone; --hybrid_bm25 makes it anew" in said
     result = (changed / "recall_result_dir" / "recall_result.txt").read_bytes()
     succeed(*flags, "--corpus_file", "after.csv", "--index_path", "new", cwd=changed)
     assert (changed / "recall_result_dir" / "recall_result.txt").read_bytes() == result

@@ -5,9 +5,11 @@ import multiprocessing
 import os
 
 import ann_util
-from ann_util import Entries, Shards, building, exact_search
+from ann_util import Entries, Shards, exact_search
 from data import Corpus
+from simcse import files
 from simcse.console import InputError
+from simcse.files import building
 from simcse.hits import Hit, expand
 
 import numpy as np
@@ -111,7 +113,7 @@ def test_two_builds_of_one_index(tmp_path, monkeypatch):
         raise AssertionError("two at a time")
     assert not os.path.exists(path)
     said = []
-    monkeypatch.setattr(ann_util, "log", lambda line: (said.append(line), end.set()))  # which lets the first go on
+    monkeypatch.setattr(files, "log", lambda line: (said.append(line), end.set()))  # which lets the first go on
     with building(path, {"hnsw_m": 16}, FINGERPRINT):
         assert os.path.isdir(path), "the first has built it"
     other.join(20)

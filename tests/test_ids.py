@@ -72,6 +72,22 @@ def numbered(sample, tmp_path_factory):
     return folder
 
 
+def test_embeddings_of_texts_with_ids(checkpoint, tmp_path):
+    """Those of the texts, the id beside each in jsonl; a line without one has none, and no embedding."""
+    (tmp_path / "plain").write_text("语义 检索\n近似 算法\n", encoding="utf-8")
+    (tmp_path / "numbered").write_text("a1\t语义 检索\n没有编号\na2\t近似 算法\n", encoding="utf-8")
+    answers = {}
+    for name in ("plain", "numbered"):
+        result = succeed("inference.py", "--device", "cpu", "--params_path", checkpoint, "--input_file", name,
+                         "--format", "jsonl", *FP32, cwd=tmp_path)
+        answers[name] = list(map(json.loads, result.stdout.splitlines()))
+    assert "; 2 texts with ids\n" in result.stderr and "numbered:2 (columns: 1 instead of 2)" in result.stderr
+    (first, second), (numbered, bad, last) = answers["plain"], answers["numbered"]
+    assert list(first) == ["text", "embedding"] and list(numbered) == ["text", "id", "embedding"]
+    assert bad == {"text": "没有编号", "embedding": None}
+    assert [numbered, last] == [{**first, "id": "a1"}, {**second, "id": "a2"}]
+
+
 def test_ids_go_where_the_document_goes(checkpoint, numbered, sample, tmp_path):
     """The tsv result is that of the same corpus without ids; a kept index has the ids; measures by text, by id and by
     judgement are the same, a target's copies aside."""

@@ -129,7 +129,7 @@ def test_the_service_finds_what_recall_does(quantized, int8_export, exported, tm
     model, index, result = quantized
     args = SimpleNamespace(model_dir=str(exported), index_path=str(index), milvus_uri=None, device="cpu", cpu_threads=0,
                            precision=None, distinct=False)
-    with pytest.raises(InputError, match="--precision int8: --model_dir .* was exported in fp32"):
+    with pytest.raises(InputError, match="--precision int8: --model_dir .* was exported in fp32.* names another"):
         open_searcher(args)
     service = Service(tmp_path, "--model_dir", int8_export[0], "--index_path", index)
     try:

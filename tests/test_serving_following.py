@@ -1,16 +1,22 @@
 """A service whose index is replaced: no request is lost, and no answer is of two indexes."""
 
+import argparse
 import asyncio
+import contextlib
 import multiprocessing
 import shutil
 import signal
 import threading
 import time
 
+from simcse.console import InputError
+
 import pytest
 from conftest import FP32, read_texts, run_script
 
 pytest.importorskip("fastapi_offline", reason="requirements-serving.txt is not installed")
+from deploy.serving import remote
+from deploy.serving.following import Following
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +90,21 @@ def test_an_index_that_is_replaced_under_load(serve, indexes, tmp_path):
 
 
 class Searcher:
-    """One that is opened, and its app, whose answers wait for its gate."""
+    """One that is open at once, unless it `waits`, and its app, whose answers wait for its gate."""
 
-    def __init__(self, name):
-        self.name, self.closed, self.gate = name, False, asyncio.Event()
+    def __init__(self, name, waits=False):
+        self.name, self.closed, self.killed, self.gate = name, False, threading.Event(), asyncio.Event()
+        self.waits, self.opening = waits, threading.Event()
         self.facts = type("Facts", (), {"documents": 1, "precision": "fp32"})
+
+    def open(self):
+        self.opening.set()
+        if self.waits:
+            self.killed.wait()
+            raise OSError("it was ended")
+
+    def kill(self):
+        self.killed.set()
 
     def close(self):
         self.closed = True
@@ -125,13 +141,31 @@ async def until(condition):
         await asyncio.sleep(0.01)
 
 
+@contextlib.asynccontextmanager
+async def living(following):
+    """From its start as an application to its end."""
+    events, said = asyncio.Queue(), []
+
+    async def send(message):
+        said.append(message["type"])
+
+    await events.put({"type": "lifespan.startup"})
+    task = asyncio.create_task(following({"type": "lifespan"}, events.get, send))
+    await until(lambda: said)
+    yield
+    await events.put({"type": "lifespan.shutdown"})
+    await task
+
+
+def run(main):
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
 def test_requests_under_way_are_answered_by_what_they_began_with():
     """The old searcher is closed when they are; one that cannot be opened changes nothing."""
-    from deploy.serving.following import Following
-
     opened, stamps = [], ["a"]
 
-    def open_searcher():
+    def new_searcher():
         if stamps[0] == "broken":
             stamps.append("seen")
             raise OSError("no such index")
@@ -139,40 +173,129 @@ def test_requests_under_way_are_answered_by_what_they_began_with():
         return opened[-1]
 
     async def main():
-        following = Following(open_searcher, Searcher.app, lambda: stamps[0], seconds=0.01)
-        events, said = asyncio.Queue(), []
-
-        async def send(message):
-            said.append(message["type"])
-
-        await events.put({"type": "lifespan.startup"})
-        living = asyncio.create_task(following({"type": "lifespan"}, events.get, send))
-        await until(lambda: said)
-        waiting = asyncio.create_task(get(following))
-        await asyncio.sleep(0.02)
-        stamps[0] = "broken"
-        await until(lambda: "seen" in stamps)
-        assert following.searcher is opened[0]
-        stamps[0] = "b"
-        await until(lambda: following.searcher.name == "b")
-        opened[1].gate.set()
-        assert await get(following) == b'"b"' and not opened[0].closed
-        opened[0].gate.set()
-        assert await waiting == b'"a"'
-        await until(lambda: opened[0].closed)
-        stamps[0] = None  # the folder is away for a moment
-        await asyncio.sleep(0.05)
-        await events.put({"type": "lifespan.shutdown"})
-        await living
+        following = Following(new_searcher, Searcher.app, lambda: stamps[0], seconds=0.01)
+        async with living(following):
+            waiting = asyncio.create_task(get(following))
+            await asyncio.sleep(0.02)
+            stamps[0] = "broken"
+            await until(lambda: "seen" in stamps)
+            assert following.searcher is opened[0]
+            stamps[0] = "b"
+            await until(lambda: following.searcher.name == "b")
+            opened[1].gate.set()
+            assert await get(following) == b'"b"' and not opened[0].closed
+            opened[0].gate.set()
+            assert await waiting == b'"a"'
+            await until(lambda: opened[0].closed)
+            stamps[0] = None  # the folder is away for a moment
+            await asyncio.sleep(0.05)
         assert [searcher.name for searcher in opened] == ["a", "b"] and not opened[1].closed
 
-    asyncio.run(asyncio.wait_for(main(), 20))
+    run(main)
+
+
+def test_its_end_waits_for_nothing_that_is_being_opened():
+    stamps, opened = ["a"], []
+
+    def new_searcher():
+        opened.append(Searcher(stamps[0], waits=bool(opened)))
+        return opened[-1]
+
+    async def main():
+        async with living(Following(new_searcher, Searcher.app, lambda: stamps[0], seconds=0.01)):
+            stamps[0] = "b"
+            await until(lambda: len(opened) == 2 and opened[1].opening.is_set())
+        assert opened[1].killed.is_set() and not opened[0].killed.is_set()
+
+    run(main)
+
+
+def test_what_changed_while_it_was_opened_is_opened_again(capsys):
+    """At the start and later: its files may be of two indexes."""
+    stamps, opened = ["a"], []
+
+    class Slow(Searcher):
+        def open(self):
+            stamps[0] = {"a": "b", "c": "d"}.get(self.name, self.name)
+
+    def new_searcher():
+        opened.append(Slow(stamps[0]))
+        return opened[-1]
+
+    async def main():
+        following = Following(new_searcher, Searcher.app, lambda: stamps[0], seconds=0.01)
+        assert following.searcher is opened[1] and opened[0].closed
+        async with living(following):
+            stamps[0] = "c"
+            await until(lambda: following.searcher.name == "d")
+        assert [searcher.name for searcher in opened] == ["a", "b", "c", "d"] and opened[2].killed.is_set()
+
+    run(main)
+    again = "the index changed while it was being opened, and is opened again"
+    assert capsys.readouterr().err.splitlines()[:2] == [again, f"{again}; what was served before goes on"]
+
+
+def test_one_whose_app_cannot_be_made_changes_nothing(capsys):
+    """And the one after it takes over."""
+    stamps, opened = ["a"], []
+
+    def new_searcher():
+        opened.append(Searcher(stamps[0]))
+        return opened[-1]
+
+    def make_app(searcher):
+        if searcher.name == "broken":
+            raise KeyError("mode")
+        return searcher.app()
+
+    async def main():
+        following = Following(new_searcher, make_app, lambda: stamps[0], seconds=0.01)
+        async with living(following):
+            stamps[0] = "broken"
+            await until(lambda: len(opened) == 2 and opened[1].killed.is_set())
+            assert following.searcher is opened[0]
+            stamps[0] = "b"
+            await until(lambda: following.searcher.name == "b")
+
+    run(main)
+    assert capsys.readouterr().err.splitlines()[0] == "KeyError: 'mode'; what was served before goes on"
+
+
+def test_figures_are_of_what_has_begun():
+    """An app that was made, and does not take over, changes none."""
+    from deploy.serving.app import Limits, Metrics, make_app
+    from deploy.serving.searcher import Facts
+
+    metrics, searcher = Metrics(), Searcher("a")
+    searcher.facts, searcher.answer = Facts(7, 2, "fp32", False, 8, False), None
+    app = make_app(searcher, Limits(), metrics=metrics)
+    assert metrics.registry.get_sample_value("simcse_documents") == 0
+
+    async def main():
+        async with app.router.lifespan_context(app):
+            assert metrics.registry.get_sample_value("simcse_documents") == 7
+
+    run(main)
+
+
+def test_who_waits_for_what_is_killed_while_it_opens_is_told():
+    searcher, errors = remote.RemoteSearcher(argparse.Namespace(quiet=True)), []
+
+    def wait():
+        try:
+            searcher.open()
+        except InputError as error:
+            errors.append(error)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    searcher.kill()
+    waiting.join(10)
+    assert errors and not searcher.ended
 
 
 def test_what_nobody_waits_for_may_be_computed_when_it_is_closed(monkeypatch):
     """The server goes on: only a model that ends by itself ends it."""
-    from deploy.serving import remote
-
     searcher, (ours, theirs) = object.__new__(remote.RemoteSearcher), multiprocessing.Pipe()
     searcher._connection, searcher._answering = ours, threading.Lock()
     searcher._opened, searcher._closing, searcher.ended = True, False, False

@@ -18,8 +18,9 @@ def index(checkpoint, sample, tmp_path_factory):
     texts = read_texts(sample / "corpus.csv")
     (folder / "corpus.csv").write_text("".join(
         f"d{number}\t{text}\n" for number, text in enumerate([*texts, texts[0]])), encoding="utf-8")
-    succeed("recall.py", "--device", "cpu", "--params_path", checkpoint, "--corpus_file", folder / "corpus.csv",
-            "--query", "语义", "--max_seq_length", 32, "--hybrid_bm25", "--index_path", folder / "index", *FP32)
+    said = succeed("recall.py", "--device", "cpu", "--params_path", checkpoint, "--corpus_file", folder / "corpus.csv",
+                   "--query", "语义", "--max_seq_length", 32, "--hybrid_bm25", "--index_path", folder / "index", *FP32)
+    assert said.stderr.index("BM25 over 120 documents") < said.stderr.index("kept the index")  # both in one step
     return folder / "index"
 
 
@@ -83,3 +84,23 @@ def test_the_page_has_the_switch_and_shows_ids_and_words(hybrid, visit):
     page.browser.refresh()
     page.wait(lambda: page.texts("#results .notes"))
     assert not page.find("#hybrid").is_selected()
+
+
+def test_an_open_page_goes_on_with_an_index_that_has_no_bm25(hybrid, index, visit):
+    """The switch goes, and the keyboard with it to the box; and it comes back with BM25."""
+    def rename(one, other, modes):
+        (index / one).rename(index / other)
+        page.wait(lambda: hybrid.ask("/healthz")[2]["modes"] == modes)
+
+    page = visit(hybrid.address)
+    page.search("糖尿病")
+    page.find("#hybrid").click()  # off
+    rename("bm25", ".bm25", ["embedding"])
+    page.find("#hybrid").click()  # on
+    page.wait(lambda: not page.find("#modes").is_displayed())
+    assert page.focused() == "query"
+    page.search("睡眠质量")
+    assert len(page.texts("#results li")) == 10 and not page.text("#error")
+    rename(".bm25", "bm25", ["embedding", "hybrid"])
+    page.search("护理")
+    assert page.find("#modes").is_displayed() and "ords" in page.texts("#results .notes")[0]

@@ -1,6 +1,7 @@
 """The search service as a process: what it says, where it listens, and how it ends."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -95,12 +96,50 @@ def test_it_ends_although_clients_do_not(serve):
         "uvicorn.error: Cancel 1 running task(s), timeout graceful shutdown exceeded", "stopped"]
 
 
+def models_process(server):
+    """The process of the model, by its id."""
+    (model,) = [int(pid) for pid in Path(f"/proc/{server}/task/{server}/children").read_text(encoding="ascii").split()
+                if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8")]
+    return model
+
+
 def test_without_the_models_process_the_server_ends(serve):
     """A server that can answer nothing gives way to whatever starts it again."""
     service = serve()
-    (model,) = [int(pid) for pid in Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children").read_text(
-        encoding="ascii").split() if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8")]
-    os.kill(model, signal.SIGKILL)
+    os.kill(models_process(service.process.pid), signal.SIGKILL)
     assert service.ask("/embed", {"texts": ["语义"]})[0] == 500
     assert service.process.wait(30) == 1
     assert "error: the process of the model has ended" in service.log.read_text(encoding="utf-8")
+
+
+def written_to(pipe):
+    """A pipe that somebody reads, opened to be written to; None: nobody does."""
+    try:
+        return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:
+        return None
+
+
+def test_signals_while_the_index_is_opened(exported, kept_index, tmp_path):
+    """It never is here: a shard is a pipe. SIGHUP to all of a group leaves it at that, SIGTERM ends it at once."""
+    shutil.copytree(kept_index, tmp_path / "index")
+    shard = tmp_path / "index" / "shard_0.bin"
+    shard.unlink()
+    os.mkfifo(shard)
+    words = command("deploy/serving/server.py", "--device", "cpu", "--model_dir", exported, "--index_path",
+                    tmp_path / "index", "--port", free_port(), bare=True)
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            while not (pipe := written_to(shard)):
+                assert process.poll() is None
+                time.sleep(0.05)
+            model = models_process(process.pid)
+            os.killpg(process.pid, signal.SIGHUP)
+            time.sleep(0.5)
+            assert process.poll() is None and models_process(process.pid) == model
+            process.terminate()
+            _, err = process.communicate(timeout=5)
+            os.close(pipe)
+        finally:
+            process.kill()
+    assert process.returncode == 0 and len(err.splitlines()) == 1 and not os.path.exists(f"/proc/{model}")

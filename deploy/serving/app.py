@@ -237,10 +237,10 @@ def make_app(searcher: Searcher, limits: Limits, token: str | None = None, metri
     """
     batcher = Batcher(searcher.answer, limits.batch, limits.waiting)
     metrics = metrics or Metrics()
-    metrics.watch(searcher, batcher)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        metrics.watch(searcher, batcher)
         running = asyncio.create_task(batcher.run())
         yield
         running.cancel()

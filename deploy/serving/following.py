@@ -13,6 +13,8 @@ from simcse import console
 from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 
+CHANGED = "the index changed while it was being opened, and is opened again"
+
 
 def stamp_of(args: argparse.Namespace) -> tuple | None:
     """What is another when something in the index folder has been replaced; None: there is no such folder now."""
@@ -49,23 +51,32 @@ class _Served:
 
 
 class Following:
-    """An ASGI application: the app of the searcher that `open_searcher` gives, and, after SIGHUP or when `stamp` has
-    changed, that of one that is opened anew. Requests are answered by what was served when they came, whatever takes
-    over meanwhile. Where the new one cannot be opened, the old one goes on, and one line says why.
+    """An ASGI application: the app of the searcher that `new_searcher` gives, and, after SIGHUP or when `stamp` has
+    changed, that of another one. Requests are answered by what was served when they came, whatever takes over
+    meanwhile. Where the new one cannot be opened, the old one goes on, and one line says why; so it does where `stamp`
+    changes while the new one is opened, which may then be made of two.
 
     Args:
-        open_searcher: called here, whose errors are raised, and in a thread later.
+        new_searcher: gives one whose `open` waits until it is open, which `kill` ends; errors of the first are raised.
         make_app: gives the app of a searcher.
         stamp: gives what is compared, every `seconds`; None: nothing to compare now.
         patience: seconds that requests to what was served before have.
     """
 
-    def __init__(self, open_searcher: Callable[[], Any], make_app: Callable[[Any], FastAPI],
+    def __init__(self, new_searcher: Callable[[], Any], make_app: Callable[[Any], FastAPI],
                  stamp: Callable[[], Any] = lambda: None, patience: float = 60.0, seconds: float = 1.0) -> None:
-        self._open, self._make_app, self._stamp, self._seconds = open_searcher, make_app, stamp, seconds
-        self._patience = patience
-        self._hangup, self._seen = asyncio.Event(), stamp()  # before it is opened
-        self.searcher = open_searcher()
+        self._new, self._make_app, self._stamp, self._seconds = new_searcher, make_app, stamp, seconds
+        self._patience, self._hangup = patience, (hangup := asyncio.Event())
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGHUP, lambda *_: hangup.set())  # acted on when the first one is served
+        while True:
+            self._seen = stamp()
+            self.searcher = new_searcher()
+            self.searcher.open()
+            if stamp() == self._seen:
+                break
+            console.warn(CHANGED)
+            self.searcher.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -89,6 +100,7 @@ class Following:
         await send({"type": "lifespan.startup.complete"})
         await receive()  # that it ends
         following.cancel()
+        await asyncio.wait([following])
         await self._served.end(self._patience)
         await send({"type": "lifespan.shutdown.complete"})
 
@@ -102,16 +114,33 @@ class Following:
             self._hangup.clear()
             self._seen = stamp
             try:
-                searcher = await asyncio.get_running_loop().run_in_executor(None, self._open)
+                served = await self._open()
             except Exception as error:
-                console.warn(f"{error}; what was served before goes on")
+                kind = "" if isinstance(error, (console.InputError, OSError)) else f"{type(error).__name__}: "
+                console.warn(f"{kind}{error}; what was served before goes on")
                 continue
-            await self._take_over(searcher)
+            await self._take_over(served)
 
-    async def _take_over(self, searcher: Any) -> None:
-        served = _Served(searcher, self._make_app(searcher))
-        await served.begin()
-        before, self._served, self.searcher = self._served, served, searcher
-        console.log(f"{searcher.facts.documents:,} documents in {searcher.facts.precision} from now on")
-        await before.end(self._patience)
-        await asyncio.get_running_loop().run_in_executor(None, before.searcher.close)
+    async def _open(self) -> _Served:
+        """What can take over: opened anew, with an app that has begun."""
+        searcher = self._new()
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, searcher.open)
+            if self._stamp() != self._seen:
+                self._seen = None  # whatever is there next, it is opened
+                raise console.InputError(CHANGED)
+            served = _Served(searcher, self._make_app(searcher))
+            await served.begin()
+        except BaseException:  # that the server ends, too
+            searcher.kill()
+            raise
+        return served
+
+    async def _take_over(self, served: _Served) -> None:
+        before, self._served, self.searcher = self._served, served, served.searcher
+        facts = self.searcher.facts
+        console.log(f"{facts.documents:,} documents in {facts.precision} from now on")
+        try:
+            await before.end(self._patience)
+        finally:
+            await asyncio.get_running_loop().run_in_executor(None, before.searcher.close)

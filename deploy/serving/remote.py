@@ -13,10 +13,13 @@ from typing import Any
 from deploy.serving.batching import Job
 from simcse import console
 
+OF_THE_SERVER = (signal.SIGINT, signal.SIGHUP)  # a terminal sends them to both processes, and the server acts on them
+
 
 def _answer(connection: Connection, args: argparse.Namespace) -> None:
     """The other process: opens what the flags name, tells of it, and answers batches until nobody asks any more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in OF_THE_SERVER:
+        signal.signal(number, signal.SIG_IGN)
     console.settings.quiet = args.quiet
     from deploy.serving.searcher import open_searcher
 
@@ -42,26 +45,38 @@ def _answer(connection: Connection, args: argparse.Namespace) -> None:
 
 
 class RemoteSearcher:
-    """A `Searcher` of server.py's flags, in another process.
-
-    Raises:
-        InputError, ModuleNotFoundError, OSError: see `open_searcher`.
-    """
+    """A `Searcher` of server.py's flags, in another process, which begins at once to open what they name."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_answer, args=(theirs, args), daemon=True)
-        self._process.start()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_SERVER)  # which it has until it ignores them
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
         self._answering, self._closing = threading.Lock(), False
         self._opened = self.ended = False  # by itself
+
+    def open(self) -> None:
+        """Wait until all is open; then there are its `facts`, and it answers.
+
+        Raises:
+            InputError, ModuleNotFoundError, OSError: see `open_searcher`; the first where `kill` ends it meanwhile.
+        """
         try:
             self.facts = self._receive()
             self._opened = True
-        except BaseException:  # Ctrl-C, too
-            self._process.kill()  # not SIGTERM, which paddle answers with a stack on stdout
+        except BaseException:  # Ctrl-C and SIGTERM, too
+            self.kill()
             raise
+
+    def kill(self) -> None:
+        """End the other process at once, whatever it does."""
+        self._closing = True
+        self._process.kill()  # not SIGTERM, which paddle answers with a stack on stdout
 
     def _receive(self) -> Any:
         try:

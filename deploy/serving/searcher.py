@@ -214,7 +214,7 @@ def open_searcher(args: argparse.Namespace) -> Searcher:
     else:
         entries = index
     searcher = Searcher(engine, load_tokenizer(args.model_dir), index, entries, fingerprint["max_seq_length"], shapes,
-                        args.distinct, _open_bm25(args.index_path, entries),
+                        args.distinct, _open_bm25(args.index_path, entries, fingerprint.get("corpus")),
                         read_record(args.model_dir).get("whitened_at") is not None)
     searcher.warm_up()
     return searcher
@@ -232,14 +232,14 @@ def _open_collection(args: argparse.Namespace, fingerprint: dict) -> tuple[Any, 
     return index, index.fingerprint
 
 
-def _open_bm25(index_path: str | None, entries: Any) -> Any:
+def _open_bm25(index_path: str | None, entries: Any, corpus: str | None) -> Any:
     """The index of words that recall.py --hybrid_bm25 keeps in that of embeddings; None: there is none."""
     folder = os.path.join(index_path or "", "bm25")
     if not index_path or not os.path.isdir(folder):
         return None
     from simcse.bm25 import Bm25
 
-    bm25 = Bm25(entries, folder)
+    bm25 = Bm25(entries, folder, corpus)
     bm25.search(["语义检索"], 1)  # jieba reads its dictionary before somebody waits for it
     return bm25
 
@@ -259,4 +259,6 @@ def _open_engine(args: argparse.Namespace, precision: str, shapes: int) -> Any:
     try:
         return predictor.Predictor(args.model_dir, args.device, args.cpu_threads, args.precision or precision, shapes)
     except predictor.InputError as error:
-        raise console.InputError(str(error)) from None
+        of_index = not args.precision and str(error).startswith("--precision")
+        advice = "; that is the precision of the index, --precision names another" * of_index
+        raise console.InputError(f"{error}{advice}") from None

@@ -88,6 +88,7 @@ def listen(args: argparse.Namespace) -> socket.socket:
 
 def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     """Answer until SIGINT or SIGTERM."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nothing is open yet
     from deploy.serving.app import Limits, Metrics, make_app
     from deploy.serving.following import Following, stamp_of
     from deploy.serving.remote import RemoteSearcher
@@ -97,6 +98,8 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     limits = Limits(args.max_texts, args.max_text_length, args.max_top_k, args.max_body, args.max_seconds,
                     args.max_batch, args.max_waiting)
     token, metrics = os.environ.get("SIMCSE_TOKEN"), Metrics()
+    # Also of what is opened; and uvicorn raises what stopped it again when all is answered.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     app = Following(lambda: RemoteSearcher(args), lambda searcher: make_app(searcher, limits, token, metrics),
                     functools.partial(stamp_of, args), 2 * args.max_seconds + 1)
     host, port = listener.getsockname()[:2]
@@ -113,8 +116,6 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     # Of requests that are cut off then it says how many, and would add a traceback each.
     logging.getLogger("uvicorn.error").addFilter(
         lambda record: not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError)))
-    # uvicorn raises what stopped it again when all is answered.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         uvicorn.Server(config).run(sockets=[listener])
     finally:

@@ -80,11 +80,12 @@ async function search() {
     if (query) {
       if ([...query].length > health.max_text_length) throw new Failure("long");
       const start = performance.now();
-      const mode = health.modes[$("hybrid").checked ? health.modes.length - 1 : 0];
+      const mode = $("hybrid").checked ? undefined : "embedding"; // left out: the best that the index has
       const content = await ask("search", { queries: [query], top_k: Number($("count").value), mode }, signal);
       const milliseconds = performance.now() - start;
       found = { query, hits: content.results[0], milliseconds, server: content.milliseconds };
       health.documents = content.documents;
+      if (!mode && found.hits.length) offerModes(found.hits[0].score != null);
     }
     if (found?.query !== answer?.query) window.scrollTo(0, 0);
     [answer, failure, failures] = [found, null, 0];
@@ -131,8 +132,14 @@ function offerCounts() {
   const chosen = recall("count") ?? "10";
   $("count").replaceChildren(...options);
   (options.find((option) => option.value === chosen) ?? options.at(-1)).selected = true;
-  $("modes").hidden = !health.modes.includes("hybrid");
   $("hybrid").checked = recall("hybrid") !== "false";
+  offerModes(health.modes.includes("hybrid"));
+}
+
+// The index may have been replaced by one with BM25, or without.
+function offerModes(hybrid) {
+  if (!hybrid && document.activeElement === $("hybrid")) box.focus();
+  $("modes").hidden = !hybrid;
 }
 
 function element(tag, className, ...children) {
