@@ -34,7 +34,7 @@ TRAINED = {"cpu": [(8, 16)], "gpu": [(64, 32), (64, 64), (256, 64), (32, 384)]}
 ENCODED = {"cpu": [(1, 16), (32, 16)], "gpu": [(1, 32), (64, 64), (1024, 64), (128, 512)]}
 CHUNK, BATCHES = {"cpu": (8, 16), "gpu": (64, 64)}, {"cpu": [16, 32], "gpu": [256, 1024, 4096]}  # of `memory`
 SIDE = {"cpu": 1024, "gpu": 8192}  # of the square matrices that show the matrix rate
-OPERATORS = {"6 layers": 660, "12 layers": 1200}  # of a step at most
+OPERATORS = {"6 layers": 540, "12 layers": 960}  # of a step at most
 
 
 # -------------------------------------------------------------------------------------------------------------- a step
