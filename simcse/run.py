@@ -1,6 +1,8 @@
 """A training run: its optimizer, its place in the data, how it is stopped and gone on with, and what it tells."""
 
 import argparse
+import contextlib
+import io
 import math
 import os
 import random
@@ -128,8 +130,7 @@ class Run:
                 self.save()
                 return
         learning_rate = self.optimizer.get_lr()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        take_step(self.optimizer, self.scaler)
         self.schedule.step()
         self.optimizer.clear_grad()
         self.step += 1
@@ -271,6 +272,16 @@ def make_optimizer(args: argparse.Namespace, model: Any, schedule: Any) -> paddl
                if "bias" not in name and "norm" not in name}
     return paddle.optimizer.AdamW(schedule, parameters=model.parameters(), weight_decay=args.weight_decay,
                                   apply_decay_param_fun=decayed.__contains__, grad_clip=clip)
+
+
+def take_step(optimizer: paddle.optimizer.Optimizer, scaler: paddle.amp.GradScaler) -> None:
+    """Update the parameters by gradients that are scaled; where these are no numbers, lower the scale instead."""
+    scaler.step(optimizer)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        scaler.update()
+    if said.getvalue() and not RANK:
+        scale = scaler_record(scaler)["scale"]
+        log(f"gradients beyond the range of fp16: a step is left out, the scale of the loss is {scale:g} from now on")
 
 
 def scaler_record(scaler: paddle.amp.GradScaler) -> dict[str, float]:

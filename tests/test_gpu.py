@@ -1,6 +1,7 @@
 """What a run on a GPU does that a CPU can show."""
 
 import argparse
+import collections
 import contextlib
 import functools
 import json
@@ -19,6 +20,7 @@ import paddle
 import pytest
 from conftest import ENCODER
 from gradients import tiny
+from paddle.amp.grad_scaler import OptimizerState
 
 
 def scaler(scale):
@@ -28,6 +30,10 @@ def scaler(scale):
     found._init_loss_scaling, found._incr_ratio, found._decr_ratio = scale, 2.0, 0.5
     found._incr_every_n_steps, found._decr_every_n_nan_or_inf = 2000, 1
     found._incr_count, found._decr_count = 7, 0
+    found._optimizer_states = collections.defaultdict(lambda: {"state": OptimizerState.INIT})
+    found._temp_found_inf_value_false = paddle.to_tensor([False])
+    for kind in ("fp16", "bf16", "fp32"):
+        setattr(found, f"_temp_found_inf_{kind}", paddle.to_tensor([False]))
     return found
 
 
@@ -40,6 +46,31 @@ def test_a_loss_scaler_goes_on_from_its_record():
     assert other._scale.item() == 4096 and other._incr_count == 7
     assert run.scaler_record(other) == record
     assert run.scaler_record(paddle.amp.GradScaler(enable=False)) == {}
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_a_step_of_gradients_beyond_the_range_of_fp16_is_left_out(decay, capsys):
+    """And said on stderr; the next one is that of an optimizer without scaling."""
+    layers = [paddle.nn.Linear(3, 2) for _ in range(2)]
+    layers[1].set_state_dict(layers[0].state_dict())
+    settings = argparse.Namespace(weight_decay=decay, max_grad_norm=1.0)
+    optimizers = [run.make_optimizer(settings, layer, 0.1) for layer in layers]
+    scales = scaler(1024.0)
+
+    def step(layer, optimizer, scaler, scale):  # `scaler.scale` would switch itself off on a CPU
+        ((layer(paddle.ones([1, 3])) ** 2).sum() * scale).backward()
+        run.take_step(optimizer, scaler)
+        optimizer.clear_grad()
+
+    before = layers[0].weight.numpy()
+    step(layers[0], optimizers[0], scales, float("inf"))
+    np.testing.assert_array_equal(layers[0].weight.numpy(), before)
+    said = capsys.readouterr()
+    assert scales._scale.item() == 512 and not said.out and "the scale of the loss is 512 from now on" in said.err
+    step(layers[0], optimizers[0], scales, 512.0)
+    step(layers[1], optimizers[1], paddle.amp.GradScaler(enable=False), 1.0)
+    np.testing.assert_allclose(layers[0].weight.numpy(), layers[1].weight.numpy(), atol=1e-6)
+    assert not np.allclose(layers[0].weight.numpy(), before) and not capsys.readouterr().err
 
 
 class Driver:
