@@ -13,13 +13,14 @@ from deploy.serving import searcher
 from scripts import pretrain
 from simcse import engine, flags, machine, ranks, run
 from simcse.console import InputError
+from simcse.gradients import backward
 from simcse.precision import gpu_precision
 
 import numpy as np
 import paddle
 import pytest
 from conftest import ENCODER
-from gradients import tiny
+from gradients import batch_of, texts, tiny
 from paddle.amp.grad_scaler import OptimizerState
 
 
@@ -46,6 +47,20 @@ def test_a_loss_scaler_goes_on_from_its_record():
     assert other._scale.item() == 4096 and other._incr_count == 7
     assert run.scaler_record(other) == record
     assert run.scaler_record(paddle.amp.GradScaler(enable=False)) == {}
+
+
+def test_without_decay_all_parameters_by_one_operator_are_adamw():
+    settings = argparse.Namespace(weight_decay=0.0, max_grad_norm=0.5)
+    networks = [tiny() for _ in range(2)]
+    optimizers = [run.make_optimizer(settings, networks[0], 0.01), paddle.optimizer.AdamW(
+        0.01, parameters=networks[1].parameters(), weight_decay=0.0, grad_clip=paddle.nn.ClipGradByGlobalNorm(0.5))]
+    for number in range(3):
+        for network, optimizer in zip(networks, optimizers):
+            backward(network, network, batch_of(texts(number)), lambda loss: loss)
+            optimizer.step()
+            optimizer.clear_grad()
+    for one, other in zip(*(network.parameters() for network in networks)):
+        np.testing.assert_allclose(one.numpy(), other.numpy(), atol=2e-5)  # of steps of 0.01
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
