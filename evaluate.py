@@ -23,10 +23,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 
-import data
 from simcse import console, flags
 from simcse.files import new_file
 from simcse.measures import JUDGED_METRICS, METRICS, RECALL_KS, paired_bootstrap, per_query, percent
+from simcse.text import textfile
 from simcse.trec import ranking, read_judgements, read_run
 
 import numpy as np
@@ -78,7 +78,7 @@ def parse_args() -> argparse.Namespace:
         parser.error("--compare needs at least two files after --recall_result_file")
     if args.show_errors and len(args.recall_result_file) > 1:
         parser.error("--show_errors takes one --recall_result_file")
-    args.metrics = data.distinct(name.strip() for name in args.metrics.split(","))
+    args.metrics = textfile.distinct(name.strip() for name in args.metrics.split(","))
     known = JUDGED_METRICS if args.qrels else METRICS
     for name in set(args.metrics) - set(known):
         parser.error(f"argument --metrics: {name!r} is not one of {', '.join(known)}")
@@ -101,7 +101,7 @@ def read_recalled(args: argparse.Namespace, path: str) -> Iterator[tuple[str, st
     if not is_jsonl:
         if args.targets == "id":
             raise console.InputError(f"--targets id: {path} has no ids; recall.py writes them with --format jsonl")
-        for _, (query, document, score) in data.read_rows(path, 3, "--recall_result_file", known=True):
+        for _, (query, document, score) in textfile.read_rows(path, 3, "--recall_result_file", known=True):
             yield query, document, document, score
         return
     with open(path, encoding="utf-8") as file:
@@ -247,7 +247,7 @@ def by_targets(args: argparse.Namespace) -> tuple[int, Measured, str]:
     """How many queries --similar_text_pair has, the measures of each result, and what --show_errors lists."""
     targets: Ranks = {}  # recalled nowhere yet
     lines, measured, shown = Counter[str](), [], ""  # lines of each query
-    for query, target in data.read_text_pairs(args.similar_text_pair, "--similar_text_pair"):
+    for query, target in textfile.read_text_pairs(args.similar_text_pair, "--similar_text_pair"):
         targets.setdefault(query, {})[target] = math.inf
         lines[query] += 1
     for path in args.recall_result_file:
@@ -286,7 +286,7 @@ def by_judgements(args: argparse.Namespace) -> tuple[int, Measured, str]:
 def main() -> None:
     args = parse_args()
     known, measure = (JUDGED_METRICS, by_judgements) if args.qrels else (METRICS, by_targets)
-    args.measured = data.distinct(["recall", *args.metrics])
+    args.measured = textfile.distinct(["recall", *args.metrics])
     queries, measured, shown = measure(args)
     names = labels(args.recall_result_file)
     recalls = [[percent(values[name]) for name in known["recall"]] for values in measured]

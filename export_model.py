@@ -15,9 +15,10 @@ import argparse
 import os
 import shutil
 
-from data import WordPiece, make_batches
 from simcse import console, flags
-from simcse.weights import ONNX_FILE, OPENVINO_FILE, OPSET
+from simcse.encoder.weights import ONNX_FILE, OPENVINO_FILE, OPSET
+from simcse.text.tokens import make_batches
+from simcse.text.wordpiece import WordPiece
 
 # Short, long, more than one batch and more than one length: what the dynamic axes of the graph have to bear.
 CHECK_TEXTS = ["语义索引", flags.README_TEXT, "SimCSE", flags.README_TEXT * 3, "中西方语言与文化的差异"]
@@ -71,7 +72,7 @@ def check_graph(model, tokenizer, graph) -> float:
 
 def write_graph(args: argparse.Namespace, model, folder: str):
     """Write the graph that is asked for to a folder; returns it, as a function of input_ids and token_type_ids."""
-    from simcse import engine
+    from simcse.encoder import engine
 
     if args.format == "onnx":
         engine.export_onnx(model, folder)
@@ -86,7 +87,7 @@ def write_graph(args: argparse.Namespace, model, folder: str):
         shutil.copytree(engine.KeptGraph(args).folder, folder, ignore=shutil.ignore_patterns("fingerprint.json"),
                         dirs_exist_ok=True)
     else:
-        from simcse.int8 import export_openvino
+        from simcse.encoder.openvino import export_openvino
 
         export_openvino(model, folder)
     return engine.OpenVinoEngine(folder, args.precision).embed
@@ -98,10 +99,10 @@ def main() -> None:
     flags.announce(args, f"{args.params_path} to {args.output_path}")
 
     from model import load_model
-    from simcse.engine import TableEngine
+    from simcse.device import set_device
+    from simcse.encoder.table import TableEngine
+    from simcse.encoder.weights import model_digest, read_record, write_record
     from simcse.files import new_folder
-    from simcse.ranks import set_device
-    from simcse.weights import model_digest, read_record, write_record
 
     set_device("cpu")
     model, tokenizer, record = load_model(args.params_path, args.model_name_or_path, args.output_emb_size)

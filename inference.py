@@ -15,9 +15,9 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import data
-from simcse import console, flags, formats
+from simcse import console, flags
 from simcse.files import STDIN, arriving, new_file
+from simcse.text import formats, textfile
 
 import numpy as np
 
@@ -54,12 +54,12 @@ def parse_args() -> argparse.Namespace:
 
 def lines_of(path: str) -> tuple[Iterator[Line], bool]:
     """The lines of --input_file, and whether ids stand before their texts, as most of a file's first lines have it."""
-    found = data.count_columns(path, "--input_file", formats.IDS) if os.path.isfile(path) else None
+    found = textfile.count_columns(path, "--input_file", formats.IDS) if os.path.isfile(path) else None
     columns, name = found or 1, "stdin" if path == STDIN else path
 
     def lines() -> Iterator[Line]:
-        for number, row in data.read_rows(path, columns, "--input_file", every=True, known=bool(found)):
-            good = data.complete(row, columns)
+        for number, row in textfile.read_rows(path, columns, "--input_file", every=True, known=bool(found)):
+            good = textfile.complete(row, columns)
             text, id = (row[-1], row[0] if columns == 2 else None) if good else ("\t".join(row), None)
             yield Line(f"{name}:{number}", text, good, id)
 
@@ -79,7 +79,8 @@ def main() -> None:
     flags.announce(args, args.params_path,
                    "texts of stdin" if streams else flags.count(first, "text") + " with ids" * has_ids)
 
-    from model import encode, load_engine
+    from model import load_engine
+    from simcse.encoder.encoder import encode
 
     engine, tokenizer = load_engine(args, first)
     for block in arriving(lines) if streams else [texts]:

@@ -12,9 +12,9 @@ import argparse
 import math
 import sys
 
-import data
 from simcse import console, flags
 from simcse.files import STDIN, arriving
+from simcse.text import textfile
 
 
 def parse_args() -> argparse.Namespace:
@@ -38,22 +38,23 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     streams = args.text_pair_file == STDIN
-    rows = data.read_targets(args.text_pair_file, "--text_pair_file", args.corpus_file, every=True)
+    rows = textfile.read_targets(args.text_pair_file, "--text_pair_file", args.corpus_file, every=True)
     blocks = arriving(rows) if streams else [list(rows)]
-    pairs = [] if streams else [row for _, row in blocks[0] if data.complete(row, 2)]
+    pairs = [] if streams else [row for _, row in blocks[0] if textfile.complete(row, 2)]
     flags.announce(args, args.params_path, "pairs of stdin" if streams else flags.count(pairs, "pair"))
 
-    from model import encode_pairs, load_engine, mean_loss
+    from model import load_engine, mean_loss
+    from simcse.encoder.encoder import encode_pairs
 
     engine, tokenizer = load_engine(args, pairs)
     for block in blocks:
-        good = [(number, row) for number, row in block if data.complete(row, 2)]
+        good = [(number, row) for number, row in block if textfile.complete(row, 2)]
         pairs = [row for _, row in good]
         places = [f"{'stdin' if streams else args.text_pair_file}:{number}" for number, _ in good]
         first, second = encode_pairs(engine, tokenizer, pairs, args.max_seq_length, args.batch_size, places)
         cosines = iter((first * second).sum(axis=1).clip(-1, 1).tolist())
         for _, row in block:
-            cosine = next(cosines) if data.complete(row, 2) else None
+            cosine = next(cosines) if textfile.complete(row, 2) else None
             if args.format:
                 line = console.line(args.format, query=row[0], title="\t".join(row[1:]), cosine=cosine)
             else:

@@ -25,14 +25,15 @@ from collections.abc import Iterable, Iterator
 from typing import IO, NamedTuple
 
 import ann_util
-import data
-from simcse import console, flags, formats
+from simcse import console, flags
+from simcse.encoder.weights import model_digest
 from simcse.files import STDIN, arriving, building, file_digest, new_file
-from simcse.hits import Hit, expand, search
+from simcse.index.documents import Entries
+from simcse.index.hits import Hit, expand, search
+from simcse.index.shards import MEASURED_K, Shards, report, sample
 from simcse.machine import RANK, RANKS
-from simcse.nearest import report, sample
-from simcse.passages import Passages
-from simcse.weights import model_digest
+from simcse.text import formats, textfile, tokens
+from simcse.text.passages import Passages
 
 HNSW_M, HNSW_EF, SHARDS = 32, 100, 8
 OF_INDEX = ("ann_engine", "index_shards", "hnsw_m", "hnsw_ef", "hnsw_max_elements", "passages")  # that a kept index has
@@ -138,7 +139,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(message)
 
 
-def check_targets(args: argparse.Namespace, pairs: Iterable[tuple[int, list[str]]], corpus: data.Corpus) -> None:
+def check_targets(args: argparse.Namespace, pairs: Iterable[tuple[int, list[str]]], corpus: textfile.Corpus) -> None:
     """Warn of the targets of --similar_text_pair that the corpus lacks, and that no recall can find."""
     path, ids = args.similar_text_pair, args.targets == "id"
     lines = {target: number for number, (_, target) in reversed(list(pairs))}
@@ -147,16 +148,16 @@ def check_targets(args: argparse.Namespace, pairs: Iterable[tuple[int, list[str]
         if lines.pop(document, None) and not lines:
             return
     if not ids:
-        looks = {data.plain(target) for target in lines}
-        there = {look for document in corpus if (look := data.plain(document)) in looks}
-        unseen = sum(data.plain(target) in there for target in lines)
+        looks = {textfile.plain(target) for target in lines}
+        there = {look for document in corpus if (look := textfile.plain(document)) in looks}
+        unseen = sum(textfile.plain(target) in there for target in lines)
         near = f" {unseen:,} of them are but for white space, width or invisible characters:"
     first = ", ".join(f"{path}:{number}" for number in sorted(lines.values())[:3])
     console.complain(f"--similar_text_pair: {len(lines):,} of {count:,} targets are not {'ids ' * ids}in "
                      f"{corpus.name}, and count as missed;{near} {first}")
 
 
-def fingerprint_of(args: argparse.Namespace, corpus: data.Corpus | None, engine) -> tuple[dict, dict]:
+def fingerprint_of(args: argparse.Namespace, corpus: textfile.Corpus | None, engine) -> tuple[dict, dict]:
     """What an index that is there has to agree with: how texts become embeddings, and what is given; and all that a new
     one depends on."""
     milvus, given = args.ann_engine == "milvus", {name: getattr(args, name) for name in OF_INDEX if getattr(args, name)}
@@ -173,19 +174,19 @@ def fingerprint_of(args: argparse.Namespace, corpus: data.Corpus | None, engine)
     return wanted, {**new, **wanted}
 
 
-def open_index(args: argparse.Namespace, corpus: data.Corpus | None, engine, tokenizer, encode) -> tuple:
+def open_index(args: argparse.Namespace, corpus: textfile.Corpus | None, engine, tokenizer, encode) -> tuple:
     """The index, kept or built, and what is in it: `Entries`, or the `MilvusIndex` itself where there is no corpus."""
     from simcse.ranks import join_ranks, wait_for_ranks
 
-    def split(entries: ann_util.Entries) -> None:
+    def split(entries: Entries) -> None:
         entries.passages = Passages.split(entries, tokenizer, args.max_seq_length)
 
     join_ranks()
     wanted, new = fingerprint_of(args, corpus, engine)
     if args.ann_engine == "milvus":
-        from simcse.milvus import MilvusIndex
+        from simcse.index.milvus import MilvusIndex
 
-        entries = ann_util.Entries(corpus) if corpus else None
+        entries = Entries(corpus) if corpus else None
         name = args.milvus_collection or flags.COLLECTION
         index = MilvusIndex(args.milvus_uri, name, wanted, entries, new, lambda: split(entries))
         if index.pieces and not corpus:
@@ -207,7 +208,7 @@ def open_index(args: argparse.Namespace, corpus: data.Corpus | None, engine, tok
             if ann_util.is_kept(path, wanted):
                 return ann_util.load_index(path, kept, engine.embedding_size, args.cpu_threads, corpus)
             new = {**new, **{name: kept[name] for name in OF_INDEX if name in kept}}
-        entries = ann_util.Entries(corpus)
+        entries = Entries(corpus)
         if new["passages"]:
             split(entries)
         count = len(entries.vectors)
@@ -216,12 +217,12 @@ def open_index(args: argparse.Namespace, corpus: data.Corpus | None, engine, tok
         if new["hnsw_max_elements"] < count:
             raise console.InputError(f"--hnsw_max_elements {args.hnsw_max_elements}: the corpus has {count} distinct "
                                      + ("passages" if new["passages"] else "documents"))
-        index = ann_util.Shards(new, count, engine.embedding_size, args.cpu_threads)
+        index = Shards(new, count, engine.embedding_size, args.cpu_threads)
         fill(args, index, entries, engine, tokenizer, kept and ann_util.kept_in(path, kept, entries, index.pieces,
                                                                                 engine.embedding_size))
         if new["ann_engine"] == "hnswlib":  # measured on documents, which unlike queries are always there
             documents = encode(sample(entries), remark=False)
-            new["ann_recall"] = index.measure(documents, min(ann_util.MEASURED_K, len(entries)), "documents")
+            new["ann_recall"] = index.measure(documents, min(MEASURED_K, len(entries)), "documents")
             report(new["ann_recall"])
         wait_for_ranks()
         if path:
@@ -229,11 +230,11 @@ def open_index(args: argparse.Namespace, corpus: data.Corpus | None, engine, tok
     return index, entries
 
 
-def fill(args: argparse.Namespace, index, entries: ann_util.Entries | None, engine, tokenizer,
+def fill(args: argparse.Namespace, index, entries: Entries | None, engine, tokenizer,
          kept: ann_util.Kept | None = None) -> None:
     """Add the entries of this rank that the index lacks while the next ones are encoded, but those whose embeddings are
     `kept`."""
-    from model import Sight, encode_stream
+    from simcse.encoder.encoder import Sight, encode_stream
 
     sight = Sight(tokenizer, entries and entries.vectors, args.max_seq_length, remark=RANKS == 1)  # several add up
     if index.pieces:
@@ -258,12 +259,12 @@ def write_results(args: argparse.Namespace, blocks: Iterable[list[Query]], index
     writes."""
     measure, depth = ("score", max(args.recall_num, flags.FUSED)) if args.hybrid_bm25 else ("cosine", args.recall_num)
     if args.hybrid_bm25 and not RANK:
-        from simcse.bm25 import Bm25, fuse
+        from simcse.index.bm25 import Bm25, fuse
 
         bm25 = Bm25(entries, args.index_path and os.path.join(args.index_path, "bm25"), index.fingerprint.get("corpus"))
     for number, block in enumerate(blocks):
         place_of = {query.text: query.place for query in reversed(block)}
-        queries = data.distinct(query.text for query in block)  # one on several lines is encoded and searched once
+        queries = textfile.distinct(query.text for query in block)  # one on several lines is encoded and searched once
         embeddings = encode(queries, place=lambda row: place_of[queries[row]])  # noqa: B023  is called before the next
         (nearest, cosines), passages = search(index, entries, embeddings, depth)
         found = nearest, cosines.clip(-1, 1)  # rounding of two unit vectors may go beyond 1
@@ -304,7 +305,7 @@ def asked(blocks: Iterable[list[tuple[int, list[str]]]], form: str) -> Iterator[
     """The queries among the rows of stdin; a blank or malformed one between them is answered here, with no document,
     when those before it have been."""
     for block in blocks:
-        for are_queries, group in itertools.groupby(block, lambda line: data.complete(line[1], 1)):
+        for are_queries, group in itertools.groupby(block, lambda line: textfile.complete(line[1], 1)):
             if are_queries:
                 yield [Query(query, f"stdin:{number}") for number, (query,) in group]
                 continue
@@ -316,15 +317,15 @@ def asked(blocks: Iterable[list[tuple[int, list[str]]]], form: str) -> Iterator[
 
 def queries_of(args: argparse.Namespace) -> list[Query]:
     """Those of --query_file."""
-    queries = data.Corpus(args.query_file, "--query_file")
+    queries = textfile.Corpus(args.query_file, "--query_file")
     return [Query(text, queries.place(row), id) for row, (text, id) in enumerate(zip(queries, queries.all_ids()))]
 
 
 def main() -> None:
     args = parse_args()
-    corpus = data.Corpus(args.corpus_file, "--corpus_file", args.corpus_columns) if args.corpus_file else None
+    corpus = textfile.Corpus(args.corpus_file, "--corpus_file", args.corpus_columns) if args.corpus_file else None
     streams = args.query == [STDIN]
-    pairs = list(data.read_rows(args.similar_text_pair, 2, "--similar_text_pair")) if args.similar_text_pair else []
+    pairs = list(textfile.read_rows(args.similar_text_pair, 2, "--similar_text_pair")) if args.similar_text_pair else []
     queries = [Query(query, "--query") for query in args.query] or [
         Query(query, f"{args.similar_text_pair}:{number}") for number, (query, _) in pairs] or queries_of(args)
     if pairs and not RANK:
@@ -333,7 +334,7 @@ def main() -> None:
     if path:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     if args.hybrid_bm25:
-        import simcse.bm25  # noqa: F401  a missing package is told before anything takes time
+        import simcse.index.bm25  # noqa: F401  a missing package is told before anything takes time
     kept = args.index_path and os.path.exists(args.index_path)
     if kept and args.precision == "auto":
         args.precision = ann_util.kept_precision(args.index_path, args.device)
@@ -353,9 +354,9 @@ def main() -> None:
     if args.recall_num > documents:
         console.warn(f"--recall_num {args.recall_num}: the corpus has only {documents} "
                      f"{'distinct ' * args.distinct}documents")
-    blocks = (queries[start : start + data.WINDOW] for start in range(0, len(queries), data.WINDOW))
+    blocks = (queries[start : start + tokens.WINDOW] for start in range(0, len(queries), tokens.WINDOW))
     if streams:
-        blocks = asked(arriving(data.read_rows(STDIN, 1, "--query", every=True)), args.format)
+        blocks = asked(arriving(textfile.read_rows(STDIN, 1, "--query", every=True)), args.format)
     with new_file(path) if path and not RANK else contextlib.nullcontext(sys.stdout) as file:
         write_results(args, blocks, index, entries, encode, file)
     if path and not RANK:

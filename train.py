@@ -23,10 +23,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import data
-from ann_util import exact_search
 from simcse import console, flags
+from simcse.index.exact import exact_search
 from simcse.machine import RANK, RANKS
 from simcse.measures import RECALL_KS, first_hits, per_query, percent
+from simcse.text import textfile, tokens, wordpiece
 
 FEW_TOKENS = 8192
 
@@ -91,8 +92,8 @@ def read_test_set(args: argparse.Namespace) -> list[tuple[int, list[str]]]:
     path, flag = args.test_set_file, "--test_set_file"
     if not path:
         return []
-    columns = data.count_columns(path, flag, (2, 3))
-    rows, looks = list(data.read_rows(path, columns, flag, data.not_a_number if columns == 3 else None)), {}
+    columns = textfile.count_columns(path, flag, (2, 3))
+    rows, looks = list(textfile.read_rows(path, columns, flag, textfile.not_a_number if columns == 3 else None)), {}
     if columns == 3:
         if len({float(label) for _, (_, _, label) in rows}) > 1:
             return rows
@@ -100,7 +101,7 @@ def read_test_set(args: argparse.Namespace) -> list[tuple[int, list[str]]]:
                          "undefined; there is no evaluation")
         return []
     if twins := [f"{path}:{number}" for number, (_, target) in rows
-                 if looks.setdefault(data.plain(target), target) != target]:
+                 if looks.setdefault(textfile.plain(target), target) != target]:
         console.complain(f"{flag}: {len(twins)} of {len(rows)} targets are an earlier one but for white space, width "
                          "or invisible characters, and count as another document; write them alike: "
                          f"{', '.join(twins[:3])}")
@@ -122,7 +123,7 @@ def evaluate(embed: Callable, test_set: Sequence[Sequence[str]]) -> dict[str, fl
             console.warn(f"spearman is undefined: all {len(cosines)} cosines are {cosines[0]:g}")
             return {}
         return {"spearman": percent(spearmanr(cosines, [*map(float, labels[0])])[0])}
-    corpus = {text: row for row, text in enumerate(data.distinct(second))}
+    corpus = {text: row for row, text in enumerate(textfile.distinct(second))}
     targets = defaultdict(set)
     for query, target in test_set:
         targets[query].add(corpus[target])
@@ -140,7 +141,7 @@ def evaluation_tokens(args: argparse.Namespace) -> int:
     return max(FEW_TOKENS, 2 * min(args.batch_size, args.chunk_size or args.batch_size) * args.max_seq_length)
 
 
-def check_learnable(args: argparse.Namespace, texts: data.TextFile) -> None:
+def check_learnable(args: argparse.Namespace, texts: textfile.TextFile) -> None:
     """Refuse texts, or pairs, that have no negatives, since all are the same; triples bring theirs."""
     path, sides = args.train_set_file, {1: ["texts"], 2: ["queries", "titles"]}.get(texts.columns, [])
     for side, noun in enumerate(sides):
@@ -153,13 +154,13 @@ def check_learnable(args: argparse.Namespace, texts: data.TextFile) -> None:
                          "--batch_size, or give more texts than there are processes")
 
 
-def look(args: argparse.Namespace, texts: data.TextFile, test_set: list[tuple[int, list[str]]],
+def look(args: argparse.Namespace, texts: textfile.TextFile, test_set: list[tuple[int, list[str]]],
          tokenizer: Any) -> None:
     """Warn of what the encoder does not see of the texts; InputError where it sees no two that differ, those that are
     cut being different ones."""
-    from model import look_at
+    from simcse.encoder.encoder import look_at
 
-    ids = look_at(texts.spread(data.WINDOW), tokenizer, args.max_seq_length)
+    ids = look_at(texts.spread(tokens.WINDOW), tokenizer, args.max_seq_length)
     look_at([(f"{args.test_set_file}:{number}", row[:2]) for number, row in test_set], tokenizer, args.max_seq_length)
     if args.epochs or args.whiten is not None:
         for side in range(texts.columns if texts.columns < 3 else 0):
@@ -172,8 +173,9 @@ def look(args: argparse.Namespace, texts: data.TextFile, test_set: list[tuple[in
 
 def build_model(args: argparse.Namespace) -> tuple[Any, Any, str]:
     """The network to train, its tokenizer and the name of its encoder."""
-    from model import SimCSE, check_length, load_model
-    from simcse.encoders import load_encoder
+    from model import SimCSE, load_model
+    from simcse.encoder.encoder import check_length
+    from simcse.encoder.pretrained import load_encoder
 
     settings = {"dropout": args.output_dropout, "margin": args.margin, "scale": args.scale,
                 "precision": args.precision, "infer_with_pooler": args.infer_with_fc_pooler,
@@ -187,21 +189,22 @@ def build_model(args: argparse.Namespace) -> tuple[Any, Any, str]:
     else:
         name = args.model_name_or_path or flags.DEFAULT_MODEL
         model = SimCSE(load_encoder(name, args.dropout), output_emb_size=args.output_emb_size, **settings)
-        tokenizer = data.load_tokenizer(name)
+        tokenizer = wordpiece.load_tokenizer(name)
     check_length(model, args.max_seq_length)
     if args.whiten and args.whiten > model.embedding_size:
         raise console.InputError(f"--whiten {args.whiten}: embeddings have {model.embedding_size} numbers")
     return model, tokenizer, name
 
 
-def train(args: argparse.Namespace, texts: data.TextFile, test_set: list[tuple[int, list[str]]]) -> Any:
+def train(args: argparse.Namespace, texts: textfile.TextFile, test_set: list[tuple[int, list[str]]]) -> Any:
     """The training loop, and what comes after it; returns the `Run`."""
-    from model import encode, make_record, save_checkpoint
-    from simcse.engine import make_engine
-    from simcse.gradients import backward
+    from model import make_record, save_checkpoint
+    from simcse.encoder.encoder import encode
+    from simcse.encoder.engine import make_engine
+    from simcse.encoder.whitening import SAMPLE, runs, whiten
     from simcse.ranks import encode_shares
-    from simcse.run import Run
-    from simcse.whitening import SAMPLE, runs, whiten
+    from simcse.training.gradients import backward
+    from simcse.training.trainer import Run
 
     def save(folder: str, also: Callable | None = None) -> None:
         save_checkpoint(folder, model, tokenizer, make_record(model, name, args.max_seq_length), also=also)
@@ -237,7 +240,7 @@ def train(args: argparse.Namespace, texts: data.TextFile, test_set: list[tuple[i
     if args.whiten is not None and not RANK:
         sample = texts.sample(SAMPLE)
         sample += runs(sample, tokenizer, args.max_seq_length)
-        dark = set(data.unseen(tokenizer, tokenizer(sample, args.max_seq_length)))  # whose embeddings are zeros
+        dark = set(wordpiece.unseen(tokenizer, tokenizer(sample, args.max_seq_length)))  # whose embeddings are zeros
         sample = [text for row, text in enumerate(sample) if row not in dark]
         whiten(model, lambda: encoder("fp32")(sample), args.whiten or model.embedding_size, args.max_seq_length)
         folder = os.path.join(args.save_dir, f"model_{run.step}_whitened")
@@ -253,7 +256,7 @@ def train(args: argparse.Namespace, texts: data.TextFile, test_set: list[tuple[i
 def main() -> None:
     args = parse_args()
     path, flag = args.train_set_file, "--train_set_file"
-    texts, test_set = data.TextFile(path, flag, (1, 2, 3)), read_test_set(args)
+    texts, test_set = textfile.TextFile(path, flag, (1, 2, 3)), read_test_set(args)
     if texts.columns > 1 and args.crop_rate:
         raise console.InputError(f"--crop_rate is for texts, one a line; {path} has {texts.columns} columns")
     if args.epochs or args.whiten is not None:
@@ -262,7 +265,7 @@ def main() -> None:
     flags.announce_training(args, args.init_from_ckpt or args.model_name_or_path or flags.DEFAULT_MODEL,
                             flags.count(texts, f"training {('text', 'pair', 'triple')[texts.columns - 1]}"))
 
-    from simcse.run import run_training
+    from simcse.training.trainer import run_training
 
     run_training(args, lambda: train(args, texts, test_set))
 

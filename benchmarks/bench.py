@@ -15,8 +15,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 
-import data  # noqa: E402
 from simcse import console  # noqa: E402
+from simcse.text import textfile  # noqa: E402
 
 MINI = os.path.join(ROOT, "pretrained", "ernie_mini_zh")
 BASE = {"vocab_size": 17964, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -35,7 +35,7 @@ class Bench:
     def texts(self, kind: str, most: int) -> list[str]:
         """Up to `most` texts, taken evenly over the file; of pairs the first."""
         with open(os.path.join(self.args.data_dir, FILES[kind]), encoding="utf-8") as file:
-            texts = data.distinct(line.split("\t")[0].strip() for line in file if line.strip())
+            texts = textfile.distinct(line.split("\t")[0].strip() for line in file if line.strip())
         return texts[:: max(1, len(texts) // most)][:most]
 
     def write(self, name: str, texts: Iterable[str]) -> str:

@@ -143,7 +143,7 @@ def parse_args() -> argparse.Namespace:
 def choose_device(asked: str | None) -> tuple[str, int]:
     """The device and how many processes train on it; InputError where the GPU asked for is not there."""
     if asked != "cpu":
-        from simcse.ranks import visible_gpus
+        from simcse.device import visible_gpus
 
         try:
             return "gpu", len(visible_gpus())

@@ -16,11 +16,13 @@ from typing import Any
 from unittest.mock import patch
 
 from bench import MINI, ROOT, describe_machine  # first: it makes the project importable
-from data import Batch, TextFile, chunks_of, load_tokenizer, text_keys
+from data import Batch, chunks_of, text_keys
 from deploy.python import predictor
 from simcse import console, files
+from simcse.encoder.weights import PARAMS_FILE, load_state, read_weights, saved_steps
 from simcse.machine import RANK, RANKS
-from simcse.weights import PARAMS_FILE, load_state, read_weights, saved_steps
+from simcse.text.textfile import TextFile
+from simcse.text.wordpiece import load_tokenizer
 
 import numpy as np
 from gpu_jobs import (
@@ -47,8 +49,8 @@ def prepare(scratch: str, device: str, sizes: list[str]) -> None:
     """Write the checkpoints. Their weights depend on names and shapes alone, so that they are the same on every machine
     and stack; those of "small" are larger, so that its vectors differ."""
     from model import SimCSE, make_record, save_checkpoint
-    from simcse.encoders import encoder_from_record
-    from simcse.ranks import set_device
+    from simcse.device import set_device
+    from simcse.encoder.pretrained import encoder_from_record
 
     set_device("cpu")
     for name in sizes:
@@ -65,7 +67,7 @@ def prepare(scratch: str, device: str, sizes: list[str]) -> None:
 
 def machine(scratch: str, device: str) -> None:
     """What there is."""
-    from simcse.ranks import compute_capabilities, set_device
+    from simcse.device import compute_capabilities, set_device
 
     import paddle
     import paddlenlp
@@ -100,7 +102,7 @@ def encoded(scratch: str, device: str, precision: str) -> Iterator[tuple[str, np
 
 def trained(scratch: str, device: str, precision: str) -> Iterator[tuple[str, np.ndarray]]:
     """The losses of train.py, [STEPS], without dropout, and the vectors after them in fp32."""
-    from simcse import gradients
+    from simcse.training import gradients
 
     losses, whole, folder = [], gradients.backward, f"{scratch}/trained_{precision}"
 
@@ -145,8 +147,9 @@ def rank_gradients(scratch: str, device: str, ranks: int) -> None:
     """Write the loss and the gradients of a step with cross-device negatives on so many ranks, or, of one process, with
     the batches of all of them as one."""
     from model import load_model
-    from simcse.gradients import backward
-    from simcse.ranks import join_ranks, set_device
+    from simcse.device import set_device
+    from simcse.ranks import join_ranks
+    from simcse.training.gradients import backward
 
     import paddle
 
@@ -191,9 +194,9 @@ def exported(scratch: str, device: str, size: str) -> None:
 
 def deployed(scratch: str, device: str, size: str, precision: str, tensorrt: bool) -> None:
     """The exported graph in Paddle Inference, by deploy/python, against the dynamic graph in fp32."""
-    from model import encode, load_model
-    from simcse.engine import gpu_precision
-    from simcse.ranks import set_device
+    from model import load_model
+    from simcse.device import gpu_precision, set_device
+    from simcse.encoder.encoder import encode
 
     set_device(device)
     network, tokenizer, _ = load_model(f"{scratch}/{size}/{PARAMS_FILE}")
@@ -221,7 +224,7 @@ def deployed(scratch: str, device: str, size: str, precision: str, tensorrt: boo
 def nan_on_the_last_rank(*words: str) -> None:
     """train.py, on whose last rank the loss of step 2 is NaN."""
     import train
-    from simcse import gradients
+    from simcse.training import gradients
 
     whole, steps = gradients.backward, []
 

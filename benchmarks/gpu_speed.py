@@ -11,8 +11,9 @@ from typing import Any
 from unittest.mock import patch
 
 from bench import HERE  # first: it makes the project importable
-from data import Batch, TextFile, chunks_of, text_keys
+from data import Batch, chunks_of, text_keys
 from simcse import console
+from simcse.text.textfile import TextFile
 
 import numpy as np
 import side
@@ -47,8 +48,8 @@ def batch_of(texts: int, tokens: int, chunk: int | None = None) -> Batch:
 def with_run(scratch: str, size: str, device: str, precision: str,
              measure: Callable[[Callable[[Batch], None], Callable[[], Any]], None]) -> None:
     """Call `measure` with train.py's step of a batch, as its flags make it, and what waits for that."""
-    from simcse.gradients import backward
-    from simcse.run import Run, run_training
+    from simcse.training.gradients import backward
+    from simcse.training.trainer import Run, run_training
 
     path = f"{scratch}/sample/train.csv"
     with command_line("train", "--init_from_ckpt", f"{scratch}/{size}", "--train_set_file", path, "--device", device,
@@ -165,7 +166,7 @@ def encode_speed(scratch: str, size: str, device: str, precision: str) -> None:
 # -------------------------------------------------------------------------------------------------------- host, memory
 def host(scratch: str, size: str, device: str) -> None:
     """What a step takes of the host: its operators, each of which a GPU is given by itself, and its time."""
-    from simcse import run
+    from simcse.training import trainer as run
 
     batch = batch_of(2, 4)
 

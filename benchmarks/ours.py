@@ -12,6 +12,7 @@ ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
 sys.path.insert(0, ROOT)
 
 import data  # noqa: E402
+from simcse.text import textfile, tokens, wordpiece  # noqa: E402
 
 import graphs  # noqa: E402
 import numpy as np  # noqa: E402
@@ -28,7 +29,7 @@ def prepare(folder: str, sizes: dict, vocab_folder: str) -> dict:
     paddle.seed(0)
     network = model.SimCSE(ErnieModel(ErnieConfig(**sizes)), output_emb_size=256)
     network.ptm.save_pretrained(f"{folder}/encoder")
-    tokenizer = data.load_tokenizer(vocab_folder)
+    tokenizer = wordpiece.load_tokenizer(vocab_folder)
     tokenizer.save_pretrained(f"{folder}/encoder")
     record = model.make_record(network, f"{folder}/encoder", 64)
     model.save_checkpoint(f"{folder}/checkpoint", network, tokenizer, record)
@@ -51,7 +52,7 @@ def best_of(times: int, work) -> float:
 
 def tokenize(encoder: str, cases: dict[str, list[str]]) -> dict[str, float]:
     """Texts/s."""
-    tokenizer = data.load_tokenizer(encoder)
+    tokenizer = wordpiece.load_tokenizer(encoder)
     return {name: len(texts) / best_of(5, lambda texts=texts: tokenizer(texts, 64)) for name, texts in cases.items()}
 
 
@@ -59,9 +60,10 @@ def encode(checkpoint: str, cases: dict[str, list[str]], precision: str,
            paddle_inference: bool = False) -> Iterator[dict[str, float]]:
     """Texts/s of `model.encode`, tokenizing included, a pass after another, in what is fastest here or in Paddle
     Inference."""
-    from model import encode, load_model
-    from simcse.engine import make_engine
-    from simcse.ranks import set_device
+    from model import load_model
+    from simcse.device import set_device
+    from simcse.encoder.encoder import encode
+    from simcse.encoder.engine import make_engine
 
     if paddle_inference:
         set_device("cpu")
@@ -78,13 +80,13 @@ def encode_openvino(checkpoint: str, cases: dict[str, list[str]], int8: bool) ->
     """Texts/s of OpenVINO driven by hand with the batches of `model.encode`, tokenized before: the ONNX graph, in int8
     by NNCF's defaults for transformers, else in the precision that OpenVINO chooses."""
     import model
-    from simcse.engine import export_onnx
+    from simcse.encoder.onnx import export_onnx
     from simcse.machine import BATCH_TOKENS
 
     import openvino
 
     network, tokenizer, _ = model.load_model(f"{checkpoint}/model_state.pdparams")
-    batches = {name: [dict(zip(("input_ids", "token_type_ids"), batch)) for _, *batch in data.make_batches(
+    batches = {name: [dict(zip(("input_ids", "token_type_ids"), batch)) for _, *batch in tokens.make_batches(
         tokenizer(texts, 64), tokenizer.pad_token_id, None, BATCH_TOKENS[True])] for name, texts in cases.items()}
     with tempfile.TemporaryDirectory() as folder:
         export_onnx(network, folder)
@@ -113,7 +115,7 @@ def shapes(checkpoint: str, precision: str, batches: list[int], lengths: list[in
 def lines(path: str) -> dict[str, float]:
     """Seconds from a file of training texts to its first batch, and peak memory in MB."""
     start = time.perf_counter()
-    texts = data.TextFile(path, "--train_set_file")
+    texts = textfile.TextFile(path, "--train_set_file")
     [texts[row] for row in next(data.ShuffledBatches(len(texts), 64).epoch(0))]
     return {"s": time.perf_counter() - start, "MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
@@ -128,10 +130,10 @@ def clustered(count: int, seed: int, centres: int = 1000, spread: float = 0.5) -
 def vectors(folder: str, count: int, checkpoint: str | None, texts: list[str], queries: list[str]) -> dict:
     """Write what `index` is measured with: vectors of `texts` and `queries`, or, without a checkpoint, `count`
     clustered ones; and what exact search finds."""
-    from ann_util import exact_search
+    from simcse.index.exact import exact_search
 
     if checkpoint:
-        from model import encode
+        from simcse.encoder.encoder import encode
 
         engine, tokenizer = engine_of(checkpoint)
         both = [encode(engine, tokenizer, part, 64) for part in (texts, queries)]
@@ -145,7 +147,7 @@ def vectors(folder: str, count: int, checkpoint: str | None, texts: list[str], q
 
 def index(folder: str, m: int, ef: int, shards: int) -> dict[str, float]:
     """See `graphs.figures`."""
-    from ann_util import Shards
+    from simcse.index.shards import Shards
 
     vectors, queries, exact = graphs.load(folder)
     index = Shards({"ann_engine": "hnswlib", "index_shards": shards, "hnsw_m": m, "hnsw_ef": ef,

@@ -20,8 +20,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 
-import data  # noqa: E402
 from simcse import console, files, flags, measures  # noqa: E402
+from simcse.text import textfile  # noqa: E402
 
 import numpy as np  # noqa: E402
 
@@ -112,16 +112,17 @@ def prepare(args: argparse.Namespace, data_set: str, folder: str) -> dict[str, s
     source = os.path.abspath(os.path.join(args.data_dir, data_set, "recall"))
     files = {"encoder": os.path.join(ROOT, "pretrained", "ernie_mini_zh"), "corpus": f"{source}/corpus.csv",
              **{name: f"{folder}/{name}.csv" for name in ("texts", "pairs", "queries", "corpus_seen", "queries_seen")}}
-    texts = list(data.TextFile(f"{source}/{TRAINING_FILES[data_set]}", "--data_dir"))
-    queries = data.read_text_pairs(f"{source}/dev.csv", "--data_dir")
+    texts = list(textfile.TextFile(f"{source}/{TRAINING_FILES[data_set]}", "--data_dir"))
+    queries = textfile.read_text_pairs(f"{source}/dev.csv", "--data_dir")
     if data_set == "csl":
-        pairs = data.read_text_pairs(f"{source}/train.csv", "--data_dir")
+        pairs = textfile.read_text_pairs(f"{source}/train.csv", "--data_dir")
     else:
-        labeled = [row for _, row in data.read_rows(f"{source}/dev_labeled.csv", 3, "--data_dir", data.not_a_number)]
+        rows = textfile.read_rows(f"{source}/dev_labeled.csv", 3, "--data_dir", textfile.not_a_number)
+        labeled = [row for _, row in rows]
         pairs = [(query, title) for query, title, label in labeled if float(label)]
         known = {text for query, title, _ in labeled for text in (query, title)}
         queries = [pair for pair in queries if not known.intersection(pair)]
-    seen = [(text[:SEEN],) for text in data.TextFile(files["corpus"], "--data_dir")]
+    seen = [(text[:SEEN],) for text in textfile.TextFile(files["corpus"], "--data_dir")]
     for name, rows in (("texts", [(text,) for text in texts[: args.lines or None]]), ("pairs", pairs),
                        ("queries", queries), ("corpus_seen", seen),
                        ("queries_seen", [(query, target[:SEEN]) for query, target in queries])):
@@ -167,15 +168,15 @@ def evaluate(queries: str, folder: str) -> dict[str, float]:
 
 def bm25(args: argparse.Namespace, data_set: str) -> dict[str, dict[str, float]]:
     """BM25 alone, over whole documents and over what an encoder sees of them."""
-    from simcse.bm25 import Bm25
+    from simcse.index.bm25 import Bm25
 
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
         files = prepare(args, data_set, folder)
         os.makedirs(f"{folder}/recall_result_dir")
-        queries = data.distinct(query for query, _ in data.read_text_pairs(files["queries"], "--data_dir"))
+        queries = textfile.distinct(query for query, _ in textfile.read_text_pairs(files["queries"], "--data_dir"))
         for suffix, part in zip(("", *SHORT), ("", "_seen")):
-            corpus = data.TextFile(files[f"corpus{part}"], "--data_dir")
+            corpus = textfile.TextFile(files[f"corpus{part}"], "--data_dir")
             rows, scores = Bm25(corpus).search(queries, 50)
             with open(f"{folder}/recall_result_dir/recall_result.txt", "w", encoding="utf-8") as file:
                 file.writelines(f"{query}\t{corpus[row]}\t{score}\n" for query, *best in zip(queries, rows, scores)

@@ -51,7 +51,7 @@ def choose_gpus(asked: str, visible: Sequence[str]) -> list[str]:
 def main() -> None:
     """Replace this process by the script, or by the launcher."""
     args = parse_args()
-    from simcse.ranks import visible_gpus
+    from simcse.device import visible_gpus
 
     chosen = choose_gpus(args.gpus, visible_gpus())
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)

@@ -21,9 +21,9 @@ from itertools import islice
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
-import data
 from simcse import console, flags
 from simcse.files import new_file
+from simcse.text import textfile
 
 KNOWN, SCORE, OVERLAP = "the query or a positive", "--negative_max_score", "--negative_max_overlap"
 
@@ -73,16 +73,16 @@ def read_pairs(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     Raises:
         InputError: the two files do not have as many lines, or a score is no number.
     """
-    rows = data.read_targets(args.similar_text_pair, "--similar_text_pair", args.corpus_file, every=True)
+    rows = textfile.read_targets(args.similar_text_pair, "--similar_text_pair", args.corpus_file, every=True)
     pairs = [pair for _, pair in rows]
-    scores = [*data.read_rows(args.positive_scores, 1, "--positive_scores")]
+    scores = [*textfile.read_rows(args.positive_scores, 1, "--positive_scores")]
     if len(scores) != len(pairs):
         raise console.InputError(f"--positive_scores {args.positive_scores}: {flags.count(scores, 'line')} for "
                                  f"{flags.count(pairs, 'line')} of {args.similar_text_pair}; predict.py prints one "
                                  "a line")
     positives: dict[str, dict[str, float]] = {}
     for pair, (number, (score,)) in zip(pairs, scores):
-        if data.complete(pair, 2):
+        if textfile.complete(pair, 2):
             query, positive = pair
             positives.setdefault(query, {})[positive] = cosine_of(score, f"{args.positive_scores}:{number}")
     return positives
@@ -115,7 +115,7 @@ def read_candidates(args: argparse.Namespace, queries: Mapping) -> dict[str, dic
             return f"cosine {row[2]!r} is not a number"
         return None
 
-    rows = data.read_rows(args.recall_result_file, 3, "--recall_result_file", not_a_number, known=True)
+    rows = textfile.read_rows(args.recall_result_file, 3, "--recall_result_file", not_a_number, known=True)
     lowest: dict[str, float] = {}
     for _, (query, document, cosine) in rows:
         if float(cosine) > lowest.get(query, math.inf):  # recall.py wrote a query of several pairs once more

@@ -20,6 +20,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import data
 from simcse import console, flags
 from simcse.machine import RANK, RANKS
+from simcse.text import textfile, tokens, wordpiece
 
 import numpy as np
 
@@ -68,7 +69,7 @@ class MaskedBatches:
     2019, arXiv:1906.08101), words being jieba's. Texts are one a row."""
 
     def __init__(self, texts: Sequence[str], tokenizer: Any, args: argparse.Namespace) -> None:
-        if not isinstance(tokenizer, data.WordPiece):
+        if not isinstance(tokenizer, wordpiece.WordPiece):
             raise console.InputError("--model_name_or_path: the encoder's tokenizer is not ERNIE's or BERT's")
         import jieba
 
@@ -101,7 +102,7 @@ class MaskedBatches:
         """The batch of some rows of the training file, in an epoch from 0."""
         texts = [self.texts[row] for row in rows]
         encodings = self.tokenizer.encode(texts, self.args.max_seq_length)
-        input_ids, types = data.pad([encoding.ids for encoding in encodings], self.tokenizer.pad_token_id)
+        input_ids, types = tokens.pad([encoding.ids for encoding in encodings], self.tokenizer.pad_token_id)
         chosen = np.zeros(input_ids.shape, bool)
         for line, (row, text, encoding) in enumerate(zip(rows, texts, encodings)):
             random, starts = np.random.default_rng([self.args.seed, epoch, row]), starts_of(encoding)
@@ -124,8 +125,8 @@ def masked_lm(name: str, dropout: float, precision: str = "fp32") -> Any:
     Raises:
         InputError: see `load_encoder`; or there is no such head for the encoder.
     """
-    from simcse.encoders import freeze_pooler, load_encoder
-    from simcse.precision import casting
+    from simcse.device import casting
+    from simcse.encoder.pretrained import freeze_pooler, load_encoder
 
     import paddle
     import paddle.nn.functional as F
@@ -155,18 +156,18 @@ def masked_lm(name: str, dropout: float, precision: str = "fp32") -> Any:
     return MaskedLM()
 
 
-def train(args: argparse.Namespace, texts: data.TextFile) -> Any:
+def train(args: argparse.Namespace, texts: textfile.TextFile) -> Any:
     """The training loop; returns the `Run`."""
-    from model import check_length, look_at
+    from simcse.encoder.encoder import check_length, look_at
     from simcse.files import new_folder
-    from simcse.run import Run
+    from simcse.training.trainer import Run
 
     import paddle
 
     name = args.resume or args.model_name_or_path
-    model, tokenizer = masked_lm(name, args.dropout, args.precision), data.load_tokenizer(name)
+    model, tokenizer = masked_lm(name, args.dropout, args.precision), wordpiece.load_tokenizer(name)
     check_length(model, args.max_seq_length)
-    look_at(texts.spread(data.WINDOW), tokenizer, args.max_seq_length)
+    look_at(texts.spread(tokens.WINDOW), tokenizer, args.max_seq_length)
 
     def write(folder: str, also) -> None:
         with new_folder(folder) as temporary:
@@ -186,11 +187,11 @@ def train(args: argparse.Namespace, texts: data.TextFile) -> Any:
 
 def main() -> None:
     args = parse_args()
-    texts = data.TextFile(args.train_set_file, "--train_set_file")
+    texts = textfile.TextFile(args.train_set_file, "--train_set_file")
 
     flags.announce_training(args, args.model_name_or_path, flags.count(texts, "training text"))
 
-    from simcse.run import run_training
+    from simcse.training.trainer import run_training
 
     run_training(args, lambda: train(args, texts))
 

@@ -26,9 +26,9 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 from simcse import console, flags
 from simcse.console import InputError
-from simcse.encodings import BLOCK, encodings, known_bytes, wide
 from simcse.files import STDIN, new_file
-from simcse.formats import HEADER, LABELS, NUMBER, NUMBERING, SAMPLE, leaves, named, names_columns
+from simcse.text.encodings import BLOCK, encodings, known_bytes, wide
+from simcse.text.formats import HEADER, LABELS, NUMBER, NUMBERING, SAMPLE, leaves, named, names_columns
 
 CELL_LINES = 1000  # of a cell in quotes, at most: a quote that nobody closes must not take the file with it
 DELIMITERS = {"csv": ",", "tsv": "\t"}

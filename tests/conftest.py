@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 def read_texts(path, flag="--flag"):
     """The texts of a file, one a line, by the reader of rows."""
-    from data import read_rows
+    from simcse.text.textfile import read_rows
 
     return [text for _, (text,) in read_rows(str(path), 1, flag)]
 

@@ -12,8 +12,8 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import data
 import model as m
 from simcse import console, ranks
-from simcse.gradients import backward
 from simcse.machine import RANK
+from simcse.training.gradients import backward
 
 import numpy as np
 import paddle

@@ -22,8 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import data  # noqa: E402
-from simcse import weights  # noqa: E402
+from simcse.encoder import weights  # noqa: E402
+from simcse.text import wordpiece  # noqa: E402
 
 MARK = "SIMCSE_SOAK"
 
@@ -70,7 +70,7 @@ class Soak:
             path = folder / f"model_{step}"
             assert len(weights.read_weights(str(path / "model_state.pdparams"), "--flag")) > 50
             json.loads((path / "simcse_config.json").read_text(encoding="utf-8"))
-            data.load_tokenizer(str(path))
+            wordpiece.load_tokenizer(str(path))
             self.count("checkpoints verified")
 
     def digest(self, *names: str) -> str:

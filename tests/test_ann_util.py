@@ -4,21 +4,18 @@ import functools
 import json
 
 import ann_util
-from ann_util import (
-    Entries,
-    ExactIndex,
-    HnswIndex,
-    Shards,
-    ann_recall,
-    exact_search,
-    merge,
-)
-from data import Corpus, load_tokenizer, read_text_pairs
 from recall import HNSW_EF, HNSW_M, SHARDS
-from simcse import machine, nearest
+from simcse import machine
 from simcse.console import InputError
-from simcse.engine import make_engine
+from simcse.encoder.engine import make_engine
 from simcse.files import file_digest
+from simcse.index import exact, hnsw
+from simcse.index.documents import Entries
+from simcse.index.exact import ExactIndex, exact_search, merge
+from simcse.index.hnsw import HnswIndex
+from simcse.index.shards import Shards, ann_recall
+from simcse.text.textfile import Corpus, read_text_pairs
+from simcse.text.wordpiece import load_tokenizer
 
 import numpy as np
 import pytest
@@ -34,8 +31,8 @@ def vectors():
 
 @pytest.mark.parametrize("k", [1, 10, 600, 900])
 def test_exact_search_is_a_full_sort(vectors, k, monkeypatch):
-    monkeypatch.setattr(nearest, "QUERY_BLOCK", 33)
-    monkeypatch.setattr(nearest, "CORPUS_BLOCK", 64)
+    monkeypatch.setattr(exact, "QUERY_BLOCK", 33)
+    monkeypatch.setattr(exact, "CORPUS_BLOCK", 64)
     queries, corpus = vectors[:100], vectors[100:]
     rows, cosines = exact_search(queries, corpus, k)
     products = queries.astype("float64") @ corpus.T.astype("float64")
@@ -51,7 +48,7 @@ def test_exact_search_is_a_full_sort(vectors, k, monkeypatch):
 
 @pytest.mark.parametrize("block", [2, 4, 6])
 def test_equal_cosines_come_in_row_order(block, monkeypatch):
-    monkeypatch.setattr(nearest, "CORPUS_BLOCK", block)
+    monkeypatch.setattr(exact, "CORPUS_BLOCK", block)
     corpus = np.ones((6, 1), "float32")
     assert exact_search(corpus[:1], corpus, 6)[0].tolist() == [[0, 1, 2, 3, 4, 5]]
 
@@ -165,7 +162,7 @@ def test_an_unreachable_graph_is_an_input_error():
 
 
 def test_too_little_memory_says_how_much(monkeypatch):
-    monkeypatch.setattr(nearest, "available_memory", lambda: 10**9)
+    monkeypatch.setattr(hnsw, "available_memory", lambda: 10**9)
     with pytest.raises(InputError, match=r"the graph of 10,000,000 documents of 256 needs 13\.4 GB .* 1\.0 are free"):
         HnswIndex(256, 10**7)
     monkeypatch.undo()
@@ -175,9 +172,10 @@ def test_too_little_memory_says_how_much(monkeypatch):
 def test_csl_in_milvus_and_hnswlib_against_exact(real_data, tmp_path, monkeypatch):
     """6,092 abstracts and 250 titles, the beginning of each: all at least 0.99 of the exact 50."""
     pytest.importorskip("pymilvus", reason="requirements-milvus.txt is not installed")
-    from model import SimCSE, encode
-    from simcse.encoders import load_encoder
-    from simcse.milvus import MilvusIndex
+    from model import SimCSE
+    from simcse.encoder.encoder import encode
+    from simcse.encoder.pretrained import load_encoder
+    from simcse.index.milvus import MilvusIndex
 
     monkeypatch.chdir(tmp_path)
     folder = real_data / "csl" / "recall"

@@ -6,8 +6,9 @@ from functools import partial
 
 import data
 import model as m
-from data import ShuffledBatches, load_tokenizer, text_keys
+from data import ShuffledBatches, text_keys
 from scripts import pretrain
+from simcse.text.wordpiece import load_tokenizer
 
 import numpy as np
 import pytest

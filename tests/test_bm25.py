@@ -8,12 +8,14 @@ import subprocess
 import sys
 from collections import Counter
 
-import simcse.bm25
-from ann_util import Entries, Shards, save_index
-from data import Corpus, distinct, read_text_pairs
+import simcse.index.bm25
+from ann_util import save_index
 from simcse import files
-from simcse.bm25 import Bm25, fuse, words
 from simcse.console import InputError
+from simcse.index.bm25 import Bm25, fuse, words
+from simcse.index.documents import Entries
+from simcse.index.shards import Shards
+from simcse.text.textfile import Corpus, distinct, read_text_pairs
 
 import numpy as np
 import pytest
@@ -49,7 +51,7 @@ def test_width_and_case_are_folded():
 
 
 def test_a_kept_index_of_words_that_are_not_folded_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(simcse.bm25, "fold", str.lower)  # as it once was
+    monkeypatch.setattr(simcse.index.bm25, "fold", str.lower)  # as it once was
     Bm25(["型号Ａ１", "型号b2"], str(tmp_path / "bm25"))
     monkeypatch.undo()
     with pytest.raises(InputError, match="its words differ in width or case.*; remove this folder"):
@@ -121,7 +123,7 @@ def test_it_appears_with_its_index(tmp_path, monkeypatch):
 
 def test_no_log_lines_but_the_projects_own():
     """Where another library, as that of Milvus does, has set up logging of everything."""
-    code = ("import logging; logging.basicConfig(level=0); from simcse.bm25 import Bm25; "
+    code = ("import logging; logging.basicConfig(level=0); from simcse.index.bm25 import Bm25; "
             "Bm25(['语义', '索引']).search(['语义', '。'], 1)")
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and not result.stdout

@@ -5,8 +5,8 @@ import signal
 import subprocess
 import sys
 
-from ann_util import Entries
-from data import Corpus
+from simcse.index.documents import Entries
+from simcse.text.textfile import Corpus
 
 import numpy as np
 import pytest
@@ -73,7 +73,7 @@ def test_killed_while_it_follows_the_old_index_stays(checkpoint, sample, changed
     succeed(*flags, "--corpus_file", "before.csv", cwd=changed)
     before = contents(changed / "kept")
     code = ("import os, runpy, signal, sys, ann_util; sys.argv = sys.argv[1:]; "
-            "ann_util.Entries.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL); "
+            "documents.Entries.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL); "
             "runpy.run_path(sys.argv[0], run_name='__main__')")
     words = [sys.executable, "-c", code, *(str(ROOT / word) if word == "recall.py" else str(word) for word in flags)]
     killed = subprocess.run([*words, "--corpus_file", "after.csv"], cwd=changed, capture_output=True,

@@ -6,10 +6,11 @@ import os
 import pickle
 import shutil
 
-from data import TextFile
-from simcse import files, run
-from simcse import weights as w
+from simcse import files
 from simcse.console import InputError
+from simcse.encoder import weights as w
+from simcse.text.textfile import TextFile
+from simcse.training import trainer
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def test_how_many_are_kept(tmp_path, keep):
     """After each save the newest `keep`, however few there are by then; 0: all."""
     for number in range(1, 6):
         (tmp_path / f"model_{number}").mkdir()
-        run.remove_old(str(tmp_path), number, keep)
+        trainer.remove_old(str(tmp_path), number, keep)
         assert w.saved_steps(str(tmp_path)) == list(range(1, number + 1))[-keep if keep else 0 :]
 
 
@@ -161,7 +162,7 @@ def test_a_save_dir_that_cannot_be_used(flags, tmp_path, monkeypatch):
     assert "--save_dir file: file exists" in refuse("train.py", *flags("--save_dir", "file"), cwd=tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 100))
     with pytest.raises(InputError, match="--save_dir .*: 0.0 GB are free, and a checkpoint takes 2.0 GB"):
-        run.prepare_save_dir(str(tmp_path / "new"), 2 * 10**9)
+        trainer.prepare_save_dir(str(tmp_path / "new"), 2 * 10**9)
 
 
 def test_record_of_the_state_is_plain_json(flags, tmp_path):

@@ -3,7 +3,7 @@
 import json
 
 import model as m
-from data import read_text_pairs
+from simcse.text.textfile import read_text_pairs
 
 import numpy as np
 import paddle

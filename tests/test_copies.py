@@ -4,13 +4,15 @@ import json
 import multiprocessing
 import os
 
-import ann_util
-from ann_util import Entries, Shards, exact_search
-from data import Corpus
 from simcse import files
 from simcse.console import InputError
 from simcse.files import building
-from simcse.hits import Hit, expand
+from simcse.index import shards
+from simcse.index.documents import Entries
+from simcse.index.exact import exact_search
+from simcse.index.hits import Hit, expand
+from simcse.index.shards import Shards
+from simcse.text.textfile import Corpus
 
 import numpy as np
 import pytest
@@ -70,7 +72,7 @@ def test_copies_do_not_break_the_graph(tmp_path):
     got = expand(index.search(vectors[asked], 10), entries, [10] * len(asked))
     assert [hits[0][0] for hits in got] == [entries[entry] for entry in asked]
     _, exact = exact_search(vectors[asked], vectors[[entry_of[line] for line in lines]], 10)
-    assert ann_util.ann_recall(np.array([[hit.score for hit in hits] for hits in got]), exact) > 0.98
+    assert shards.ann_recall(np.array([[hit.score for hit in hits] for hits in got]), exact) > 0.98
     assert all(lines[line - 1] == text for hits in got for text, line, *_ in hits)
 
 
@@ -82,15 +84,15 @@ def test_what_the_approximation_costs_is_measured_and_advice_was_tried(tmp_path,
     index.fill(vectors[rows.start : rows.stop] for rows in index.pieces)
     measured = index.measure(vectors[:100], 10, "documents")
     _, exact = index.search(vectors[:100], 10, exact=True)
-    assert measured["recall"] == round(ann_util.ann_recall(index.search(vectors[:100], 10)[1], exact), 4) < 0.9
+    assert measured["recall"] == round(shards.ann_recall(index.search(vectors[:100], 10)[1], exact), 4) < 0.9
     assert measured["deeper_recall"] > measured["recall"] and json.loads(json.dumps(measured)) == measured
-    ann_util.report(measured)
+    shards.report(measured)
     line = capsys.readouterr().err
     assert line.startswith(f"ANN recall@10 against exact search, 100 documents: {measured['recall']:.4f} with --hnsw_ef"
                            f" 2; --hnsw_ef 80 finds {measured['deeper_recall']:.4f}\n") and line.count("\n") == 1
-    ann_util.report({**measured, "deeper_recall": measured["recall"]})
+    shards.report({**measured, "deeper_recall": measured["recall"]})
     assert "--ann_engine exact finds all, a larger --hnsw_ef does not help" in capsys.readouterr().err
-    ann_util.report({**measured, "recall": 0.999})
+    shards.report({**measured, "recall": 0.999})
     assert capsys.readouterr().err.endswith(": 0.9990 with --hnsw_ef 2\n")
 
 

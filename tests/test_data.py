@@ -3,8 +3,8 @@
 import subprocess
 import sys
 
-import data
 from simcse import console, files
+from simcse.text import textfile
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from conftest import ROOT, read_texts
 def rows(tmp_path, content, columns=2, **options):
     path = tmp_path / "file.csv"
     path.write_bytes(content)
-    return [row for _, row in data.read_rows(str(path), columns, "--flag", **options)]
+    return [row for _, row in textfile.read_rows(str(path), columns, "--flag", **options)]
 
 
 @pytest.mark.parametrize("content", [
@@ -86,7 +86,7 @@ def test_every_line_has_a_row_where_rows_stand_beside_lines(tmp_path, capsys, mo
 def test_labels_must_be_numbers(tmp_path, capsys):
     path = tmp_path / "file.csv"
     path.write_text("a\tb\t1\nc\td\t0.5\ne\tf\tyes\n")
-    labelled = data.read_rows(str(path), 3, "--flag", data.not_a_number)
+    labelled = textfile.read_rows(str(path), 3, "--flag", textfile.not_a_number)
     assert list(labelled) == [(1, ["a", "b", "1"]), (2, ["c", "d", "0.5"])]
     assert "label 'yes' is not a number" in capsys.readouterr().err
 
@@ -98,7 +98,7 @@ LINES = ["好", "“引号”", "《书》", " 前空", "\u3000", "", "  ", "abc
 def test_a_text_file_by_offsets_is_the_list_of_its_texts(tmp_path, monkeypatch, capsys, chunk):
     """Random files of difficult lines, with every kind of line end, against read_texts: the same texts or the same
     error, and the same report."""
-    monkeypatch.setattr(data.TextFile, "_CHUNK", chunk)
+    monkeypatch.setattr(textfile.TextFile, "_CHUNK", chunk)
     random, path, seen = np.random.default_rng(chunk), str(tmp_path / "file.txt"), set()
     for _ in range(150):
         lines = LINES[: int(random.choice([len(LINES), len(LINES) - 1]))]
@@ -107,7 +107,7 @@ def test_a_text_file_by_offsets_is_the_list_of_its_texts(tmp_path, monkeypatch, 
         damage = b"\xb0" if random.random() < 0.1 else b""
         (tmp_path / "file.txt").write_bytes(random.choice([b"", b"\xef\xbb\xbf"]) + text.encode() + damage)
         results = []
-        for read in (lambda: read_texts(path, "--flag"), lambda: list(data.TextFile(path, "--flag"))):
+        for read in (lambda: read_texts(path, "--flag"), lambda: list(textfile.TextFile(path, "--flag"))):
             try:
                 texts = read()
             except console.InputError as error:
@@ -121,7 +121,7 @@ def test_a_text_file_by_offsets_is_the_list_of_its_texts(tmp_path, monkeypatch, 
 def test_a_text_file_is_a_sequence(tmp_path, monkeypatch):
     path = tmp_path / "file.txt"
     path.write_text("".join(f"第{n}行\n" for n in range(50)), encoding="utf-8")
-    texts = data.TextFile(str(path), "--flag")
+    texts = textfile.TextFile(str(path), "--flag")
     assert len(texts) == 50 and texts[-1] == "第49行" and texts[np.int32(7)] == "第7行"
     assert texts[10:13] == ["第10行", "第11行", "第12行"] and texts[48:99] == ["第48行", "第49行"]
     with pytest.raises(IndexError):
@@ -129,11 +129,11 @@ def test_a_text_file_is_a_sequence(tmp_path, monkeypatch):
     with pytest.raises(console.InputError, match=r"--flag .*file.txt:2: columns: 2 instead of 1"):
         path.write_text("a\nb\tc\n")
         monkeypatch.setattr(console.settings, "strict", True)
-        data.TextFile(str(path), "--flag")
+        textfile.TextFile(str(path), "--flag")
 
 
 def test_a_pipe_is_a_text_file_too():
-    code = "import data; texts = data.TextFile('/dev/stdin', '--flag'); print(texts[1], len(texts))"
+    code = "import data; texts = textfile.TextFile('/dev/stdin', '--flag'); print(texts[1], len(texts))"
     result = subprocess.run([sys.executable, "-c", code], input="一\n二\n".encode(), capture_output=True, cwd=ROOT)
     assert result.stdout.decode() == "二 2\n", result.stderr
 

@@ -8,9 +8,9 @@ import shutil
 import subprocess
 import sys
 
-import simcse.engine
-from data import load_tokenizer
+import simcse.encoder.paddle_engine
 from deploy.python import predictor
+from simcse.text.wordpiece import load_tokenizer
 
 import numpy as np
 import paddle
@@ -175,7 +175,7 @@ def test_requirements_are_pinned_as_the_projects():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_onednn_is_set_up_as_by_the_stages(exported, precision, monkeypatch):
-    """simcse/engine.py and predictor.py make the same calls of paddle.inference.Config."""
+    """simcse/encoder/paddle_engine.py and predictor.py make the same calls of paddle.inference.Config."""
     assert predictor.auto_precision("cpu") == simcse.machine.auto_precision("cpu")
     calls = []
 
@@ -189,9 +189,9 @@ def test_onednn_is_set_up_as_by_the_stages(exported, precision, monkeypatch):
             return lambda *args: calls[-1].append((name, *args))
 
     monkeypatch.setattr(paddle.inference, "Config", Config)
-    monkeypatch.setattr(simcse.engine, "CPU_HAS_BF16", True)
+    monkeypatch.setattr(simcse.encoder.paddle_engine, "CPU_HAS_BF16", True)
     monkeypatch.setattr(predictor, "CPU_HAS_BF16", True)
-    for make in (lambda: simcse.engine.CpuEngine(str(exported), precision, 2),
+    for make in (lambda: simcse.encoder.paddle_engine.CpuEngine(str(exported), precision, 2),
                  lambda: predictor.Predictor(str(exported), "cpu", 2, precision=precision)):
         with pytest.raises(TypeError):  # there is no predictor of such a config
             make()

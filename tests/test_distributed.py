@@ -8,8 +8,8 @@ import time
 
 import model as m
 from data import ShuffledBatches
-from simcse.gradients import backward
-from simcse.weights import read_weights, saved_steps
+from simcse.encoder.weights import read_weights, saved_steps
+from simcse.training.gradients import backward
 
 import gradients
 import numpy as np

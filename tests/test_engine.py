@@ -3,7 +3,7 @@
 import json
 import shutil
 
-from simcse.weights import read_weights, write_weights
+from simcse.encoder.weights import read_weights, write_weights
 
 import numpy as np
 import pytest

@@ -9,9 +9,9 @@ import subprocess
 import sys
 import zipfile
 
-import data
-from simcse import console, flags, formats
+from simcse import console, flags
 from simcse.console import InputError
+from simcse.text import formats, textfile
 
 import pytest
 import to_tsv
@@ -121,14 +121,14 @@ def test_ordinary_texts_are_not_refused(content, columns):
 def test_texts_of_every_kind_in_one_file_are_read(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("".join(TEXTS).replace("\t", " "), encoding="utf-8")
-    assert read_texts(path) == list(data.TextFile(str(path), "--flag"))
+    assert read_texts(path) == list(textfile.TextFile(str(path), "--flag"))
 
 
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the real texts are not here")
 def test_real_texts_are_read():
     for path in (SHARED / "data").glob("*/recall/*.csv"):
-        columns = data.count_columns(str(path), "--flag", (2, 3) if path.stem == "dev_labeled" else TRAINING)
-        assert sum(1 for _ in data.read_rows(str(path), columns, "--flag")) > 100
+        columns = textfile.count_columns(str(path), "--flag", (2, 3) if path.stem == "dev_labeled" else TRAINING)
+        assert sum(1 for _ in textfile.read_rows(str(path), columns, "--flag")) > 100
 
 
 def test_commas_that_may_be_columns_are_said(capsys):
@@ -148,7 +148,7 @@ def test_what_may_be_columns_is_said_once(tmp_path, capsys):
     said, = capsys.readouterr().err.splitlines()
     assert "stdin: each of the first 20 lines has 1 comma" in said
     (tmp_path / "train.csv").write_text("".join(f"{line}\n" for _, line in lines), encoding="utf-8")
-    data.TextFile(str(tmp_path / "train.csv"), "--flag", TRAINING)
+    textfile.TextFile(str(tmp_path / "train.csv"), "--flag", TRAINING)
     said, = capsys.readouterr().err.splitlines()
     assert "each of the first 100 lines has 1 comma" in said
 
@@ -184,13 +184,13 @@ def test_one_column_where_two_are_needed_names_the_flag_that_takes_it(flag, advi
 def test_both_readers_refuse_and_a_flag_reads_all_the_same(tmp_path, monkeypatch):
     path = tmp_path / "corpus.jsonl"
     path.write_text(JSONL, encoding="utf-8")
-    for read in (read_texts, data.TextFile, lambda *to: data.count_columns(*to, TRAINING)):
+    for read in (read_texts, textfile.TextFile, lambda *to: textfile.count_columns(*to, TRAINING)):
         with pytest.raises(InputError, match=r"--flag .*corpus.jsonl: JSON objects, .*corpus.tsv converts it"):
             read(str(path), "--flag")
     lines = JSONL.splitlines()
     with console.as_it_is():
-        assert read_texts(path) == list(data.TextFile(str(path), "--flag")) == lines
-        assert data.count_columns(str(path), "--flag", TRAINING) == 1
+        assert read_texts(path) == list(textfile.TextFile(str(path), "--flag")) == lines
+        assert textfile.count_columns(str(path), "--flag", TRAINING) == 1
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--plain_text"])
     flags.add_data_arguments(parser := flags.ArgumentParser("Reads."))
     parser.parse_args()
@@ -210,7 +210,7 @@ def test_later_lines_of_stdin_are_taken_and_said(capsys):
 
 
 def test_the_first_line_of_stdin_is_looked_at():
-    code = "import data; print(next(data.read_rows('-', 1, '--input_file')))"
+    code = "import data; print(next(textfile.read_rows('-', 1, '--input_file')))"
     for given, out in (('{"text": "甲"}\n', "stdin: JSON objects, one a line; needed: a text a line; python "
                         "scripts/to_tsv.py --input_file - converts it"), ('"a,b",c\n', "(1, ['\"a,b\",c'])")):
         ran = subprocess.run([sys.executable, "-c", code], input=given.encode(), capture_output=True, cwd=ROOT)
@@ -222,7 +222,7 @@ def wrong(tmp_path, content, name="texts.txt"):
     """What both readers say of a file that is not UTF-8."""
     (tmp_path / name).write_bytes(content)
     said = []
-    for read in (read_texts, data.TextFile):
+    for read in (read_texts, textfile.TextFile):
         with pytest.raises(InputError) as caught:
             read(str(tmp_path / name), "--flag")
         said.append(str(caught.value))
@@ -262,7 +262,7 @@ def test_of_several_encodings_none_is_given_as_the_right_one(tmp_path, content):
 
 
 def test_a_pipe_is_named_and_what_is_cut_off_in_it():
-    code = "import data; data.TextFile('/dev/stdin', '--flag')"
+    code = "import data; textfile.TextFile('/dev/stdin', '--flag')"
     for given, said in (("甲\n乙\t丙\n丁\n", "--flag /dev/stdin: skipped; 1 of 3 lines are malformed: /dev/stdin:2 "),
                         (JSONL, "to_tsv.py --input_file - converts it"),
                         ("你好世\udce7\udc95", ":1: not UTF-8 at byte 10 of the line; the file ends within a char")):
@@ -274,7 +274,7 @@ def test_a_pipe_is_named_and_what_is_cut_off_in_it():
 def test_characters_that_a_conversion_lost_are_said(tmp_path, capsys):
     path = tmp_path / "texts.txt"
     path.write_text("甲\n\ufffd\ufffd乙\n丙\n", encoding="utf-8")
-    assert len(data.TextFile(str(path), "--flag")) == 3
+    assert len(textfile.TextFile(str(path), "--flag")) == 3
     assert f"--flag {path}: 1 of 3 lines have U+FFFD, " in (said := capsys.readouterr().err) and said.endswith(":2\n")
 
 
@@ -314,5 +314,5 @@ def test_archives_workbooks_and_what_else_is_no_text(tmp_path):
     ("texts.txt.gz", "gzip"), ("one_gbk_line.txt", "1 of 841 lines"), ("utf8_truncated_end.txt", "it was cut off")])
 def test_files_of_users_in_other_encodings(name, kind):
     with pytest.raises(InputError) as caught:
-        data.TextFile(str(CASES / "04-encodings" / name), "--flag")
+        textfile.TextFile(str(CASES / "04-encodings" / name), "--flag")
     assert kind in str(caught.value)

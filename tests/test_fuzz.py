@@ -5,12 +5,15 @@ import math
 import os
 import tempfile
 
-import ann_util
 import data
 import evaluate
-from ann_util import Shards, exact_search, merge
 from simcse import console, files, measures
+from simcse.index import shards
+from simcse.index.exact import exact_search, merge
+from simcse.index.shards import Shards
 from simcse.measures import percent
+from simcse.text import textfile, wordpiece
+from simcse.text.tokens import make_batches
 
 import numpy as np
 import pytest
@@ -37,7 +40,7 @@ def path():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return data.load_tokenizer(str(ENCODER))
+    return wordpiece.load_tokenizer(str(ENCODER))
 
 
 def outcome(read):
@@ -54,17 +57,17 @@ def test_texts_by_offset_are_the_texts(path, content, chunk):
     """Any bytes: a list of texts or one line of error, the same from both readers; line numbers are the file's."""
     with open(path, "wb") as file:
         file.write(content)
-    before, data.TextFile._CHUNK = data.TextFile._CHUNK, chunk
+    before, textfile.TextFile._CHUNK = textfile.TextFile._CHUNK, chunk
     try:
         texts = outcome(lambda: read_texts(path, "--flag"))
-        assert texts == outcome(lambda: data.TextFile(path, "--flag"))
+        assert texts == outcome(lambda: textfile.TextFile(path, "--flag"))
         if isinstance(texts, list):
             lines = content.splitlines()
-            kept = data.TextFile(path, "--flag")
+            kept = textfile.TextFile(path, "--flag")
             for row, text in enumerate(texts):
                 assert lines[kept.line_number(row) - 1].decode("utf-8").replace("\ufeff", "").strip() == text
     finally:
-        data.TextFile._CHUNK = before
+        textfile.TextFile._CHUNK = before
 
 
 @given(content=FILES, columns=st.integers(1, 3))
@@ -72,9 +75,9 @@ def test_rows_add_up(path, content, columns):
     """Rows that are read are rows of the file; strict, either all of them come or an error."""
     with open(path, "wb") as file:
         file.write(content)
-    rows = outcome(lambda: (row for _, row in data.read_rows(path, columns, "--flag")))
+    rows = outcome(lambda: (row for _, row in textfile.read_rows(path, columns, "--flag")))
     console.settings.strict = True
-    strict = outcome(lambda: (row for _, row in data.read_rows(path, columns, "--flag")))
+    strict = outcome(lambda: (row for _, row in textfile.read_rows(path, columns, "--flag")))
     console.settings.strict = False
     if isinstance(rows, str):
         assert rows.startswith("--flag ") and "\n" not in rows and isinstance(strict, str)
@@ -102,7 +105,7 @@ def test_tokens_of_any_text(tokenizer, texts, length):
 def test_batches_restore_the_order(lengths, size, tokens):
     ids = [[number + 1] * length for number, length in enumerate(lengths)]
     seen = {}
-    for rows, input_ids, types in data.make_batches(ids, 0, size, tokens):
+    for rows, input_ids, types in make_batches(ids, 0, size, tokens):
         assert len(rows) == len(input_ids) and not types.any()
         seen.update({row: [i for i in line if i] for row, line in zip(rows, input_ids.tolist())})
     assert [seen[row] for row in range(len(ids))] == ids
@@ -167,4 +170,4 @@ def test_shards_round_trip(documents, k, ranks, graph, seed):
     np.testing.assert_allclose(cosines, np.take_along_axis(queries @ corpus.T, rows, axis=1), atol=1e-5)
     if not graph:
         np.testing.assert_allclose(cosines, exact_search(queries, corpus, k)[1], atol=1e-6)
-    assert ann_util.ann_recall(cosines, exact_search(queries, corpus, k)[1]) > (0.9 if graph else 0.999)
+    assert shards.ann_recall(cosines, exact_search(queries, corpus, k)[1]) > (0.9 if graph else 0.999)

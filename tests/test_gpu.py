@@ -11,10 +11,12 @@ import ann_util
 import train
 from deploy.serving import searcher
 from scripts import pretrain
-from simcse import engine, flags, machine, ranks, run
+from simcse import flags, machine, ranks
 from simcse.console import InputError
-from simcse.gradients import backward
-from simcse.precision import gpu_precision
+from simcse.device import gpu_precision
+from simcse.encoder import engine
+from simcse.training import trainer
+from simcse.training.gradients import backward
 
 import numpy as np
 import paddle
@@ -40,19 +42,19 @@ def scaler(scale):
 
 def test_a_loss_scaler_goes_on_from_its_record():
     whole, other = scaler(4096.0), scaler(1.0)
-    record = run.scaler_record(whole)
+    record = trainer.scaler_record(whole)
     assert record["scale"] == 4096 and record["incr_count"] == 7
     other._incr_count = 0
-    run.restore_scaler(other, record)
+    trainer.restore_scaler(other, record)
     assert other._scale.item() == 4096 and other._incr_count == 7
-    assert run.scaler_record(other) == record
-    assert run.scaler_record(paddle.amp.GradScaler(enable=False)) == {}
+    assert trainer.scaler_record(other) == record
+    assert trainer.scaler_record(paddle.amp.GradScaler(enable=False)) == {}
 
 
 def test_without_decay_all_parameters_by_one_operator_are_adamw():
     settings = argparse.Namespace(weight_decay=0.0, max_grad_norm=0.5)
     networks = [tiny() for _ in range(2)]
-    optimizers = [run.make_optimizer(settings, networks[0], 0.01), paddle.optimizer.AdamW(
+    optimizers = [trainer.make_optimizer(settings, networks[0], 0.01), paddle.optimizer.AdamW(
         0.01, parameters=networks[1].parameters(), weight_decay=0.0, grad_clip=paddle.nn.ClipGradByGlobalNorm(0.5))]
     for number in range(3):
         for network, optimizer in zip(networks, optimizers):
@@ -69,12 +71,12 @@ def test_a_step_of_gradients_beyond_the_range_of_fp16_is_left_out(decay, capsys)
     layers = [paddle.nn.Linear(3, 2) for _ in range(2)]
     layers[1].set_state_dict(layers[0].state_dict())
     settings = argparse.Namespace(weight_decay=decay, max_grad_norm=1.0)
-    optimizers = [run.make_optimizer(settings, layer, 0.1) for layer in layers]
+    optimizers = [trainer.make_optimizer(settings, layer, 0.1) for layer in layers]
     scales = scaler(1024.0)
 
     def step(layer, optimizer, scaler, scale):  # `scaler.scale` would switch itself off on a CPU
         ((layer(paddle.ones([1, 3])) ** 2).sum() * scale).backward()
-        run.take_step(optimizer, scaler)
+        trainer.take_step(optimizer, scaler)
         optimizer.clear_grad()
 
     before = layers[0].weight.numpy()
@@ -185,10 +187,10 @@ def test_encoding_is_announced_in_its_precision(gpus, capsys):
 
 
 def test_ranks_train_in_one_precision(monkeypatch, tmp_path):
-    monkeypatch.setattr(run, "join_ranks", lambda: None)
+    monkeypatch.setattr(trainer, "join_ranks", lambda: None)
     monkeypatch.setattr(ranks, "gather_arrays", lambda array: [array, np.array([flags.TRAIN_PRECISIONS.index("fp16")])])
     with pytest.raises(InputError, match="--precision: bf16 on this machine, and another on another"):
-        run.Run(training(precision="bf16"), None, None, 1, None)
+        trainer.Run(training(precision="bf16"), None, None, 1, None)
 
 
 @pytest.fixture
@@ -246,8 +248,8 @@ def test_an_evaluation_takes_no_more_tokens_at_once_than_a_step(batch, chunk, le
 
 @pytest.mark.parametrize("major, precision", [(7, "bf16"), (7, "tf32"), (6, "fp16")])
 def test_a_precision_that_a_gpu_has_not_is_refused_before_anything(gpus, monkeypatch, major, precision):
-    monkeypatch.setattr(run, "set_device", lambda *_: None)
+    monkeypatch.setattr(trainer, "set_device", lambda *_: None)
     gpus(major)
     args = argparse.Namespace(device="gpu", cpu_threads=0, precision=precision, seed=0)
     with pytest.raises(InputError, match=f"--precision {precision}: this GPU does not have it"):
-        run.run_training(args, lambda: pytest.fail("it trains"))
+        trainer.run_training(args, lambda: pytest.fail("it trains"))

@@ -8,11 +8,13 @@ from conftest import ROOT
 
 NINE = {"model", "data", "ann_util", "train", "recall", "evaluate", "predict", "inference", "export_model"}
 SHARED = {"model", "data", "ann_util"}
+ROOMS = ("text", "encoder", "index", "training")  # of simcse, each above those before it
+MODULES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path
+           for path in ROOT.glob("simcse/**/*.py") if path.stem != "__init__"}
 
 
 def imported(path):
-    """The modules that a file imports anywhere, functions included; of `from x import y` x, and x.y where x is simcse.
-    """
+    """Return the modules that a file imports anywhere, functions included; of `from x import y` both x and x.y."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -20,7 +22,7 @@ def imported(path):
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path}: a relative import"
             found.add(node.module)
-            found.update(f"{node.module}.{alias.name}" for alias in node.names if node.module == "simcse")
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
     return found
 
 
@@ -33,7 +35,7 @@ def test_nine_scripts_at_the_top():
     assert {name.removesuffix(".py") for name in listed if "/" not in name} == NINE
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("simcse/*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(ROOT.glob("simcse/**/*.py")), ids=lambda path: path.stem)
 def test_nothing_in_simcse_imports_what_is_above(path):
     assert not tops(path) & (NINE | {"deploy", "scripts", "benchmarks", "tests"})
 
@@ -45,13 +47,21 @@ def test_scripts_import_downwards(name):
 
 
 def test_no_circle_in_simcse():
-    """Rooms in the order of their imports, each above what it imports; what functions import counts as well."""
-    below = {path.stem: {name.split(".")[1] for name in imported(path) if name.startswith("simcse.")}
-             for path in ROOT.glob("simcse/*.py") if path.stem != "__init__"}
+    """Modules in the order of their imports, each above what it imports; what functions import counts as well."""
+    below = {name: imported(path) & MODULES.keys() for name, path in MODULES.items()}
     while below:
-        lowest = {room for room, others in below.items() if not others & below.keys()}
+        lowest = {module for module, others in below.items() if not others & below.keys()}
         assert lowest, f"a circle among {sorted(below)}"
-        below = {room: others for room, others in below.items() if room not in lowest}
+        below = {module: others for module, others in below.items() if module not in lowest}
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_rooms_import_downwards(name):
+    """A room imports only rooms before it; what all rooms share imports none, except flags, which is above them."""
+    room = name.split(".")[1] if name.count(".") == 2 else None
+    allowed = set(ROOMS[: ROOMS.index(room) + 1]) if room else set(ROOMS) if name == "simcse.flags" else set()
+    rooms = {module.split(".")[1] for module in imported(MODULES[name]) if module.startswith("simcse.")}
+    assert not rooms & set(ROOMS) - allowed
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("deploy/python/*.py")), ids=lambda path: path.name)

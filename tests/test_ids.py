@@ -2,9 +2,9 @@
 
 import json
 
-import data
-from ann_util import Entries
 from simcse.console import InputError, settings
+from simcse.index.documents import Entries
+from simcse.text import textfile
 
 import pytest
 from conftest import FP32, read_texts, refuse, succeed
@@ -12,7 +12,7 @@ from conftest import FP32, read_texts, refuse, succeed
 
 def corpus_of(folder, *lines, columns=None):
     (folder / "corpus.csv").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return data.Corpus(str(folder / "corpus.csv"), "--corpus_file", columns)
+    return textfile.Corpus(str(folder / "corpus.csv"), "--corpus_file", columns)
 
 
 def test_ids_are_found_out_or_forced(tmp_path, capsys):
@@ -61,7 +61,7 @@ def numbered(sample, tmp_path_factory):
     folder = tmp_path_factory.mktemp("numbered")
     corpus = read_texts(sample / "corpus.csv")
     ids = {text: f"doc{number}" for number, text in reversed(list(enumerate(corpus)))}
-    pairs = data.read_text_pairs(str(sample / "dev.csv"), "--flag")
+    pairs = textfile.read_text_pairs(str(sample / "dev.csv"), "--flag")
     for name, rows in (("corpus.csv", [*((f"doc{number}", text) for number, text in enumerate(corpus)),
                                        ("copy", corpus[0])]),
                        ("plain.csv", [[text] for text in [*corpus, corpus[0]]]),

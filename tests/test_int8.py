@@ -6,9 +6,10 @@ import shutil
 from types import SimpleNamespace
 
 import model as m
-from simcse import engine, int8
 from simcse.console import InputError
-from simcse.engine import make_engine
+from simcse.encoder import engine
+from simcse.encoder import openvino as int8
+from simcse.encoder.engine import make_engine
 
 import numpy as np
 import pytest
@@ -212,7 +213,7 @@ def test_a_graph_that_is_far_from_the_network_is_refused():
 
 
 def test_first_avg_has_no_products_to_quantize():
-    from simcse.encoders import load_encoder
+    from simcse.encoder.pretrained import load_encoder
 
     network = m.SimCSE(load_encoder(str(ENCODER)), pooling="first_avg")
     with pytest.raises(InputError, match="--precision int8: pooling first_avg is computed in fp32"):

@@ -5,12 +5,12 @@ import json
 import re
 from types import SimpleNamespace
 
-import data
 import model as m
 import train
 from deploy.python import predictor
 from simcse import console, flags
 from simcse.console import InputError
+from simcse.text import textfile, wordpiece
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ UNSEEN = ["😀😀", "👍!", "สวัสดี ครับ", "\u200b", "한
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return data.load_tokenizer(str(ENCODER))
+    return wordpiece.load_tokenizer(str(ENCODER))
 
 
 class Ones:
@@ -69,7 +69,7 @@ def test_the_scripts_leave_the_length_to_the_checkpoint(script):
 def test_cut_texts_are_counted(tokenizer, tmp_path, capsys):
     """A text of as many tokens as there is room for is not cut; places are those of lines, blank ones counted."""
     (tmp_path / "t.csv").write_text("六个汉字的长\n\n七个汉字的长短\n短\nabc " + "长" * 900 + "\n", encoding="utf-8")
-    texts = data.TextFile(str(tmp_path / "t.csv"), "--flag")
+    texts = textfile.TextFile(str(tmp_path / "t.csv"), "--flag")
     assert m.encode(Ones(), tokenizer, texts, 8).shape == (4, 4)
     assert capsys.readouterr().err == (f"2 of 4 texts are longer than 8 tokens and are cut; a higher --max_seq_length, "
                                        f"in training too, reads on: {tmp_path}/t.csv:3, {tmp_path}/t.csv:5\n")
@@ -93,7 +93,7 @@ def test_strict_data_refuses_them(tokenizer, monkeypatch):
 def test_texts_that_the_encoder_does_not_see_are_like_none(tokenizer, capsys):
     """[UNK] and no word besides, or no token at all: zeros, whose cosine with any text, each other's too, is 0."""
     texts = ["语义", *UNSEEN, "👍1", "。。", "语👍"]
-    assert data.unseen(tokenizer, tokenizer(texts, 8)) == [1, 2, 3, 4, 5]
+    assert wordpiece.unseen(tokenizer, tokenizer(texts, 8)) == [1, 2, 3, 4, 5]
     embeddings = m.encode(Ones(), tokenizer, texts, 8)
     assert embeddings.any(axis=1).tolist() == [True, *[False] * 5, True, True, True]
     first, second = m.encode_pairs(Ones(), tokenizer, [("👍", "👍"), ("短", "短")], 8)
@@ -122,7 +122,8 @@ def test_nor_are_they_to_a_service_or_a_server(tokenizer, tmp_path, capsys):
 
 def test_the_graph_finds_its_way_past_zeros():
     """Documents that are not seen neither hide the others nor stand before them."""
-    from ann_util import HnswIndex, exact_search
+    from simcse.index.exact import exact_search
+    from simcse.index.hnsw import HnswIndex
 
     vectors = np.random.default_rng(0).standard_normal((2000, 16)).astype("float32")
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -143,13 +144,13 @@ def test_training_texts_that_are_one_after_cutting(tokenizer, tmp_path, capsys):
     """Of pairs a line is said where either of its texts is such a one."""
     path = tmp_path / "train.csv"
     path.write_text("".join(f"承担单位见附件{row}\n" for row in range(5)) + "别的\n别的\n", encoding="utf-8")
-    m.look_at(data.TextFile(str(path), "--flag").spread(9), tokenizer, 8)
+    m.look_at(textfile.TextFile(str(path), "--flag").spread(9), tokenizer, 8)
     cut, alike = capsys.readouterr().err.splitlines()
     assert cut.startswith("5 of 7 texts are longer than 8 tokens")
     assert alike == ("4 of 7 texts, cut to 8 tokens, are one with another text; a higher --max_seq_length tells them "
                      f"apart: {path}:2, {path}:3, {path}:4")
     path.write_text("".join(f"问题{row}\t承担单位见附件{row}\n" for row in "甲乙"), encoding="utf-8")
-    m.look_at(data.TextFile(str(path), "--flag", columns=2).spread(9), tokenizer, 8)
+    m.look_at(textfile.TextFile(str(path), "--flag", columns=2).spread(9), tokenizer, 8)
     said = capsys.readouterr().err.splitlines()[1]
     assert said.startswith("1 of 4 texts, cut to 8 tokens, are one with another") and said.endswith(f" {path}:2")
 
@@ -159,12 +160,12 @@ def test_texts_that_are_one_to_the_encoder_are_no_training(tokenizer, tmp_path, 
     path = tmp_path / "train.csv"
     for content in ("😀\n😀😀\n👍\n", "Hello 你好\nhello  你好\nＨ\n", "甲\tX\n乙\tx\n"):
         path.write_text(content, encoding="utf-8")
-        texts = data.TextFile(str(path), "--flag", content.count("\t") and 2 or 1)
+        texts = textfile.TextFile(str(path), "--flag", content.count("\t") and 2 or 1)
         with pytest.raises(InputError, match="train.csv: there are no two different texts as the encoder sees them"):
             train.look(arguments(path, epochs=0, whiten=0), texts, [], tokenizer)
         train.look(arguments(path, epochs=0, whiten=None), texts, [], tokenizer)
     path.write_text("承担单位见附件一\n承担单位见附件二\n", encoding="utf-8")  # they are but cut, which is warned of
-    train.look(arguments(path, epochs=1, whiten=None), data.TextFile(str(path), "--flag"), [], tokenizer)
+    train.look(arguments(path, epochs=1, whiten=None), textfile.TextFile(str(path), "--flag"), [], tokenizer)
     assert "1 of 2 texts, cut to 8 tokens, are one with another text" in capsys.readouterr().err
 
 
@@ -197,9 +198,9 @@ def test_ranks_count_together(tokenizer, monkeypatch, capsys):
 def test_a_batch_of_one_is_warned_about(tmp_path, capsys):
     path = tmp_path / "train.csv"
     path.write_text("甲\n乙\n", encoding="utf-8")
-    train.check_learnable(arguments(path, batch_size=1), data.TextFile(str(path), "--flag"))
+    train.check_learnable(arguments(path, batch_size=1), textfile.TextFile(str(path), "--flag"))
     assert "batches of one text have no negatives" in capsys.readouterr().err
-    train.check_learnable(arguments(path), data.TextFile(str(path), "--flag"))
+    train.check_learnable(arguments(path), textfile.TextFile(str(path), "--flag"))
     assert not capsys.readouterr().err
 
 
@@ -226,7 +227,7 @@ def test_targets_that_the_corpus_lacks(tmp_path, capsys):
     import recall
 
     (tmp_path / "corpus.csv").write_text("甲？\n\ufeff乙 丙\n丁\n", encoding="utf-8")
-    corpus = data.Corpus(str(tmp_path / "corpus.csv"), "--corpus_file")
+    corpus = textfile.Corpus(str(tmp_path / "corpus.csv"), "--corpus_file")
 
     def check(*targets):
         args = SimpleNamespace(similar_text_pair="dev.csv", targets="text")

@@ -1,10 +1,12 @@
 """The losses of training against formulas written out in numpy, and poolings against their definitions."""
 
 import model as m
-from data import pad
 from simcse.console import InputError
-from simcse.engine import CpuEngine, TableEngine, export_graph, make_engine
+from simcse.encoder.engine import make_engine
+from simcse.encoder.paddle_engine import CpuEngine, export_graph
+from simcse.encoder.table import TableEngine
 from simcse.flags import POOLINGS
+from simcse.text.tokens import pad
 
 import numpy as np
 import paddle

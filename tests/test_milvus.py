@@ -6,12 +6,14 @@ import shutil
 import signal
 import subprocess
 
-from ann_util import Entries, Kept, ann_recall
-from data import Corpus
+from ann_util import Kept
 from simcse.console import InputError
-from simcse.hits import expand, search
-from simcse.milvus import MilvusIndex
-from simcse.passages import Passages
+from simcse.index.documents import Entries
+from simcse.index.hits import expand, search
+from simcse.index.milvus import MilvusIndex
+from simcse.index.shards import ann_recall
+from simcse.text.passages import Passages
+from simcse.text.textfile import Corpus
 
 import numpy as np
 import pytest

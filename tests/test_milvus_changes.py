@@ -8,10 +8,11 @@ import subprocess
 import zlib
 from pathlib import Path
 
-from ann_util import Entries, Kept
-from data import Corpus
+from ann_util import Kept
 from simcse.console import InputError
-from simcse.milvus import MilvusIndex
+from simcse.index.documents import Entries
+from simcse.index.milvus import MilvusIndex
+from simcse.text.textfile import Corpus
 
 import numpy as np
 import pytest

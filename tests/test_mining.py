@@ -3,8 +3,8 @@
 import argparse
 import re
 
-from data import read_rows, read_text_pairs
 from scripts.mine_negatives import Miner, bigrams, overlap, read_pairs
+from simcse.text.textfile import read_rows, read_text_pairs
 
 import pytest
 from conftest import FP32, read_texts, refuse, succeed

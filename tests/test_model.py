@@ -5,10 +5,11 @@ import os
 import pickle
 
 import model as m
-from data import load_tokenizer, pad
-from simcse import encoders, weights
 from simcse.console import InputError
-from simcse.engine import make_engine
+from simcse.encoder import paddle_patches, pretrained, weights
+from simcse.encoder.engine import make_engine
+from simcse.text.tokens import pad
+from simcse.text.wordpiece import load_tokenizer
 
 import numpy as np
 import paddle
@@ -132,7 +133,7 @@ def test_dropout_makes_two_views():
 
 def test_padding_and_batching_change_nothing():
     tokenizer, texts = load_tokenizer(str(ENCODER)), ["语义索引", "召回一批语义相关的文本" * 3, "短", "SimCSE"] * 3
-    network = m.SimCSE(encoders.load_encoder(str(ENCODER)), output_emb_size=32)
+    network = m.SimCSE(pretrained.load_encoder(str(ENCODER)), output_emb_size=32)
     one_by_one = m.encode(network, tokenizer, texts, 24, 1)
     np.testing.assert_allclose(m.encode(network, tokenizer, texts, 24, 5), one_by_one, atol=1e-5)
     assert one_by_one.shape == (12, 32) and one_by_one.dtype == np.float32
@@ -211,7 +212,7 @@ def test_another_encoder_of_automodel(tmp_path):
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(chr, range(0x4E00, 0x4E00 + 195))]
     (tmp_path / "bert" / "vocab.txt").write_text("\n".join(vocab) + "\n", encoding="utf-8")
     (tmp_path / "bert" / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
-    network = m.SimCSE(encoders.load_encoder(str(tmp_path / "bert"), dropout=0.3), output_emb_size=4)
+    network = m.SimCSE(pretrained.load_encoder(str(tmp_path / "bert"), dropout=0.3), output_emb_size=4)
     assert network.ptm.config.hidden_dropout_prob == 0.3 and type(network.ptm).__name__ == "BertModel"
     tokenizer = load_tokenizer(str(tmp_path / "bert"))
     m.save_checkpoint(str(tmp_path / "ck"), network, tokenizer,
@@ -229,11 +230,11 @@ def test_an_encoder_with_missing_layers_is_an_error(tmp_path, capsys):
     state = paddle.load(path)
     no_pooler = {name: value for name, value in state.items() if "pooler" not in name}
     paddle.save(no_pooler, path)
-    encoders.load_encoder(str(tmp_path))
+    pretrained.load_encoder(str(tmp_path))
     assert "has no trained pooler" in capsys.readouterr().err
     paddle.save({name: value for name, value in no_pooler.items() if "layers.1.linear1" not in name}, path)
     with pytest.raises(InputError, match=r"lack .*layers\.1\.linear1"):
-        encoders.load_encoder(str(tmp_path))
+        pretrained.load_encoder(str(tmp_path))
 
 
 def test_record_is_plain_json(saved):
@@ -278,23 +279,23 @@ def test_an_encoder_of_another_kind_is_left_alone():
     class Encoder(paddle.nn.Layer):
         pass
 
-    encoders.first_token_only(Encoder())
+    paddle_patches.first_token_only(Encoder())
     pre_norm = Encoder()
     pre_norm.encoder = paddle.nn.TransformerEncoder(
         paddle.nn.TransformerEncoderLayer(16, 2, 32, normalize_before=True), 2)
-    encoders.first_token_only(pre_norm)
+    paddle_patches.first_token_only(pre_norm)
     assert "forward" not in pre_norm.encoder.layers[-1].__dict__
 
 
 def test_fast_bias_gradients_are_the_same():
-    from simcse import encoders
+    from simcse.encoder import paddle_patches
 
     gradients = []
     (batch,) = tensors(ids())
     for fast in (True, False):
         network = tiny()
         if fast:
-            encoders.train_faster_on_cpu(network)
+            paddle_patches.train_faster_on_cpu(network)
             assert sum("forward" in layer.__dict__ for layer in network.sublayers()) > 10
         network(batch, batch).backward()
         gradients.append({name: p.grad.numpy() for name, p in network.named_parameters() if p.grad is not None})

@@ -8,9 +8,9 @@ from importlib import metadata
 
 import model as m
 from deploy.python.predictor import Predictor
-from simcse import weights
 from simcse.console import InputError
-from simcse.engine import export_onnx
+from simcse.encoder import weights
+from simcse.encoder.onnx import export_onnx
 
 import numpy as np
 import pytest

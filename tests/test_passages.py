@@ -3,10 +3,11 @@
 import json
 
 import model as m
-from ann_util import Entries
-from data import Corpus, load_tokenizer, read_text_pairs
-from simcse.hits import best_rows, expand, search
-from simcse.passages import Passages, begins
+from simcse.index.documents import Entries
+from simcse.index.hits import best_rows, expand, search
+from simcse.text.passages import Passages, begins
+from simcse.text.textfile import Corpus, read_text_pairs
+from simcse.text.wordpiece import load_tokenizer
 
 import numpy as np
 import pytest

@@ -5,10 +5,10 @@ import os
 import re
 
 import model as m
-from data import read_text_pairs
 from simcse import machine
-from simcse.engine import make_engine
+from simcse.encoder.engine import make_engine
 from simcse.flags import README_TEXT
+from simcse.text.textfile import read_text_pairs
 
 import numpy as np
 import pytest

@@ -1,11 +1,11 @@
 """What bfloat16 costs on a CPU: cosines and recall on real text."""
 
 import model as m
-from ann_util import exact_search
-from data import distinct, read_text_pairs
 from simcse import machine
-from simcse.engine import make_engine
+from simcse.encoder.engine import make_engine
+from simcse.index.exact import exact_search
 from simcse.measures import first_hits, per_query, percent
+from simcse.text.textfile import distinct, read_text_pairs
 
 import numpy as np
 import pytest

@@ -6,8 +6,8 @@ import re
 import shutil
 
 import model as m
-from ann_util import exact_search
-from data import read_text_pairs
+from simcse.index.exact import exact_search
+from simcse.text.textfile import read_text_pairs
 
 import numpy as np
 import pytest

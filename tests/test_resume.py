@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 
-from simcse import weights as w
+from simcse.encoder import weights as w
 
 import numpy as np
 import pytest

@@ -9,7 +9,7 @@ from importlib import metadata
 import pytest
 from conftest import ROOT
 
-SOURCES = sorted(path for folder in ("", "simcse/", "scripts/", "deploy/**/") for path in ROOT.glob(f"{folder}*.py"))
+SOURCES = sorted(path for folder in ("", "simcse/**/", "scripts/", "deploy/**/") for path in ROOT.glob(f"{folder}*.py"))
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)

@@ -3,8 +3,8 @@
 
 import json
 
-from data import read_text_pairs
-from simcse.bm25 import words
+from simcse.index.bm25 import words
+from simcse.text.textfile import read_text_pairs
 
 import numpy as np
 import pytest

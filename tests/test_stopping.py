@@ -5,7 +5,8 @@ import signal
 import subprocess
 
 import model
-from simcse import run, weights
+from simcse.encoder import weights
+from simcse.training import trainer
 
 import pytest
 from conftest import command
@@ -40,15 +41,15 @@ def test_signals_save_and_a_second_ends_at_once(flags, tmp_path, signals, code):
 
 def test_a_signal_that_comes_while_ranks_ask_each_other_is_kept(monkeypatch):
     """It has the ranks stop the next time that they ask."""
-    training = object.__new__(run.Run)
+    training = object.__new__(trainer.Run)
     training.step, training.signal = 10, 0
 
     def largest(number):
         training.signal = signal.SIGTERM
         return number
 
-    monkeypatch.setattr(run, "RANKS", 2)
-    monkeypatch.setattr(run, "largest", largest)
+    monkeypatch.setattr(trainer, "RANKS", 2)
+    monkeypatch.setattr(trainer, "largest", largest)
     assert training._stops() == 0
     training.step = 15
     assert training._stops() == 0

@@ -4,10 +4,10 @@ import json
 import subprocess
 import sys
 
-import data
 from deploy.python import predictor
 from deploy.serving import searcher
-from simcse import console, files, tokens
+from simcse import console, files
+from simcse.text import tokens, wordpiece
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from conftest import ENCODER, ROOT, SHARED
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return data.load_tokenizer(str(ENCODER))
+    return wordpiece.load_tokenizer(str(ENCODER))
 
 
 def test_tokens_agree_with_the_original(tokenizer):
@@ -38,7 +38,7 @@ def test_tokens_agree_with_paddlenlp(tokenizer, tmp_path):
     expected = [python(text, max_length=20, truncation=True)["input_ids"] for text in texts]
     assert tokenizer(texts, 20) == expected
     tokenizer.save_pretrained(str(tmp_path))
-    assert data.load_tokenizer(str(tmp_path))(texts, 20) == expected
+    assert wordpiece.load_tokenizer(str(tmp_path))(texts, 20) == expected
     reloaded = AutoTokenizer.from_pretrained(str(tmp_path))
     assert type(reloaded).__name__ == "ErnieTokenizer"
     assert reloaded("国有企业 SimCSE")["input_ids"] == python("国有企业 SimCSE")["input_ids"]
@@ -53,7 +53,7 @@ def test_batches_cover_every_text_once(tokenizer):
                           ({"batch_tokens": 1}, lambda shape: shape[0] == 1)):
         for ids in windows:
             seen = {}
-            for rows_, input_ids, token_type_ids in data.make_batches(ids, 0, **options):
+            for rows_, input_ids, token_type_ids in tokens.make_batches(ids, 0, **options):
                 longest = max(len(ids[row]) for row in rows_)
                 assert input_ids.dtype == token_type_ids.dtype == np.int64 and input_ids.shape == token_type_ids.shape
                 assert fits(input_ids.shape) and not token_type_ids.any()
@@ -164,8 +164,8 @@ def test_a_tokenizer_that_does_not_split_han_characters_is_paddlenlps(tmp_path):
     (tmp_path / "vocab.txt").write_bytes((ENCODER / "vocab.txt").read_bytes())
     config = json.loads((ENCODER / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "tokenize_chinese_chars": False}))
-    assert data._read_wordpiece(str(tmp_path)) is None
-    assert data._read_wordpiece(str(ENCODER)) is not None
+    assert wordpiece._read_wordpiece(str(tmp_path)) is None
+    assert wordpiece._read_wordpiece(str(ENCODER)) is not None
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -5,10 +5,10 @@ import os
 import re
 
 import model as m
-from ann_util import exact_search
-from data import read_text_pairs
-from simcse.engine import make_engine
+from simcse.encoder.engine import make_engine
+from simcse.index.exact import exact_search
 from simcse.measures import first_hits
+from simcse.text.textfile import read_text_pairs
 
 import numpy as np
 import pytest

@@ -9,8 +9,8 @@ import sys
 import urllib.request
 
 from model import SimCSE
-from simcse.encoders import load_encoder
-from simcse.run import BINS, alignment, uniformity
+from simcse.encoder.pretrained import load_encoder
+from simcse.training.trainer import BINS, alignment, uniformity
 
 import numpy as np
 import pytest

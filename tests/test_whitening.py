@@ -2,11 +2,12 @@
 
 import argparse
 
-import data
 import model as m
 from deploy.serving import searcher
-from simcse import flags, whitening
-from simcse.encoders import load_encoder
+from simcse import flags
+from simcse.encoder import whitening
+from simcse.encoder.pretrained import load_encoder
+from simcse.text import textfile, tokens, wordpiece
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def test_whitened_vectors_are_uncorrelated_and_of_one_variance():
                                    ["bidirectional transformers for language understanding " * 30] * 400, ["日"]])
 def test_runs_are_of_all_lengths_and_none_is_cut(texts):
     """Of long texts and of short ones, of few letters a token and of many; as many lengths are short as are long."""
-    tokenizer = data.load_tokenizer(str(ENCODER))
+    tokenizer = wordpiece.load_tokenizer(str(ENCODER))
     found = whitening.runs([f"{row}{text}" for row, text in enumerate(texts)], tokenizer, 64)
     lengths = np.array([len(ids) for ids in tokenizer(found, 512)])
     assert lengths.max() <= 64
@@ -48,9 +49,9 @@ def test_runs_are_of_all_lengths_and_none_is_cut(texts):
 
 def test_fitted_on_documents_alone_it_recalls_for_queries(real_data):
     """Titles are short and abstracts long: whitened on abstracts as they are, 61 % of these titles recalled theirs."""
-    pairs = data.read_text_pairs(str(real_data / "csl" / "recall" / "dev.csv"), "--file")[:100]
+    pairs = textfile.read_text_pairs(str(real_data / "csl" / "recall" / "dev.csv"), "--file")[:100]
     network = m.SimCSE(load_encoder(str(ENCODER), 0.1), pooling="first_last_avg")
-    tokenizer = data.load_tokenizer(str(ENCODER))
+    tokenizer = wordpiece.load_tokenizer(str(ENCODER))
     queries, documents = ([pair[side] for pair in pairs] for side in (0, 1))
     sample = documents + whitening.runs(documents, tokenizer, 48)
     whitening.whiten(network, lambda: m.encode(network, tokenizer, sample, 48), 256, 48)
@@ -102,7 +103,7 @@ def test_a_whitened_checkpoint(texts, tmp_path, more):
     where = argparse.Namespace(model_dir=str(tmp_path / "exported"), device="cpu", cpu_threads=0, precision=None)
     engine = searcher._open_engine(where, "fp32", 10)
     assert type(engine).__name__ == ("TableEngine" if more[0] == "--pooling" else "Predictor")
-    batch = data.pad(tokenizer(lines, 16), tokenizer.pad_token_id)
+    batch = tokens.pad(tokenizer(lines, 16), tokenizer.pad_token_id)
     np.testing.assert_allclose(engine.embed(*batch), white, atol=1e-4)
 
 

@@ -1,7 +1,7 @@
 """What the tests of training share: flags of small runs, and what a run leaves."""
 
 import model as m
-from simcse import weights as w
+from simcse.encoder import weights as w
 
 import numpy as np
 from conftest import ENCODER, FP32, succeed

@@ -7,13 +7,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import ann_util
-from data import distinct, load_tokenizer, unseen
 from deploy.python import predictor
 from deploy.serving.batching import Job
 from simcse import console
 from simcse.flags import FUSED
-from simcse.hits import Rows, expand, search
-from simcse.tokens import Ids, Tokens
+from simcse.index.exact import Found as Hits
+from simcse.index.hits import Rows, expand, search
+from simcse.text.textfile import distinct
+from simcse.text.tokens import Ids, Tokens
+from simcse.text.wordpiece import load_tokenizer, unseen
 
 import numpy as np
 
@@ -123,9 +125,9 @@ class Searcher:
                 found[text, True] = self._fused(text, queries[row], near, asked[text, True], depth)
         return found
 
-    def _fused(self, text: str, query: np.ndarray, near: ann_util.Found, top_k: int, depth: int) -> list[Found]:
+    def _fused(self, text: str, query: np.ndarray, near: Hits, top_k: int, depth: int) -> list[Found]:
         """As recall.py --hybrid_bm25 fuses what is `near` with what BM25 finds."""
-        from simcse.bm25 import fuse, words
+        from simcse.index.bm25 import fuse, words
 
         (entries,), (scores,) = fuse(near, self.bm25.search([text], depth), min(top_k, len(self.entries)))
         entries, scores = entries[entries >= 0], scores[entries >= 0]
@@ -195,7 +197,7 @@ def open_searcher(args: argparse.Namespace) -> Searcher:
     Raises:
         InputError: no exported model, no index, or one of another model.
     """
-    from simcse.weights import CONFIG_FILE, read_record
+    from simcse.encoder.weights import CONFIG_FILE, read_record
 
     digest = read_record(args.model_dir).get("model")
     if not digest:
@@ -221,7 +223,7 @@ def open_searcher(args: argparse.Namespace) -> Searcher:
 
 
 def _open_collection(args: argparse.Namespace, fingerprint: dict) -> tuple[Any, dict]:
-    from simcse.milvus import MilvusIndex
+    from simcse.index.milvus import MilvusIndex
 
     if args.max_top_k > MilvusIndex.MOST:
         raise console.InputError(f"--max_top_k {args.max_top_k}: Milvus gives at most {MilvusIndex.MOST}")
@@ -237,7 +239,7 @@ def _open_bm25(index_path: str | None, entries: Any, corpus: str | None) -> Any:
     folder = os.path.join(index_path or "", "bm25")
     if not index_path or not os.path.isdir(folder):
         return None
-    from simcse.bm25 import Bm25
+    from simcse.index.bm25 import Bm25
 
     bm25 = Bm25(entries, folder, corpus)
     bm25.search(["语义检索"], 1)  # jieba reads its dictionary before somebody waits for it
@@ -253,7 +255,7 @@ def _open_engine(args: argparse.Namespace, precision: str, shapes: int) -> Any:
         precision = "fp32"
     if (predictor.read_record(args.model_dir).get("table") and args.device == "cpu"
             and (args.precision or precision) == "fp32"):
-        from simcse.engine import TableEngine
+        from simcse.encoder.table import TableEngine
 
         return TableEngine(args.model_dir)
     try:

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 
-from simcse.formats import MOST, command
+from simcse.text.formats import MOST, command
 
 BLOCK = 1 << 16  # bytes by which the encoding is guessed
 CUT_OFF = "the file ends within a character: it was cut off; get it again, or remove its last line"

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from simcse.console import progress
-from simcse.tokens import Tokens
+from simcse.text.tokens import Tokens
 
 import numpy as np
 

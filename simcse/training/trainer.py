@@ -16,13 +16,13 @@ from typing import Any
 
 from simcse import console
 from simcse.console import InputError, log, log_from_handler, warn
-from simcse.encoders import train_faster_on_cpu
+from simcse.device import gpu_precision, set_device
+from simcse.encoder.paddle_patches import train_faster_on_cpu
+from simcse.encoder.weights import STATE_FILE, STATE_RECORD, read_weights, saved_steps, write_weights
 from simcse.files import file_digest, read_json, write_json
 from simcse.flags import TRAIN_PRECISIONS
 from simcse.machine import RANK, RANKS
-from simcse.precision import gpu_precision
-from simcse.ranks import LAUNCHER_GONE, join_ranks, largest, set_device, wait_for_ranks
-from simcse.weights import STATE_FILE, STATE_RECORD, read_weights, saved_steps, write_weights
+from simcse.ranks import LAUNCHER_GONE, join_ranks, largest, wait_for_ranks
 
 import numpy as np
 import paddle

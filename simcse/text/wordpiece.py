@@ -1,4 +1,4 @@
-"""BERT WordPiece by the tokenizers library, and the token ids of many texts in one array."""
+"""BERT WordPiece by the tokenizers library, and the tokenizer of an encoder or of a checkpoint."""
 
 import itertools
 import json
@@ -6,62 +6,17 @@ import os
 import re
 import string
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
+
+from simcse.console import reported
+from simcse.files import read_json
+from simcse.text.tokens import Ids, Tokens
 
 import numpy as np
 
-Ids = list[int]  # of a text, [CLS] and [SEP] included
 WASTE = re.compile("([0-9A-Za-z]{101})[0-9A-Za-z]+|( ) +")  # what a long text has more of than makes a difference
-
-
-class Tokens(Sequence):
-    """The token ids of texts, [CLS] and [SEP] included, one after the other in `flat`, int32, and how many each text
-    has, `lengths`, int64; as a sequence the `Ids` of each text."""
-
-    def __init__(self, flat: np.ndarray, lengths: np.ndarray) -> None:
-        self.flat, self.lengths, self.ends = flat, lengths, np.cumsum(lengths)
-        self.starts = self.ends - lengths
-
-    @classmethod
-    def of(cls, sequences: Iterable[Sequence[int]]) -> "Tokens":
-        """The same of `Ids`, or of what already is `Tokens`."""
-        if isinstance(sequences, cls):
-            return sequences
-        lengths = np.fromiter(map(len, sequences), "int64")
-        return cls(np.fromiter(itertools.chain.from_iterable(sequences), "int32", lengths.sum()), lengths)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, row):
-        if isinstance(row, slice):
-            return [self[each] for each in range(len(self))[row]]
-        return self.flat[self.starts[row] : self.ends[row]].tolist()
-
-    def __iter__(self) -> Iterator[Ids]:
-        flat = self.flat.tolist()
-        return (flat[start:end] for start, end in zip(self.starts.tolist(), self.ends.tolist()))
-
-    def __eq__(self, other: object) -> bool:
-        return list(self) == list(other) if isinstance(other, (Tokens, list)) else NotImplemented
-
-    def cut(self, length: int) -> "Tokens":
-        """With no more than `length` tokens of each text: its first ones, and its [SEP]."""
-        longer = np.flatnonzero(self.lengths > length)
-        if not len(longer):
-            return self
-        kept = np.ones(len(self.flat), bool)
-        for start, end in zip((self.starts[longer] + length - 1).tolist(), (self.ends[longer] - 1).tolist()):
-            kept[start:end] = False
-        return Tokens(self.flat[kept], np.minimum(self.lengths, length))
-
-    def padded(self, rows: Sequence[int], pad_id: int, length: int) -> np.ndarray:
-        """Of some texts int64 [rows, length], filled up with `pad_id`."""
-        places = np.arange(length)
-        inside = places < self.lengths[rows][:, None]
-        input_ids = np.full(inside.shape, pad_id, "int64")
-        input_ids[inside] = self.flat[(self.starts[rows][:, None] + places)[inside]]
-        return input_ids
+WORDPIECE_CLASSES = ("ErnieTokenizer", "BertTokenizer")  # of PaddleNLP
 
 
 class WordPiece:
@@ -180,3 +135,54 @@ class WordPiece:
         names = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
         with open(os.path.join(folder, "tokenizer_config.json"), "w", encoding="utf-8") as file:
             json.dump({"do_lower_case": self.lowercase, **names, "tokenizer_class": self.kind}, file)
+
+
+class AnyTokenizer:
+    """Any other tokenizer of PaddleNLP behind the interface of `WordPiece`; slower."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._python, self.pad_token_id = tokenizer, tokenizer.pad_token_id
+        self.unk_token_id, self.wordless = tokenizer.unk_token_id, {tokenizer.unk_token_id}
+        self.save_pretrained = tokenizer.save_pretrained
+
+    def __call__(self, texts: Sequence[str], max_seq_length: int) -> Tokens:
+        return Tokens.of(self._python(list(texts), max_length=max_seq_length, truncation=True,
+                                      return_token_type_ids=False, return_attention_mask=False)["input_ids"])
+
+
+def load_tokenizer(name_or_path: str) -> WordPiece | AnyTokenizer:
+    """The tokenizer of an encoder or of a checkpoint folder, by hub name or path; InputError where there is none. A
+    folder with a vocab.txt is read without importing paddlenlp."""
+    if tokenizer := _read_wordpiece(name_or_path):
+        return tokenizer
+    from paddlenlp.transformers import AutoTokenizer
+
+    with reported(f"no tokenizer in {name_or_path}", Exception):  # OSError, ValueError, KeyError or paddlenlp's own
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)  # nosec B615  the user names what is fetched
+    kind = type(tokenizer).__name__
+    if kind in WORDPIECE_CLASSES:
+        return WordPiece(dict(tokenizer.vocab.token_to_idx), tokenizer.do_lower_case, kind)
+    return AnyTokenizer(tokenizer)
+
+
+def _read_wordpiece(folder: str) -> WordPiece | None:
+    """A folder's tokenizer; None where it is of another kind."""
+    vocabulary = os.path.join(folder, "vocab.txt")
+    config = read_json(os.path.join(folder, "tokenizer_config.json"))
+    kind = config.get("tokenizer_class")
+    if (not os.path.isfile(vocabulary) or kind not in WORDPIECE_CLASSES or config.get("added_tokens_decoder")
+            or config.get("tokenize_chinese_chars") is False):
+        return None
+    with open(vocabulary, encoding="utf-8", newline="\n") as file:
+        vocab = {line.rstrip("\r\n"): number for number, line in enumerate(file)}
+    return WordPiece(vocab, config.get("do_lower_case", True), kind)
+
+
+def unseen(tokenizer: WordPiece | AnyTokenizer, ids: Sequence[Ids]) -> list[int]:
+    """Which of the texts an encoder sees nothing of: they have no token, or [UNK] and no more than punctuation besides.
+    All of them are one and the same to it, so that they would be each other's perfect match."""
+    ids = Tokens.of(ids)
+    words = np.isin(ids.flat, [*tokenizer.wordless], invert=True)
+    words[ids.starts] = words[ids.ends - 1] = False  # [CLS] and [SEP]
+    wordless = np.flatnonzero(~np.logical_or.reduceat(words, ids.starts)) if len(ids) else ()
+    return [row for row in map(int, wordless) if ids.lengths[row] == 2 or tokenizer.unk_token_id in ids[row]]

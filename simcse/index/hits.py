@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from simcse.console import warn
-from simcse.nearest import Found
+from simcse.index.exact import Found
 
 import numpy as np
 

@@ -1,16 +1,20 @@
-"""The network in OpenVINO: as it is, or in int8, quantized by NNCF with texts of the user's own."""
+"""The network in OpenVINO, which runs it on a CPU: as it is, or in int8, quantized by NNCF with the user's texts."""
 
+import collections
 import contextlib
 import io
+import itertools
 import os
 import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 from simcse.console import InputError, log, reported
-from simcse.engine import OpenVinoEngine, export_graph, export_onnx
+from simcse.encoder.onnx import export_onnx
+from simcse.encoder.paddle_engine import export_graph
+from simcse.encoder.weights import CONFIG_FILE, ONNX_FILE, OPENVINO_FILE, read_record
 from simcse.files import write_json
-from simcse.weights import CONFIG_FILE, ONNX_FILE, OPENVINO_FILE
+from simcse.machine import BATCH_TOKENS, CPU_BF16_IS_FASTER, CPU_THREADS, auto_precision
 
 import numpy as np
 from paddle import nn
@@ -19,6 +23,49 @@ SAMPLE = 256  # texts: every second sets the ranges of activations, the others m
 LEAST = 32  # texts below which ranges are a guess
 LEAST_COSINE = 0.98  # to float32, on the mean: below, results are no longer those of the checkpoint
 Batch = tuple[np.ndarray, np.ndarray]  # input_ids and token_type_ids, int64 [texts, length]
+
+
+class _Launched:
+    """What an OpenVINO request under way gives; `numpy.asarray` waits for it."""
+
+    def __init__(self, request: Any, *inputs: np.ndarray) -> None:
+        request.start_async(dict(zip(("input_ids", "token_type_ids"), inputs)), share_inputs=True)
+        self._request, self._inputs, self._found = request, inputs, None
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if self._found is None:
+            self._request.wait()
+            self._found, self._inputs = self._request.get_output_tensor().data.copy(), ()
+        return self._found
+
+
+class OpenVinoEngine:
+    """A folder that `int8.export_openvino` has filled, run by OpenVINO on a CPU, on so many threads, 0 being all cores:
+    two batches at a time, each on half of them. Of an int8 graph what is not int8 is, like all of another one where
+    `precision` is "auto", bf16 on a CPU that is faster in it, else fp32."""
+
+    batch_tokens, AT_A_TIME = BATCH_TOKENS[True], 2
+
+    def __init__(self, folder: str, precision: str = "auto", cpu_threads: int = 0) -> None:
+        import openvino
+
+        record = read_record(folder)
+        self.embedding_size, self.max_positions = record["embedding_size"], record["max_positions"]
+        self.precision = auto_precision("cpu") if precision == "auto" else precision
+        in_bf16 = self.precision == "bf16" or (self.precision == "int8" and CPU_BF16_IS_FASTER)
+        graph = openvino.Core().compile_model(os.path.join(folder, OPENVINO_FILE), "CPU", {
+            "NUM_STREAMS": str(self.AT_A_TIME), "INFERENCE_NUM_THREADS": cpu_threads or CPU_THREADS,
+            "INFERENCE_PRECISION_HINT": "bf16" if in_bf16 else "f32"})
+        self._requests = itertools.cycle([graph.create_infer_request() for _ in range(self.AT_A_TIME)])
+        self._launched = collections.deque(maxlen=self.AT_A_TIME)
+
+    def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> _Launched:
+        """int64 [batch, length] twice to float32 [batch, embedding_size], L2-normalized, which `numpy.asarray` waits
+        for."""
+        if len(self._launched) == self.AT_A_TIME:
+            np.asarray(self._launched[0])  # whose request is the next one
+        self._launched.append(_Launched(next(self._requests), input_ids, token_type_ids))
+        return self._launched[-1]
 
 
 def export_openvino(model: nn.Layer, folder: str, batches: Sequence[Batch] = ()) -> None:
