@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from simcse.console import InputError, complain, settings, warn
+from simcse.console import InputError, settings, warn, warn_data
 from simcse.files import STDIN, reading
 from simcse.text import encodings, formats
 
@@ -77,7 +77,7 @@ def read_rows(path: str, columns: int, flag: str, check: Callable[[list[str]], s
             yield number, row
             continue
         bad, where = bad + 1, f"{name}:{number}"
-        if settings.strict:
+        if settings.strict_data:
             raise InputError(f"{flag} {where}: {complaint} (--strict_data)")
         if bad <= 3:
             first_bad.append(f"{where} ({complaint})")
@@ -91,7 +91,7 @@ def read_rows(path: str, columns: int, flag: str, check: Callable[[list[str]], s
     if bad:
         warn(f"{flag} {name}: {fate}; {report}; mend them or take them out")
     if lossy:
-        complain(f"{flag} {name}: {len(lossy)} of {good + bad} lines have U+FFFD, which stands for bytes that were "
+        warn_data(f"{flag} {name}: {len(lossy)} of {good + bad} lines have U+FFFD, which stands for bytes that were "
                  f"lost when the file was converted; convert it again: {', '.join(lossy[:3])}")
 
 
@@ -230,8 +230,8 @@ class Corpus(TextFile):
             return
         said = (f"{flag} {self.name}: {len(again):,} of {len(keys):,} ids stand on an earlier line as well: "
                 f"{', '.join(map(self.place, again[:3]))}")
-        if settings.strict or len(again) > len(keys) / 2:
-            raise InputError(said + (" (--strict_data)" if settings.strict else
+        if settings.strict_data or len(again) > len(keys) / 2:
+            raise InputError(said + (" (--strict_data)" if settings.strict_data else
                                      f"; {flag} has a text a line, or an id, a tab and a text"))
         warn(f"{said}; skipped")
         self._lines = np.delete(self._lines, again)
