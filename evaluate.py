@@ -25,9 +25,18 @@ from pathlib import PurePath
 
 from simcse import console, flags
 from simcse.files import new_file
-from simcse.measures import JUDGED_METRICS, METRICS, RECALL_KS, paired_bootstrap, per_query, percent
+from simcse.measures import (
+    JUDGED_METRICS,
+    METRICS,
+    RECALL_KS,
+    paired_bootstrap,
+    per_query,
+    percent,
+    ranking,
+    read_judgements,
+    read_run,
+)
 from simcse.text import textfile
-from simcse.trec import ranking, read_judgements, read_run
 
 import numpy as np
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from simcse import console, flags
-from simcse.files import STDIN, arriving, new_file
+from simcse.files import STDIN, new_file, read_ahead
 from simcse.text import formats, textfile
 
 import numpy as np
@@ -81,13 +81,13 @@ def main() -> None:
         texts = [Line("README", flags.README_TEXT)]
     first = [line.text for line in texts if line.good]
     flags.announce(args, args.params_path,
-                   "texts of stdin" if streams else flags.count(first, "text") + " with ids" * has_ids)
+                   "texts of stdin" if streams else console.count(len(first), "text") + " with ids" * has_ids)
 
     from model import load_engine
     from simcse.encoder.encoder import encode
 
     engine, tokenizer = load_engine(args, first)
-    for block in arriving(lines) if streams else [texts]:
+    for block in read_ahead(lines) if streams else [texts]:
         good = [line.good for line in block]
         complete = list(itertools.compress(block, good))
         embeddings = encode(engine, tokenizer, [line.text for line in complete], args.max_seq_length, args.batch_size,

@@ -13,7 +13,7 @@ import math
 import sys
 
 from simcse import console, flags
-from simcse.files import STDIN, arriving
+from simcse.files import STDIN, read_ahead
 from simcse.text import textfile
 
 
@@ -39,9 +39,9 @@ def main() -> None:
     args = parse_args()
     streams = args.text_pair_file == STDIN
     rows = textfile.read_targets(args.text_pair_file, "--text_pair_file", args.corpus_file, keep_malformed=True)
-    blocks = arriving(rows) if streams else [list(rows)]
+    blocks = read_ahead(rows) if streams else [list(rows)]
     pairs = [] if streams else [row.fields for row in blocks[0] if row.problem is None]
-    flags.announce(args, args.params_path, "pairs of stdin" if streams else flags.count(pairs, "pair"))
+    flags.announce(args, args.params_path, "pairs of stdin" if streams else console.count(len(pairs), "pair"))
 
     from model import load_engine, mean_loss
     from simcse.encoder.encoder import encode_pairs

@@ -27,7 +27,7 @@ from typing import IO, NamedTuple
 import ann_util
 from simcse import console, flags
 from simcse.encoder.weights import model_digest
-from simcse.files import STDIN, arriving, building, file_digest, new_file
+from simcse.files import STDIN, building, file_digest, new_file, read_ahead
 from simcse.index.documents import Entries
 from simcse.index.hits import Hit, expand, search
 from simcse.index.shards import MEASURED_K, Shards, report, sample
@@ -153,7 +153,7 @@ def check_targets(args: argparse.Namespace, pairs: Iterable[textfile.Row], corpu
         unseen = sum(textfile.plain(target) in there for target in lines)
         near = f" {unseen:,} of them are but for white space, width or invisible characters:"
     first = ", ".join(f"{path}:{number}" for number in sorted(lines.values())[:3])
-    console.complain(f"--similar_text_pair: {len(lines):,} of {count:,} targets are not {'ids ' * ids}in "
+    console.warn_data(f"--similar_text_pair: {len(lines):,} of {count:,} targets are not {'ids ' * ids}in "
                      f"{corpus.name}, and count as missed;{near} {first}")
 
 
@@ -340,8 +340,9 @@ def main() -> None:
         args.precision = ann_util.kept_precision(args.index_path, args.device)
     target = args.index_path if kept else args.ann_engine or "hnswlib"
     with_ids = " with ids" * bool(corpus and corpus.has_ids)
-    flags.announce(args, args.params_path, f"{flags.count(corpus, 'document')}{with_ids} for {target}" if corpus else
-                 f"index {args.index_path or args.milvus_uri}",
+    source = (f"{console.count(len(corpus), 'document')}{with_ids} for {target}" if corpus else
+              f"index {args.index_path or args.milvus_uri}")
+    flags.announce(args, args.params_path, source,
                  "queries of stdin" if streams else f"{len(queries):,} queries")
 
     import model
@@ -356,7 +357,7 @@ def main() -> None:
                      f"{'distinct ' * args.distinct}documents")
     blocks = (queries[start : start + tokens.WINDOW] for start in range(0, len(queries), tokens.WINDOW))
     if streams:
-        blocks = asked(arriving(textfile.read_rows(STDIN, 1, "--query", keep_malformed=True)), args.format)
+        blocks = asked(read_ahead(textfile.read_rows(STDIN, 1, "--query", keep_malformed=True)), args.format)
     with new_file(path) if path and not RANK else contextlib.nullcontext(sys.stdout) as file:
         write_results(args, blocks, index, entries, encode, file)
     if path and not RANK:

@@ -97,12 +97,12 @@ def read_test_set(args: argparse.Namespace) -> list[textfile.Row]:
     if columns == 3:
         if len({float(row.fields[2]) for row in rows}) > 1:
             return rows
-        console.complain(f"{flag} {path}: all {len(rows)} labels are {rows[0].fields[2]}, of which Spearman's rho is "
+        console.warn_data(f"{flag} {path}: all {len(rows)} labels are {rows[0].fields[2]}, of which Spearman's rho is "
                          "undefined; there is no evaluation")
         return []
     if twins := [f"{path}:{row.line_number}" for row in rows
                  if looks.setdefault(textfile.plain(row.fields[1]), row.fields[1]) != row.fields[1]]:
-        console.complain(f"{flag}: {len(twins)} of {len(rows)} targets are an earlier one but for white space, width "
+        console.warn_data(f"{flag}: {len(twins)} of {len(rows)} targets are an earlier one but for white space, width "
                          "or invisible characters, and count as another document; write them alike: "
                          f"{', '.join(twins[:3])}")
     return rows
@@ -147,10 +147,11 @@ def check_learnable(args: argparse.Namespace, texts: textfile.TextFile) -> None:
     for side, noun in enumerate(sides):
         field = [texts[0]] if texts.columns == 1 else texts[0]
         if all((row if texts.columns == 1 else row[side]) == field[side] for row in texts):
-            raise console.InputError(f"--train_set_file {path}: {flags.count(texts, 'line')} without two different "
+            lines = console.count(len(texts), "line")
+            raise console.InputError(f"--train_set_file {path}: {lines} without two different "
                                      f"{noun}; SimCSE learns by telling them apart")
     if sides and min(args.batch_size, -(-len(texts) // RANKS)) == 1 and not (args.cross_device_negatives and RANKS > 1):
-        console.complain("batches of one text have no negatives, their loss is 0, and nothing is learned: raise "
+        console.warn_data("batches of one text have no negatives, their loss is 0, and nothing is learned: raise "
                          "--batch_size, or give more texts than there are processes")
 
 
@@ -263,7 +264,7 @@ def main() -> None:
         check_learnable(args, texts)
 
     flags.announce_training(args, args.init_from_ckpt or args.model_name_or_path or flags.DEFAULT_MODEL,
-                            flags.count(texts, f"training {('text', 'pair', 'triple')[texts.columns - 1]}"))
+                            console.count(len(texts), f"training {('text', 'pair', 'triple')[texts.columns - 1]}"))
 
     from simcse.training.trainer import run_training
 

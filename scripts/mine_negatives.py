@@ -60,7 +60,7 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--negative_depth {first} {last}: the first rank is behind the last")
     if args.negatives_per_pair > ranks:
         parser.error(f"--negatives_per_pair {args.negatives_per_pair}: --negative_depth {first} {last} has only "
-                     f"{flags.count(range(ranks), 'rank')}")
+                     f"{console.count(ranks, 'rank')}")
     if os.path.isdir(args.output_file):
         parser.error(f"argument --output_file: {args.output_file}: is a directory")
     return args
@@ -77,9 +77,9 @@ def read_pairs(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     pairs = list(rows)
     scores = [*textfile.read_rows(args.positive_scores, 1, "--positive_scores")]
     if len(scores) != len(pairs):
-        raise console.InputError(f"--positive_scores {args.positive_scores}: {flags.count(scores, 'line')} for "
-                                 f"{flags.count(pairs, 'line')} of {args.similar_text_pair}; predict.py prints one "
-                                 "a line")
+        raise console.InputError(f"--positive_scores {args.positive_scores}: {console.count(len(scores), 'line')} "
+                                 f"for {console.count(len(pairs), 'line')} of {args.similar_text_pair}; predict.py "
+                                 "prints one a line")
     positives: dict[str, dict[str, float]] = {}
     for pair, score in zip(pairs, scores):
         if pair.problem is None:

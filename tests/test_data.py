@@ -54,7 +54,7 @@ def test_half_bad_is_no_error(tmp_path):
 
 
 def test_strict_stops_at_the_first_bad_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(console.settings, "strict", True)
+    monkeypatch.setattr(console.settings, "strict_data", True)
     with pytest.raises(console.InputError, match=r"--flag .*file\.csv:2: .*--strict_data"):
         rows(tmp_path, b"a\tb\nc\nd\te\n")
 
@@ -79,7 +79,7 @@ def test_every_line_has_a_row_where_rows_stand_beside_lines(tmp_path, capsys, mo
     for content, message in ((b"a\tb\nc\nd\n", "2 of 3 lines are blank or malformed"), (b"\n \n", "holds no text")):
         with pytest.raises(console.InputError, match=message):
             rows(tmp_path, content, keep_malformed=True)
-    monkeypatch.setattr(console.settings, "strict", True)
+    monkeypatch.setattr(console.settings, "strict_data", True)
     with pytest.raises(console.InputError, match=r"file\.csv:2: blank \(--strict_data\)"):
         rows(tmp_path, b"a\tb\n\nc\td\n", keep_malformed=True)
 
@@ -129,7 +129,7 @@ def test_a_text_file_is_a_sequence(tmp_path, monkeypatch):
         texts[50]
     with pytest.raises(console.InputError, match=r"--flag .*file.txt:2: columns: 2 instead of 1"):
         path.write_text("a\nb\tc\n")
-        monkeypatch.setattr(console.settings, "strict", True)
+        monkeypatch.setattr(console.settings, "strict_data", True)
         textfile.TextFile(str(path), "--flag")
 
 

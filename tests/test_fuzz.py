@@ -76,9 +76,9 @@ def test_rows_add_up(path, content, columns):
     with open(path, "wb") as file:
         file.write(content)
     rows = outcome(lambda: (row.fields for row in textfile.read_rows(path, columns, "--flag")))
-    console.settings.strict = True
+    console.settings.strict_data = True
     strict = outcome(lambda: (row.fields for row in textfile.read_rows(path, columns, "--flag")))
-    console.settings.strict = False
+    console.settings.strict_data = False
     if isinstance(rows, str):
         assert rows.startswith("--flag ") and "\n" not in rows and isinstance(strict, str)
         return

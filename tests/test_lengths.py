@@ -83,7 +83,7 @@ def test_a_cut_text_keeps_its_first_tokens(tokenizer):
 
 
 def test_strict_data_refuses_them(tokenizer, monkeypatch):
-    monkeypatch.setattr(console.settings, "strict", True)
+    monkeypatch.setattr(console.settings, "strict_data", True)
     for text, message in (("长" * 9, "1 of 2 texts are longer than 8 .*'长长长长长长长长长'"),
                           ("👍", "1 of 2 texts are all .UNK.")):
         with pytest.raises(InputError, match=message + r".* \(--strict_data\)"):

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from simcse.console import InputError, complain, settings, warn
+from simcse.console import InputError, settings, warn, warn_data
 from simcse.files import STDIN, reading
 from simcse.text import encodings, formats
 
@@ -119,7 +119,7 @@ class RowReport:
             self.lossy.append(place)
         if row.problem is None:
             return
-        if settings.strict:
+        if settings.strict_data:
             raise InputError(f"{self.flag} {place}: {row.problem} (--strict_data)")
         if row.problem == BLANK:
             self.blank += 1
@@ -149,7 +149,7 @@ class RowReport:
         if self.problems:
             warn(f"{where}: {self.fate}; {report}; mend them or take them out")
         if self.lossy:
-            complain(f"{where}: {len(self.lossy)} of {self.total} lines have U+FFFD, which stands for bytes that were "
+            warn_data(f"{where}: {len(self.lossy)} of {self.total} lines have U+FFFD, which stands for bytes that were "
                      f"lost when the file was converted; convert it again: {', '.join(self.lossy[: self.SHOWN])}")
 
 
@@ -311,8 +311,8 @@ class Corpus(TextFile):
             return
         said = (f"{flag} {self.name}: {len(again):,} of {len(keys):,} ids stand on an earlier line as well: "
                 f"{', '.join(map(self.place, again[:3]))}")
-        if settings.strict or len(again) > len(keys) / 2:
-            raise InputError(said + (" (--strict_data)" if settings.strict else
+        if settings.strict_data or len(again) > len(keys) / 2:
+            raise InputError(said + (" (--strict_data)" if settings.strict_data else
                                      f"; {flag} has a text a line, or an id, a tab and a text"))
         warn(f"{said}; skipped")
         self._lines = np.delete(self._lines, again)
