@@ -1,4 +1,4 @@
-"""64-bit keys of texts and passages, the same in every process and on every machine."""
+"""Keys of texts and passages, the same in every process and on every machine."""
 
 from collections.abc import Iterable
 from hashlib import blake2b
@@ -6,16 +6,17 @@ from hashlib import blake2b
 import numpy as np
 
 KEY_BYTES = 8
+KEY_BITS = 2**63 - 1  # without the sign, so that -1 can mean that there is no row
 
 
 def text_keys(texts: Iterable[str]) -> np.ndarray:
     """Return a key for each text: equal texts have equal keys.
 
-    Two different texts have the same key with a probability of 2^-64; of 8 million texts any two do with 2 in a
+    Two different texts have the same key with a probability of 2^-63; of 8 million texts any two do with 3 in a
     million.
 
     Returns:
-        int64 [texts], in [-2^63, 2^63).
+        int64 [texts], >= 0.
     """
     digests = [blake2b(text.encode("utf-8", "surrogatepass"), digest_size=KEY_BYTES).digest() for text in texts]
     return _keys_of_digests(digests)
@@ -29,7 +30,7 @@ def passage_keys(document_keys: np.ndarray, places: np.ndarray) -> np.ndarray:
         places: integers [passages], which tell the passages of a document apart, such as their offsets.
 
     Returns:
-        int64 [passages].
+        int64 [passages], >= 0.
     """
     pairs = np.column_stack([document_keys, places]).astype("<i8").tobytes()
     size = 2 * KEY_BYTES
@@ -40,4 +41,4 @@ def passage_keys(document_keys: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 def _keys_of_digests(digests: list[bytes]) -> np.ndarray:
     """Return digests as integers; their bytes are little-endian on every machine."""
-    return np.frombuffer(b"".join(digests), "<i8").astype("int64")
+    return np.frombuffer(b"".join(digests), "<i8").astype("int64") & KEY_BITS
