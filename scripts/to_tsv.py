@@ -225,18 +225,18 @@ class Table:
         for count, what in ((self.changed, "line breaks or runs of white space became a blank"),
                             (self.in_quotes, "a text has quotes around it, which stay")):
             if count:
-                console.log(f"{name}: in {flags.count(range(count), 'row')} {what}")
+                console.log(f"{name}: in {console.count(count, 'row')} {what}")
         if kept:
             console.log(f"label 1: {self.labels[1]}, label 0: {self.labels[0]}")
             if self.labels[None]:
-                console.warn(f"{name}: skipped; {flags.count(range(self.labels[None]), 'label')} neither 0 nor 1")
+                console.warn(f"{name}: skipped; {console.count(self.labels[None], 'label')} neither 0 nor 1")
             if not written:
                 raise InputError(f"--input_file {name}: no pair is left by --labels {kept}")
         elif not self.labels[None]:
             console.warn(f"{name}: the third column is 0 or 1 throughout: right for train.py --test_set_file; to "
                          "train on such pairs, --labels positives or --labels negatives")
         columns = {"positives": self.names[:2], "negatives": ["text", "positive", "negative"]}.get(kept, self.names)
-        console.log(f"wrote {flags.count(range(written), 'line')} of {', '.join(columns)} to "
+        console.log(f"wrote {console.count(written, 'line')} of {', '.join(columns)} to "
                     + ("stdout" if self.args.output_file == STDIN else self.args.output_file))
 
 
@@ -300,7 +300,7 @@ def table_of_objects(args: argparse.Namespace, lines: Lines) -> Table:
         filled[path] = filled.get(path, False) or value not in ("", None)
     fields = args.fields or unless_numbering(args, [path for path in filled if filled[path]])
     if not args.fields and not all(filled.values()):
-        console.log(f"{args.name}: left out, since empty in the first {flags.count(ahead, 'line')}: "
+        console.log(f"{args.name}: left out, since empty in the first {console.count(len(ahead), 'line')}: "
                     + ", ".join(path for path in filled if not filled[path]))
     paths = [field.split(".") for field in fields]
     keys = list(dict.fromkeys(path[0] for path in paths))
@@ -343,7 +343,7 @@ def negatives(rows: Iterable[Sequence[str]]) -> Iterator[list[str]]:
         alone += 0 if zeros else len(ones)
         yield from ([query, *each] for each in itertools.product(ones, zeros))
     if alone:
-        console.log(f"left out: {flags.count(range(alone), 'pair')} of label 1 whose first text has none of label 0")
+        console.log(f"left out: {console.count(alone, 'pair')} of label 1 whose first text has none of label 0")
 
 
 def open_table(args: argparse.Namespace) -> Table:

@@ -192,11 +192,11 @@ def prefetch(items: Iterator[Item]) -> Iterator[Item]:
             yield item
 
 
-def arriving(items: Iterator[Item]) -> Iterator[list[Item]]:
+def read_ahead(items: Iterator[Item]) -> Iterator[list[Item]]:
     """Yield what has come of `items` so far, as soon as there is any, BLOCK at most at a time: a line typed is answered
     at once, and a long file is encoded in large batches. A thread reads on meanwhile; an error of `items` is raised
     after what came before it."""
-    settings.answering = True
+    settings.streaming = True
     come: queue.Queue[Item | Exception] = queue.Queue(BLOCK)
 
     def read() -> None:

@@ -6,7 +6,7 @@ import difflib
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from simcse import console
@@ -42,7 +42,7 @@ class ArgumentParser(argparse.ArgumentParser):
                 self.error(f"no such flag: {flag}" + (f"; did you mean {close[0]}?" if close else ""))
         known, unknown = super().parse_known_args(args, namespace)
         console.settings.quiet = known.quiet
-        console.settings.strict = getattr(known, "strict_data", False)
+        console.settings.strict_data = getattr(known, "strict_data", False)
         console.settings.plain_text = getattr(known, "plain_text", False)
         console.settings.memory_flags = [flag for flag in ("--batch_size", "--chunk_size", "--max_seq_length")
                                          if flag in self._option_string_actions]
@@ -256,11 +256,6 @@ def announce(args: argparse.Namespace, *parts: str) -> None:
             *[f"{RANKS} processes"] * (RANKS > 1)]
     if not RANK:
         console.log(f"{console.PROGRAM}: " + "; ".join([", ".join(what), *parts]))
-
-
-def count(items: Sequence[Any], noun: str) -> str:
-    """How many there are, as in "1,000 texts"."""
-    return f"{len(items):,} {noun}{'s' * (len(items) != 1)}"
 
 
 # ---------------------------------------------------------------------------------------------------------- training

@@ -36,7 +36,7 @@ def test_a_second_line_with_an_id_is_left_out_and_named(tmp_path, capsys, monkey
     assert Entries(corpus).take([0]) == [("甲", [(1, "a"), (4, "c")])]
     with pytest.raises(InputError, match=r"3 of 4 ids stand .*; --corpus_file has a text a line, or an id, a tab and"):
         corpus_of(tmp_path, *(f"商品\t{text}" for text in "甲乙丙丁"))
-    monkeypatch.setattr(settings, "strict", True)
+    monkeypatch.setattr(settings, "strict_data", True)
     with pytest.raises(InputError, match=r"corpus.csv:3 \(--strict_data\)"):
         corpus_of(tmp_path, "a\t甲", "b\t乙", "a\t丙", "c\t甲")
 

@@ -9,7 +9,7 @@ from simcse.encoder.engine import Engine
 from simcse.files import prefetch
 from simcse.machine import RANK
 from simcse.text.tokens import WINDOW, Ids, Tokens, make_batches
-from simcse.text.wordpiece import unseen
+from simcse.text.wordpiece import find_unknown
 
 import numpy as np
 
@@ -42,12 +42,13 @@ class Sight:
         texts = self.texts[slice(window.start, window.stop) if isinstance(window, range) else window]
         whole = Tokens.of(self.tokenizer(texts, self.length + 1))
         ids = whole.cut(self.length)
-        found = {"cut": np.flatnonzero(whole.lengths > self.length).tolist(), "unseen": unseen(self.tokenizer, ids)}
+        found = {"cut": np.flatnonzero(whole.lengths > self.length).tolist(),
+                 "unseen": find_unknown(self.tokenizer, ids)}
         self.count += len(ids)
         for kind, rows in found.items():
             self.counts[kind] += len(rows)
             self.first[kind] += [int(window[row]) for row in rows[: 3 - len(self.first[kind])]]
-        if console.settings.strict:
+        if console.settings.strict_data:
             self.report()
         return ids, found["unseen"]
 
@@ -61,13 +62,13 @@ class Sight:
         for number, kind in enumerate(self.counts):
             self.counts[kind] = int(sum(part[1, number] for part in parts))
             self.first[kind] = sorted(int(row) for part in parts for row in part[2 + number] if row >= 0)[:3]
-        self.remarks = {} if RANK and not console.settings.strict else self.REMARKS
+        self.remarks = {} if RANK and not console.settings.strict_data else self.REMARKS
 
     def report(self) -> None:
         """Say what was counted."""
         for kind, remark in self.remarks.items():
             if self.counts[kind]:
-                console.complain(f"{self.counts[kind]:,} of {self.count:,} texts {remark.format(self.length)}: "
+                console.warn_data(f"{self.counts[kind]:,} of {self.count:,} texts {remark.format(self.length)}: "
                                  f"{', '.join(dict.fromkeys(map(self.place, self.first[kind])))}")
 
 
@@ -83,8 +84,8 @@ def look_at(rows: Sequence[tuple[str, str | Sequence[str]]], tokenizer: Any, max
     twins = [place for (place, text), each in zip(both, ids)
              if len(each) == max_seq_length and first_of.setdefault(tuple(each), text) != text]
     if twins and not RANK:
-        console.complain(f"{len(twins):,} of {len(both):,} texts, cut to {max_seq_length} tokens, are one with another "
-                         f"text; a higher --max_seq_length tells them apart: {', '.join(twins[:3])}")
+        console.warn_data(f"{len(twins):,} of {len(both):,} texts, cut to {max_seq_length} tokens, are one with "
+                          f"another text; a higher --max_seq_length tells them apart: {', '.join(twins[:3])}")
     for row in dark:
         ids[row] = []
     return ids

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from simcse.console import InputError, complain, settings, some
+from simcse.console import InputError, settings, some, warn_data
 from simcse.files import STDIN
 
 SAMPLE = 100  # lines by which the format is guessed
@@ -80,7 +80,7 @@ def _watched(lines: Iterator[tuple[int, str]], flag: str, columns: tuple[int, ..
             except InputError as error:
                 if len(seen) == 1:
                     raise
-                complain(f"{error}; the lines before it were taken as they are")
+                warn_data(f"{error}; the lines before it were taken as they are")
                 seen *= SAMPLE  # it is said once
         yield number, line
 
@@ -110,7 +110,7 @@ def refuse_other_formats(lines: Sequence[str], path: str, flag: str, columns: tu
         raise InputError(f"{where}: one column; {needed}; {TAKES_TEXTS[flag]}")
     enough = len(lines) == MANY if path == "stdin" else len(lines) >= MANY  # of stdin it is said once
     if 1 in columns and not tabs and enough and (odd := odd_in_each(lines)):
-        complain(f"{where}: each of the first {len(lines)} lines {odd}: "
+        warn_data(f"{where}: each of the first {len(lines)} lines {odd}: "
                  f"{command(path, ['--format', 'csv'])}")
 
 
