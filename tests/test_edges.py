@@ -91,7 +91,7 @@ def test_bytes_that_are_no_text_on_the_command_line(checkpoint, tmp_path):
     ("evaluate.py", ["--recall_num", 0], "argument --recall_num: expected an integer >= 1, got '0'"),
     ("train.py", ["--output_dropout", 1], "argument --output_dropout: expected a number in [0, 1), got '1'"),
     ("train.py", ["--margin", -1], "argument --margin: expected a number >= 0, got '-1'"),
-    ("train.py", ["--warmup_proportion", 1.01], "argument --warmup_proportion: expected a number in [0, 1], got '1.01'"),
+    ("train.py", ["--warmup_proportion", 1.01], "--warmup_proportion: expected a number in [0, 1], got '1.01'"),
     ("train.py", ["--learning_rate", "inf"], "argument --learning_rate: expected a number > 0, got 'inf'"),
     ("train.py", ["--keep_checkpoints", -1], "argument --keep_checkpoints: expected an integer >= 0, got '-1'"),
     ("train.py", ["--max_grad_norm", 0], "argument --max_grad_norm: expected a number > 0, got '0'"),
