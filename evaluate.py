@@ -110,7 +110,8 @@ def read_recalled(args: argparse.Namespace, path: str) -> Iterator[tuple[str, st
     if not is_jsonl:
         if args.targets == "id":
             raise console.InputError(f"--targets id: {path} has no ids; recall.py writes them with --format jsonl")
-        for _, (query, document, score) in textfile.read_rows(path, 3, "--recall_result_file", known=True):
+        for row in textfile.read_rows(path, 3, "--recall_result_file", check_format=False):
+            query, document, score = row.fields
             yield query, document, document, score
         return
     with open(path, encoding="utf-8") as file:

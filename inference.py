@@ -58,10 +58,14 @@ def lines_of(path: str) -> tuple[Iterator[Line], bool]:
     columns, name = found or 1, "stdin" if path == STDIN else path
 
     def lines() -> Iterator[Line]:
-        for number, row in textfile.read_rows(path, columns, "--input_file", every=True, known=bool(found)):
-            good = textfile.complete(row, columns)
-            text, id = (row[-1], row[0] if columns == 2 else None) if good else ("\t".join(row), None)
-            yield Line(f"{name}:{number}", text, good, id)
+        for row in textfile.read_rows(path, columns, "--input_file", keep_malformed=True, check_format=not found):
+            place = f"{name}:{row.line_number}"
+            if row.problem is not None:
+                yield Line(place, "\t".join(row.fields), good=False)
+            elif columns == 2:
+                yield Line(place, row.fields[1], id=row.fields[0])
+            else:
+                yield Line(place, row.fields[0])
 
     return lines(), columns == 2
 

@@ -139,10 +139,10 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(message)
 
 
-def check_targets(args: argparse.Namespace, pairs: Iterable[tuple[int, list[str]]], corpus: textfile.Corpus) -> None:
+def check_targets(args: argparse.Namespace, pairs: Iterable[textfile.Row], corpus: textfile.Corpus) -> None:
     """Warn of the targets of --similar_text_pair that the corpus lacks, and that no recall can find."""
     path, ids = args.similar_text_pair, args.targets == "id"
-    lines = {target: number for number, (_, target) in reversed(list(pairs))}
+    lines = {pair.fields[1]: pair.line_number for pair in reversed(list(pairs))}
     count, near = len(lines), ""
     for document in corpus.all_ids() if ids else corpus:
         if lines.pop(document, None) and not lines:
@@ -301,17 +301,17 @@ def result(form: str, query: Query, hits: Iterable[Hit], measure: str) -> str:
     return "".join(lines)
 
 
-def asked(blocks: Iterable[list[tuple[int, list[str]]]], form: str) -> Iterator[list[Query]]:
+def asked(blocks: Iterable[list[textfile.Row]], form: str) -> Iterator[list[Query]]:
     """The queries among the rows of stdin; a blank or malformed one between them is answered here, with no document,
     when those before it have been."""
     for block in blocks:
-        for are_queries, group in itertools.groupby(block, lambda line: textfile.complete(line[1], 1)):
+        for are_queries, group in itertools.groupby(block, lambda row: row.problem is None):
             if are_queries:
-                yield [Query(query, f"stdin:{number}") for number, (query,) in group]
+                yield [Query(row.fields[0], f"stdin:{row.line_number}") for row in group]
                 continue
-            for _, row in group:
+            for row in group:
                 rest = {"results": []} if form == "jsonl" else {"document": None, "cosine": None}
-                print(console.line(form, query="\t".join(row), **rest), end="")
+                print(console.line(form, query="\t".join(row.fields), **rest), end="")
             sys.stdout.flush()
 
 
@@ -327,7 +327,7 @@ def main() -> None:
     streams = args.query == [STDIN]
     pairs = list(textfile.read_rows(args.similar_text_pair, 2, "--similar_text_pair")) if args.similar_text_pair else []
     queries = [Query(query, "--query") for query in args.query] or [
-        Query(query, f"{args.similar_text_pair}:{number}") for number, (query, _) in pairs] or queries_of(args)
+        Query(pair.fields[0], f"{args.similar_text_pair}:{pair.line_number}") for pair in pairs] or queries_of(args)
     if pairs and not RANK:
         check_targets(args, pairs, corpus)
     path = None if args.query else os.path.join(args.recall_result_dir, args.recall_result_file)
@@ -357,7 +357,7 @@ def main() -> None:
                      f"{'distinct ' * args.distinct}documents")
     blocks = (queries[start : start + tokens.WINDOW] for start in range(0, len(queries), tokens.WINDOW))
     if streams:
-        blocks = asked(read_ahead(textfile.read_rows(STDIN, 1, "--query", every=True)), args.format)
+        blocks = asked(read_ahead(textfile.read_rows(STDIN, 1, "--query", keep_malformed=True)), args.format)
     with new_file(path) if path and not RANK else contextlib.nullcontext(sys.stdout) as file:
         write_results(args, blocks, index, entries, encode, file)
     if path and not RANK:

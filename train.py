@@ -86,22 +86,22 @@ def parse_args() -> argparse.Namespace:
     return flags.check_run_arguments(parser, parser.parse_args(), start, model, optimization)
 
 
-def read_test_set(args: argparse.Namespace) -> list[tuple[int, list[str]]]:
-    """The rows of --test_set_file, each with the number of its line: text, text, label; or query, target. There are
-    none without a test set, or where it measures nothing."""
+def read_test_set(args: argparse.Namespace) -> list[textfile.Row]:
+    """The rows of --test_set_file: text, text, label; or query, target. There are none without a test set, or where it
+    measures nothing."""
     path, flag = args.test_set_file, "--test_set_file"
     if not path:
         return []
     columns = textfile.count_columns(path, flag, (2, 3))
     rows, looks = list(textfile.read_rows(path, columns, flag, textfile.not_a_number if columns == 3 else None)), {}
     if columns == 3:
-        if len({float(label) for _, (_, _, label) in rows}) > 1:
+        if len({float(row.fields[2]) for row in rows}) > 1:
             return rows
-        console.warn_data(f"{flag} {path}: all {len(rows)} labels are {rows[0][1][2]}, of which Spearman's rho is "
+        console.warn_data(f"{flag} {path}: all {len(rows)} labels are {rows[0].fields[2]}, of which Spearman's rho is "
                          "undefined; there is no evaluation")
         return []
-    if twins := [f"{path}:{number}" for number, (_, target) in rows
-                 if looks.setdefault(textfile.plain(target), target) != target]:
+    if twins := [f"{path}:{row.line_number}" for row in rows
+                 if looks.setdefault(textfile.plain(row.fields[1]), row.fields[1]) != row.fields[1]]:
         console.warn_data(f"{flag}: {len(twins)} of {len(rows)} targets are an earlier one but for white space, width "
                          "or invisible characters, and count as another document; write them alike: "
                          f"{', '.join(twins[:3])}")
@@ -155,14 +155,14 @@ def check_learnable(args: argparse.Namespace, texts: textfile.TextFile) -> None:
                          "--batch_size, or give more texts than there are processes")
 
 
-def look(args: argparse.Namespace, texts: textfile.TextFile, test_set: list[tuple[int, list[str]]],
-         tokenizer: Any) -> None:
+def look(args: argparse.Namespace, texts: textfile.TextFile, test_set: list[textfile.Row], tokenizer: Any) -> None:
     """Warn of what the encoder does not see of the texts; InputError where it sees no two that differ, those that are
     cut being different ones."""
     from simcse.encoder.encoder import look_at
 
     ids = look_at(texts.spread(tokens.WINDOW), tokenizer, args.max_seq_length)
-    look_at([(f"{args.test_set_file}:{number}", row[:2]) for number, row in test_set], tokenizer, args.max_seq_length)
+    look_at([(f"{args.test_set_file}:{row.line_number}", row.fields[:2]) for row in test_set], tokenizer,
+            args.max_seq_length)
     if args.epochs or args.whiten is not None:
         for side in range(texts.columns if texts.columns < 3 else 0):
             seen = {tuple(each) if len(each) < args.max_seq_length else row
@@ -197,7 +197,7 @@ def build_model(args: argparse.Namespace) -> tuple[Any, Any, str]:
     return model, tokenizer, name
 
 
-def train(args: argparse.Namespace, texts: textfile.TextFile, test_set: list[tuple[int, list[str]]]) -> Any:
+def train(args: argparse.Namespace, texts: textfile.TextFile, test_set: list[textfile.Row]) -> Any:
     """The training loop, and what comes after it; returns the `Run`."""
     from model import make_record, save_checkpoint
     from simcse.encoder.encoder import encode
@@ -221,7 +221,7 @@ def train(args: argparse.Namespace, texts: textfile.TextFile, test_set: list[tup
             return
         embed = encoder()
         if measures := evaluate(functools.partial(encode_shares, embed) if share else embed,
-                                [row for _, row in test_set]):
+                                [row.fields for row in test_set]):
             run.log_measures(measures, group)
 
     model, tokenizer, name = build_model(args)
@@ -241,8 +241,8 @@ def train(args: argparse.Namespace, texts: textfile.TextFile, test_set: list[tup
     if args.whiten is not None and not RANK:
         sample = texts.sample(SAMPLE)
         sample += runs(sample, tokenizer, args.max_seq_length)
-        dark = set(wordpiece.unseen(tokenizer, tokenizer(sample, args.max_seq_length)))  # whose embeddings are zeros
-        sample = [text for row, text in enumerate(sample) if row not in dark]
+        unknown = set(wordpiece.find_unknown(tokenizer, tokenizer(sample, args.max_seq_length)))
+        sample = [text for row, text in enumerate(sample) if row not in unknown]  # their embeddings are zeros
         whiten(model, lambda: encoder("fp32")(sample), args.whiten or model.embedding_size, args.max_seq_length)
         folder = os.path.join(args.save_dir, f"model_{run.step}_whitened")
         save(folder)  # beside the checkpoint of the step, which stays as it is

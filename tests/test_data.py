@@ -14,7 +14,7 @@ from conftest import ROOT, read_texts
 def rows(tmp_path, content, columns=2, **options):
     path = tmp_path / "file.csv"
     path.write_bytes(content)
-    return [row for _, row in textfile.read_rows(str(path), columns, "--flag", **options)]
+    return [row.fields for row in textfile.read_rows(str(path), columns, "--flag", **options)]
 
 
 @pytest.mark.parametrize("content", [
@@ -69,25 +69,26 @@ def test_not_utf8_names_file_line_and_cause(tmp_path, content, cause):
 
 def test_every_line_has_a_row_where_rows_stand_beside_lines(tmp_path, capsys, monkeypatch):
     content = b"a\tb\n\n\t\nc\nd\te\tf\ng\t\nh\ti\nj\tk\nl\tm\n"
-    assert rows(tmp_path, content, every=True) == [
+    assert rows(tmp_path, content, keep_malformed=True) == [
         ["a", "b"], [""], ["", ""], ["c"], ["d", "e", "f"], ["g", ""], ["h", "i"], ["j", "k"], ["l", "m"]]
     report = capsys.readouterr().err
     assert "no result (NaN, empty or null); 5 of 9 lines are blank or malformed: " in report
     assert "file.csv:2 (blank), " in report and "file.csv:4 (columns: 1 instead of 2); mend them" in report
-    assert rows(tmp_path, b"a\tb\n\n\n\n", every=True) == [["a", "b"], [""], [""], [""]], "blank is not malformed"
+    mostly_blank = rows(tmp_path, b"a\tb\n\n\n\n", keep_malformed=True)
+    assert mostly_blank == [["a", "b"], [""], [""], [""]], "blank is not malformed"
     for content, message in ((b"a\tb\nc\nd\n", "2 of 3 lines are blank or malformed"), (b"\n \n", "holds no text")):
         with pytest.raises(console.InputError, match=message):
-            rows(tmp_path, content, every=True)
+            rows(tmp_path, content, keep_malformed=True)
     monkeypatch.setattr(console.settings, "strict_data", True)
     with pytest.raises(console.InputError, match=r"file\.csv:2: blank \(--strict_data\)"):
-        rows(tmp_path, b"a\tb\n\nc\td\n", every=True)
+        rows(tmp_path, b"a\tb\n\nc\td\n", keep_malformed=True)
 
 
 def test_labels_must_be_numbers(tmp_path, capsys):
     path = tmp_path / "file.csv"
     path.write_text("a\tb\t1\nc\td\t0.5\ne\tf\tyes\n")
     labelled = textfile.read_rows(str(path), 3, "--flag", textfile.not_a_number)
-    assert list(labelled) == [(1, ["a", "b", "1"]), (2, ["c", "d", "0.5"])]
+    assert list(labelled) == [textfile.Row(1, ["a", "b", "1"]), textfile.Row(2, ["c", "d", "0.5"])]
     assert "label 'yes' is not a number" in capsys.readouterr().err
 
 
@@ -133,7 +134,8 @@ def test_a_text_file_is_a_sequence(tmp_path, monkeypatch):
 
 
 def test_a_pipe_is_a_text_file_too():
-    code = "import data; texts = textfile.TextFile('/dev/stdin', '--flag'); print(texts[1], len(texts))"
+    code = ("from simcse.text.textfile import TextFile; texts = TextFile('/dev/stdin', '--flag'); "
+            "print(texts[1], len(texts))")
     result = subprocess.run([sys.executable, "-c", code], input="一\n二\n".encode(), capture_output=True, cwd=ROOT)
     assert result.stdout.decode() == "二 2\n", result.stderr
 

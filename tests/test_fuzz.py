@@ -75,9 +75,9 @@ def test_rows_add_up(path, content, columns):
     """Rows that are read are rows of the file; strict, either all of them come or an error."""
     with open(path, "wb") as file:
         file.write(content)
-    rows = outcome(lambda: (row for _, row in textfile.read_rows(path, columns, "--flag")))
+    rows = outcome(lambda: (row.fields for row in textfile.read_rows(path, columns, "--flag")))
     console.settings.strict_data = True
-    strict = outcome(lambda: (row for _, row in textfile.read_rows(path, columns, "--flag")))
+    strict = outcome(lambda: (row.fields for row in textfile.read_rows(path, columns, "--flag")))
     console.settings.strict_data = False
     if isinstance(rows, str):
         assert rows.startswith("--flag ") and "\n" not in rows and isinstance(strict, str)

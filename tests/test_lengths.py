@@ -93,7 +93,7 @@ def test_strict_data_refuses_them(tokenizer, monkeypatch):
 def test_texts_that_the_encoder_does_not_see_are_like_none(tokenizer, capsys):
     """[UNK] and no word besides, or no token at all: zeros, whose cosine with any text, each other's too, is 0."""
     texts = ["语义", *UNSEEN, "👍1", "。。", "语👍"]
-    assert wordpiece.unseen(tokenizer, tokenizer(texts, 8)) == [1, 2, 3, 4, 5]
+    assert wordpiece.find_unknown(tokenizer, tokenizer(texts, 8)) == [1, 2, 3, 4, 5]
     embeddings = m.encode(Ones(), tokenizer, texts, 8)
     assert embeddings.any(axis=1).tolist() == [True, *[False] * 5, True, True, True]
     first, second = m.encode_pairs(Ones(), tokenizer, [("👍", "👍"), ("短", "短")], 8)
@@ -231,7 +231,8 @@ def test_targets_that_the_corpus_lacks(tmp_path, capsys):
 
     def check(*targets):
         args = SimpleNamespace(similar_text_pair="dev.csv", targets="text")
-        recall.check_targets(args, [(number, ["问", target]) for number, target in enumerate(targets, 1)], corpus)
+        pairs = [textfile.Row(number, ["问", target]) for number, target in enumerate(targets, 1)]
+        recall.check_targets(args, pairs, corpus)
         return capsys.readouterr().err
 
     assert check("丁", "乙 丙", "甲？") == ""

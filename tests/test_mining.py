@@ -78,9 +78,10 @@ def test_triples_are_what_the_filters_let_through(mined, checkpoint):
     pairs = list(dict.fromkeys(read_text_pairs(str(folder / "dev.csv"), "--flag")))
     positives = {query: [target for other, target in pairs if other == query] for query, _ in pairs}
     ranking = {}
-    for _, (query, document, cosine) in read_rows(str(folder / "recall_result_dir" / "recall_result.txt"), 3, "--flag"):
+    for row in read_rows(str(folder / "recall_result_dir" / "recall_result.txt"), 3, "--flag"):
+        query, document, cosine = row.fields
         ranking.setdefault(query, {}).setdefault(document, float(cosine))
-    triples = [tuple(row) for _, row in read_rows(str(folder / "out" / "triples.csv"), 3, "--flag")]
+    triples = [tuple(row.fields) for row in read_rows(str(folder / "out" / "triples.csv"), 3, "--flag")]
     embeddings = [embed(checkpoint, list(side)) for side in zip(*pairs)]
 
     def letters(text):
@@ -140,7 +141,7 @@ def test_real_questions(checkpoint, real_data, tmp_path):
     positives = {}
     for query, positive in read_text_pairs(str(tmp_path / "dev.csv"), "--flag"):
         positives.setdefault(query, set()).add(positive)
-    triples = [row for _, row in read_rows(str(tmp_path / "out" / "triples.csv"), 3, "--flag")]
+    triples = [row.fields for row in read_rows(str(tmp_path / "out" / "triples.csv"), 3, "--flag")]
     for query, positive, negative in triples:
         assert positive in positives[query] and negative not in positives[query] | {query}
         assert all(overlap(bigrams(negative), bigrams(text)) <= 0.8 for text in (query, *positives[query]))

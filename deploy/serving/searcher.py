@@ -15,7 +15,7 @@ from simcse.index.exact import Found as Hits
 from simcse.index.hits import Rows, expand, search
 from simcse.text.textfile import distinct
 from simcse.text.tokens import Ids, Tokens
-from simcse.text.wordpiece import load_tokenizer, unseen
+from simcse.text.wordpiece import find_unknown, load_tokenizer
 
 import numpy as np
 
@@ -79,7 +79,7 @@ class Searcher:
         embeddings = np.empty((len(ids), self.facts.embedding_size), "float32")
         for rows, *batch in fixed_batches(ids, self.tokenizer.pad_token_id, *self.shapes):
             embeddings[rows] = np.asarray(self.engine.embed(*batch))[: len(rows)]
-        embeddings[unseen(self.tokenizer, ids)] = 0  # as in model.encode_stream
+        embeddings[find_unknown(self.tokenizer, ids)] = 0  # as in model.encode_stream
         return embeddings, lengths
 
     def warm_up(self) -> None:

@@ -9,7 +9,7 @@ from simcse.encoder.engine import Engine
 from simcse.files import prefetch
 from simcse.machine import RANK
 from simcse.text.tokens import WINDOW, Ids, Tokens, make_batches
-from simcse.text.wordpiece import unseen
+from simcse.text.wordpiece import find_unknown
 
 import numpy as np
 
@@ -42,7 +42,8 @@ class Sight:
         texts = self.texts[slice(window.start, window.stop) if isinstance(window, range) else window]
         whole = Tokens.of(self.tokenizer(texts, self.length + 1))
         ids = whole.cut(self.length)
-        found = {"cut": np.flatnonzero(whole.lengths > self.length).tolist(), "unseen": unseen(self.tokenizer, ids)}
+        found = {"cut": np.flatnonzero(whole.lengths > self.length).tolist(),
+                 "unseen": find_unknown(self.tokenizer, ids)}
         self.count += len(ids)
         for kind, rows in found.items():
             self.counts[kind] += len(rows)

@@ -10,7 +10,7 @@ import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from simcse.console import InputError, settings, warn, warn_data
 from simcse.files import STDIN, reading
@@ -18,7 +18,9 @@ from simcse.text import encodings, formats
 
 import numpy as np
 
-BOM, LOST = "\ufeff", "\ufffd"
+BOM = "\ufeff"
+REPLACEMENT = "\ufffd"  # the character that stands for bytes that a conversion lost
+BLANK = "blank"  # the problem of a line without text
 
 
 def _decode(line: bytes, path: str, name: str, where: str) -> str:
@@ -47,66 +49,145 @@ def _lines(path: str, flag: str, name: str) -> Iterator[tuple[int, str]]:
                 yield number, _decode(line, path, name, f"{flag} {name}:{number}").replace(BOM, "")
 
 
-def read_rows(path: str, columns: int, flag: str, check: Callable[[list[str]], str | None] | None = None,
-              every: bool = False, name: str | None = None,
-              known: bool = False) -> Iterator[tuple[int, list[str]]]:
-    """Stream the rows of a tab-separated UTF-8 file, or of stdin (STDIN), each with the number of its line, from 1.
+class Row(NamedTuple):
+    """A line of a file in columns.
 
-    Lines end in \\n, \\r\\n or \\r. Every field loses the white space around it and keeps what is inside. Blank lines
-    are skipped. A row with another number of columns, an empty field, or for which `check(row)` returns a complaint is
-    skipped, counted, and reported on stderr with file:line of the first three; of stdin these three are reported at
-    once as well. With `every` these and blank lines, which are reported too, come as they are. InputError, which names
-    the `flag`: not UTF-8; another format, unless --plain_text; a bad row with --strict_data; more than half of the rows
-    malformed, unless every line of stdin has been answered; no good row. Lines with U+FFFD, which stands for bytes that
-    a conversion lost, are reported. `name` is that of the file in messages, if it is another than `path`; its format
-    is `known` where `count_columns` has looked at it."""
-    good, bad, blank, first_bad, lossy = 0, 0, 0, [], []
-    name = name or ("stdin" if path == STDIN else path)
-    fate = "no result (NaN, empty or null)" if every else "skipped"
-    lines = _lines(path, flag, name)
-    for number, line in lines if known else formats.checked(lines, name, flag, (columns,)):
-        if LOST in line:
-            lossy.append(f"{name}:{number}")
-        row = [field.strip() for field in line.split("\t")]
-        if not (any(row) or every):
-            continue
-        blank += not any(row)
-        complaint = _complaint(row, columns) or (check(row) if check else None)
-        if complaint is None:
-            good += 1
-            yield number, row
-            continue
-        bad, where = bad + 1, f"{name}:{number}"
+    Attributes:
+        line_number: from 1.
+        fields: what stands between the tabs, without the white space around it.
+        problem: why the row is malformed, such as "blank" or "columns: 3 instead of 2"; None: it is not.
+    """
+
+    line_number: int
+    fields: list[str]
+    problem: str | None = None
+
+
+Check = Callable[[list[str]], str | None]  # returns what is wrong with the fields of a row; None: nothing
+
+
+def parse_row(line_number: int, line: str, columns: int, check: Check | None = None) -> Row:
+    """Split a line at its tabs, and find out what is wrong with it."""
+    fields = [field.strip() for field in line.split("\t")]
+    if not any(fields):
+        problem = BLANK
+    elif len(fields) != columns:
+        problem = f"columns: {len(fields)} instead of {columns}"
+    elif not all(fields):
+        problem = "an empty field"
+    elif check is not None:
+        problem = check(fields)
+    else:
+        problem = None
+    return Row(line_number, fields, problem)
+
+
+class RowReport:
+    """Count the rows of a file, and report on stderr which ones are malformed.
+
+    Args:
+        flag: the flag that named the file, for messages.
+        name: the file's name in messages; "stdin" for stdin.
+        keep_malformed: malformed rows are kept, and get no result; else they are skipped.
+    """
+
+    SHOWN = 3  # malformed rows that messages name
+
+    def __init__(self, flag: str, name: str, *, keep_malformed: bool) -> None:
+        self.flag = flag
+        self.name = name
+        self.keep_malformed = keep_malformed
+        self.total = 0
+        self.blank = 0
+        self.malformed = 0  # blank ones are not counted here
+        self.problems: list[str] = []  # of the first blank or malformed rows, as "file:line (problem)"
+        self.lossy: list[str] = []  # rows with U+FFFD, as "file:line"
+
+    @property
+    def fate(self) -> str:
+        return "no result (NaN, empty or null)" if self.keep_malformed else "skipped"
+
+    def add(self, row: Row) -> None:
+        """Count a row. Of stdin, where somebody waits for an answer, warn of the first malformed ones at once.
+
+        Raises:
+            InputError: the row has a problem, and --strict_data is given.
+        """
+        self.total += 1
+        place = f"{self.name}:{row.line_number}"
+        if any(REPLACEMENT in field for field in row.fields):
+            self.lossy.append(place)
+        if row.problem is None:
+            return
         if settings.strict_data:
-            raise InputError(f"{flag} {where}: {complaint} (--strict_data)")
-        if bad <= 3:
-            first_bad.append(f"{where} ({complaint})")
-            if path == STDIN:  # whoever waits for the answer has to know
-                warn(f"{flag} {where}: {fate}; {complaint}")
-        if every:
-            yield number, row
-    report = f"{bad} of {good + bad} lines are {'blank or ' * every}malformed: {', '.join(first_bad)}"
-    if not good or (bad - blank > good and not (every and path == STDIN)):
-        raise InputError(f"{flag} {name}: {report if bad > blank else 'the file holds no text'}")
-    if bad:
-        warn(f"{flag} {name}: {fate}; {report}; mend them or take them out")
-    if lossy:
-        warn_data(f"{flag} {name}: {len(lossy)} of {good + bad} lines have U+FFFD, which stands for bytes that were "
-                 f"lost when the file was converted; convert it again: {', '.join(lossy[:3])}")
+            raise InputError(f"{self.flag} {place}: {row.problem} (--strict_data)")
+        if row.problem == BLANK:
+            self.blank += 1
+        else:
+            self.malformed += 1
+        if len(self.problems) < self.SHOWN:
+            self.problems.append(f"{place} ({row.problem})")
+            if self.name == "stdin":
+                warn(f"{self.flag} {place}: {self.fate}; {row.problem}")
+
+    def finish(self) -> None:
+        """Warn of malformed rows and of lost characters.
+
+        Raises:
+            InputError: there is no good row, or more than half of the rows are malformed. Rows of stdin that have all
+                been answered may be.
+        """
+        where = f"{self.flag} {self.name}"
+        good = self.total - self.blank - self.malformed
+        kind = "blank or malformed" if self.keep_malformed else "malformed"
+        report = f"{self.blank + self.malformed} of {self.total} lines are {kind}: {', '.join(self.problems)}"
+        answered = self.keep_malformed and self.name == "stdin"
+        if self.malformed == 0 and good == 0:
+            raise InputError(f"{where}: the file holds no text")
+        if good == 0 or (self.malformed > good and not answered):
+            raise InputError(f"{where}: {report}")
+        if self.problems:
+            warn(f"{where}: {self.fate}; {report}; mend them or take them out")
+        if self.lossy:
+            warn_data(f"{where}: {len(self.lossy)} of {self.total} lines have U+FFFD, which stands for bytes that were "
+                     f"lost when the file was converted; convert it again: {', '.join(self.lossy[: self.SHOWN])}")
 
 
-def _complaint(row: list[str], columns: int) -> str | None:
-    """What is wrong with a row of so many columns."""
-    if not any(row):
-        return "blank"
-    if len(row) != columns:
-        return f"columns: {len(row)} instead of {columns}"
-    return None if all(row) else "an empty field"
+def read_rows(path: str, columns: int, flag: str, check: Check | None = None, *, keep_malformed: bool = False,
+              name: str | None = None, check_format: bool = True) -> Iterator[Row]:
+    """Yield the rows of a tab-separated UTF-8 file, or of stdin, as they are read.
 
+    Lines end in \\n, \\r\\n or \\r. Fields lose the white space around them and keep what is inside. Blank lines are
+    skipped. Malformed rows (another number of columns, an empty field, a problem that `check` finds) are skipped too;
+    a warning counts them and names the first three.
 
-def complete(row: list[str], columns: int) -> bool:
-    """Whether a row of so many columns is neither blank nor malformed."""
-    return _complaint(row, columns) is None
+    Args:
+        path: the file; STDIN for stdin.
+        columns: how many fields a row has.
+        flag: the flag that named the file, for messages.
+        check: returns what is wrong with the fields of a row; None: nothing.
+        keep_malformed: yield blank and malformed rows as well, with their `problem`.
+        name: the file's name in messages, if it is not `path`.
+        check_format: refuse files of another format, unless --plain_text. False where that has been done.
+
+    Raises:
+        InputError: the file is not UTF-8, or of another format; a row is malformed, with --strict_data; or what
+            `RowReport.finish` raises.
+    """
+    if name is None:
+        name = "stdin" if path == STDIN else path
+    lines = _lines(path, flag, name)
+    if check_format:
+        lines = formats.checked(lines, name, flag, (columns,))
+    report = RowReport(flag, name, keep_malformed=keep_malformed)
+    for line_number, line in lines:
+        row = parse_row(line_number, line, columns, check)
+        if row.problem == BLANK and not keep_malformed:
+            continue
+        report.add(row)
+        if row.problem is None or keep_malformed:
+            yield row
+    report.finish()
 
 
 class TextFile(Sequence):
@@ -132,8 +213,8 @@ class TextFile(Sequence):
         with reading(path) as advance:
             simple, maybe_blank = self._scan(advance)
         if self.columns > 1 or not simple:  # something may have to be reported, or left out
-            rows = read_rows(path, self.columns, flag, name=self.name, known=known)
-            self._lines = np.fromiter((number - 1 for number, _ in rows), "int32")
+            rows = read_rows(path, self.columns, flag, name=self.name, check_format=not known)
+            self._lines = np.fromiter((row.line_number - 1 for row in rows), "int32")
         elif blank := [row for row in maybe_blank if not self[row]]:
             self._lines = np.delete(np.arange(len(self), dtype="int32"), blank)
         if not len(self):
@@ -254,27 +335,34 @@ class Corpus(TextFile):
         return super()._row(line)[1] if self.has_ids else super()._row(line)
 
 
-def read_targets(path: str, flag: str, corpus_file: str | None, every: bool = False) -> Iterator[tuple[int, list[str]]]:
-    """The rows of query and target of `read_rows`; where there is a corpus, targets are ids, which become the texts of
-    its documents. A row whose id it lacks is malformed, and with `every` has no target."""
+def read_targets(path: str, flag: str, corpus_file: str | None, *, keep_malformed: bool = False) -> Iterator[Row]:
+    """Yield the rows of query and target of a file, as `read_rows` does.
+
+    Args:
+        corpus_file: a corpus with ids, if targets are ids: each becomes the text of its document. A row whose id the
+            corpus lacks is malformed; where it is kept, its target is "". None: targets are texts.
+    """
     if not corpus_file:
-        yield from read_rows(path, 2, flag, every=every)
+        yield from read_rows(path, 2, flag, keep_malformed=keep_malformed)
         return
     corpus = Corpus(corpus_file, "--corpus_file", 2)
-    row_of = {id: row for row, id in enumerate(corpus.all_ids())}
+    row_of_id = {id: row for row, id in enumerate(corpus.all_ids())}
 
-    def lacks(row: list[str]) -> str | None:
-        return None if row[1] in row_of else f"no document has the id {row[1]}"
+    def find_unknown_id(fields: list[str]) -> str | None:
+        target = fields[1]
+        return None if target in row_of_id else f"no document has the id {target}"
 
-    for number, row in read_rows(path, 2, flag, lacks, every):
-        if complete(row, 2):
-            row = [row[0], corpus[row_of[row[1]]] if row[1] in row_of else ""]
-        yield number, row
+    for row in read_rows(path, 2, flag, find_unknown_id, keep_malformed=keep_malformed):
+        if len(row.fields) == 2 and all(row.fields):
+            query, target = row.fields
+            text = corpus[row_of_id[target]] if target in row_of_id else ""
+            row = row._replace(fields=[query, text])
+        yield row
 
 
 def read_text_pairs(path: str, flag: str) -> list[tuple[str, str]]:
-    """Two texts a line: query and title."""
-    return [(query, title) for _, (query, title) in read_rows(path, 2, flag)]
+    """Return the rows of query and title of a file."""
+    return [(row.fields[0], row.fields[1]) for row in read_rows(path, 2, flag)]
 
 
 def not_a_number(row: list[str]) -> str | None:
