@@ -20,6 +20,7 @@ import functools
 import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import data
@@ -174,13 +175,13 @@ def look(args: argparse.Namespace, texts: textfile.TextFile, test_set: list[text
 
 def build_model(args: argparse.Namespace) -> tuple[Any, Any, str]:
     """The network to train, its tokenizer and the name of its encoder."""
-    from model import SimCSE, load_model
+    from model import LossSettings, SimCSE, load_model
     from simcse.encoder.encoder import check_length
     from simcse.encoder.pretrained import load_encoder
 
-    settings = {"dropout": args.output_dropout, "margin": args.margin, "scale": args.scale,
-                "precision": args.precision, "infer_with_pooler": args.infer_with_fc_pooler,
-                "cross_device_negatives": args.cross_device_negatives and RANKS > 1,
+    loss_settings = LossSettings(**{field.name: getattr(args, field.name) for field in fields(LossSettings)})
+    settings = {"dropout": args.output_dropout, "loss_settings": loss_settings, "precision": args.precision,
+                "infer_with_pooler": args.infer_with_fc_pooler,
                 **({"pooling": args.pooling} if args.pooling else {})}
     if checkpoint := args.resume or args.init_from_ckpt:
         model, tokenizer, record = load_model(
@@ -231,7 +232,7 @@ def train(args: argparse.Namespace, texts: textfile.TextFile, test_set: list[tex
     make = functools.partial(data.make_batch, texts, tokenizer, args)
     run = Run(args, model, texts, len(sampler), save)
     for batch in run.batches(data.batches_after(run.step, args.epochs, sampler, make)):
-        loss = backward(run.network, model, batch, run.scaler.scale)
+        loss = backward(run.network, model, batch, run.scaler.scale, args.chunk_size)
         run.update(loss, batch)
         if not run.code and run.step % args.eval_steps == 0 and run.step < run.steps:
             measure("eval")

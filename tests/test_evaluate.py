@@ -248,7 +248,7 @@ def test_plot_without_a_chinese_font_or_without_matplotlib(tmp_path, results):
     (["nowhere.txt"], "argument --recall_result_file: nowhere.txt: no such file"),
     (["--metrics", "recall,mmr"], "argument --metrics: 'mmr' is not one of recall, mrr, ndcg"),
     (["--metrics", ""], "argument --metrics: '' is not one of"),
-    (["--show_errors", 0], "argument --show_errors: '0' is not a whole number from 1 up"),
+    (["--show_errors", 0], "argument --show_errors: expected an integer >= 1, got '0'"),
     (["--plot", "a.jpg"], "argument --plot: a.jpg: the name has to end in .png, .svg, .pdf"),
     (["--plot", "no/a.png"], "argument --plot: no: no such folder")])
 def test_refused(tmp_path, flags, message):

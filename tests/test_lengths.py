@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import model as m
 import train
-from deploy.python import predictor
+from deploy.python import encoder
 from simcse import console, flags
 from simcse.console import InputError
 from simcse.text import textfile, wordpiece
@@ -27,7 +27,7 @@ def tokenizer():
 class Ones:
     """An engine to which all texts are alike."""
 
-    embedding_size, max_positions, batch_tokens, most_texts, precision = 4, 512, 2048, 1000, "fp32"
+    embedding_size, max_positions, batch_tokens, max_batch_size, precision = 4, 512, 2048, None, "fp32"
 
     def embed(self, input_ids, token_type_ids):
         assert input_ids.shape[1] <= 8
@@ -113,11 +113,9 @@ def test_nor_are_they_to_a_service_or_a_server(tokenizer, tmp_path, capsys):
         assert searcher.encode(["长" * 9, "长" * 5])[1].tolist() == [9, 7]  # one more than are seen
     assert capsys.readouterr().err == "texts longer than 8 tokens are cut; this is said once\n"
     tokenizer.save_rust(str(tmp_path))
-    said = []
-    embeddings = predictor.encode(Ones(), predictor.Tokenizer(str(tmp_path)), ["语义", *UNSEEN, "长" * 9], 8,
-                                  complain=lambda *told: said.append(told))
-    assert embeddings.any(axis=1).tolist() == [True, *[False] * 5, True]
-    assert [(remark[:11], which) for remark, which in said] == [("are longer ", [6]), ("are all [UN", [1, 2, 3, 4, 5])]
+    encoded = encoder.encode(Ones(), encoder.Tokenizer(str(tmp_path)), ["语义", *UNSEEN, "长" * 9], 8)
+    assert encoded.embeddings.any(axis=1).tolist() == [True, *[False] * 5, True]
+    assert (encoded.truncated, encoded.unknown) == ([6], [1, 2, 3, 4, 5])
 
 
 def test_the_graph_finds_its_way_past_zeros():
