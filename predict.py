@@ -43,15 +43,14 @@ def main() -> None:
     pairs = [] if streams else [row for _, row in blocks[0] if textfile.complete(row, 2)]
     flags.announce(args, args.params_path, "pairs of stdin" if streams else flags.count(pairs, "pair"))
 
-    from model import load_engine, mean_loss
-    from simcse.encoder.encoder import encode_pairs
+    from model import load_encoder_for, mean_loss
 
-    engine, tokenizer = load_engine(args, pairs)
+    encoder = load_encoder_for(args, pairs)
     for block in blocks:
         good = [(number, row) for number, row in block if textfile.complete(row, 2)]
         pairs = [row for _, row in good]
         places = [f"{'stdin' if streams else args.text_pair_file}:{number}" for number, _ in good]
-        first, second = encode_pairs(engine, tokenizer, pairs, args.max_seq_length, args.batch_size, places)
+        first, second = encoder.encode_pairs(pairs, places=places)
         cosines = iter((first * second).sum(axis=1).clip(-1, 1).tolist())
         for _, row in block:
             cosine = next(cosines) if textfile.complete(row, 2) else None

@@ -196,7 +196,7 @@ def deployed(scratch: str, device: str, size: str, precision: str, tensorrt: boo
     """The exported graph in Paddle Inference, by deploy/python, against the dynamic graph in fp32."""
     from model import load_model
     from simcse.device import gpu_precision, set_device
-    from simcse.encoder.encoder import encode
+    from simcse.encoder.encoder import Encoder
 
     set_device(device)
     network, tokenizer, _ = load_model(f"{scratch}/{size}/{PARAMS_FILE}")
@@ -213,7 +213,8 @@ def deployed(scratch: str, device: str, size: str, precision: str, tensorrt: boo
         graph = predictor.Predictor(f"{scratch}/exported", device, precision=precision,
                                     tensorrt=(64, LENGTH) if tensorrt else ())
         own = predictor.Tokenizer(f"{scratch}/exported")
-        expected, found = encode(network, tokenizer, texts, LENGTH), predictor.encode(graph, own, texts, LENGTH)
+        expected = Encoder(network, tokenizer, LENGTH).encode(texts)
+        found = predictor.encode(graph, own, texts, LENGTH)
         report_within(f"1 - cosine, {name}", 1 - (found * expected).sum(axis=1).min(),
                       1e-5 if precision == "fp32" and not tensorrt else 1e-2)
         speed = len(texts) * per_second(lambda: predictor.encode(graph, own, texts, LENGTH))

@@ -9,7 +9,7 @@ import sys
 import urllib.request
 
 from model import SimCSE
-from simcse.encoder.pretrained import load_encoder
+from simcse.encoder.pretrained import load_pretrained
 from simcse.training.trainer import BINS, alignment, uniformity
 
 import numpy as np
@@ -74,7 +74,7 @@ def test_alignment_and_uniformity_by_their_definition():
 def test_what_was_compared_is_what_the_loss_is_of():
     import paddle
 
-    model = SimCSE(load_encoder(str(ENCODER)), output_emb_size=16, margin=0.1)
+    model = SimCSE(load_pretrained(str(ENCODER)), output_emb_size=16, margin=0.1)
     ids = paddle.to_tensor(np.arange(5, 25).reshape(4, 5))
     loss = float(model(ids, ids))
     query, title, keys = model.compared
