@@ -197,7 +197,7 @@ def deployed(scratch: str, device: str, size: str, precision: str, tensorrt: boo
     """The exported graph in Paddle Inference, by deploy/python, against the dynamic graph in fp32."""
     from model import load_model
     from simcse.device import gpu_precision, set_device
-    from simcse.encoder.encoder import encode
+    from simcse.encoder.encoder import Encoder
 
     set_device(device)
     network, tokenizer, _ = load_model(f"{scratch}/{size}/{PARAMS_FILE}")
@@ -214,7 +214,7 @@ def deployed(scratch: str, device: str, size: str, precision: str, tensorrt: boo
         graph = predictor.load_predictor(f"{scratch}/exported", device=device, precision=precision,
                                          tensorrt=predictor.TensorRtShape(64, LENGTH) if tensorrt else None)
         own = encoder.Tokenizer(f"{scratch}/exported")
-        expected = encode(network, tokenizer, texts, LENGTH)
+        expected = Encoder(network, tokenizer, LENGTH).encode(texts)
         found = encoder.encode(graph, own, texts, LENGTH).embeddings
         report_within(f"1 - cosine, {name}", 1 - (found * expected).sum(axis=1).min(),
                       1e-5 if precision == "fp32" and not tensorrt else 1e-2)

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from functools import partial
 
 from bench import BASE, FILES, MINI, ROOT, Bench  # first: it makes the project importable
+
 from ann_util import SHARDS  # isort: skip
 from simcse import console, files, flags
 from simcse.index.settings import HNSW_EF, HNSW_M

@@ -20,7 +20,7 @@ from simcse.text.wordpiece import load_tokenizer
 
 import numpy as np
 import pytest
-from conftest import ENCODER, FP32, refuse, succeed
+from conftest import ENCODER, FP32, refuse
 from indexes import engine_of, fill, manifest_of
 
 
