@@ -104,7 +104,7 @@ class SimCSE(nn.Layer):
         hidden_size = pretrained_model.config.hidden_size
         self.output_emb_size, self.embedding_size = output_emb_size or 0, output_emb_size or hidden_size
         self.max_positions = getattr(pretrained_model.config, "max_position_embeddings", 512)
-        self.batch_tokens = BATCH_TOKENS[paddle.device.get_device() == "cpu"]
+        self.batch_tokens = BATCH_TOKENS[paddle.device.get_device().split(":")[0]]
         if self.output_emb_size:
             weight_attr = paddle.ParamAttr(initializer=nn.initializer.TruncatedNormal(std=0.02))
             self.emb_reduce_linear = nn.Linear(hidden_size, self.output_emb_size, weight_attr=weight_attr)
