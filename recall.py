@@ -51,8 +51,8 @@ def parse_args() -> argparse.Namespace:
     add = group.add_argument
     add("--corpus_file", type=flags.readable_file, help="documents to search, a text a line, or its id, a tab and the "
         "text; may be left out with --query and --query_file, where there is an index")
-    add("--corpus_columns", type=int, choices=formats.IDS, help="1: a text a line; 2: an id, a tab and the text; None: "
-        "as most lines of --corpus_file are")
+    add("--corpus_columns", type=int, choices=formats.CORPUS_COLUMNS,
+        help="1: a text a line; 2: an id, a tab and the text; None: as most lines of --corpus_file are")
     add("--similar_text_pair", "--similar_text_pair_file", type=flags.readable_file,
         help="query and target, tab-separated, a pair a line; for the queries documents are recalled, and of the "
         "targets is said whether the corpus has them")
@@ -147,9 +147,9 @@ def check_targets(args: argparse.Namespace, pairs: Iterable[textfile.Row], corpu
         if lines.pop(document, None) and not lines:
             return
     if not ids:
-        looks = {textfile.plain(target) for target in lines}
-        there = {look for document in corpus if (look := textfile.plain(document)) in looks}
-        unseen = sum(textfile.plain(target) in there for target in lines)
+        looks = {textfile.normalize(target) for target in lines}
+        there = {look for document in corpus if (look := textfile.normalize(document)) in looks}
+        unseen = sum(textfile.normalize(target) in there for target in lines)
         near = f" {unseen:,} of them are but for white space, width or invisible characters:"
     first = ", ".join(f"{path}:{number}" for number in sorted(lines.values())[:3])
     console.warn_data(f"--similar_text_pair: {len(lines):,} of {count:,} targets are not {'ids ' * ids}in "

@@ -94,7 +94,8 @@ def read_test_set(args: argparse.Namespace) -> list[textfile.Row]:
     if not path:
         return []
     columns = textfile.count_columns(path, flag, (2, 3))
-    rows, looks = list(textfile.read_rows(path, columns, flag, textfile.not_a_number if columns == 3 else None)), {}
+    check = textfile.find_label_problem if columns == 3 else None
+    rows, looks = list(textfile.read_rows(path, columns, flag, check)), {}
     if columns == 3:
         if len({float(row.fields[2]) for row in rows}) > 1:
             return rows
@@ -102,7 +103,7 @@ def read_test_set(args: argparse.Namespace) -> list[textfile.Row]:
                          "undefined; there is no evaluation")
         return []
     if twins := [f"{path}:{row.line_number}" for row in rows
-                 if looks.setdefault(textfile.plain(row.fields[1]), row.fields[1]) != row.fields[1]]:
+                 if looks.setdefault(textfile.normalize(row.fields[1]), row.fields[1]) != row.fields[1]]:
         console.warn_data(f"{flag}: {len(twins)} of {len(rows)} targets are an earlier one but for white space, width "
                          "or invisible characters, and count as another document; write them alike: "
                          f"{', '.join(twins[:3])}")
