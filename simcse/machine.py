@@ -20,6 +20,8 @@ RANK, RANKS = int(os.environ.get("PADDLE_TRAINER_ID", 0)), int(os.environ.get("P
 PARENT = os.getppid()  # as this process started: where there are several ranks, the launcher
 CPU_THREADS = max(1, CPU_CORES // RANKS)  # of math, where none are asked for: ranks on one machine share its cores
 
+TRAIN_PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")  # number formats of matrix products in training
+
 
 def auto_precision(device: str) -> str:
     """What `--precision auto` is: bf16 on a CPU that is faster in it; on GPUs bf16 from compute capability 8.0 on, and
