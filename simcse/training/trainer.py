@@ -103,7 +103,7 @@ class Trainer:
         if args.resume:
             self.step = read_state(args.resume, model, self.optimization, settings=self.settings,
                                    defaults=args.shared_defaults)
-            log(f"going on from {args.resume}")
+            log(f"resuming from {args.resume}")
         self.saved_step: int | None = None
         self.finite_step: int | None = None  # the last one after which all weights were found to be finite
         self.stop_signal = StopSignal()
