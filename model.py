@@ -1,5 +1,4 @@
-"""SimCSE: the network (encoder, pooling, fc, dropout), its loss, its checkpoints, and the one way from texts to
-embeddings."""
+"""SimCSE: the network (encoder, pooling, fc, dropout), its loss, its checkpoints, and the encoder of a checkpoint."""
 
 import argparse
 import functools
@@ -12,11 +11,17 @@ from data import Batch, DuplicateKeys, Inputs
 from simcse import console
 from simcse.console import InputError
 from simcse.device import casting, gpu_precision, set_device
-from simcse.encoder.encoder import Sight, check_length, encode, encode_pairs, encode_stream, look_at  # noqa: F401
+from simcse.encoder.encoder import Encoder
 from simcse.encoder.engine import Engine, KeptGraph, make_engine, openvino_is_faster
 from simcse.encoder.paddle_engine import export_graph
 from simcse.encoder.paddle_patches import first_token_only
-from simcse.encoder.pretrained import encoder_from_record, freeze_pooler, load_encoder, portable, remove_layers
+from simcse.encoder.pretrained import (
+    encoder_from_record,
+    freeze_pooler,
+    load_pretrained,
+    portable,
+    remove_layers,
+)
 from simcse.encoder.weights import (
     CONFIG_FILE,
     PARAMS_FILE,
@@ -27,7 +32,7 @@ from simcse.encoder.weights import (
     write_weights,
 )
 from simcse.files import new_folder
-from simcse.flags import DEFAULT_MODEL, POOLINGS
+from simcse.flags import DEFAULT_MODEL, ENCODE_LENGTH, POOLINGS, checkpoint_file
 from simcse.machine import BATCH_TOKENS, RANK, RANKS
 from simcse.ranks import gather_rows
 from simcse.text.textfile import TextFile
@@ -111,7 +116,7 @@ class SimCSE(nn.Layer):
         hidden_size = pretrained_model.config.hidden_size
         self.output_emb_size, self.embedding_size = output_emb_size or 0, output_emb_size or hidden_size
         self.max_positions = getattr(pretrained_model.config, "max_position_embeddings", 512)
-        self.batch_tokens = BATCH_TOKENS[paddle.device.get_device() == "cpu"]
+        self.batch_tokens = BATCH_TOKENS[paddle.device.get_device().split(":")[0]]
         if self.output_emb_size:
             weight_attr = paddle.ParamAttr(initializer=nn.initializer.TruncatedNormal(std=0.02))
             self.emb_reduce_linear = nn.Linear(hidden_size, self.output_emb_size, weight_attr=weight_attr)
@@ -316,7 +321,7 @@ def load_model(params_path: str, model_name_or_path: str | None = None, output_e
                          f"{', '.join(POOLINGS)}")
     name = model_name_or_path or record.get("model_name_or_path", DEFAULT_MODEL)
     described = record and not model_name_or_path
-    encoder = encoder_from_record(record, dropout) if described else load_encoder(name, dropout)
+    encoder = encoder_from_record(record, dropout) if described else load_pretrained(name, dropout)
     tokenizer = checkpoint_tokenizer(params_path, name)
     recorded = {key: record[key] for key in ("pooling", "whitened_at") if key in record}
     loss_settings = LossSettings(**{key: record[key] for key in ("margin", "scale") if key in record})
@@ -363,7 +368,8 @@ def write_checkpoint(folder: str, model: SimCSE, tokenizer: Any, record: dict) -
     write_record(folder, record, tokenizer)
 
 
-def calibration(args: argparse.Namespace, texts: Sequence[Any], tokenizer: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+def calibration_batches(args: argparse.Namespace, texts: Sequence[Any],
+                        tokenizer: Any) -> list[tuple[np.ndarray, np.ndarray]]:
     """Batches of one text each, from all over --calibration_file, or `texts`, for `int8.export_openvino`."""
     from simcse.encoder.openvino import LEAST, SAMPLE
 
@@ -377,10 +383,53 @@ def calibration(args: argparse.Namespace, texts: Sequence[Any], tokenizer: Any) 
     return [batch for _, *batch in make_batches(ids, tokenizer.pad_token_id, batch_size=1)]
 
 
-def load_engine(args: argparse.Namespace, texts: Sequence[Any] = ()) -> tuple[Engine, Any]:
-    """The engine and the tokenizer that a stage's flags ask for (`add_model_arguments`, `add_encode_arguments`). On a
-    CPU the graph, once exported, is kept beside the checkpoint; later starts need neither the network nor paddlenlp.
-    With `texts`, or rows of them, int8 is calibrated where no file is given for it."""
+def load_encoder(checkpoint: str, *, device: str = "cpu", precision: str = "auto", max_seq_length: int | None = None,
+                 batch_size: int | None = None, cpu_threads: int = 0, model_name_or_path: str | None = None,
+                 output_emb_size: int | None = None, calibration: str | Sequence[str] = ()) -> Encoder:
+    """Load a trained checkpoint for encoding.
+
+        encoder = load_encoder("checkpoints/model_900")
+        embeddings = encoder.encode(["语义检索", "信息抽取"])  # float32 [2, embedding_size], L2-normalized
+
+    On a CPU the exported graph is kept beside the checkpoint; later starts load neither the network nor paddlenlp.
+
+    Args:
+        checkpoint: model_state.pdparams, model_state.safetensors or the folder that holds it.
+        device: "cpu" or "gpu".
+        precision: "auto", "fp32" or "bf16"; on a GPU also "tf32" or "fp16", on a CPU also "int8".
+        max_seq_length: tokens that are read of a text; None: as many as the checkpoint was trained with, else 64.
+        batch_size: texts of a batch; None: as many as fill the engine's `batch_tokens`.
+        cpu_threads: math threads on a CPU; 0: all cores.
+        model_name_or_path: the encoder of a checkpoint without a simcse_config.json.
+        output_emb_size: size that the embedding must have; None: any.
+        calibration: for the first time in int8 a file of texts, one a line, or texts; see `calibration_batches`.
+
+    Raises:
+        InputError: the checkpoint cannot be loaded, or not in this precision.
+    """
+    params_path = checkpoint_file(checkpoint)
+    if max_seq_length is None:
+        max_seq_length = read_record(os.path.dirname(params_path)).get("max_seq_length") or ENCODE_LENGTH
+    is_file = isinstance(calibration, str)
+    args = argparse.Namespace(
+        params_path=params_path, model_name_or_path=model_name_or_path, output_emb_size=output_emb_size, device=device,
+        precision=precision, max_seq_length=max_seq_length, batch_size=batch_size, cpu_threads=cpu_threads,
+        calibration_file=calibration if is_file else None)
+    return load_encoder_for(args, () if is_file else calibration)
+
+
+def load_encoder_for(args: argparse.Namespace, texts: Sequence[Any] = ()) -> Encoder:
+    """Load the encoder that a script's flags ask for (`add_model_arguments`, `add_encode_arguments`).
+
+    Args:
+        texts: texts, or rows of them, that int8 is calibrated with where no file is given for it.
+    """
+    engine, tokenizer = _load_engine(args, texts)
+    return Encoder(engine, tokenizer, args.max_seq_length, args.batch_size)
+
+
+def _load_engine(args: argparse.Namespace, texts: Sequence[Any] = ()) -> tuple[Engine, Any]:
+    """Return the engine and the tokenizer that a script's flags ask for."""
     set_device(args.device, args.cpu_threads)
     if args.precision == "int8":
         console.check_installed("--precision int8", INT8_NEEDS, "openvino")
@@ -396,13 +445,10 @@ def load_engine(args: argparse.Namespace, texts: Sequence[Any] = ()) -> tuple[En
         console.check_installed("--precision int8", INT8_NEEDS, "nncf", "paddle2onnx")
         from simcse.encoder import openvino as int8
 
-        export = functools.partial(int8.export_openvino, batches=calibration(args, texts, tokenizer))
+        export = functools.partial(int8.export_openvino, batches=calibration_batches(args, texts, tokenizer))
     elif kept and openvino_is_faster():
         from simcse.encoder.openvino import export_fastest as export
     return make_engine(model, args.precision, args.cpu_threads, keep, export), tokenizer
-
-
-# --------------------------------------------------------------------------------------------- from texts to embeddings
 
 
 def mean_loss(query: np.ndarray, title: np.ndarray, batch_size: int, margin: float, scale: float) -> float:

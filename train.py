@@ -99,7 +99,7 @@ def read_test_set(args: argparse.Namespace) -> list[textfile.Row]:
         rows = list(textfile.read_rows(path, columns, flag))
         warn_near_duplicates(path, rows)
         return rows
-    rows = list(textfile.read_rows(path, columns, flag, textfile.not_a_number))
+    rows = list(textfile.read_rows(path, columns, flag, textfile.find_label_problem))
     labels = {float(row.fields[2]) for row in rows}
     if len(labels) == 1:
         console.warn_data(f"{flag} {path}: all {len(rows)} labels are {rows[0].fields[2]}, of which Spearman's rho is "
@@ -114,7 +114,7 @@ def warn_near_duplicates(path: str, rows: Sequence[textfile.Row]) -> None:
     first_target: dict[str, str] = {}
     for row in rows:
         target = row.fields[1]
-        earlier = first_target.setdefault(textfile.plain(target), target)
+        earlier = first_target.setdefault(textfile.normalize(target), target)
         if earlier != target:
             places.append(f"{path}:{row.line_number}")
     if places:
@@ -156,11 +156,11 @@ def check_encoder_sees(args: argparse.Namespace, texts: textfile.TextFile, test_
     Raises:
         InputError: it sees no two different texts, queries or titles to learn from. Truncated ones count as different.
     """
-    from simcse.encoder.encoder import look_at
+    from simcse.encoder.encoder import check_texts
 
-    all_ids = look_at(texts.spread(tokens.WINDOW), tokenizer, args.max_seq_length)
+    all_ids = check_texts(texts.spread(tokens.WINDOW), tokenizer, args.max_seq_length)
     test_rows = [(f"{args.test_set_file}:{row.line_number}", row.fields[:2]) for row in test_set]
-    look_at(test_rows, tokenizer, args.max_seq_length)
+    check_texts(test_rows, tokenizer, args.max_seq_length)
     learns = args.epochs > 0 or args.whiten is not None
     if texts.columns == 3 or not learns:
         return
@@ -231,11 +231,11 @@ def evaluation_tokens(args: argparse.Namespace) -> int:
 
 def make_encode(args: argparse.Namespace, model: Any, tokenizer: Any, precision: str = "auto") -> Callable:
     """Return what encodes texts by the weights as they are now. `check_encoder_sees` has warned of the texts."""
-    from simcse.encoder.encoder import encode
+    from simcse.encoder.encoder import Encoder
     from simcse.encoder.engine import make_engine
 
-    engine = make_engine(model, precision, args.cpu_threads)
-    return functools.partial(encode, engine, tokenizer, max_seq_length=args.max_seq_length, remark=False)
+    encoder = Encoder(make_engine(model, precision, args.cpu_threads), tokenizer, args.max_seq_length)
+    return functools.partial(encoder.encode, warn=False)
 
 
 def evaluate_on_ranks(args: argparse.Namespace, model: Any, tokenizer: Any,
@@ -254,7 +254,7 @@ def build_model(args: argparse.Namespace) -> tuple[Any, Any, str]:
     """Return the network to train, its tokenizer and the name of its encoder."""
     from model import LossSettings, SimCSE, load_model
     from simcse.encoder.encoder import check_length
-    from simcse.encoder.pretrained import load_encoder
+    from simcse.encoder.pretrained import load_pretrained
 
     loss_settings = LossSettings(**{field.name: getattr(args, field.name) for field in fields(LossSettings)})
     settings = {"dropout": args.output_dropout, "loss_settings": loss_settings, "precision": args.precision,
@@ -273,7 +273,7 @@ def build_model(args: argparse.Namespace) -> tuple[Any, Any, str]:
         encoder_name = record["model_name_or_path"]
     else:
         encoder_name = args.model_name_or_path or flags.DEFAULT_MODEL
-        model = SimCSE(load_encoder(encoder_name, args.dropout), output_emb_size=args.output_emb_size, **settings)
+        model = SimCSE(load_pretrained(encoder_name, args.dropout), output_emb_size=args.output_emb_size, **settings)
         tokenizer = wordpiece.load_tokenizer(encoder_name)
     check_length(model, args.max_seq_length)
     if args.whiten and args.whiten > model.embedding_size:

@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 from bench import MINI, ROOT, describe_machine  # first: it makes the project importable
 from data import Batch, DuplicateKeys, Inputs, text_keys
-from deploy.python import predictor
+from deploy.python import encoder, predictor
 from simcse import console, files
 from simcse.encoder.weights import PARAMS_FILE, load_state, read_weights, saved_steps
 from simcse.machine import RANK, RANKS
@@ -197,7 +197,7 @@ def deployed(scratch: str, device: str, size: str, precision: str, tensorrt: boo
     """The exported graph in Paddle Inference, by deploy/python, against the dynamic graph in fp32."""
     from model import load_model
     from simcse.device import gpu_precision, set_device
-    from simcse.encoder.encoder import encode
+    from simcse.encoder.encoder import Encoder
 
     set_device(device)
     network, tokenizer, _ = load_model(f"{scratch}/{size}/{PARAMS_FILE}")
@@ -211,13 +211,14 @@ def deployed(scratch: str, device: str, size: str, precision: str, tensorrt: boo
         if tensorrt:
             with console.reported("--use_tensorrt", OSError):
                 ctypes.CDLL("libnvinfer.so")  # which paddle opens by this name
-        graph = predictor.Predictor(f"{scratch}/exported", device, precision=precision,
-                                    tensorrt=(64, LENGTH) if tensorrt else ())
-        own = predictor.Tokenizer(f"{scratch}/exported")
-        expected, found = encode(network, tokenizer, texts, LENGTH), predictor.encode(graph, own, texts, LENGTH)
+        graph = predictor.load_predictor(f"{scratch}/exported", device=device, precision=precision,
+                                         tensorrt=predictor.TensorRtShape(64, LENGTH) if tensorrt else None)
+        own = encoder.Tokenizer(f"{scratch}/exported")
+        expected = Encoder(network, tokenizer, LENGTH).encode(texts)
+        found = encoder.encode(graph, own, texts, LENGTH).embeddings
         report_within(f"1 - cosine, {name}", 1 - (found * expected).sum(axis=1).min(),
                       1e-5 if precision == "fp32" and not tensorrt else 1e-2)
-        speed = len(texts) * per_second(lambda: predictor.encode(graph, own, texts, LENGTH))
+        speed = len(texts) * per_second(lambda: encoder.encode(graph, own, texts, LENGTH))
         report(f"Paddle Inference, {name}", round(speed, 1), "texts/s")
 
 

@@ -148,13 +148,13 @@ def train_speed(scratch: str, size: str, device: str, precision: str) -> None:
 
 def encode_speed(scratch: str, size: str, device: str, precision: str) -> None:
     """The engine of inference.py, of texts that are tokenized."""
-    from model import load_engine
+    from model import load_encoder_for
 
     words = ["--params_path", f"{scratch}/{size}", "--device", device, "--precision", precision]
     with unless_refused(f"encoding, {size}, {precision}"):
         with command_line("inference", *words) as inference:
             args = inference.parse_args()
-        engine, _ = load_engine(args)
+        engine = load_encoder_for(args).engine
         found = [None]
 
         def encode(ids: np.ndarray) -> None:

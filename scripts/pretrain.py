@@ -155,14 +155,14 @@ def train(args: argparse.Namespace, texts: textfile.TextFile) -> None:
         Diverged: the loss, or weights, contain NaN or Inf.
         Stopped: a signal has stopped the run, which has saved a checkpoint.
     """
-    from simcse.encoder.encoder import check_length, look_at
+    from simcse.encoder.encoder import check_length, check_texts
     from simcse.training.masked_lm import load_masked_lm
     from simcse.training.trainer import LOG_STEPS, Diverged, Stopped, Trainer
 
     name = args.resume or args.model_name_or_path
     model, tokenizer = load_masked_lm(name, args.dropout, args.precision), wordpiece.load_tokenizer(name)
     check_length(model, args.max_seq_length)
-    look_at(texts.spread(tokens.WINDOW), tokenizer, args.max_seq_length)
+    check_texts(texts.spread(tokens.WINDOW), tokenizer, args.max_seq_length)
 
     sampler = data.ShuffledBatches(len(texts), args.batch_size, RANK, RANKS)
     trainer = Trainer(args, model, texts, steps_per_epoch=len(sampler),

@@ -3,6 +3,7 @@
 import json
 
 import model as m
+from simcse.encoder.encoder import Encoder
 from simcse.text.textfile import read_text_pairs
 
 import numpy as np
@@ -44,7 +45,7 @@ def test_pair_scores(compat, flags, expected):
 def test_losses(compat, expected):
     network, tokenizer, _ = m.load_model(str(compat / "model_state.pdparams"), str(compat / "ernie"))
     pairs = read_text_pairs(str(compat / "dev.csv"), "--flag")[:32]
-    query, title = m.encode_pairs(network, tokenizer, pairs, 64, 32)
+    query, title = Encoder(network, tokenizer, 64, 32).encode_pairs(pairs)
     (losses,) = (value for key, value in expected.items() if key.startswith("eval_mode_losses"))
     assert len(losses) == 4
     for name, loss in losses.items():
@@ -99,7 +100,7 @@ def test_training(compat, tmp_path, request):
     if not slow:
         return
     network, tokenizer, _ = m.load_model(str(tmp_path / "checkpoints" / "model_50" / "model_state.pdparams"))
-    vectors = m.encode(network, tokenizer, read_texts(compat / "titles.txt"), 60, 64)
+    vectors = Encoder(network, tokenizer, 60, 64).encode(read_texts(compat / "titles.txt"))
     np.testing.assert_allclose(vectors, np.load(compat / "title_embeddings_after_training.npy"), atol=1e-3)
 
 

@@ -8,6 +8,7 @@ import model as m
 from data import Batch, Inputs
 from simcse.console import InputError
 from simcse.encoder import paddle_patches, pretrained, weights
+from simcse.encoder.encoder import Encoder
 from simcse.encoder.engine import make_engine
 from simcse.text.tokens import pad
 from simcse.text.wordpiece import load_tokenizer
@@ -136,13 +137,13 @@ def test_dropout_makes_two_views():
 
 def test_padding_and_batching_change_nothing():
     tokenizer, texts = load_tokenizer(str(ENCODER)), ["语义索引", "召回一批语义相关的文本" * 3, "短", "SimCSE"] * 3
-    network = m.SimCSE(pretrained.load_encoder(str(ENCODER)), output_emb_size=32)
-    one_by_one = m.encode(network, tokenizer, texts, 24, 1)
-    np.testing.assert_allclose(m.encode(network, tokenizer, texts, 24, 5), one_by_one, atol=1e-5)
+    network = m.SimCSE(pretrained.load_pretrained(str(ENCODER)), output_emb_size=32)
+    one_by_one = Encoder(network, tokenizer, 24, 1).encode(texts)
+    np.testing.assert_allclose(Encoder(network, tokenizer, 24, 5).encode(texts), one_by_one, atol=1e-5)
     assert one_by_one.shape == (12, 32) and one_by_one.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(one_by_one, axis=1), 1, atol=1e-5)
     with pytest.raises(InputError, match="--max_seq_length 514.*513 positions"):
-        m.encode(network, tokenizer, texts, 514, 5)
+        Encoder(network, tokenizer, 514)
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
@@ -216,7 +217,7 @@ def test_another_encoder_of_automodel(tmp_path):
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(chr, range(0x4E00, 0x4E00 + 195))]
     (tmp_path / "bert" / "vocab.txt").write_text("\n".join(vocab) + "\n", encoding="utf-8")
     (tmp_path / "bert" / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
-    network = m.SimCSE(pretrained.load_encoder(str(tmp_path / "bert"), dropout=0.3), output_emb_size=4)
+    network = m.SimCSE(pretrained.load_pretrained(str(tmp_path / "bert"), dropout=0.3), output_emb_size=4)
     assert network.ptm.config.hidden_dropout_prob == 0.3 and type(network.ptm).__name__ == "BertModel"
     tokenizer = load_tokenizer(str(tmp_path / "bert"))
     m.save_checkpoint(str(tmp_path / "ck"), network, tokenizer,
@@ -224,7 +225,8 @@ def test_another_encoder_of_automodel(tmp_path):
     os.rename(tmp_path / "bert", tmp_path / "gone")
     loaded, tokenizer, _ = m.load_model(str(tmp_path / "ck" / weights.PARAMS_FILE))
     texts = ["一丁七", "万"]
-    np.testing.assert_array_equal(m.encode(loaded, tokenizer, texts, 16, 2), m.encode(network, tokenizer, texts, 16, 2))
+    got, expected = (Encoder(each, tokenizer, 16, 2).encode(texts) for each in (loaded, network))
+    np.testing.assert_array_equal(got, expected)
 
 
 def test_an_encoder_with_missing_layers_is_an_error(tmp_path, capsys):
@@ -234,11 +236,11 @@ def test_an_encoder_with_missing_layers_is_an_error(tmp_path, capsys):
     state = paddle.load(path)
     no_pooler = {name: value for name, value in state.items() if "pooler" not in name}
     paddle.save(no_pooler, path)
-    pretrained.load_encoder(str(tmp_path))
+    pretrained.load_pretrained(str(tmp_path))
     assert "has no trained pooler" in capsys.readouterr().err
     paddle.save({name: value for name, value in no_pooler.items() if "layers.1.linear1" not in name}, path)
     with pytest.raises(InputError, match=r"lack .*layers\.1\.linear1"):
-        pretrained.load_encoder(str(tmp_path))
+        pretrained.load_pretrained(str(tmp_path))
 
 
 def test_record_is_plain_json(saved):
@@ -317,11 +319,12 @@ def test_engine_is_the_network(kind):
     engine = make_engine(network, "fp32")
     assert engine.embedding_size == 8 and engine.max_positions == 40 and network.dropout.p == 0.1
     assert encoder.encoder.layers[0].dropout1.p == 0.1 and encoder.encoder.layers[0].self_attn.dropout == 0.1
-    expected = m.encode(network, tokenizer, texts, 30)
-    np.testing.assert_allclose(m.encode(engine, tokenizer, texts, 30), expected, atol=1e-5)
+    expected = Encoder(network, tokenizer, 30).encode(texts)
+    encoder = Encoder(engine, tokenizer, 30)
+    np.testing.assert_allclose(encoder.encode(texts), expected, atol=1e-5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(m, "WINDOW", 11)
-        blocks = list(m.encode_stream(engine, m.Sight(tokenizer, texts, 30)))
+        patch.setattr("simcse.encoder.encoder.WINDOW", 11)
+        blocks = list(encoder.stream(texts))
     assert [len(block) for block in blocks] == [11, 11, 7]
     np.testing.assert_allclose(np.concatenate(blocks), expected, atol=1e-5)
-    assert m.encode(engine, tokenizer, [], 30).shape == (0, 8)
+    assert encoder.encode([]).shape == (0, 8)

@@ -10,7 +10,7 @@ import urllib.request
 
 from data import Batch, Inputs
 from model import LossSettings, SimCSE
-from simcse.encoder.pretrained import load_encoder
+from simcse.encoder.pretrained import load_pretrained
 from simcse.training.log import BINS, alignment, uniformity
 
 import numpy as np
@@ -75,7 +75,7 @@ def test_alignment_and_uniformity_by_their_definition():
 def test_what_was_compared_is_what_the_loss_is_of():
     import paddle
 
-    model = SimCSE(load_encoder(str(ENCODER)), output_emb_size=16, loss_settings=LossSettings(margin=0.1))
+    model = SimCSE(load_pretrained(str(ENCODER)), output_emb_size=16, loss_settings=LossSettings(margin=0.1))
     ids = Inputs(np.arange(5, 25).reshape(4, 5))
     loss = float(model.loss(model(Batch(ids, ids))))
     (query, title, _), keys = model.compared

@@ -4,7 +4,7 @@ from typing import Any
 
 from simcse.console import InputError
 from simcse.device import casting
-from simcse.encoder.pretrained import freeze_pooler, load_encoder
+from simcse.encoder.pretrained import freeze_pooler, load_pretrained
 
 import paddle
 import paddle.nn.functional as F
@@ -47,14 +47,14 @@ def load_masked_lm(name: str, dropout: float, precision: str = "fp32") -> Masked
     """Return the network of an encoder; its head starts at random where the encoder comes without one.
 
     Args:
-        name: as in `load_encoder`.
+        name: as in `load_pretrained`.
         dropout: hidden and attention dropout rate.
         precision: of matrix products, as in `SimCSE`.
 
     Raises:
-        InputError: see `load_encoder`; or the encoder's kind has no such head.
+        InputError: see `load_pretrained`; or the encoder's kind has no such head.
     """
-    network = load_encoder(name, dropout, "AutoModelForMaskedLM", may_start_at_random="cls")
+    network = load_pretrained(name, dropout, "AutoModelForMaskedLM", may_start_at_random="cls")
     if not hasattr(network, "cls"):
         raise InputError(f"--model_name_or_path {name}: {type(network).__name__} has no head that predicts tokens")
     return MaskedLM(network, precision)
