@@ -3,9 +3,9 @@
 import argparse
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from data import Batch, DuplicateKeys, Inputs
 from simcse import console
@@ -67,6 +67,18 @@ class LossSettings:
     cross_device_negatives: bool = False
 
 
+class Compared(NamedTuple):
+    """What a loss was of.
+
+    Attributes:
+        embeddings: of all ranks, where the loss is of all ranks; without gradients.
+        duplicate_keys: int64 tensors, of the same rows; None: the same text twice was its own negative.
+    """
+
+    embeddings: Embeddings
+    duplicate_keys: DuplicateKeys | None
+
+
 class SimCSE(nn.Layer):
     """A dual tower with shared weights: encoder -> pooling [-> fc] -> dropout -> L2 norm.
 
@@ -100,7 +112,7 @@ class SimCSE(nn.Layer):
         self.infer_with_pooler = infer_with_pooler or pooling != "pooler"
         self.whitened_at = whitened_at
         self.normalizes = True  # whether embeddings are L2-normalized, as they are but for whitening
-        self.compared: tuple[Embeddings, DuplicateKeys | None] | None = None  # what the last `loss` was of
+        self.compared: Compared | None = None  # what the last `loss` was of, for the log
         hidden_size = pretrained_model.config.hidden_size
         self.output_emb_size, self.embedding_size = output_emb_size or 0, output_emb_size or hidden_size
         self.max_positions = getattr(pretrained_model.config, "max_position_embeddings", 512)
@@ -207,7 +219,8 @@ class SimCSE(nn.Layer):
             if duplicate_keys is not None:
                 duplicate_keys = DuplicateKeys(*[None if keys is None else gather_rows(keys)
                                                  for keys in duplicate_keys])
-        self.compared = Embeddings(*[None if side is None else side.detach() for side in embeddings]), duplicate_keys
+        detached = Embeddings(*[None if side is None else side.detach() for side in embeddings])
+        self.compared = Compared(detached, duplicate_keys)
         return contrastive_loss(embeddings.query, embeddings.title, self.loss_settings, negative=embeddings.negative,
                                 duplicate_keys=duplicate_keys)
 
@@ -343,15 +356,16 @@ def make_record(model: SimCSE, model_name_or_path: str, max_seq_length: int | No
             "versions": {"paddlepaddle": paddle.__version__, "paddlenlp": paddlenlp.__version__}}
 
 
-def save_checkpoint(folder: str, model: SimCSE, tokenizer: Any, record: dict,
-                    also: Callable[[str], None] | None = None) -> None:
-    """Write weights, tokenizer, simcse_config.json and what `also` adds to `folder`, which appears complete or not at
-    all."""
+def save_checkpoint(folder: str, model: SimCSE, tokenizer: Any, record: dict) -> None:
+    """Write a checkpoint to `folder`, which appears complete or not at all."""
     with new_folder(folder) as temporary:
-        write_weights(os.path.join(temporary, PARAMS_FILE), model.state_dict())
-        write_record(temporary, record, tokenizer)
-        if also:
-            also(temporary)
+        write_checkpoint(temporary, model, tokenizer, record)
+
+
+def write_checkpoint(folder: str, model: SimCSE, tokenizer: Any, record: dict) -> None:
+    """Write weights, tokenizer and simcse_config.json into a folder that there is."""
+    write_weights(os.path.join(folder, PARAMS_FILE), model.state_dict())
+    write_record(folder, record, tokenizer)
 
 
 def calibration_batches(args: argparse.Namespace, texts: Sequence[Any],
