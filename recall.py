@@ -16,7 +16,6 @@ cosine does."""
 
 import argparse
 import contextlib
-import functools
 import itertools
 import os
 import sys
@@ -52,8 +51,8 @@ def parse_args() -> argparse.Namespace:
     add = group.add_argument
     add("--corpus_file", type=flags.readable_file, help="documents to search, a text a line, or its id, a tab and the "
         "text; may be left out with --query and --query_file, where there is an index")
-    add("--corpus_columns", type=int, choices=formats.IDS, help="1: a text a line; 2: an id, a tab and the text; None: "
-        "as most lines of --corpus_file are")
+    add("--corpus_columns", type=int, choices=formats.CORPUS_COLUMNS,
+        help="1: a text a line; 2: an id, a tab and the text; None: as most lines of --corpus_file are")
     add("--similar_text_pair", "--similar_text_pair_file", type=flags.readable_file,
         help="query and target, tab-separated, a pair a line; for the queries documents are recalled, and of the "
         "targets is said whether the corpus has them")
@@ -148,41 +147,41 @@ def check_targets(args: argparse.Namespace, pairs: Iterable[textfile.Row], corpu
         if lines.pop(document, None) and not lines:
             return
     if not ids:
-        looks = {textfile.plain(target) for target in lines}
-        there = {look for document in corpus if (look := textfile.plain(document)) in looks}
-        unseen = sum(textfile.plain(target) in there for target in lines)
+        looks = {textfile.normalize(target) for target in lines}
+        there = {look for document in corpus if (look := textfile.normalize(document)) in looks}
+        unseen = sum(textfile.normalize(target) in there for target in lines)
         near = f" {unseen:,} of them are but for white space, width or invisible characters:"
     first = ", ".join(f"{path}:{number}" for number in sorted(lines.values())[:3])
     console.warn_data(f"--similar_text_pair: {len(lines):,} of {count:,} targets are not {'ids ' * ids}in "
                      f"{corpus.name}, and count as missed;{near} {first}")
 
 
-def fingerprint_of(args: argparse.Namespace, corpus: textfile.Corpus | None, engine) -> tuple[dict, dict]:
+def fingerprint_of(args: argparse.Namespace, corpus: textfile.Corpus | None, encoder) -> tuple[dict, dict]:
     """What an index that is there has to agree with: how texts become embeddings, and what is given; and all that a new
     one depends on."""
     milvus, given = args.ann_engine == "milvus", {name: getattr(args, name) for name in OF_INDEX if getattr(args, name)}
-    wanted = {"max_seq_length": args.max_seq_length, "precision": engine.precision, **given}
+    wanted = {"max_seq_length": args.max_seq_length, "precision": encoder.precision, **given}
     if args.index_path or milvus:
         wanted["model"] = model_digest(args.params_path, args.model_name_or_path)
         wanted.update({"corpus": file_digest(corpus.path), "corpus_columns": corpus.columns} if corpus else {})
     new = {"ann_engine": "hnswlib", "hnsw_m": HNSW_M, "hnsw_ef": HNSW_EF, "passages": False}
     if milvus:
-        new.update(dim=engine.embedding_size, metric="COSINE",
+        new.update(dim=encoder.embedding_size, metric="COSINE",
                    index_type="HNSW" if args.milvus_uri.startswith("http") else "FLAT")
     else:
         new["index_shards"] = SHARDS
     return wanted, {**new, **wanted}
 
 
-def open_index(args: argparse.Namespace, corpus: textfile.Corpus | None, engine, tokenizer, encode) -> tuple:
+def open_index(args: argparse.Namespace, corpus: textfile.Corpus | None, encoder) -> tuple:
     """The index, kept or built, and what is in it: `Entries`, or the `MilvusIndex` itself where there is no corpus."""
     from simcse.ranks import join_ranks, wait_for_ranks
 
     def split(entries: Entries) -> None:
-        entries.passages = Passages.split(entries, tokenizer, args.max_seq_length)
+        entries.passages = Passages.split(entries, encoder.tokenizer, args.max_seq_length)
 
     join_ranks()
-    wanted, new = fingerprint_of(args, corpus, engine)
+    wanted, new = fingerprint_of(args, corpus, encoder)
     if args.ann_engine == "milvus":
         from simcse.index.milvus import MilvusIndex
 
@@ -194,7 +193,7 @@ def open_index(args: argparse.Namespace, corpus: textfile.Corpus | None, engine,
                                      "--corpus_file")
         kept = ann_util.Kept(f"--milvus_collection {name}", entries, index.known, index.before, index.pieces,
                              index.stored) if index.follows else None
-        fill(args, index, entries, engine, tokenizer, kept)
+        fill(index, entries, encoder, kept)
         wait_for_ranks()
         index.finish()
         return index, entries or index
@@ -206,7 +205,7 @@ def open_index(args: argparse.Namespace, corpus: textfile.Corpus | None, engine,
         if path and os.path.exists(path):
             kept = ann_util.read_fingerprint(path, wanted)
             if ann_util.is_kept(path, wanted):
-                return ann_util.load_index(path, kept, engine.embedding_size, args.cpu_threads, corpus)
+                return ann_util.load_index(path, kept, encoder.embedding_size, args.cpu_threads, corpus)
             new = {**new, **{name: kept[name] for name in OF_INDEX if name in kept}}
         entries = Entries(corpus)
         if new["passages"]:
@@ -217,11 +216,11 @@ def open_index(args: argparse.Namespace, corpus: textfile.Corpus | None, engine,
         if new["hnsw_max_elements"] < count:
             raise console.InputError(f"--hnsw_max_elements {args.hnsw_max_elements}: the corpus has {count} distinct "
                                      + ("passages" if new["passages"] else "documents"))
-        index = Shards(new, count, engine.embedding_size, args.cpu_threads)
-        fill(args, index, entries, engine, tokenizer, kept and ann_util.kept_in(path, kept, entries, index.pieces,
-                                                                                engine.embedding_size))
+        index = Shards(new, count, encoder.embedding_size, args.cpu_threads)
+        fill(index, entries, encoder, kept and ann_util.kept_in(path, kept, entries, index.pieces,
+                                                                encoder.embedding_size))
         if new["ann_engine"] == "hnswlib":  # measured on documents, which unlike queries are always there
-            documents = encode(sample(entries), remark=False)
+            documents = encoder.encode(sample(entries), warn=False)
             new["ann_recall"] = index.measure(documents, min(MEASURED_K, len(entries)), "documents")
             report(new["ann_recall"])
         wait_for_ranks()
@@ -230,31 +229,32 @@ def open_index(args: argparse.Namespace, corpus: textfile.Corpus | None, engine,
     return index, entries
 
 
-def fill(args: argparse.Namespace, index, entries: Entries | None, engine, tokenizer,
-         kept: ann_util.Kept | None = None) -> None:
+def fill(index, entries: Entries | None, encoder, kept: ann_util.Kept | None = None) -> None:
     """Add the entries of this rank that the index lacks while the next ones are encoded, but those whose embeddings are
     `kept`."""
-    from simcse.encoder.encoder import Sight, encode_stream
+    from simcse.encoder.encoder import TextWarnings, places_of
 
-    sight = Sight(tokenizer, entries and entries.vectors, args.max_seq_length, remark=RANKS == 1)  # several add up
+    warnings = TextWarnings(encoder.max_seq_length) if RANKS > 1 else None  # several ranks add up what they count
     if index.pieces:
         pieces, passages, started = kept.lacking if kept else index.pieces, entries.passages, time.time()
         copies, count = entries.documents - len(entries), sum(map(len, pieces))
         if not kept:
             what = f" passages of {len(entries)} documents" if passages else f" of {len(entries)} documents"
-            console.log(f"encoding and indexing {count}{what} in {engine.precision}"
+            console.log(f"encoding and indexing {count}{what} in {encoder.precision}"
                         + (f"; {copies} more lines are copies, --distinct gives each text once" if copies else ""))
-        encoded = encode_stream(engine, sight, args.batch_size, passages.windows(pieces) if passages else pieces)
+        encoded = encoder.stream(entries.vectors, windows=passages.windows(pieces) if passages else pieces,
+                                 warnings=warnings)
         encoded = passages.in_context(pieces, encoded) if passages else encoded
         index.fill(kept.blocks(encoded) if kept else encoded)
         if not kept:
             console.log(f"{count / (time.time() - started):.1f} {'passages' if passages else 'documents'}/s")
-    if RANKS > 1:
-        sight.gather()
-        sight.report()
+    if warnings:
+        warnings = warnings.gather()
+        if not RANK or console.settings.strict:
+            warnings.report(places_of(entries and entries.vectors))
 
 
-def write_results(args: argparse.Namespace, blocks: Iterable[list[Query]], index, entries, encode, file: IO) -> None:
+def write_results(args: argparse.Namespace, blocks: Iterable[list[Query]], index, entries, encoder, file: IO) -> None:
     """Search the queries, block by block, and write what was asked for; every rank searches, rank 0 alone fuses and
     writes."""
     measure, depth = ("score", max(args.recall_num, flags.FUSED)) if args.hybrid_bm25 else ("cosine", args.recall_num)
@@ -265,7 +265,7 @@ def write_results(args: argparse.Namespace, blocks: Iterable[list[Query]], index
     for number, block in enumerate(blocks):
         place_of = {query.text: query.place for query in reversed(block)}
         queries = textfile.distinct(query.text for query in block)  # one on several lines is encoded and searched once
-        embeddings = encode(queries, place=lambda row: place_of[queries[row]])  # noqa: B023  is called before the next
+        embeddings = encoder.encode(queries, places=[place_of[query] for query in queries])
         (nearest, cosines), passages = search(index, entries, embeddings, depth)
         found = nearest, cosines.clip(-1, 1)  # rounding of two unit vectors may go beyond 1
         if index.fingerprint["ann_engine"] == "hnswlib" and not args.query and number == 0:
@@ -347,10 +347,8 @@ def main() -> None:
 
     import model
 
-    engine, tokenizer = model.load_engine(args, corpus or ())
-    encode = functools.partial(model.encode, engine, tokenizer, max_seq_length=args.max_seq_length,
-                               batch_size=args.batch_size)
-    index, entries = open_index(args, corpus, engine, tokenizer, encode)
+    encoder = model.load_encoder_for(args, corpus or ())
+    index, entries = open_index(args, corpus, encoder)
     documents = len(entries) if args.distinct else entries.documents
     if args.recall_num > documents:
         console.warn(f"--recall_num {args.recall_num}: the corpus has only {documents} "
@@ -359,7 +357,7 @@ def main() -> None:
     if streams:
         blocks = asked(read_ahead(textfile.read_rows(STDIN, 1, "--query", keep_malformed=True)), args.format)
     with new_file(path) if path and not RANK else contextlib.nullcontext(sys.stdout) as file:
-        write_results(args, blocks, index, entries, encode, file)
+        write_results(args, blocks, index, entries, encoder, file)
     if path and not RANK:
         console.log(f"wrote {path}")
     index.close()

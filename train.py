@@ -20,6 +20,7 @@ import functools
 import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import data
@@ -93,7 +94,8 @@ def read_test_set(args: argparse.Namespace) -> list[textfile.Row]:
     if not path:
         return []
     columns = textfile.count_columns(path, flag, (2, 3))
-    rows, looks = list(textfile.read_rows(path, columns, flag, textfile.not_a_number if columns == 3 else None)), {}
+    check = textfile.find_label_problem if columns == 3 else None
+    rows, looks = list(textfile.read_rows(path, columns, flag, check)), {}
     if columns == 3:
         if len({float(row.fields[2]) for row in rows}) > 1:
             return rows
@@ -101,7 +103,7 @@ def read_test_set(args: argparse.Namespace) -> list[textfile.Row]:
                          "undefined; there is no evaluation")
         return []
     if twins := [f"{path}:{row.line_number}" for row in rows
-                 if looks.setdefault(textfile.plain(row.fields[1]), row.fields[1]) != row.fields[1]]:
+                 if looks.setdefault(textfile.normalize(row.fields[1]), row.fields[1]) != row.fields[1]]:
         console.warn_data(f"{flag}: {len(twins)} of {len(rows)} targets are an earlier one but for white space, width "
                          "or invisible characters, and count as another document; write them alike: "
                          f"{', '.join(twins[:3])}")
@@ -158,11 +160,11 @@ def check_learnable(args: argparse.Namespace, texts: textfile.TextFile) -> None:
 def look(args: argparse.Namespace, texts: textfile.TextFile, test_set: list[textfile.Row], tokenizer: Any) -> None:
     """Warn of what the encoder does not see of the texts; InputError where it sees no two that differ, those that are
     cut being different ones."""
-    from simcse.encoder.encoder import look_at
+    from simcse.encoder.encoder import check_texts
 
-    ids = look_at(texts.spread(tokens.WINDOW), tokenizer, args.max_seq_length)
-    look_at([(f"{args.test_set_file}:{row.line_number}", row.fields[:2]) for row in test_set], tokenizer,
-            args.max_seq_length)
+    ids = check_texts(texts.spread(tokens.WINDOW), tokenizer, args.max_seq_length)
+    test_texts = [(f"{args.test_set_file}:{row.line_number}", row.fields[:2]) for row in test_set]
+    check_texts(test_texts, tokenizer, args.max_seq_length)
     if args.epochs or args.whiten is not None:
         for side in range(texts.columns if texts.columns < 3 else 0):
             seen = {tuple(each) if len(each) < args.max_seq_length else row
@@ -174,13 +176,13 @@ def look(args: argparse.Namespace, texts: textfile.TextFile, test_set: list[text
 
 def build_model(args: argparse.Namespace) -> tuple[Any, Any, str]:
     """The network to train, its tokenizer and the name of its encoder."""
-    from model import SimCSE, load_model
+    from model import LossSettings, SimCSE, load_model
     from simcse.encoder.encoder import check_length
-    from simcse.encoder.pretrained import load_encoder
+    from simcse.encoder.pretrained import load_pretrained
 
-    settings = {"dropout": args.output_dropout, "margin": args.margin, "scale": args.scale,
-                "precision": args.precision, "infer_with_pooler": args.infer_with_fc_pooler,
-                "cross_device_negatives": args.cross_device_negatives and RANKS > 1,
+    loss_settings = LossSettings(**{field.name: getattr(args, field.name) for field in fields(LossSettings)})
+    settings = {"dropout": args.output_dropout, "loss_settings": loss_settings, "precision": args.precision,
+                "infer_with_pooler": args.infer_with_fc_pooler,
                 **({"pooling": args.pooling} if args.pooling else {})}
     if checkpoint := args.resume or args.init_from_ckpt:
         model, tokenizer, record = load_model(
@@ -189,7 +191,7 @@ def build_model(args: argparse.Namespace) -> tuple[Any, Any, str]:
         name = record["model_name_or_path"]
     else:
         name = args.model_name_or_path or flags.DEFAULT_MODEL
-        model = SimCSE(load_encoder(name, args.dropout), output_emb_size=args.output_emb_size, **settings)
+        model = SimCSE(load_pretrained(name, args.dropout), output_emb_size=args.output_emb_size, **settings)
         tokenizer = wordpiece.load_tokenizer(name)
     check_length(model, args.max_seq_length)
     if args.whiten and args.whiten > model.embedding_size:
@@ -200,7 +202,7 @@ def build_model(args: argparse.Namespace) -> tuple[Any, Any, str]:
 def train(args: argparse.Namespace, texts: textfile.TextFile, test_set: list[textfile.Row]) -> Any:
     """The training loop, and what comes after it; returns the `Run`."""
     from model import make_record, save_checkpoint
-    from simcse.encoder.encoder import encode
+    from simcse.encoder.encoder import Encoder
     from simcse.encoder.engine import make_engine
     from simcse.encoder.whitening import SAMPLE, runs, whiten
     from simcse.ranks import encode_shares
@@ -211,9 +213,9 @@ def train(args: argparse.Namespace, texts: textfile.TextFile, test_set: list[tex
         save_checkpoint(folder, model, tokenizer, make_record(model, name, args.max_seq_length), also=also)
 
     def encoder(precision: str = "auto") -> Callable:
-        """What gives texts' embeddings by the weights as they are now; `look_at` has said what is cut."""
+        """What gives texts' embeddings by the weights as they are now; `check_texts` has said what is cut."""
         engine = make_engine(model, precision, args.cpu_threads)
-        return lambda texts: encode(engine, tokenizer, texts, args.max_seq_length, remark=False)
+        return functools.partial(Encoder(engine, tokenizer, args.max_seq_length).encode, warn=False)
 
     def measure(group: str, share: bool = True) -> None:
         """The texts being shared out among the ranks, or this one's alone."""
@@ -231,7 +233,7 @@ def train(args: argparse.Namespace, texts: textfile.TextFile, test_set: list[tex
     make = functools.partial(data.make_batch, texts, tokenizer, args)
     run = Run(args, model, texts, len(sampler), save)
     for batch in run.batches(data.batches_after(run.step, args.epochs, sampler, make)):
-        loss = backward(run.network, model, batch, run.scaler.scale)
+        loss = backward(run.network, model, batch, run.scaler.scale, args.chunk_size)
         run.update(loss, batch)
         if not run.code and run.step % args.eval_steps == 0 and run.step < run.steps:
             measure("eval")

@@ -118,20 +118,20 @@ def masked_lm(name: str, dropout: float, precision: str = "fp32") -> Any:
     """The network: an encoder and the head that predicts its tokens, random where the encoder comes without one.
 
     Args:
-        name: as in `load_encoder`.
+        name: as in `load_pretrained`.
         dropout: hidden and attention dropout rate.
         precision: of matrix products, as in `SimCSE`.
 
     Raises:
-        InputError: see `load_encoder`; or there is no such head for the encoder.
+        InputError: see `load_pretrained`; or there is no such head for the encoder.
     """
     from simcse.device import casting
-    from simcse.encoder.pretrained import freeze_pooler, load_encoder
+    from simcse.encoder.pretrained import freeze_pooler, load_pretrained
 
     import paddle
     import paddle.nn.functional as F
 
-    network = load_encoder(name, dropout, "AutoModelForMaskedLM", may_start_at_random="cls")
+    network = load_pretrained(name, dropout, "AutoModelForMaskedLM", may_start_at_random="cls")
     if not hasattr(network, "cls"):
         raise console.InputError(
             f"--model_name_or_path {name}: {type(network).__name__} has no head that is known here")
@@ -158,7 +158,7 @@ def masked_lm(name: str, dropout: float, precision: str = "fp32") -> Any:
 
 def train(args: argparse.Namespace, texts: textfile.TextFile) -> Any:
     """The training loop; returns the `Run`."""
-    from simcse.encoder.encoder import check_length, look_at
+    from simcse.encoder.encoder import check_length, check_texts
     from simcse.files import new_folder
     from simcse.training.trainer import Run
 
@@ -167,7 +167,7 @@ def train(args: argparse.Namespace, texts: textfile.TextFile) -> Any:
     name = args.resume or args.model_name_or_path
     model, tokenizer = masked_lm(name, args.dropout, args.precision), wordpiece.load_tokenizer(name)
     check_length(model, args.max_seq_length)
-    look_at(texts.spread(tokens.WINDOW), tokenizer, args.max_seq_length)
+    check_texts(texts.spread(tokens.WINDOW), tokenizer, args.max_seq_length)
 
     def write(folder: str, also) -> None:
         with new_folder(folder) as temporary:

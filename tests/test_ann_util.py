@@ -173,8 +173,8 @@ def test_csl_in_milvus_and_hnswlib_against_exact(real_data, tmp_path, monkeypatc
     """6,092 abstracts and 250 titles, the beginning of each: all at least 0.99 of the exact 50."""
     pytest.importorskip("pymilvus", reason="requirements-milvus.txt is not installed")
     from model import SimCSE
-    from simcse.encoder.encoder import encode
-    from simcse.encoder.pretrained import load_encoder
+    from simcse.encoder.encoder import Encoder
+    from simcse.encoder.pretrained import load_pretrained
     from simcse.index.milvus import MilvusIndex
 
     monkeypatch.chdir(tmp_path)
@@ -182,9 +182,9 @@ def test_csl_in_milvus_and_hnswlib_against_exact(real_data, tmp_path, monkeypatc
     entries = Entries(Corpus(str(folder / "corpus.csv"), "--flag"))
     corpus = entries[:]
     queries = [query for query, _ in read_text_pairs(str(folder / "dev.csv"), "--flag")[:250]]
-    network = SimCSE(load_encoder(str(ENCODER)))
-    engine, tokenizer = make_engine(network), load_tokenizer(str(ENCODER))
-    asked, vectors = (encode(engine, tokenizer, texts, 16) for texts in (queries, corpus))
+    network = SimCSE(load_pretrained(str(ENCODER)))
+    encoder = Encoder(make_engine(network), load_tokenizer(str(ENCODER)), 16)
+    asked, vectors = (encoder.encode(texts) for texts in (queries, corpus))
     _, exact = exact_search(asked, vectors, 50)
     fingerprint = {"dim": vectors.shape[1], "metric": "COSINE", "hnsw_m": HNSW_M,
                "hnsw_ef": HNSW_EF}

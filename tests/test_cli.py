@@ -51,7 +51,7 @@ def test_nothing_heavy_is_imported_for_them(script, flags):
                                   "--enable_mkldnn", "no"],
      "--precision bf16 needs --device gpu, or --device cpu with oneDNN"),
     ("deploy/python/predict.py", ["--model_dir", ".", "--device", "cpu", "--precision", "int8"],
-     "--precision int8: --model_dir . was exported in fp32; int8 is what export_model.py --format openvino"),
+     "--precision int8: --model_dir . was exported in fp32; export_model.py --format openvino --precision int8"),
     ("deploy/python/predict.py", ["--model_dir", "nowhere"], "argument --model_dir: nowhere: no such folder"),
     ("deploy/python/predict.py", ["--model_dir", ".", "--benchmark", "maybe"],
      "argument --benchmark: 'maybe' is neither true nor false"),

@@ -76,7 +76,7 @@ def test_a_million_lines(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("dev.csv", "", "holds no text"), ("result.txt", "", "holds no text"),
+    ("dev.csv", "", "the file is empty"), ("result.txt", "", "the file is empty"),
     ("result.txt", "a\tA\n", "malformed"), ("dev.csv", "a b\n", "one column"),
     ("result.txt", '{"query": "a", "results": [{"rank": 1, "cosine": 0.5}]}\n',
      "result.txt:1: no line of recall.py --format jsonl")])

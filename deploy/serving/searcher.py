@@ -1,6 +1,7 @@
 """What the service serves: an exported model, and the index that was made with it."""
 
 import argparse
+import functools
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -10,12 +11,13 @@ import ann_util
 from deploy.python import predictor
 from deploy.serving.batching import Job
 from simcse import console
+from simcse.encoder.encoder import Encoder
 from simcse.flags import FUSED
 from simcse.index.exact import Found as Hits
 from simcse.index.hits import Rows, expand, search
 from simcse.text.textfile import distinct
 from simcse.text.tokens import Ids, Tokens
-from simcse.text.wordpiece import find_unknown, load_tokenizer
+from simcse.text.wordpiece import load_tokenizer
 
 import numpy as np
 
@@ -49,43 +51,37 @@ class Searcher:
     """Answers batches of jobs.
 
     Args:
-        engine: see `simcse.engine.Engine`.
+        encoder: an `Encoder` whose batches have the few `shapes`.
         index: a `Shards` or a `MilvusIndex`.
         entries: what is in it: `ann_util.Entries`; a `MilvusIndex` has them itself.
-        max_seq_length: tokens per text, of the corpus and of what is asked.
         shapes: texts and tokens that a batch may have.
         distinct: whether a text is given out once, however many lines have it.
         bm25: a `Bm25` of the entries, for hybrid jobs; None: there are none.
         whitened: whether the model's embeddings are.
     """
 
-    def __init__(self, engine: Any, tokenizer: Any, index: Any, entries: Any, max_seq_length: int,
-                 shapes: tuple[Sequence[int], Sequence[int]], distinct: bool = False, bm25: Any = None,
-                 whitened: bool = False) -> None:
-        self.engine, self.tokenizer, self.index, self.entries, self.bm25 = engine, tokenizer, index, entries, bm25
-        self.max_seq_length, self.shapes, self.distinct = max_seq_length, shapes, distinct
-        self.facts = Facts(entries.documents, engine.embedding_size, getattr(engine, "precision", "fp32"),
-                           bm25 is not None, max_seq_length, whitened)
+    def __init__(self, encoder: Encoder, index: Any, entries: Any, shapes: tuple[Sequence[int], Sequence[int]],
+                 distinct: bool = False, bm25: Any = None, whitened: bool = False) -> None:
+        self.encoder, self.index, self.entries, self.bm25 = encoder, index, entries, bm25
+        self.shapes, self.distinct = shapes, distinct
+        encoder.make_batches = functools.partial(fixed_batches, sizes=shapes[0], lengths=shapes[1])
+        self.facts = Facts(entries.documents, encoder.embedding_size, encoder.precision, bm25 is not None,
+                           encoder.max_seq_length, whitened)
         self.has_cut = False
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Embeddings, float32 [texts, embedding_size], by batches of few shapes, and the texts' tokens, int64 [texts],
-        one more than are seen where there are more."""
-        ids = Tokens.of(self.tokenizer(texts, self.max_seq_length + 1))
-        if ids.lengths.max() > self.max_seq_length and not self.has_cut:
-            console.warn(f"texts longer than {self.max_seq_length} tokens are cut; this is said once")
+        """Return embeddings, float32 [texts, embedding_size], and how many tokens each text has, int64 [texts], one
+        more than are read where there are more."""
+        inputs = self.encoder.tokenize(texts)
+        if inputs.lengths.max() > self.encoder.max_seq_length and not self.has_cut:
+            console.warn(f"texts longer than {self.encoder.max_seq_length} tokens are cut; this is said once")
             self.has_cut = True
-        lengths, ids = ids.lengths, ids.cut(self.max_seq_length)
-        embeddings = np.empty((len(ids), self.facts.embedding_size), "float32")
-        for rows, *batch in fixed_batches(ids, self.tokenizer.pad_token_id, *self.shapes):
-            embeddings[rows] = np.asarray(self.engine.embed(*batch))[: len(rows)]
-        embeddings[find_unknown(self.tokenizer, ids)] = 0  # as in model.encode_stream
-        return embeddings, lengths
+        return self.encoder.embed(inputs), inputs.lengths
 
     def warm_up(self) -> None:
         """Have the engine make what it needs for each shape, before somebody waits for it."""
         for size, length in itertools.product(*self.shapes):
-            self.engine.embed(*[np.ones([size, length], "int64")] * 2)
+            self.encoder.engine.embed(*[np.ones([size, length], "int64")] * 2)
 
     def answer(self, jobs: list[Job]) -> list[Any]:
         """For every job its texts' embeddings, float32 [texts, embedding_size], and with `counted` their tokens; or of
@@ -215,8 +211,9 @@ def open_searcher(args: argparse.Namespace) -> Searcher:
         index, entries = ann_util.load_index(args.index_path, fingerprint, engine.embedding_size, args.cpu_threads)
     else:
         entries = index
-    searcher = Searcher(engine, load_tokenizer(args.model_dir), index, entries, fingerprint["max_seq_length"], shapes,
-                        args.distinct, _open_bm25(args.index_path, entries, fingerprint.get("corpus")),
+    encoder = Encoder(engine, load_tokenizer(args.model_dir), fingerprint["max_seq_length"])
+    searcher = Searcher(encoder, index, entries, shapes, args.distinct,
+                        _open_bm25(args.index_path, entries, fingerprint.get("corpus")),
                         read_record(args.model_dir).get("whitened_at") is not None)
     searcher.warm_up()
     return searcher
@@ -251,7 +248,7 @@ def _open_engine(args: argparse.Namespace, precision: str, shapes: int) -> Any:
     TF32, and on a CPU to fp16; on a CPU its table, where it has one. ONNX has one precision."""
     if precision == "tf32" or (precision == "fp16" and args.device == "cpu"):
         precision = "fp32"
-    if precision != "int8" and predictor.other_format(args.model_dir) == predictor.ONNX_FILE:
+    if precision != "int8" and predictor.find_graph(args.model_dir) == predictor.ONNX_FILE:
         precision = "fp32"
     if (predictor.read_record(args.model_dir).get("table") and args.device == "cpu"
             and (args.precision or precision) == "fp32"):
@@ -259,7 +256,8 @@ def _open_engine(args: argparse.Namespace, precision: str, shapes: int) -> Any:
 
         return TableEngine(args.model_dir)
     try:
-        return predictor.Predictor(args.model_dir, args.device, args.cpu_threads, args.precision or precision, shapes)
+        return predictor.load_predictor(args.model_dir, device=args.device, precision=args.precision or precision,
+                                        cpu_threads=args.cpu_threads, onednn_shapes=shapes)
     except predictor.InputError as error:
         of_index = not args.precision and str(error).startswith("--precision")
         advice = "; that is the precision of the index, --precision names another" * of_index

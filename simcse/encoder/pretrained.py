@@ -12,7 +12,7 @@ import paddle
 from paddle import nn
 
 
-def load_encoder(model_name_or_path: str, dropout: float | None = None, kind: str = "AutoModel",
+def load_pretrained(model_name_or_path: str, dropout: float | None = None, kind: str = "AutoModel",
                  may_start_at_random: str = "pooler") -> nn.Layer:
     """A pretrained encoder by hub name or folder, every layer of it loaded by paddlenlp's class `kind`, in float32,
     with a rate of hidden and attention dropout or, None, its own. InputError: no such encoder, or its weights lack
