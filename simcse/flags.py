@@ -15,7 +15,6 @@ from simcse.files import STDIN, read_json
 from simcse.machine import CPU_THREADS, RANK, RANKS, auto_precision
 
 ENCODE_LENGTH, TRAIN_LENGTH = 64, 128  # --max_seq_length where no checkpoint records one
-POOLINGS = ("pooler", "mean", "first_last_avg", "first_avg")  # see model.py
 DEFAULT_PARAMS = "checkpoints/model_20000/model_state.pdparams"
 COLLECTION = "simcse"  # of Milvus
 FUSED = 100  # documents that a ranking brings to a fusion, or as many as are asked for, if that is more
