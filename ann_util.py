@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 
-from simcse.console import InputError, as_it_is, log, reported
+from simcse.console import InputError, accepting_all_lines, log, reported
 from simcse.files import (
     OF_CORPUS,
     check_fingerprint,
@@ -80,7 +80,7 @@ def _load_entries(path: str, fingerprint: dict, corpus: Corpus | None = None) ->
     for name, digest in kept.items():
         if not os.path.isfile(os.path.join(path, name)) or file_digest(os.path.join(path, name)) != digest:
             raise ValueError(f"{name} is not what was written")
-    with as_it_is():
+    with accepting_all_lines():
         entries = Entries(corpus or Corpus(os.path.join(path, "corpus.csv"), "--index_path",
                                            fingerprint["corpus_columns"]), path)
     if fingerprint["passages"]:

@@ -1,8 +1,8 @@
 """Text files, tokens and batches: what goes into the network. paddlenlp is imported by `load_tokenizer` alone."""
 
 import argparse
-import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from simcse.files import prefetch
@@ -36,21 +36,79 @@ class ShuffledBatches:
             yield np.split(order[batch * size : (batch + 1) * size if batch < last else None], self.ranks)[self.rank]
 
 
-def text_keys(sides: Sequence[Sequence[Ids]]) -> np.ndarray:
-    """A number for each text's token ids, the same for the same ids in every process: int64 [texts, sides]."""
-    return np.array([[hash(tuple(ids)) for ids in texts] for texts in zip(*sides)])  # of numbers it is no random one
+def text_keys(ids: Sequence[Ids]) -> np.ndarray:
+    """Return a number for each text, int64 [texts]: the same for the same token ids, in every process."""
+    return np.array([hash(tuple(text_ids)) for text_ids in ids])  # Python salts the hashes of strings, not of numbers
 
 
-INPUTS = ("query_input_ids", "query_token_type_ids", "title_input_ids", "title_token_type_ids")  # of SimCSE.forward
+class Inputs(NamedTuple):
+    """The texts of one side of a batch, as the encoder takes them.
+
+    Attributes:
+        input_ids: int64 [texts, length], padded.
+        token_type_ids: int64 [texts, length]; None: all zero.
+    """
+
+    input_ids: np.ndarray
+    token_type_ids: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, ids: Sequence[Ids], pad_id: int) -> "Inputs":
+        """Return the inputs of texts by their token ids."""
+        return cls(*pad(ids, pad_id))
+
+    def rows(self, start: int, end: int) -> "Inputs":
+        """Return the inputs of the texts from `start` up to, not including, `end`."""
+        types = self.token_type_ids
+        return Inputs(self.input_ids[start:end], None if types is None else types[start:end])
 
 
-class Batch(NamedTuple):
-    """The texts of one step: what the network is given of them at a time, in one chunk or with --chunk_size in several;
-    the keys of `model.same_texts`, without which equal texts are each other's negatives; rows of the training file."""
+class DuplicateKeys(NamedTuple):
+    """Numbers by which the loss finds the same text again in a batch: equal texts have equal numbers.
 
-    chunks: list[dict[str, np.ndarray]]
-    keys: np.ndarray | None = None
+    Attributes:
+        query, title: int64 [texts].
+        negative: int64 [texts]; None: the batch has no hard negatives.
+    """
+
+    query: np.ndarray
+    title: np.ndarray
+    negative: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The texts of one step. Row i of `title` is the positive of query i, row i of `negative` its hard negative.
+
+    Attributes:
+        query: in SimCSE the texts.
+        title: in SimCSE the same texts, which dropout or cropping makes a second view of.
+        negative: None: no hard negatives.
+        duplicate_keys: None: the same text twice in the batch is its own negative.
+        rows: numbers of the texts' rows in the training file.
+    """
+
+    query: Inputs
+    title: Inputs
+    negative: Inputs | None = None
+    duplicate_keys: DuplicateKeys | None = None
     rows: Sequence[int] = ()
+
+    @property
+    def size(self) -> int:
+        """Queries of the batch."""
+        return len(self.query.input_ids)
+
+    def chunks(self, size: int) -> list["Batch"]:
+        """Return the batch in parts of `size` queries, with their titles and hard negatives; without keys, which are
+        of the whole batch."""
+        chunks = []
+        for start in range(0, self.size, size):
+            end = start + size
+            negative = None if self.negative is None else self.negative.rows(start, end)
+            chunks.append(Batch(self.query.rows(start, end), self.title.rows(start, end), negative,
+                                rows=self.rows[start:end]))
+        return chunks
 
 
 def crop(ids: Ids, rate: float, random: np.random.Generator, most: int = WHOLE) -> Ids:
@@ -62,15 +120,6 @@ def crop(ids: Ids, rate: float, random: np.random.Generator, most: int = WHOLE) 
     return [ids[0], *ids[start : start + min(length, most - 2)], ids[-1]]
 
 
-def chunks_of(sides: list[list[Ids]], size: int, pad_id: int) -> list[dict[str, np.ndarray]]:
-    """The queries and their titles, then hard negatives, `size` of each at a time, as INPUTS."""
-    chunks = []
-    for start in range(0, len(sides[0]), size):
-        query, *others = (side[start : start + size] for side in sides)
-        chunks.append(dict(zip(INPUTS, (*pad(query, pad_id), *pad(list(itertools.chain(*others)), pad_id)))))
-    return chunks
-
-
 def make_batch(texts: Sequence[Any], tokenizer: Any, args: argparse.Namespace, rows: Sequence[int],
                epoch: int) -> Batch:
     """The batch of some rows of the training file, a text a row or a list of two or three, in an epoch from 0. What is
@@ -79,13 +128,15 @@ def make_batch(texts: Sequence[Any], tokenizer: Any, args: argparse.Namespace, r
     taken = [texts[row] for row in rows]
     columns = [taken] if isinstance(taken[0], str) else zip(*taken)
     most = max(args.max_seq_length, WHOLE) if args.crop_rate else args.max_seq_length
-    own = [tokenizer(column, most) for column in columns]  # as they are in the file
-    sides = own if len(own) > 1 else own * 2
+    sides = [tokenizer(column, most) for column in columns]  # as they are in the file
+    if len(sides) == 1:
+        sides = sides * 2
+    keys = None if args.keep_duplicate_negatives else DuplicateKeys(*map(text_keys, sides))
     if args.crop_rate:
         sides = [[crop(ids, args.crop_rate, np.random.default_rng([args.seed, epoch, row, side]), args.max_seq_length)
                   for ids, row in zip(each, rows)] for side, each in enumerate(sides)]
-    chunks = chunks_of(sides, args.chunk_size or len(rows), tokenizer.pad_token_id)
-    return Batch(chunks, None if args.keep_duplicate_negatives else text_keys(own), rows)
+    inputs = [Inputs.of(ids, tokenizer.pad_token_id) for ids in sides]
+    return Batch(*inputs, duplicate_keys=keys, rows=rows)
 
 
 def batches_after(step: int, epochs: int, sampler: ShuffledBatches,

@@ -25,9 +25,18 @@ from pathlib import PurePath
 
 from simcse import console, flags
 from simcse.files import new_file
-from simcse.measures import JUDGED_METRICS, METRICS, RECALL_KS, paired_bootstrap, per_query, percent
+from simcse.measures import (
+    JUDGED_METRICS,
+    METRICS,
+    RECALL_KS,
+    paired_bootstrap,
+    per_query,
+    percent,
+    ranking,
+    read_judgements,
+    read_run,
+)
 from simcse.text import textfile
-from simcse.trec import ranking, read_judgements, read_run
 
 import numpy as np
 
@@ -101,7 +110,8 @@ def read_recalled(args: argparse.Namespace, path: str) -> Iterator[tuple[str, st
     if not is_jsonl:
         if args.targets == "id":
             raise console.InputError(f"--targets id: {path} has no ids; recall.py writes them with --format jsonl")
-        for _, (query, document, score) in textfile.read_rows(path, 3, "--recall_result_file", known=True):
+        for row in textfile.read_rows(path, 3, "--recall_result_file", check_format=False):
+            query, document, score = row.fields
             yield query, document, document, score
         return
     with open(path, encoding="utf-8") as file:

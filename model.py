@@ -4,8 +4,10 @@ import argparse
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from data import Batch, DuplicateKeys, Inputs
 from simcse import console
 from simcse.console import InputError, reported
 from simcse.device import casting, gpu_precision, set_device
@@ -32,11 +34,12 @@ from simcse.encoder.weights import (
 )
 from simcse.files import new_folder
 from simcse.flags import DEFAULT_MODEL, ENCODE_LENGTH, checkpoint_file
-from simcse.machine import BATCH_TOKENS, RANK
+from simcse.machine import BATCH_TOKENS, RANK, RANKS
 from simcse.ranks import gather_rows
 from simcse.text.textfile import TextFile
 from simcse.text.tokens import make_batches
 from simcse.text.wordpiece import load_tokenizer
+from simcse.training.gradients import Embeddings
 
 import numpy as np
 import paddle
@@ -50,6 +53,21 @@ GROUP_TOKENS = {"cpu": 256, "fp32": 256, "tf32": 512, "fp16": 256, "bf16": 1000}
 
 
 # ---------------------------------------------------------------------------------------------------------- the network
+@dataclass(frozen=True)
+class LossSettings:
+    """Settings of the training loss; train.py reads each off the flag of its name.
+
+    Attributes:
+        margin: how much more similar than a negative a positive has to be, in cosine.
+        scale: factor on the cosines, the inverse of the temperature.
+        cross_device_negatives: take the loss over the batches of all ranks together.
+    """
+
+    margin: float = 0.0
+    scale: float = 20
+    cross_device_negatives: bool = False
+
+
 class SimCSE(nn.Layer):
     """A dual tower with shared weights: encoder -> pooling [-> fc] -> dropout -> L2 norm.
 
@@ -57,18 +75,17 @@ class SimCSE(nn.Layer):
         pretrained_model: an encoder as AutoModel loads it; of input_ids and token_type_ids it gives sequence_output
             [batch, length, hidden] and pooled_output [batch, hidden].
         dropout: rate on the output vector; None: 0.1.
-        margin, scale: see `contrastive_loss`.
         output_emb_size: size of the embedding; None or 0: the encoder's hidden size, without fc.
         pooling: a name in pooling.POOLINGS.
         infer_with_pooler: embed and export by the pooling as it is trained; False: by its `pool_raw`, if it has one.
         precision: of matrix products: fp32, or on a GPU tf32, bf16 or fp16; see `precision.gpu_precision`.
-        cross_device_negatives: whether `loss` is that of the rows of all ranks.
+        loss_settings: None: those of `LossSettings()`.
         whitened_at: tokens of the longest texts that `whitening.whiten` was fitted on; None: it was not.
     """
 
-    def __init__(self, pretrained_model: nn.Layer, dropout: float | None = None, margin: float = 0.0,
-                 scale: float = 20, output_emb_size: int | None = None, pooling: str = "pooler",
-                 infer_with_pooler: bool = True, precision: str = "fp32", cross_device_negatives: bool = False,
+    def __init__(self, pretrained_model: nn.Layer, dropout: float | None = None,
+                 output_emb_size: int | None = None, pooling: str = "pooler", infer_with_pooler: bool = True,
+                 precision: str = "fp32", loss_settings: LossSettings | None = None,
                  whitened_at: int | None = None) -> None:
         super().__init__()
         needs = find_pooling(pooling)
@@ -80,16 +97,16 @@ class SimCSE(nn.Layer):
             freeze_pooler(pretrained_model)
         self.ptm = pretrained_model
         self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
-        self.margin, self.scale, self.cross_device_negatives = margin, scale, cross_device_negatives
+        self.loss_settings = loss_settings or LossSettings()
         self.pooling, self.precision = pooling, precision
         self.infer_with_pooler = infer_with_pooler
         self.whitened_at = whitened_at
         self.normalizes = True  # whether embeddings are L2-normalized, as they are but for whitening
-        self.compared = None  # what the last `loss` was of: query, title, keys
+        self.compared: tuple[Embeddings, DuplicateKeys | None] | None = None  # what the last `loss` was of
         hidden_size = pretrained_model.config.hidden_size
         self.output_emb_size, self.embedding_size = output_emb_size or 0, output_emb_size or hidden_size
         self.max_positions = getattr(pretrained_model.config, "max_position_embeddings", 512)
-        self.batch_tokens = BATCH_TOKENS[paddle.device.get_device() == "cpu"]
+        self.batch_tokens = BATCH_TOKENS[paddle.device.get_device().split(":")[0]]
         if self.output_emb_size:
             weight_attr = paddle.ParamAttr(initializer=nn.initializer.TruncatedNormal(std=0.02))
             self.emb_reduce_linear = nn.Linear(hidden_size, self.output_emb_size, weight_attr=weight_attr)
@@ -135,54 +152,60 @@ class SimCSE(nn.Layer):
         for input_ids, token_type_ids in data_loader:
             yield self.embed(input_ids, token_type_ids)
 
-    def _encode(self, *sides: tuple[np.ndarray | paddle.Tensor, np.ndarray | paddle.Tensor | None],
-                with_pooler: bool = True) -> tuple[paddle.Tensor, ...]:
-        """The embeddings of each side, float [rows, embedding_size]. Texts of like length are encoded together,
-        whichever side they are of, which takes less padding. The host finds them: tensors of a GPU are read back."""
-        sizes, widths = zip(*(ids.shape for ids, _ in sides))
-        pad_id, width, padded = self.ptm.config.pad_token_id, max(widths), []
-        for ids, types in sides:
-            types = np.zeros_like(ids) if types is None else types
-            padded.append([np.pad(np.asarray(part), ((0, 0), (0, width - ids.shape[1])), constant_values=filler)
-                           for part, filler in ((ids, pad_id), (types, 0))])
-        ids, types = map(np.concatenate, zip(*padded))
+    def _encode(self, sides: Sequence[Inputs], with_pooler: bool = True) -> list[paddle.Tensor]:
+        """Return the embeddings of each side, float32 [texts, embedding_size].
+
+        Texts of like length are encoded together, whichever side they are of, which takes less padding. The host finds
+        out which these are: tensors on a GPU are read back.
+        """
+        pad_id = self.ptm.config.pad_token_id
+        width = max(side.input_ids.shape[1] for side in sides)
+        all_ids, all_types = [], []
+        for side in sides:
+            ids = np.asarray(side.input_ids)
+            types = np.zeros_like(ids) if side.token_type_ids is None else np.asarray(side.token_type_ids)
+            missing = ((0, 0), (0, width - ids.shape[1]))
+            all_ids.append(np.pad(ids, missing, constant_values=pad_id))
+            all_types.append(np.pad(types, missing))
+        ids, types = np.concatenate(all_ids), np.concatenate(all_types)
         lengths = ((ids != pad_id) * np.arange(1, width + 1)).max(axis=1, initial=1)
         place = "cpu" if paddle.device.get_device() == "cpu" else self.precision
-        groups, embeddings = length_groups(lengths, GROUP_TOKENS[place]), []
+        groups = length_groups(lengths, GROUP_TOKENS[place])
+        embeddings = []
         for rows in groups:
-            inputs = (paddle.to_tensor(part[rows, : lengths[rows[-1]]]) for part in (ids, types))
-            embeddings.append(self.get_pooled_embedding(*inputs, with_pooler=with_pooler))
+            longest = lengths[rows[-1]]
+            group_ids, group_types = paddle.to_tensor(ids[rows, :longest]), paddle.to_tensor(types[rows, :longest])
+            embeddings.append(self.get_pooled_embedding(group_ids, group_types, with_pooler=with_pooler))
         order = paddle.to_tensor(np.argsort(np.concatenate(groups)))
-        return paddle.split(paddle.concat(embeddings).index_select(order), list(sizes))
+        return paddle.split(paddle.concat(embeddings).index_select(order), [len(side.input_ids) for side in sides])
 
     def cosine_sim(self, query_input_ids: paddle.Tensor, title_input_ids: paddle.Tensor, query_token_type_ids=None,
                    title_token_type_ids=None, with_pooler: bool = True) -> paddle.Tensor:
-        """Cosine of each query with its title, float [batch]; arguments as in `get_pooled_embedding`."""
-        query, title = self._encode((query_input_ids, query_token_type_ids), (title_input_ids, title_token_type_ids),
-                                    with_pooler=with_pooler)
+        """Return the cosine of each query with its title, float32 [batch]; arguments as in `get_pooled_embedding`."""
+        sides = [Inputs(query_input_ids, query_token_type_ids), Inputs(title_input_ids, title_token_type_ids)]
+        query, title = self._encode(sides, with_pooler=with_pooler)
         return (query * title).sum(axis=-1)
 
-    def loss(self, query: paddle.Tensor, title: paddle.Tensor, keys: paddle.Tensor | None = None,
-             negative: paddle.Tensor | None = None) -> paddle.Tensor:
-        """`contrastive_loss` of embeddings, float [batch, embedding_size], a scalar; with `cross_device_negatives` of
-        those of all ranks, on each the same. `negative` are more negatives for all queries; keys: see `same_texts`."""
-        if self.cross_device_negatives:
-            query, title, keys, negative = (
-                None if rows is None else gather_rows(rows) for rows in (query, title, keys, negative))
-        self.compared = query.detach(), title.detach(), keys
-        candidates = title if negative is None else paddle.concat([title, negative])
-        return contrastive_loss(query, candidates, self.margin, self.scale, keys)
+    def forward(self, batch: Batch) -> Embeddings:
+        """Return the embeddings of a batch, of which `loss` makes the training loss."""
+        if batch.negative is None:
+            return Embeddings(*self._encode([batch.query, batch.title]))
+        return Embeddings(*self._encode([batch.query, batch.title, batch.negative]))
 
-    def forward(self, query_input_ids: paddle.Tensor, title_input_ids: paddle.Tensor, query_token_type_ids=None,
-                title_token_type_ids=None, keys: paddle.Tensor | None = None,
-                embeddings_only: bool = False) -> paddle.Tensor | tuple[paddle.Tensor, ...]:
-        """The training loss, a scalar. In SimCSE both sides are the same texts under different dropout. `title_*` are
-        of the queries' titles; twice as many rows are titles, then hard negatives. `keys`: see `loss`. With
-        `embeddings_only` it gives the embeddings of queries, titles and hard negatives, where there are any, each float
-        [batch, embedding_size], instead."""
-        query, title = self._encode((query_input_ids, query_token_type_ids), (title_input_ids, title_token_type_ids))
-        sides = (query, *paddle.split(title, len(title) // len(query)))
-        return sides if embeddings_only else self.loss(*sides[:2], keys, *sides[2:])
+    def loss(self, embeddings: Embeddings, duplicate_keys: DuplicateKeys | None = None) -> paddle.Tensor:
+        """Return the `contrastive_loss` of a batch, a scalar; with `cross_device_negatives` that of all ranks' batches
+        together, on each rank the same."""
+        if duplicate_keys is not None:
+            duplicate_keys = DuplicateKeys(*[None if keys is None else paddle.to_tensor(keys)
+                                             for keys in duplicate_keys])
+        if self.loss_settings.cross_device_negatives and RANKS > 1:
+            embeddings = Embeddings(*[None if side is None else gather_rows(side) for side in embeddings])
+            if duplicate_keys is not None:
+                duplicate_keys = DuplicateKeys(*[None if keys is None else gather_rows(keys)
+                                                 for keys in duplicate_keys])
+        self.compared = Embeddings(*[None if side is None else side.detach() for side in embeddings]), duplicate_keys
+        return contrastive_loss(embeddings.query, embeddings.title, self.loss_settings, negative=embeddings.negative,
+                                duplicate_keys=duplicate_keys)
 
 
 def length_groups(lengths: np.ndarray, cost: float) -> list[np.ndarray]:
@@ -204,42 +227,53 @@ def length_groups(lengths: np.ndarray, cost: float) -> list[np.ndarray]:
 
 
 # ------------------------------------------------------------------------------------------------------------- the loss
-def same_texts(keys: paddle.Tensor) -> paddle.Tensor:
-    """Which candidates, bool [batch, candidates], are no negatives of a row: its query or title again, or another title
-    of its query. Candidates are titles, then hard negatives; keys, int64, are [batch], equal for equal texts, where a
-    row is one text, or [batch, 2 or 3], a column each for queries, titles and hard negatives."""
-    keys = keys.reshape([keys.shape[0], -1])
-    query, titles = keys[:, :1], keys[:, 1:] if keys.shape[1] > 1 else keys
-    candidates = titles.t().reshape([1, -1])
-    same_query = query == query.t()
-    if titles.shape[1] > 1:
-        same_query = paddle.concat([same_query, paddle.zeros_like(same_query)], axis=1)
-    return (candidates == query) | (candidates == titles[:, :1]) | same_query
-
-
-def contrastive_loss(query: paddle.Tensor, title: paddle.Tensor, margin: float, scale: float,
-                     keys: paddle.Tensor | None = None) -> paddle.Tensor:
-    """In-batch contrastive loss of SimCSE (Gao et al. 2021, eq. 1), a margin taken off the positives' cosine; a scalar.
-
-    mean_i -log softmax_j(scale * (cos(q_i, t_j) - margin * [i = j]))[i]
+def same_texts(keys: DuplicateKeys) -> paddle.Tensor:
+    """Return which candidates are no negatives of a query: its own text or title again, or another title of the same
+    query; bool [queries, candidates]. Candidates are the titles, then the hard negatives.
 
     Args:
-        query, title: L2-normalized embeddings, float [batch, dim] and [batch or more, dim]; row i of `title` is the
-            positive of query i, all other rows are its negatives.
-        margin: how much more similar than a negative a positive has to be, in cosine.
-        scale: the inverse of the temperature.
-        keys: of `same_texts`, whose texts then are not each other's negatives; None: they are.
+        keys: int64 tensors [queries].
     """
-    cosine = paddle.matmul(query, title, transpose_y=True)
-    batch, candidates = cosine.shape
-    positive = paddle.eye(batch, candidates, dtype=cosine.dtype)
-    logits = scale * (cosine - margin * positive)
-    if keys is not None:
-        logits = logits - 1e9 * (same_texts(keys).astype(cosine.dtype) - positive)
+    query = keys.query.unsqueeze(1)
+    title = keys.title.unsqueeze(1)
+    same_titles = (keys.title == query) | (keys.title == title) | (keys.query == query)
+    if keys.negative is None:
+        return same_titles
+    same_negatives = (keys.negative == query) | (keys.negative == title)
+    return paddle.concat([same_titles, same_negatives], axis=1)
+
+
+def contrastive_loss(query: paddle.Tensor, title: paddle.Tensor, settings: LossSettings, *,
+                     negative: paddle.Tensor | None = None,
+                     duplicate_keys: DuplicateKeys | None = None) -> paddle.Tensor:
+    """Return the in-batch contrastive loss of SimCSE (Gao et al. 2021, eq. 1), a scalar, with a margin that is taken
+    off the positives' cosine:
+
+        mean_i -log softmax_j(scale * (cos(query_i, candidate_j) - margin * [i = j]))[i]
+
+    The candidates of every query are all titles, then all hard negatives.
+
+    Args:
+        query: L2-normalized embeddings, float32 [batch, dim].
+        title: the same; row i is the positive of query i, the other rows are its negatives.
+        settings: margin and scale.
+        negative: more negatives for all queries, float32 [rows, dim].
+        duplicate_keys: int64 tensors; equal texts are then not each other's negatives; None: they are.
+    """
+    batch = query.shape[0]
+    cosines = paddle.matmul(query, title, transpose_y=True)
+    logits = settings.scale * (cosines - settings.margin * paddle.eye(batch, dtype=cosines.dtype))
+    if negative is not None:
+        negative_logits = settings.scale * paddle.matmul(query, negative, transpose_y=True)
+        logits = paddle.concat([logits, negative_logits], axis=1)
+    if duplicate_keys is not None:
+        positive = paddle.eye(batch, logits.shape[1], dtype=logits.dtype)
+        duplicates = same_texts(duplicate_keys).astype(logits.dtype) - positive
+        logits = logits - 1e9 * duplicates
     # F.cross_entropy does the same, and in paddle 2.6 waits for the device to look for labels that are ignored.
     loss = F.softmax_with_cross_entropy(logits, paddle.arange(batch, dtype="int64").unsqueeze(-1)).mean()
-    # On a CPU paddle's softmax makes ln(batch) of NaN; a run that has diverged would look like one that learns nothing.
-    return loss + 0 * cosine.detach().sum()
+    # On a CPU paddle's softmax makes ln(batch) of NaN: a diverged run would look like one that learns nothing.
+    return loss + 0 * logits.detach().sum()
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
@@ -271,9 +305,11 @@ def load_model(params_path: str, model_name_or_path: str | None = None, output_e
     described = record and not model_name_or_path
     encoder = encoder_from_record(record, dropout) if described else load_pretrained(name, dropout)
     tokenizer = checkpoint_tokenizer(params_path, name)
-    recorded = {key: record[key] for key in ("margin", "scale", "pooling", "whitened_at") if key in record}
+    recorded = {key: record[key] for key in ("pooling", "whitened_at") if key in record}
+    loss_settings = LossSettings(**{key: record[key] for key in ("margin", "scale") if key in record})
     model = SimCSE(encoder, output_emb_size=size, **{
-        "infer_with_pooler": record.get("with_pooler", True), **recorded, **(settings or {})})
+        "infer_with_pooler": record.get("with_pooler", True), "loss_settings": loss_settings, **recorded,
+        **(settings or {})})
     if find_pooling(model.pooling).removes_layers:  # the checkpoint may be of another pooling
         state = {name: tensor for name, tensor in state.items() if not name.startswith("ptm.encoder.layers.")}
     load_state(model, state, f"{flag} {params_path}")
@@ -293,9 +329,10 @@ def make_record(model: SimCSE, model_name_or_path: str, max_seq_length: int | No
     """What later stages have to know of a checkpoint: the content of simcse_config.json."""
     import paddlenlp
 
+    loss_settings = model.loss_settings
     record = {"model_name_or_path": model_name_or_path, "output_emb_size": model.output_emb_size,
               "embedding_size": model.embedding_size, "max_positions": model.max_positions, "pooling": model.pooling,
-              "scale": model.scale, "margin": model.margin, "max_seq_length": max_seq_length,
+              "scale": loss_settings.scale, "margin": loss_settings.margin, "max_seq_length": max_seq_length,
               "whitened_at": model.whitened_at, "encoder_class": type(model.ptm).__name__,
               "encoder_config": portable(model.ptm.config.to_dict()),
               "versions": {"paddlepaddle": paddle.__version__, "paddlenlp": paddlenlp.__version__}}
@@ -400,8 +437,8 @@ def _load_engine(args: argparse.Namespace, texts: Sequence[Any] = ()) -> tuple[E
 
 def mean_loss(query: np.ndarray, title: np.ndarray, batch_size: int, margin: float, scale: float) -> float:
     """`contrastive_loss` of embeddings taken in batches, the mean over all rows."""
-    total = 0.0
+    settings, total = LossSettings(margin=margin, scale=scale), 0.0
     for start in range(0, len(query), batch_size):
         q, t = (paddle.to_tensor(side[start : start + batch_size]) for side in (query, title))
-        total += float(contrastive_loss(q, t, margin, scale)) * len(q)
+        total += float(contrastive_loss(q, t, settings)) * len(q)
     return total / len(query)

@@ -26,7 +26,7 @@ from typing import IO, NamedTuple
 import ann_util
 from simcse import console, flags
 from simcse.encoder.weights import model_digest
-from simcse.files import STDIN, arriving, building, file_digest, new_file
+from simcse.files import STDIN, building, file_digest, new_file, read_ahead
 from simcse.index.documents import Entries
 from simcse.index.hits import Hit, expand, search
 from simcse.index.shards import MEASURED_K, Shards, report, sample
@@ -51,8 +51,8 @@ def parse_args() -> argparse.Namespace:
     add = group.add_argument
     add("--corpus_file", type=flags.readable_file, help="documents to search, a text a line, or its id, a tab and the "
         "text; may be left out with --query and --query_file, where there is an index")
-    add("--corpus_columns", type=int, choices=formats.IDS, help="1: a text a line; 2: an id, a tab and the text; None: "
-        "as most lines of --corpus_file are")
+    add("--corpus_columns", type=int, choices=formats.CORPUS_COLUMNS,
+        help="1: a text a line; 2: an id, a tab and the text; None: as most lines of --corpus_file are")
     add("--similar_text_pair", "--similar_text_pair_file", type=flags.readable_file,
         help="query and target, tab-separated, a pair a line; for the queries documents are recalled, and of the "
         "targets is said whether the corpus has them")
@@ -138,21 +138,21 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(message)
 
 
-def check_targets(args: argparse.Namespace, pairs: Iterable[tuple[int, list[str]]], corpus: textfile.Corpus) -> None:
+def check_targets(args: argparse.Namespace, pairs: Iterable[textfile.Row], corpus: textfile.Corpus) -> None:
     """Warn of the targets of --similar_text_pair that the corpus lacks, and that no recall can find."""
     path, ids = args.similar_text_pair, args.targets == "id"
-    lines = {target: number for number, (_, target) in reversed(list(pairs))}
+    lines = {pair.fields[1]: pair.line_number for pair in reversed(list(pairs))}
     count, near = len(lines), ""
     for document in corpus.all_ids() if ids else corpus:
         if lines.pop(document, None) and not lines:
             return
     if not ids:
-        looks = {textfile.plain(target) for target in lines}
-        there = {look for document in corpus if (look := textfile.plain(document)) in looks}
-        unseen = sum(textfile.plain(target) in there for target in lines)
+        looks = {textfile.normalize(target) for target in lines}
+        there = {look for document in corpus if (look := textfile.normalize(document)) in looks}
+        unseen = sum(textfile.normalize(target) in there for target in lines)
         near = f" {unseen:,} of them are but for white space, width or invisible characters:"
     first = ", ".join(f"{path}:{number}" for number in sorted(lines.values())[:3])
-    console.complain(f"--similar_text_pair: {len(lines):,} of {count:,} targets are not {'ids ' * ids}in "
+    console.warn_data(f"--similar_text_pair: {len(lines):,} of {count:,} targets are not {'ids ' * ids}in "
                      f"{corpus.name}, and count as missed;{near} {first}")
 
 
@@ -301,17 +301,17 @@ def result(form: str, query: Query, hits: Iterable[Hit], measure: str) -> str:
     return "".join(lines)
 
 
-def asked(blocks: Iterable[list[tuple[int, list[str]]]], form: str) -> Iterator[list[Query]]:
+def asked(blocks: Iterable[list[textfile.Row]], form: str) -> Iterator[list[Query]]:
     """The queries among the rows of stdin; a blank or malformed one between them is answered here, with no document,
     when those before it have been."""
     for block in blocks:
-        for are_queries, group in itertools.groupby(block, lambda line: textfile.complete(line[1], 1)):
+        for are_queries, group in itertools.groupby(block, lambda row: row.problem is None):
             if are_queries:
-                yield [Query(query, f"stdin:{number}") for number, (query,) in group]
+                yield [Query(row.fields[0], f"stdin:{row.line_number}") for row in group]
                 continue
-            for _, row in group:
+            for row in group:
                 rest = {"results": []} if form == "jsonl" else {"document": None, "cosine": None}
-                print(console.line(form, query="\t".join(row), **rest), end="")
+                print(console.line(form, query="\t".join(row.fields), **rest), end="")
             sys.stdout.flush()
 
 
@@ -327,7 +327,7 @@ def main() -> None:
     streams = args.query == [STDIN]
     pairs = list(textfile.read_rows(args.similar_text_pair, 2, "--similar_text_pair")) if args.similar_text_pair else []
     queries = [Query(query, "--query") for query in args.query] or [
-        Query(query, f"{args.similar_text_pair}:{number}") for number, (query, _) in pairs] or queries_of(args)
+        Query(pair.fields[0], f"{args.similar_text_pair}:{pair.line_number}") for pair in pairs] or queries_of(args)
     if pairs and not RANK:
         check_targets(args, pairs, corpus)
     path = None if args.query else os.path.join(args.recall_result_dir, args.recall_result_file)
@@ -340,8 +340,9 @@ def main() -> None:
         args.precision = ann_util.kept_precision(args.index_path, args.device)
     target = args.index_path if kept else args.ann_engine or "hnswlib"
     with_ids = " with ids" * bool(corpus and corpus.has_ids)
-    flags.announce(args, args.params_path, f"{flags.count(corpus, 'document')}{with_ids} for {target}" if corpus else
-                 f"index {args.index_path or args.milvus_uri}",
+    source = (f"{console.count(len(corpus), 'document')}{with_ids} for {target}" if corpus else
+              f"index {args.index_path or args.milvus_uri}")
+    flags.announce(args, args.params_path, source,
                  "queries of stdin" if streams else f"{len(queries):,} queries")
 
     import model
@@ -354,7 +355,7 @@ def main() -> None:
                      f"{'distinct ' * args.distinct}documents")
     blocks = (queries[start : start + tokens.WINDOW] for start in range(0, len(queries), tokens.WINDOW))
     if streams:
-        blocks = asked(arriving(textfile.read_rows(STDIN, 1, "--query", every=True)), args.format)
+        blocks = asked(read_ahead(textfile.read_rows(STDIN, 1, "--query", keep_malformed=True)), args.format)
     with new_file(path) if path and not RANK else contextlib.nullcontext(sys.stdout) as file:
         write_results(args, blocks, index, entries, encoder, file)
     if path and not RANK:

@@ -20,6 +20,7 @@ import functools
 import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import data
@@ -85,23 +86,24 @@ def parse_args() -> argparse.Namespace:
     return flags.check_run_arguments(parser, parser.parse_args(), start, model, optimization)
 
 
-def read_test_set(args: argparse.Namespace) -> list[tuple[int, list[str]]]:
-    """The rows of --test_set_file, each with the number of its line: text, text, label; or query, target. There are
-    none without a test set, or where it measures nothing."""
+def read_test_set(args: argparse.Namespace) -> list[textfile.Row]:
+    """The rows of --test_set_file: text, text, label; or query, target. There are none without a test set, or where it
+    measures nothing."""
     path, flag = args.test_set_file, "--test_set_file"
     if not path:
         return []
     columns = textfile.count_columns(path, flag, (2, 3))
-    rows, looks = list(textfile.read_rows(path, columns, flag, textfile.not_a_number if columns == 3 else None)), {}
+    check = textfile.find_label_problem if columns == 3 else None
+    rows, looks = list(textfile.read_rows(path, columns, flag, check)), {}
     if columns == 3:
-        if len({float(label) for _, (_, _, label) in rows}) > 1:
+        if len({float(row.fields[2]) for row in rows}) > 1:
             return rows
-        console.complain(f"{flag} {path}: all {len(rows)} labels are {rows[0][1][2]}, of which Spearman's rho is "
+        console.warn_data(f"{flag} {path}: all {len(rows)} labels are {rows[0].fields[2]}, of which Spearman's rho is "
                          "undefined; there is no evaluation")
         return []
-    if twins := [f"{path}:{number}" for number, (_, target) in rows
-                 if looks.setdefault(textfile.plain(target), target) != target]:
-        console.complain(f"{flag}: {len(twins)} of {len(rows)} targets are an earlier one but for white space, width "
+    if twins := [f"{path}:{row.line_number}" for row in rows
+                 if looks.setdefault(textfile.normalize(row.fields[1]), row.fields[1]) != row.fields[1]]:
+        console.warn_data(f"{flag}: {len(twins)} of {len(rows)} targets are an earlier one but for white space, width "
                          "or invisible characters, and count as another document; write them alike: "
                          f"{', '.join(twins[:3])}")
     return rows
@@ -146,21 +148,21 @@ def check_learnable(args: argparse.Namespace, texts: textfile.TextFile) -> None:
     for side, noun in enumerate(sides):
         field = [texts[0]] if texts.columns == 1 else texts[0]
         if all((row if texts.columns == 1 else row[side]) == field[side] for row in texts):
-            raise console.InputError(f"--train_set_file {path}: {flags.count(texts, 'line')} without two different "
+            lines = console.count(len(texts), "line")
+            raise console.InputError(f"--train_set_file {path}: {lines} without two different "
                                      f"{noun}; SimCSE learns by telling them apart")
     if sides and min(args.batch_size, -(-len(texts) // RANKS)) == 1 and not (args.cross_device_negatives and RANKS > 1):
-        console.complain("batches of one text have no negatives, their loss is 0, and nothing is learned: raise "
+        console.warn_data("batches of one text have no negatives, their loss is 0, and nothing is learned: raise "
                          "--batch_size, or give more texts than there are processes")
 
 
-def look(args: argparse.Namespace, texts: textfile.TextFile, test_set: list[tuple[int, list[str]]],
-         tokenizer: Any) -> None:
+def look(args: argparse.Namespace, texts: textfile.TextFile, test_set: list[textfile.Row], tokenizer: Any) -> None:
     """Warn of what the encoder does not see of the texts; InputError where it sees no two that differ, those that are
     cut being different ones."""
     from simcse.encoder.encoder import check_texts
 
     ids = check_texts(texts.spread(tokens.WINDOW), tokenizer, args.max_seq_length)
-    test_texts = [(f"{args.test_set_file}:{number}", row[:2]) for number, row in test_set]
+    test_texts = [(f"{args.test_set_file}:{row.line_number}", row.fields[:2]) for row in test_set]
     check_texts(test_texts, tokenizer, args.max_seq_length)
     if args.epochs or args.whiten is not None:
         for side in range(texts.columns if texts.columns < 3 else 0):
@@ -173,13 +175,13 @@ def look(args: argparse.Namespace, texts: textfile.TextFile, test_set: list[tupl
 
 def build_model(args: argparse.Namespace) -> tuple[Any, Any, str]:
     """The network to train, its tokenizer and the name of its encoder."""
-    from model import SimCSE, load_model
+    from model import LossSettings, SimCSE, load_model
     from simcse.encoder.encoder import check_length
     from simcse.encoder.pretrained import load_pretrained
 
-    settings = {"dropout": args.output_dropout, "margin": args.margin, "scale": args.scale,
-                "precision": args.precision, "infer_with_pooler": args.infer_with_fc_pooler,
-                "cross_device_negatives": args.cross_device_negatives and RANKS > 1,
+    loss_settings = LossSettings(**{field.name: getattr(args, field.name) for field in fields(LossSettings)})
+    settings = {"dropout": args.output_dropout, "loss_settings": loss_settings, "precision": args.precision,
+                "infer_with_pooler": args.infer_with_fc_pooler,
                 **({"pooling": args.pooling} if args.pooling else {})}
     if checkpoint := args.resume or args.init_from_ckpt:
         model, tokenizer, record = load_model(
@@ -196,7 +198,7 @@ def build_model(args: argparse.Namespace) -> tuple[Any, Any, str]:
     return model, tokenizer, name
 
 
-def train(args: argparse.Namespace, texts: textfile.TextFile, test_set: list[tuple[int, list[str]]]) -> Any:
+def train(args: argparse.Namespace, texts: textfile.TextFile, test_set: list[textfile.Row]) -> Any:
     """The training loop, and what comes after it; returns the `Run`."""
     from model import make_record, save_checkpoint
     from simcse.encoder.encoder import Encoder
@@ -220,7 +222,7 @@ def train(args: argparse.Namespace, texts: textfile.TextFile, test_set: list[tup
             return
         embed = encoder()
         if measures := evaluate(functools.partial(encode_shares, embed) if share else embed,
-                                [row for _, row in test_set]):
+                                [row.fields for row in test_set]):
             run.log_measures(measures, group)
 
     model, tokenizer, name = build_model(args)
@@ -230,7 +232,7 @@ def train(args: argparse.Namespace, texts: textfile.TextFile, test_set: list[tup
     make = functools.partial(data.make_batch, texts, tokenizer, args)
     run = Run(args, model, texts, len(sampler), save)
     for batch in run.batches(data.batches_after(run.step, args.epochs, sampler, make)):
-        loss = backward(run.network, model, batch, run.scaler.scale)
+        loss = backward(run.network, model, batch, run.scaler.scale, args.chunk_size)
         run.update(loss, batch)
         if not run.code and run.step % args.eval_steps == 0 and run.step < run.steps:
             measure("eval")
@@ -240,8 +242,8 @@ def train(args: argparse.Namespace, texts: textfile.TextFile, test_set: list[tup
     if args.whiten is not None and not RANK:
         sample = texts.sample(SAMPLE)
         sample += runs(sample, tokenizer, args.max_seq_length)
-        dark = set(wordpiece.unseen(tokenizer, tokenizer(sample, args.max_seq_length)))  # whose embeddings are zeros
-        sample = [text for row, text in enumerate(sample) if row not in dark]
+        unknown = set(wordpiece.find_unknown(tokenizer, tokenizer(sample, args.max_seq_length)))
+        sample = [text for row, text in enumerate(sample) if row not in unknown]  # their embeddings are zeros
         whiten(model, lambda: encoder("fp32")(sample), args.whiten or model.embedding_size, args.max_seq_length)
         folder = os.path.join(args.save_dir, f"model_{run.step}_whitened")
         save(folder)  # beside the checkpoint of the step, which stays as it is
@@ -263,7 +265,7 @@ def main() -> None:
         check_learnable(args, texts)
 
     flags.announce_training(args, args.init_from_ckpt or args.model_name_or_path or flags.DEFAULT_MODEL,
-                            flags.count(texts, f"training {('text', 'pair', 'triple')[texts.columns - 1]}"))
+                            console.count(len(texts), f"training {('text', 'pair', 'triple')[texts.columns - 1]}"))
 
     from simcse.training.trainer import run_training
 

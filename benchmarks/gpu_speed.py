@@ -11,7 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 from bench import HERE  # first: it makes the project importable
-from data import Batch, chunks_of, text_keys
+from data import Batch, DuplicateKeys, Inputs, text_keys
 from simcse import console
 from simcse.text.textfile import TextFile
 
@@ -39,10 +39,11 @@ OPERATORS = {"6 layers": 540, "12 layers": 960}  # of a step at most
 
 
 # -------------------------------------------------------------------------------------------------------------- a step
-def batch_of(texts: int, tokens: int, chunk: int | None = None) -> Batch:
+def batch_of(texts: int, tokens: int) -> Batch:
     """Random texts, all of so many tokens, each under two dropouts."""
-    ids = np.random.default_rng(0).integers(1000, 17_000, (texts, tokens)).tolist()
-    return Batch(chunks_of([ids, ids], chunk or texts, 0), text_keys([ids]), range(texts))
+    ids = np.random.default_rng(0).integers(1000, 17_000, (texts, tokens))
+    inputs, keys = Inputs(ids, np.zeros_like(ids)), text_keys(ids.tolist())
+    return Batch(inputs, inputs, duplicate_keys=DuplicateKeys(keys, keys), rows=range(texts))
 
 
 def with_run(scratch: str, size: str, device: str, precision: str,
@@ -63,8 +64,8 @@ def with_run(scratch: str, size: str, device: str, precision: str,
         run.epoch = run.number = 1
         network.train()
 
-        def step(batch: Batch) -> None:
-            run.update(backward(run.network, network, batch, run.scaler.scale), batch)
+        def step(batch: Batch, chunk_size: int | None = None) -> None:
+            run.update(backward(run.network, network, batch, run.scaler.scale, chunk_size), batch)
 
         measure(step, lambda: network.parameters()[-1].numpy())
         return run
@@ -214,7 +215,7 @@ def memory(scratch: str, size: str, device: str) -> None:
             for texts in BATCHES[device]:
                 what = f"{size}, batch {texts} x {tokens}" + f", --chunk_size {chunk}" * bool(chunked)
                 with unless_out_of_memory(what) as fits:
-                    step(batch_of(texts, tokens, chunked))
+                    step(batch_of(texts, tokens), chunked)
                     wait()
                 if not fits:
                     break

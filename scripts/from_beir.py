@@ -23,7 +23,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 from simcse import console, flags
 from simcse.console import InputError
 from simcse.files import new_file
-from simcse.trec import read_judgements
+from simcse.measures import read_judgements
 
 SPLITS = ("test", "dev", "validation")  # looked for in this order
 

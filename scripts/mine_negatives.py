@@ -60,7 +60,7 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--negative_depth {first} {last}: the first rank is behind the last")
     if args.negatives_per_pair > ranks:
         parser.error(f"--negatives_per_pair {args.negatives_per_pair}: --negative_depth {first} {last} has only "
-                     f"{flags.count(range(ranks), 'rank')}")
+                     f"{console.count(ranks, 'rank')}")
     if os.path.isdir(args.output_file):
         parser.error(f"argument --output_file: {args.output_file}: is a directory")
     return args
@@ -73,18 +73,19 @@ def read_pairs(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     Raises:
         InputError: the two files do not have as many lines, or a score is no number.
     """
-    rows = textfile.read_targets(args.similar_text_pair, "--similar_text_pair", args.corpus_file, every=True)
-    pairs = [pair for _, pair in rows]
+    rows = textfile.read_targets(args.similar_text_pair, "--similar_text_pair", args.corpus_file, keep_malformed=True)
+    pairs = list(rows)
     scores = [*textfile.read_rows(args.positive_scores, 1, "--positive_scores")]
     if len(scores) != len(pairs):
-        raise console.InputError(f"--positive_scores {args.positive_scores}: {flags.count(scores, 'line')} for "
-                                 f"{flags.count(pairs, 'line')} of {args.similar_text_pair}; predict.py prints one "
-                                 "a line")
+        raise console.InputError(f"--positive_scores {args.positive_scores}: {console.count(len(scores), 'line')} "
+                                 f"for {console.count(len(pairs), 'line')} of {args.similar_text_pair}; predict.py "
+                                 "prints one a line")
     positives: dict[str, dict[str, float]] = {}
-    for pair, (number, (score,)) in zip(pairs, scores):
-        if textfile.complete(pair, 2):
-            query, positive = pair
-            positives.setdefault(query, {})[positive] = cosine_of(score, f"{args.positive_scores}:{number}")
+    for pair, score in zip(pairs, scores):
+        if pair.problem is None:
+            query, positive = pair.fields
+            place = f"{args.positive_scores}:{score.line_number}"
+            positives.setdefault(query, {})[positive] = cosine_of(score.fields[0], place)
     return positives
 
 
@@ -115,9 +116,10 @@ def read_candidates(args: argparse.Namespace, queries: Mapping) -> dict[str, dic
             return f"cosine {row[2]!r} is not a number"
         return None
 
-    rows = textfile.read_rows(args.recall_result_file, 3, "--recall_result_file", not_a_number, known=True)
+    rows = textfile.read_rows(args.recall_result_file, 3, "--recall_result_file", not_a_number, check_format=False)
     lowest: dict[str, float] = {}
-    for _, (query, document, cosine) in rows:
+    for row in rows:
+        query, document, cosine = row.fields
         if float(cosine) > lowest.get(query, math.inf):  # recall.py wrote a query of several pairs once more
             lowest[query] = -math.inf
             continue

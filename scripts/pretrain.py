@@ -189,7 +189,7 @@ def main() -> None:
     args = parse_args()
     texts = textfile.TextFile(args.train_set_file, "--train_set_file")
 
-    flags.announce_training(args, args.model_name_or_path, flags.count(texts, "training text"))
+    flags.announce_training(args, args.model_name_or_path, console.count(len(texts), "training text"))
 
     from simcse.training.trainer import run_training
 

@@ -3,7 +3,7 @@
 import json
 
 from simcse.console import InputError
-from simcse.trec import ranking, read_judgements, read_run
+from simcse.measures import ranking, read_judgements, read_run
 
 import pytest
 from conftest import refuse, succeed

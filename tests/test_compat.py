@@ -87,7 +87,7 @@ def test_training(compat, tmp_path, request):
     (tmp_path / "observe.py").write_text(
         f"import json, runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport model\n"
         "formula, losses = model.contrastive_loss, []\n"
-        "def observed(*args):\n    loss = formula(*args)\n    losses.append(float(loss))\n"
+        "def observed(*args, **named):\n    loss = formula(*args, **named)\n    losses.append(float(loss))\n"
         f"    if len(losses) == {steps} < 50:\n        sys.exit()\n    return loss\n"
         "model.contrastive_loss = observed\nsys.argv = sys.argv[1:]\n"
         "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"

@@ -9,7 +9,7 @@ import time
 import model as m
 from data import ShuffledBatches
 from simcse.encoder.weights import read_weights, saved_steps
-from simcse.training.gradients import backward
+from simcse.training.gradients import Embeddings, backward
 
 import gradients
 import numpy as np
@@ -63,10 +63,10 @@ def test_a_cached_step_is_a_plain_one(chunk):
     ids = texts(1, 10)
     network = tiny(0.3)
     paddle.seed(7)
-    batch = batch_of(ids, chunk)
-    views = [network(**{name: paddle.to_tensor(array) for name, array in chunk.items()}, embeddings_only=True)
-             for chunk in batch.chunks]
-    loss = network.loss(*(paddle.concat(side) for side in zip(*views)), paddle.to_tensor(batch.keys))
+    batch = batch_of(ids)
+    views = [network(part) for part in batch.chunks(chunk)]
+    query, title = (paddle.concat([view[side] for view in views]) for side in (0, 1))
+    loss = network.loss(Embeddings(query, title), batch.duplicate_keys)
     loss.backward()
     expected = {"loss": loss.numpy(), **{name: p.grad.numpy() for name, p in network.named_parameters()
                                          if p.grad is not None}}
@@ -112,7 +112,7 @@ def test_duplicates_are_no_negatives():
     ids = texts(1)
     network = tiny()
     batch = batch_of(ids)
-    keys, vectors = batch.keys[:, 0], network.embed(*list(batch.chunks[0].values())[:2]).numpy()
+    keys, vectors = batch.duplicate_keys.query, network.embed(*batch.query).numpy()
     logits = 20 * (vectors @ vectors.T - 0.1 * np.eye(6))
     logits[0, 5] = logits[5, 0] = -np.inf
     expected = np.mean(np.log(np.exp(logits).sum(axis=1)) - np.diag(logits))
@@ -215,7 +215,7 @@ def test_a_loss_that_is_no_number_on_one_rank_ends_both(sample, tmp_path):
     not saved."""
     (tmp_path / "train.py").write_text(f"""import runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
-import simcse.gradients as gradients
+import simcse.training.gradients as gradients
 from simcse.machine import RANK
 whole, steps = gradients.backward, []
 

@@ -12,6 +12,7 @@ from simcse.index import shards
 from simcse.index.exact import exact_search, merge
 from simcse.index.shards import Shards
 from simcse.measures import percent
+from simcse.text import lines as line_reading
 from simcse.text import textfile, wordpiece
 from simcse.text.tokens import make_batches
 
@@ -57,7 +58,7 @@ def test_texts_by_offset_are_the_texts(path, content, chunk):
     """Any bytes: a list of texts or one line of error, the same from both readers; line numbers are the file's."""
     with open(path, "wb") as file:
         file.write(content)
-    before, textfile.TextFile._CHUNK = textfile.TextFile._CHUNK, chunk
+    before, line_reading.SCAN_BYTES = line_reading.SCAN_BYTES, chunk
     try:
         texts = outcome(lambda: read_texts(path, "--flag"))
         assert texts == outcome(lambda: textfile.TextFile(path, "--flag"))
@@ -67,7 +68,7 @@ def test_texts_by_offset_are_the_texts(path, content, chunk):
             for row, text in enumerate(texts):
                 assert lines[kept.line_number(row) - 1].decode("utf-8").replace("\ufeff", "").strip() == text
     finally:
-        textfile.TextFile._CHUNK = before
+        line_reading.SCAN_BYTES = before
 
 
 @given(content=FILES, columns=st.integers(1, 3))
@@ -75,10 +76,10 @@ def test_rows_add_up(path, content, columns):
     """Rows that are read are rows of the file; strict, either all of them come or an error."""
     with open(path, "wb") as file:
         file.write(content)
-    rows = outcome(lambda: (row for _, row in textfile.read_rows(path, columns, "--flag")))
-    console.settings.strict = True
-    strict = outcome(lambda: (row for _, row in textfile.read_rows(path, columns, "--flag")))
-    console.settings.strict = False
+    rows = outcome(lambda: (row.fields for row in textfile.read_rows(path, columns, "--flag")))
+    console.settings.strict_data = True
+    strict = outcome(lambda: (row.fields for row in textfile.read_rows(path, columns, "--flag")))
+    console.settings.strict_data = False
     if isinstance(rows, str):
         assert rows.startswith("--flag ") and "\n" not in rows and isinstance(strict, str)
         return

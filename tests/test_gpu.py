@@ -143,7 +143,7 @@ def test_tf32_is_on_where_it_is_asked_for_alone(gpus):
     ("cpu", "fp16", "fp32"), ("cpu", "bf16", "bf16")])
 def test_an_index_of_a_gpu_is_served_in_what_is_next_to_its_precision(monkeypatch, tmp_path, device, kept, used):
     """recall.py asks it in no other than its own, and not on a CPU where that has none such."""
-    monkeypatch.setattr(searcher.predictor, "Predictor", lambda *args: args[3])
+    monkeypatch.setattr(searcher.predictor, "load_predictor", lambda *args, **options: options["precision"])
     args = argparse.Namespace(model_dir=str(tmp_path), device=device, cpu_threads=0, precision=None)
     assert searcher._open_engine(args, kept, 9) == used
     (tmp_path / "fingerprint.json").write_text(json.dumps({"precision": kept}))
@@ -155,7 +155,7 @@ def test_an_exported_graph_is_not_rounded_to_tf32(gpus, monkeypatch):
     switches, config = gpus(8), Mock()
     for name, found in (("is_compiled_with_cuda", True), ("cuda.device_count", 1)):
         monkeypatch.setattr(f"paddle.device.{name}", lambda found=found: found)
-    searcher.predictor._configure(config, "gpu", 1, "fp32", 0, ())
+    searcher.predictor.configure_gpu(config, searcher.predictor.Settings("gpu", "fp32", 1, 0, None))
     assert switches == {"cublas": False, "cudnn": False} and config.enable_use_gpu.called
 
 

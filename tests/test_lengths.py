@@ -6,7 +6,7 @@ import re
 from types import SimpleNamespace
 
 import train
-from deploy.python import predictor
+from deploy.python import encoder as deployed
 from simcse import console, flags
 from simcse.console import InputError
 from simcse.encoder import encoder
@@ -28,7 +28,7 @@ def tokenizer():
 class Ones:
     """An engine to which all texts are alike."""
 
-    embedding_size, max_positions, batch_tokens, most_texts, precision = 4, 512, 2048, 1000, "fp32"
+    embedding_size, max_positions, batch_tokens, max_batch_size, precision = 4, 512, 2048, None, "fp32"
 
     def embed(self, input_ids, token_type_ids):
         assert input_ids.shape[1] <= 8
@@ -87,7 +87,7 @@ def test_a_cut_text_keeps_its_first_tokens(tokenizer):
 
 
 def test_strict_data_refuses_them(tokenizer, monkeypatch):
-    monkeypatch.setattr(console.settings, "strict", True)
+    monkeypatch.setattr(console.settings, "strict_data", True)
     for text, message in (("长" * 9, "1 of 2 texts are longer than 8 .*'长长长长长长长长长'"),
                           ("👍", "1 of 2 texts are all .UNK.")):
         with pytest.raises(InputError, match=message + r".* \(--strict_data\)"):
@@ -97,7 +97,7 @@ def test_strict_data_refuses_them(tokenizer, monkeypatch):
 def test_texts_that_the_encoder_does_not_see_are_like_none(tokenizer, capsys):
     """[UNK] and no word besides, or no token at all: zeros, whose cosine with any text, each other's too, is 0."""
     texts = ["语义", *UNSEEN, "👍1", "。。", "语👍"]
-    assert wordpiece.unseen(tokenizer, tokenizer(texts, 8)) == [1, 2, 3, 4, 5]
+    assert wordpiece.find_unknown(tokenizer, tokenizer(texts, 8)) == [1, 2, 3, 4, 5]
     embeddings = encoder_of(tokenizer).encode(texts)
     assert embeddings.any(axis=1).tolist() == [True, *[False] * 5, True, True, True]
     first, second = encoder_of(tokenizer).encode_pairs([("👍", "👍"), ("短", "短")])
@@ -117,11 +117,9 @@ def test_nor_are_they_to_a_service_or_a_server(tokenizer, tmp_path, capsys):
         assert searcher.encode(["长" * 9, "长" * 5])[1].tolist() == [9, 7]  # one more than are seen
     assert capsys.readouterr().err == "texts longer than 8 tokens are cut; this is said once\n"
     tokenizer.save_rust(str(tmp_path))
-    said = []
-    embeddings = predictor.encode(Ones(), predictor.Tokenizer(str(tmp_path)), ["语义", *UNSEEN, "长" * 9], 8,
-                                  complain=lambda *told: said.append(told))
-    assert embeddings.any(axis=1).tolist() == [True, *[False] * 5, True]
-    assert [(remark[:11], which) for remark, which in said] == [("are longer ", [6]), ("are all [UN", [1, 2, 3, 4, 5])]
+    encoded = deployed.encode(Ones(), deployed.Tokenizer(str(tmp_path)), ["语义", *UNSEEN, "长" * 9], 8)
+    assert encoded.embeddings.any(axis=1).tolist() == [True, *[False] * 5, True]
+    assert (encoded.truncated, encoded.unknown) == ([6], [1, 2, 3, 4, 5])
 
 
 def test_the_graph_finds_its_way_past_zeros():
@@ -232,7 +230,8 @@ def test_targets_that_the_corpus_lacks(tmp_path, capsys):
 
     def check(*targets):
         args = SimpleNamespace(similar_text_pair="dev.csv", targets="text")
-        recall.check_targets(args, [(number, ["问", target]) for number, target in enumerate(targets, 1)], corpus)
+        pairs = [textfile.Row(number, ["问", target]) for number, target in enumerate(targets, 1)]
+        recall.check_targets(args, pairs, corpus)
         return capsys.readouterr().err
 
     assert check("丁", "乙 丙", "甲？") == ""

@@ -1,6 +1,7 @@
 """The losses of training against formulas written out in numpy."""
 
 import model as m
+from data import DuplicateKeys
 
 import numpy as np
 import paddle
@@ -21,14 +22,16 @@ def cross_entropy(logits):
 def test_hard_negatives_are_more_candidates():
     query, title, negative = vectors(3, 5, 8)
     logits = 20 * (query @ np.concatenate([title, negative]).T - 0.1 * np.eye(5, 10))
-    got = m.contrastive_loss(*tensors(query, np.concatenate([title, negative])), 0.1, 20)
+    query, title, negative = tensors(query, title, negative)
+    got = m.contrastive_loss(query, title, m.LossSettings(margin=0.1), negative=negative)
     assert float(got) == pytest.approx(cross_entropy(logits), rel=1e-5)
 
 
 def test_what_says_the_same_is_no_negative():
     """Queries 0 and 3 are one; title 2 is query 1's text; hard negative 0 is title 1; title 4 is title 0."""
     keys = np.array([[1, 11, 12], [2, 12, 90], [3, 2, 91], [1, 13, 92], [5, 11, 93]])
-    hidden = m.same_texts(paddle.to_tensor(keys)).numpy()
+    keys = DuplicateKeys(*tensors(*keys.T))
+    hidden = m.same_texts(keys).numpy()
     expected = np.zeros((5, 10), bool)
     expected[range(5), range(5)] = True
     for row, column in ((0, 3), (3, 0), (1, 2), (0, 4), (4, 0), (1, 5)):
@@ -37,12 +40,12 @@ def test_what_says_the_same_is_no_negative():
     query, title, negative = vectors(3, 5, 8)
     candidates = np.concatenate([title, negative])
     logits = np.where(expected & ~np.eye(5, 10, dtype=bool), -np.inf, 20 * query @ candidates.T)
-    got = m.contrastive_loss(*tensors(query, candidates), 0.0, 20, paddle.to_tensor(keys))
+    query, title, negative = tensors(query, title, negative)
+    got = m.contrastive_loss(query, title, m.LossSettings(), negative=negative, duplicate_keys=keys)
     assert float(got) == pytest.approx(cross_entropy(logits), rel=1e-5)
 
 
-def test_one_column_of_keys_is_texts_against_themselves():
+def test_keys_of_texts_against_themselves():
     keys = paddle.to_tensor([4, 5, 4])
     expected = [[True, False, True], [False, True, False], [True, False, True]]
-    np.testing.assert_array_equal(m.same_texts(keys).numpy(), expected)
-    np.testing.assert_array_equal(m.same_texts(keys.reshape([3, 1])).numpy(), expected)
+    np.testing.assert_array_equal(m.same_texts(DuplicateKeys(keys, keys)).numpy(), expected)

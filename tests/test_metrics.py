@@ -3,8 +3,17 @@ query."""
 
 import math
 
-from simcse.measures import JUDGED_METRICS, first_hits, ndcg, paired_bootstrap, per_query, percent
-from simcse.trec import ranking, read_judgements, read_run
+from simcse.measures import (
+    JUDGED_METRICS,
+    first_hits,
+    ndcg,
+    paired_bootstrap,
+    per_query,
+    percent,
+    ranking,
+    read_judgements,
+    read_run,
+)
 
 import numpy as np
 import pytest

@@ -5,6 +5,7 @@ import os
 import pickle
 
 import model as m
+from data import Batch, Inputs
 from simcse.console import InputError
 from simcse.encoder import paddle_patches, pretrained, weights
 from simcse.encoder.encoder import Encoder
@@ -70,7 +71,8 @@ def test_loss_is_equation_1():
     for margin, scale in ((0.0, 20), (0.2, 20), (0.3, 1)):
         logits = scale * (query @ title.T - margin * np.eye(5))
         expected = np.mean(np.log(np.exp(logits).sum(axis=1)) - np.diag(logits))
-        assert float(m.contrastive_loss(*tensors(query, title), margin, scale)) == pytest.approx(expected, rel=1e-6)
+        settings = m.LossSettings(margin, scale)
+        assert float(m.contrastive_loss(*tensors(query, title), settings)) == pytest.approx(expected, rel=1e-6)
         assert m.mean_loss(query, title, 5, margin, scale) == pytest.approx(expected, rel=1e-6)
         halves = [m.mean_loss(query[part], title[part], 9, margin, scale) for part in (slice(0, 3), slice(3, 5))]
         assert m.mean_loss(query, title, 3, margin, scale) == pytest.approx(np.dot(halves, [0.6, 0.4]), rel=1e-6)
@@ -79,19 +81,20 @@ def test_loss_is_equation_1():
 def test_loss_of_no_number_is_no_number():
     vectors = np.ones((4, 2), "float32")
     vectors[1] = np.nan
-    assert np.isnan(float(m.contrastive_loss(*tensors(vectors, vectors), 0.0, 20)))
+    assert np.isnan(float(m.contrastive_loss(*tensors(vectors, vectors), m.LossSettings())))
 
 
 def test_one_pass_of_both_views_equals_two():
     """Loss and gradients, dropout off: the forward pass of 2B rows against one pass for each side."""
-    gradients, losses = [], []
+    gradients, losses, settings = [], [], m.LossSettings(margin=0.1)
     (batch,) = tensors(ids())
     for together in (True, False):
-        network = tiny(margin=0.1)
+        network = tiny(loss_settings=settings)
         if together:
-            loss = network(batch, batch)
+            loss = network.loss(network(Batch(Inputs(batch), Inputs(batch))))
         else:
-            loss = m.contrastive_loss(network.get_pooled_embedding(batch), network.get_pooled_embedding(batch), 0.1, 20)
+            query, title = network.get_pooled_embedding(batch), network.get_pooled_embedding(batch)
+            loss = m.contrastive_loss(query, title, settings)
         loss.backward()
         losses.append(float(loss))
         gradients.append({name: p.grad.numpy() for name, p in network.named_parameters() if p.grad is not None})
@@ -117,7 +120,7 @@ def test_texts_of_one_group_are_seen_under_two_dropouts(monkeypatch):
     batch, _ = pad([row[: 3 + number % 4].tolist() for number, row in enumerate(ids(8))], 0)
     for mode in (network.train, network.eval):
         mode()
-        query, title = network(*tensors(batch, batch), embeddings_only=True)
+        query, title, _ = network(Batch(Inputs(batch), Inputs(batch)))
         cosines = (query * title).sum(axis=-1).numpy()
         assert (cosines < 0.999).all() if network.training else (cosines > 0.999).all()
     np.testing.assert_allclose(query.numpy(), network.embed(batch, batch * 0).numpy(), atol=1e-6)
@@ -146,7 +149,7 @@ def test_padding_and_batching_change_nothing():
 # ---------------------------------------------------------------------------------------------------- checkpoints
 @pytest.fixture
 def saved(tmp_path):
-    network = tiny(margin=0.25, scale=7)
+    network = tiny(loss_settings=m.LossSettings(margin=0.25, scale=7))
     network.infer_with_pooler = False
     folder = tmp_path / "model_1"
     m.save_checkpoint(str(folder), network, load_tokenizer(str(ENCODER)),
@@ -158,7 +161,8 @@ def test_round_trip(saved):
     network, folder = saved
     loaded, _, record = m.load_model(str(folder / weights.PARAMS_FILE))
     np.testing.assert_array_equal(loaded.embed(ids(), ids() * 0), network.embed(ids(), ids() * 0))
-    assert (loaded.margin, loaded.scale, loaded.infer_with_pooler, loaded.output_emb_size) == (0.25, 7, False, 8)
+    assert loaded.loss_settings == m.LossSettings(margin=0.25, scale=7)
+    assert (loaded.infer_with_pooler, loaded.output_emb_size) == (False, 8)
     assert record["model_name_or_path"] == "an encoder" and record["max_seq_length"] == 48
     assert sorted(path.name for path in folder.iterdir()) == [
         "model_state.pdparams", "simcse_config.json", "tokenizer_config.json", "vocab.txt"]
@@ -269,7 +273,7 @@ def test_last_layer_of_first_token_changes_nothing():
     assert network.ptm(padded)[0].shape == [6, 1, 16] and whole.ptm(padded)[0].shape == [6, 12, 16]
     results = []
     for each in (network, whole):
-        loss = each(padded, padded)
+        loss = each.loss(each(Batch(Inputs(padded), Inputs(padded))))
         loss.backward()
         results.append((float(loss), {name: p.grad.numpy() for name, p in each.named_parameters()}))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
@@ -299,7 +303,7 @@ def test_fast_bias_gradients_are_the_same():
         if fast:
             paddle_patches.train_faster_on_cpu(network)
             assert sum("forward" in layer.__dict__ for layer in network.sublayers()) > 10
-        network(batch, batch).backward()
+        network.loss(network(Batch(Inputs(batch), Inputs(batch)))).backward()
         gradients.append({name: p.grad.numpy() for name, p in network.named_parameters() if p.grad is not None})
     for name, gradient in gradients[0].items():
         np.testing.assert_allclose(gradient, gradients[1][name], atol=1e-5, err_msg=name)

@@ -38,7 +38,7 @@ def test_an_address_that_is_not_of_this_machine(tmp_path, host):
     (["--model_dir", ".", "--index_path", ".", "--device", "gpu", "--cpu_threads", 1], "--cpu_threads needs --device"),
     (["--model_dir", ".", "--index_path", ".", "--precision", "fp16"], "--precision fp16 needs --device gpu"),
     (["--model_dir", ".", "--index_path", ".", "--host", ""], "argument --host: an empty text"),
-    (["--model_dir", ".", "--index_path", ".", "--port", 65536], "'65536' is not a port"),
+    (["--model_dir", ".", "--index_path", ".", "--port", 65536], "expected a port in [0, 65535], got '65536'"),
     (["--max_bach", 3], "no such flag: --max_bach; did you mean --max_batch?"),
     *((["--model_dir", ".", "--index_path", ".", flag, 0], f"argument {flag}: '0' is not ") for flag in
       ("--max_texts", "--max_text_length", "--max_top_k", "--max_body", "--max_seconds", "--max_batch",

@@ -248,7 +248,7 @@ def _open_engine(args: argparse.Namespace, precision: str, shapes: int) -> Any:
     TF32, and on a CPU to fp16; on a CPU its table, where it has one. ONNX has one precision."""
     if precision == "tf32" or (precision == "fp16" and args.device == "cpu"):
         precision = "fp32"
-    if precision != "int8" and predictor.other_format(args.model_dir) == predictor.ONNX_FILE:
+    if precision != "int8" and predictor.find_graph(args.model_dir) == predictor.ONNX_FILE:
         precision = "fp32"
     if (predictor.read_record(args.model_dir).get("table") and args.device == "cpu"
             and (args.precision or precision) == "fp32"):
@@ -256,7 +256,8 @@ def _open_engine(args: argparse.Namespace, precision: str, shapes: int) -> Any:
 
         return TableEngine(args.model_dir)
     try:
-        return predictor.Predictor(args.model_dir, args.device, args.cpu_threads, args.precision or precision, shapes)
+        return predictor.load_predictor(args.model_dir, device=args.device, precision=args.precision or precision,
+                                        cpu_threads=args.cpu_threads, onednn_shapes=shapes)
     except predictor.InputError as error:
         of_index = not args.precision and str(error).startswith("--precision")
         advice = "; that is the precision of the index, --precision names another" * of_index

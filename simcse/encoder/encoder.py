@@ -12,7 +12,7 @@ from simcse.files import prefetch
 from simcse.machine import RANK
 from simcse.ranks import gather_arrays
 from simcse.text.tokens import WINDOW, Ids, Tokens, make_batches
-from simcse.text.wordpiece import unseen
+from simcse.text.wordpiece import find_unknown
 
 import numpy as np
 
@@ -37,7 +37,7 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_seq_length: int) -> Encod
     """Return the token ids of texts, cut to `max_seq_length`, and what is lost by that."""
     whole = Tokens.of(tokenizer(texts, max_seq_length + 1))
     ids = whole.cut(max_seq_length)
-    return EncoderInput(ids, whole.lengths, unseen(tokenizer, ids))
+    return EncoderInput(ids, whole.lengths, find_unknown(tokenizer, ids))
 
 
 def check_length(network: Any, max_seq_length: int) -> None:
@@ -97,12 +97,12 @@ class TextWarnings:
             place_of: names a row, as file:line.
         """
         if self.truncated:
-            console.complain(
+            console.warn_data(
                 f"{self.truncated:,} of {self.total:,} texts are longer than {self.max_seq_length} tokens and are cut; "
                 "a higher --max_seq_length, in training too, reads on: "
                 f"{self._name_places(self.first_truncated, place_of)}")
         if self.unknown:
-            console.complain(
+            console.warn_data(
                 f"{self.unknown:,} of {self.total:,} texts are all [UNK] to the encoder, so that their cosine with any "
                 "text is 0; another encoder may have their words in its vocabulary: "
                 f"{self._name_places(self.first_unknown, place_of)}")
@@ -177,8 +177,8 @@ def _warn_same_after_truncation(places: Sequence[str], texts: Sequence[str], all
         if len(ids) == max_seq_length and first_text.setdefault(tuple(ids), text) != text:
             same.append(place)
     if same:
-        console.complain(f"{len(same):,} of {len(texts):,} texts, cut to {max_seq_length} tokens, are one with another "
-                         f"text; a higher --max_seq_length tells them apart: {', '.join(same[:EXAMPLES])}")
+        console.warn_data(f"{len(same):,} of {len(texts):,} texts, cut to {max_seq_length} tokens, are one with "
+                          f"another text; a higher --max_seq_length tells them apart: {', '.join(same[:EXAMPLES])}")
 
 
 # -------------------------------------------------------------------------------------------------------------- encoder
@@ -266,7 +266,7 @@ class Encoder:
         with progress("encoding", sum(map(len, windows)), "texts") as advance:
             for inputs, rows in zip(inputs_of_windows, windows):
                 warnings.add(inputs, rows)
-                if reports and console.settings.strict:
+                if reports and console.settings.strict_data:
                     warnings.report(place_of)
                 yield self.embed(inputs, advance)
         if reports:

@@ -2,6 +2,7 @@
 
 from simcse.console import InputError
 from simcse.index.exact import Found
+from simcse.index.settings import HNSW_EF, HNSW_M, HNSW_MAX_ELEMENTS
 from simcse.machine import available_memory
 
 import numpy as np
@@ -18,6 +19,10 @@ class HnswIndex:
         threads: those of a search. Adding takes one, so that the same vectors give the same graph.
         path: where `save` has written an index; None: an empty one.
     """
+
+    build_settings = (HNSW_M, HNSW_MAX_ELEMENTS)
+    search_settings = (HNSW_EF,)
+    approximate = True
 
     def __init__(self, dim: int, max_elements: int, m: int = 32, ef: int = 100, threads: int = 0,
                  path: str | None = None) -> None:

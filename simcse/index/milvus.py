@@ -14,8 +14,8 @@ from typing import Any
 
 from simcse.console import InputError, check_installed, log, reported, some
 from simcse.files import OF_CORPUS, check_fingerprint, unrelated
+from simcse.index.settings import HNSW_EF, HNSW_M
 from simcse.machine import RANK, RANKS
-from simcse.ranks import wait_for_ranks
 
 import numpy as np
 
@@ -49,11 +49,15 @@ class MilvusIndex:
         split: gives the entries their passages; called where the collection has any.
     """
 
+    build_settings = (HNSW_M,)
+    search_settings = (HNSW_EF,)
     _PIECE, _PAGE, _TEXT_BYTES, _KEY, _FORMAT = 4096, 1000, 65535, "simcse", 4
     MOST = 16384  # documents for a query
 
     def __init__(self, uri: str, collection: str, wanted: dict, entries: Any = None, new: dict | None = None,
                  split: Callable[[], None] = lambda: None) -> None:
+        from simcse.ranks import wait_for_ranks
+
         check_installed("--ann_engine milvus", "requirements-milvus.txt", "pymilvus")
         for name in ("pymilvus", "milvus_lite", "grpc", "faiss"):
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # they log what they raise, with tracebacks
@@ -172,6 +176,8 @@ class MilvusIndex:
 
     def finish(self) -> None:
         """Give a collection that follows another its name; all ranks call it when all of them have filled it."""
+        from simcse.ranks import wait_for_ranks
+
         if not self.follows:
             return
         with self._errors():

@@ -226,8 +226,9 @@ class Run:
             f"speed: {speed:.2f} step/s, {tqdm.format_interval((self.steps - self.step) / speed)} left")
         scalars = {"loss": loss, "learning_rate": learning_rate, "speed": speed}
         if compared := getattr(self.model, "compared", None):  # of a contrastive loss
-            query, title, keys = (None if rows is None else rows.numpy() for rows in compared)
-            keys = np.arange(len(query)) if keys is None else keys.reshape(len(query), -1)[:, 0]
+            embeddings, duplicate_keys = compared
+            query, title = embeddings.query.numpy(), embeddings.title.numpy()
+            keys = np.arange(len(query)) if duplicate_keys is None else duplicate_keys.query.numpy()
             different = keys[:, None] != keys
             positives = (query * title).sum(axis=1)
             scalars["alignment"] = alignment(positives)
