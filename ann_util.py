@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from simcse import console
 from simcse.console import InputError, accepting_all_lines, log, reported
 from simcse.files import file_digest, new_folder, read_json, temporary_name
-from simcse.index.documents import Documents, find_keys
+from simcse.index.documents import Documents, find_keys, report_changes
 from simcse.index.engines import DEFAULT_ENGINE, ENGINES, LOCAL_ENGINES
 from simcse.index.hits import Hit, Ranking, hits_of, search  # noqa: F401  the Python API of a search
 from simcse.index.manifest import MANIFEST_FILE, Manifest
@@ -237,26 +237,6 @@ def read_reused_vectors(path: str, documents: Documents, pieces: Sequence[range]
     ends = np.cumsum([len(piece) for piece in pieces])
     missing = [piece.start + np.flatnonzero(row_of[piece.start : piece.stop] == NOT_FOUND) for piece in pieces]
     return ReusedVectors(np.split(vectors, ends)[:-1], missing)
-
-
-def report_changes(documents: Documents, previous_keys: np.ndarray, where: str) -> None:
-    """Log how many documents are new, and gone, since an index was built.
-
-    Args:
-        documents: the corpus now.
-        previous_keys: int64 [documents then], their keys.
-        where: the flag that names the index, and its value.
-
-    Raises:
-        InputError: all are new, so that the index is of another corpus.
-    """
-    new = int(np.count_nonzero(find_keys(documents.keys, previous_keys) == NOT_FOUND))
-    gone = len(previous_keys) - (len(documents) - new)
-    if new == len(documents):
-        raise InputError(f"{where}: was built with another corpus, of which no text is in {documents.corpus.name}; "
-                         "name another, or remove this one to build it again")
-    if not RANK:
-        log(f"{documents.line_count:,} documents: {new:,} new, {gone:,} gone, encoded {new:,}")
 
 
 def add_missing(index: Index, documents: Documents, encoder: "Encoder", reused: ReusedVectors | None = None) -> None:

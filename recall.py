@@ -80,8 +80,8 @@ def add_file_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--corpus_file", type=flags.readable_file, help="documents to search, a text a line, or its id, a tab and the "
         "text; not needed for --query and --query_file if the index exists")
-    add("--corpus_columns", type=int, choices=formats.IDS, help="1: a text a line; 2: an id, a tab and the text "
-        "(default: as most lines of --corpus_file)")
+    add("--corpus_columns", type=int, choices=formats.CORPUS_COLUMNS,
+        help="1: a text a line; 2: an id, a tab and the text (default: as most lines of --corpus_file)")
     add("--similar_text_pair", "--similar_text_pair_file", type=flags.readable_file,
         help="query and target, tab-separated, a pair a line; the queries are searched, and a warning names targets "
         "that the corpus lacks")
@@ -257,9 +257,9 @@ def warn_missing_targets(args: argparse.Namespace, pairs: Sequence[textfile.Row]
 
 def count_similar(targets: Sequence[str], corpus: textfile.Corpus) -> int:
     """Return how many texts match a document of the corpus after normalization."""
-    wanted = {textfile.plain(target) for target in targets}
-    found = wanted.intersection(textfile.plain(document) for document in corpus)
-    return sum(textfile.plain(target) in found for target in targets)
+    wanted = {textfile.normalize(target) for target in targets}
+    found = wanted.intersection(textfile.normalize(document) for document in corpus)
+    return sum(textfile.normalize(target) in found for target in targets)
 
 
 def read_blocks(args: argparse.Namespace, queries: list[Query]) -> Iterator[list[Query]]:

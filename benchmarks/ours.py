@@ -84,7 +84,7 @@ def encode_openvino(checkpoint: str, cases: dict[str, list[str]], int8: bool) ->
 
     network, tokenizer, _ = model.load_model(f"{checkpoint}/model_state.pdparams")
     batches = {name: [dict(zip(("input_ids", "token_type_ids"), batch)) for _, *batch in tokens.make_batches(
-        tokenizer(texts, 64), tokenizer.pad_token_id, None, BATCH_TOKENS[True])] for name, texts in cases.items()}
+        tokenizer(texts, 64), tokenizer.pad_token_id, None, BATCH_TOKENS["cpu"])] for name, texts in cases.items()}
     with tempfile.TemporaryDirectory() as folder:
         export_onnx(network, folder)
         graph = openvino.Core().read_model(f"{folder}/inference.onnx")

@@ -13,6 +13,7 @@ from simcse.index.engines import LOCAL_ENGINES
 from simcse.index.exact import exact_search, merge
 from simcse.index.shards import ShardedIndex
 from simcse.measures import percent
+from simcse.text import lines as line_reading
 from simcse.text import textfile, wordpiece
 from simcse.text.tokens import make_batches
 
@@ -59,7 +60,7 @@ def test_texts_by_offset_are_the_texts(path, content, chunk):
     """Any bytes: a list of texts or one line of error, the same from both readers; line numbers are the file's."""
     with open(path, "wb") as file:
         file.write(content)
-    before, textfile.TextFile._CHUNK = textfile.TextFile._CHUNK, chunk
+    before, line_reading.SCAN_BYTES = line_reading.SCAN_BYTES, chunk
     try:
         texts = outcome(lambda: read_texts(path, "--flag"))
         assert texts == outcome(lambda: textfile.TextFile(path, "--flag"))
@@ -69,7 +70,7 @@ def test_texts_by_offset_are_the_texts(path, content, chunk):
             for row, text in enumerate(texts):
                 assert lines[kept.line_number(row) - 1].decode("utf-8").replace("\ufeff", "").strip() == text
     finally:
-        textfile.TextFile._CHUNK = before
+        line_reading.SCAN_BYTES = before
 
 
 @given(content=FILES, columns=st.integers(1, 3))

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
-from simcse.console import InputError, progress
+from simcse.console import InputError, log, progress
 from simcse.index.protocols import NOT_FOUND, Document, Line
+from simcse.machine import RANK
 from simcse.text.keys import passage_keys, text_keys
 from simcse.text.passages import Passages
 from simcse.text.textfile import Corpus
@@ -208,3 +209,23 @@ def find_keys(keys: np.ndarray, existing: np.ndarray) -> np.ndarray:
     places = np.searchsorted(existing, keys, sorter=order)
     positions = order[np.minimum(places, len(existing) - 1)]
     return np.where(existing[positions] == keys, positions, NOT_FOUND)
+
+
+def report_changes(documents: Documents, previous_keys: np.ndarray, where: str) -> None:
+    """Log how many documents are new, and gone, since an index was built.
+
+    Args:
+        documents: the corpus now.
+        previous_keys: int64 [documents then], their keys.
+        where: the flag that names the index, and its value.
+
+    Raises:
+        InputError: all are new, so that the index is of another corpus.
+    """
+    new = int(np.count_nonzero(find_keys(documents.keys, previous_keys) == NOT_FOUND))
+    gone = len(previous_keys) - (len(documents) - new)
+    if new == len(documents):
+        raise InputError(f"{where}: was built with another corpus, of which no text is in {documents.corpus.name}; "
+                         "name another, or remove this one to build it again")
+    if not RANK:
+        log(f"{documents.line_count:,} documents: {new:,} new, {gone:,} gone, encoded {new:,}")
