@@ -27,6 +27,7 @@ from typing import Any
 
 import data
 from simcse import console, flags
+from simcse.encoder.pooling import POOLINGS, describe_poolings
 from simcse.index.exact import exact_search
 from simcse.machine import RANK, RANKS
 from simcse.measures import RECALL_KS, first_hits, per_query, percent
@@ -55,10 +56,8 @@ def parse_args() -> argparse.Namespace:
         help="size of the embedding; 0: the encoder's hidden size, without fc (default: the size of --init_from_ckpt, "
         "or 0)")
     add = parser.add_argument_group("model").add_argument
-    add("--pooling", choices=flags.POOLINGS, help="how tokens become a vector, here and in all later stages. pooler: "
-        "the first one through a layer and tanh; mean: of the text's tokens; first_last_avg: that, of the first "
-        "layer's input and the last's output; first_avg: that, of the first layer's input, without layers (default: "
-        "the pooling of --init_from_ckpt, or pooler)")
+    add("--pooling", choices=tuple(POOLINGS), help="how tokens become a vector, here and in all later stages. "
+        f"{describe_poolings()} (default: the pooling of --init_from_ckpt, or pooler)")
     add("--infer_with_fc_pooler", action="store_true", help="evaluation and later stages use pooler and fc; without "
         "it they pass the raw first token through the fc. It changes nothing with another --pooling")
     add("--output_dropout", type=flags.probability, default=0.1, help="dropout rate of the output vector")

@@ -20,7 +20,6 @@ from simcse.machine import CPU_THREADS, RANK, RANKS, TRAIN_PRECISIONS, auto_prec
 # --max_seq_length where neither the flag nor the checkpoint says it.
 ENCODE_LENGTH = 64
 TRAIN_LENGTH = 128
-POOLINGS = ("pooler", "mean", "first_last_avg", "first_avg")  # see model.py
 DEFAULT_PARAMS = "checkpoints/model_20000/model_state.pdparams"
 WEIGHT_FILES = ("model_state.safetensors", "model_state.pdparams")  # of a checkpoint folder; the first one is loaded
 COLLECTION = "simcse"  # of Milvus

@@ -146,7 +146,7 @@ def test_an_index_of_a_gpu_is_served_in_what_is_next_to_its_precision(monkeypatc
     monkeypatch.setattr(searcher.predictor, "load_predictor", lambda *args, **options: options["precision"])
     args = argparse.Namespace(model_dir=str(tmp_path), device=device, cpu_threads=0, precision=None)
     assert searcher._open_engine(args, kept, 9) == used
-    (tmp_path / "fingerprint.json").write_text(json.dumps({"precision": kept}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"precision": kept}))
     own = device == "gpu" or kept == "bf16"
     assert ann_util.kept_precision(str(tmp_path), device) == (kept if own else "auto")
 
