@@ -208,15 +208,12 @@ class SimCSE(nn.Layer):
         """Return the `contrastive_loss` of a batch, a scalar; with `cross_device_negatives` that of all ranks' batches
         together, on each rank the same."""
         if duplicate_keys is not None:
-            duplicate_keys = DuplicateKeys(*[None if keys is None else paddle.to_tensor(keys)
-                                             for keys in duplicate_keys])
+            duplicate_keys = duplicate_keys.map(paddle.to_tensor)
         if self.loss_settings.cross_device_negatives and RANKS > 1:
-            embeddings = Embeddings(*[None if side is None else gather_rows(side) for side in embeddings])
+            embeddings = embeddings.map(gather_rows)
             if duplicate_keys is not None:
-                duplicate_keys = DuplicateKeys(*[None if keys is None else gather_rows(keys)
-                                                 for keys in duplicate_keys])
-        detached = Embeddings(*[None if side is None else side.detach() for side in embeddings])
-        self.compared = Compared(detached, duplicate_keys)
+                duplicate_keys = duplicate_keys.map(gather_rows)
+        self.compared = Compared(embeddings.map(paddle.Tensor.detach), duplicate_keys)
         return contrastive_loss(embeddings.query, embeddings.title, self.loss_settings, negative=embeddings.negative,
                                 duplicate_keys=duplicate_keys)
 
