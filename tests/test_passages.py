@@ -4,6 +4,7 @@ import json
 
 import model as m
 from simcse.encoder.encoder import Encoder
+from simcse.encoder.engine import make_engine
 from simcse.index.documents import Entries
 from simcse.index.hits import best_rows, expand, search
 from simcse.text.passages import Passages, begins
@@ -159,7 +160,7 @@ def test_the_cosine_is_that_of_the_best_passage(checkpoint, sample, long, tmp_pa
     entries = Entries(Corpus(str(long / "before.csv"), "--corpus_file"))
     passages = Passages.split(entries, tokenizer, 32)
     assert len(passages) > 2 * len(entries)
-    encoder = Encoder(m.make_engine(network, "fp32"), tokenizer, 32, 1)
+    encoder = Encoder(make_engine(network, "fp32"), tokenizer, 32, 1)
     own, asked = (encoder.encode(texts) for texts in (passages[:], queries))
     vectors, = passages.in_context([range(len(passages))], [own[np.unique(passages.first)]])
     cosines = asked @ vectors.T
