@@ -39,7 +39,7 @@ def encoder_of(checkpoint: str, precision: str = "auto", texts: Sequence[str] = 
     """The encoder of a checkpoint, as a stage has it; int8 is calibrated with the texts."""
     from model import load_encoder
 
-    return load_encoder(checkpoint, precision=precision, max_seq_length=64, calibration=texts)
+    return load_encoder(checkpoint, precision=precision, max_seq_length=64, calibration_texts=texts)
 
 
 def best_of(times: int, work) -> float:
