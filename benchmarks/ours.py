@@ -141,7 +141,7 @@ def vectors(folder: str, count: int, checkpoint: str | None, texts: list[str], q
 
 
 def index(folder: str, m: int, ef: int, shards: int) -> dict[str, float]:
-    """See `graphs.figures`."""
+    """See `graphs.measure`."""
     from simcse.index.shards import Shards
 
     vectors, queries, exact = graphs.load(folder)
@@ -157,12 +157,12 @@ def index(folder: str, m: int, ef: int, shards: int) -> dict[str, float]:
         os.mkdir(path)
         index.save(path)
 
-    return graphs.figures(lambda: index.fill(vectors[rows.start : rows.stop] for rows in index.pieces), save, search,
+    return graphs.measure(lambda: index.fill(vectors[rows.start : rows.stop] for rows in index.pieces), save, search,
                           queries, exact)
 
 
 def index_alone(folder: str, m: int, ef: int) -> dict[str, float]:
-    """See `graphs.figures`; hnswlib alone."""
+    """See `graphs.measure`; hnswlib alone."""
     import hnswlib
 
     vectors, queries, exact = graphs.load(folder)
@@ -173,7 +173,7 @@ def index_alone(folder: str, m: int, ef: int) -> dict[str, float]:
         index.set_ef(effort)
         return index.knn_query(queries, graphs.K)[0]
 
-    return graphs.figures(lambda: index.add_items(vectors), index.save_index, search, queries, exact)
+    return graphs.measure(lambda: index.add_items(vectors), index.save_index, search, queries, exact)
 
 
 if __name__ == "__main__":
