@@ -3,18 +3,19 @@
 import argparse
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from data import Batch, DuplicateKeys, Inputs
 from simcse import console
-from simcse.console import InputError
+from simcse.console import InputError, reported
 from simcse.device import casting, gpu_precision, set_device
 from simcse.encoder.encoder import Encoder
 from simcse.encoder.engine import Engine, KeptGraph, make_engine, openvino_is_faster
 from simcse.encoder.paddle_engine import export_graph
 from simcse.encoder.paddle_patches import first_token_only
+from simcse.encoder.pooling import EncoderOutputs, find_pooling
 from simcse.encoder.pretrained import (
     encoder_from_record,
     freeze_pooler,
@@ -32,7 +33,7 @@ from simcse.encoder.weights import (
     write_weights,
 )
 from simcse.files import new_folder
-from simcse.flags import DEFAULT_MODEL, ENCODE_LENGTH, POOLINGS, checkpoint_file
+from simcse.flags import DEFAULT_MODEL, ENCODE_LENGTH, checkpoint_file
 from simcse.machine import BATCH_TOKENS, RANK, RANKS
 from simcse.ranks import gather_rows
 from simcse.text.textfile import TextFile
@@ -67,6 +68,18 @@ class LossSettings:
     cross_device_negatives: bool = False
 
 
+class Compared(NamedTuple):
+    """What a loss was of.
+
+    Attributes:
+        embeddings: of all ranks, where the loss is of all ranks; without gradients.
+        duplicate_keys: int64 tensors, of the same rows; None: the same text twice was its own negative.
+    """
+
+    embeddings: Embeddings
+    duplicate_keys: DuplicateKeys | None
+
+
 class SimCSE(nn.Layer):
     """A dual tower with shared weights: encoder -> pooling [-> fc] -> dropout -> L2 norm.
 
@@ -75,8 +88,8 @@ class SimCSE(nn.Layer):
             [batch, length, hidden] and pooled_output [batch, hidden].
         dropout: rate on the output vector; None: 0.1.
         output_emb_size: size of the embedding; None or 0: the encoder's hidden size, without fc.
-        pooling: one of flags.POOLINGS; see `pool`.
-        infer_with_pooler: whether `embed` and the exported graph take the pooled output; training always does.
+        pooling: a name in pooling.POOLINGS.
+        infer_with_pooler: embed and export by the pooling as it is trained; False: by its `pool_raw`, if it has one.
         precision: of matrix products: fp32, or on a GPU tf32, bf16 or fp16; see `precision.gpu_precision`.
         loss_settings: None: those of `LossSettings()`.
         whitened_at: tokens of the longest texts that `whitening.whiten` was fitted on; None: it was not.
@@ -87,20 +100,21 @@ class SimCSE(nn.Layer):
                  precision: str = "fp32", loss_settings: LossSettings | None = None,
                  whitened_at: int | None = None) -> None:
         super().__init__()
-        if pooling == "first_avg":
+        needs = find_pooling(pooling)
+        if needs.removes_layers:
             remove_layers(pretrained_model)
-        if pooling == "pooler":
+        if needs.first_token_only:
             first_token_only(pretrained_model)
-        else:
+        if not needs.uses_pooler:
             freeze_pooler(pretrained_model)
         self.ptm = pretrained_model
         self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
         self.loss_settings = loss_settings or LossSettings()
         self.pooling, self.precision = pooling, precision
-        self.infer_with_pooler = infer_with_pooler or pooling != "pooler"
+        self.infer_with_pooler = infer_with_pooler
         self.whitened_at = whitened_at
         self.normalizes = True  # whether embeddings are L2-normalized, as they are but for whitening
-        self.compared: tuple[Embeddings, DuplicateKeys | None] | None = None  # what the last `loss` was of
+        self.compared: Compared | None = None  # what the last `loss` was of, for the log
         hidden_size = pretrained_model.config.hidden_size
         self.output_emb_size, self.embedding_size = output_emb_size or 0, output_emb_size or hidden_size
         self.max_positions = getattr(pretrained_model.config, "max_position_embeddings", 512)
@@ -111,22 +125,16 @@ class SimCSE(nn.Layer):
 
     def pool(self, input_ids: paddle.Tensor, token_type_ids: paddle.Tensor | None = None,
              with_pooler: bool = True) -> paddle.Tensor:
-        """A vector a text, float [batch, hidden]; arguments as in `get_pooled_embedding`.
-
-        pooler: tanh of a layer on the first token, or the first token itself where not `with_pooler`. mean: the mean
-        over the text's tokens, [CLS] and [SEP] left out. first_last_avg: the same mean, of the average of what goes
-        into the first layer and what comes out of the last (Gao et al. 2021). first_avg: the same mean, of what goes
-        into the first layer; there are no layers then.
-        """
-        hidden_states = {"output_hidden_states": True} if self.pooling == "first_last_avg" else {}
-        outputs = self.ptm(input_ids, token_type_ids=token_type_ids, **hidden_states)
-        if self.pooling == "pooler":
-            return outputs[1] if with_pooler else outputs[0][:, 0]
-        tokens = (outputs[2][0] + outputs[2][-1]) / 2 if hidden_states else outputs[0]
-        # From 1 to the last token's, which padding has as well.
-        order = (input_ids != self.ptm.config.pad_token_id).astype("int32").cumsum(axis=1)
-        inner = ((order > 1) & (order < order[:, -1:])).astype(tokens.dtype).unsqueeze(-1)
-        return (tokens * inner).sum(axis=1) / inner.sum(axis=1).clip(min=1)
+        """Return a vector a text, float [batch, hidden]; arguments as in `get_pooled_embedding`."""
+        pooling = find_pooling(self.pooling)
+        if pooling.all_layers:
+            outputs = self.ptm(input_ids, token_type_ids=token_type_ids, output_hidden_states=True)
+        else:
+            outputs = self.ptm(input_ids, token_type_ids=token_type_ids)
+        encoded = EncoderOutputs(outputs, input_ids, self.ptm.config.pad_token_id)
+        if pooling.pool_raw and not with_pooler:
+            return pooling.pool_raw(encoded)
+        return pooling.pool(encoded)
 
     def get_pooled_embedding(self, input_ids: paddle.Tensor, token_type_ids: paddle.Tensor | None = None,
                              with_pooler: bool = True) -> paddle.Tensor:
@@ -207,7 +215,8 @@ class SimCSE(nn.Layer):
             if duplicate_keys is not None:
                 duplicate_keys = DuplicateKeys(*[None if keys is None else gather_rows(keys)
                                                  for keys in duplicate_keys])
-        self.compared = Embeddings(*[None if side is None else side.detach() for side in embeddings]), duplicate_keys
+        detached = Embeddings(*[None if side is None else side.detach() for side in embeddings])
+        self.compared = Compared(detached, duplicate_keys)
         return contrastive_loss(embeddings.query, embeddings.title, self.loss_settings, negative=embeddings.negative,
                                 duplicate_keys=duplicate_keys)
 
@@ -303,9 +312,8 @@ def load_model(params_path: str, model_name_or_path: str | None = None, output_e
     size = state["emb_reduce_linear.weight"].shape[-1] if "emb_reduce_linear.weight" in state else 0
     if output_emb_size not in (None, size):
         raise InputError(f"--output_emb_size {output_emb_size}: {params_path} has {size or 'no fc: 0'}")
-    if record.get("pooling", "pooler") not in POOLINGS:
-        raise InputError(f"{flag} {params_path}: its {CONFIG_FILE} has pooling {record['pooling']}, which is none of "
-                         f"{', '.join(POOLINGS)}")
+    with reported(f"{flag} {params_path}: {CONFIG_FILE}", ValueError):
+        find_pooling(record.get("pooling", "pooler"))
     name = model_name_or_path or record.get("model_name_or_path", DEFAULT_MODEL)
     described = record and not model_name_or_path
     encoder = encoder_from_record(record, dropout) if described else load_pretrained(name, dropout)
@@ -315,7 +323,7 @@ def load_model(params_path: str, model_name_or_path: str | None = None, output_e
     model = SimCSE(encoder, output_emb_size=size, **{
         "infer_with_pooler": record.get("with_pooler", True), "loss_settings": loss_settings, **recorded,
         **(settings or {})})
-    if model.pooling == "first_avg":  # of a checkpoint of another pooling
+    if find_pooling(model.pooling).removes_layers:  # the checkpoint may be of another pooling
         state = {name: tensor for name, tensor in state.items() if not name.startswith("ptm.encoder.layers.")}
     load_state(model, state, f"{flag} {params_path}")
     model.eval()
@@ -335,23 +343,27 @@ def make_record(model: SimCSE, model_name_or_path: str, max_seq_length: int | No
     import paddlenlp
 
     loss_settings = model.loss_settings
-    return {"model_name_or_path": model_name_or_path, "output_emb_size": model.output_emb_size,
-            "embedding_size": model.embedding_size, "max_positions": model.max_positions, "pooling": model.pooling,
-            "with_pooler": model.infer_with_pooler, "scale": loss_settings.scale, "margin": loss_settings.margin,
-            "max_seq_length": max_seq_length, "whitened_at": model.whitened_at,
-            "encoder_class": type(model.ptm).__name__, "encoder_config": portable(model.ptm.config.to_dict()),
-            "versions": {"paddlepaddle": paddle.__version__, "paddlenlp": paddlenlp.__version__}}
+    record = {"model_name_or_path": model_name_or_path, "output_emb_size": model.output_emb_size,
+              "embedding_size": model.embedding_size, "max_positions": model.max_positions, "pooling": model.pooling,
+              "scale": loss_settings.scale, "margin": loss_settings.margin, "max_seq_length": max_seq_length,
+              "whitened_at": model.whitened_at, "encoder_class": type(model.ptm).__name__,
+              "encoder_config": portable(model.ptm.config.to_dict()),
+              "versions": {"paddlepaddle": paddle.__version__, "paddlenlp": paddlenlp.__version__}}
+    if find_pooling(model.pooling).pool_raw:
+        record["with_pooler"] = model.infer_with_pooler
+    return record
 
 
-def save_checkpoint(folder: str, model: SimCSE, tokenizer: Any, record: dict,
-                    also: Callable[[str], None] | None = None) -> None:
-    """Write weights, tokenizer, simcse_config.json and what `also` adds to `folder`, which appears complete or not at
-    all."""
+def save_checkpoint(folder: str, model: SimCSE, tokenizer: Any, record: dict) -> None:
+    """Write a checkpoint to `folder`, which appears complete or not at all."""
     with new_folder(folder) as temporary:
-        write_weights(os.path.join(temporary, PARAMS_FILE), model.state_dict())
-        write_record(temporary, record, tokenizer)
-        if also:
-            also(temporary)
+        write_checkpoint(temporary, model, tokenizer, record)
+
+
+def write_checkpoint(folder: str, model: SimCSE, tokenizer: Any, record: dict) -> None:
+    """Write weights, tokenizer and simcse_config.json into a folder that there is."""
+    write_weights(os.path.join(folder, PARAMS_FILE), model.state_dict())
+    write_record(folder, record, tokenizer)
 
 
 def calibration_batches(args: argparse.Namespace, texts: Sequence[Any],

@@ -155,7 +155,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "gpu"), help="device to run on (default: gpu, if there is one)")
     parser.add_argument("--json", default="gpu.json", help="file for the rows, in the current folder")
     parser.add_argument("--figures", default=FIGURES, help="vectors, scores and losses to compare with")
-    parser.add_argument("--record", action="store_true", help="write --figures, computed by this CPU in fp32, instead of comparing with them")
+    parser.add_argument("--record", action="store_true",
+                        help="write --figures, computed by this CPU in fp32, instead of comparing with them")
     args = parser.parse_args()
     if args.record and args.device == "gpu":
         parser.error("--record needs --device cpu")

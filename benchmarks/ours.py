@@ -142,23 +142,28 @@ def vectors(folder: str, count: int, checkpoint: str | None, texts: list[str], q
 
 def index(folder: str, m: int, ef: int, shards: int) -> dict[str, float]:
     """See `graphs.measure`."""
-    from simcse.index.shards import Shards
+    from simcse.index.manifest import Manifest
+    from simcse.index.shards import ShardedIndex
 
     vectors, queries, exact = graphs.load(folder)
-    index = Shards({"ann_engine": "hnswlib", "index_shards": shards, "hnsw_m": m, "hnsw_ef": ef,
-                    "hnsw_max_elements": len(vectors)}, len(vectors), vectors.shape[1], os.cpu_count())
+    index = ShardedIndex(Manifest(
+        ann_engine="hnswlib", index_shards=shards, dimension=vectors.shape[1], rows=len(vectors),
+        build_settings={"hnsw_m": m}, search_settings={"hnsw_ef": ef}), os.cpu_count())
 
     def search(queries: np.ndarray, effort: int) -> np.ndarray:
-        for shard in index._shards.values():
-            shard.ef = effort
-        return index.search(queries, graphs.K)[0]
+        index.set_search_settings({"hnsw_ef": effort})
+        return index.search(queries, graphs.K).rows
+
+    def fill() -> None:
+        for rows in index.missing:
+            index.add(rows, vectors[rows.start : rows.stop])
+        index.finish()
 
     def save(path: str) -> None:
         os.mkdir(path)
         index.save(path)
 
-    return graphs.measure(lambda: index.fill(vectors[rows.start : rows.stop] for rows in index.pieces), save, search,
-                          queries, exact)
+    return graphs.measure(fill, save, search, queries, exact)
 
 
 def index_alone(folder: str, m: int, ef: int) -> dict[str, float]:

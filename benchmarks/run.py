@@ -23,8 +23,10 @@ from collections.abc import Callable
 from functools import partial
 
 from bench import BASE, FILES, MINI, ROOT, Bench, Values  # first: it makes the project importable
-from recall import HNSW_EF, HNSW_M, SHARDS
+
+from ann_util import SHARDS  # isort: skip
 from simcse import console, files, flags
+from simcse.index.settings import HNSW_EF, HNSW_M
 from simcse.machine import CPU_HAS_BF16
 
 import graphs
@@ -200,8 +202,8 @@ def measure_index(bench: Bench, case: str, repeats: int, **vectors) -> None:
     folder = tempfile.mkdtemp(dir=bench.scratch)
     bench.run_side("ours", "vectors", folder=folder, **vectors)
 
-    def side(module: str, function: str, m: int = HNSW_M, python: str = sys.executable, **more) -> Values:
-        values = bench.run_side(module, function, python=python, folder=folder, m=m, ef=HNSW_EF, **more)
+    def side(module: str, function: str, m: int = HNSW_M.default, python: str = sys.executable, **more) -> Values:
+        values = bench.run_side(module, function, python=python, folder=folder, m=m, ef=HNSW_EF.default, **more)
         return {f"{name}, {case}": value for name, value in values.items()}
 
     references = {"hnswlib alone": partial(side, "ours", "index_alone"),

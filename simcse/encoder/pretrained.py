@@ -71,7 +71,7 @@ def remove_layers(encoder: nn.Layer) -> None:
     stack of layers after embeddings."""
     layers = getattr(getattr(encoder, "encoder", None), "layers", None)
     if layers is None or not hasattr(encoder, "embeddings"):
-        raise InputError(f"--pooling first_avg: {type(encoder).__name__} has no layers that are known here")
+        raise InputError(f"--pooling: {type(encoder).__name__} has no layers that can be removed")
     encoder.encoder.layers, encoder.encoder.num_layers = nn.LayerList(), 0
     encoder.config.num_hidden_layers = 0
 
