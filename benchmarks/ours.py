@@ -141,7 +141,7 @@ def vectors(folder: str, count: int, checkpoint: str | None, texts: list[str], q
 
 
 def index(folder: str, m: int, ef: int, shards: int) -> dict[str, float]:
-    """See `graphs.figures`."""
+    """See `graphs.measure`."""
     from simcse.index.manifest import Manifest
     from simcse.index.shards import ShardedIndex
 
@@ -163,11 +163,11 @@ def index(folder: str, m: int, ef: int, shards: int) -> dict[str, float]:
         os.mkdir(path)
         index.save(path)
 
-    return graphs.figures(fill, save, search, queries, exact)
+    return graphs.measure(fill, save, search, queries, exact)
 
 
 def index_alone(folder: str, m: int, ef: int) -> dict[str, float]:
-    """See `graphs.figures`; hnswlib alone."""
+    """See `graphs.measure`; hnswlib alone."""
     import hnswlib
 
     vectors, queries, exact = graphs.load(folder)
@@ -178,7 +178,7 @@ def index_alone(folder: str, m: int, ef: int) -> dict[str, float]:
         index.set_ef(effort)
         return index.knn_query(queries, graphs.K)[0]
 
-    return graphs.figures(lambda: index.add_items(vectors), index.save_index, search, queries, exact)
+    return graphs.measure(lambda: index.add_items(vectors), index.save_index, search, queries, exact)
 
 
 if __name__ == "__main__":

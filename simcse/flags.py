@@ -23,7 +23,6 @@ TRAIN_LENGTH = 128
 DEFAULT_PARAMS = "checkpoints/model_20000/model_state.pdparams"
 WEIGHT_FILES = ("model_state.safetensors", "model_state.pdparams")  # of a checkpoint folder; the first one is loaded
 COLLECTION = "simcse"  # of Milvus
-FUSED = 100  # documents that a ranking brings to a fusion, or as many as are asked for, if that is more
 AUTO_ON_GPU = "on a GPU bf16 from compute capability 8.0 on, fp16 on 7.x"
 README_TEXT = "国有企业引入非国有资本对创新绩效的影响——基于制造业国有上市公司的经验证据"  # of the original README
 
