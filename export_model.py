@@ -42,7 +42,7 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.precision == "int8" and args.format != "openvino":
         parser.error("--precision int8 needs --format openvino")
-    return flags.check_arguments(parser, argparse.Namespace(**vars(args), device="cpu", cpu_threads=0))
+    return flags.check_arguments(parser, argparse.Namespace(**vars(args), device="cpu", cpu_threads=0, batch_size=None))
 
 
 def check_output(args: argparse.Namespace) -> None:
@@ -75,15 +75,17 @@ def write_graph(args: argparse.Namespace, model, folder: str):
     from simcse.encoder import engine
 
     if args.format == "onnx":
-        engine.export_onnx(model, folder)
-        return engine.onnx_graph(folder)
+        from simcse.encoder.onnx import export_onnx, onnx_graph
+
+        export_onnx(model, folder)
+        return onnx_graph(folder)
     if args.format == "paddle":
         engine.export_graph(model, folder)
         return engine.CpuEngine(folder).embed
     if args.precision == "int8":
-        from model import load_engine
+        from model import load_encoder_for
 
-        load_engine(args)  # makes the one that is kept beside the checkpoint, where there is none
+        load_encoder_for(args)  # makes the one that is kept beside the checkpoint, where there is none
         shutil.copytree(engine.KeptGraph(args).folder, folder, ignore=shutil.ignore_patterns("fingerprint.json"),
                         dirs_exist_ok=True)
     else:

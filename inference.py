@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from simcse import console, flags
-from simcse.files import STDIN, arriving, new_file
+from simcse.files import STDIN, new_file, read_ahead
 from simcse.text import formats, textfile
 
 import numpy as np
@@ -54,14 +54,18 @@ def parse_args() -> argparse.Namespace:
 
 def lines_of(path: str) -> tuple[Iterator[Line], bool]:
     """The lines of --input_file, and whether ids stand before their texts, as most of a file's first lines have it."""
-    found = textfile.count_columns(path, "--input_file", formats.IDS) if os.path.isfile(path) else None
+    found = textfile.count_columns(path, "--input_file", formats.CORPUS_COLUMNS) if os.path.isfile(path) else None
     columns, name = found or 1, "stdin" if path == STDIN else path
 
     def lines() -> Iterator[Line]:
-        for number, row in textfile.read_rows(path, columns, "--input_file", every=True, known=bool(found)):
-            good = textfile.complete(row, columns)
-            text, id = (row[-1], row[0] if columns == 2 else None) if good else ("\t".join(row), None)
-            yield Line(f"{name}:{number}", text, good, id)
+        for row in textfile.read_rows(path, columns, "--input_file", keep_malformed=True, check_format=not found):
+            place = f"{name}:{row.line_number}"
+            if row.problem is not None:
+                yield Line(place, "\t".join(row.fields), good=False)
+            elif columns == 2:
+                yield Line(place, row.fields[1], id=row.fields[0])
+            else:
+                yield Line(place, row.fields[0])
 
     return lines(), columns == 2
 
@@ -77,19 +81,17 @@ def main() -> None:
         texts = [Line("README", flags.README_TEXT)]
     first = [line.text for line in texts if line.good]
     flags.announce(args, args.params_path,
-                   "texts of stdin" if streams else flags.count(first, "text") + " with ids" * has_ids)
+                   "texts of stdin" if streams else console.count(len(first), "text") + " with ids" * has_ids)
 
-    from model import load_engine
-    from simcse.encoder.encoder import encode
+    from model import load_encoder_for
 
-    engine, tokenizer = load_engine(args, first)
-    for block in arriving(lines) if streams else [texts]:
+    encoder = load_encoder_for(args, first)
+    for block in read_ahead(lines) if streams else [texts]:
         good = [line.good for line in block]
         complete = list(itertools.compress(block, good))
-        embeddings = encode(engine, tokenizer, [line.text for line in complete], args.max_seq_length, args.batch_size,
-                            lambda row: complete[row].place)  # noqa: B023  is called before the next
+        embeddings = encoder.encode([line.text for line in complete], places=[line.place for line in complete])
         if not all(good):
-            encoded, embeddings = embeddings, np.full((len(good), engine.embedding_size), np.nan, "float32")
+            encoded, embeddings = embeddings, np.full((len(good), encoder.embedding_size), np.nan, "float32")
             embeddings[good] = encoded
         if args.output_file:
             with new_file(args.output_file, "wb") as file:

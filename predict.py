@@ -13,7 +13,7 @@ import math
 import sys
 
 from simcse import console, flags
-from simcse.files import STDIN, arriving
+from simcse.files import STDIN, read_ahead
 from simcse.text import textfile
 
 
@@ -38,25 +38,24 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     streams = args.text_pair_file == STDIN
-    rows = textfile.read_targets(args.text_pair_file, "--text_pair_file", args.corpus_file, every=True)
-    blocks = arriving(rows) if streams else [list(rows)]
-    pairs = [] if streams else [row for _, row in blocks[0] if textfile.complete(row, 2)]
-    flags.announce(args, args.params_path, "pairs of stdin" if streams else flags.count(pairs, "pair"))
+    rows = textfile.read_targets(args.text_pair_file, "--text_pair_file", args.corpus_file, keep_malformed=True)
+    blocks = read_ahead(rows) if streams else [list(rows)]
+    pairs = [] if streams else [row.fields for row in blocks[0] if row.problem is None]
+    flags.announce(args, args.params_path, "pairs of stdin" if streams else console.count(len(pairs), "pair"))
 
-    from model import load_engine, mean_loss
-    from simcse.encoder.encoder import encode_pairs
+    from model import load_encoder_for, mean_loss
 
-    engine, tokenizer = load_engine(args, pairs)
+    encoder = load_encoder_for(args, pairs)
     for block in blocks:
-        good = [(number, row) for number, row in block if textfile.complete(row, 2)]
-        pairs = [row for _, row in good]
-        places = [f"{'stdin' if streams else args.text_pair_file}:{number}" for number, _ in good]
-        first, second = encode_pairs(engine, tokenizer, pairs, args.max_seq_length, args.batch_size, places)
+        good = [row for row in block if row.problem is None]
+        pairs = [row.fields for row in good]
+        places = [f"{'stdin' if streams else args.text_pair_file}:{row.line_number}" for row in good]
+        first, second = encoder.encode_pairs(pairs, places=places)
         cosines = iter((first * second).sum(axis=1).clip(-1, 1).tolist())
-        for _, row in block:
-            cosine = next(cosines) if textfile.complete(row, 2) else None
+        for row in block:
+            cosine = next(cosines) if row.problem is None else None
             if args.format:
-                line = console.line(args.format, query=row[0], title="\t".join(row[1:]), cosine=cosine)
+                line = console.line(args.format, query=row.fields[0], title="\t".join(row.fields[1:]), cosine=cosine)
             else:
                 line = f"{math.nan if cosine is None else cosine}\n"
             print(line, end="")

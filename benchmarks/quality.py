@@ -117,8 +117,8 @@ def prepare(args: argparse.Namespace, data_set: str, folder: str) -> dict[str, s
     if data_set == "csl":
         pairs = textfile.read_text_pairs(f"{source}/train.csv", "--data_dir")
     else:
-        rows = textfile.read_rows(f"{source}/dev_labeled.csv", 3, "--data_dir", textfile.not_a_number)
-        labeled = [row for _, row in rows]
+        rows = textfile.read_rows(f"{source}/dev_labeled.csv", 3, "--data_dir", textfile.find_label_problem)
+        labeled = [row.fields for row in rows]
         pairs = [(query, title) for query, title, label in labeled if float(label)]
         known = {text for query, title, _ in labeled for text in (query, title)}
         queries = [pair for pair in queries if not known.intersection(pair)]

@@ -21,8 +21,10 @@ from collections.abc import Callable
 from functools import partial
 
 from bench import BASE, FILES, MINI, ROOT, Bench  # first: it makes the project importable
-from recall import HNSW_EF, HNSW_M, SHARDS
+
+from ann_util import SHARDS  # isort: skip
 from simcse import console, files, flags
+from simcse.index.settings import HNSW_EF, HNSW_M
 from simcse.machine import CPU_HAS_BF16
 
 import graphs
@@ -146,8 +148,10 @@ def index(bench: Bench) -> None:
         folder = tempfile.mkdtemp(dir=bench.scratch)
         bench.side("ours", "vectors", folder=folder, **made_of)
 
-        def side(module: str, function: str, m: int = HNSW_M, python: str = sys.executable, **more) -> dict[str, float]:
-            found = bench.side(module, function, python=python, folder=folder, m=m, ef=HNSW_EF, **more)  # noqa: B023
+        def side(module: str, function: str, m: int = HNSW_M.default, python: str = sys.executable,
+                 **more) -> dict[str, float]:
+            found = bench.side(module, function, python=python, folder=folder, m=m,  # noqa: B023
+                               ef=HNSW_EF.default, **more)
             return {f"{what}, {case}": value for what, value in found.items()}  # noqa: B023
 
         references = {"hnswlib alone": partial(side, "ours", "index_alone"),

@@ -1,4 +1,4 @@
-"""What a person sees of a running script: log lines, progress and errors on stderr, results on stdout, exit codes."""
+"""What a user sees of a running script: log lines, progress and errors on stderr, results on stdout, exit codes."""
 
 import contextlib
 import importlib.util
@@ -8,27 +8,55 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from types import SimpleNamespace
+from dataclasses import dataclass
 from typing import Any, TextIO
 
 from simcse.machine import RANK, RANKS
 
 PROGRAM = os.path.basename(sys.argv[0])  # the script that runs
 HOW_TO_INSTALL = f"is not installed for {sys.executable}; pip install -r requirements.txt, or . .venv/bin/activate"
-SECONDS_PER_LINE = 10
+SECONDS_PER_LINE = 10  # between two lines of progress where stderr is no terminal
+# Exit codes: 2 for what the user can correct, the others as a shell has them for SIGINT and SIGPIPE.
+USAGE_ERROR = 2
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+OUT_OF_MEMORY = re.compile("out of memory|ALLOC_FAILED", re.IGNORECASE)
+GPU_TROUBLE = re.compile(r"\b(CUDA|CUBLAS|CUDNN|CUSOLVER|CUSPARSE|CURAND|CUFFT|NCCL) error|third-party dynamic library|"
+                         "Unsupported GPU architecture", re.IGNORECASE)
+# Every character that some program takes for the end of a line, and the tab, which separates columns.
+LINE_BREAKS = re.compile(r"[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+")
+# json.dumps leaves these as they are, but str.splitlines ends a line at each of them.
+JSON_LINE_BREAKS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 
 
 class InputError(Exception):
     """A mistake in a flag or an input file: reported in one line, exit code 2, no traceback."""
 
 
-# --quiet, --strict_data, --plain_text; whether the lines that are answered are progress enough; how many progress bars
-# are on the terminal now; the program's flags that less memory is taken with
-settings = SimpleNamespace(quiet=False, strict=False, plain_text=False, answering=False, bars=0, memory_flags=())
-GPU_TROUBLE = re.compile(r"\b(CUDA|CUBLAS|CUDNN|CUSOLVER|CUSPARSE|CURAND|CUFFT|NCCL) error|third-party dynamic library|"
-                         "Unsupported GPU architecture", re.IGNORECASE)
+@dataclass
+class Settings:
+    """What the flags of the running script say about its output and about the lines that it reads.
+
+    Attributes:
+        quiet: --quiet, no log lines and no progress.
+        strict_data: --strict_data, wrong data is an error instead of a warning.
+        plain_text: --plain_text, files are read as lines of text without a guess at their format.
+        streaming: the script answers lines as they arrive, and its answers are progress enough.
+        memory_flags: the flags of the script that a user can lower when memory runs out.
+    """
+
+    quiet: bool = False
+    strict_data: bool = False
+    plain_text: bool = False
+    streaming: bool = False
+    memory_flags: Sequence[str] = ()
 
 
+settings = Settings()
+_open_bars = 0  # progress bars that are on the terminal now
+
+
+# ----------------------------------------------------------------------------------------------------- lines of text
 def log(message: str) -> None:
     """Print one line to stderr, unless --quiet."""
     if not settings.quiet:
@@ -36,91 +64,171 @@ def log(message: str) -> None:
 
 
 def log_from_handler(message: str) -> None:
-    """`log` for a signal handler: past stderr's buffer, which it must not enter again, and below a progress bar."""
-    if not settings.quiet:
-        os.write(2, ("\n" * bool(settings.bars) + message + "\n").encode())
+    """Print one line to stderr from a signal handler, unless --quiet.
+
+    It writes past the buffer of sys.stderr, which may be in use when the signal arrives, and below a progress bar.
+    """
+    if settings.quiet:
+        return
+    line = f"{message}\n"
+    if _open_bars:
+        line = f"\n{line}"
+    os.write(2, line.encode())
 
 
 def warn(message: str, file: TextIO | None = None) -> None:
-    """Print one line to stderr, or to `file`, above the progress bar where there is one."""
-    if settings.bars:
+    """Print one line to stderr, or to `file`, above the progress bar if there is one."""
+    file = file or sys.stderr
+    if _open_bars:
         from tqdm import tqdm
 
-        tqdm.write(message, file=file or sys.stderr)
+        tqdm.write(message, file=file)
     else:
-        print(message, file=file or sys.stderr, flush=True)
+        print(message, file=file, flush=True)
 
 
-def complain(message: str) -> None:
-    """`warn` of something wrong with the data; with --strict_data it is an InputError."""
-    if settings.strict:
+def warn_data(message: str) -> None:
+    """Warn of something wrong with the data.
+
+    Raises:
+        InputError: --strict_data is set.
+    """
+    if settings.strict_data:
         raise InputError(f"{message} (--strict_data)")
     warn(message)
 
 
-@contextlib.contextmanager
-def as_it_is() -> Iterator[None]:
-    """What has been accepted once is read without --strict_data and with --plain_text."""
-    before = settings.strict, settings.plain_text
-    settings.strict, settings.plain_text = False, True
-    try:
-        yield
-    finally:
-        settings.strict, settings.plain_text = before
-
-
 def result(message: str) -> None:
-    """Print one line to stdout, as `warn` does to stderr."""
+    """Print one line to stdout, above the progress bar if there is one."""
     warn(message, sys.stdout)
 
 
-class _Lines:
-    """Progress where there is no terminal: a line every so many seconds."""
+@contextlib.contextmanager
+def accepting_all_lines() -> Iterator[None]:
+    """Read files without --strict_data and with --plain_text: for a file that was accepted when it was first read."""
+    strict_data = settings.strict_data
+    plain_text = settings.plain_text
+    settings.strict_data = False
+    settings.plain_text = True
+    try:
+        yield
+    finally:
+        settings.strict_data = strict_data
+        settings.plain_text = plain_text
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun, as in "1,000 texts"; the plural is the noun with an s."""
+    plural = "" if number == 1 else "s"
+    return f"{number:,} {noun}{plural}"
+
+
+def some(names: Sequence[str], most: int = 12) -> str:
+    """Return the first names, separated by commas, and how many more there are."""
+    listed = ", ".join(names[:most])
+    if len(names) > most:
+        return f"{listed} and {len(names) - most} more"
+    return listed
+
+
+def one_line(text: str) -> str:
+    """Return the text on one line: a blank replaces every run of tabs and line breaks."""
+    return LINE_BREAKS.sub(" ", text).strip()
+
+
+def line(kind: str, **fields: Any) -> str:
+    """Return a line of results, with its line break.
+
+    Args:
+        kind: "jsonl" for an object with the fields' names, "tsv" for their values between tabs.
+        fields: values by name. In tsv a list has blanks between its values, and None is an empty column.
+    """
+    if kind == "jsonl":
+        return json.dumps(fields, ensure_ascii=False).translate(JSON_LINE_BREAKS) + "\n"
+    if kind == "tsv":
+        return "\t".join(_tsv_cell(value) for value in fields.values()) + "\n"
+    raise ValueError(kind)
+
+
+def _tsv_cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return one_line(str(value))
+
+
+# ---------------------------------------------------------------------------------------------------------- progress
+class _ProgressLines:
+    """Progress for a stderr that is no terminal: a log line every SECONDS_PER_LINE."""
 
     def __init__(self, what: str, meter: dict[str, Any]) -> None:
-        self.what, self.meter, self.done = what, meter, meter["initial"]
-        self.started = self.last = time.monotonic()
+        self.what = what
+        self.meter = meter  # arguments of tqdm.format_meter
+        self.done = meter["initial"]
+        self.started = time.monotonic()
+        self.logged = self.started
 
     def update(self, count: int = 1) -> None:
         self.done += count
-        if (now := time.monotonic()) - self.last < SECONDS_PER_LINE:
+        now = time.monotonic()
+        if now - self.logged < SECONDS_PER_LINE:
             return
         from tqdm import tqdm
 
-        self.last = now
-        left = "" if self.meter["total"] is None else " of {total_fmt} ({percentage:.0f} %)"
-        shape = "{desc}: {n_fmt}" + left + ", {rate_noinv_fmt}" + (left and ", {remaining} left")
+        self.logged = now
+        if self.meter["total"] is None:
+            shape = "{desc}: {n_fmt}, {rate_noinv_fmt}"
+        else:
+            shape = "{desc}: {n_fmt} of {total_fmt} ({percentage:.0f} %), {rate_noinv_fmt}, {remaining} left"
         log(tqdm.format_meter(self.done, elapsed=now - self.started, prefix=self.what, bar_format=shape, **self.meter))
 
 
 @contextlib.contextmanager
+def _progress_bar(what: str, meter: dict[str, Any]) -> Iterator[Callable]:
+    """Show a bar on the terminal, for what takes more than a second."""
+    global _open_bars
+    from tqdm import tqdm
+
+    tqdm.monitor_interval = 0  # no thread of its own
+    with tqdm(desc=what, delay=1, miniters=1, dynamic_ncols=True, leave=None, file=sys.stderr, **meter) as bar:
+        _open_bars += 1
+        try:
+            yield bar.update
+        finally:
+            _open_bars -= 1
+
+
+@contextlib.contextmanager
 def progress(what: str, total: int | None, unit: str, lines: bool = True, done: int = 0) -> Iterator[Callable]:
-    """`with progress("encoding", 1000, "texts") as advance:`, and `advance(n)` for every n that are done; a `total` of
-    None is not known, the unit "B" counts bytes, `done` are done already.
+    """Show how far a loop is: `with progress("encoding", 1000, "texts") as advance:`, then `advance(n)` every n texts.
 
-    On a terminal a bar with rate and remaining time, for what takes more than a second; elsewhere, if `lines`, a line
-    every 10 seconds. Nothing on other ranks than the first, with --quiet, or after `be_answering`.
+    A terminal gets a bar, another stderr a line every 10 seconds. Nothing is shown on ranks other than the first, with
+    --quiet, and while the script answers lines as they arrive.
+
+    Args:
+        what: the name of the work, a participle.
+        total: how many units there are; None where that is not known.
+        unit: a plural; "B" counts bytes.
+        lines: print lines where stderr is no terminal.
+        done: units that are done already.
     """
-    meter = {"total": total, "unit": unit if unit == "B" else f" {unit}", "unit_scale": unit == "B", "initial": done}
-    terminal = sys.stderr.isatty()
-    if settings.quiet or settings.answering or RANK or not (terminal or lines):
+    in_bytes = unit == "B"
+    meter = {"total": total, "unit": unit if in_bytes else f" {unit}", "unit_scale": in_bytes, "initial": done}
+    if settings.quiet or settings.streaming or RANK:
         yield lambda count=1: None
-    elif not terminal:
-        yield _Lines(what, meter).update
+    elif sys.stderr.isatty():
+        with _progress_bar(what, meter) as advance:
+            yield advance
+    elif lines:
+        yield _ProgressLines(what, meter).update
     else:
-        from tqdm import tqdm
-
-        tqdm.monitor_interval = 0  # no thread of its own
-        with tqdm(desc=what, delay=1, miniters=1, dynamic_ncols=True, leave=None, file=sys.stderr, **meter) as bar:
-            settings.bars += 1
-            try:
-                yield bar.update
-            finally:
-                settings.bars -= 1
+        yield lambda count=1: None
 
 
+# ------------------------------------------------------------------------------------------------------------ errors
 def check_installed(flag: str, requirements: str, *packages: str) -> None:
-    """InputError where a package that a flag needs is missing; nothing is imported."""
+    """Raise InputError if a package that a flag needs is missing, without importing it."""
     for name in packages:
         if importlib.util.find_spec(name) is None:
             raise InputError(f"{flag}: {name} is not installed; pip install -r {requirements}")
@@ -128,7 +236,13 @@ def check_installed(flag: str, requirements: str, *packages: str) -> None:
 
 @contextlib.contextmanager
 def reported(what: str, *kinds: type[Exception], remedy: str = "") -> Iterator[None]:
-    """An error of these kinds becomes an InputError: `what` is wrong, the first line of the message, and a remedy."""
+    """Turn errors of some kinds into an InputError of one line.
+
+    Args:
+        what: the flag or file, and what is wrong with it; the first line of the error's message follows.
+        kinds: the exceptions to turn.
+        remedy: the end of the line.
+    """
     try:
         yield
     except InputError:
@@ -139,73 +253,68 @@ def reported(what: str, *kinds: type[Exception], remedy: str = "") -> Iterator[N
 
 
 def summary(error: BaseException) -> str:
-    """What an error says in one line, one of paddle's without the C++ traceback, the kind, the hints and the place."""
+    """Return an error's message in one line; of paddle's without the C++ traceback, kind, hints and source line."""
     _, traceback, text = str(error).rpartition("Error Message Summary:")
     text = text.lstrip("-\n ") if traceback else text.strip()
-    text = re.sub(r"^(\(\w+\)|\w+Error:)\s*", "", text) or type(error).__name__
+    text = re.sub(r"^(\(\w+\)|\w+Error:)\s*", "", text)
+    if not text:
+        return type(error).__name__
     return re.sub(r" *\(at /.*", "", text.splitlines()[0]).strip()
 
 
 def explain(error: Exception) -> str | None:
-    """The line about an error that is no mistake of the program's: memory has run out, or CUDA or one of its libraries
-    fails; None for any other."""
-    said = summary(error)
-    if isinstance(error, MemoryError) or re.search("out of memory|ALLOC_FAILED", str(error), re.IGNORECASE):
-        flags = " or ".join(settings.memory_flags)
-        return f"out of memory: {said}" + (flags and f"; a lower {flags} takes less")
-    return f"the GPU cannot be used: {said}" if GPU_TROUBLE.search(said) else None
+    """Return the line for an error of the machine: no memory left, or CUDA or one of its libraries fails.
+
+    Returns:
+        None for any other error, which is a mistake of the program.
+    """
+    if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
+        message = f"out of memory: {summary(error)}"
+        if settings.memory_flags:
+            message += f"; a lower {' or '.join(settings.memory_flags)} takes less"
+        return message
+    if GPU_TROUBLE.search(summary(error)):
+        return f"the GPU cannot be used: {summary(error)}"
+    return None
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`: input errors, no more memory and trouble with CUDA become one line and exit code 2, Ctrl-C
-    exit code 130; other errors keep their traceback."""
+    """Run a script's `main` and exit.
+
+    What the user can correct becomes one line and exit code 2: input errors, missing files and packages, no memory
+    left, trouble with CUDA. Ctrl-C is exit code 130. Other errors keep their traceback.
+    """
     code = 0
     try:
         main()
         sys.stdout.flush()
     except SystemExit as end:
         code = end.code or 0
-    except BrokenPipeError:  # the reader of stdout (head, less) has seen enough
+    except BrokenPipeError:  # the reader of stdout (head, less) has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
+        code = BROKEN_PIPE
     except InputError as error:
-        warn(f"{PROGRAM}: error: {error}")
-        code = 2
-    except (OSError, MemoryError, RuntimeError, SystemError) as error:  # the last three of paddle
-        line = explain(error)
-        if line is None and not isinstance(error, OSError):
+        _print_error(str(error))
+        code = USAGE_ERROR
+    except (OSError, MemoryError, RuntimeError, SystemError) as error:  # paddle raises the last three
+        message = explain(error)
+        if message is None and not isinstance(error, OSError):
             raise
-        warn(f"{PROGRAM}: error: {line or error}")
-        code = 2
+        _print_error(message or str(error))
+        code = USAGE_ERROR
     except ModuleNotFoundError as error:
-        warn(f"{PROGRAM}: error: {error.name} {HOW_TO_INSTALL}")
-        code = 2
+        _print_error(f"{error.name} {HOW_TO_INSTALL}")
+        code = USAGE_ERROR
     except KeyboardInterrupt:
         warn(f"{PROGRAM}: interrupted")
-        code = 130
+        code = INTERRUPTED
     if RANKS > 1:
-        # With several processes paddle's threads now and then crash while Python ends: all is written, so end here.
+        # With several processes paddle's threads now and then crash while Python shuts down. All is written by now.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
 
-def some(names: Sequence[str], most: int = 12) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def one_line(text: str) -> str:
-    """The text with a blank for every run of tabs and of whatever any program takes for the end of a line."""
-    return re.sub(r"[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+", " ", text).strip()
-
-
-def line(kind: str, **fields: Any) -> str:
-    """A line of results: "jsonl" has the fields by name, "tsv" their values between tabs, each in `one_line`, numbers
-    of a list between blanks, nothing for None."""
-    if kind == "jsonl":  # json leaves these three as they are, and str.splitlines ends a line there
-        escapes = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
-        return json.dumps(fields, ensure_ascii=False).translate(escapes) + "\n"
-    return "\t".join(" ".join(map(str, value)) if isinstance(value, list) else
-                     "" if value is None else one_line(str(value)) for value in fields.values()) + "\n"
+def _print_error(message: str) -> None:
+    warn(f"{PROGRAM}: error: {message}")

@@ -28,7 +28,7 @@ def read_texts(path, flag="--flag"):
     """The texts of a file, one a line, by the reader of rows."""
     from simcse.text.textfile import read_rows
 
-    return [text for _, (text,) in read_rows(str(path), 1, flag)]
+    return [row.fields[0] for row in read_rows(str(path), 1, flag)]
 
 
 def pytest_addoption(parser):

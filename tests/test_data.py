@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 from simcse import console, files
+from simcse.text import lines as line_reading
 from simcse.text import textfile
 
 import numpy as np
@@ -14,7 +15,7 @@ from conftest import ROOT, read_texts
 def rows(tmp_path, content, columns=2, **options):
     path = tmp_path / "file.csv"
     path.write_bytes(content)
-    return [row for _, row in textfile.read_rows(str(path), columns, "--flag", **options)]
+    return [row.fields for row in textfile.read_rows(str(path), columns, "--flag", **options)]
 
 
 @pytest.mark.parametrize("content", [
@@ -42,7 +43,7 @@ def test_bad_lines_are_skipped_and_reported(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"", "holds no text"), (b"\n\n", "holds no text"), (b"a\nb\nc\td\n", "2 of 3 lines are malformed"),
+    (b"", "the file is empty"), (b"\n\n", "the file is empty"), (b"a\nb\nc\td\n", "2 of 3 lines are malformed"),
     (b"a\n", "1 of 1 lines are malformed")])
 def test_no_good_line_or_mostly_bad_is_an_error(tmp_path, content, message):
     with pytest.raises(console.InputError, match=message):
@@ -54,7 +55,7 @@ def test_half_bad_is_no_error(tmp_path):
 
 
 def test_strict_stops_at_the_first_bad_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(console.settings, "strict", True)
+    monkeypatch.setattr(console.settings, "strict_data", True)
     with pytest.raises(console.InputError, match=r"--flag .*file\.csv:2: .*--strict_data"):
         rows(tmp_path, b"a\tb\nc\nd\te\n")
 
@@ -69,25 +70,27 @@ def test_not_utf8_names_file_line_and_cause(tmp_path, content, cause):
 
 def test_every_line_has_a_row_where_rows_stand_beside_lines(tmp_path, capsys, monkeypatch):
     content = b"a\tb\n\n\t\nc\nd\te\tf\ng\t\nh\ti\nj\tk\nl\tm\n"
-    assert rows(tmp_path, content, every=True) == [
+    assert rows(tmp_path, content, keep_malformed=True) == [
         ["a", "b"], [""], ["", ""], ["c"], ["d", "e", "f"], ["g", ""], ["h", "i"], ["j", "k"], ["l", "m"]]
     report = capsys.readouterr().err
-    assert "no result (NaN, empty or null); 5 of 9 lines are blank or malformed: " in report
-    assert "file.csv:2 (blank), " in report and "file.csv:4 (columns: 1 instead of 2); mend them" in report
-    assert rows(tmp_path, b"a\tb\n\n\n\n", every=True) == [["a", "b"], [""], [""], [""]], "blank is not malformed"
-    for content, message in ((b"a\tb\nc\nd\n", "2 of 3 lines are blank or malformed"), (b"\n \n", "holds no text")):
+    assert "5 of 9 lines are blank or malformed: " in report
+    assert "file.csv:2 (blank), " in report
+    assert "file.csv:4 (columns: 1 instead of 2); they get no result (NaN, empty or null); fix or remove" in report
+    mostly_blank = rows(tmp_path, b"a\tb\n\n\n\n", keep_malformed=True)
+    assert mostly_blank == [["a", "b"], [""], [""], [""]], "blank is not malformed"
+    for content, message in ((b"a\tb\nc\nd\n", "2 of 3 lines are blank or malformed"), (b"\n \n", "the file is empty")):
         with pytest.raises(console.InputError, match=message):
-            rows(tmp_path, content, every=True)
-    monkeypatch.setattr(console.settings, "strict", True)
+            rows(tmp_path, content, keep_malformed=True)
+    monkeypatch.setattr(console.settings, "strict_data", True)
     with pytest.raises(console.InputError, match=r"file\.csv:2: blank \(--strict_data\)"):
-        rows(tmp_path, b"a\tb\n\nc\td\n", every=True)
+        rows(tmp_path, b"a\tb\n\nc\td\n", keep_malformed=True)
 
 
 def test_labels_must_be_numbers(tmp_path, capsys):
     path = tmp_path / "file.csv"
     path.write_text("a\tb\t1\nc\td\t0.5\ne\tf\tyes\n")
-    labelled = textfile.read_rows(str(path), 3, "--flag", textfile.not_a_number)
-    assert list(labelled) == [(1, ["a", "b", "1"]), (2, ["c", "d", "0.5"])]
+    labelled = textfile.read_rows(str(path), 3, "--flag", textfile.find_label_problem)
+    assert list(labelled) == [textfile.Row(1, ["a", "b", "1"]), textfile.Row(2, ["c", "d", "0.5"])]
     assert "label 'yes' is not a number" in capsys.readouterr().err
 
 
@@ -98,7 +101,7 @@ LINES = ["好", "“引号”", "《书》", " 前空", "\u3000", "", "  ", "abc
 def test_a_text_file_by_offsets_is_the_list_of_its_texts(tmp_path, monkeypatch, capsys, chunk):
     """Random files of difficult lines, with every kind of line end, against read_texts: the same texts or the same
     error, and the same report."""
-    monkeypatch.setattr(textfile.TextFile, "_CHUNK", chunk)
+    monkeypatch.setattr(line_reading, "SCAN_BYTES", chunk)
     random, path, seen = np.random.default_rng(chunk), str(tmp_path / "file.txt"), set()
     for _ in range(150):
         lines = LINES[: int(random.choice([len(LINES), len(LINES) - 1]))]
@@ -128,12 +131,13 @@ def test_a_text_file_is_a_sequence(tmp_path, monkeypatch):
         texts[50]
     with pytest.raises(console.InputError, match=r"--flag .*file.txt:2: columns: 2 instead of 1"):
         path.write_text("a\nb\tc\n")
-        monkeypatch.setattr(console.settings, "strict", True)
+        monkeypatch.setattr(console.settings, "strict_data", True)
         textfile.TextFile(str(path), "--flag")
 
 
 def test_a_pipe_is_a_text_file_too():
-    code = "import data; texts = textfile.TextFile('/dev/stdin', '--flag'); print(texts[1], len(texts))"
+    code = ("from simcse.text.textfile import TextFile; texts = TextFile('/dev/stdin', '--flag'); "
+            "print(texts[1], len(texts))")
     result = subprocess.run([sys.executable, "-c", code], input="一\n二\n".encode(), capture_output=True, cwd=ROOT)
     assert result.stdout.decode() == "二 2\n", result.stderr
 

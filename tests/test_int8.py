@@ -147,18 +147,19 @@ def arguments(checkpoint, tmp_path):
     """Flags of a stage in fp32, of a copy of the checkpoint without a graph."""
     folder = shutil.copytree(checkpoint, tmp_path / "model", ignore=shutil.ignore_patterns("*.graph", "*.int8"))
     return SimpleNamespace(params_path=str(folder / "model_state.pdparams"), model_name_or_path=None,
-                           output_emb_size=None, device="cpu", cpu_threads=0, precision="fp32", calibration_file=None)
+                           output_emb_size=None, device="cpu", cpu_threads=0, precision="fp32", calibration_file=None,
+                           max_seq_length=64, batch_size=16)
 
 
 def test_float_graphs_are_openvinos_on_a_processor_with_amx(arguments, monkeypatch, capsys):
     monkeypatch.setattr(engine, "CPU_HAS_AMX", False)
-    slow, tokenizer = m.load_engine(arguments)
+    slow = m.load_encoder_for(arguments)
     monkeypatch.setattr(engine, "CPU_HAS_AMX", True)
-    first, again = m.load_engine(arguments)[0], m.load_engine(arguments)[0]
+    first, again = m.load_encoder_for(arguments), m.load_encoder_for(arguments)
     assert capsys.readouterr().err.count("kept the graph") == 2
-    assert [type(each) for each in (slow, first, again)] == [engine.CpuEngine, *[engine.OpenVinoEngine] * 2]
+    assert [type(each.engine) for each in (slow, first, again)] == [engine.CpuEngine, *[engine.OpenVinoEngine] * 2]
     texts = [f"第{number}条" + "语义检索" * (number % 7) for number in range(300)]
-    vectors = [m.encode(each, tokenizer, texts, 64, batch_size=16, remark=False) for each in (slow, first, again)]
+    vectors = [each.encode(texts, warn=False) for each in (slow, first, again)]
     np.testing.assert_allclose(vectors[1], vectors[0], atol=1e-5)
     np.testing.assert_array_equal(vectors[2], vectors[1])
 
@@ -170,7 +171,7 @@ def test_what_openvino_cannot_run_paddle_does(arguments, monkeypatch, capsys):
     monkeypatch.setattr(engine, "CPU_HAS_AMX", True)
     monkeypatch.setattr(int8, "export_onnx", refuse_it)
     for _ in range(2):
-        assert type(m.load_engine(arguments)[0]) is engine.CpuEngine
+        assert type(m.load_encoder_for(arguments).engine) is engine.CpuEngine
     assert capsys.readouterr().err.count("it is strange; Paddle Inference runs it instead\n") == 1
 
 
@@ -213,9 +214,9 @@ def test_a_graph_that_is_far_from_the_network_is_refused():
 
 
 def test_first_avg_has_no_products_to_quantize():
-    from simcse.encoder.pretrained import load_encoder
+    from simcse.encoder.pretrained import load_pretrained
 
-    network = m.SimCSE(load_encoder(str(ENCODER)), pooling="first_avg")
+    network = m.SimCSE(load_pretrained(str(ENCODER)), pooling="first_avg")
     with pytest.raises(InputError, match="--precision int8: pooling first_avg is computed in fp32"):
         make_engine(network, "int8", export=None)
 

@@ -78,9 +78,10 @@ def test_triples_are_what_the_filters_let_through(mined, checkpoint):
     pairs = list(dict.fromkeys(read_text_pairs(str(folder / "dev.csv"), "--flag")))
     positives = {query: [target for other, target in pairs if other == query] for query, _ in pairs}
     ranking = {}
-    for _, (query, document, cosine) in read_rows(str(folder / "recall_result_dir" / "recall_result.txt"), 3, "--flag"):
+    for row in read_rows(str(folder / "recall_result_dir" / "recall_result.txt"), 3, "--flag"):
+        query, document, cosine = row.fields
         ranking.setdefault(query, {}).setdefault(document, float(cosine))
-    triples = [tuple(row) for _, row in read_rows(str(folder / "out" / "triples.csv"), 3, "--flag")]
+    triples = [tuple(row.fields) for row in read_rows(str(folder / "out" / "triples.csv"), 3, "--flag")]
     embeddings = [embed(checkpoint, list(side)) for side in zip(*pairs)]
 
     def letters(text):
@@ -140,7 +141,7 @@ def test_real_questions(checkpoint, real_data, tmp_path):
     positives = {}
     for query, positive in read_text_pairs(str(tmp_path / "dev.csv"), "--flag"):
         positives.setdefault(query, set()).add(positive)
-    triples = [row for _, row in read_rows(str(tmp_path / "out" / "triples.csv"), 3, "--flag")]
+    triples = [row.fields for row in read_rows(str(tmp_path / "out" / "triples.csv"), 3, "--flag")]
     for query, positive, negative in triples:
         assert positive in positives[query] and negative not in positives[query] | {query}
         assert all(overlap(bigrams(negative), bigrams(text)) <= 0.8 for text in (query, *positives[query]))
@@ -174,10 +175,10 @@ def test_scores_stand_beside_the_lines_of_the_file(files):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--output_file", "t", "--negative_depth", 9, 3], "--negative_depth 9 3: the first rank is behind the last"),
-    (["--output_file", "t", "--negative_depth", 0, 3], "'0' is not a whole number from 1 up"),
+    (["--output_file", "t", "--negative_depth", 9, 3], "--negative_depth 9 3: the first rank is larger than the last"),
+    (["--output_file", "t", "--negative_depth", 0, 3], "expected an integer >= 1, got '0'"),
     (["--output_file", "t", "--negatives_per_pair", 42], "--negative_depth 10 50 has only 41 ranks"),
-    (["--output_file", "t", "--negative_max_score", 2], "'2' is not a number from 0 to 1"),
+    (["--output_file", "t", "--negative_max_score", 2], "expected a number in [0, 1], got '2'"),
     (["--output_file", "."], "argument --output_file: .: is a directory"),
     (["--output_file", "t"], "--negative_depth 10 50: recall_result_dir/recall_result.txt has at most 2 documents a "
                              "query; recall.py --recall_num 50 gives more"),

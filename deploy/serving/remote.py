@@ -29,7 +29,7 @@ def _answer(connection: Connection, args: argparse.Namespace) -> None:
         connection.send(error)
         return
     try:
-        console.settings.answering = True
+        console.settings.streaming = True
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the server ends this process when all is answered
         connection.send(searcher.facts)
         while True:

@@ -44,7 +44,7 @@ class OpenVinoEngine:
     two batches at a time, each on half of them. Of an int8 graph what is not int8 is, like all of another one where
     `precision` is "auto", bf16 on a CPU that is faster in it, else fp32."""
 
-    batch_tokens, AT_A_TIME = BATCH_TOKENS[True], 2
+    batch_tokens, AT_A_TIME = BATCH_TOKENS["cpu"], 2
 
     def __init__(self, folder: str, precision: str = "auto", cpu_threads: int = 0) -> None:
         import openvino

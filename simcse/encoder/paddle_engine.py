@@ -49,7 +49,7 @@ class CpuEngine:
     a CPU that is faster in it, else fp32), on so many math threads, 0 being all cores. InputError where the processor
     has no such precision."""
 
-    batch_tokens = BATCH_TOKENS[True]
+    batch_tokens = BATCH_TOKENS["cpu"]
     SHAPES = 10  # of batches that oneDNN keeps kernels for, each with a copy of the weights
 
     def __init__(self, folder: str, precision: str = "fp32", cpu_threads: int = 0) -> None:

@@ -12,7 +12,7 @@ import paddle
 from paddle import nn
 
 
-def load_encoder(model_name_or_path: str, dropout: float | None = None, kind: str = "AutoModel",
+def load_pretrained(model_name_or_path: str, dropout: float | None = None, kind: str = "AutoModel",
                  may_start_at_random: str = "pooler") -> nn.Layer:
     """A pretrained encoder by hub name or folder, every layer of it loaded by paddlenlp's class `kind`, in float32,
     with a rate of hidden and attention dropout or, None, its own. InputError: no such encoder, or its weights lack
@@ -71,7 +71,7 @@ def remove_layers(encoder: nn.Layer) -> None:
     stack of layers after embeddings."""
     layers = getattr(getattr(encoder, "encoder", None), "layers", None)
     if layers is None or not hasattr(encoder, "embeddings"):
-        raise InputError(f"--pooling first_avg: {type(encoder).__name__} has no layers that are known here")
+        raise InputError(f"--pooling: {type(encoder).__name__} has no layers that can be removed")
     encoder.encoder.layers, encoder.encoder.num_layers = nn.LayerList(), 0
     encoder.config.num_hidden_layers = 0
 

@@ -4,6 +4,7 @@ import os
 from unittest.mock import patch
 
 from simcse.console import InputError
+from simcse.encoder.pooling import find_pooling
 from simcse.encoder.weights import CONFIG_FILE, read_record
 from simcse.files import write_json
 
@@ -26,9 +27,9 @@ class TableEngine:
     _STEP = 64  # positions that the products of tokens and positions, t p, are made for at a time
 
     def __init__(self, folder: str, precision: str = "fp32") -> None:
-        if precision not in ("auto", "fp32"):
-            raise InputError(f"--precision {precision}: pooling first_avg is computed in fp32")
         record = read_record(folder)
+        if precision not in ("auto", "fp32"):
+            raise InputError(f"--precision {precision}: pooling {record['pooling']} is computed in fp32")
         self.embedding_size, self.max_positions = record["embedding_size"], record["max_positions"]
         with np.load(os.path.join(folder, self.FILE)) as tables:
             self._centred = tables["tokens"], tables["positions"]
@@ -45,7 +46,7 @@ class TableEngine:
         to be a graph."""
         embeddings = model.ptm.embeddings
         names = ("word_embeddings", "position_embeddings", "layer_norm")
-        if model.pooling != "first_avg" or not all(hasattr(embeddings, name) for name in names):
+        if not find_pooling(model.pooling).removes_layers or not all(hasattr(embeddings, name) for name in names):
             return False
         model.eval()
         with paddle.no_grad(), patch.object(embeddings.layer_norm, "forward", lambda x: x):
@@ -61,7 +62,8 @@ class TableEngine:
                  pad=model.ptm.config.pad_token_id, epsilon=embeddings.layer_norm._epsilon,
                  normalizes=model.normalizes)
         write_json(os.path.join(folder, CONFIG_FILE),
-                   {"embedding_size": model.embedding_size, "max_positions": model.max_positions})
+                   {"embedding_size": model.embedding_size, "max_positions": model.max_positions,
+                    "pooling": model.pooling})
         ids = np.random.default_rng(0).integers(0, len(words), (8, min(32, len(positions))))
         ids[:, -8:][::2] = model.ptm.config.pad_token_id
         same = np.allclose(cls(folder).embed(ids, ids * 0), model.embed(ids, ids * 0), atol=1e-5)

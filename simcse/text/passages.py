@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from simcse.console import progress
+from simcse.text.keys import text_keys
 from simcse.text.tokens import Tokens
 
 import numpy as np
@@ -42,8 +43,8 @@ class Passages(Sequence):
                 parts = begins(texts, tokenizer, max_seq_length)
                 counts[start : start + len(texts)] = [*map(len, parts)]
                 offsets.append(np.concatenate(parts).astype("int32"))
-                keys.append(np.array([hash(text[begin:end].strip()) for text, each in zip(texts, parts)
-                                      for begin, end in zip(each, [*each[1:], None])], "int64"))
+                keys.append(text_keys(text[begin:end].strip() for text, each in zip(texts, parts)
+                                      for begin, end in zip(each, [*each[1:], None])))
                 advance(len(texts))
         _, first, entry = np.unique(np.concatenate(keys), return_index=True, return_inverse=True)
         starts = np.append(0, np.cumsum(counts)).astype("int32")

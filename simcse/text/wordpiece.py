@@ -178,9 +178,9 @@ def _read_wordpiece(folder: str) -> WordPiece | None:
     return WordPiece(vocab, config.get("do_lower_case", True), kind)
 
 
-def unseen(tokenizer: WordPiece | AnyTokenizer, ids: Sequence[Ids]) -> list[int]:
-    """Which of the texts an encoder sees nothing of: they have no token, or [UNK] and no more than punctuation besides.
-    All of them are one and the same to it, so that they would be each other's perfect match."""
+def find_unknown(tokenizer: WordPiece | AnyTokenizer, ids: Sequence[Ids]) -> list[int]:
+    """Return the rows of the texts that the vocabulary has no word of: they have no token, or only [UNK] and
+    punctuation. The encoder cannot tell such texts apart, so that each would match every other one perfectly."""
     ids = Tokens.of(ids)
     words = np.isin(ids.flat, [*tokenizer.wordless], invert=True)
     words[ids.starts] = words[ids.ends - 1] = False  # [CLS] and [SEP]

@@ -1,0 +1,167 @@
+"""The manifest of an index: what it is made of, kept with it and compared when it is used again."""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from simcse.console import InputError
+from simcse.files import read_json, write_json
+
+FORMAT = 5  # of an index folder and of a collection; one of another format is refused
+MANIFEST_FILE = "manifest.json"
+EARLIER_FILE = "fingerprint.json"  # what formats before 5 have instead
+DIGEST_LENGTH = 64  # hexadecimal digits of SHA-256
+
+
+@dataclass
+class AnnRecall:
+    """What the approximation of an index costs.
+
+    Attributes:
+        k: how deep it was measured.
+        queries: how many of what, such as "100 documents".
+        recall: the fraction of the exact k nearest that the search finds.
+        settings: the search settings.
+        deeper_recall: the fraction with `deeper_settings`.
+        deeper_settings: search settings that look deeper; {}: none were tried.
+    """
+
+    k: int
+    queries: str
+    recall: float
+    settings: dict[str, Any]
+    deeper_recall: float
+    deeper_settings: dict[str, Any]
+
+
+@dataclass
+class Manifest:
+    """What an index is made of. As `wanted`, what it has to be made of: None, or a setting that is missing, is not
+    asked for.
+
+    Attributes, all of which `differences` compares:
+        model: SHA-256 of the checkpoint (`model_digest`).
+        max_seq_length: tokens of a text.
+        precision: that in which the documents were encoded.
+        passages: whether documents are split into passages.
+        ann_engine: its name in ENGINES.
+        index_shards: parts of a folder index.
+        dimension: of the vectors.
+        build_settings: values by name; see `VectorIndex.build_settings`.
+
+    Which state of the corpus it has, compared by `has_corpus_of`:
+        corpus: SHA-256 of the file.
+        corpus_columns: 1, texts, or 2, ids and texts.
+
+    What is only recorded:
+        search_settings: those of a search that asks for no others.
+        lines, documents, rows: how many it has; see `DocumentStore`.
+        ann_recall: measured when it was built.
+        files: SHA-256 by name of the files in the folder.
+        format: FORMAT, when it was written.
+    """
+
+    model: str | None = None
+    max_seq_length: int | None = None
+    precision: str | None = None
+    passages: bool | None = None
+    ann_engine: str | None = None
+    index_shards: int | None = None
+    dimension: int | None = None
+    build_settings: dict[str, Any] = field(default_factory=dict)
+    corpus: str | None = None
+    corpus_columns: int | None = None
+    search_settings: dict[str, Any] = field(default_factory=dict)
+    lines: int | None = None
+    documents: int | None = None
+    rows: int | None = None
+    ann_recall: AnnRecall | None = None
+    files: dict[str, str] = field(default_factory=dict)
+    format: int = FORMAT
+
+    COMPARED = ("model", "max_seq_length", "precision", "passages", "ann_engine", "index_shards", "dimension")
+
+    def differences(self, wanted: "Manifest") -> list[str]:
+        """Return what of this index is not as `wanted`, such as "max_seq_length 32, not 64"; []: it can be used."""
+        found = {name: getattr(self, name) for name in self.COMPARED} | self.build_settings
+        asked = {name: getattr(wanted, name) for name in self.COMPARED} | wanted.build_settings
+        differences = []
+        for name, value in asked.items():
+            if value is None or found.get(name) == value:
+                continue
+            if found.get(name) is None or len(str(value)) == DIGEST_LENGTH:
+                differences.append(f"another {name}")
+            else:
+                differences.append(f"{name} {found[name]}, not {value}")
+        return differences
+
+    def check(self, wanted: "Manifest", where: str, remedy: str) -> None:
+        """Raise InputError if the index is not as `wanted`.
+
+        Args:
+            where: the flag that names the index, and its value.
+            remedy: what to do then.
+        """
+        differences = self.differences(wanted)
+        if differences:
+            raise InputError(f"{where}: was built with {', and '.join(differences)}; {remedy}")
+
+    def has_corpus_of(self, wanted: "Manifest") -> bool:
+        """Return whether the index has the corpus that is wanted, if any is, in the state in which it is now."""
+        return (wanted.corpus in (None, self.corpus)
+                and wanted.corpus_columns in (None, self.corpus_columns))
+
+    def completed_by(self, defaults: "Manifest") -> "Manifest":
+        """Return this manifest with what it lacks taken from another one."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        given["build_settings"] = {**defaults.build_settings, **self.build_settings}
+        given["search_settings"] = {**defaults.search_settings, **self.search_settings}
+        return dataclasses.replace(defaults, **given)
+
+    def to_json(self) -> str:
+        """Return it as one line of JSON."""
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, sort_keys=True)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any], where: str, remedy: str) -> "Manifest":
+        """Return what `to_json` or `save` has written.
+
+        Args:
+            content: the parsed JSON.
+            where, remedy: see `check`.
+
+        Raises:
+            InputError: another version has written it.
+        """
+        if content.get("format") != FORMAT:
+            raise InputError(f"{where}: another version of recall.py built it; {remedy}")
+        manifest = cls(**content)
+        if manifest.ann_recall:
+            manifest.ann_recall = AnnRecall(**content["ann_recall"])
+        return manifest
+
+    def save(self, folder: str) -> None:
+        """Write it to a folder."""
+        write_json(os.path.join(folder, MANIFEST_FILE), dataclasses.asdict(self))
+
+    @classmethod
+    def load(cls, folder: str, where: str, remedy: str) -> "Manifest":
+        """Return the manifest of an index folder.
+
+        Args:
+            where, remedy: see `check`.
+
+        Raises:
+            InputError: the folder is no index, or another version has written it.
+        """
+        content: dict[str, Any] = {}
+        for name in (MANIFEST_FILE, EARLIER_FILE):
+            try:
+                content = content or read_json(os.path.join(folder, name))
+            except InputError:  # not JSON
+                break
+        if not content:
+            raise InputError(f"{where}: exists, but is not an index that recall.py wrote")
+        return cls.from_dict(content, where, remedy)

@@ -1,0 +1,226 @@
+"""What the parts of an index promise each other.
+
+Two levels search vectors. A `VectorIndex` is a local engine: it holds the vectors of one process, and numbers them as
+they are added. An `Index` is what recall.py and the service search: `ShardedIndex`, which wraps one `VectorIndex` a
+shard, or `MilvusIndex`. A `DocumentStore` says which document a row of an index is.
+
+To add a local engine, write a subclass of `VectorIndex` and add it to LOCAL_ENGINES in engines.py. Its flags, their
+checks, its entries in the manifest and its tests follow from that.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+from simcse.index.manifest import AnnRecall, Manifest
+from simcse.index.settings import Setting
+
+import numpy as np
+
+NOT_FOUND = -1  # the row of a result that has fewer than k
+NO_SCORE = float("-inf")  # its score
+
+
+class SearchResult(NamedTuple):
+    """The best rows for each query, best first; of equal scores the lower row first.
+
+    Attributes:
+        rows: int64 [queries, k]; NOT_FOUND where a query has fewer.
+        scores: float [queries, k], cosines for instance; NO_SCORE where the row is NOT_FOUND.
+    """
+
+    rows: np.ndarray
+    scores: np.ndarray
+
+
+class VectorIndex(ABC):
+    """A local engine: vectors in memory, numbered from 0 as they are added.
+
+    All vectors are float32 and L2-normalized (an unknown text has zeros), so that inner products are cosines. Subclass
+    it: what an engine does not define is as it stands here. An engine prints nothing, and turns errors of its library
+    that a user can correct into `InputError`.
+
+    Attributes:
+        build_settings: what the vectors are indexed with. A kept index has them for good.
+        search_settings: what a search may change. They are never compared with those of a kept index.
+        approximate: whether `search` may miss some of the nearest. Then recall.py measures how many.
+        training_size: how many vectors `train` asks for; 0: none.
+        query_block: how many queries a thread of `search` takes at a time. Fewer queries would leave threads idle, so
+            that the shards of an index are searched at the same time instead, by one thread each.
+    """
+
+    build_settings: Sequence[Setting] = ()
+    search_settings: Sequence[Setting] = ()
+    approximate: bool = False
+    training_size: int = 0
+    query_block: int = 1
+
+    def __init__(self, dimension: int, capacity: int, settings: dict[str, Any]) -> None:
+        """Make an empty index.
+
+        Args:
+            dimension: of the vectors.
+            capacity: how many vectors will be added.
+            settings: a value for each of `build_settings` and `search_settings`, by name. The latter may change between
+                searches.
+
+        Raises:
+            InputError: the index does not fit into memory.
+        """
+        self.dimension = dimension
+        self.capacity = capacity
+        self.settings = settings
+
+    @classmethod
+    def complete_settings(cls, settings: dict[str, Any], rows: int) -> dict[str, Any]:
+        """Return build settings, with the defaults that depend on the corpus.
+
+        Args:
+            settings: a value for each of `build_settings`, by name; None where `Setting.default` is None.
+            rows: vectors of the whole index, in all shards.
+
+        Raises:
+            InputError: the settings do not suit so many vectors.
+        """
+        return settings
+
+    @classmethod
+    def deeper_settings(cls, settings: dict[str, Any], k: int) -> dict[str, Any]:
+        """Return search settings that find more than `settings` in a search for k; {}: there are none."""
+        return {}
+
+    def train(self, vectors: np.ndarray) -> None:
+        """Learn from vectors how to index (cells, codebooks). Called once, before the first `add`.
+
+        Args:
+            vectors: float32 [n, dimension], the first that will be added: `training_size`, or all if there are fewer.
+        """
+        raise NotImplementedError
+
+    @abstractmethod
+    def add(self, vectors: np.ndarray) -> None:
+        """Add vectors, float32 [n, dimension]; their numbers follow those of the vectors before.
+
+        It uses one thread, and makes the same index of the same vectors.
+        """
+
+    @abstractmethod
+    def search(self, queries: np.ndarray, k: int, threads: int) -> SearchResult:
+        """Return the k most similar vectors of each query, or all if there are fewer.
+
+        Args:
+            queries: float32 [queries, dimension].
+            k: how many.
+            threads: how many threads may compute; the result does not depend on it.
+        """
+
+    @abstractmethod
+    def vectors(self, rows: slice | np.ndarray) -> np.ndarray:
+        """Return the vectors of some rows, float32 [rows, dimension], as they were added."""
+
+    @abstractmethod
+    def save(self, path: str) -> None:
+        """Write the index to a file, the same bytes for the same vectors and settings."""
+
+    @abstractmethod
+    def load(self, path: str) -> None:
+        """Read what `save` has written into this index, which is empty.
+
+        Raises:
+            OSError, RuntimeError, ValueError: the file is damaged.
+        """
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return how many vectors it has."""
+
+
+class Index(Protocol):
+    """What recall.py and the service search: all vectors of a corpus, on all ranks.
+
+    Where there is a corpus, ann_util opens or makes one, then adds what is `missing`, then calls `finish`:
+
+        index = MilvusIndex(uri, collection)        # or ShardedIndex(manifest, threads)
+        index.follow(documents, manifest)           # of collections alone: find out what is missing, and what is gone
+        for rows in index.missing:
+            index.add(rows, encode(rows))
+        index.finish()
+
+    A row is the number of a document, or of a passage, in the corpus' `Documents`. A collection that was opened without
+    its corpus has no such numbers; there a row is the key of a text (`text_keys`, `passage_keys`), which is >= 0, too.
+
+    Attributes:
+        manifest: what it is made of.
+        missing: the rows that this rank has to add, in pieces, int64 [rows] or ranges. All of them in a new folder
+            index; in a collection those whose keys it lacks.
+        max_k: the most rows that `search` gives; None: no limit.
+    """
+
+    manifest: Manifest
+    missing: list[Any]
+    max_k: int | None
+
+    def add(self, rows: Sequence[int], vectors: np.ndarray) -> None:
+        """Add the vectors, float32 [rows, dimension], of one piece of `missing`; the pieces come in their order.
+
+        It may return before they are added, so that the next ones are encoded meanwhile. An error is raised by a later
+        call.
+        """
+
+    def finish(self) -> None:
+        """Wait until all is added and can be searched; remove rows that the corpus lacks. All ranks call it together.
+        """
+
+    def search(self, queries: np.ndarray, k: int) -> SearchResult:
+        """Return the k best rows of each query, float32 [queries, dimension]. All ranks call it together."""
+
+    def vectors(self, rows: np.ndarray) -> np.ndarray:
+        """Return the vectors of some rows, float32 [rows, dimension]; zeros for rows of other ranks and NOT_FOUND."""
+
+    def measure(self, queries: np.ndarray, k: int, kind: str) -> AnnRecall | None:
+        """Return what the approximation misses, None: it is exact, or that cannot be measured."""
+
+    def close(self) -> None:
+        """Release files, threads and connections."""
+
+
+class Line(NamedTuple):
+    """A line of the corpus that has a document's text."""
+
+    number: int | None  # from 1; None: not known without the corpus
+    id: str | None  # None: the corpus has no ids
+
+
+class Document(NamedTuple):
+    """A distinct text of the corpus, and its lines, in the order of the file."""
+
+    text: str
+    lines: list[Line]
+
+
+class DocumentStore(Protocol):
+    """Maps rows of an index to documents: `Documents` of a corpus, or a `MilvusIndex` that was opened without one.
+
+    Documents are numbered as rows are: by their place in the corpus, or by key in a collection without it.
+
+    Attributes:
+        line_count: lines of the corpus; several may have one text.
+        row_count: rows of the index.
+        has_passages: whether a row is a passage. Otherwise a row is a document and has its number.
+    """
+
+    line_count: int
+    row_count: int
+    has_passages: bool
+
+    def __len__(self) -> int:
+        """Return how many documents, distinct texts, there are."""
+
+    def documents_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the number of each row's document, int64 of the same shape; NOT_FOUND stays."""
+
+    def read(self, documents: Sequence[int], max_lines: int | None = None) -> list[Document]:
+        """Return some documents by their numbers, each with its first `max_lines` lines; None: all."""
+
+    def passage_texts(self, rows: Sequence[int]) -> list[str]:
+        """Return the texts of some passages."""

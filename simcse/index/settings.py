@@ -1,0 +1,48 @@
+"""Settings that several engines have, and how recall.py makes flags of them."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting of an index engine; recall.py makes a flag of it.
+
+    Attributes:
+        name: that of the flag, without its dashes.
+        type: converts the flag's text, as argparse's `type` does.
+        default: the value if the flag is not given; None: `VectorIndex.complete_settings` finds one.
+        help: the flag's help text, without the default.
+        default_help: describes a default that is None.
+    """
+
+    name: str
+    type: Callable[[str], Any]
+    default: Any
+    help: str
+    default_help: str | None = None
+
+
+def integer(minimum: int) -> Callable[[str], int]:
+    """Return an argparse type: an integer that is at least `minimum`."""
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = minimum - 1
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"expected an integer >= {minimum}, got {text!r}")
+        return value
+
+    return parse
+
+
+HNSW_M = Setting("hnsw_m", integer(2), 32, "HNSW M: links per node")
+HNSW_EF = Setting(
+    "hnsw_ef", integer(1), 100, "HNSW ef: candidates that building keeps, and that a search keeps in each shard, at "
+    "least twice --recall_num; a kept index can be searched with another value")
+HNSW_MAX_ELEMENTS = Setting(
+    "hnsw_max_elements", integer(1), None, "largest number of distinct texts that the index may hold",
+    "as many as the corpus has")
