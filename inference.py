@@ -54,7 +54,7 @@ def parse_args() -> argparse.Namespace:
 
 def lines_of(path: str) -> tuple[Iterator[Line], bool]:
     """The lines of --input_file, and whether ids stand before their texts, as most of a file's first lines have it."""
-    found = textfile.count_columns(path, "--input_file", formats.IDS) if os.path.isfile(path) else None
+    found = textfile.count_columns(path, "--input_file", formats.CORPUS_COLUMNS) if os.path.isfile(path) else None
     columns, name = found or 1, "stdin" if path == STDIN else path
 
     def lines() -> Iterator[Line]:

@@ -26,7 +26,7 @@ from simcse import console, flags
 from simcse.encoder.weights import model_digest
 from simcse.files import STDIN, file_digest, new_file, read_ahead
 from simcse.index.engines import DEFAULT_ENGINE, ENGINES
-from simcse.index.hits import Hit, Ranking, hits_of, search
+from simcse.index.hits import FUSION_DEPTH, Hit, Ranking, hits_of, search
 from simcse.index.lock import lock_folder
 from simcse.index.manifest import Manifest
 from simcse.index.protocols import DocumentStore, Index
@@ -80,8 +80,8 @@ def add_file_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--corpus_file", type=flags.readable_file, help="documents to search, a text a line, or its id, a tab and the "
         "text; not needed for --query and --query_file if the index exists")
-    add("--corpus_columns", type=int, choices=formats.IDS, help="1: a text a line; 2: an id, a tab and the text "
-        "(default: as most lines of --corpus_file)")
+    add("--corpus_columns", type=int, choices=formats.CORPUS_COLUMNS,
+        help="1: a text a line; 2: an id, a tab and the text (default: as most lines of --corpus_file)")
     add("--similar_text_pair", "--similar_text_pair_file", type=flags.readable_file,
         help="query and target, tab-separated, a pair a line; the queries are searched, and a warning names targets "
         "that the corpus lacks")
@@ -119,7 +119,7 @@ def add_index_arguments(parser: argparse.ArgumentParser) -> None:
         "--max_seq_length tokens, and find it by the best of them, each embedded in its document; otherwise only the "
         "first tokens of a document are encoded. A kept index records whether it has them")
     add("--hybrid_bm25", action="store_true", help="fuse the ranking with that of BM25 over words, "
-        f"{flags.FUSED} documents of each, or --recall_num if that is more; the fused score is the cosine plus BM25's "
+        f"{FUSION_DEPTH} documents of each, or --recall_num if that is more; the fused score is the cosine plus BM25's "
         "score divided by the query's highest")
     add = parser.add_argument_group("milvus").add_argument
     add("--milvus_uri", type=flags.milvus_uri, help="http://host:port of a server, its token in the environment as "
@@ -257,9 +257,9 @@ def warn_missing_targets(args: argparse.Namespace, pairs: Sequence[textfile.Row]
 
 def count_similar(targets: Sequence[str], corpus: textfile.Corpus) -> int:
     """Return how many texts match a document of the corpus after normalization."""
-    wanted = {textfile.plain(target) for target in targets}
-    found = wanted.intersection(textfile.plain(document) for document in corpus)
-    return sum(textfile.plain(target) in found for target in targets)
+    wanted = {textfile.normalize(target) for target in targets}
+    found = wanted.intersection(textfile.normalize(document) for document in corpus)
+    return sum(textfile.normalize(target) in found for target in targets)
 
 
 def read_blocks(args: argparse.Namespace, queries: list[Query]) -> Iterator[list[Query]]:
@@ -357,7 +357,7 @@ class Retriever:
         self.depth = args.recall_num
         self.fused_depth = min(args.recall_num, len(documents))
         if args.hybrid_bm25:
-            self.depth = max(args.recall_num, flags.FUSED)
+            self.depth = max(args.recall_num, FUSION_DEPTH)
         if args.hybrid_bm25 and not RANK:
             self.bm25 = ann_util.open_bm25(documents, index.manifest.corpus, args.index_path)
         self._is_measured = bool(args.query)  # single queries measure nothing

@@ -39,7 +39,7 @@ def encoder_of(checkpoint: str, precision: str = "auto", texts: Sequence[str] = 
     """The encoder of a checkpoint, as a stage has it; int8 is calibrated with the texts."""
     from model import load_encoder
 
-    return load_encoder(checkpoint, precision=precision, max_seq_length=64, calibration=texts)
+    return load_encoder(checkpoint, precision=precision, max_seq_length=64, calibration_texts=texts)
 
 
 def best_of(times: int, work) -> float:
@@ -84,7 +84,7 @@ def encode_openvino(checkpoint: str, cases: dict[str, list[str]], int8: bool) ->
 
     network, tokenizer, _ = model.load_model(f"{checkpoint}/model_state.pdparams")
     batches = {name: [dict(zip(("input_ids", "token_type_ids"), batch)) for _, *batch in tokens.make_batches(
-        tokenizer(texts, 64), tokenizer.pad_token_id, None, BATCH_TOKENS[True])] for name, texts in cases.items()}
+        tokenizer(texts, 64), tokenizer.pad_token_id, None, BATCH_TOKENS["cpu"])] for name, texts in cases.items()}
     with tempfile.TemporaryDirectory() as folder:
         export_onnx(network, folder)
         graph = openvino.Core().read_model(f"{folder}/inference.onnx")
@@ -141,7 +141,7 @@ def vectors(folder: str, count: int, checkpoint: str | None, texts: list[str], q
 
 
 def index(folder: str, m: int, ef: int, shards: int) -> dict[str, float]:
-    """See `graphs.figures`."""
+    """See `graphs.measure`."""
     from simcse.index.manifest import Manifest
     from simcse.index.shards import ShardedIndex
 
@@ -163,11 +163,11 @@ def index(folder: str, m: int, ef: int, shards: int) -> dict[str, float]:
         os.mkdir(path)
         index.save(path)
 
-    return graphs.figures(fill, save, search, queries, exact)
+    return graphs.measure(fill, save, search, queries, exact)
 
 
 def index_alone(folder: str, m: int, ef: int) -> dict[str, float]:
-    """See `graphs.figures`; hnswlib alone."""
+    """See `graphs.measure`; hnswlib alone."""
     import hnswlib
 
     vectors, queries, exact = graphs.load(folder)
@@ -178,7 +178,7 @@ def index_alone(folder: str, m: int, ef: int) -> dict[str, float]:
         index.set_ef(effort)
         return index.knn_query(queries, graphs.K)[0]
 
-    return graphs.figures(lambda: index.add_items(vectors), index.save_index, search, queries, exact)
+    return graphs.measure(lambda: index.add_items(vectors), index.save_index, search, queries, exact)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 from simcse import console, files
+from simcse.text import lines as line_reading
 from simcse.text import textfile
 
 import numpy as np
@@ -42,7 +43,7 @@ def test_bad_lines_are_skipped_and_reported(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"", "holds no text"), (b"\n\n", "holds no text"), (b"a\nb\nc\td\n", "2 of 3 lines are malformed"),
+    (b"", "the file is empty"), (b"\n\n", "the file is empty"), (b"a\nb\nc\td\n", "2 of 3 lines are malformed"),
     (b"a\n", "1 of 1 lines are malformed")])
 def test_no_good_line_or_mostly_bad_is_an_error(tmp_path, content, message):
     with pytest.raises(console.InputError, match=message):
@@ -72,11 +73,12 @@ def test_every_line_has_a_row_where_rows_stand_beside_lines(tmp_path, capsys, mo
     assert rows(tmp_path, content, keep_malformed=True) == [
         ["a", "b"], [""], ["", ""], ["c"], ["d", "e", "f"], ["g", ""], ["h", "i"], ["j", "k"], ["l", "m"]]
     report = capsys.readouterr().err
-    assert "no result (NaN, empty or null); 5 of 9 lines are blank or malformed: " in report
-    assert "file.csv:2 (blank), " in report and "file.csv:4 (columns: 1 instead of 2); mend them" in report
+    assert "5 of 9 lines are blank or malformed: " in report
+    assert "file.csv:2 (blank), " in report
+    assert "file.csv:4 (columns: 1 instead of 2); they get no result (NaN, empty or null); fix or remove" in report
     mostly_blank = rows(tmp_path, b"a\tb\n\n\n\n", keep_malformed=True)
     assert mostly_blank == [["a", "b"], [""], [""], [""]], "blank is not malformed"
-    for content, message in ((b"a\tb\nc\nd\n", "2 of 3 lines are blank or malformed"), (b"\n \n", "holds no text")):
+    for content, message in ((b"a\tb\nc\nd\n", "2 of 3 lines are blank or malformed"), (b"\n \n", "the file is empty")):
         with pytest.raises(console.InputError, match=message):
             rows(tmp_path, content, keep_malformed=True)
     monkeypatch.setattr(console.settings, "strict_data", True)
@@ -87,7 +89,7 @@ def test_every_line_has_a_row_where_rows_stand_beside_lines(tmp_path, capsys, mo
 def test_labels_must_be_numbers(tmp_path, capsys):
     path = tmp_path / "file.csv"
     path.write_text("a\tb\t1\nc\td\t0.5\ne\tf\tyes\n")
-    labelled = textfile.read_rows(str(path), 3, "--flag", textfile.not_a_number)
+    labelled = textfile.read_rows(str(path), 3, "--flag", textfile.find_label_problem)
     assert list(labelled) == [textfile.Row(1, ["a", "b", "1"]), textfile.Row(2, ["c", "d", "0.5"])]
     assert "label 'yes' is not a number" in capsys.readouterr().err
 
@@ -99,7 +101,7 @@ LINES = ["好", "“引号”", "《书》", " 前空", "\u3000", "", "  ", "abc
 def test_a_text_file_by_offsets_is_the_list_of_its_texts(tmp_path, monkeypatch, capsys, chunk):
     """Random files of difficult lines, with every kind of line end, against read_texts: the same texts or the same
     error, and the same report."""
-    monkeypatch.setattr(textfile.TextFile, "_CHUNK", chunk)
+    monkeypatch.setattr(line_reading, "SCAN_BYTES", chunk)
     random, path, seen = np.random.default_rng(chunk), str(tmp_path / "file.txt"), set()
     for _ in range(150):
         lines = LINES[: int(random.choice([len(LINES), len(LINES) - 1]))]

@@ -243,7 +243,7 @@ def test_two_ranks_broken_and_resumed_are_two_unbroken(sample, tmp_path):
     last = saved_steps(str(tmp_path / "broken"))[-1]
     assert first.returncode != 0 and last < 32
     second, logs = launch("train.py", *flags, "--save_dir", "broken", cwd=tmp_path)
-    assert second.returncode == 0 and f"going on from broken/model_{last}" in logs[0], logs
+    assert second.returncode == 0 and f"resuming from broken/model_{last}" in logs[0], logs
     one, other = (read_weights(str(tmp_path / name / "model_32" / "model_state.pdparams"), "--flag")
                   for name in ("whole", "broken"))
     for name, array in one.items():

@@ -35,7 +35,7 @@ def test_files_without_text(tmp_path, content):
             ("train.py", "--train_set_file", []), ("predict.py", "--text_pair_file", model),
             ("inference.py", "--input_file", model), ("evaluate.py", "--recall_result_file", [
                 "--similar_text_pair", "pairs.csv"])):
-        assert f"{flag} bad.csv: the file holds no text" in refuse(script, flag, "bad.csv", *more, cwd=tmp_path)
+        assert f"{flag} bad.csv: the file is empty" in refuse(script, flag, "bad.csv", *more, cwd=tmp_path)
 
 
 def test_a_corpus_of_one_line_and_one_of_equal_texts(checkpoint, tmp_path):

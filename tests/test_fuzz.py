@@ -1,9 +1,8 @@
 """Random input: readers, tokenizer, batches, evaluation, indexes. FUZZ_EXAMPLES says how many examples a test takes."""
 
-import argparse
-import math
 import os
 import tempfile
+from collections import Counter
 
 import data
 import evaluate
@@ -13,6 +12,7 @@ from simcse.index.engines import LOCAL_ENGINES
 from simcse.index.exact import exact_search, merge
 from simcse.index.shards import ShardedIndex
 from simcse.measures import percent
+from simcse.text import lines as line_reading
 from simcse.text import textfile, wordpiece
 from simcse.text.tokens import make_batches
 
@@ -59,7 +59,7 @@ def test_texts_by_offset_are_the_texts(path, content, chunk):
     """Any bytes: a list of texts or one line of error, the same from both readers; line numbers are the file's."""
     with open(path, "wb") as file:
         file.write(content)
-    before, textfile.TextFile._CHUNK = textfile.TextFile._CHUNK, chunk
+    before, line_reading.SCAN_BYTES = line_reading.SCAN_BYTES, chunk
     try:
         texts = outcome(lambda: read_texts(path, "--flag"))
         assert texts == outcome(lambda: textfile.TextFile(path, "--flag"))
@@ -69,7 +69,7 @@ def test_texts_by_offset_are_the_texts(path, content, chunk):
             for row, text in enumerate(texts):
                 assert lines[kept.line_number(row) - 1].decode("utf-8").replace("\ufeff", "").strip() == text
     finally:
-        textfile.TextFile._CHUNK = before
+        line_reading.SCAN_BYTES = before
 
 
 @given(content=FILES, columns=st.integers(1, 3))
@@ -134,11 +134,9 @@ def test_recall_by_counting(path, pairs, result, depth):
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(f"{query}\t{document}\t0.5\n" for query, document in result)
     queries = {query for query, _ in pairs}
-    targets = {query: {target: math.inf for other, target in pairs if other == query} for query in queries}
-    args = argparse.Namespace(similar_text_pair="pairs", recall_num=depth, strict_data=False, plain_text=True,
-                              show_errors=None, targets="text")
-    ranks, _ = evaluate.read_result(args, targets, dict.fromkeys(targets, 1), path)
-    values = measures.per_query([each.values() for each in ranks.values()], ["recall"], depth)
+    targets = {query: Counter(target for other, target in pairs if other == query) for query in queries}
+    ranked = evaluate.rank_targets(evaluate.read_hits(path, "text"), targets)
+    values = measures.per_query([ranks.values() for ranks in ranked.ranks.values()], ["recall"], depth)
     recall = {k: percent(values[f"recall@{k}"]) for k in measures.RECALL_KS}
     for k, value in recall.items():
         hits = sum(any((query, document) in pairs for document in [d for q, d in result if q == query][: min(k, depth)])

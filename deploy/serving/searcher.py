@@ -12,8 +12,7 @@ from deploy.python import predictor
 from deploy.serving.batching import Job
 from simcse import console
 from simcse.encoder.encoder import Encoder
-from simcse.flags import FUSED
-from simcse.index.hits import Ranking, hits_of, search
+from simcse.index.hits import FUSION_DEPTH, Ranking, hits_of, search
 from simcse.index.manifest import Manifest
 from simcse.text.textfile import distinct
 from simcse.text.tokens import Ids, Tokens
@@ -109,7 +108,7 @@ class Searcher:
 
     def _search(self, queries: np.ndarray,
                 asked: dict[tuple[str, bool], int]) -> dict[tuple[str, bool], list[Found]]:
-        depths = [max(depth, FUSED) if hybrid else depth for (_, hybrid), depth in asked.items()]
+        depths = [max(depth, FUSION_DEPTH) if hybrid else depth for (_, hybrid), depth in asked.items()]
         ranking = search(self.index, self.documents, queries, max(depths))
         alone = [0 if hybrid else depth for (_, hybrid), depth in asked.items()]  # the others' hits are fused below
         hits = hits_of(ranking, self.documents, alone, self.distinct)

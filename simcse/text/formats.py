@@ -1,356 +1,416 @@
-"""What a file is by its first lines that is no lines of texts with tabs between columns, and the command that makes
-such ones of it."""
+"""Files that are not UTF-8 text in columns: which format or encoding they have, and the command that converts them."""
 
-import itertools
+import codecs
+import csv
 import json
 import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
-from simcse.console import InputError, settings, some, warn_data
+from simcse.console import InputError, settings, some
 from simcse.files import STDIN
 
-SAMPLE = 100  # lines by which the format is guessed
+HEAD_BYTES = 1 << 16  # of a file, by which binary formats and encodings are known
+SAMPLE = 100  # lines of a file, by which formats of text are known
 MOST = 0.9  # of these lines have to agree
-MANY = 20  # lines that hardly agree by chance
-LABELS = {"1": 1, "1.0": 1, "0": 0, "0.0": 0}
-NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-# What columns are called that number the rows; the first is that of pandas' index.
-NUMBERING = {"", "id", "_id", "idx", "index", "rank", "line", "qid", "pid", "docid", "doc_id", "query_id", "编号",
-             "序号"}
-# What columns are called: words of which all are known, so that a text is not taken for a name.
-_WORD = ("(?:abstract|anchor|answer|author|body|category|class|comment|content|context|corpus|date|description|doc|"
-         "src|tgt|docid|document|duplicate|gold|hard|hypothesis|id|idx|index|is|item|keyword|label|name|neg|negative|paragraph|"
-         "passage|pid|pos|positive|premise|product|qid|query|question|rank|relevance|response|review|score|sent|sentence|"
-         "sim|similarity|source|string|summary|tag|target|text|title|topic|type|url)s?")
-_CHINESE = ("(?:相似|相关|标准|扩展|用户|原始|候选|目标|参考|商品|产品|新闻|论文|发布)?"
-            "(?:问题|问句|问法|问|查询|答案|回答|标题|题目|文本|文档|文章|原文|正文|内容|摘要|句子|语句|描述|评论|名称|"
-            "正例|负例|标签|编号|序号|关键词|类别|类型|分类|时间|日期|作者|来源|分数|得分|相似度)[\\dA-Ba-b一二]?")
-HEADER = re.compile(rf"_?{_WORD}\d?(?:[ _.-](?:{_WORD}|[a-z])\d?)*|[qs][12]|{_CHINESE}", re.I)
-OF_TEXTS = {name + end for end in ("", "s") for name in ("text", "content", "sentence", "question", "title", "document",
-                                                        "passage", "abstract")} | {"query", "queries", "sent", "doc"}
-IDS = (1, 2)  # numbers of columns of documents, whose ids may stand before them
-COLUMNS = {(1,): "a text a line", IDS: "a text a line, or an id, a tab and a text",
-           (2,): "two texts a line, a tab between them",
-           (3,): "two texts and a number a line, tabs between them",
-           (2, 3): "two texts a line, or two texts and a number, tabs between them",
-           (1, 2, 3): "one, two or three texts a line, tabs between them"}
-TAKES_TEXTS = {"--text_pair_file": "inference.py --input_file takes texts, one a line",
-               "--test_set_file": "--train_set_file takes texts, one a line",
-               "--similar_text_pair": "recall.py takes documents, one a line, by --corpus_file, and queries, from "
-               "stdin, by --query -"}
-DOCUMENTS = {"version https://git-lfs.github.com/spec/v1": "a Git LFS pointer; git lfs pull puts the file in its place",
-             "<!doctype html>": "a page of HTML", r"<\?xml version=.*\?>": "an XML document"}  # by their first line
+CORPUS_COLUMNS = (1, 2)  # a text, or an id and a text
+# What a file has to be, by the numbers of columns that its reader takes.
+EXPECTED = {(1,): "one text per line",
+            CORPUS_COLUMNS: "one text per line, or an id, a tab and a text",
+            (2,): "two texts per line, with a tab between them",
+            (3,): "two texts and a number per line, with tabs between them",
+            (2, 3): "two texts, or two texts and a number, per line, with tabs between them",
+            (1, 2, 3): "one, two or three texts per line, with tabs between them"}
+ICONV = "convert it: iconv -f {} -t UTF-8 FILE > NEW"  # FILE and NEW are filled in where the file has a name
 
 
+# ------------------------------------------------------------------------------------------------------ binary formats
+class BinaryFormat(NamedTuple):
+    """A format that is known by the first bytes of a file, and how to convert it."""
+
+    matches: Callable[[bytes], bool]
+    remedy: str
+
+
+def _starts_with(*signatures: bytes) -> Callable[[bytes], bool]:
+    return lambda head: head.startswith(signatures)
+
+
+def _is_workbook(head: bytes) -> bool:
+    return head.startswith(b"PK\x03\x04") and b"xl/" in head
+
+
+# The first that matches is it: a workbook is a zip archive, and the BOM of UTF-32 begins with that of UTF-16.
+BINARY_FORMATS = {
+    "compressed by gzip": BinaryFormat(_starts_with(b"\x1f\x8b"), "gunzip it"),
+    "compressed by bzip2": BinaryFormat(_starts_with(b"BZh91AY&SY"), "bunzip2 it"),
+    "an Excel workbook": BinaryFormat(_is_workbook, "save it as CSV UTF-8 and convert that with "
+                                      "python scripts/to_tsv.py"),
+    "a zip archive": BinaryFormat(_starts_with(b"PK\x03\x04"), "unzip it"),
+    "UTF-32": BinaryFormat(_starts_with(codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), ICONV.format("UTF-32")),
+    "UTF-16": BinaryFormat(_starts_with(codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), ICONV.format("UTF-16")),
+    "UTF-16 without a BOM, little-endian": BinaryFormat(
+        lambda head: _utf16_without_bom(head) == "UTF-16LE", ICONV.format("UTF-16LE")),
+    "UTF-16 without a BOM, big-endian": BinaryFormat(
+        lambda head: _utf16_without_bom(head) == "UTF-16BE", ICONV.format("UTF-16BE"))}
+
+
+def _utf16_without_bom(head: bytes) -> str | None:
+    """Return "UTF-16LE" or "UTF-16BE" if most characters of the text are common ones in that order of bytes."""
+    few_nuls = head.count(0) <= len(head) / 4  # of English in UTF-16 every second byte is NUL, of Chinese line feeds
+    if b"\0" not in head or (few_nuls and _decode_head(head, "UTF-8") is not None):
+        return None
+    for name in ("UTF-16LE", "UTF-16BE"):
+        text = _decode_head(head, name) or ""
+        common = re.findall(r"[\t\n\r -~\u3000-\u30ff\u4e00-\u9fff\uac00-\ud7a3\uff00-\uff65]", text)
+        if text and len(common) >= MOST * len(text):
+            return name
+    return None
+
+
+def _decode_head(head: bytes, encoding: str) -> str | None:
+    """Return the text of bytes that may end within a character; None: they are not in this encoding."""
+    try:
+        return codecs.getincrementaldecoder(encoding)().decode(head)
+    except UnicodeDecodeError:
+        return None
+
+
+def name_binary_format(head: bytes) -> str | None:
+    """Return what a file is by its first bytes, and how to convert it; None: it may be lines of text."""
+    for name, format in BINARY_FORMATS.items():
+        if format.matches(head):
+            return f"{name}; {format.remedy}"
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------- other encodings
+# The codecs among which charset-normalizer chooses: as people call them, and for iconv.
+ENCODINGS = {"gb18030": ("GBK", "GB18030"), "big5": ("Big5", "BIG5"), "cp932": ("Shift-JIS", "CP932"),
+             "euc_jp": ("EUC-JP", "EUC-JP"), "cp949": ("EUC-KR", "CP949"), "big5hkscs": ("Big5-HKSCS", "BIG5-HKSCS"),
+             "cp1252": ("Windows-1252 (Latin)", "CP1252"), "cp1250": ("Windows-1250", "CP1250"),
+             "cp1251": ("Windows-1251 (Cyrillic)", "CP1251"), "koi8_r": ("KOI8-R", "KOI8-R")}
+FEW_BYTES = 8  # that are not ASCII: by so few no encoding is sure
+SURE = 0.8  # below this confidence neither
+CLOSE = 0.1  # an encoding that fits so much less than the best may be it as well
+CUT_OFF = "the file ends within a character: it was cut off; get it again, or remove its last line"
+
+
+def explain_not_utf8(path: str, line: bytes, error: UnicodeDecodeError) -> str:
+    """Return why a line is not UTF-8, and what to do, by all lines of its file; of a pipe by this line."""
+    ends_within_character = error.reason == "unexpected end of data"
+    if not os.path.isfile(path):
+        if ends_within_character and not line[: error.start].isascii():
+            return CUT_OFF
+        return _name_encoding(line)
+    with open(path, "rb") as file:
+        total = utf8 = 0  # lines; those with other characters than ASCII
+        wrong, wrong_content = [], bytearray()  # numbers of lines that are not UTF-8, and the text of the first
+        for content in (part for chunk in file for part in chunk.splitlines()):
+            total += 1
+            if not _is_utf8(content):
+                wrong.append(total)
+                if len(wrong_content) < HEAD_BYTES:
+                    wrong_content += content + b"\n"
+            elif not content.isascii():
+                utf8 += 1
+    is_mostly_utf8 = utf8 >= len(wrong) or (len(wrong) == 1 and not line[: error.start].isascii())
+    if is_mostly_utf8 and wrong == [total] and ends_within_character:
+        return CUT_OFF
+    if is_mostly_utf8:
+        places = some([f"{path}:{number}" for number in wrong], 3)
+        return f"{len(wrong)} of {total} lines are not UTF-8 ({places}), the others are; fix or remove them"
+    return _name_encoding(bytes(wrong_content))
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def guess_encodings(content: bytes) -> dict[str, float]:
+    """Return the codecs that fit text that is not UTF-8, best first, with charset-normalizer's confidence in each.
+
+    A codec whose confidence is clearly less than that in the best one is left out. {}: the content is not text.
+    """
+    from charset_normalizer import from_bytes
+
+    control_characters = re.findall(rb"[\0-\x08\x0e-\x1b]", content)
+    if not content or len(control_characters) > len(content) / 50:
+        return {}
+    names = list(ENCODINGS)
+    matches = from_bytes(content, cp_isolation=names) or from_bytes(content, cp_isolation=names, threshold=0.6)
+    matches = sorted(matches, key=lambda match: (match.chaos, -match.coherence, names.index(match.encoding)))
+    fitting = {}
+    for match in matches:
+        if match.chaos < matches[0].chaos + CLOSE and match.coherence > matches[0].coherence - CLOSE:
+            fitting[match.encoding] = 1 - match.chaos
+    return fitting
+
+
+def _name_encoding(content: bytes) -> str:
+    """Return the encoding of lines of which none is UTF-8, and how to convert them.
+
+    Where several encodings fit, they are all named: a wrong one makes other characters of the text without an error.
+    """
+    fitting = guess_encodings(content)
+    if not fitting:
+        return "it is damaged, or no text"
+    named = [f"{ENCODINGS[codec][0]} ({confidence:.0%})" for codec, confidence in fitting.items()]
+    iconv_name = ENCODINGS[next(iter(fitting))][1]
+    few = len(re.findall(rb"[\x80-\xff]", content)) < FEW_BYTES
+    if few or len(fitting) > 1 or max(fitting.values()) < SURE:
+        return (f"charset-normalizer: it may be {' or '.join(named[:3])}; look whether it reads well before you "
+                f"convert it: iconv -f {iconv_name} -t UTF-8 FILE | head")
+    return f"it looks like {named[0]} to charset-normalizer; {ICONV.format(iconv_name)}"
+
+
+# ----------------------------------------------------------------------------------------------------- formats of text
 class Table(NamedTuple):
-    """The first rows of a file of another format."""
+    """The first rows of a file in another format of text.
 
-    what: str
-    names: list[str]  # of the columns; without a header their numbers, from 1
+    Attributes:
+        description: what the file is, for messages.
+        names: of its columns; their numbers, from 1, where no header names them.
+        rows: the fields, as many as there are names, without the header.
+    """
+
+    description: str
+    names: list[str]
     rows: list[list[str]]
-    default: list[str]  # the columns that to_tsv.py takes by itself
-    quoted: bool = False  # whether there are quotes around fields
 
 
-def checked(lines: Iterator[tuple[int, str]], name: str, flag: str,
-            columns: tuple[int, ...]) -> Iterator[tuple[int, str]]:
-    """Numbers and texts of the lines of a file, or of "stdin", whose first ones, unless --plain_text, are not those of
-    another format. Of stdin, where each line is answered as it comes, that is said when it is seen, unless the first
-    text shows it."""
-    if settings.plain_text:
-        return lines
-    if name == "stdin":
-        return _watched(lines, flag, columns)
-    ahead = list(itertools.islice(lines, SAMPLE))
-    refuse_other_formats([line for _, line in ahead if line.strip()], name, flag, columns)
-    return itertools.chain(ahead, lines)
+def find_json_objects(lines: Sequence[str], columns: tuple[int, ...]) -> Table | None:
+    """Return the table of lines of which most are JSON objects."""
+    objects = [found for found in map(_parse_object, lines) if found]
+    if len(objects) < max(1, MOST * len(lines)):
+        return None
+    names = []
+    for name in dict.fromkeys(name for found in objects for name in found):
+        if any(first_value(found.get(name)) for found in objects):
+            names.append(name)
+    rows = [[first_value(found.get(name)) for name in names] for found in objects]
+    return Table(f"JSON objects with {some(names)}", names, rows)
 
 
-def _watched(lines: Iterator[tuple[int, str]], flag: str, columns: tuple[int, ...]) -> Iterator[tuple[int, str]]:
-    seen: list[str] = []
+def _parse_object(line: str) -> dict | None:
+    try:
+        found = json.loads(line) if line.startswith("{") else None
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def first_value(value: object) -> str:
+    """Return a value of a JSON object as text, of a list its first member; "" for none."""
+    if isinstance(value, list):
+        value = value[0] if value else None
+    return "" if value is None else str(value)
+
+
+def find_csv(lines: Sequence[str], columns: tuple[int, ...]) -> Table | None:
+    """Return the table of CSV: it has quoted cells or a header of ASCII names; without these its lines may be texts.
+
+    Where there have to be tabs between texts, and the lines have none, commas are enough.
+    """
+    lack_tabs = min(columns) > 1 and not any("\t" in line for line in lines)
+    return _find_cells(lines, ",", "CSV", needs_quotes=not lack_tabs)
+
+
+def find_quoted_tsv(lines: Sequence[str], columns: tuple[int, ...]) -> Table | None:
+    """Return the table of TSV whose cells have quotes as those of CSV."""
+    return _find_cells(lines, "\t", "quoted TSV", needs_quotes=True)
+
+
+def _find_cells(lines: Sequence[str], delimiter: str, kind: str, *, needs_quotes: bool) -> Table | None:
+    records = _parse_cells(lines, delimiter)
+    widths = Counter(len(cells) for _, cells in records)
+    width, agreeing = widths.most_common(1)[0] if widths else (0, 0)
+    if len(records) < 2 or width < 2 or agreeing < MOST * len(records):
+        return None
+    rows = [cells for _, cells in records if len(cells) == width]
+    sentences = sum(any(cell.startswith(" ") for cell in cells) for cells in rows)
+    if delimiter == "," and 2 * sentences > len(rows):  # a blank follows the commas of sentences
+        return None
+    unquoted_is_known = delimiter == "," and (is_header(rows) or not needs_quotes)
+    if not unquoted_is_known and not _has_quoted_cells(records, delimiter):
+        return None
+    names, rows = _split_header(rows, width)
+    return Table(f"{kind} with the columns {some(names)}", names, rows)
+
+
+def _parse_cells(lines: Sequence[str], delimiter: str) -> list[tuple[str, list[str]]]:
+    """Return the records of CSV, each as its raw text and its cells; none if a line's quotes are not those of CSV."""
+    records, start = [], 0
+    reader = csv.reader((f"{line}\n" for line in lines), delimiter=delimiter, strict=True)
+    try:
+        for cells in reader:
+            raw = "\n".join(lines[start : reader.line_num])
+            records.append((raw, cells))
+            start = reader.line_num
+    except csv.Error as error:
+        if str(error) != "unexpected end of data":  # the last line of the sample is within a cell
+            return []
+    return records
+
+
+def _has_quoted_cells(records: Sequence[tuple[str, list[str]]], delimiter: str) -> bool:
+    """Return whether a cell needs its quotes, for a delimiter, a line break or a quote in it, or all cells have some.
+
+    Quotes around other cells may be those of a text.
+    """
+    for raw, cells in records:
+        unquoted = delimiter.join(cells) != raw
+        if unquoted and any(character in cell for cell in cells for character in (delimiter, "\n", '"')):
+            return True
+    between = f'"{delimiter}"'
+    return all(raw == f'"{between.join(cells)}"' for raw, cells in records)
+
+
+def is_header(rows: Sequence[Sequence[str]]) -> bool:
+    """Return whether the first row, and no other, has ASCII names of columns, such as sent0 or hard_neg."""
+    name = re.compile(r"\s*[A-Za-z_][\w.-]*\s*", re.ASCII)
+    named = [all(name.fullmatch(field) for field in row) for row in rows]
+    return len(rows) > 1 and named[0] and not any(named[1:]) and len(set(rows[0])) == len(rows[0])
+
+
+def _split_header(rows: list[list[str]], width: int) -> tuple[list[str], list[list[str]]]:
+    """Return the names of the columns, which are numbers if the first row does not name them, and the other rows."""
+    if is_header(rows):
+        return rows[0], rows[1:]
+    return [str(number) for number in range(1, width + 1)], rows
+
+
+def find_labels(lines: Sequence[str], columns: tuple[int, ...]) -> Table | None:
+    """Return the table of texts with a label or score behind them: a third column, or a second one of a corpus.
+
+    None where the third column has to be a number.
+    """
+    if 3 in columns and 1 not in columns:
+        return None
+    width = 2 if columns == CORPUS_COLUMNS else 3
+    rows = [line.split("\t") for line in lines]
+    rows = [row for row in rows if len(row) == width]
+    total = len(lines) - 1 if is_header(rows) else len(lines)
+    names, rows = _split_header(rows, width)
+    labelled = [row for row in rows if is_number(row[-1]) and not any(map(is_number, row[:-1]))]
+    if not labelled or len(labelled) < MOST * total:
+        return None
+    labels = list(dict.fromkeys(row[-1] for row in labelled))
+    return Table(f"texts with labels or scores in column {width} ({some(labels, 3)})", names, labelled)
+
+
+def is_number(text: str) -> bool:
+    """Return whether a text is a decimal number."""
+    return re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text.strip()) is not None
+
+
+# What finds a format in the first lines of a file; scripts/to_tsv.py converts each. The first that finds one is it.
+FORMATS: dict[str, Callable[[Sequence[str], tuple[int, ...]], Table | None]] = {
+    "jsonl": find_json_objects, "csv": find_csv, "quoted_tsv": find_quoted_tsv, "labelled_tsv": find_labels}
+
+
+def check_lines(lines: Iterator[tuple[int, str]], name: str, flag: str,
+                columns: tuple[int, ...]) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a file with their numbers, unless the first ones show another format.
+
+    Of stdin, where somebody waits for the answer to each line, only the first line with text is looked at.
+
+    Raises:
+        InputError: as `check_format`.
+    """
+    size = 1 if name == "stdin" else SAMPLE
+    first: list[tuple[int, str]] = []
+    with_text = 0
     for number, line in lines:
-        if line.strip() and len(seen) < SAMPLE:
-            seen.append(line)
-            try:
-                refuse_other_formats(seen if len(seen) in (1, 3, 5, MANY, SAMPLE) else [], "stdin", flag, columns)
-            except InputError as error:
-                if len(seen) == 1:
-                    raise
-                warn_data(f"{error}; the lines before it were taken as they are")
-                seen *= SAMPLE  # it is said once
-        yield number, line
+        first.append((number, line))
+        with_text += bool(line.strip())
+        if with_text == size:
+            break
+        if name == "stdin":
+            yield first.pop()
+    check_format([line for _, line in first], name, flag, columns)
+    yield from first
+    yield from lines
 
 
-def refuse_other_formats(lines: Sequence[str], path: str, flag: str, columns: tuple[int, ...]) -> None:
-    """InputError where the first lines of a file, without blank ones, are those of JSON, of CSV, or of a table with a
-    header or with numbers where texts are needed: what it is, what is needed, and the command that converts it.
-    `columns`: the numbers of columns that are taken, of which (1, 2, 3) are training texts."""
-    if not lines:
+def check_format(lines: Sequence[str], name: str, flag: str, columns: tuple[int, ...]) -> None:
+    """Refuse the first lines of a file in another format, unless --plain_text.
+
+    Args:
+        lines: in which blank ones do not count.
+        name: of the file, or "stdin".
+        flag: that named it.
+        columns: the numbers of columns that its reader takes; (1, 2, 3) for training texts.
+
+    Raises:
+        InputError: names the format, what the reader takes, and the command that converts the file.
+    """
+    lines = [line.strip(" \r\n") for line in lines if line.strip()]
+    if settings.plain_text or not lines:
         return
-    lines = [line.strip(" \r\n") for line in lines]
-    tabs = sum("\t" in line for line in lines)
-    where = f"{flag} {path}"
-    needed = f"needed: {COLUMNS.get(columns, f'columns between tabs, one of {columns}')}"
-    anyway = "--plain_text takes its lines as they are"
-    parsed = list(map(_json, lines))
-    if kind := document(lines, parsed):
-        raise InputError(f"{where}: {named(kind, path)}; {needed}; {anyway}")
-    delimiters = ",\t" if tabs <= (1 - MOST) * len(lines) else "\t"
-    tables = itertools.chain([table_of_objects(parsed)], (table(lines, each, columns) for each in delimiters))
-    if found := next(filter(None, tables), None):
-        options = conversion(found, columns)
-        remedy = (f"there are too few columns of texts in it: {some(found.names)}" if options is None
-                  else f"{command(path, options)} converts it")
-        raise InputError(f"{where}: {found.what}; {needed}; {remedy}; {anyway}")
-    if not tabs and flag in TAKES_TEXTS and (path != "stdin" or len(lines) > 1):
-        raise InputError(f"{where}: one column; {needed}; {TAKES_TEXTS[flag]}")
-    enough = len(lines) == MANY if path == "stdin" else len(lines) >= MANY  # of stdin it is said once
-    if 1 in columns and not tabs and enough and (odd := odd_in_each(lines)):
-        warn_data(f"{where}: each of the first {len(lines)} lines {odd}: "
-                 f"{command(path, ['--format', 'csv'])}")
+    for find_table in FORMATS.values():
+        table = find_table(lines, columns)
+        if table:
+            raise InputError(f"{flag} {name}: the file has {table.description}; expected {EXPECTED[columns]}; "
+                             f"convert it: {_command(name, _conversion_flags(table, columns))}; --plain_text reads "
+                             "its lines as they are")
 
 
-def is_pipe(path: str) -> bool:
-    """Whether a path is stdin or a pipe, which no command can read again."""
+# ------------------------------------------------------------------------------------------------------------ commands
+LABELS = {"1": 1, "1.0": 1, "0": 0, "0.0": 0}
+ID_NAMES = ("id", "_id")  # of columns that are no texts
+
+
+def _conversion_flags(table: Table, columns: tuple[int, ...]) -> list[str]:
+    """Return the flags with which scripts/to_tsv.py makes so many columns of a table."""
+    values = dict(zip(table.names, zip(*table.rows)))
+    ids = [name for name in table.names if name in ID_NAMES]
+    numbers = [name for name in table.names if name not in ids and all(map(is_number, values[name]))]
+    texts = [name for name in table.names if name not in ids + numbers] or table.names
+    flags = []
+    if columns == CORPUS_COLUMNS or max(columns) == 1:
+        longest = max(texts, key=lambda name: sum(map(len, values[name])))
+        fields = [longest]
+        if columns == CORPUS_COLUMNS and ids:
+            fields = [ids[0], longest]
+    elif len(texts) == 2 and len(numbers) == 1:
+        fields = texts + numbers
+        if 1 in columns or 3 not in columns:  # the third column may not be a label
+            if all(label in LABELS for label in values[numbers[0]]):
+                flags = ["--labels", "positives"]
+            else:
+                fields = texts
+    else:
+        fields = texts[: max(columns)]
+    if fields != table.names:
+        flags = ["--fields", *fields, *flags]
+    return flags
+
+
+def _is_pipe(path: str) -> bool:
+    """Return whether a path is stdin or a pipe, which no command can read again."""
     return path == "stdin" or (os.path.exists(path) and not os.path.isfile(path))
 
 
-def command(path: str, options: Sequence[str]) -> str:
-    """The command that converts a file; of a pipe the part of it that does."""
-    words = ["python", "scripts/to_tsv.py", "--input_file", STDIN if is_pipe(path) else path, *options]
-    if not is_pipe(path):
-        root, end = os.path.splitext(path)
-        words += ["--output_file", f"{root}{'_converted' if end == '.tsv' else ''}.tsv"]
-    return shlex.join(words)
+def _command(path: str, flags: Sequence[str]) -> str:
+    """Return the command that converts a file; of a pipe the part of it that does."""
+    if _is_pipe(path):
+        return shlex.join(["python", "scripts/to_tsv.py", "--input_file", STDIN, *flags])
+    stem, extension = os.path.splitext(path)
+    target = f"{stem}_converted.tsv" if extension == ".tsv" else f"{stem}.tsv"
+    return shlex.join(["python", "scripts/to_tsv.py", "--input_file", path, *flags, "--output_file", target])
 
 
-def named(advice: str, path: str) -> str:
-    """A piece of advice with the names of the file and of a new one for FILE and NEW; of a pipe as it is."""
-    if is_pipe(path):
+def fill_in_names(advice: str, path: str) -> str:
+    """Return a piece of advice with the names of the file and of a new one for FILE and NEW; of a pipe as it is."""
+    if _is_pipe(path):
         return advice
-    root, end = os.path.splitext(path)
-    return advice.replace("FILE", shlex.quote(path)).replace("NEW", shlex.quote(f"{root}_utf8{end}"))
-
-
-def conversion(found: Table, columns: tuple[int, ...]) -> list[str] | None:
-    """The flags with which to_tsv.py makes so many columns of a table; None: it has too few."""
-    values = dict(zip(found.names, zip(*found.rows)))
-    taken = [name for name in found.names if not numbers_rows(name, values[name]) and any(values[name])]
-    options = []
-    if columns == IDS and taken:
-        ids = [name for name in found.names if numbers_rows(name, values[name])
-               and len(set(values[name])) == len(found.rows)]
-        taken = [*ids[:1], max(taken, key=lambda name: sum(map(len, values[name])))]
-    elif not numbers_third(columns):
-        if len(taken) == 3 and all(value in LABELS for value in values[taken[2]]):
-            options = ["--labels", "positives"]
-        else:
-            taken = [name for name in taken if not all(map(NUMBER.fullmatch, values[name]))] or taken
-    if len(taken) < min(columns):
-        return None
-    if max(columns) == 1:
-        options, taken = [], [max(taken, key=lambda name: sum(map(len, values[name])))]
-    elif not options:
-        taken = taken[: max(columns)]
-    if len(found.names) == 1:  # commas and quotes may be those of the texts
-        options = ["--format", "csv" if found.quoted else "tsv"] if found.quoted or any(
-            "," in row[0] for row in found.rows) else []
-    return [*(["--fields", *taken] if taken != found.default else []), *options]
-
-
-def numbers_rows(name: str, values: Sequence[str]) -> bool:
-    """Whether a column of this name, or number, does nothing but number the rows."""
-    return name.rsplit(".", 1)[-1].lower() in NUMBERING or (name == "1" and counts_up(values))
-
-
-def numbers_third(columns: tuple[int, ...]) -> bool:
-    """Whether the third column is of numbers; of training files it is of texts."""
-    return 3 in columns and 1 not in columns
-
-
-def counts_up(values: Sequence[str]) -> bool:
-    """Whether the values are n, n + 1 and so on, or many different whole numbers."""
-    if len(values) < 3 or not all(map(str.isdecimal, values)):
-        return False
-    numbers = list(map(int, values))
-    return numbers == list(range(numbers[0], numbers[0] + len(values))) or len(set(numbers)) == len(numbers) >= MANY
-
-
-def names_columns(row: Sequence[str], name: re.Pattern = HEADER) -> bool:
-    """Whether all fields of a row are what columns are called; the first may have no name, as pandas' index."""
-    named = row if row[0] else row[1:]
-    return 0 < len(named) == len(set(named)) and all(name.fullmatch(field.strip()) for field in named)
-
-
-def document(lines: Sequence[str], parsed: Sequence[Any]) -> str | None:
-    """What a file is whose lines, `parsed` by `_json`, are parts of a whole, as of one array or object, or arrays."""
-    for first, kind in DOCUMENTS.items():
-        if re.fullmatch(first, lines[0], re.I):
-            return kind
-    if len(lines) > 1 and all(line.startswith("__label__") for line in lines):
-        return "fastText's labels before texts; sed -E 's/^(__label__[^ ]* *)+//' FILE > NEW takes them away"
-    advice = "jq -c '.[]' FILE makes lines of an array, and python scripts/to_tsv.py columns of those"
-    if lines[0] in ("[", "{", "[{") and len(lines) > 1 and re.match(r'[\[{"]', lines[1].lstrip()):
-        return f"a JSON document; {advice}"
-    whole = parsed[0] if len(lines) == 1 else None
-    if (isinstance(whole, list) and len(whole) > 1 and all(isinstance(each, (str, dict)) for each in whole)) or (
-            lines[0][:2] == "[{" and lines[-1][-1] in ",]" and all(
-                isinstance(_json(line.lstrip("[ ").rstrip(",] ")), dict) for line in lines)):
-        return f"a JSON array; {advice}"
-    if "\\u" in lines[0] and all(re.fullmatch(r'"([^"\\]|\\.)*"', line) for line in lines):
-        return "JSON strings, one a line; jq -r . FILE > NEW makes texts of them"
-    if all(re.fullmatch(r"\{'[^']*': .*\}", line) for line in lines):
-        return "dicts as Python prints them; json.dumps writes what scripts/to_tsv.py reads"
-    arrays = [found for found in parsed if isinstance(found, list)]
-    if len(lines) > 1 and len(arrays) >= MOST * len(lines) and all(
-            len(array) > 1 and any(isinstance(each, str) for each in array)
-            and all(isinstance(each, (str, int, float)) for each in array) for array in arrays):
-        return "lines that are JSON arrays; jq -r '@tsv' FILE makes columns of them"
-    return None
-
-
-def _json(line: str) -> Any:
-    """The array or object that a line is; None: it is neither."""
-    try:
-        return json.loads(line) if line[:1] in "[{" and line else None
-    except (ValueError, RecursionError):
-        return None
-
-
-def leaves(found: dict) -> Iterator[tuple[str, Any]]:
-    """What a JSON object has in its fields, in the members of lists, and, as a.b, in objects in them."""
-    for key, value in found.items():
-        for member in (value or [None]) if isinstance(value, list) else [value]:
-            if isinstance(member, dict):
-                yield from ((f"{key}.{name}", each) for name, each in member.items())
-            else:
-                yield key, member
-
-
-def table_of_objects(parsed: Sequence[Any]) -> Table | None:
-    """The table of JSON lines, by what they are as JSON."""
-    objects = [found for found in parsed if isinstance(found, dict) and found]
-    if len(objects) < max(1, MOST * len(parsed)):
-        return None
-    firsts = [dict(reversed(list(leaves(found)))) for found in objects]  # of a list the first member
-    names = list(dict.fromkeys(path for found in objects for path, _ in leaves(found)))
-    rows = [["" if first.get(name) is None else str(first[name]) for name in names] for first in firsts]
-    what = "JSON objects, one a line"
-    if names[:2] == ["query", "results.rank"]:
-        what += ", as recall.py --format jsonl writes them"
-    filled = [name for name, values in zip(names, zip(*rows)) if any(values) and not numbers_rows(name, values)]
-    return Table(what, names, rows, filled)
-
-
-def csv_rows(lines: Sequence[str], delimiter: str) -> list[list[str]]:
-    """The fields, in their quotes, of rows by the grammar of CSV (RFC 4180): quotes stand around whole fields, and are
-    doubled within, where alone there are delimiters and line breaks. No rows where more than a few are no such ones."""
-    field = rf'"[^"]*(?:""[^"]*)*"|[^"\n{delimiter}]*'
-    whole, each = re.compile(rf"(?:{field})(?:{delimiter}(?:{field}))*"), re.compile(rf"(?:^|{delimiter})({field})")
-    rows, record, odd = [], [], 0
-    for line in lines:
-        record.append(line)
-        odd ^= line.count('"') % 2
-        if not odd:
-            text, record = "\n".join(record), []
-            rows.append(each.findall(text) if whole.fullmatch(text) else [])
-    good = list(filter(None, rows))
-    return good if len(record) < len(lines) / 2 and len(good) >= MOST * len(rows) else []
-
-
-def table(lines: Sequence[str], delimiter: str, columns: tuple[int, ...]) -> Table | None:
-    """The table in columns between tabs, or between commas, that lines are known to be; None where they may be texts.
-    What makes it known is a header, quotes as CSV has them, or a column of numbers; commas alone do where texts without
-    tabs would be refused anyway."""
-    rows = csv_rows(lines, delimiter)
-    quotes = rows and '"' in "".join(lines)
-    if delimiter == "\t":
-        rows = rows or [line.split(delimiter) for line in lines]
-    width, agree = Counter(map(len, rows)).most_common(1)[0] if rows else (0, 0)
-    if not rows or agree < MOST * len(rows):
-        return None
-    rows = [row for row in rows if len(row) == width]
-    if delimiter == "," and 2 * sum(any(field[:1] == " " for field in row) for row in rows) > len(rows):
-        return None  # a blank after a comma is that of a sentence
-    in_quotes = [field for row in rows for field in row if field[:1] == '"'] if quotes else []
-    values = [[unquoted(field) for field in row] for row in rows] if quotes else rows
-    header = has_header(values)
-    needs_quotes = sum(delimiter in field or "\n" in field or '""' in field[1:-1] for field in in_quotes)
-    if width == 1:  # `"""` is Python's as well
-        doubled = any('""' in field[1:-1].strip('"') for field in in_quotes)
-        sure = needs_quotes >= 3 and (names_columns(values[0]) or len(in_quotes) == len(rows) or doubled)
-    else:  # of two rows `"Yes,indeed",she said` may be one
-        sure = needs_quotes >= (1 if header or len(rows) >= 5 or delimiter == "\t" else 2) or (
-            len(in_quotes) == width * len(rows) and len(rows) > 1)
-    kind = {"\t": "TSV", ",": "CSV"}[delimiter]
-    names = values[0] if header else [str(number) for number in range(1, width + 1)]
-    if sure:
-        what = f"{kind} with quotes around fields"
-    elif header and (width > 1 or delimiter == "\t"):
-        what = f"{kind} with a header, {', '.join(names)}" if width > 1 else f"its first line is a header, {names[0]}"
-    elif width > 1 and (odd := odd_column(list(zip(*values)), columns, delimiter)):
-        what = f"{kind} {odd}"
-    elif width > 1 and delimiter == "," and min(columns) > 1:
-        what = "CSV, with commas between columns"
-    else:
-        return None
-    default = [name for name in names if not header or name.lower() not in NUMBERING]
-    return Table(what, names, values[header:], default, bool(in_quotes))
-
-
-def has_header(rows: Sequence[Sequence[str]]) -> bool:
-    """Whether the first row, and no other, has names of columns; of one column a name of texts, no list of words."""
-    if len(rows[0]) == 1:
-        words = [re.fullmatch(r"\w+", row[0], re.ASCII) for row in rows]
-        return len(rows) > 1 and rows[0][0] in OF_TEXTS and not any(words[1:])
-    return len(rows) > 1 and names_columns(rows[0]) and not any(map(names_columns, rows[1:]))
-
-
-def odd_in_each(lines: Sequence[str]) -> str | None:
-    """What each line has that may make CSV of them, and may not: as many commas as the others, without a blank after
-    one, or quotes around it."""
-    if all(re.fullmatch('"[^"]+"', line) for line in lines):
-        return "is in quotes; if they are none of the text"
-    commas = {line.count(",") for line in lines}
-    if len(commas) > 1 or commas == {0} or any(", " in line for line in lines):
-        return None
-    return f"has {(count := commas.pop())} comma{'s' * (count > 1)}; if that makes columns of it"
-
-
-def unquoted(field: str) -> str:
-    return field[1:-1].replace('""', '"') if field[:1] == '"' else field
-
-
-def odd_column(fields: Sequence[Sequence[str]], columns: tuple[int, ...], delimiter: str) -> str | None:
-    """What is said of a column that numbers the rows, or has labels or scores where texts are needed. `fields`: of each
-    column."""
-    first, *_, last = fields
-    numbers = [all(map(NUMBER.fullmatch, column)) for column in fields]
-    if columns == IDS and len(fields) == 2:
-        return f"with numbers in its last column ({some(list(dict.fromkeys(last)), 3)})" if numbers[-1] else None
-    if counts_up(first) and not all(numbers) and (delimiter == "\t" or first[0] == "0" or len(first) >= MANY):
-        return "with rows numbered by its first column"
-    if delimiter == "\t" and numbers_third(columns):
-        return None
-    if numbers == [False, False, True] and (delimiter == "\t" or labels(last) or scores(last)):
-        return f"with numbers in its third column ({some(list(dict.fromkeys(last)), 3)}): labels or scores of pairs"
-    for place, column, number in (("first", first, numbers[0]), ("last", last, numbers[-1])):
-        if number and len(column) >= 5 * len(set(column)) and (delimiter == "\t" or labels(column)):
-            return f"with a few numbers in its {place} column ({some(list(dict.fromkeys(column)), 3)}): labels"
-    return None
-
-
-def labels(values: Sequence[str]) -> bool:
-    """Whether numbers between commas are labels, 0 and 1 or a few small ones: those of `apples,red,3` are none."""
-    different = set(values)
-    return len(values) > 4 and different <= {str(label) for label in range(-1, 6)} and len(different) > 1 and (
-        different <= set(LABELS) or len(values) >= 5 * len(different))
-
-
-def scores(values: Sequence[str]) -> bool:
-    """Whether numbers between commas are scores: decimal fractions from 0 to 1."""
-    return len(values) >= MANY and all("." in value and 0 <= float(value) <= 1 for value in values)
+    stem, extension = os.path.splitext(path)
+    return advice.replace("FILE", shlex.quote(path)).replace("NEW", shlex.quote(f"{stem}_utf8{extension}"))

@@ -1,52 +1,24 @@
-"""Text files in lines and columns: their rows, checked and counted, and rows found again by their offsets."""
+"""Text files in columns: their rows one after the other, checked and counted; or any row, read when it is asked for."""
 
-import codecs
 import itertools
 import math
 import os
 import shutil
 import tempfile
 import unicodedata
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from simcse.console import InputError, settings, warn, warn_data
 from simcse.files import STDIN, reading
-from simcse.text import encodings, formats
+from simcse.text import formats
+from simcse.text.keys import text_keys
+from simcse.text.lines import BOM, REPLACEMENT, read_lines, refuse_binary, scan_lines
 
 import numpy as np
 
-BOM = "\ufeff"
-REPLACEMENT = "\ufffd"  # the character that stands for bytes that a conversion lost
 BLANK = "blank"  # the problem of a line without text
-
-
-def _decode(line: bytes, path: str, name: str, where: str) -> str:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        cause = formats.named(encodings.not_utf8(path, line, error), name)
-        raise InputError(f"{where}: not UTF-8 at byte {error.start + 1} of the line; {cause}") from None
-
-
-def _refuse_bytes(head: bytes, flag: str, name: str) -> None:
-    if kind := encodings.known_bytes(head):
-        raise InputError(f"{flag} {name}:1: not UTF-8 text in lines, but {formats.named(kind, name)}")
-
-
-def _lines(path: str, flag: str, name: str) -> Iterator[tuple[int, str]]:
-    """Yield number, from 1, and text of the lines of a UTF-8 file or of stdin as it comes; BOMs, wherever files were
-    joined, are left out. `name` is that of the file in messages."""
-    number, stdin = 0, path == STDIN
-    with open(0 if stdin else path, "rb", encodings.BLOCK, closefd=not stdin) as file, reading(path) as advance:
-        _refuse_bytes(file.peek(), flag, name)
-        for chunk in file:
-            advance(len(chunk))
-            for line in chunk.splitlines():  # of bytes: splits at \n, \r\n and \r, and nowhere else
-                number += 1
-                yield number, _decode(line, path, name, f"{flag} {name}:{number}").replace(BOM, "")
 
 
 class Row(NamedTuple):
@@ -103,10 +75,6 @@ class RowReport:
         self.problems: list[str] = []  # of the first blank or malformed rows, as "file:line (problem)"
         self.lossy: list[str] = []  # rows with U+FFFD, as "file:line"
 
-    @property
-    def fate(self) -> str:
-        return "no result (NaN, empty or null)" if self.keep_malformed else "skipped"
-
     def add(self, row: Row) -> None:
         """Count a row. Of stdin, where somebody waits for an answer, warn of the first malformed ones at once.
 
@@ -128,7 +96,8 @@ class RowReport:
         if len(self.problems) < self.SHOWN:
             self.problems.append(f"{place} ({row.problem})")
             if self.name == "stdin":
-                warn(f"{self.flag} {place}: {self.fate}; {row.problem}")
+                fate = "the line gets no result (NaN, empty or null)" if self.keep_malformed else "the line is skipped"
+                warn(f"{self.flag} {place}: {row.problem}; {fate}")
 
     def finish(self) -> None:
         """Warn of malformed rows and of lost characters.
@@ -143,14 +112,15 @@ class RowReport:
         report = f"{self.blank + self.malformed} of {self.total} lines are {kind}: {', '.join(self.problems)}"
         answered = self.keep_malformed and self.name == "stdin"
         if self.malformed == 0 and good == 0:
-            raise InputError(f"{where}: the file holds no text")
+            raise InputError(f"{where}: the file is empty")
         if good == 0 or (self.malformed > good and not answered):
             raise InputError(f"{where}: {report}")
         if self.problems:
-            warn(f"{where}: {self.fate}; {report}; mend them or take them out")
+            fate = "they get no result (NaN, empty or null)" if self.keep_malformed else "they are skipped"
+            warn(f"{where}: {report}; {fate}; fix or remove them")
         if self.lossy:
-            warn_data(f"{where}: {len(self.lossy)} of {self.total} lines have U+FFFD, which stands for bytes that were "
-                     f"lost when the file was converted; convert it again: {', '.join(self.lossy[: self.SHOWN])}")
+            warn_data(f"{where}: {len(self.lossy)} of {self.total} lines have U+FFFD, which stands for bytes that an "
+                      f"earlier conversion lost; convert the original again: {', '.join(self.lossy[: self.SHOWN])}")
 
 
 def read_rows(path: str, columns: int, flag: str, check: Check | None = None, *, keep_malformed: bool = False,
@@ -176,9 +146,9 @@ def read_rows(path: str, columns: int, flag: str, check: Check | None = None, *,
     """
     if name is None:
         name = "stdin" if path == STDIN else path
-    lines = _lines(path, flag, name)
+    lines = read_lines(path, flag, name)
     if check_format:
-        lines = formats.checked(lines, name, flag, (columns,))
+        lines = formats.check_lines(lines, name, flag, (columns,))
     report = RowReport(flag, name, keep_malformed=keep_malformed)
     for line_number, line in lines:
         row = parse_row(line_number, line, columns, check)
@@ -191,148 +161,176 @@ def read_rows(path: str, columns: int, flag: str, check: Check | None = None, *,
 
 
 class TextFile(Sequence):
-    """The rows of `read_rows`, whose arguments and errors it has, found by their offsets and read when asked for: 8
-    bytes of memory a line. Of one column a row is a text, of several a list of texts. A pipe is copied first."""
+    """The rows of a file, which are read from it when they are asked for.
 
-    _CHUNK, _BLOCK = 1 << 22, 1024
+    Only the offsets of its lines are in memory, 8 bytes a line. Rows, warnings and errors are those of `read_rows`.
+    With one column a row is a text, with several it is a list of texts.
+
+    Args:
+        path: the file. A pipe is copied to a temporary file first.
+        flag: the flag that named the file, for messages.
+        columns: how many fields a row has; or several numbers, of which `count_columns` chooses.
+
+    Attributes:
+        name: the file's name in messages.
+        path: the file that is read; of a pipe its copy.
+        columns: how many fields a row has.
+    """
+
+    BLOCK_ROWS = 1024  # that are read together where all are read
 
     def __init__(self, path: str, flag: str, columns: int | tuple[int, ...] = 1) -> None:
-        self._lines = None  # the numbers of the texts' lines, from 0; None: all of the file's
-        self.name = path  # in messages
-        self._file = open(path, "rb")  # noqa: SIM115  read from as long as this object lives
-        if not os.path.isfile(path):
-            with self._file as pipe:
-                self._file = tempfile.NamedTemporaryFile()  # noqa: SIM115
-                shutil.copyfileobj(pipe, self._file)
-            path = self._file.name
-            self._file.seek(0)
-        self.path = path
-        _refuse_bytes(os.pread(self._file.fileno(), encodings.BLOCK, 0), flag, self.name)
-        known = not isinstance(columns, int)
-        self.columns = count_columns(path, flag, columns, self.name) if known else columns
-        with reading(path) as advance:
-            simple, maybe_blank = self._scan(advance)
-        if self.columns > 1 or not simple:  # something may have to be reported, or left out
-            rows = read_rows(path, self.columns, flag, name=self.name, check_format=not known)
-            self._lines = np.fromiter((row.line_number - 1 for row in rows), "int32")
-        elif blank := [row for row in maybe_blank if not self[row]]:
-            self._lines = np.delete(np.arange(len(self), dtype="int32"), blank)
-        if not len(self):
-            raise InputError(f"{flag} {self.name}: the file holds no text")
-        if not known and simple and not settings.plain_text:
-            formats.refuse_other_formats(self[: formats.SAMPLE], self.name, flag, (columns,))
-
-    def _scan(self, advance: Callable[[int], Any]) -> tuple[bool, array]:
-        """Find where lines start. Returns whether all is UTF-8 without tabs; and the numbers, from 0, of the lines that
-        may be blank, by their first byte."""
-        starts, maybe_blank, simple, offset, after_break = array("q"), array("q"), True, 0, True
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        while chunk := self._file.read(self._CHUNK):
-            while chunk.endswith(b"\r") and (more := self._file.read(1)):  # \r\n is one break
-                chunk += more
-            codes = np.frombuffer(chunk, "uint8")
-            breaks = codes == 10
-            if b"\r" in chunk:
-                breaks |= (codes == 13) & ~np.append(breaks[1:], False)
-            begins = np.flatnonzero(np.concatenate([[after_break], breaks[:-1]]))
-            first = codes[begins]
-            odd = np.flatnonzero((first <= 32) | np.isin(first, (0xC2, 0xE1, 0xE2, 0xE3, 0xEF)))
-            maybe_blank.frombytes((odd + len(starts)).tobytes())
-            starts.frombytes((begins + offset).tobytes())
-            offset, after_break = offset + len(chunk), breaks[-1]
-            simple = simple and b"\t" not in chunk and "\ufffd" not in decoder.decode(chunk)
-            advance(len(chunk))
-        starts.append(offset)
-        self._starts = np.frombuffer(starts, "int64")  # and where the last line ends
-        return simple and not decoder.getstate()[0], maybe_blank
+        self.name = path
+        self._file = _open_seekable(path)
+        self.path = self._file.name
+        refuse_binary(os.pread(self._file.fileno(), formats.HEAD_BYTES, 0), flag, self.name)
+        check_format = isinstance(columns, int)
+        self.columns = columns if check_format else count_columns(self.path, flag, columns, self.name)
+        with reading(self.path) as advance:
+            scan = scan_lines(self._file, advance)
+        self._offsets = scan.offsets
+        self._row_lines: np.ndarray | None = None  # int32 [rows], the line, from 0, of each row; None: all are rows
+        if self.columns == 1 and scan.is_plain:  # no line can be malformed
+            blank = [line for line in scan.maybe_blank.tolist() if not self[line]]
+            if blank:
+                self._row_lines = np.delete(np.arange(len(self), dtype="int32"), blank)
+            if not len(self):
+                raise InputError(f"{flag} {self.name}: the file is empty")
+            if check_format:
+                formats.check_format(self[: formats.SAMPLE], self.name, flag, (1,))
+        else:
+            rows = read_rows(self.path, self.columns, flag, name=self.name, check_format=check_format)
+            self._row_lines = np.fromiter((row.line_number - 1 for row in rows), "int32")
 
     def __len__(self) -> int:
-        return len(self._starts) - 1 if self._lines is None else len(self._lines)
-
-    def line_number(self, row: int) -> int:
-        """The number, from 1, of a text's line in the file."""
-        return 1 + int(row if self._lines is None else self._lines[row])
-
-    def place(self, row: int) -> str:
-        """Where a text stands, as file:line."""
-        return f"{self.name}:{self.line_number(row)}"
-
-    def take(self, rows: Sequence[int]) -> list[str]:
-        """The texts of some rows; where they stand close together, their part of the file is read at once."""
-        return list(map(self._row, self._take(rows)))
-
-    def _take(self, rows: Sequence[int]) -> list[bytes]:
-        lines = np.asarray(rows, "int64") if self._lines is None else self._lines[rows]
-        begins, ends = self._starts[lines], self._starts[lines + 1]
-        offset, end = int(begins.min(initial=self._starts[-1])), int(ends.max(initial=0))
-        if end - offset > min(2 * (ends - begins).sum(), 1 << 30):
-            return [os.pread(self._file.fileno(), end - begin, begin)
-                    for begin, end in zip(begins.tolist(), ends.tolist())]
-        block = os.pread(self._file.fileno(), max(0, end - offset), offset)
-        places = zip((begins - offset).tolist(), (ends - offset).tolist())
-        return [block[begin:end] for begin, end in places]
+        return len(self._offsets) - 1 if self._row_lines is None else len(self._row_lines)
 
     def __getitem__(self, row):
+        """Return a row, or the list of rows of a slice."""
         if isinstance(row, slice):
             return self.take(range(len(self))[row])
         return self.take([range(len(self))[row]])[0]
 
     def __iter__(self):
-        """Yield the rows in their order, read by blocks of the file."""
-        for start in range(0, len(self), self._BLOCK):
-            yield from self[start : start + self._BLOCK]
+        """Yield all rows; blocks of them are read together."""
+        for start in range(0, len(self), self.BLOCK_ROWS):
+            yield from self[start : start + self.BLOCK_ROWS]
 
-    def _row(self, line: bytes) -> str | list[str]:
-        text = line.decode("utf-8").replace(BOM, "").strip()
-        return text if self.columns == 1 else [field.strip() for field in text.split("\t")]
+    def take(self, rows: Sequence[int]) -> list:
+        """Return some rows, given by their numbers from 0, in this order."""
+        return [self._parse(line) for line in self._read(rows)]
+
+    def line_number(self, row: int) -> int:
+        """Return the number, from 1, of a row's line in the file."""
+        line = row if self._row_lines is None else self._row_lines[row]
+        return int(line) + 1
+
+    def place(self, row: int) -> str:
+        """Return where a row stands, as file:line."""
+        return f"{self.name}:{self.line_number(row)}"
 
     def spread(self, count: int) -> list[tuple[str, Any]]:
-        """So many rows from all over the file, in its order, each with its place."""
+        """Return so many rows from all over the file, in its order, each as (place, row)."""
         rows = np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)
         return [(self.place(row), self[row]) for row in rows]
 
     def sample(self, count: int) -> list[str]:
-        """The different texts of so many rows from all over the file, in its order."""
-        return distinct(text for _, row in self.spread(count) for text in ([row] if isinstance(row, str) else row))
+        """Return the different texts of so many rows from all over the file, in its order."""
+        texts: list[str] = []
+        for _, row in self.spread(count):
+            texts += [row] if isinstance(row, str) else row
+        return distinct(texts)
+
+    def _read(self, rows: Sequence[int]) -> list[bytes]:
+        """Return the bytes of the lines of some rows.
+
+        Rows that stand close together, such as those of a block, are read at once; rows that are far apart one by one.
+        """
+        lines = np.asarray(rows, "int64") if self._row_lines is None else self._row_lines[rows]
+        if not len(lines):
+            return []
+        begins = self._offsets[lines]
+        ends = self._offsets[lines + 1]
+        first, last = int(begins.min()), int(ends.max())
+        wanted = int((ends - begins).sum())
+        descriptor = self._file.fileno()
+        if last - first <= min(2 * wanted, 1 << 30):
+            block = os.pread(descriptor, last - first, first)
+            places = zip((begins - first).tolist(), (ends - first).tolist())
+            return [block[begin:end] for begin, end in places]
+        return [os.pread(descriptor, end - begin, begin) for begin, end in zip(begins.tolist(), ends.tolist())]
+
+    def _parse(self, line: bytes) -> str | list[str]:
+        """Return the row that a line's bytes are."""
+        text = line.decode("utf-8").replace(BOM, "").strip()
+        if self.columns == 1:
+            return text
+        return [field.strip() for field in text.split("\t")]
+
+
+def _open_seekable(path: str) -> BinaryIO:
+    """Open a file for as long as it is in use; a pipe, which has no offsets, is copied to a temporary file first."""
+    if os.path.isfile(path):
+        return open(path, "rb")
+    copy = tempfile.NamedTemporaryFile()  # noqa: SIM115  exists until it is closed
+    with open(path, "rb") as pipe:
+        shutil.copyfileobj(pipe, copy)
+    copy.seek(0)
+    return copy
 
 
 class Corpus(TextFile):
-    """Documents, or queries: a row is a text, whose line is the text, or an id, a tab and the text. `columns` is 1 or
-    2; None: what most of the first lines have. Ids are unique: a line with an earlier one is reported and left out, and
-    where most are such ones, or with --strict_data, there is an InputError."""
+    """Documents, or queries, with or without ids: a line is a text, or an id, a tab and a text. A row is the text.
+
+    Ids are unique: a line whose id an earlier line has is left out, and a warning counts these.
+
+    Args:
+        path: the file. A pipe is copied to a temporary file first.
+        flag: the flag that named the file, for messages.
+        columns: 1 or 2; None: as most of the file's first lines have it.
+
+    Raises:
+        InputError: as `read_rows`; or an id stands on several lines, with --strict_data, or on more than half of them.
+    """
 
     def __init__(self, path: str, flag: str, columns: int | None = None) -> None:
-        super().__init__(path, flag, columns or formats.IDS)
-        if not self.has_ids:
+        super().__init__(path, flag, columns or formats.CORPUS_COLUMNS)
+        if self.has_ids:
+            self._skip_duplicate_ids(flag)
+
+    def _skip_duplicate_ids(self, flag: str) -> None:
+        keys = text_keys(self.all_ids())
+        first_rows = np.unique(keys, return_index=True)[1]
+        duplicates = np.delete(np.arange(len(keys)), first_rows)
+        if not len(duplicates):
             return
-        keys = np.fromiter(map(hash, self.all_ids()), "int64", len(self))
-        again = np.delete(np.arange(len(keys)), np.unique(keys, return_index=True)[1])
-        if not len(again):
-            return
-        said = (f"{flag} {self.name}: {len(again):,} of {len(keys):,} ids stand on an earlier line as well: "
-                f"{', '.join(map(self.place, again[:3]))}")
-        if settings.strict_data or len(again) > len(keys) / 2:
-            raise InputError(said + (" (--strict_data)" if settings.strict_data else
-                                     f"; {flag} has a text a line, or an id, a tab and a text"))
-        warn(f"{said}; skipped")
-        self._lines = np.delete(self._lines, again)
+        places = ", ".join(self.place(row) for row in duplicates[:3])
+        message = f"{flag} {self.name}: {len(duplicates):,} of {len(keys):,} ids stand on an earlier line too: {places}"
+        if settings.strict_data:
+            raise InputError(f"{message} (--strict_data)")
+        if len(duplicates) > len(keys) / 2:
+            raise InputError(f"{message}; expected {formats.EXPECTED[formats.CORPUS_COLUMNS]}")
+        warn(f"{message}; these lines were skipped")
+        self._row_lines = np.delete(self._row_lines, duplicates)
 
     @property
     def has_ids(self) -> bool:
         return self.columns == 2
 
     def ids(self, rows: Sequence[int]) -> list[str | None]:
-        """The ids of some rows; None where there are none."""
-        both = super()._row
-        return [both(line)[0] for line in self._take(rows)] if self.has_ids else [None] * len(rows)
+        """Return the ids of some rows; each None where the corpus has no ids."""
+        if not self.has_ids:
+            return [None] * len(rows)
+        return [super(Corpus, self)._parse(line)[0] for line in self._read(rows)]
 
     def all_ids(self) -> Iterator[str | None]:
-        """Yield the ids of all rows, read by blocks of the file."""
-        for start in range(0, len(self), self._BLOCK):
-            yield from self.ids(range(start, min(start + self._BLOCK, len(self))))
+        """Yield the ids of all rows; blocks of them are read together."""
+        for start in range(0, len(self), self.BLOCK_ROWS):
+            yield from self.ids(range(start, min(start + self.BLOCK_ROWS, len(self))))
 
-    def _row(self, line: bytes) -> str:
-        return super()._row(line)[1] if self.has_ids else super()._row(line)
+    def _parse(self, line: bytes) -> str:
+        row = super()._parse(line)
+        return row[1] if self.has_ids else row
 
 
 def read_targets(path: str, flag: str, corpus_file: str | None, *, keep_malformed: bool = False) -> Iterator[Row]:
@@ -365,32 +363,51 @@ def read_text_pairs(path: str, flag: str) -> list[tuple[str, str]]:
     return [(row.fields[0], row.fields[1]) for row in read_rows(path, 2, flag)]
 
 
-def not_a_number(row: list[str]) -> str | None:
-    """What is wrong with the label of two texts and a label."""
+def find_label_problem(fields: list[str]) -> str | None:
+    """Return what is wrong with the label of the fields text, text and label; None: it is a number."""
+    label = fields[2]
     try:
-        return None if math.isfinite(float(row[2])) else f"label {row[2]!r} is not a finite number"
+        number = float(label)
     except ValueError:
-        return f"label {row[2]!r} is not a number"
+        return f"label {label!r} is not a number"
+    return None if math.isfinite(number) else f"label {label!r} is not a finite number"
 
 
 def count_columns(path: str, flag: str, choices: tuple[int, ...], name: str | None = None) -> int:
-    """Which of `choices` is the number of columns of most of the first 1,000 lines; of as many the one that comes
-    first. InputError: none, or another format, unless --plain_text. `name` is that of the file in messages."""
+    """Return how many columns most of the first 1,000 lines of a file have.
+
+    Args:
+        path: the file.
+        flag: the flag that named it, for messages.
+        choices: the numbers that are allowed; of two that as many lines have, the one that comes first in the file.
+        name: the file's name in messages, if it is not `path`.
+
+    Raises:
+        InputError: no line has one of these numbers of columns, or the file has another format.
+    """
     name = name or path
-    first = itertools.islice(formats.checked(_lines(path, flag, name), name, flag, choices), 1000)
-    counted = Counter(line.count("\t") + 1 for _, line in first if line.strip())
-    if found := [count for count in counted if count in choices]:
-        return max(found, key=counted.get)
-    raise InputError(f"{flag} {name}: {'' if counted else 'the file holds no text; '}no line has "
-                     f"{' or '.join(map(str, choices))} tab-separated columns")
+    lines = formats.check_lines(read_lines(path, flag, name), name, flag, choices)
+    counts = Counter(line.count("\t") + 1 for _, line in itertools.islice(lines, 1000) if line.strip())
+    if not counts:
+        raise InputError(f"{flag} {name}: the file is empty")
+    allowed = {columns: lines for columns, lines in counts.items() if columns in choices}
+    if not allowed:
+        expected = " or ".join(map(str, choices))
+        raise InputError(f"{flag} {name}: no line has {expected} tab-separated columns")
+    return max(allowed, key=allowed.get)
 
 
-def plain(text: str) -> str:
-    """A text without what the eye does not see: white space, invisible characters, and how wide characters are."""
+def normalize(text: str) -> str:
+    """Return a text without blanks and invisible characters, and with wide characters made narrow.
+
+    Texts that differ only in these look alike to a reader.
+    """
     text = unicodedata.normalize("NFKC", text).replace(" ", "")
-    return text if text.isprintable() else "".join(filter(str.isprintable, text))
+    if text.isprintable():
+        return text
+    return "".join(character for character in text if character.isprintable())
 
 
 def distinct(texts: Iterable[str]) -> list[str]:
-    """The different texts, in the order of their first appearance."""
+    """Return the different texts, in the order of their first appearance."""
     return list(dict.fromkeys(texts))
