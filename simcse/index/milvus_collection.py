@@ -35,8 +35,8 @@ CHANGING = "changing"
 
 _RECORD = "simcse"  # the property of a collection that has its record
 _KEY_END = 2**63
-# Every 10 seconds pymilvus pings a server that is busy with a request. Milvus Lite 3.2.2 takes the third for an attack and
-# drops the connection, and a search of more than half a minute begins again, for ever. This is never.
+# Every 10 seconds pymilvus pings a server that is busy with a request. Milvus Lite 3.2.2 takes the third ping for an
+# attack and drops the connection, so that a search of more than half a minute would begin again and again.
 _WITHOUT_PINGS = {"grpc.keepalive_time_ms": 2**31 - 1}
 _LOGGERS = ("pymilvus", "milvus_lite", "grpc", "faiss")
 
