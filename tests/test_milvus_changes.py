@@ -91,11 +91,11 @@ def contents(collection="texts"):
     index = MilvusIndex("x.db", collection)
     index.open({})
     client = index._collection._client
-    rows = client.query(collection, filter="key >= 0", output_fields=["*"])
+    rows = client.query(collection, filter="id >= 0", output_fields=["*"])
     names = sorted(client.list_collections())
     assert index.search(np.ones((1, 8), "float32"), len(rows)).rows.min() > 0
     index.close()
-    return index._record, {row["key"]: row for row in rows}, names
+    return index._record, {row["id"]: row for row in rows}, names
 
 
 def same(one, other):

@@ -16,7 +16,7 @@ from simcse.machine import RANKS
 import numpy as np
 
 # The fields of a row.
-KEY = "key"  # of the document, or of the passage; the primary key
+KEY = "id"  # the key of the document, or of the passage. Hits of a 2.3 server call it so, whatever its name is
 DOCUMENT = "document"  # the key of the document
 TEXT = "text"  # the document; only its first passage has it, the others have ""
 PASSAGE = "passage"  # "" where the rows are documents
