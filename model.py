@@ -50,7 +50,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-INT8_NEEDS = "requirements-openvino.txt"
+INT8_REQUIREMENTS = "requirements-openvino.txt"
 # What a pass of training costs beside its tokens, in tokens of ERNIE-base: measured on a CPU; on GPUs, by precision,
 # the least time of its kernels (docs/en/benchmarks.md, "From one card to many").
 GROUP_TOKENS = {"cpu": 256, "fp32": 256, "tf32": 512, "fp16": 256, "bf16": 1000}
@@ -82,7 +82,7 @@ class SimCSE(nn.Layer):
         output_emb_size: size of the embedding; None or 0: the encoder's hidden size, without fc.
         pooling: a name in pooling.POOLINGS.
         infer_with_pooler: embed and export by the pooling as it is trained; False: by its `pool_raw`, if it has one.
-        precision: of matrix products: fp32, or on a GPU tf32, bf16 or fp16; see `precision.gpu_precision`.
+        precision: of matrix products: fp32, or on a GPU tf32, bf16 or fp16; see `device.gpu_precision`.
         loss_settings: None: those of `LossSettings()`.
         whitened_at: tokens of the longest texts that `whitening.whiten` was fitted on; None: it was not.
     """
@@ -102,13 +102,15 @@ class SimCSE(nn.Layer):
         self.ptm = pretrained_model
         self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
         self.loss_settings = loss_settings or LossSettings()
-        self.pooling, self.precision = pooling, precision
+        self.pooling = pooling
+        self.precision = precision
         self.infer_with_pooler = infer_with_pooler
         self.whitened_at = whitened_at
-        self.normalizes = True  # whether embeddings are L2-normalized, as they are but for whitening
+        self.normalizes = True  # L2-normalize embeddings; `whitening.whiten` asks for some that are not
         self.compared: tuple[Embeddings, DuplicateKeys | None] | None = None  # what the last `loss` was of
         hidden_size = pretrained_model.config.hidden_size
-        self.output_emb_size, self.embedding_size = output_emb_size or 0, output_emb_size or hidden_size
+        self.output_emb_size = output_emb_size or 0
+        self.embedding_size = output_emb_size or hidden_size
         self.max_positions = getattr(pretrained_model.config, "max_position_embeddings", 512)
         self.batch_tokens = BATCH_TOKENS[paddle.device.get_device().split(":")[0]]
         if self.output_emb_size:
@@ -130,10 +132,15 @@ class SimCSE(nn.Layer):
 
     def get_pooled_embedding(self, input_ids: paddle.Tensor, token_type_ids: paddle.Tensor | None = None,
                              with_pooler: bool = True) -> paddle.Tensor:
-        """L2-normalized embeddings, float [batch, embedding_size], of input_ids and token_type_ids, int64 [batch,
-        length], padded with the encoder's pad id; None is all zero. Positions and masks, which the original's methods
-        take too, are those that the encoder makes of them. With pooling "pooler" the encoder's pooled (tanh) output is
-        taken if `with_pooler`, else the raw first token."""
+        """Return L2-normalized embeddings, float32 [batch, embedding_size].
+
+        The original implementation takes positions and masks as well; here the encoder makes them of the ids.
+
+        Args:
+            input_ids: int64 [batch, length], padded with the encoder's pad id.
+            token_type_ids: the same shape; None: all zero.
+            with_pooler: False: by the pooling's `pool_raw`, if it has one, as the raw first token of "pooler".
+        """
         with casting(self.precision):
             embedding = self.pool(input_ids, token_type_ids, with_pooler)
             if self.output_emb_size:
@@ -145,8 +152,10 @@ class SimCSE(nn.Layer):
 
     @paddle.no_grad()
     def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> paddle.Tensor:
-        """Embeddings without dropout or gradient: int64 [batch, length] twice to float32 [batch, embedding_size]. On a
-        GPU the work is only launched; whoever reads the result waits for it."""
+        """Return embeddings without dropout or gradient, float32 [batch, embedding_size], of two int64 [batch, length].
+
+        On a GPU the work is only launched; whoever reads the result waits for it.
+        """
         self.eval()
         return self.get_pooled_embedding(paddle.to_tensor(input_ids), paddle.to_tensor(token_type_ids),
                                          with_pooler=self.infer_with_pooler)
@@ -430,7 +439,7 @@ def load_encoder_for(args: argparse.Namespace, texts: Sequence[Any] = ()) -> Enc
 def _load_on_cpu(args: argparse.Namespace, texts: Sequence[Any]) -> tuple[Engine, Any]:
     """Return the engine of a checkpoint's graph, which is exported if there is none to use, and the tokenizer."""
     if args.precision == "int8":
-        console.check_installed("--precision int8", INT8_NEEDS, "openvino")
+        console.check_installed("--precision int8", INT8_REQUIREMENTS, "openvino")
     kept = KeptGraph(args.params_path, args.precision, args.model_name_or_path, args.calibration_file)
     if kept.is_current(args.output_emb_size):
         tokenizer = checkpoint_tokenizer(args.params_path, args.model_name_or_path)
@@ -439,7 +448,7 @@ def _load_on_cpu(args: argparse.Namespace, texts: Sequence[Any]) -> tuple[Engine
     model, tokenizer, record = load_model(args.params_path, args.model_name_or_path, args.output_emb_size)
     calibration = []
     if args.precision == "int8":
-        console.check_installed("--precision int8", INT8_NEEDS, "nncf", "paddle2onnx")
+        console.check_installed("--precision int8", INT8_REQUIREMENTS, "nncf", "paddle2onnx")
         calibration = make_calibration(args, texts, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         export_fastest(model, folder, calibration)
@@ -469,9 +478,15 @@ def make_calibration(args: argparse.Namespace, texts: Sequence[Any],
 
 
 def mean_loss(query: np.ndarray, title: np.ndarray, batch_size: int, margin: float, scale: float) -> float:
-    """`contrastive_loss` of embeddings taken in batches, the mean over all rows."""
-    settings, total = LossSettings(margin=margin, scale=scale), 0.0
+    """Return the `contrastive_loss` of embeddings taken in batches, the mean over all rows.
+
+    Args:
+        query, title: float32 [pairs, embedding_size].
+    """
+    settings = LossSettings(margin=margin, scale=scale)
+    total = 0.0
     for start in range(0, len(query), batch_size):
-        q, t = (paddle.to_tensor(side[start : start + batch_size]) for side in (query, title))
-        total += float(contrastive_loss(q, t, settings)) * len(q)
+        queries = paddle.to_tensor(query[start : start + batch_size])
+        titles = paddle.to_tensor(title[start : start + batch_size])
+        total += float(contrastive_loss(queries, titles, settings)) * len(queries)
     return total / len(query)
