@@ -5,7 +5,7 @@ import json
 import model as m
 from simcse.index.documents import Entries
 from simcse.index.hits import best_rows, expand, search
-from simcse.text.passages import Passages, begins
+from simcse.text.passages import Passages, find_passages
 from simcse.text.textfile import Corpus, read_text_pairs
 from simcse.text.wordpiece import load_tokenizer
 
@@ -22,7 +22,7 @@ def tokenizer():
 
 
 def parts_of(text, tokenizer, length):
-    starts = begins([text], tokenizer, length)[0]
+    starts = find_passages([text], tokenizer, length)[0]
     return [text[start:end] for start, end in zip(starts, [*starts[1:], None])]
 
 
