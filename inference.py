@@ -83,17 +83,15 @@ def main() -> None:
     flags.announce(args, args.params_path,
                    "texts of stdin" if streams else console.count(len(first), "text") + " with ids" * has_ids)
 
-    from model import load_engine
-    from simcse.encoder.encoder import encode
+    from model import load_encoder_for
 
-    engine, tokenizer = load_engine(args, first)
+    encoder = load_encoder_for(args, first)
     for block in read_ahead(lines) if streams else [texts]:
         good = [line.good for line in block]
         complete = list(itertools.compress(block, good))
-        embeddings = encode(engine, tokenizer, [line.text for line in complete], args.max_seq_length, args.batch_size,
-                            lambda row: complete[row].place)  # noqa: B023  is called before the next
+        embeddings = encoder.encode([line.text for line in complete], places=[line.place for line in complete])
         if not all(good):
-            encoded, embeddings = embeddings, np.full((len(good), engine.embedding_size), np.nan, "float32")
+            encoded, embeddings = embeddings, np.full((len(good), encoder.embedding_size), np.nan, "float32")
             embeddings[good] = encoded
         if args.output_file:
             with new_file(args.output_file, "wb") as file:

@@ -1,23 +1,35 @@
-"""SimCSE: the network (encoder, pooling, fc, dropout), its loss, its checkpoints, and the one way from texts to
-embeddings."""
+"""SimCSE: the network (encoder, pooling, fc, dropout), its loss, its checkpoints, and the encoder of a checkpoint."""
 
 import argparse
-import functools
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+from data import Batch, DuplicateKeys, Inputs
 from simcse import console
-from simcse.console import InputError
+from simcse.console import InputError, reported
 from simcse.device import casting, gpu_precision, set_device
-from simcse.encoder.encoder import Sight, check_length, encode, encode_pairs, encode_stream, look_at  # noqa: F401
-from simcse.encoder.engine import Engine, KeptGraph, make_engine, openvino_is_faster
-from simcse.encoder.paddle_engine import export_graph
-from simcse.encoder.paddle_patches import first_token_only
-from simcse.encoder.pretrained import encoder_from_record, freeze_pooler, load_encoder, portable, remove_layers
+from simcse.encoder.encoder import Encoder
+from simcse.encoder.engine import Engine, export_fastest, open_engine
+from simcse.encoder.kept_graph import KeptGraph
+from simcse.encoder.openvino import CALIBRATION_TEXTS, FEWEST_TEXTS
+from simcse.encoder.paddle_patches import compute_first_token_only
+from simcse.encoder.pooling import EncoderOutputs, find_pooling
+from simcse.encoder.pretrained import (
+    encoder_from_record,
+    freeze_pooler,
+    load_pretrained,
+    portable,
+    remove_layers,
+    weights_without_layers,
+)
 from simcse.encoder.weights import (
     CONFIG_FILE,
     PARAMS_FILE,
+    TOKENIZER_FILE,
     load_state,
     read_record,
     read_weights,
@@ -25,12 +37,13 @@ from simcse.encoder.weights import (
     write_weights,
 )
 from simcse.files import new_folder
-from simcse.flags import DEFAULT_MODEL, POOLINGS
-from simcse.machine import BATCH_TOKENS, RANK
+from simcse.flags import DEFAULT_MODEL, ENCODE_LENGTH, checkpoint_file
+from simcse.machine import BATCH_TOKENS, RANK, RANKS
 from simcse.ranks import gather_rows
 from simcse.text.textfile import TextFile
 from simcse.text.tokens import make_batches
 from simcse.text.wordpiece import load_tokenizer
+from simcse.training.gradients import Embeddings
 
 import numpy as np
 import paddle
@@ -44,6 +57,33 @@ GROUP_TOKENS = {"cpu": 256, "fp32": 256, "tf32": 512, "fp16": 256, "bf16": 1000}
 
 
 # ---------------------------------------------------------------------------------------------------------- the network
+@dataclass(frozen=True)
+class LossSettings:
+    """Settings of the training loss; train.py reads each off the flag of its name.
+
+    Attributes:
+        margin: how much more similar than a negative a positive has to be, in cosine.
+        scale: factor on the cosines, the inverse of the temperature.
+        cross_device_negatives: take the loss over the batches of all ranks together.
+    """
+
+    margin: float = 0.0
+    scale: float = 20
+    cross_device_negatives: bool = False
+
+
+class Compared(NamedTuple):
+    """What a loss was of.
+
+    Attributes:
+        embeddings: of all ranks, where the loss is of all ranks; without gradients.
+        duplicate_keys: int64 tensors, of the same rows; None: the same text twice was its own negative.
+    """
+
+    embeddings: Embeddings
+    duplicate_keys: DuplicateKeys | None
+
+
 class SimCSE(nn.Layer):
     """A dual tower with shared weights: encoder -> pooling [-> fc] -> dropout -> L2 norm.
 
@@ -51,60 +91,54 @@ class SimCSE(nn.Layer):
         pretrained_model: an encoder as AutoModel loads it; of input_ids and token_type_ids it gives sequence_output
             [batch, length, hidden] and pooled_output [batch, hidden].
         dropout: rate on the output vector; None: 0.1.
-        margin, scale: see `contrastive_loss`.
         output_emb_size: size of the embedding; None or 0: the encoder's hidden size, without fc.
-        pooling: one of flags.POOLINGS; see `pool`.
-        infer_with_pooler: whether `embed` and the exported graph take the pooled output; training always does.
+        pooling: a name in pooling.POOLINGS.
+        infer_with_pooler: embed and export by the pooling as it is trained; False: by its `pool_raw`, if it has one.
         precision: of matrix products: fp32, or on a GPU tf32, bf16 or fp16; see `precision.gpu_precision`.
-        cross_device_negatives: whether `loss` is that of the rows of all ranks.
+        loss_settings: None: those of `LossSettings()`.
         whitened_at: tokens of the longest texts that `whitening.whiten` was fitted on; None: it was not.
     """
 
-    def __init__(self, pretrained_model: nn.Layer, dropout: float | None = None, margin: float = 0.0,
-                 scale: float = 20, output_emb_size: int | None = None, pooling: str = "pooler",
-                 infer_with_pooler: bool = True, precision: str = "fp32", cross_device_negatives: bool = False,
+    def __init__(self, pretrained_model: nn.Layer, dropout: float | None = None,
+                 output_emb_size: int | None = None, pooling: str = "pooler", infer_with_pooler: bool = True,
+                 precision: str = "fp32", loss_settings: LossSettings | None = None,
                  whitened_at: int | None = None) -> None:
         super().__init__()
-        if pooling == "first_avg":
+        needs = find_pooling(pooling)
+        if needs.removes_layers:
             remove_layers(pretrained_model)
-        if pooling == "pooler":
-            first_token_only(pretrained_model)
-        else:
+        if needs.first_token_only:
+            compute_first_token_only(pretrained_model)
+        if not needs.uses_pooler:
             freeze_pooler(pretrained_model)
         self.ptm = pretrained_model
         self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
-        self.margin, self.scale, self.cross_device_negatives = margin, scale, cross_device_negatives
+        self.loss_settings = loss_settings or LossSettings()
         self.pooling, self.precision = pooling, precision
-        self.infer_with_pooler = infer_with_pooler or pooling != "pooler"
+        self.infer_with_pooler = infer_with_pooler
         self.whitened_at = whitened_at
         self.normalizes = True  # whether embeddings are L2-normalized, as they are but for whitening
-        self.compared = None  # what the last `loss` was of: query, title, keys
+        self.compared: Compared | None = None  # what the last `loss` was of, for the log
         hidden_size = pretrained_model.config.hidden_size
         self.output_emb_size, self.embedding_size = output_emb_size or 0, output_emb_size or hidden_size
         self.max_positions = getattr(pretrained_model.config, "max_position_embeddings", 512)
-        self.batch_tokens = BATCH_TOKENS[paddle.device.get_device() == "cpu"]
+        self.batch_tokens = BATCH_TOKENS[paddle.device.get_device().split(":")[0]]
         if self.output_emb_size:
             weight_attr = paddle.ParamAttr(initializer=nn.initializer.TruncatedNormal(std=0.02))
             self.emb_reduce_linear = nn.Linear(hidden_size, self.output_emb_size, weight_attr=weight_attr)
 
     def pool(self, input_ids: paddle.Tensor, token_type_ids: paddle.Tensor | None = None,
              with_pooler: bool = True) -> paddle.Tensor:
-        """A vector a text, float [batch, hidden]; arguments as in `get_pooled_embedding`.
-
-        pooler: tanh of a layer on the first token, or the first token itself where not `with_pooler`. mean: the mean
-        over the text's tokens, [CLS] and [SEP] left out. first_last_avg: the same mean, of the average of what goes
-        into the first layer and what comes out of the last (Gao et al. 2021). first_avg: the same mean, of what goes
-        into the first layer; there are no layers then.
-        """
-        hidden_states = {"output_hidden_states": True} if self.pooling == "first_last_avg" else {}
-        outputs = self.ptm(input_ids, token_type_ids=token_type_ids, **hidden_states)
-        if self.pooling == "pooler":
-            return outputs[1] if with_pooler else outputs[0][:, 0]
-        tokens = (outputs[2][0] + outputs[2][-1]) / 2 if hidden_states else outputs[0]
-        # From 1 to the last token's, which padding has as well.
-        order = (input_ids != self.ptm.config.pad_token_id).astype("int32").cumsum(axis=1)
-        inner = ((order > 1) & (order < order[:, -1:])).astype(tokens.dtype).unsqueeze(-1)
-        return (tokens * inner).sum(axis=1) / inner.sum(axis=1).clip(min=1)
+        """Return a vector a text, float [batch, hidden]; arguments as in `get_pooled_embedding`."""
+        pooling = find_pooling(self.pooling)
+        if pooling.all_layers:
+            outputs = self.ptm(input_ids, token_type_ids=token_type_ids, output_hidden_states=True)
+        else:
+            outputs = self.ptm(input_ids, token_type_ids=token_type_ids)
+        encoded = EncoderOutputs(outputs, input_ids, self.ptm.config.pad_token_id)
+        if pooling.pool_raw and not with_pooler:
+            return pooling.pool_raw(encoded)
+        return pooling.pool(encoded)
 
     def get_pooled_embedding(self, input_ids: paddle.Tensor, token_type_ids: paddle.Tensor | None = None,
                              with_pooler: bool = True) -> paddle.Tensor:
@@ -134,54 +168,58 @@ class SimCSE(nn.Layer):
         for input_ids, token_type_ids in data_loader:
             yield self.embed(input_ids, token_type_ids)
 
-    def _encode(self, *sides: tuple[np.ndarray | paddle.Tensor, np.ndarray | paddle.Tensor | None],
-                with_pooler: bool = True) -> tuple[paddle.Tensor, ...]:
-        """The embeddings of each side, float [rows, embedding_size]. Texts of like length are encoded together,
-        whichever side they are of, which takes less padding. The host finds them: tensors of a GPU are read back."""
-        sizes, widths = zip(*(ids.shape for ids, _ in sides))
-        pad_id, width, padded = self.ptm.config.pad_token_id, max(widths), []
-        for ids, types in sides:
-            types = np.zeros_like(ids) if types is None else types
-            padded.append([np.pad(np.asarray(part), ((0, 0), (0, width - ids.shape[1])), constant_values=filler)
-                           for part, filler in ((ids, pad_id), (types, 0))])
-        ids, types = map(np.concatenate, zip(*padded))
+    def _encode(self, sides: Sequence[Inputs], with_pooler: bool = True) -> list[paddle.Tensor]:
+        """Return the embeddings of each side, float32 [texts, embedding_size].
+
+        Texts of like length are encoded together, whichever side they are of, which takes less padding. The host finds
+        out which these are: tensors on a GPU are read back.
+        """
+        pad_id = self.ptm.config.pad_token_id
+        width = max(side.input_ids.shape[1] for side in sides)
+        all_ids, all_types = [], []
+        for side in sides:
+            ids = np.asarray(side.input_ids)
+            types = np.zeros_like(ids) if side.token_type_ids is None else np.asarray(side.token_type_ids)
+            missing = ((0, 0), (0, width - ids.shape[1]))
+            all_ids.append(np.pad(ids, missing, constant_values=pad_id))
+            all_types.append(np.pad(types, missing))
+        ids, types = np.concatenate(all_ids), np.concatenate(all_types)
         lengths = ((ids != pad_id) * np.arange(1, width + 1)).max(axis=1, initial=1)
         place = "cpu" if paddle.device.get_device() == "cpu" else self.precision
-        groups, embeddings = length_groups(lengths, GROUP_TOKENS[place]), []
+        groups = length_groups(lengths, GROUP_TOKENS[place])
+        embeddings = []
         for rows in groups:
-            inputs = (paddle.to_tensor(part[rows, : lengths[rows[-1]]]) for part in (ids, types))
-            embeddings.append(self.get_pooled_embedding(*inputs, with_pooler=with_pooler))
+            longest = lengths[rows[-1]]
+            group_ids, group_types = paddle.to_tensor(ids[rows, :longest]), paddle.to_tensor(types[rows, :longest])
+            embeddings.append(self.get_pooled_embedding(group_ids, group_types, with_pooler=with_pooler))
         order = paddle.to_tensor(np.argsort(np.concatenate(groups)))
-        return paddle.split(paddle.concat(embeddings).index_select(order), list(sizes))
+        return paddle.split(paddle.concat(embeddings).index_select(order), [len(side.input_ids) for side in sides])
 
     def cosine_sim(self, query_input_ids: paddle.Tensor, title_input_ids: paddle.Tensor, query_token_type_ids=None,
                    title_token_type_ids=None, with_pooler: bool = True) -> paddle.Tensor:
-        """Cosine of each query with its title, float [batch]; arguments as in `get_pooled_embedding`."""
-        query, title = self._encode((query_input_ids, query_token_type_ids), (title_input_ids, title_token_type_ids),
-                                    with_pooler=with_pooler)
+        """Return the cosine of each query with its title, float32 [batch]; arguments as in `get_pooled_embedding`."""
+        sides = [Inputs(query_input_ids, query_token_type_ids), Inputs(title_input_ids, title_token_type_ids)]
+        query, title = self._encode(sides, with_pooler=with_pooler)
         return (query * title).sum(axis=-1)
 
-    def loss(self, query: paddle.Tensor, title: paddle.Tensor, keys: paddle.Tensor | None = None,
-             negative: paddle.Tensor | None = None) -> paddle.Tensor:
-        """`contrastive_loss` of embeddings, float [batch, embedding_size], a scalar; with `cross_device_negatives` of
-        those of all ranks, on each the same. `negative` are more negatives for all queries; keys: see `same_texts`."""
-        if self.cross_device_negatives:
-            query, title, keys, negative = (
-                None if rows is None else gather_rows(rows) for rows in (query, title, keys, negative))
-        self.compared = query.detach(), title.detach(), keys
-        candidates = title if negative is None else paddle.concat([title, negative])
-        return contrastive_loss(query, candidates, self.margin, self.scale, keys)
+    def forward(self, batch: Batch) -> Embeddings:
+        """Return the embeddings of a batch, of which `loss` makes the training loss."""
+        if batch.negative is None:
+            return Embeddings(*self._encode([batch.query, batch.title]))
+        return Embeddings(*self._encode([batch.query, batch.title, batch.negative]))
 
-    def forward(self, query_input_ids: paddle.Tensor, title_input_ids: paddle.Tensor, query_token_type_ids=None,
-                title_token_type_ids=None, keys: paddle.Tensor | None = None,
-                embeddings_only: bool = False) -> paddle.Tensor | tuple[paddle.Tensor, ...]:
-        """The training loss, a scalar. In SimCSE both sides are the same texts under different dropout. `title_*` are
-        of the queries' titles; twice as many rows are titles, then hard negatives. `keys`: see `loss`. With
-        `embeddings_only` it gives the embeddings of queries, titles and hard negatives, where there are any, each float
-        [batch, embedding_size], instead."""
-        query, title = self._encode((query_input_ids, query_token_type_ids), (title_input_ids, title_token_type_ids))
-        sides = (query, *paddle.split(title, len(title) // len(query)))
-        return sides if embeddings_only else self.loss(*sides[:2], keys, *sides[2:])
+    def loss(self, embeddings: Embeddings, duplicate_keys: DuplicateKeys | None = None) -> paddle.Tensor:
+        """Return the `contrastive_loss` of a batch, a scalar; with `cross_device_negatives` that of all ranks' batches
+        together, on each rank the same."""
+        if duplicate_keys is not None:
+            duplicate_keys = duplicate_keys.map(paddle.to_tensor)
+        if self.loss_settings.cross_device_negatives and RANKS > 1:
+            embeddings = embeddings.map(gather_rows)
+            if duplicate_keys is not None:
+                duplicate_keys = duplicate_keys.map(gather_rows)
+        self.compared = Compared(embeddings.map(paddle.Tensor.detach), duplicate_keys)
+        return contrastive_loss(embeddings.query, embeddings.title, self.loss_settings, negative=embeddings.negative,
+                                duplicate_keys=duplicate_keys)
 
 
 def length_groups(lengths: np.ndarray, cost: float) -> list[np.ndarray]:
@@ -203,50 +241,60 @@ def length_groups(lengths: np.ndarray, cost: float) -> list[np.ndarray]:
 
 
 # ------------------------------------------------------------------------------------------------------------- the loss
-def same_texts(keys: paddle.Tensor) -> paddle.Tensor:
-    """Which candidates, bool [batch, candidates], are no negatives of a row: its query or title again, or another title
-    of its query. Candidates are titles, then hard negatives; keys, int64, are [batch], equal for equal texts, where a
-    row is one text, or [batch, 2 or 3], a column each for queries, titles and hard negatives."""
-    keys = keys.reshape([keys.shape[0], -1])
-    query, titles = keys[:, :1], keys[:, 1:] if keys.shape[1] > 1 else keys
-    candidates = titles.t().reshape([1, -1])
-    same_query = query == query.t()
-    if titles.shape[1] > 1:
-        same_query = paddle.concat([same_query, paddle.zeros_like(same_query)], axis=1)
-    return (candidates == query) | (candidates == titles[:, :1]) | same_query
-
-
-def contrastive_loss(query: paddle.Tensor, title: paddle.Tensor, margin: float, scale: float,
-                     keys: paddle.Tensor | None = None) -> paddle.Tensor:
-    """In-batch contrastive loss of SimCSE (Gao et al. 2021, eq. 1), a margin taken off the positives' cosine; a scalar.
-
-    mean_i -log softmax_j(scale * (cos(q_i, t_j) - margin * [i = j]))[i]
+def same_texts(keys: DuplicateKeys) -> paddle.Tensor:
+    """Return which candidates are no negatives of a query: its own text or title again, or another title of the same
+    query; bool [queries, candidates]. Candidates are the titles, then the hard negatives.
 
     Args:
-        query, title: L2-normalized embeddings, float [batch, dim] and [batch or more, dim]; row i of `title` is the
-            positive of query i, all other rows are its negatives.
-        margin: how much more similar than a negative a positive has to be, in cosine.
-        scale: the inverse of the temperature.
-        keys: of `same_texts`, whose texts then are not each other's negatives; None: they are.
+        keys: int64 tensors [queries].
     """
-    cosine = paddle.matmul(query, title, transpose_y=True)
-    batch, candidates = cosine.shape
-    positive = paddle.eye(batch, candidates, dtype=cosine.dtype)
-    logits = scale * (cosine - margin * positive)
-    if keys is not None:
-        logits = logits - 1e9 * (same_texts(keys).astype(cosine.dtype) - positive)
+    query = keys.query.unsqueeze(1)
+    title = keys.title.unsqueeze(1)
+    same_titles = (keys.title == query) | (keys.title == title) | (keys.query == query)
+    if keys.negative is None:
+        return same_titles
+    same_negatives = (keys.negative == query) | (keys.negative == title)
+    return paddle.concat([same_titles, same_negatives], axis=1)
+
+
+def contrastive_loss(query: paddle.Tensor, title: paddle.Tensor, settings: LossSettings, *,
+                     negative: paddle.Tensor | None = None,
+                     duplicate_keys: DuplicateKeys | None = None) -> paddle.Tensor:
+    """Return the in-batch contrastive loss of SimCSE (Gao et al. 2021, eq. 1), a scalar, with a margin that is taken
+    off the positives' cosine:
+
+        mean_i -log softmax_j(scale * (cos(query_i, candidate_j) - margin * [i = j]))[i]
+
+    The candidates of every query are all titles, then all hard negatives.
+
+    Args:
+        query: L2-normalized embeddings, float32 [batch, dim].
+        title: the same; row i is the positive of query i, the other rows are its negatives.
+        settings: margin and scale.
+        negative: more negatives for all queries, float32 [rows, dim].
+        duplicate_keys: int64 tensors; equal texts are then not each other's negatives; None: they are.
+    """
+    batch = query.shape[0]
+    cosines = paddle.matmul(query, title, transpose_y=True)
+    logits = settings.scale * (cosines - settings.margin * paddle.eye(batch, dtype=cosines.dtype))
+    if negative is not None:
+        negative_logits = settings.scale * paddle.matmul(query, negative, transpose_y=True)
+        logits = paddle.concat([logits, negative_logits], axis=1)
+    if duplicate_keys is not None:
+        positive = paddle.eye(batch, logits.shape[1], dtype=logits.dtype)
+        duplicates = same_texts(duplicate_keys).astype(logits.dtype) - positive
+        logits = logits - 1e9 * duplicates
     # F.cross_entropy does the same, and in paddle 2.6 waits for the device to look for labels that are ignored.
     loss = F.softmax_with_cross_entropy(logits, paddle.arange(batch, dtype="int64").unsqueeze(-1)).mean()
-    # On a CPU paddle's softmax makes ln(batch) of NaN; a run that has diverged would look like one that learns nothing.
-    return loss + 0 * cosine.detach().sum()
+    # On a CPU paddle's softmax makes ln(batch) of NaN: a diverged run would look like one that learns nothing.
+    return loss + 0 * logits.detach().sum()
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 def load_model(params_path: str, model_name_or_path: str | None = None, output_emb_size: int | None = None,
                flag: str = "--params_path", dropout: float | None = None,
                settings: dict | None = None) -> tuple[SimCSE, Any, dict]:
-    """Load a checkpoint, strictly: the network in evaluation mode, the tokenizer, and the checkpoint's record.
-    InputError: unreadable file; a tensor is missing, unexpected or wrongly shaped; `output_emb_size` contradicts.
+    """Load a checkpoint, strictly.
 
     Args:
         params_path: the file of weights, this project's or the original's (without simcse_config.json beside it).
@@ -254,110 +302,184 @@ def load_model(params_path: str, model_name_or_path: str | None = None, output_e
         output_emb_size: None, or what the checkpoint must have (0: no fc).
         flag: the flag that named the file, for messages.
         dropout: the encoder's dropout rate, for training on.
-        settings: further arguments of `SimCSE`; what they lack is taken from the record.
+        settings: arguments of `SimCSE` that take precedence over the recorded ones.
+
+    Returns:
+        The network in evaluation mode, the tokenizer, and the checkpoint's record.
+
+    Raises:
+        InputError: the file cannot be read; a tensor is missing, unexpected or wrongly shaped; `output_emb_size`
+            contradicts the checkpoint; it records an unknown pooling.
     """
     state = read_weights(params_path, flag)
     if not any(name.startswith("ptm.") for name in state):
         raise InputError(f"{flag} {params_path}: not a SimCSE checkpoint (no ptm.* tensors); "
                          "an encoder without SimCSE training is given by --model_name_or_path")
-    record = read_record(os.path.dirname(params_path))
     size = state["emb_reduce_linear.weight"].shape[-1] if "emb_reduce_linear.weight" in state else 0
     if output_emb_size not in (None, size):
         raise InputError(f"--output_emb_size {output_emb_size}: {params_path} has {size or 'no fc: 0'}")
-    if record.get("pooling", "pooler") not in POOLINGS:
-        raise InputError(f"{flag} {params_path}: its {CONFIG_FILE} has pooling {record['pooling']}, which is none of "
-                         f"{', '.join(POOLINGS)}")
+    record = read_record(os.path.dirname(params_path))
+    with reported(f"{flag} {params_path}: {CONFIG_FILE}", ValueError):
+        find_pooling(record.get("pooling", "pooler"))
+
     name = model_name_or_path or record.get("model_name_or_path", DEFAULT_MODEL)
-    described = record and not model_name_or_path
-    encoder = encoder_from_record(record, dropout) if described else load_encoder(name, dropout)
+    if record and not model_name_or_path:
+        encoder = encoder_from_record(record, dropout)
+    else:
+        encoder = load_pretrained(name, dropout)
     tokenizer = checkpoint_tokenizer(params_path, name)
-    recorded = {key: record[key] for key in ("margin", "scale", "pooling", "whitened_at") if key in record}
-    model = SimCSE(encoder, output_emb_size=size, **{
-        "infer_with_pooler": record.get("with_pooler", True), **recorded, **(settings or {})})
-    if model.pooling == "first_avg":  # of a checkpoint of another pooling
-        state = {name: tensor for name, tensor in state.items() if not name.startswith("ptm.encoder.layers.")}
+    model = SimCSE(encoder, output_emb_size=size, **{**_recorded_settings(record), **(settings or {})})
+    if find_pooling(model.pooling).removes_layers:  # the checkpoint may be of another pooling
+        state = weights_without_layers(state)
     load_state(model, state, f"{flag} {params_path}")
     model.eval()
     return model, tokenizer, make_record(model, name, record.get("max_seq_length"))
 
 
+def _recorded_settings(record: dict) -> dict:
+    """Return the arguments of `SimCSE` that a checkpoint's record has; the original's checkpoints have none."""
+    settings = {"infer_with_pooler": record.get("with_pooler", True),
+                "loss_settings": LossSettings(**{key: record[key] for key in ("margin", "scale") if key in record})}
+    for key in ("pooling", "whitened_at"):
+        if key in record:
+            settings[key] = record[key]
+    return settings
+
+
 def checkpoint_tokenizer(params_path: str, model_name_or_path: str | None = None) -> Any:
-    """The tokenizer beside a checkpoint; where there is none, that of its encoder, named or recorded."""
+    """Load the tokenizer beside a checkpoint; where there is none, that of its encoder, named or recorded."""
     folder = os.path.dirname(params_path)
-    if os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
+    if os.path.isfile(os.path.join(folder, TOKENIZER_FILE)):
         return load_tokenizer(folder or ".")
     return load_tokenizer(model_name_or_path or read_record(folder).get("model_name_or_path", DEFAULT_MODEL))
 
 
 def make_record(model: SimCSE, model_name_or_path: str, max_seq_length: int | None) -> dict:
-    """What later stages have to know of a checkpoint: the content of simcse_config.json."""
+    """Return what later stages have to know of a checkpoint: the content of simcse_config.json."""
     import paddlenlp
 
-    return {"model_name_or_path": model_name_or_path, "output_emb_size": model.output_emb_size,
-            "embedding_size": model.embedding_size, "max_positions": model.max_positions, "pooling": model.pooling,
-            "with_pooler": model.infer_with_pooler, "scale": model.scale, "margin": model.margin,
-            "max_seq_length": max_seq_length, "whitened_at": model.whitened_at,
-            "encoder_class": type(model.ptm).__name__, "encoder_config": portable(model.ptm.config.to_dict()),
-            "versions": {"paddlepaddle": paddle.__version__, "paddlenlp": paddlenlp.__version__}}
+    record = {"model_name_or_path": model_name_or_path, "output_emb_size": model.output_emb_size,
+              "embedding_size": model.embedding_size, "max_positions": model.max_positions, "pooling": model.pooling,
+              "scale": model.loss_settings.scale, "margin": model.loss_settings.margin,
+              "max_seq_length": max_seq_length, "whitened_at": model.whitened_at,
+              "encoder_class": type(model.ptm).__name__, "encoder_config": portable(model.ptm.config.to_dict()),
+              "versions": {"paddlepaddle": paddle.__version__, "paddlenlp": paddlenlp.__version__}}
+    if find_pooling(model.pooling).pool_raw:
+        record["with_pooler"] = model.infer_with_pooler
+    return record
 
 
-def save_checkpoint(folder: str, model: SimCSE, tokenizer: Any, record: dict,
-                    also: Callable[[str], None] | None = None) -> None:
-    """Write weights, tokenizer, simcse_config.json and what `also` adds to `folder`, which appears complete or not at
-    all."""
+def save_checkpoint(folder: str, model: SimCSE, tokenizer: Any, record: dict) -> None:
+    """Write weights, tokenizer and simcse_config.json to `folder`, which appears complete or not at all."""
     with new_folder(folder) as temporary:
-        write_weights(os.path.join(temporary, PARAMS_FILE), model.state_dict())
-        write_record(temporary, record, tokenizer)
-        if also:
-            also(temporary)
+        write_checkpoint(temporary, model, tokenizer, record)
 
 
-def calibration(args: argparse.Namespace, texts: Sequence[Any], tokenizer: Any) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Batches of one text each, from all over --calibration_file, or `texts`, for `int8.export_openvino`."""
-    from simcse.encoder.openvino import LEAST, SAMPLE
-
-    if args.calibration_file:
-        texts = TextFile(args.calibration_file, "--calibration_file")
-    if len(texts) < LEAST:
-        raise InputError(f"--precision int8: {args.params_path} has no int8 graph beside it yet, and {len(texts)} "
-                         "texts are too few to make it with; name a file of some hundred by --calibration_file")
-    rows = texts[:: -(-len(texts) // SAMPLE)]
-    ids = tokenizer([text for row in rows for text in ([row] if isinstance(row, str) else row)], args.max_seq_length)
-    return [batch for _, *batch in make_batches(ids, tokenizer.pad_token_id, batch_size=1)]
+def write_checkpoint(folder: str, model: SimCSE, tokenizer: Any, record: dict) -> None:
+    """Write weights, tokenizer and simcse_config.json into a folder that there is."""
+    write_weights(os.path.join(folder, PARAMS_FILE), model.state_dict())
+    write_record(folder, record, tokenizer)
 
 
-def load_engine(args: argparse.Namespace, texts: Sequence[Any] = ()) -> tuple[Engine, Any]:
-    """The engine and the tokenizer that a stage's flags ask for (`add_model_arguments`, `add_encode_arguments`). On a
-    CPU the graph, once exported, is kept beside the checkpoint; later starts need neither the network nor paddlenlp.
-    With `texts`, or rows of them, int8 is calibrated where no file is given for it."""
+# -------------------------------------------------------------------------------------------------------------- encoder
+def load_encoder(checkpoint: str, *, device: str = "cpu", precision: str = "auto", max_seq_length: int | None = None,
+                 batch_size: int | None = None, cpu_threads: int = 0, model_name_or_path: str | None = None,
+                 output_emb_size: int | None = None, calibration_file: str | None = None,
+                 calibration_texts: Sequence[Any] = ()) -> Encoder:
+    """Load a trained checkpoint for encoding.
+
+        encoder = load_encoder("checkpoints/model_900")
+        embeddings = encoder.encode(["语义检索", "信息抽取"])  # float32 [2, embedding_size], L2-normalized
+
+    On a CPU the exported graph is kept beside the checkpoint; later starts load neither the network nor paddlenlp.
+
+    Args:
+        checkpoint: model_state.pdparams, model_state.safetensors or the folder that holds it.
+        device: "cpu" or "gpu".
+        precision: "auto", "fp32" or "bf16"; on a GPU also "tf32" or "fp16", on a CPU also "int8".
+        max_seq_length: tokens that are read of a text; None: as many as the checkpoint was trained with, else 64.
+        batch_size: texts of a batch; None: as many as fill the engine's `batch_tokens`.
+        cpu_threads: math threads on a CPU; 0: all cores.
+        model_name_or_path: the encoder of a checkpoint without a simcse_config.json.
+        output_emb_size: size that the embedding must have; None: any.
+        calibration_file: texts, one a line, for the first time that a checkpoint is used in int8.
+        calibration_texts: texts, or rows of them, for the same, where there is no file.
+
+    Raises:
+        InputError: the checkpoint cannot be loaded, or the device does not have this precision.
+    """
+    with reported("checkpoint", argparse.ArgumentTypeError):
+        params_path = checkpoint_file(checkpoint)
+    if max_seq_length is None:
+        max_seq_length = read_record(os.path.dirname(params_path)).get("max_seq_length") or ENCODE_LENGTH
+    args = argparse.Namespace(
+        params_path=params_path, model_name_or_path=model_name_or_path, output_emb_size=output_emb_size, device=device,
+        precision=precision, max_seq_length=max_seq_length, batch_size=batch_size, cpu_threads=cpu_threads,
+        calibration_file=calibration_file)
+    return load_encoder_for(args, calibration_texts)
+
+
+def load_encoder_for(args: argparse.Namespace, texts: Sequence[Any] = ()) -> Encoder:
+    """Load the encoder that a script's flags ask for; see `load_encoder`.
+
+    Args:
+        args: of a script with `flags.add_model_arguments` and `flags.add_encode_arguments`.
+        texts: texts, or rows of them, that int8 is calibrated with where no file is given for it.
+    """
     set_device(args.device, args.cpu_threads)
+    if args.device == "cpu":
+        engine, tokenizer = _load_on_cpu(args, texts)
+    else:
+        engine, tokenizer, _ = load_model(args.params_path, args.model_name_or_path, args.output_emb_size,
+                                          settings={"precision": gpu_precision(args.precision)})
+    return Encoder(engine, tokenizer, args.max_seq_length, args.batch_size)
+
+
+def _load_on_cpu(args: argparse.Namespace, texts: Sequence[Any]) -> tuple[Engine, Any]:
+    """Return the engine of a checkpoint's graph, which is exported if there is none to use, and the tokenizer."""
     if args.precision == "int8":
         console.check_installed("--precision int8", INT8_NEEDS, "openvino")
-    kept = KeptGraph(args) if args.device == "cpu" else None
-    if kept and (engine := kept.read()):
-        return engine, checkpoint_tokenizer(args.params_path, args.model_name_or_path)
-    settings = None if kept else {"precision": gpu_precision(args.precision)}
-    model, tokenizer, record = load_model(args.params_path, args.model_name_or_path, args.output_emb_size,
-                                          settings=settings)
-    keep = functools.partial(kept.write, record) if kept and not RANK else None
-    export = export_graph
+    kept = KeptGraph(args.params_path, args.precision, args.model_name_or_path, args.calibration_file)
+    if kept.is_current(args.output_emb_size):
+        tokenizer = checkpoint_tokenizer(args.params_path, args.model_name_or_path)
+        return open_engine(kept.folder, args.precision, args.cpu_threads), tokenizer
+
+    model, tokenizer, record = load_model(args.params_path, args.model_name_or_path, args.output_emb_size)
+    calibration = []
     if args.precision == "int8":
         console.check_installed("--precision int8", INT8_NEEDS, "nncf", "paddle2onnx")
-        from simcse.encoder import openvino as int8
+        calibration = make_calibration(args, texts, tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        export_fastest(model, folder, calibration)
+        engine = open_engine(folder, args.precision, args.cpu_threads)
+        if not RANK:
+            kept.keep(folder, record)
+    return engine, tokenizer
 
-        export = functools.partial(int8.export_openvino, batches=calibration(args, texts, tokenizer))
-    elif kept and openvino_is_faster():
-        from simcse.encoder.openvino import export_fastest as export
-    return make_engine(model, args.precision, args.cpu_threads, keep, export), tokenizer
 
+def make_calibration(args: argparse.Namespace, texts: Sequence[Any],
+                     tokenizer: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the batches that int8 is calibrated with: input_ids and token_type_ids, int64 [1, length], of one text.
 
-# --------------------------------------------------------------------------------------------- from texts to embeddings
+    They are of CALIBRATION_TEXTS rows from all over --calibration_file or, without it, `texts`.
+    """
+    if args.calibration_file:
+        texts = TextFile(args.calibration_file, "--calibration_file")
+    if len(texts) < FEWEST_TEXTS:
+        raise InputError(f"--precision int8: {args.params_path} has no int8 graph beside it yet, and {len(texts)} "
+                         "texts are too few to make it with; name a file of some hundred by --calibration_file")
+    step = math.ceil(len(texts) / CALIBRATION_TEXTS)
+    chosen = []
+    for row in texts[::step]:
+        chosen += [row] if isinstance(row, str) else row
+    batches = make_batches(tokenizer(chosen, args.max_seq_length), tokenizer.pad_token_id, batch_size=1)
+    return [(input_ids, token_type_ids) for _, input_ids, token_type_ids in batches]
 
 
 def mean_loss(query: np.ndarray, title: np.ndarray, batch_size: int, margin: float, scale: float) -> float:
     """`contrastive_loss` of embeddings taken in batches, the mean over all rows."""
-    total = 0.0
+    settings, total = LossSettings(margin=margin, scale=scale), 0.0
     for start in range(0, len(query), batch_size):
         q, t = (paddle.to_tensor(side[start : start + batch_size]) for side in (query, title))
-        total += float(contrastive_loss(q, t, margin, scale)) * len(q)
+        total += float(contrastive_loss(q, t, settings)) * len(q)
     return total / len(query)

@@ -43,15 +43,14 @@ def main() -> None:
     pairs = [] if streams else [row.fields for row in blocks[0] if row.problem is None]
     flags.announce(args, args.params_path, "pairs of stdin" if streams else console.count(len(pairs), "pair"))
 
-    from model import load_engine, mean_loss
-    from simcse.encoder.encoder import encode_pairs
+    from model import load_encoder_for, mean_loss
 
-    engine, tokenizer = load_engine(args, pairs)
+    encoder = load_encoder_for(args, pairs)
     for block in blocks:
         good = [row for row in block if row.problem is None]
         pairs = [row.fields for row in good]
         places = [f"{'stdin' if streams else args.text_pair_file}:{row.line_number}" for row in good]
-        first, second = encode_pairs(engine, tokenizer, pairs, args.max_seq_length, args.batch_size, places)
+        first, second = encoder.encode_pairs(pairs, places=places)
         cosines = iter((first * second).sum(axis=1).clip(-1, 1).tolist())
         for row in block:
             cosine = next(cosines) if row.problem is None else None

@@ -16,8 +16,8 @@ from typing import Any
 from unittest.mock import patch
 
 from bench import MINI, ROOT, describe_machine  # first: it makes the project importable
-from data import Batch, chunks_of, text_keys
-from deploy.python import predictor
+from data import Batch, DuplicateKeys, Inputs, text_keys
+from deploy.python import encoder, predictor
 from simcse import console, files
 from simcse.encoder.weights import PARAMS_FILE, load_state, read_weights, saved_steps
 from simcse.machine import RANK, RANKS
@@ -146,7 +146,7 @@ def record(scratch: str, device: str) -> None:
 def rank_gradients(scratch: str, device: str, ranks: int) -> None:
     """Write the loss and the gradients of a step with cross-device negatives on so many ranks, or, of one process, with
     the batches of all of them as one."""
-    from model import load_model
+    from model import LossSettings, load_model
     from simcse.device import set_device
     from simcse.ranks import join_ranks
     from simcse.training.gradients import backward
@@ -156,11 +156,12 @@ def rank_gradients(scratch: str, device: str, ranks: int) -> None:
     set_device(device)
     join_ranks()
     model, tokenizer, _ = load_model(f"{scratch}/small/{PARAMS_FILE}", dropout=0, settings={
-        "dropout": 0.0, "cross_device_negatives": RANKS > 1})
+        "dropout": 0.0, "loss_settings": LossSettings(cross_device_negatives=True)})
     model.train()
     texts = TextFile(f"{scratch}/sample/train.csv", "--train_set_file")
     ids = tokenizer(texts[: 16 * ranks][RANK * 16 : None if RANKS == 1 else RANK * 16 + 16], LENGTH)
-    batch = Batch(chunks_of([ids, ids], len(ids), tokenizer.pad_token_id), text_keys([ids]))
+    inputs, keys = Inputs.of(ids, tokenizer.pad_token_id), text_keys(ids)
+    batch = Batch(inputs, inputs, duplicate_keys=DuplicateKeys(keys, keys))
     loss = backward(paddle.DataParallel(model) if RANKS > 1 else model, model, batch, lambda loss: loss)
     np.savez(f"{scratch}/gradients_{RANK if RANKS > 1 else 'whole'}.npz", loss=loss.numpy(), **{
         name: each.grad.numpy() for name, each in model.named_parameters() if each.grad is not None})
@@ -196,7 +197,7 @@ def deployed(scratch: str, device: str, size: str, precision: str, tensorrt: boo
     """The exported graph in Paddle Inference, by deploy/python, against the dynamic graph in fp32."""
     from model import load_model
     from simcse.device import gpu_precision, set_device
-    from simcse.encoder.encoder import encode
+    from simcse.encoder.encoder import Encoder
 
     set_device(device)
     network, tokenizer, _ = load_model(f"{scratch}/{size}/{PARAMS_FILE}")
@@ -210,13 +211,14 @@ def deployed(scratch: str, device: str, size: str, precision: str, tensorrt: boo
         if tensorrt:
             with console.reported("--use_tensorrt", OSError):
                 ctypes.CDLL("libnvinfer.so")  # which paddle opens by this name
-        graph = predictor.Predictor(f"{scratch}/exported", device, precision=precision,
-                                    tensorrt=(64, LENGTH) if tensorrt else ())
-        own = predictor.Tokenizer(f"{scratch}/exported")
-        expected, found = encode(network, tokenizer, texts, LENGTH), predictor.encode(graph, own, texts, LENGTH)
+        graph = predictor.load_predictor(f"{scratch}/exported", device=device, precision=precision,
+                                         tensorrt=predictor.TensorRtShape(64, LENGTH) if tensorrt else None)
+        own = encoder.Tokenizer(f"{scratch}/exported")
+        expected = Encoder(network, tokenizer, LENGTH).encode(texts)
+        found = encoder.encode(graph, own, texts, LENGTH).embeddings
         report_within(f"1 - cosine, {name}", 1 - (found * expected).sum(axis=1).min(),
                       1e-5 if precision == "fp32" and not tensorrt else 1e-2)
-        speed = len(texts) * per_second(lambda: predictor.encode(graph, own, texts, LENGTH))
+        speed = len(texts) * per_second(lambda: encoder.encode(graph, own, texts, LENGTH))
         report(f"Paddle Inference, {name}", round(speed, 1), "texts/s")
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from unittest.mock import patch
 
 from bench import HERE  # first: it makes the project importable
-from data import Batch, chunks_of, text_keys
-from simcse import console
+from data import Batch, DuplicateKeys, Inputs, text_keys
+from simcse import console, flags
 from simcse.text.textfile import TextFile
 
 import numpy as np
@@ -39,35 +39,37 @@ OPERATORS = {"6 layers": 540, "12 layers": 960}  # of a step at most
 
 
 # -------------------------------------------------------------------------------------------------------------- a step
-def batch_of(texts: int, tokens: int, chunk: int | None = None) -> Batch:
+def batch_of(texts: int, tokens: int) -> Batch:
     """Random texts, all of so many tokens, each under two dropouts."""
-    ids = np.random.default_rng(0).integers(1000, 17_000, (texts, tokens)).tolist()
-    return Batch(chunks_of([ids, ids], chunk or texts, 0), text_keys([ids]), range(texts))
+    ids = np.random.default_rng(0).integers(1000, 17_000, (texts, tokens))
+    inputs, keys = Inputs(ids, np.zeros_like(ids)), text_keys(ids.tolist())
+    return Batch(inputs, inputs, duplicate_keys=DuplicateKeys(keys, keys), rows=range(texts))
 
 
 def with_run(scratch: str, size: str, device: str, precision: str,
              measure: Callable[[Callable[[Batch], None], Callable[[], Any]], None]) -> None:
     """Call `measure` with train.py's step of a batch, as its flags make it, and what waits for that."""
     from simcse.training.gradients import backward
-    from simcse.training.trainer import Run, run_training
+    from simcse.training.trainer import Trainer, run_training
 
     path = f"{scratch}/sample/train.csv"
     with command_line("train", "--init_from_ckpt", f"{scratch}/{size}", "--train_set_file", path, "--device", device,
                       "--precision", precision, "--infer_with_fc_pooler", "--save_dir", f"{scratch}/speed",
                       "--visualdl_dir", f"{scratch}/speed_log") as train:
-        args = train.parse_args()
+        args = flags.resolve_training(train.parse_args())
 
-    def start() -> Run:
+    def start() -> None:
         network, _, _ = train.build_model(args)
-        run = Run(args, network, TextFile(path, "--train_set_file"), 10_000, lambda *_: None)
-        run.epoch = run.number = 1
-        network.train()
+        trainer = Trainer(args, network, TextFile(path, "--train_set_file"), steps_per_epoch=10_000,
+                          write_model=lambda folder: None)
 
-        def step(batch: Batch) -> None:
-            run.update(backward(run.network, network, batch, run.scaler.scale), batch)
+        def step(batch: Batch, chunk_size: int | None = None) -> None:
+            trainer.start_step()
+            loss = backward(trainer.network, network, batch, trainer.scale, chunk_size)
+            trainer.update(loss, batch, check_loss=False)
 
         measure(step, lambda: network.parameters()[-1].numpy())
-        return run
+        trainer.finish({})
 
     with ending("train"):
         run_training(args, start)
@@ -146,13 +148,13 @@ def train_speed(scratch: str, size: str, device: str, precision: str) -> None:
 
 def encode_speed(scratch: str, size: str, device: str, precision: str) -> None:
     """The engine of inference.py, of texts that are tokenized."""
-    from model import load_engine
+    from model import load_encoder_for
 
     words = ["--params_path", f"{scratch}/{size}", "--device", device, "--precision", precision]
     with unless_refused(f"encoding, {size}, {precision}"):
         with command_line("inference", *words) as inference:
             args = inference.parse_args()
-        engine, _ = load_engine(args)
+        engine = load_encoder_for(args).engine
         found = [None]
 
         def encode(ids: np.ndarray) -> None:
@@ -166,7 +168,7 @@ def encode_speed(scratch: str, size: str, device: str, precision: str) -> None:
 # -------------------------------------------------------------------------------------------------------- host, memory
 def host(scratch: str, size: str, device: str) -> None:
     """What a step takes of the host: its operators, each of which a GPU is given by itself, and its time."""
-    from simcse.training import trainer as run
+    from simcse.training import trainer
 
     batch = batch_of(2, 4)
 
@@ -177,7 +179,7 @@ def host(scratch: str, size: str, device: str) -> None:
         report(f"operators a step, {size}", count, "", f"<= {OPERATORS[size]}", count <= OPERATORS[size])
         report(f"host ms a step, {size}", round(1000 * fastest, 2), "ms")
 
-    with patch.object(run, "train_faster_on_cpu", lambda model: None):  # the network as a GPU has it
+    with patch.object(trainer, "train_faster_on_cpu", lambda model: None):  # the network as a GPU has it
         with_run(scratch, size, device, "fp32", measure)
 
 
@@ -214,7 +216,7 @@ def memory(scratch: str, size: str, device: str) -> None:
             for texts in BATCHES[device]:
                 what = f"{size}, batch {texts} x {tokens}" + f", --chunk_size {chunk}" * bool(chunked)
                 with unless_out_of_memory(what) as fits:
-                    step(batch_of(texts, tokens, chunked))
+                    step(batch_of(texts, tokens), chunked)
                     wait()
                 if not fits:
                     break

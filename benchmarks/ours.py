@@ -1,6 +1,5 @@
 """This project's way of doing each thing that a stage's command line does not time by itself; see original.py."""
 
-import argparse
 import os
 import resource
 import sys
@@ -36,13 +35,11 @@ def prepare(folder: str, sizes: dict, vocab_folder: str) -> dict:
     return {}
 
 
-def engine_of(checkpoint: str, precision: str = "auto", texts: Sequence[str] = ()):
-    """The engine and the tokenizer of a checkpoint, as a stage has them; int8 is calibrated with the texts."""
-    from model import load_engine
+def encoder_of(checkpoint: str, precision: str = "auto", texts: Sequence[str] = ()):
+    """The encoder of a checkpoint, as a stage has it; int8 is calibrated with the texts."""
+    from model import load_encoder
 
-    return load_engine(argparse.Namespace(
-        params_path=f"{checkpoint}/model_state.pdparams", model_name_or_path=None, output_emb_size=None, device="cpu",
-        cpu_threads=0, precision=precision, calibration_file=None, max_seq_length=64), texts)
+    return load_encoder(checkpoint, precision=precision, max_seq_length=64, calibration_texts=texts)
 
 
 def best_of(times: int, work) -> float:
@@ -58,27 +55,27 @@ def tokenize(encoder: str, cases: dict[str, list[str]]) -> dict[str, float]:
 
 def encode(checkpoint: str, cases: dict[str, list[str]], precision: str,
            paddle_inference: bool = False) -> Iterator[dict[str, float]]:
-    """Texts/s of `model.encode`, tokenizing included, a pass after another, in what is fastest here or in Paddle
+    """Texts/s of `Encoder.encode`, tokenizing included, a pass after another, in what is fastest here or in Paddle
     Inference."""
     from model import load_model
     from simcse.device import set_device
-    from simcse.encoder.encoder import encode
+    from simcse.encoder.encoder import Encoder
     from simcse.encoder.engine import make_engine
 
     if paddle_inference:
         set_device("cpu")
         network, tokenizer, _ = load_model(f"{checkpoint}/model_state.pdparams")
-        engine = make_engine(network, precision)
+        encoder = Encoder(make_engine(network, precision), tokenizer, 64)
     else:
-        engine, tokenizer = engine_of(checkpoint, precision, cases["corpus"])
+        encoder = encoder_of(checkpoint, precision, cases["corpus"])
     while True:
-        yield {name: len(texts) / side.seconds_of(lambda texts=texts: encode(engine, tokenizer, texts, 64))
+        yield {name: len(texts) / side.seconds_of(lambda texts=texts: encoder.encode(texts))
                for name, texts in cases.items()}
 
 
 def encode_openvino(checkpoint: str, cases: dict[str, list[str]], int8: bool) -> Iterator[dict[str, float]]:
-    """Texts/s of OpenVINO driven by hand with the batches of `model.encode`, tokenized before: the ONNX graph, in int8
-    by NNCF's defaults for transformers, else in the precision that OpenVINO chooses."""
+    """Texts/s of OpenVINO driven by hand with the batches of `Encoder`, tokenized before: the ONNX graph, in int8 by
+    NNCF's defaults for transformers, else in the precision that OpenVINO chooses."""
     import model
     from simcse.encoder.onnx import export_onnx
     from simcse.machine import BATCH_TOKENS
@@ -87,7 +84,7 @@ def encode_openvino(checkpoint: str, cases: dict[str, list[str]], int8: bool) ->
 
     network, tokenizer, _ = model.load_model(f"{checkpoint}/model_state.pdparams")
     batches = {name: [dict(zip(("input_ids", "token_type_ids"), batch)) for _, *batch in tokens.make_batches(
-        tokenizer(texts, 64), tokenizer.pad_token_id, None, BATCH_TOKENS[True])] for name, texts in cases.items()}
+        tokenizer(texts, 64), tokenizer.pad_token_id, None, BATCH_TOKENS["cpu"])] for name, texts in cases.items()}
     with tempfile.TemporaryDirectory() as folder:
         export_onnx(network, folder)
         graph = openvino.Core().read_model(f"{folder}/inference.onnx")
@@ -103,7 +100,7 @@ def encode_openvino(checkpoint: str, cases: dict[str, list[str]], int8: bool) ->
 
 def shapes(checkpoint: str, precision: str, batches: list[int], lengths: list[int]) -> dict[str, float]:
     """Texts/s of the engine by batch and length, without tokenizing."""
-    engine, _ = engine_of(checkpoint, precision)
+    engine = encoder_of(checkpoint, precision).engine
     speeds = {}
     for length in lengths:
         for batch in batches:
@@ -133,10 +130,8 @@ def vectors(folder: str, count: int, checkpoint: str | None, texts: list[str], q
     from simcse.index.exact import exact_search
 
     if checkpoint:
-        from simcse.encoder.encoder import encode
-
-        engine, tokenizer = engine_of(checkpoint)
-        both = [encode(engine, tokenizer, part, 64) for part in (texts, queries)]
+        encoder = encoder_of(checkpoint)
+        both = [encoder.encode(part) for part in (texts, queries)]
     else:
         both = [clustered(count, 1), clustered(500, 2)]
     exact, _ = exact_search(both[1], both[0], graphs.K)
@@ -146,28 +141,33 @@ def vectors(folder: str, count: int, checkpoint: str | None, texts: list[str], q
 
 
 def index(folder: str, m: int, ef: int, shards: int) -> dict[str, float]:
-    """See `graphs.figures`."""
-    from simcse.index.shards import Shards
+    """See `graphs.measure`."""
+    from simcse.index.manifest import Manifest
+    from simcse.index.shards import ShardedIndex
 
     vectors, queries, exact = graphs.load(folder)
-    index = Shards({"ann_engine": "hnswlib", "index_shards": shards, "hnsw_m": m, "hnsw_ef": ef,
-                    "hnsw_max_elements": len(vectors)}, len(vectors), vectors.shape[1], os.cpu_count())
+    index = ShardedIndex(Manifest(
+        ann_engine="hnswlib", index_shards=shards, dimension=vectors.shape[1], rows=len(vectors),
+        build_settings={"hnsw_m": m}, search_settings={"hnsw_ef": ef}), os.cpu_count())
 
     def search(queries: np.ndarray, effort: int) -> np.ndarray:
-        for shard in index._shards.values():
-            shard.ef = effort
-        return index.search(queries, graphs.K)[0]
+        index.set_search_settings({"hnsw_ef": effort})
+        return index.search(queries, graphs.K).rows
+
+    def fill() -> None:
+        for rows in index.missing:
+            index.add(rows, vectors[rows.start : rows.stop])
+        index.finish()
 
     def save(path: str) -> None:
         os.mkdir(path)
         index.save(path)
 
-    return graphs.figures(lambda: index.fill(vectors[rows.start : rows.stop] for rows in index.pieces), save, search,
-                          queries, exact)
+    return graphs.measure(fill, save, search, queries, exact)
 
 
 def index_alone(folder: str, m: int, ef: int) -> dict[str, float]:
-    """See `graphs.figures`; hnswlib alone."""
+    """See `graphs.measure`; hnswlib alone."""
     import hnswlib
 
     vectors, queries, exact = graphs.load(folder)
@@ -178,7 +178,7 @@ def index_alone(folder: str, m: int, ef: int) -> dict[str, float]:
         index.set_ef(effort)
         return index.knn_query(queries, graphs.K)[0]
 
-    return graphs.figures(lambda: index.add_items(vectors), index.save_index, search, queries, exact)
+    return graphs.measure(lambda: index.add_items(vectors), index.save_index, search, queries, exact)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def train(vocab: str, sizes: dict, texts: list[str], batch: int, length: int,
 
 
 def index_usearch(folder: str, m: int, ef: int) -> dict[str, float]:
-    """See `graphs.figures`; float32, with M and ef_construction of the other sides."""
+    """See `graphs.measure`; float32, with M and ef_construction of the other sides."""
     import graphs
     from usearch.index import Index
 
@@ -93,11 +93,11 @@ def index_usearch(folder: str, m: int, ef: int) -> dict[str, float]:
         index.expansion_search = effort
         return index.search(queries, graphs.K).keys
 
-    return graphs.figures(lambda: index.add(None, vectors), index.save, search, queries, exact)
+    return graphs.measure(lambda: index.add(None, vectors), index.save, search, queries, exact)
 
 
 def index_faiss(folder: str, m: int, ef: int, kind: str) -> dict[str, float]:
-    """See `graphs.figures`; "HNSW" with M and ef_construction of the other sides, or "IVF" with 4 sqrt(N) lists."""
+    """See `graphs.measure`; "HNSW" with M and ef_construction of the other sides, or "IVF" with 4 sqrt(N) lists."""
     import faiss
     import graphs
 
@@ -120,7 +120,7 @@ def index_faiss(folder: str, m: int, ef: int, kind: str) -> dict[str, float]:
             index.nprobe = effort
         return index.search(queries, graphs.K)[1]
 
-    return graphs.figures(build, lambda path: faiss.write_index(index, path), search, queries, exact)
+    return graphs.measure(build, lambda path: faiss.write_index(index, path), search, queries, exact)
 
 
 if __name__ == "__main__":

@@ -12,16 +12,16 @@ if importlib.util.find_spec("numpy") is None:
     from simcse.console import HOW_TO_INSTALL
 
     sys.exit(f"numpy {HOW_TO_INSTALL}")
-# One thread a matrix product, so that what numpy computes does not depend on their number; ann_util runs several
-# products side by side.
+# One thread for each matrix product, so that numpy's results do not depend on the number of threads. The exact search
+# runs several products at a time.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 if "AuthenticAMD" in PROCESSOR and " avx2" in PROCESSOR:
-    # Paddle's MKL, of 2019, runs processors that are not Intel's on SSE unless this names a kind before it is loaded:
-    # 5 for AVX2, 7 for AVX-512. Matrix products are up to five times faster for it.
-    wide = all(f" {part}" in PROCESSOR for part in ("avx512f", "avx512bw", "avx512dq", "avx512vl"))
-    os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "7" if wide else "5")
-os.environ.setdefault("GLOG_minloglevel", "2")  # paddle's C++ notes and warnings say nothing that a user can act on
-# Else tokenizers warns of every process that a package starts; none of them tokenizes.
+    # Paddle's MKL is of 2019, and takes SSE on processors that are not Intel's, unless this variable names a kind
+    # before it is loaded: 5 for AVX2, 7 for AVX-512. Matrix products are up to five times faster with it.
+    has_avx512 = all(f" {part}" in PROCESSOR for part in ("avx512f", "avx512bw", "avx512dq", "avx512vl"))
+    os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "7" if has_avx512 else "5")
+os.environ.setdefault("GLOG_minloglevel", "2")  # a user can do nothing about paddle's C++ notes and warnings
+# Without this, tokenizers warns about every process that a package starts; none of them tokenizes.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-# The last is the GPU build without a GPU: with --device cpu nothing is wrong, and with --device gpu it is an error.
+# The last warning is of a GPU build without a GPU: --device cpu does not mind, and --device gpu ends with an error.
 warnings.filterwarnings("ignore", message="No ccache found|Setuptools is replacing distutils|You are using GPU version")

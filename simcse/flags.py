@@ -1,45 +1,55 @@
-"""Command-line flags: the kinds of their values, those that several scripts share, and what is refused."""
+"""Command-line flags: the types of their values, the groups that several scripts share, and their checks.
+
+This file is above the rooms of simcse/: it may import their tables of names, and they import nothing from here. Parsing
+must not import paddle.
+"""
 
 import argparse
-import contextlib
 import difflib
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from simcse import console
 from simcse.encoder.weights import CONFIG_FILE, DEFAULT_MODEL, STATE_RECORD, newest_resumable, read_record
 from simcse.files import STDIN, read_json
-from simcse.machine import CPU_THREADS, RANK, RANKS, auto_precision
+from simcse.machine import CPU_THREADS, RANK, RANKS, TRAIN_PRECISIONS, auto_precision
 
-ENCODE_LENGTH, TRAIN_LENGTH = 64, 128  # --max_seq_length where no checkpoint records one
-POOLINGS = ("pooler", "mean", "first_last_avg", "first_avg")  # see model.py
+# --max_seq_length where neither the flag nor the checkpoint says it.
+ENCODE_LENGTH = 64
+TRAIN_LENGTH = 128
 DEFAULT_PARAMS = "checkpoints/model_20000/model_state.pdparams"
+WEIGHT_FILES = ("model_state.safetensors", "model_state.pdparams")  # of a checkpoint folder; the first one is loaded
 COLLECTION = "simcse"  # of Milvus
-FUSED = 100  # documents that a ranking brings to a fusion, or as many as are asked for, if that is more
-TRAIN_PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 AUTO_ON_GPU = "on a GPU bf16 from compute capability 8.0 on, fp16 on 7.x"
-README_TEXT = "国有企业引入非国有资本对创新绩效的影响——基于制造业国有上市公司的经验证据"
+README_TEXT = "国有企业引入非国有资本对创新绩效的影响——基于制造业国有上市公司的经验证据"  # of the original README
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Add "(default: ...)" to every help text, except where it would say None or False.
+
+    Such a flag says in its own help text what happens without it.
+    """
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with defaults in every help text, no abbreviations, and usage errors in one line."""
+    """A parser with --quiet, defaults in the help texts, no abbreviated flags, and usage errors in one line."""
 
     def __init__(self, description: str) -> None:
-        super().__init__(description=description, allow_abbrev=False,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        self.add_argument("--quiet", action="store_true", help="no log lines and no progress on stderr, only warnings "
-                          "and errors")
+        super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormatter)
+        self.add_argument("--quiet", action="store_true",
+                          help="print only warnings and errors to stderr, no log lines and no progress")
 
     def parse_known_args(self, args=None, namespace=None):
         # argparse checks default values, which may name files, before it reports a flag that it does not know.
-        for word in sys.argv[1:] if args is None else args:
-            flag = word.split("=")[0]
-            if flag.startswith("--") and flag not in self._option_string_actions:
-                close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-                self.error(f"no such flag: {flag}" + (f"; did you mean {close[0]}?" if close else ""))
+        self._check_flag_names(sys.argv[1:] if args is None else args)
         known, unknown = super().parse_known_args(args, namespace)
         console.settings.quiet = known.quiet
         console.settings.strict_data = getattr(known, "strict_data", False)
@@ -48,64 +58,85 @@ class ArgumentParser(argparse.ArgumentParser):
                                          if flag in self._option_string_actions]
         return known, unknown
 
+    def _check_flag_names(self, words: list[str]) -> None:
+        for word in words:
+            flag = word.split("=")[0]
+            if not flag.startswith("--") or flag in self._option_string_actions:
+                continue
+            similar = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            hint = f"; did you mean {similar[0]}?" if similar else ""
+            self.error(f"no such flag: {flag}{hint}")
+
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def _kind(complaint: str, accepts: Callable[[Any], Any], convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
-    """The type of a flag, which converts its text and complains about one that cannot be, or is not accepted then."""
+# ---------------------------------------------------------------------------------------------------- types of values
+def _number(expected: str, convert: type, accepts: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """Return the type of a flag that takes a number.
+
+    Args:
+        expected: what the error message says that it expected.
+        convert: int or float.
+        accepts: whether the number is in the range.
+    """
     def parse(text: str) -> Any:
-        with contextlib.suppress(ValueError):
-            if accepts(value := convert(text)):
-                return value
-        raise argparse.ArgumentTypeError(complaint.format(text))
+        try:
+            value = convert(text)
+        except ValueError:
+            value = None
+        if value is None or not accepts(value):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return value
 
     return parse
 
 
-positive_int = _kind("{!r} is not a whole number from 1 up", lambda v: v >= 1, int)
-natural_int = _kind("{!r} is not a whole number from 0 up", lambda v: v >= 0, int)
-probability = _kind("{!r} is not a number from 0 up to, not including, 1", lambda v: 0 <= v < 1, float)
-proportion = _kind("{!r} is not a number from 0 to 1", lambda v: 0 <= v <= 1, float)
-positive_float = _kind("{!r} is not a number above 0", lambda v: 0 < v < math.inf, float)
-natural_float = _kind("{!r} is not a number from 0 up", lambda v: 0 <= v < math.inf, float)
-port = _kind("{!r} is not a port from 0 to 65535", lambda v: 0 <= v < 65536, int)
-hnsw_links = _kind("{!r} is not a whole number from 2 up", lambda v: v >= 2, int)
-sequence_length = _kind("{!r} is not a whole number from 3 up ([CLS], a token, [SEP])", lambda v: v >= 3, int)
-folder = _kind("{}: no such folder", os.path.isdir)
-npy_file = _kind("{}: the name has to end in .npy", lambda path: path.endswith(".npy"))
+positive_int = _number("an integer >= 1", int, lambda value: value >= 1)
+natural_int = _number("an integer >= 0", int, lambda value: value >= 0)
+hnsw_links = _number("an integer >= 2", int, lambda value: value >= 2)
+sequence_length = _number("an integer >= 3 ([CLS], a token, [SEP])", int, lambda value: value >= 3)
+port = _number("a port in [0, 65535]", int, lambda value: 0 <= value <= 65535)
+positive_float = _number("a number > 0", float, lambda value: 0 < value < math.inf)
+natural_float = _number("a number >= 0", float, lambda value: 0 <= value < math.inf)
+probability = _number("a number in [0, 1)", float, lambda value: 0 <= value < 1)
+proportion = _number("a number in [0, 1]", float, lambda value: 0 <= value <= 1)
+
+
+def folder(path: str) -> str:
+    """Return `path`, the type of a flag that takes a folder that exists."""
+    if not os.path.isdir(path):
+        raise argparse.ArgumentTypeError(f"{path}: no such folder")
+    return path
+
+
+def npy_file(path: str) -> str:
+    """Return `path`, the type of a flag that takes the name of a .npy file to write."""
+    if not path.endswith(".npy"):
+        raise argparse.ArgumentTypeError(f"{path}: the name has to end in .npy")
+    return path
 
 
 def readable_file(path: str) -> str:
-    """Check, before anything heavy is imported, that `path` is a file that can be opened."""
+    """Return `path`, the type of a flag that takes a file; it is opened before anything heavy is imported."""
     try:
         with open(path, "rb"):
             return path
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+        reason = (error.strerror or str(error)).lower()
+        raise argparse.ArgumentTypeError(f"{path}: {reason}") from None
 
 
-class _SetIfGiven(argparse.Action):
-    """A positional argument that is another way to say what a flag says."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        if values is not None:
-            setattr(namespace, self.dest, values)
-
-
-def add_lines_argument(parser: argparse.ArgumentParser, flag: str, what: str, required: bool = False) -> None:
-    """`flag` FILE, or - for stdin, with the flag or without it."""
-    def lines_file(path: str) -> str:
-        return path if path == STDIN else readable_file(path)
-
-    group = parser.add_mutually_exclusive_group(required=required)
-    group.add_argument(flag, type=lines_file, default=None, help=f"{what}; -: from stdin, answered as they come")
-    group.add_argument(flag.removeprefix("--"), nargs="?", metavar="FILE", type=lines_file, action=_SetIfGiven,
-                       help=f"the same as {flag} FILE")
+def readable_file_or_stdin(path: str) -> str:
+    """Return `path`, the type of a flag that takes a file, or - for stdin."""
+    return path if path == STDIN else readable_file(path)
 
 
 def model_name(text: str) -> str:
-    """A hub name, or a folder that exists: a mistyped folder must not be looked up on the hub."""
+    """Return `text`, the type of a flag that takes an encoder: a name on the hub, or a folder.
+
+    What looks like a folder has to exist, so that a mistyped folder is not looked up on the hub.
+    """
     if text.startswith((".", "/", "~")) or text.endswith("/") or os.path.isdir(os.path.dirname(text)):
         folder(text)
     if os.path.isfile(os.path.join(text, CONFIG_FILE)):
@@ -114,15 +145,18 @@ def model_name(text: str) -> str:
 
 
 def checkpoint_file(path: str) -> str:
-    """The file of weights named by `path`, which may also be the folder that holds it."""
-    if os.path.isdir(path):
-        names = ("model_state.safetensors", "model_state.pdparams")
-        path = next((each for name in names if os.path.isfile(each := os.path.join(path, name))), f"{path}/{names[1]}")
-    return readable_file(path)
+    """Return the file of weights that `path` is, or that the folder `path` has."""
+    if not os.path.isdir(path):
+        return readable_file(path)
+    for name in WEIGHT_FILES:
+        file = os.path.join(path, name)
+        if os.path.isfile(file):
+            return readable_file(file)
+    return readable_file(f"{path}/{WEIGHT_FILES[-1]}")  # raises, and names the usual file
 
 
 def milvus_uri(text: str) -> str:
-    """A server's address, or a path that Milvus Lite takes."""
+    """Return `text`, the type of a flag that takes a Milvus server's address or a file of Milvus Lite."""
     if text.startswith(("http://", "https://")):
         return text
     if not text.endswith(".db") or "://" in text:
@@ -131,74 +165,8 @@ def milvus_uri(text: str) -> str:
     return text
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, params_path: str | None = None) -> None:
-    """The flags by which every later stage finds a trained checkpoint."""
-    add = parser.add_argument
-    add("--params_path", type=checkpoint_file, default=params_path, required=params_path is None,
-        help="checkpoint to load: model_state.pdparams, model_state.safetensors or the folder that holds it")
-    add("--model_name_or_path", type=model_name, help="encoder (hub name or folder) of a checkpoint that has no "
-        f"simcse_config.json beside it; None: what the checkpoint records, else {DEFAULT_MODEL}")
-    add("--output_emb_size", type=natural_int, help="size of the embedding; None: read off the checkpoint. A value "
-        "that contradicts the checkpoint is an error")
-
-
-def add_encode_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of every stage that turns texts into embeddings."""
-    add = parser.add_argument
-    add("--max_seq_length", type=sequence_length, help="tokens per text, [CLS] and [SEP] included, others are cut. "
-        f"None: as many as the checkpoint was trained with, {ENCODE_LENGTH} where it records none")
-    add("--batch_size", type=positive_int,
-        help="texts per batch; None: as many as fill 2,048 tokens on a CPU, 65,536 on a GPU")
-    add_data_arguments(parser)
-    add_device_arguments(parser)
-    add("--precision", choices=(*TRAIN_PRECISIONS, "int8"), default="auto",
-        help="number format of the matrix products; auto: bf16 on a CPU that is faster in it (AMX, or AMD's AVX-512 "
-        f"BF16), {AUTO_ON_GPU}, else fp32. tf32 and fp16 need --device gpu; int8 --device cpu and "
-        "requirements-openvino.txt")
-    add_calibration_argument(parser)
-
-
-def add_calibration_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--calibration_file", type=readable_file, help="texts, one a line, of which some hundred set "
-                        "the ranges of --precision int8, once for a checkpoint; None: those that are encoded first")
-
-
-def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace,
-                    length: int = ENCODE_LENGTH) -> argparse.Namespace:
-    """Refuse what would do nothing on the device asked for, and texts longer than the encoder, where a flag names a
-    folder that describes it; returns `args`. Where no --max_seq_length is given it is the one that the checkpoint
-    records, else `length`."""
-    if args.precision in ("tf32", "fp16") and args.device != "gpu":
-        parser.error(f"--precision {args.precision} needs --device gpu")
-    if args.precision == "int8" and args.device != "cpu":
-        parser.error("--precision int8 needs --device cpu")
-    if vars(args).get("calibration_file") and args.precision != "int8":
-        parser.error("--calibration_file needs --precision int8")
-    if args.cpu_threads and args.device != "cpu":
-        parser.error("--cpu_threads needs --device cpu")
-    named = vars(args)
-    weights, given = named.get("params_path") or named.get("init_from_ckpt"), named.get("max_seq_length")
-    checkpoint = os.path.dirname(weights) or "." if weights else named.get("resume") or ""
-    record = read_record(checkpoint) if checkpoint else {}
-    recorded, whitened_at = record.get("max_seq_length"), record.get("whitened_at")
-    args.max_seq_length = given or recorded or length
-    if whitened_at and args.max_seq_length > whitened_at and not RANK:
-        console.warn(f"--max_seq_length {args.max_seq_length}: {checkpoint} was whitened at {whitened_at} tokens, and "
-                     "does not suit longer texts; whiten it (train.py --whiten) at the length that you use")
-    elif recorded and args.max_seq_length != recorded and not RANK:
-        console.warn(f"--max_seq_length {given}: {checkpoint} was trained with {recorded}; embeddings of texts that "
-                     "are cut differ")
-    for path in filter(None, (named.get("model_name_or_path"), checkpoint)):
-        config = read_record(path).get("encoder_config") or read_json(os.path.join(path, "config.json"))
-        if positions := config.get("max_position_embeddings"):
-            if args.max_seq_length > positions:
-                parser.error(f"--max_seq_length {args.max_seq_length}: the encoder has {positions} positions")
-            break
-    return args
-
-
 def nonempty_text(text: str) -> str:
-    """Check that a text given on the command line is one."""
+    """Return `text`, the type of a flag that takes a text, which must not be blank."""
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise argparse.ArgumentTypeError(f"not UTF-8: {ascii(text)}")
     if not text.strip():
@@ -207,110 +175,286 @@ def nonempty_text(text: str) -> str:
 
 
 def given_text(text: str) -> str:
-    """A text given on the command line, on one line as those of files are."""
+    """Return a text given on the command line on one line, as the texts of files are."""
     return console.one_line(nonempty_text(text))
 
 
-def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+# ------------------------------------------------------------------------------------------- flags that scripts share
+class _SetIfGiven(argparse.Action):
+    """A positional argument that sets the value of a flag, and leaves it alone where it is not given."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if values is not None:
+            setattr(namespace, self.dest, values)
+
+
+def add_lines_argument(parser: argparse.ArgumentParser, flag: str, description: str, required: bool = False) -> None:
+    """Add a flag that takes a file of lines, or - for stdin, and the positional argument that does the same."""
+    group = parser.add_mutually_exclusive_group(required=required)
+    group.add_argument(flag, type=readable_file_or_stdin,
+                       help=f"{description}; -: stdin, streamed: each line is answered when it arrives")
+    group.add_argument(flag.removeprefix("--"), nargs="?", metavar="FILE", type=readable_file_or_stdin,
+                       action=_SetIfGiven, help=f"the same as {flag} FILE")
+
+
+def add_model_arguments(parser: argparse._ActionsContainer, params_path: str | None = None) -> None:
+    """Add the flags with which the stages after training find a checkpoint.
+
+    Args:
+        params_path: the default of --params_path; None: the flag is required.
+    """
+    add = parser.add_argument
+    add("--params_path", type=checkpoint_file, default=params_path, required=params_path is None,
+        help="checkpoint to load: model_state.pdparams, model_state.safetensors or the folder that holds it")
+    add("--model_name_or_path", type=model_name, help="encoder (hub name or folder) of a checkpoint without "
+        f"simcse_config.json (default: the one that the checkpoint records, or {DEFAULT_MODEL})")
+    add("--output_emb_size", type=natural_int,
+        help="size of the embedding; it must agree with the checkpoint (default: as in the checkpoint)")
+
+
+def add_encode_arguments(parser: argparse._ActionsContainer) -> None:
+    """Add the flags of every stage that encodes texts."""
+    add = parser.add_argument
+    add("--max_seq_length", type=sequence_length, help="tokens per text, with [CLS] and [SEP]; longer texts are cut "
+        f"(default: as in training, or {ENCODE_LENGTH} where the checkpoint does not record it)")
+    add("--batch_size", type=positive_int,
+        help="texts per batch (default: as many as fill 2,048 tokens on a CPU, 65,536 on a GPU)")
+    add_data_arguments(parser)
+    add_device_arguments(parser)
+    add("--precision", choices=(*TRAIN_PRECISIONS, "int8"), default="auto",
+        help="number format of the matrix products; auto: bf16 on a CPU that is faster in it (AMX, or AMD's AVX-512 "
+        f"BF16), {AUTO_ON_GPU}, else fp32. tf32 and fp16 need --device gpu; int8 needs --device cpu and "
+        "requirements-openvino.txt")
+    add_calibration_argument(parser)
+
+
+def add_calibration_argument(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--calibration_file", type=readable_file, help="texts, one a line; the first time that a "
+                        "checkpoint is used with --precision int8, some hundred of them set the ranges of its numbers "
+                        "(default: the texts that are encoded first)")
+
+
+def add_device_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--device", choices=("cpu", "gpu"), default="gpu", help="device to run on")
     parser.add_argument("--cpu_threads", type=natural_int, default=0, help="math threads on a CPU; 0: all cores")
 
 
-def add_strict_argument(parser: argparse.ArgumentParser) -> None:
+def add_strict_argument(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--strict_data", action="store_true",
                         help="stop at the first malformed line instead of skipping and reporting it")
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """How text files are read."""
+def add_data_arguments(parser: argparse._ActionsContainer) -> None:
+    """Add the flags that say how text files are read."""
     add_strict_argument(parser)
-    parser.add_argument("--plain_text", action="store_true", help="a file's lines are texts, and tabs alone part "
-                        "columns, though it looks like CSV, JSON lines, labels or a header, which are refused")
+    parser.add_argument("--plain_text", action="store_true", help="read every line as text with tabs between columns, "
+                        "even if the file looks like CSV, JSON lines, labels or a header, which are errors otherwise")
 
 
 def add_targets_argument(parser: argparse._ActionsContainer, flag: str = "--similar_text_pair") -> None:
-    """What the second column of the file that `flag` names is."""
+    """Add the flag that says what the second column of the file that `flag` names is."""
     parser.add_argument("--targets", choices=("text", "id"), default="text", help=f"what the second column of {flag} "
                         "is: the text of a document, or its id in a corpus that has them")
 
 
 def add_target_texts_arguments(parser: argparse._ActionsContainer, flag: str) -> None:
-    """The same, and where the texts of ids stand."""
+    """Add --targets, and the corpus in which the ids are looked up."""
     add_targets_argument(parser, flag)
     parser.add_argument("--corpus_file", type=readable_file, help="an id, a tab and a text a line, for --targets id")
 
 
+# ------------------------------------------------------------------------------------------------------------- checks
 def check_target_texts(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse ids without a corpus, and a corpus without ids."""
     if (args.targets == "id") != bool(args.corpus_file):
         parser.error("--targets id and --corpus_file go together")
 
 
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace,
+                    length: int = ENCODE_LENGTH) -> argparse.Namespace:
+    """Refuse flags that contradict the device or the encoder, and set --max_seq_length where it is not given.
+
+    Args:
+        args: of a script with `add_device_arguments` and a --precision.
+        length: tokens per text where neither the flag nor the checkpoint says it.
+
+    Returns:
+        `args`, with a `max_seq_length`.
+    """
+    check_device(parser, args)
+    checkpoint = checkpoint_folder(args)
+    set_max_seq_length(args, checkpoint, length)
+    check_positions(parser, args, checkpoint)
+    return args
+
+
+def check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse flags that would do nothing on the device that is asked for."""
+    if args.precision in ("tf32", "fp16") and args.device != "gpu":
+        parser.error(f"--precision {args.precision} needs --device gpu")
+    if args.precision == "int8" and args.device != "cpu":
+        parser.error("--precision int8 needs --device cpu")
+    if getattr(args, "calibration_file", None) and args.precision != "int8":
+        parser.error("--calibration_file needs --precision int8")
+    if args.cpu_threads and args.device != "cpu":
+        parser.error("--cpu_threads needs --device cpu")
+
+
+def checkpoint_folder(args: argparse.Namespace) -> str | None:
+    """Return the folder of the checkpoint that a flag names; None where none does, or --resume auto looks for it."""
+    for flag in ("params_path", "init_from_ckpt"):
+        weights = getattr(args, flag, None)
+        if weights:
+            return os.path.dirname(weights) or "."
+    resume = getattr(args, "resume", None)
+    return None if resume == "auto" else resume
+
+
+def set_max_seq_length(args: argparse.Namespace, checkpoint: str | None, length: int) -> None:
+    """Set `args.max_seq_length` to the flag, else to what the checkpoint records, else to `length`.
+
+    Warn where it differs from the length for which the checkpoint was made.
+    """
+    record = read_record(checkpoint) if checkpoint else {}
+    recorded = record.get("max_seq_length")
+    whitened_at = record.get("whitened_at")
+    args.max_seq_length = getattr(args, "max_seq_length", None) or recorded or length
+    if RANK:
+        return
+    if whitened_at and args.max_seq_length > whitened_at:
+        console.warn(f"--max_seq_length {args.max_seq_length}: {checkpoint} was whitened at {whitened_at} tokens, and "
+                     "does not suit longer texts; whiten it (train.py --whiten) at the length that you use")
+    elif recorded and args.max_seq_length != recorded:
+        console.warn(f"--max_seq_length {args.max_seq_length}: {checkpoint} was trained with {recorded}; embeddings of "
+                     "texts that are cut differ")
+
+
+def check_positions(parser: argparse.ArgumentParser, args: argparse.Namespace, checkpoint: str | None) -> None:
+    """Refuse texts longer than the encoder's positions, where a flag names a folder that describes the encoder."""
+    for path in (getattr(args, "model_name_or_path", None), checkpoint):
+        if not path:
+            continue
+        config = read_record(path).get("encoder_config") or read_json(os.path.join(path, "config.json"))
+        positions = config.get("max_position_embeddings")
+        if positions:
+            if args.max_seq_length > positions:
+                parser.error(f"--max_seq_length {args.max_seq_length}: the encoder has {positions} positions")
+            return
+
+
 def announce(args: argparse.Namespace, *parts: str) -> None:
-    """Say, before anything takes time, what is about to happen: on what, in what precision, and `parts`, the model
-    first."""
-    named = {"cpu_threads": 0, "precision": "fp32", **vars(args)}
-    threads = named["cpu_threads"] or CPU_THREADS
-    precision = auto_precision(args.device) if named["precision"] == "auto" else named["precision"]
-    what = [args.device, *[f"{threads} thread{'s' * (threads > 1)}"] * (args.device == "cpu"), precision,
-            *[f"{RANKS} processes"] * (RANKS > 1)]
-    if not RANK:
-        console.log(f"{console.PROGRAM}: " + "; ".join([", ".join(what), *parts]))
+    """Log, before anything takes time, what the script is about to do.
+
+    Args:
+        args: the script's flags; those of the device are part of the line.
+        parts: what else the line says, the model first.
+    """
+    if RANK:
+        return
+    precision = getattr(args, "precision", "fp32")
+    machine = [args.device]
+    if args.device == "cpu":
+        machine.append(console.count(getattr(args, "cpu_threads", 0) or CPU_THREADS, "thread"))
+    machine.append(auto_precision(args.device) if precision == "auto" else precision)
+    if RANKS > 1:
+        machine.append(f"{RANKS} processes")
+    console.log(f"{console.PROGRAM}: " + "; ".join([", ".join(machine), *parts]))
 
 
 # ---------------------------------------------------------------------------------------------------------- training
-def add_optimization_arguments(group: argparse._ArgumentGroup) -> None:
-    """The flags by which a network is trained, whatever its loss is."""
+# What a run that goes on by --resume does with each flag of train.py and scripts/pretrain.py. Every flag is in one of
+# these; `check_resume_tables` raises where one is not.
+# A new run starts from these weights; a resumed one has those of its checkpoint.
+START_FLAGS = ("model_name_or_path", "init_from_ckpt", "output_emb_size")
+# The checkpoint records these, and a resumed run has to share them. Where a checkpoint is older than a flag, its run
+# counts as one with the flag's default.
+SHARED_FLAGS = (
+    "pooling", "infer_with_fc_pooler", "output_dropout", "margin", "scale", "mlm_probability", "batch_size",
+    "learning_rate", "weight_decay", "epochs", "warmup_proportion", "max_grad_norm", "dropout", "max_seq_length",
+    "seed", "precision", "crop_rate", "cross_device_negatives", "keep_duplicate_negatives", "chunk_size")
+# A resumed run may change these. (The training file may have moved; its content is compared.)
+FREE_FLAGS = (
+    "quiet", "train_set_file", "test_set_file", "strict_data", "plain_text", "device", "cpu_threads", "resume",
+    "keep_checkpoints", "save_dir", "save_steps", "visualdl_dir", "eval_steps", "whiten", "visualdl_embeddings")
+
+
+def check_resume_tables(names: Iterable[str]) -> None:
+    """Raise ValueError where a flag is in none of the tables above, or in several of them."""
+    for name in names:
+        tables = [table for table in (START_FLAGS, SHARED_FLAGS, FREE_FLAGS) if name in table]
+        if len(tables) != 1:
+            raise ValueError(f"--{name} has to be in one of START_FLAGS, SHARED_FLAGS and FREE_FLAGS of "
+                             f"simcse/flags.py, which say what --resume does with it; it is in {len(tables)}")
+
+
+def add_optimization_arguments(group: argparse._ActionsContainer) -> None:
+    """Add the flags by which a network is trained, whatever its loss is."""
     add = group.add_argument
     add("--batch_size", type=positive_int, default=32, help="texts per batch and device")
     add("--learning_rate", type=positive_float, default=5e-5, help="highest learning rate of AdamW")
-    add("--weight_decay", type=natural_float, default=0.0, help="weight decay of AdamW, not on biases and norms")
+    add("--weight_decay", type=natural_float, default=0.0, help="weight decay of AdamW; biases and norms do not decay")
     add("--epochs", type=natural_int, default=1,
         help="passes over the training texts; 0: save and evaluate the untrained network")
     add("--warmup_proportion", type=proportion, default=0.0,
-        help="part of the steps over which the learning rate rises, before it falls linearly to 0")
+        help="fraction of the steps over which the learning rate rises, before it falls linearly to 0")
     add("--warmup_proption", dest="warmup_proportion", type=proportion, help=argparse.SUPPRESS)
-    add("--max_grad_norm", type=positive_float, help="scale gradients down to this norm; None: leave them as they are")
+    add("--max_grad_norm", type=positive_float, help="clip gradients to this norm (default: no clipping)")
     add("--dropout", type=probability, default=0.1, help="hidden and attention dropout rate")
-    add("--max_seq_length", type=sequence_length, help="tokens per text, [CLS] and [SEP] included, others are cut. "
-        f"None: that of the checkpoint that training goes on from, else {TRAIN_LENGTH}")
+    add("--max_seq_length", type=sequence_length, help="tokens per text, with [CLS] and [SEP]; longer texts are cut "
+        f"(default: the length of the checkpoint that training starts from, or {TRAIN_LENGTH})")
     add("--seed", type=natural_int, default=1000, help="random seed")
     add("--precision", choices=TRAIN_PRECISIONS, default="auto",
-        help=f"number format of the matrix products; auto: {AUTO_ON_GPU}, else fp32, or that of the run that --resume "
-        "goes on with. tf32, bf16 and fp16, with loss scaling, need --device gpu")
+        help=f"number format of the matrix products; auto: {AUTO_ON_GPU}, else fp32; with --resume the format of the "
+        "resumed run. tf32, bf16 and fp16 (with loss scaling) need --device gpu")
 
 
-def add_run_arguments(device: argparse._ArgumentGroup, output: argparse._ArgumentGroup) -> None:
-    """Where a training run computes, where it writes, and what it goes on from."""
+def add_run_arguments(device: argparse._ActionsContainer, output: argparse._ActionsContainer) -> None:
+    """Add the flags that say where a run computes, where it writes, and which run it resumes."""
     add_device_arguments(device)
     add = output.add_argument
-    add("--resume", nargs="?", const="auto", help="go on from a checkpoint folder, with its optimizer, schedule and "
-        "place in the data, as if there had been no break; auto: from the newest in --save_dir, or from the start "
-        "where there is none")
+    add("--resume", nargs="?", const="auto", help="resume the run that left this checkpoint folder, with its "
+        "optimizer, schedule and place in the data, as if it had not been interrupted; auto (or no value): the newest "
+        "checkpoint in --save_dir, or a new run if there is none")
     add("--keep_checkpoints", type=natural_int, default=0,
-        help="how many of the newest checkpoints to keep; 0: all. Only the newest can be gone on from")
+        help="how many of the newest checkpoints to keep; 0: all. Only the newest can be resumed")
     add("--save_dir", default="./checkpoints", help="folder of the checkpoints")
     add("--save_steps", type=positive_int, default=10000, help="steps between checkpoints")
     add("--visualdl_dir", default="./log", help="folder of the VisualDL log")
 
 
-def check_run_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace, start: argparse._ArgumentGroup,
-                        *learning: argparse._ArgumentGroup) -> argparse.Namespace:
-    """Refuse training flags that contradict the device, the encoder, or each other; returns `args`, with the names of
-    the flags of `learning`, which a resumed run has to share, and with those of `start` before them."""
+def parse_training_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Return the flags of a training script. `shared_defaults` in them are the defaults of its SHARED_FLAGS, by name.
+
+    Flags that contradict the device, the encoder or each other end the program.
+    """
+    args = parser.parse_args()
+    check_resume_tables(vars(args))
     if args.precision not in ("auto", "fp32") and args.device != "gpu":
         parser.error(f"--precision {args.precision} needs --device gpu: paddle has no such training on a CPU")
     if args.resume not in (None, "auto") and not os.path.isfile(os.path.join(args.resume, STATE_RECORD)):
         parser.error(f"argument --resume: {args.resume}: no checkpoint folder that training can go on from (it has no "
-                     f"{STATE_RECORD}); --init_from_ckpt starts anew from a checkpoint's weights")
-    args.learns_by = list(dict.fromkeys(action.dest for group in learning for action in group._group_actions))
-    args.hyper_parameters = [action.dest for action in start._group_actions] + args.learns_by
-    return check_arguments(parser, args, TRAIN_LENGTH)
+                     f"{STATE_RECORD}); --init_from_ckpt starts a new run from a checkpoint's weights")
+    args = check_arguments(parser, args, TRAIN_LENGTH)
+    shared_defaults = {name: parser.get_default(name) for name in SHARED_FLAGS if name in args}
+    return argparse.Namespace(**vars(args), shared_defaults=shared_defaults)
+
+
+def resolve_training(args: argparse.Namespace) -> argparse.Namespace:
+    """Return the flags with `auto` replaced by what it means here: in --resume by a checkpoint folder or None, in
+    --precision by a number format."""
+    resume = newest_resumable(args.save_dir) if args.resume == "auto" else args.resume
+    precision = training_precision(args.device, resume) if args.precision == "auto" else args.precision
+    return argparse.Namespace(**{**vars(args), "resume": resume, "precision": precision})
 
 
 def training_precision(device: str, resumed: str | None) -> str:
-    """What `--precision auto` is in training: on a GPU that of the run that left the checkpoint folder `resumed`, if
-    any; on a CPU fp32, as paddle has no other."""
+    """Return what `--precision auto` means in training: on a CPU fp32, since paddle has no other; on a GPU that of the
+    run that is resumed, if there is one.
+
+    Args:
+        device: "cpu" or "gpu".
+        resumed: folder of the checkpoint that the run resumes from.
+    """
     if device != "gpu":
         return "fp32"
     run = read_json(os.path.join(resumed, STATE_RECORD)).get("run", {}) if resumed else {}
@@ -318,10 +462,16 @@ def training_precision(device: str, resumed: str | None) -> str:
 
 
 def announce_training(args: argparse.Namespace, start: str, texts: str) -> None:
-    """Find the checkpoint that --resume auto means, and what --precision auto is, and announce the run: from where,
-    else `start`, on which texts."""
-    if args.resume == "auto":
-        args.resume = newest_resumable(args.save_dir)
-    if args.precision == "auto":
-        args.precision = training_precision(args.device, args.resume)
+    """Log what is about to be trained.
+
+    Args:
+        args: as `resolve_training` returns them.
+        start: the encoder or checkpoint that a new run starts from.
+        texts: how many training texts there are, in words.
+    """
     announce(args, args.resume or start, texts, f"{args.epochs} epochs in batches of {args.batch_size}")
+
+
+def hyper_parameters(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what a run learned with, by the names of the flags."""
+    return {name: value for name, value in vars(args).items() if name in START_FLAGS or name in SHARED_FLAGS}

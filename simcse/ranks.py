@@ -1,4 +1,7 @@
-"""The device of this process, and the other processes that a launcher started beside it."""
+"""The other processes that paddle's launcher started with this one: joining them, waiting, exchanging arrays.
+
+A rank is one of these processes. All ranks have to call a function that gathers together.
+"""
 
 import ctypes
 import os
@@ -21,42 +24,59 @@ def join_ranks() -> None:
 
 
 def end_with_launcher() -> None:
-    """Have LAUNCHER_GONE sent to this process when its launcher ends, which may be killed, or has been since it started
-    this process. Linux alone has that."""
-    if hasattr(libc := ctypes.CDLL(None), "prctl"):
-        pr_set_pdeathsig = 1
-        libc.prctl(pr_set_pdeathsig, LAUNCHER_GONE)
-        if os.getppid() != PARENT:
-            os.kill(os.getpid(), LAUNCHER_GONE)
+    """Have the system send LAUNCHER_GONE to this process when its launcher ends, which only Linux can.
+
+    A launcher that is killed leaves its processes running otherwise.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "prctl"):
+        return
+    pr_set_pdeathsig = 1
+    libc.prctl(pr_set_pdeathsig, LAUNCHER_GONE)
+    if os.getppid() != PARENT:  # it ended between the start of this process and now
+        os.kill(os.getpid(), LAUNCHER_GONE)
 
 
 def wait_for_ranks() -> None:
-    """Wait until all ranks are here."""
+    """Wait until all ranks have called this."""
     if RANKS > 1:
         paddle.distributed.barrier()
 
 
 def largest(number: int) -> int:
-    """The largest of the numbers of all ranks, which call it together."""
-    return max(int(each[0]) for each in gather_arrays(np.array([number], "int64")))
+    """Return the largest of the numbers of all ranks."""
+    arrays = gather_arrays(np.array([number], "int64"))
+    return max(int(array[0]) for array in arrays)
 
 
 def gather_arrays(array: np.ndarray) -> list[np.ndarray]:
-    """The arrays of all ranks, which have one shape and dtype."""
-    return [array] if RANKS == 1 else np.split(gather_rows(paddle.to_tensor(array)).numpy(), RANKS)
-
-
-def encode_shares(encode: Callable[[Sequence], np.ndarray], texts: Sequence) -> np.ndarray:
-    """What `encode` makes of the texts, float32 [texts, size], of which every rank encodes its share; all ranks call it
-    together."""
-    share = -(-len(texts) // RANKS)
-    own = encode(texts[RANK * share : (RANK + 1) * share])
-    return np.concatenate(gather_arrays(np.pad(own, ((0, share - len(own)), (0, 0)))))[: len(texts)]
+    """Return the arrays of all ranks, rank 0's first; they must have one shape and dtype."""
+    if RANKS == 1:
+        return [array]
+    rows = gather_rows(paddle.to_tensor(array)).numpy()
+    return np.split(rows, RANKS)
 
 
 def gather_rows(tensor: paddle.Tensor) -> paddle.Tensor:
-    """The rows of all ranks, rank 0's first; gradients flow to those of this rank."""
+    """Return the rows of all ranks' tensors, rank 0's first; gradients flow to the rows of this rank."""
     parts: list[paddle.Tensor] = []
     paddle.distributed.all_gather(parts, tensor.detach())
     parts[RANK] = tensor
     return paddle.concat(parts)
+
+
+def encode_shares(encode: Callable[[Sequence], np.ndarray], texts: Sequence) -> np.ndarray:
+    """Encode texts, of which every rank takes a share.
+
+    Args:
+        encode: returns float32 [texts, size].
+        texts: all texts, the same in every rank.
+
+    Returns:
+        float32 [texts, size], all of them, in every rank.
+    """
+    share = -(-len(texts) // RANKS)  # rounded up, so that the last ranks may have fewer or none
+    embeddings = encode(texts[RANK * share : (RANK + 1) * share])
+    missing = share - len(embeddings)
+    padded = np.pad(embeddings, ((0, missing), (0, 0)))  # ranks gather arrays of one shape
+    return np.concatenate(gather_arrays(padded))[: len(texts)]

@@ -42,18 +42,20 @@ def rotated(ids: list, by: int) -> list:
     return [text for start in range(0, len(ids), ROWS) for text in (ids[start : start + ROWS] * 2)[by : by + ROWS]]
 
 
-def batch_of(ids: list[list[int]], chunk: int | None = None, keys: bool = True, columns: int = 1) -> data.Batch:
+def batch_of(ids: list[list[int]], keys: bool = True, columns: int = 1) -> data.Batch:
     """The texts under two dropouts; or, of several columns, each with the one after it as its title and the one after
     that as its hard negative."""
     texts = [rotated(ids, by) for by in range(columns)]
     sides = texts if columns > 1 else texts * 2
-    return data.Batch(data.chunks_of(sides, chunk or len(ids), 0), data.text_keys(texts) if keys else None)
+    duplicate_keys = data.DuplicateKeys(*map(data.text_keys, sides)) if keys else None
+    return data.Batch(*[data.Inputs.of(side, 0) for side in sides], duplicate_keys=duplicate_keys)
 
 
-def tiny(dropout: float = 0.0, **settings) -> m.SimCSE:
+def tiny(dropout: float = 0.0, **loss_settings) -> m.SimCSE:
     paddle.seed(1)
     encoder = ErnieModel(ErnieConfig(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **SIZES))
-    network = m.SimCSE(encoder, dropout=dropout, output_emb_size=8, margin=0.1, **settings)
+    network = m.SimCSE(encoder, dropout=dropout, output_emb_size=8,
+                       loss_settings=m.LossSettings(margin=0.1, **loss_settings))
     network.train()
     return network
 
@@ -64,7 +66,7 @@ def gradients(ids: list[list[int]], dropout: float = 0.0, chunk: int | None = No
     model = tiny(dropout, cross_device_negatives=cross)
     network = paddle.DataParallel(model) if paddle.distributed.get_world_size() > 1 else model
     paddle.seed(7)
-    loss = backward(network, model, batch_of(ids, chunk, keys, columns), lambda loss: loss)
+    loss = backward(network, model, batch_of(ids, keys, columns), lambda loss: loss, chunk)
     named = {name: tensor.grad.numpy() for name, tensor in model.named_parameters() if tensor.grad is not None}
     return {"loss": loss.numpy(), **named}
 

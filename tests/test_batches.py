@@ -2,11 +2,12 @@
 
 import argparse
 import itertools
+from dataclasses import fields
 from functools import partial
 
 import data
 import model as m
-from data import ShuffledBatches, text_keys
+from data import Batch, ShuffledBatches, text_keys
 from scripts import pretrain
 from simcse.text.wordpiece import load_tokenizer
 
@@ -27,12 +28,13 @@ def tokenizer():
 
 def arguments(**changed):
     return argparse.Namespace(**{
-        "max_seq_length": 32, "seed": 7, "crop_rate": 0.0, "chunk_size": None,
-        "keep_duplicate_negatives": False, "epochs": 2, "mlm_probability": 0.15, **changed})
+        "max_seq_length": 32, "seed": 7, "crop_rate": 0.0, "keep_duplicate_negatives": False, "epochs": 2,
+        "mlm_probability": 0.15, **changed})
 
 
-def arrays(batch):
-    return [array for chunk in batch.chunks for array in chunk.values()]
+def token_ids(inputs):
+    """The token ids of texts without their padding."""
+    return [row[row != 0].tolist() for row in inputs.input_ids]
 
 
 @settings(max_examples=300, deadline=None)
@@ -54,44 +56,61 @@ def test_views_draw_all_lengths():
 def test_a_batch_is_the_texts_twice_or_two_views_of_each(tokenizer):
     ids = tokenizer(TEXTS, 32)
     plain = data.make_batch(TEXTS, tokenizer, arguments(), range(5), 0)
-    query, _, title, _ = plain.chunks[0].values()
-    np.testing.assert_array_equal(query, title)
-    assert [row[row != 0].tolist() for row in query] == ids
-    np.testing.assert_array_equal(plain.keys[:, 0], text_keys([ids])[:, 0])
-    assert plain.keys.shape == (5, 1) and plain.keys[0] == plain.keys[4]
+    np.testing.assert_array_equal(plain.query.input_ids, plain.title.input_ids)
+    assert token_ids(plain.query) == ids and plain.negative is None and plain.size == 5
+    keys = plain.duplicate_keys
+    np.testing.assert_array_equal(keys.query, text_keys(ids))
+    np.testing.assert_array_equal(keys.title, keys.query)
+    assert keys.query.shape == (5,) and keys.query[0] == keys.query[4] and keys.negative is None
     views = data.make_batch(TEXTS, tokenizer, arguments(crop_rate=0.5), range(5), 0)
-    np.testing.assert_array_equal(views.keys, plain.keys)
-    sides = [[row[row != 0].tolist() for row in views.chunks[0][f"{side}_input_ids"]] for side in ("query", "title")]
+    for side in ("query", "title"):
+        np.testing.assert_array_equal(getattr(views.duplicate_keys, side), getattr(keys, side))
+    sides = [token_ids(views.query), token_ids(views.title)]
     assert sides[0] != sides[1] and sides[0] != ids
     assert all(set(view) <= set(whole) for side in sides for view, whole in zip(side, ids))
 
 
 def test_views_depend_on_seed_epoch_and_row_alone(tokenizer):
     make = partial(data.make_batch, TEXTS, tokenizer, arguments(crop_rate=0.5))
-    whole, part = (arrays(make(rows, 1))[0] for rows in ([0, 1, 2, 3], [3, 1]))
-    for row, of in ((3, 0), (1, 1)):
-        np.testing.assert_array_equal(whole[row][whole[row] != 0], part[of][part[of] != 0])
+    whole, part = (token_ids(make(rows, 1).query) for rows in ([0, 1, 2, 3], [3, 1]))
+    assert part == [whole[3], whole[1]]
     reseeded = partial(data.make_batch, TEXTS, tokenizer, arguments(crop_rate=0.5, seed=8))
     for other in (make([0, 1, 2, 3], 2), reseeded([0, 1, 2, 3], 1)):
-        assert any(one.shape != two.shape or (one != two).any() for one, two in zip([whole], arrays(other)))
+        assert token_ids(other.query) != whole
 
 
 def test_a_view_is_cut_to_the_length(tokenizer):
     long = ["城市道路交通流中观仿真研究" * 5]
     batch = data.make_batch(long, tokenizer, arguments(crop_rate=0.01, max_seq_length=16), [0], 0)
-    query = batch.chunks[0]["query_input_ids"]
+    query = batch.query.input_ids
     assert query.shape == (1, 16) and query[0, -1] == tokenizer.sep
 
 
 def test_pairs_and_triples_are_sides(tokenizer):
     triples = [["甲乙", "甲乙丙", "丁"], ["甲乙", "戊己", "庚"], ["辛", "壬癸", "甲乙丙"]]
-    batch = data.make_batch(triples, tokenizer, arguments(chunk_size=2), [0, 1, 2], 0)
-    expected = [tokenizer(side, 32) for side in zip(*triples)]
-    assert [[len(array) for array in chunk.values()] for chunk in batch.chunks] == [[2, 2, 4, 4], [1, 1, 2, 2]]
-    rows = [[row[row != 0].tolist() for row in chunk["title_input_ids"]] for chunk in batch.chunks]
-    assert rows == [expected[1][:2] + expected[2][:2], expected[1][2:] + expected[2][2:]]
-    assert batch.keys.shape == (3, 3) and batch.keys[0, 0] == batch.keys[1, 0] and batch.keys[0, 1] == batch.keys[2, 2]
-    assert data.make_batch(triples, tokenizer, arguments(keep_duplicate_negatives=True), [0], 0).keys is None
+    batch = data.make_batch(triples, tokenizer, arguments(), [0, 1, 2], 0)
+    expected = [list(tokenizer(side, 32)) for side in zip(*triples)]
+    assert [token_ids(side) for side in (batch.query, batch.title, batch.negative)] == expected
+    keys = batch.duplicate_keys
+    assert [len(side) for side in keys] == [3, 3, 3]
+    assert keys.query[0] == keys.query[1] and keys.title[0] == keys.negative[2]
+    keeping = arguments(keep_duplicate_negatives=True)
+    assert data.make_batch(triples, tokenizer, keeping, [0], 0).duplicate_keys is None
+    chunks = batch.chunks(2)
+    assert [chunk.size for chunk in chunks] == [2, 1] and [list(chunk.rows) for chunk in chunks] == [[0, 1], [2]]
+    for number, name in enumerate(("query", "title", "negative")):
+        rows = [token_ids(getattr(chunk, name)) for chunk in chunks]
+        assert rows == [expected[number][:2], expected[number][2:]]
+        whole = getattr(batch, name)
+        for field in ("input_ids", "token_type_ids"):
+            parts = [getattr(getattr(chunk, name), field) for chunk in chunks]
+            np.testing.assert_array_equal(np.concatenate(parts), getattr(whole, field))
+    assert all(chunk.duplicate_keys is None for chunk in chunks)
+
+
+def test_chunks_of_a_batch_have_all_its_fields(tokenizer):
+    """A field that is added to Batch is to be thought of in Batch.chunks."""
+    assert [field.name for field in fields(Batch)] == ["query", "title", "negative", "duplicate_keys", "rows"]
 
 
 def test_steps_after_a_step_are_those_of_the_whole_run(tokenizer):
@@ -99,9 +118,10 @@ def test_steps_after_a_step_are_those_of_the_whole_run(tokenizer):
 
     def steps(first):
         batches = data.batches_after(first, 2, ShuffledBatches(15, 2), make)
-        return [(epoch, number, batch.rows.tolist()) for epoch, number, batch in batches]
+        return [batch.rows.tolist() for batch in batches]
 
-    assert len(steps(0)) == 14 and all(steps(first) == steps(0)[first:] for first in range(15))
+    expected = [rows.tolist() for epoch in (0, 1) for rows in ShuffledBatches(15, 2).epoch(epoch)]
+    assert steps(0) == expected and len(expected) == 14 and all(steps(first) == steps(0)[first:] for first in range(15))
 
 
 @pytest.mark.parametrize("count, batch_size, ranks, sizes", [
@@ -118,7 +138,7 @@ def test_whole_words_are_masked(tokenizer):
     text = "城市道路交通流中观仿真研究,SimCSE is unsupervised"
     masked = pretrain.MaskedBatches([text], tokenizer, arguments(max_seq_length=64))
     (encoding,) = tokenizer.encode([text], 64)
-    ids, starts = encoding.ids, pretrain.starts_of(encoding)
+    ids, starts = encoding.ids, pretrain.token_starts(encoding)
     assert ids == tokenizer([text], 64)[0] and len(starts) == len(ids) - 2
     words = masked.words(text, starts)
     spelled = ["".join(text[start] for start, word in zip(starts, words) if word == each) for each in range(3)]

@@ -3,6 +3,7 @@
 import json
 
 import model as m
+from simcse.encoder.encoder import Encoder
 from simcse.text.textfile import read_text_pairs
 
 import numpy as np
@@ -44,7 +45,7 @@ def test_pair_scores(compat, flags, expected):
 def test_losses(compat, expected):
     network, tokenizer, _ = m.load_model(str(compat / "model_state.pdparams"), str(compat / "ernie"))
     pairs = read_text_pairs(str(compat / "dev.csv"), "--flag")[:32]
-    query, title = m.encode_pairs(network, tokenizer, pairs, 64, 32)
+    query, title = Encoder(network, tokenizer, 64, 32).encode_pairs(pairs)
     (losses,) = (value for key, value in expected.items() if key.startswith("eval_mode_losses"))
     assert len(losses) == 4
     for name, loss in losses.items():
@@ -86,7 +87,7 @@ def test_training(compat, tmp_path, request):
     (tmp_path / "observe.py").write_text(
         f"import json, runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport model\n"
         "formula, losses = model.contrastive_loss, []\n"
-        "def observed(*args):\n    loss = formula(*args)\n    losses.append(float(loss))\n"
+        "def observed(*args, **named):\n    loss = formula(*args, **named)\n    losses.append(float(loss))\n"
         f"    if len(losses) == {steps} < 50:\n        sys.exit()\n    return loss\n"
         "model.contrastive_loss = observed\nsys.argv = sys.argv[1:]\n"
         "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
@@ -99,7 +100,7 @@ def test_training(compat, tmp_path, request):
     if not slow:
         return
     network, tokenizer, _ = m.load_model(str(tmp_path / "checkpoints" / "model_50" / "model_state.pdparams"))
-    vectors = m.encode(network, tokenizer, read_texts(compat / "titles.txt"), 60, 64)
+    vectors = Encoder(network, tokenizer, 60, 64).encode(read_texts(compat / "titles.txt"))
     np.testing.assert_allclose(vectors, np.load(compat / "title_embeddings_after_training.npy"), atol=1e-3)
 
 

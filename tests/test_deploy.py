@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import simcse.encoder.paddle_engine
-from deploy.python import predictor
+from deploy.python import encoder, predictor
 from simcse.text.wordpiece import load_tokenizer
 
 import numpy as np
@@ -103,8 +103,8 @@ def test_what_is_missing_is_one_line(server, exported, tmp_path):
 
 
 @pytest.mark.parametrize("name, message", [
-    ("tokenizer.json", "tokenizer.json: not a tokenizer: "), ("inference.json", "the graph cannot be run: "),
-    ("inference.pdiparams", "the graph cannot be run: ")])
+    ("tokenizer.json", "tokenizer.json: not a tokenizer: "), ("inference.json", "inference.json cannot be run: "),
+    ("inference.pdiparams", "inference.json cannot be run: ")])
 def test_what_is_damaged_is_one_line(exported, tmp_path, name, message):
     if not (exported / name).exists():
         pytest.skip("the graph is of paddle 2, which crashes on a damaged one")
@@ -116,11 +116,11 @@ def test_what_is_damaged_is_one_line(exported, tmp_path, name, message):
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"\x1f\x8b\x08\0\n", "it is compressed, or a workbook: unpack it, or save it as text"),
-    ("甲\n".encode("gbk"), "texts:1: not UTF-8 at byte 1 of the line; iconv -f ENCODING -t UTF-8 FILE > NEW converts"),
+    (b"\x1f\x8b\x08\0\n", "the file is compressed, or a workbook: unpack it, or save it as text"),
+    ("甲\n".encode("gbk"), "texts:1: not UTF-8 at byte 1 of the line; convert it from its encoding: iconv -f"),
     ("甲\n".encode("utf-16"), "texts:1: not UTF-8 at byte 1 of the line; it looks like UTF-16"),
-    (b"a\n\xff\xfa\x81\n", "texts:2: not UTF-8 at byte 1 of the line; iconv -f ENCODING"),
-    (b"\n", "the file holds no text"),
+    (b"a\n\xff\xfa\x81\n", "texts:2: not UTF-8 at byte 1 of the line; convert it from its encoding: iconv -f"),
+    (b"\n", "the file is empty"),
     ("甲\na\tb\n\n".encode(), "2 of 3 lines are blank or malformed: texts:2 (columns: 2 instead of 1), "
                                "texts:3 (blank)"),
     (b"a\tb\nc\td\ne\n", "2 of 3 lines are blank or malformed")])
@@ -148,7 +148,7 @@ def test_what_was_whitened_at_a_length_is_told_of_longer_texts(exported, tmp_pat
 @pytest.mark.parametrize("length", [3, 16, 512])
 def test_tokens_are_those_of_the_project(exported, sample, length):
     texts = TEXTS + read_texts(sample / "corpus.csv")
-    ours, theirs = load_tokenizer(str(exported)), predictor.Tokenizer(str(exported))
+    ours, theirs = load_tokenizer(str(exported)), encoder.Tokenizer(str(exported))
     assert theirs(texts, length) == ours(texts, length) and theirs.pad_token_id == ours.pad_token_id
 
 
@@ -156,11 +156,16 @@ def test_tokens_are_those_of_the_project(exported, sample, length):
 def test_windows_give_the_rows_of_the_whole(exported, sample, batch_size, monkeypatch):
     """A file of many texts is tokenized a window at a time, and every embedding is in its text's row."""
     texts = read_texts(sample / "corpus.csv")
-    graph, tokenizer = predictor.Predictor(str(exported)), predictor.Tokenizer(str(exported))
-    whole = predictor.encode(graph, tokenizer, texts, 64, batch_size)
-    monkeypatch.setattr(predictor, "WINDOW", 7)
-    np.testing.assert_allclose(predictor.encode(graph, tokenizer, texts, 64, batch_size), whole, atol=1e-5)
-    assert predictor.encode(graph, tokenizer, [], 64).shape == (0, graph.embedding_size)
+    graph = predictor.load_predictor(str(exported), precision="fp32")
+    tokenizer = encoder.Tokenizer(str(exported))
+    whole = encoder.encode(graph, tokenizer, texts, 64, batch_size)
+    monkeypatch.setattr(encoder, "WINDOW", 7)
+    in_windows = encoder.encode(graph, tokenizer, texts, 64, batch_size)
+    np.testing.assert_allclose(in_windows.embeddings, whole.embeddings, atol=1e-5)
+    assert in_windows.truncated == whole.truncated and in_windows.unknown == whole.unknown
+    assert encoder.encode(graph, tokenizer, [], 64).embeddings.shape == (0, graph.embedding_size)
+    with pytest.raises(ValueError, match="max_seq_length 600: the encoder has 513 positions"):
+        encoder.encode(graph, tokenizer, texts, 600)
 
 
 def test_requirements_are_pinned_as_the_projects():
@@ -191,21 +196,21 @@ def test_onednn_is_set_up_as_by_the_stages(exported, precision, monkeypatch):
     monkeypatch.setattr(paddle.inference, "Config", Config)
     monkeypatch.setattr(simcse.encoder.paddle_engine, "CPU_HAS_BF16", True)
     monkeypatch.setattr(predictor, "CPU_HAS_BF16", True)
-    for make in (lambda: simcse.encoder.paddle_engine.CpuEngine(str(exported), precision, 2),
-                 lambda: predictor.Predictor(str(exported), "cpu", 2, precision=precision)):
+    for make in (lambda: simcse.encoder.paddle_engine.PaddleEngine(str(exported), precision, 2),
+                 lambda: predictor.load_predictor(str(exported), cpu_threads=2, precision=precision)):
         with pytest.raises(TypeError):  # there is no predictor of such a config
             make()
     assert calls[0][0] == calls[1][0] and set(calls[0]) == set(calls[1]) and len(calls[0]) > 5, calls
 
 
 @pytest.mark.parametrize("graph, precision, built_with, message", [
-    ("out/inference.json", "fp32", (8, 5, 3), "out/inference.json was exported by paddle 3, which has TensorRT for"),
-    ("out/inference.pdmodel", "bf16", (8, 5, 3), "--precision bf16 is not one of TensorRT's here: fp32 or fp16"),
+    ("out/inference.json", "fp32", (8, 5, 3), "out/inference.json was exported by paddle 3, which runs only the"),
+    ("out/inference.pdmodel", "bf16", (8, 5, 3), "--precision bf16 does not run on TensorRT; use fp32 or fp16"),
     ("out/inference.pdmodel", "fp16", (0, 0, 0), "this paddlepaddle is built without TensorRT")])
 def test_tensorrt_is_refused_where_it_cannot_work(graph, precision, built_with, message):
-    predictor._check_tensorrt("out/inference.pdmodel", "fp16", (8, 5, 3))
+    predictor.check_tensorrt("out/inference.pdmodel", "fp16", (8, 5, 3))
     with pytest.raises(predictor.InputError, match=f"^--use_tensorrt: {re.escape(message)}"):
-        predictor._check_tensorrt(graph, precision, built_with)
+        predictor.check_tensorrt(graph, precision, built_with)
 
 
 def test_tensorrt_is_refused_before_the_device_is_looked_at(exported):
@@ -227,10 +232,13 @@ def test_batches_of_tensorrt_are_no_larger_than_it_was_built_for(exported, monke
         shapes.append(input_ids.shape)
         return np.ones([len(input_ids), 128], "float32")
 
-    monkeypatch.setattr(predictor, "_run_paddle", lambda *args: embed)
-    graph = predictor.Predictor(str(exported), "gpu", precision="fp16", tensorrt=(32, 60))
+    monkeypatch.setattr(predictor.PaddlePredictor, "open", lambda *args: None)
+    monkeypatch.setattr(predictor.PaddlePredictor, "embed", staticmethod(embed))
+    graph = predictor.load_predictor(str(exported), device="gpu", precision="fp16",
+                                     tensorrt=predictor.TensorRtShape(32, 60))
     texts = ["语义" * (1 + number % 40) for number in range(200)]
-    assert len(predictor.encode(graph, predictor.Tokenizer(str(exported)), texts, 60, batch_size)) == 200
+    encoder.encode(graph, encoder.Tokenizer(str(exported)), texts, 60, batch_size)
+    assert sum(texts for texts, _ in shapes) == 200
     assert max(texts for texts, _ in shapes) == 32 and max(tokens for _, tokens in shapes) <= 60
 
 

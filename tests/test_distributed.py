@@ -9,7 +9,7 @@ import time
 import model as m
 from data import ShuffledBatches
 from simcse.encoder.weights import read_weights, saved_steps
-from simcse.training.gradients import backward
+from simcse.training.gradients import Embeddings, backward
 
 import gradients
 import numpy as np
@@ -63,10 +63,10 @@ def test_a_cached_step_is_a_plain_one(chunk):
     ids = texts(1, 10)
     network = tiny(0.3)
     paddle.seed(7)
-    batch = batch_of(ids, chunk)
-    views = [network(**{name: paddle.to_tensor(array) for name, array in chunk.items()}, embeddings_only=True)
-             for chunk in batch.chunks]
-    loss = network.loss(*(paddle.concat(side) for side in zip(*views)), paddle.to_tensor(batch.keys))
+    batch = batch_of(ids)
+    views = [network(part) for part in batch.chunks(chunk)]
+    query, title = (paddle.concat([view[side] for view in views]) for side in (0, 1))
+    loss = network.loss(Embeddings(query, title), batch.duplicate_keys)
     loss.backward()
     expected = {"loss": loss.numpy(), **{name: p.grad.numpy() for name, p in network.named_parameters()
                                          if p.grad is not None}}
@@ -112,7 +112,7 @@ def test_duplicates_are_no_negatives():
     ids = texts(1)
     network = tiny()
     batch = batch_of(ids)
-    keys, vectors = batch.keys[:, 0], network.embed(*list(batch.chunks[0].values())[:2]).numpy()
+    keys, vectors = batch.duplicate_keys.query, network.embed(*batch.query).numpy()
     logits = 20 * (vectors @ vectors.T - 0.1 * np.eye(6))
     logits[0, 5] = logits[5, 0] = -np.inf
     expected = np.mean(np.log(np.exp(logits).sum(axis=1)) - np.diag(logits))
@@ -155,7 +155,7 @@ def test_recall_on_two_ranks_is_the_same_file(checkpoint, sample, tmp_path, flag
             assert "wrote" in logs[0] and "wrote" not in logs[1]
         results.append((tmp_path / name / "recall_result_dir" / "recall_result.txt").read_bytes())
         assert sorted(os.listdir(tmp_path / name / "index")) == [
-            "corpus.csv", "entries.npy", "fingerprint.json", *(f"shard_{n}.bin" for n in range(8))]
+            "corpus.csv", "documents.npy", "keys.npy", "manifest.json", *(f"shard_{n}.bin" for n in range(8))]
     assert results[0] == results[1] and results[0].count(b"\n") == 60 * 20
     for path in (tmp_path / "one" / "index").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / "index" / path.name).read_bytes(), path.name
@@ -215,7 +215,7 @@ def test_a_loss_that_is_no_number_on_one_rank_ends_both(sample, tmp_path):
     not saved."""
     (tmp_path / "train.py").write_text(f"""import runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
-import simcse.gradients as gradients
+import simcse.training.gradients as gradients
 from simcse.machine import RANK
 whole, steps = gradients.backward, []
 
@@ -243,7 +243,7 @@ def test_two_ranks_broken_and_resumed_are_two_unbroken(sample, tmp_path):
     last = saved_steps(str(tmp_path / "broken"))[-1]
     assert first.returncode != 0 and last < 32
     second, logs = launch("train.py", *flags, "--save_dir", "broken", cwd=tmp_path)
-    assert second.returncode == 0 and f"going on from broken/model_{last}" in logs[0], logs
+    assert second.returncode == 0 and f"resuming from broken/model_{last}" in logs[0], logs
     one, other = (read_weights(str(tmp_path / name / "model_32" / "model_state.pdparams"), "--flag")
                   for name in ("whole", "broken"))
     for name, array in one.items():

@@ -86,15 +86,15 @@ def test_bytes_that_are_no_text_on_the_command_line(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("script, flags, message", [
-    ("recall.py", ["--recall_num", 0], "argument --recall_num/--top_k: '0' is not a whole number from 1 up"),
-    ("recall.py", ["--batch_size", -3], "argument --batch_size: '-3' is not a whole number from 1 up"),
-    ("evaluate.py", ["--recall_num", 0], "argument --recall_num: '0' is not a whole number from 1 up"),
-    ("train.py", ["--output_dropout", 1], "argument --output_dropout: '1' is not a number from 0 up to"),
-    ("train.py", ["--margin", -1], "argument --margin: '-1' is not a number from 0 up"),
-    ("train.py", ["--warmup_proportion", 1.01], "argument --warmup_proportion: '1.01' is not a number from 0 to 1"),
-    ("train.py", ["--learning_rate", "inf"], "argument --learning_rate: 'inf' is not a number above 0"),
-    ("train.py", ["--keep_checkpoints", -1], "argument --keep_checkpoints: '-1' is not a whole number from 0 up"),
-    ("train.py", ["--max_grad_norm", 0], "argument --max_grad_norm: '0' is not a number above 0"),
+    ("recall.py", ["--recall_num", 0], "argument --recall_num/--top_k: expected an integer >= 1, got '0'"),
+    ("recall.py", ["--batch_size", -3], "argument --batch_size: expected an integer >= 1, got '-3'"),
+    ("evaluate.py", ["--recall_num", 0], "argument --recall_num: expected an integer >= 1, got '0'"),
+    ("train.py", ["--output_dropout", 1], "argument --output_dropout: expected a number in [0, 1), got '1'"),
+    ("train.py", ["--margin", -1], "argument --margin: expected a number >= 0, got '-1'"),
+    ("train.py", ["--warmup_proportion", 1.01], "--warmup_proportion: expected a number in [0, 1], got '1.01'"),
+    ("train.py", ["--learning_rate", "inf"], "argument --learning_rate: expected a number > 0, got 'inf'"),
+    ("train.py", ["--keep_checkpoints", -1], "argument --keep_checkpoints: expected an integer >= 0, got '-1'"),
+    ("train.py", ["--max_grad_norm", 0], "argument --max_grad_norm: expected a number > 0, got '0'"),
     ("train.py", ["--max_seq_length", 514, "--model_name_or_path", ENCODER],
      "--max_seq_length 514: the encoder has 513 positions")])
 def test_flags_out_of_range(tmp_path, script, flags, message):

@@ -3,7 +3,7 @@
 import re
 import xml.etree.ElementTree as xml
 
-from evaluate import labels, table
+from evaluate import format_table, name_results
 
 import numpy as np
 import pytest
@@ -193,11 +193,11 @@ def test_compare_a_file_with_itself_and_another(tmp_path, results):
     (["r.txt", "old/r.txt"], ["r.txt", "old/r.txt"]), (["r.txt", "r.txt"], ["r.txt", "r.txt (2)"]),
     (["/t/1/ck/r.txt", "/t/2/ck/r.txt"], ["1", "2"])])
 def test_labels(paths, names):
-    assert labels(paths) == names
+    assert name_results(paths) == names
 
 
 def test_columns_of_chinese_are_twice_as_wide():
-    assert table([["", "训练后", "b"], ["mrr", "1", "22"]]) == "     训练后   b\nmrr       1  22"
+    assert format_table([["", "训练后", "b"], ["mrr", "1", "22"]]) == "     训练后   b\nmrr       1  22"
 
 
 def test_plot_svg_names_files_and_shows_the_figures(tmp_path, results):
@@ -248,7 +248,7 @@ def test_plot_without_a_chinese_font_or_without_matplotlib(tmp_path, results):
     (["nowhere.txt"], "argument --recall_result_file: nowhere.txt: no such file"),
     (["--metrics", "recall,mmr"], "argument --metrics: 'mmr' is not one of recall, mrr, ndcg"),
     (["--metrics", ""], "argument --metrics: '' is not one of"),
-    (["--show_errors", 0], "argument --show_errors: '0' is not a whole number from 1 up"),
+    (["--show_errors", 0], "argument --show_errors: expected an integer >= 1, got '0'"),
     (["--plot", "a.jpg"], "argument --plot: a.jpg: the name has to end in .png, .svg, .pdf"),
     (["--plot", "no/a.png"], "argument --plot: no: no such folder")])
 def test_refused(tmp_path, flags, message):

@@ -5,11 +5,12 @@ import json
 import re
 from types import SimpleNamespace
 
-import model as m
 import train
-from deploy.python import predictor
+from deploy.python import encoder as deployed
 from simcse import console, flags
 from simcse.console import InputError
+from simcse.encoder import encoder
+from simcse.encoder.encoder import Encoder, check_texts
 from simcse.text import textfile, wordpiece
 
 import numpy as np
@@ -27,11 +28,15 @@ def tokenizer():
 class Ones:
     """An engine to which all texts are alike."""
 
-    embedding_size, max_positions, batch_tokens, most_texts, precision = 4, 512, 2048, 1000, "fp32"
+    embedding_size, max_positions, batch_tokens, max_batch_size, precision = 4, 512, 2048, None, "fp32"
 
     def embed(self, input_ids, token_type_ids):
         assert input_ids.shape[1] <= 8
         return np.full((len(input_ids), 4), 0.5, "float32")
+
+
+def encoder_of(tokenizer):
+    return Encoder(Ones(), tokenizer, 8)
 
 
 # -------------------------------------------------------------------------------------------------------- the default
@@ -70,16 +75,15 @@ def test_cut_texts_are_counted(tokenizer, tmp_path, capsys):
     """A text of as many tokens as there is room for is not cut; places are those of lines, blank ones counted."""
     (tmp_path / "t.csv").write_text("六个汉字的长\n\n七个汉字的长短\n短\nabc " + "长" * 900 + "\n", encoding="utf-8")
     texts = textfile.TextFile(str(tmp_path / "t.csv"), "--flag")
-    assert m.encode(Ones(), tokenizer, texts, 8).shape == (4, 4)
+    assert encoder_of(tokenizer).encode(texts).shape == (4, 4)
     assert capsys.readouterr().err == (f"2 of 4 texts are longer than 8 tokens and are cut; a higher --max_seq_length, "
                                        f"in training too, reads on: {tmp_path}/t.csv:3, {tmp_path}/t.csv:5\n")
-    assert m.encode(Ones(), tokenizer, texts, 8, remark=False).all() and not capsys.readouterr().err
+    assert encoder_of(tokenizer).encode(texts, warn=False).all() and not capsys.readouterr().err
 
 
 def test_a_cut_text_keeps_its_first_tokens(tokenizer):
     texts = ["长" * 30, "abc def " * 9, "六个汉字的长", "短"]
-    ids, _ = m.Sight(tokenizer, texts, 8)(range(4))
-    assert ids == tokenizer(texts, 8)
+    assert encoder_of(tokenizer).tokenize(texts).ids == tokenizer(texts, 8)
 
 
 def test_strict_data_refuses_them(tokenizer, monkeypatch):
@@ -87,16 +91,16 @@ def test_strict_data_refuses_them(tokenizer, monkeypatch):
     for text, message in (("长" * 9, "1 of 2 texts are longer than 8 .*'长长长长长长长长长'"),
                           ("👍", "1 of 2 texts are all .UNK.")):
         with pytest.raises(InputError, match=message + r".* \(--strict_data\)"):
-            m.encode(Ones(), tokenizer, ["短", text], 8)
+            encoder_of(tokenizer).encode(["短", text])
 
 
 def test_texts_that_the_encoder_does_not_see_are_like_none(tokenizer, capsys):
     """[UNK] and no word besides, or no token at all: zeros, whose cosine with any text, each other's too, is 0."""
     texts = ["语义", *UNSEEN, "👍1", "。。", "语👍"]
     assert wordpiece.find_unknown(tokenizer, tokenizer(texts, 8)) == [1, 2, 3, 4, 5]
-    embeddings = m.encode(Ones(), tokenizer, texts, 8)
+    embeddings = encoder_of(tokenizer).encode(texts)
     assert embeddings.any(axis=1).tolist() == [True, *[False] * 5, True, True, True]
-    first, second = m.encode_pairs(Ones(), tokenizer, [("👍", "👍"), ("短", "短")], 8)
+    first, second = encoder_of(tokenizer).encode_pairs([("👍", "👍"), ("短", "短")])
     assert (first * second).sum(axis=1).tolist() == [0, 1]
     said = "5 of 9 texts are all .UNK. to the encoder.*: '😀😀', '👍!', 'สวัสดี ครับ'\n2 of 4 texts"
     assert re.match(said, capsys.readouterr().err)
@@ -105,7 +109,7 @@ def test_texts_that_the_encoder_does_not_see_are_like_none(tokenizer, capsys):
 def test_nor_are_they_to_a_service_or_a_server(tokenizer, tmp_path, capsys):
     from deploy.serving.searcher import Searcher
 
-    searcher = Searcher(Ones(), tokenizer, None, SimpleNamespace(documents=0), 8, ([1, 4], [8]))
+    searcher = Searcher(encoder_of(tokenizer), None, SimpleNamespace(documents=0), ([1, 4], [8]))
     embeddings, _ = searcher.encode(["语义", *UNSEEN])
     assert embeddings.any(axis=1).tolist() == [True, *[False] * 5]
     assert not capsys.readouterr().err
@@ -113,11 +117,9 @@ def test_nor_are_they_to_a_service_or_a_server(tokenizer, tmp_path, capsys):
         assert searcher.encode(["长" * 9, "长" * 5])[1].tolist() == [9, 7]  # one more than are seen
     assert capsys.readouterr().err == "texts longer than 8 tokens are cut; this is said once\n"
     tokenizer.save_rust(str(tmp_path))
-    said = []
-    embeddings = predictor.encode(Ones(), predictor.Tokenizer(str(tmp_path)), ["语义", *UNSEEN, "长" * 9], 8,
-                                  complain=lambda *told: said.append(told))
-    assert embeddings.any(axis=1).tolist() == [True, *[False] * 5, True]
-    assert [(remark[:11], which) for remark, which in said] == [("are longer ", [6]), ("are all [UN", [1, 2, 3, 4, 5])]
+    encoded = deployed.encode(Ones(), deployed.Tokenizer(str(tmp_path)), ["语义", *UNSEEN, "长" * 9], 8)
+    assert encoded.embeddings.any(axis=1).tolist() == [True, *[False] * 5, True]
+    assert (encoded.truncated, encoded.unknown) == ([6], [1, 2, 3, 4, 5])
 
 
 def test_the_graph_finds_its_way_past_zeros():
@@ -144,13 +146,13 @@ def test_training_texts_that_are_one_after_cutting(tokenizer, tmp_path, capsys):
     """Of pairs a line is said where either of its texts is such a one."""
     path = tmp_path / "train.csv"
     path.write_text("".join(f"承担单位见附件{row}\n" for row in range(5)) + "别的\n别的\n", encoding="utf-8")
-    m.look_at(textfile.TextFile(str(path), "--flag").spread(9), tokenizer, 8)
+    check_texts(textfile.TextFile(str(path), "--flag").spread(9), tokenizer, 8)
     cut, alike = capsys.readouterr().err.splitlines()
     assert cut.startswith("5 of 7 texts are longer than 8 tokens")
     assert alike == ("4 of 7 texts, cut to 8 tokens, are one with another text; a higher --max_seq_length tells them "
                      f"apart: {path}:2, {path}:3, {path}:4")
     path.write_text("".join(f"问题{row}\t承担单位见附件{row}\n" for row in "甲乙"), encoding="utf-8")
-    m.look_at(textfile.TextFile(str(path), "--flag", columns=2).spread(9), tokenizer, 8)
+    check_texts(textfile.TextFile(str(path), "--flag", columns=2).spread(9), tokenizer, 8)
     said = capsys.readouterr().err.splitlines()[1]
     assert said.startswith("1 of 4 texts, cut to 8 tokens, are one with another") and said.endswith(f" {path}:2")
 
@@ -162,10 +164,11 @@ def test_texts_that_are_one_to_the_encoder_are_no_training(tokenizer, tmp_path, 
         path.write_text(content, encoding="utf-8")
         texts = textfile.TextFile(str(path), "--flag", content.count("\t") and 2 or 1)
         with pytest.raises(InputError, match="train.csv: there are no two different texts as the encoder sees them"):
-            train.look(arguments(path, epochs=0, whiten=0), texts, [], tokenizer)
-        train.look(arguments(path, epochs=0, whiten=None), texts, [], tokenizer)
+            train.check_encoder_sees(arguments(path, epochs=0, whiten=0), texts, [], tokenizer)
+        train.check_encoder_sees(arguments(path, epochs=0, whiten=None), texts, [], tokenizer)
     path.write_text("承担单位见附件一\n承担单位见附件二\n", encoding="utf-8")  # they are but cut, which is warned of
-    train.look(arguments(path, epochs=1, whiten=None), textfile.TextFile(str(path), "--flag"), [], tokenizer)
+    texts = textfile.TextFile(str(path), "--flag")
+    train.check_encoder_sees(arguments(path, epochs=1, whiten=None), texts, [], tokenizer)
     assert "1 of 2 texts, cut to 8 tokens, are one with another text" in capsys.readouterr().err
 
 
@@ -174,25 +177,22 @@ def test_embeddings_that_are_no_numbers_are_refused(tokenizer):
         def embed(self, input_ids, token_type_ids):
             return np.full((len(input_ids), 4), np.nan, "float32")
 
-    with pytest.raises(InputError, match="embeddings that are no numbers"):
-        m.encode(Nan(), tokenizer, ["短"], 8)
+    with pytest.raises(InputError, match="embeddings contain NaN or Inf"):
+        Encoder(Nan(), tokenizer, 8).encode(["短"])
 
 
 def test_ranks_count_together(tokenizer, monkeypatch, capsys):
     """Each has its part of the texts; the first says what all have seen."""
-    from simcse import ranks
-
     texts, parts = ["长" * 9, "短", "👍", "长" * 8], []
-    monkeypatch.setattr(ranks, "gather_arrays", lambda array: parts.append(array) or parts)
+    monkeypatch.setattr(encoder, "gather_arrays", lambda array: parts.append(array) or parts)
     for rows in (range(2, 4), range(2)):
-        sight = m.Sight(tokenizer, texts, 8, str, remark=False)
-        sight(rows)
-        sight.report()
+        warnings = encoder.TextWarnings(8)
+        assert len(list(encoder_of(tokenizer).stream(texts, windows=[rows], warnings=warnings))) == 1
         assert not capsys.readouterr().err
-        sight.gather()
-    sight.report()
+        warnings = warnings.gather()
+    warnings.report(str)
     assert [line.split(":")[-1] for line in capsys.readouterr().err.splitlines()] == [" 0, 3", " 2"]
-    assert sight.count == 4
+    assert warnings.total == 4
 
 
 def test_a_batch_of_one_is_warned_about(tmp_path, capsys):
@@ -218,7 +218,7 @@ def test_targets_that_only_a_program_tells_apart(tmp_path, capsys):
     path.write_text("问\t甲？\n答\t甲?\n又\t\u200b甲 ？\n再\t乙\n三\t乙\n", encoding="utf-8")
     assert len(train.read_test_set(arguments(path))) == 5
     assert capsys.readouterr().err == (
-        "--test_set_file: 2 of 5 targets are an earlier one but for white space, width or invisible characters, and "
+        "--test_set_file: 2 of 5 targets match an earlier one after Unicode and white-space normalization, and "
         f"count as another document; write them alike: {path}:2, {path}:3\n")
 
 

@@ -175,10 +175,10 @@ def test_scores_stand_beside_the_lines_of_the_file(files):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--output_file", "t", "--negative_depth", 9, 3], "--negative_depth 9 3: the first rank is behind the last"),
-    (["--output_file", "t", "--negative_depth", 0, 3], "'0' is not a whole number from 1 up"),
+    (["--output_file", "t", "--negative_depth", 9, 3], "--negative_depth 9 3: the first rank is larger than the last"),
+    (["--output_file", "t", "--negative_depth", 0, 3], "expected an integer >= 1, got '0'"),
     (["--output_file", "t", "--negatives_per_pair", 42], "--negative_depth 10 50 has only 41 ranks"),
-    (["--output_file", "t", "--negative_max_score", 2], "'2' is not a number from 0 to 1"),
+    (["--output_file", "t", "--negative_max_score", 2], "expected a number in [0, 1], got '2'"),
     (["--output_file", "."], "argument --output_file: .: is a directory"),
     (["--output_file", "t"], "--negative_depth 10 50: recall_result_dir/recall_result.txt has at most 2 documents a "
                              "query; recall.py --recall_num 50 gives more"),

@@ -5,8 +5,10 @@ import os
 import pickle
 
 import model as m
+from data import Batch, Inputs
 from simcse.console import InputError
 from simcse.encoder import paddle_patches, pretrained, weights
+from simcse.encoder.encoder import Encoder
 from simcse.encoder.engine import make_engine
 from simcse.text.tokens import pad
 from simcse.text.wordpiece import load_tokenizer
@@ -69,7 +71,8 @@ def test_loss_is_equation_1():
     for margin, scale in ((0.0, 20), (0.2, 20), (0.3, 1)):
         logits = scale * (query @ title.T - margin * np.eye(5))
         expected = np.mean(np.log(np.exp(logits).sum(axis=1)) - np.diag(logits))
-        assert float(m.contrastive_loss(*tensors(query, title), margin, scale)) == pytest.approx(expected, rel=1e-6)
+        settings = m.LossSettings(margin, scale)
+        assert float(m.contrastive_loss(*tensors(query, title), settings)) == pytest.approx(expected, rel=1e-6)
         assert m.mean_loss(query, title, 5, margin, scale) == pytest.approx(expected, rel=1e-6)
         halves = [m.mean_loss(query[part], title[part], 9, margin, scale) for part in (slice(0, 3), slice(3, 5))]
         assert m.mean_loss(query, title, 3, margin, scale) == pytest.approx(np.dot(halves, [0.6, 0.4]), rel=1e-6)
@@ -78,19 +81,20 @@ def test_loss_is_equation_1():
 def test_loss_of_no_number_is_no_number():
     vectors = np.ones((4, 2), "float32")
     vectors[1] = np.nan
-    assert np.isnan(float(m.contrastive_loss(*tensors(vectors, vectors), 0.0, 20)))
+    assert np.isnan(float(m.contrastive_loss(*tensors(vectors, vectors), m.LossSettings())))
 
 
 def test_one_pass_of_both_views_equals_two():
     """Loss and gradients, dropout off: the forward pass of 2B rows against one pass for each side."""
-    gradients, losses = [], []
+    gradients, losses, settings = [], [], m.LossSettings(margin=0.1)
     (batch,) = tensors(ids())
     for together in (True, False):
-        network = tiny(margin=0.1)
+        network = tiny(loss_settings=settings)
         if together:
-            loss = network(batch, batch)
+            loss = network.loss(network(Batch(Inputs(batch), Inputs(batch))))
         else:
-            loss = m.contrastive_loss(network.get_pooled_embedding(batch), network.get_pooled_embedding(batch), 0.1, 20)
+            query, title = network.get_pooled_embedding(batch), network.get_pooled_embedding(batch)
+            loss = m.contrastive_loss(query, title, settings)
         loss.backward()
         losses.append(float(loss))
         gradients.append({name: p.grad.numpy() for name, p in network.named_parameters() if p.grad is not None})
@@ -116,7 +120,7 @@ def test_texts_of_one_group_are_seen_under_two_dropouts(monkeypatch):
     batch, _ = pad([row[: 3 + number % 4].tolist() for number, row in enumerate(ids(8))], 0)
     for mode in (network.train, network.eval):
         mode()
-        query, title = network(*tensors(batch, batch), embeddings_only=True)
+        query, title, _ = network(Batch(Inputs(batch), Inputs(batch)))
         cosines = (query * title).sum(axis=-1).numpy()
         assert (cosines < 0.999).all() if network.training else (cosines > 0.999).all()
     np.testing.assert_allclose(query.numpy(), network.embed(batch, batch * 0).numpy(), atol=1e-6)
@@ -133,19 +137,19 @@ def test_dropout_makes_two_views():
 
 def test_padding_and_batching_change_nothing():
     tokenizer, texts = load_tokenizer(str(ENCODER)), ["语义索引", "召回一批语义相关的文本" * 3, "短", "SimCSE"] * 3
-    network = m.SimCSE(pretrained.load_encoder(str(ENCODER)), output_emb_size=32)
-    one_by_one = m.encode(network, tokenizer, texts, 24, 1)
-    np.testing.assert_allclose(m.encode(network, tokenizer, texts, 24, 5), one_by_one, atol=1e-5)
+    network = m.SimCSE(pretrained.load_pretrained(str(ENCODER)), output_emb_size=32)
+    one_by_one = Encoder(network, tokenizer, 24, 1).encode(texts)
+    np.testing.assert_allclose(Encoder(network, tokenizer, 24, 5).encode(texts), one_by_one, atol=1e-5)
     assert one_by_one.shape == (12, 32) and one_by_one.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(one_by_one, axis=1), 1, atol=1e-5)
     with pytest.raises(InputError, match="--max_seq_length 514.*513 positions"):
-        m.encode(network, tokenizer, texts, 514, 5)
+        Encoder(network, tokenizer, 514)
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
 @pytest.fixture
 def saved(tmp_path):
-    network = tiny(margin=0.25, scale=7)
+    network = tiny(loss_settings=m.LossSettings(margin=0.25, scale=7))
     network.infer_with_pooler = False
     folder = tmp_path / "model_1"
     m.save_checkpoint(str(folder), network, load_tokenizer(str(ENCODER)),
@@ -157,7 +161,8 @@ def test_round_trip(saved):
     network, folder = saved
     loaded, _, record = m.load_model(str(folder / weights.PARAMS_FILE))
     np.testing.assert_array_equal(loaded.embed(ids(), ids() * 0), network.embed(ids(), ids() * 0))
-    assert (loaded.margin, loaded.scale, loaded.infer_with_pooler, loaded.output_emb_size) == (0.25, 7, False, 8)
+    assert loaded.loss_settings == m.LossSettings(margin=0.25, scale=7)
+    assert (loaded.infer_with_pooler, loaded.output_emb_size) == (False, 8)
     assert record["model_name_or_path"] == "an encoder" and record["max_seq_length"] == 48
     assert sorted(path.name for path in folder.iterdir()) == [
         "model_state.pdparams", "simcse_config.json", "tokenizer_config.json", "vocab.txt"]
@@ -212,7 +217,7 @@ def test_another_encoder_of_automodel(tmp_path):
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(chr, range(0x4E00, 0x4E00 + 195))]
     (tmp_path / "bert" / "vocab.txt").write_text("\n".join(vocab) + "\n", encoding="utf-8")
     (tmp_path / "bert" / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
-    network = m.SimCSE(pretrained.load_encoder(str(tmp_path / "bert"), dropout=0.3), output_emb_size=4)
+    network = m.SimCSE(pretrained.load_pretrained(str(tmp_path / "bert"), dropout=0.3), output_emb_size=4)
     assert network.ptm.config.hidden_dropout_prob == 0.3 and type(network.ptm).__name__ == "BertModel"
     tokenizer = load_tokenizer(str(tmp_path / "bert"))
     m.save_checkpoint(str(tmp_path / "ck"), network, tokenizer,
@@ -220,7 +225,8 @@ def test_another_encoder_of_automodel(tmp_path):
     os.rename(tmp_path / "bert", tmp_path / "gone")
     loaded, tokenizer, _ = m.load_model(str(tmp_path / "ck" / weights.PARAMS_FILE))
     texts = ["一丁七", "万"]
-    np.testing.assert_array_equal(m.encode(loaded, tokenizer, texts, 16, 2), m.encode(network, tokenizer, texts, 16, 2))
+    got, expected = (Encoder(each, tokenizer, 16, 2).encode(texts) for each in (loaded, network))
+    np.testing.assert_array_equal(got, expected)
 
 
 def test_an_encoder_with_missing_layers_is_an_error(tmp_path, capsys):
@@ -230,11 +236,11 @@ def test_an_encoder_with_missing_layers_is_an_error(tmp_path, capsys):
     state = paddle.load(path)
     no_pooler = {name: value for name, value in state.items() if "pooler" not in name}
     paddle.save(no_pooler, path)
-    pretrained.load_encoder(str(tmp_path))
+    pretrained.load_pretrained(str(tmp_path))
     assert "has no trained pooler" in capsys.readouterr().err
     paddle.save({name: value for name, value in no_pooler.items() if "layers.1.linear1" not in name}, path)
     with pytest.raises(InputError, match=r"lack .*layers\.1\.linear1"):
-        pretrained.load_encoder(str(tmp_path))
+        pretrained.load_pretrained(str(tmp_path))
 
 
 def test_record_is_plain_json(saved):
@@ -267,7 +273,7 @@ def test_last_layer_of_first_token_changes_nothing():
     assert network.ptm(padded)[0].shape == [6, 1, 16] and whole.ptm(padded)[0].shape == [6, 12, 16]
     results = []
     for each in (network, whole):
-        loss = each(padded, padded)
+        loss = each.loss(each(Batch(Inputs(padded), Inputs(padded))))
         loss.backward()
         results.append((float(loss), {name: p.grad.numpy() for name, p in each.named_parameters()}))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
@@ -279,11 +285,11 @@ def test_an_encoder_of_another_kind_is_left_alone():
     class Encoder(paddle.nn.Layer):
         pass
 
-    paddle_patches.first_token_only(Encoder())
+    paddle_patches.compute_first_token_only(Encoder())
     pre_norm = Encoder()
     pre_norm.encoder = paddle.nn.TransformerEncoder(
         paddle.nn.TransformerEncoderLayer(16, 2, 32, normalize_before=True), 2)
-    paddle_patches.first_token_only(pre_norm)
+    paddle_patches.compute_first_token_only(pre_norm)
     assert "forward" not in pre_norm.encoder.layers[-1].__dict__
 
 
@@ -297,7 +303,7 @@ def test_fast_bias_gradients_are_the_same():
         if fast:
             paddle_patches.train_faster_on_cpu(network)
             assert sum("forward" in layer.__dict__ for layer in network.sublayers()) > 10
-        network(batch, batch).backward()
+        network.loss(network(Batch(Inputs(batch), Inputs(batch)))).backward()
         gradients.append({name: p.grad.numpy() for name, p in network.named_parameters() if p.grad is not None})
     for name, gradient in gradients[0].items():
         np.testing.assert_allclose(gradient, gradients[1][name], atol=1e-5, err_msg=name)
@@ -313,11 +319,12 @@ def test_engine_is_the_network(kind):
     engine = make_engine(network, "fp32")
     assert engine.embedding_size == 8 and engine.max_positions == 40 and network.dropout.p == 0.1
     assert encoder.encoder.layers[0].dropout1.p == 0.1 and encoder.encoder.layers[0].self_attn.dropout == 0.1
-    expected = m.encode(network, tokenizer, texts, 30)
-    np.testing.assert_allclose(m.encode(engine, tokenizer, texts, 30), expected, atol=1e-5)
+    expected = Encoder(network, tokenizer, 30).encode(texts)
+    encoder = Encoder(engine, tokenizer, 30)
+    np.testing.assert_allclose(encoder.encode(texts), expected, atol=1e-5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(m, "WINDOW", 11)
-        blocks = list(m.encode_stream(engine, m.Sight(tokenizer, texts, 30)))
+        patch.setattr("simcse.encoder.encoder.WINDOW", 11)
+        blocks = list(encoder.stream(texts))
     assert [len(block) for block in blocks] == [11, 11, 7]
     np.testing.assert_allclose(np.concatenate(blocks), expected, atol=1e-5)
-    assert m.encode(engine, tokenizer, [], 30).shape == (0, 8)
+    assert encoder.encode([]).shape == (0, 8)

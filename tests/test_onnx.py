@@ -7,7 +7,7 @@ import sys
 from importlib import metadata
 
 import model as m
-from deploy.python.predictor import Predictor
+from deploy.python.predictor import load_predictor
 from simcse.console import InputError
 from simcse.encoder import weights
 from simcse.encoder.onnx import export_onnx
@@ -79,7 +79,7 @@ def test_every_kind_of_embedding(checkpoint, tmp_path, with_pooler, with_fc):
     network.infer_with_pooler = with_pooler
     export_onnx(network, str(tmp_path))
     weights.write_record(str(tmp_path), {**record, "embedding_size": network.embedding_size}, tokenizer)
-    engine = Predictor(str(tmp_path))
+    engine = load_predictor(str(tmp_path))
     assert engine.embedding_size == network.embedding_size == (128 if with_fc else 256)
     assert engine.max_positions == network.max_positions and engine.precision == "fp32"
     random = np.random.default_rng(0)

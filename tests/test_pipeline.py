@@ -6,6 +6,7 @@ import re
 
 import model as m
 from simcse import machine
+from simcse.encoder.encoder import Encoder
 from simcse.encoder.engine import make_engine
 from simcse.flags import README_TEXT
 from simcse.text.textfile import read_text_pairs
@@ -19,7 +20,7 @@ from training import embed
 def embed_as_stages_do(checkpoint, texts, max_seq_length):
     """By the engine that stages use where nothing is said of precision."""
     network, tokenizer, _ = m.load_model(str(checkpoint / "model_state.pdparams"))
-    return m.encode(make_engine(network), tokenizer, texts, max_seq_length)
+    return Encoder(make_engine(network), tokenizer, max_seq_length).encode(texts)
 
 
 def test_predict_prints_cosines_alone(checkpoint, sample):

@@ -2,6 +2,7 @@
 
 import model as m
 from simcse import machine
+from simcse.encoder.encoder import Encoder
 from simcse.encoder.engine import make_engine
 from simcse.index.exact import exact_search
 from simcse.measures import first_hits, per_query, percent
@@ -37,8 +38,8 @@ def test_bfloat16_recalls_what_float32_does(real_data, half_trained, name):
     targets = [{row_of.get(target, -1) for query, target in pairs if query == each} for each in queries]
     vectors, recalls = [], []
     for precision in ("fp32", "bf16"):
-        engine = make_engine(network, precision)
-        embeddings = [m.encode(engine, tokenizer, texts, 32) for texts in (queries, corpus)]
+        encoder = Encoder(make_engine(network, precision), tokenizer, 32)
+        embeddings = [encoder.encode(texts) for texts in (queries, corpus)]
         vectors.append(np.concatenate(embeddings))
         ranks = first_hits(exact_search(*embeddings, 50)[0], targets)
         recalls.append([percent(hits) for hits in per_query([[rank] for rank in ranks], ["recall"]).values()])

@@ -41,7 +41,7 @@ def test_masked_words_make_an_encoder(texts, tmp_path):
 def test_what_is_refused(texts, tmp_path):
     (tmp_path / "pairs.csv").write_text("甲\t乙\n" * 9, encoding="utf-8")
     for flags, message in ((["--train_set_file", texts, "--pooling", "mean"], "no such flag: --pooling"),
-                           (["--train_set_file", texts, "--mlm_probability", 2], "'2' is not a number from 0 to 1"),
+                           (["--train_set_file", texts, "--mlm_probability", 2], "a number in [0, 1], got '2'"),
                            (["--train_set_file", texts, "--resume", "nowhere"], "no checkpoint folder that training"),
                            (["--train_set_file", "pairs.csv"], "pairs.csv: 9 of 9 lines are malformed")):
         assert message in refuse("scripts/pretrain.py", *START, *flags, cwd=tmp_path)

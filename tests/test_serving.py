@@ -231,18 +231,19 @@ def test_no_cosine_is_above_one():
     from deploy.serving.app import Limits, make_app
     from deploy.serving.batching import Job
     from deploy.serving.searcher import Found, Searcher
+    from simcse.encoder.encoder import EncoderInput
 
     class Rounded:
-        """An engine, a tokenizer, an index and a corpus in which all is a little too long."""
+        """An encoder, an index and a corpus in which all is a little too long."""
 
-        documents, embedding_size, pad_token_id, texts, passages = 2, 2, 0, ["甲", "乙"], None
-        unk_token_id, wordless = 9, {9}
+        documents, embedding_size, texts, passages = 2, 2, ["甲", "乙"], None
+        precision, max_seq_length = "fp32", 8
 
-        def __call__(self, texts, max_seq_length):
-            return [[1]] * len(texts)
+        def tokenize(self, texts):
+            return EncoderInput(texts, np.ones(len(texts), int), [])
 
-        def embed(self, input_ids, token_type_ids):
-            return np.full([len(input_ids), 2], 0.70710725, "float32")
+        def embed(self, inputs):
+            return np.full([len(inputs.ids), 2], 0.70710725, "float32")
 
         def search(self, queries, depth):
             return np.array([[1, 0]] * len(queries)), np.array([[1.0000007, -1.0000002]] * len(queries), "float32")
@@ -254,7 +255,7 @@ def test_no_cosine_is_above_one():
             return 2
 
     one = Rounded()
-    searcher = Searcher(one, one, one, one, 8, ([1, 2], [8]))
+    searcher = Searcher(one, one, one, ([1, 2], [8]))
     assert searcher.answer([Job(["a"], 2)]) == [[
         [Found("乙", 2, "b", 1.0), Found("甲", 1, "a", -1.0)]]]
     app = make_app(searcher, Limits())

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-from deploy.python import predictor
+from deploy.python import encoder
 from deploy.serving import searcher
 from simcse import console, files
 from simcse.text import tokens, wordpiece
@@ -105,7 +105,7 @@ def long_texts(seed):
 @pytest.mark.parametrize("seed", range(2))
 def test_the_beginning_of_a_long_text_has_its_tokens(tokenizer, seed, tmp_path):
     tokenizer.save_rust(str(tmp_path))
-    deployed, texts = predictor.Tokenizer(str(tmp_path)), list(long_texts(seed))
+    deployed, texts = encoder.Tokenizer(str(tmp_path)), list(long_texts(seed))
     for length in (3, 20):
         tokenizer._rust.enable_truncation(length)
         whole = tokenizer._rust.encode_batch(texts)
@@ -149,8 +149,8 @@ def test_a_line_of_5_mb_takes_little_memory(tokenizer, tmp_path, piece):
     tokenizer.save_rust(str(tmp_path))
     code = """
 import resource, sys
-from deploy.python import predictor
-tokenizer, used = predictor.Tokenizer(sys.argv[1]), lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+from deploy.python import encoder
+tokenizer, used = encoder.Tokenizer(sys.argv[1]), lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 tokenizer(["warm"], 64)
 text = "x" + sys.argv[2] * (5_000_000 // len(sys.argv[2].encode())) + "x"
 before = used()

@@ -5,6 +5,7 @@ import os
 import re
 
 import model as m
+from simcse.encoder.encoder import Encoder
 from simcse.encoder.engine import make_engine
 from simcse.index.exact import exact_search
 from simcse.measures import first_hits
@@ -19,7 +20,7 @@ from training import embed, losses, train_flags
 def embed_as_stages_do(checkpoint, texts, max_seq_length):
     """By the engine that stages use where nothing is said of precision."""
     network, tokenizer, _ = m.load_model(str(checkpoint / "model_state.pdparams"))
-    return m.encode(make_engine(network), tokenizer, texts, max_seq_length)
+    return Encoder(make_engine(network), tokenizer, max_seq_length).encode(texts)
 
 
 @pytest.fixture(scope="module")

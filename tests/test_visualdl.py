@@ -8,9 +8,10 @@ import subprocess
 import sys
 import urllib.request
 
-from model import SimCSE
-from simcse.encoder.pretrained import load_encoder
-from simcse.training.trainer import BINS, alignment, uniformity
+from data import Batch, Inputs
+from model import LossSettings, SimCSE
+from simcse.encoder.pretrained import load_pretrained
+from simcse.training.log import BINS, alignment, uniformity
 
 import numpy as np
 import pytest
@@ -74,10 +75,10 @@ def test_alignment_and_uniformity_by_their_definition():
 def test_what_was_compared_is_what_the_loss_is_of():
     import paddle
 
-    model = SimCSE(load_encoder(str(ENCODER)), output_emb_size=16, margin=0.1)
-    ids = paddle.to_tensor(np.arange(5, 25).reshape(4, 5))
-    loss = float(model(ids, ids))
-    query, title, keys = model.compared
+    model = SimCSE(load_pretrained(str(ENCODER)), output_emb_size=16, loss_settings=LossSettings(margin=0.1))
+    ids = Inputs(np.arange(5, 25).reshape(4, 5))
+    loss = float(model.loss(model(Batch(ids, ids))))
+    (query, title, _), keys = model.compared
     logits = 20 * (query @ title.T - 0.1 * paddle.eye(4)).numpy()
     expected = np.mean(np.log(np.exp(logits).sum(axis=1)) - np.diag(logits))
     assert keys is None and query.stop_gradient and loss == pytest.approx(expected, abs=1e-5)

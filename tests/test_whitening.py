@@ -6,7 +6,8 @@ import model as m
 from deploy.serving import searcher
 from simcse import flags
 from simcse.encoder import whitening
-from simcse.encoder.pretrained import load_encoder
+from simcse.encoder.encoder import Encoder
+from simcse.encoder.pretrained import load_pretrained
 from simcse.text import textfile, tokens, wordpiece
 
 import numpy as np
@@ -50,12 +51,12 @@ def test_runs_are_of_all_lengths_and_none_is_cut(texts):
 def test_fitted_on_documents_alone_it_recalls_for_queries(real_data):
     """Titles are short and abstracts long: whitened on abstracts as they are, 61 % of these titles recalled theirs."""
     pairs = textfile.read_text_pairs(str(real_data / "csl" / "recall" / "dev.csv"), "--file")[:100]
-    network = m.SimCSE(load_encoder(str(ENCODER), 0.1), pooling="first_last_avg")
+    network = m.SimCSE(load_pretrained(str(ENCODER), 0.1), pooling="first_last_avg")
     tokenizer = wordpiece.load_tokenizer(str(ENCODER))
     queries, documents = ([pair[side] for pair in pairs] for side in (0, 1))
     sample = documents + whitening.runs(documents, tokenizer, 48)
-    whitening.whiten(network, lambda: m.encode(network, tokenizer, sample, 48), 256, 48)
-    query, title = (m.encode(network, tokenizer, texts, 48) for texts in (queries, documents))
+    whitening.whiten(network, lambda: Encoder(network, tokenizer, 48).encode(sample), 256, 48)
+    query, title = (Encoder(network, tokenizer, 48).encode(texts) for texts in (queries, documents))
     assert ((query @ title.T).argmax(axis=1) == np.arange(100)).mean() > 0.68
     assert np.linalg.norm(query.mean(axis=0)) < 0.35, "queries all lie to one side"
 
@@ -89,7 +90,7 @@ def test_a_whitened_checkpoint(texts, tmp_path, more):
     assert record["whitened_at"] == 16
     lines = list(dict.fromkeys(texts.read_text(encoding="utf-8").split("\n")[:-1]))
     model.normalizes = False
-    white = m.encode(model, tokenizer, lines + whitening.runs(lines, tokenizer, 16), 16)
+    white = Encoder(model, tokenizer, 16).encode(lines + whitening.runs(lines, tokenizer, 16))
     np.testing.assert_allclose(white.mean(axis=0), 0, atol=1e-4)
     covariance = white.T @ white / len(white)
     np.testing.assert_allclose(covariance - np.diag(np.diag(covariance)), 0, atol=1e-3)

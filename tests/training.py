@@ -2,6 +2,7 @@
 
 import model as m
 from simcse.encoder import weights as w
+from simcse.encoder.encoder import Encoder
 
 import numpy as np
 from conftest import ENCODER, FP32, succeed
@@ -41,4 +42,4 @@ def embeddings(checkpoint, texts, cwd, *more):
 def embed(checkpoint, texts):
     """By the dynamic graph, in float32, at the length that is recorded."""
     network, tokenizer, record = m.load_model(str(checkpoint / NAME))
-    return m.encode(network, tokenizer, texts, record["max_seq_length"], 32)
+    return Encoder(network, tokenizer, record["max_seq_length"], 32).encode(texts)

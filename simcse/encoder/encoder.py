@@ -1,144 +1,331 @@
-"""The one way from texts to embeddings."""
+"""Encode texts: the one way from texts to embeddings, and the warnings about texts that the encoder does not read."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from simcse import console
 from simcse.console import InputError, progress
 from simcse.encoder.engine import Engine
 from simcse.files import prefetch
 from simcse.machine import RANK
+from simcse.ranks import gather_arrays
 from simcse.text.tokens import WINDOW, Ids, Tokens, make_batches
 from simcse.text.wordpiece import find_unknown
 
 import numpy as np
 
-
-def check_length(model: Engine, max_seq_length: int) -> None:
-    """Raise InputError where texts of `max_seq_length` tokens have more positions than the encoder."""
-    if max_seq_length > model.max_positions:
-        raise InputError(f"--max_seq_length {max_seq_length}: the encoder has {model.max_positions} positions")
+EXAMPLES = 3  # places that a warning names
 
 
-class Sight:
-    """Texts as the encoder sees them: their token ids, and a count of those that it sees cut, or nothing of, which is
-    said if there is to be a `remark`.
+class EncoderInput(NamedTuple):
+    """Texts as the encoder reads them.
 
-    `place` names a row, as file:line; None: that of the texts, which `data.TextFile` has, or their first characters."""
-
-    REMARKS = {"cut": "are longer than {} tokens and are cut; a higher --max_seq_length, in training too, reads on",
-               "unseen": "are all [UNK] to the encoder, so that their cosine with any text is 0; another encoder may "
-               "have their words in its vocabulary"}
-
-    def __init__(self, tokenizer: Any, texts: Sequence[str], max_seq_length: int,
-                 place: Callable[[int], str] | None = None, remark: bool = True) -> None:
-        self.tokenizer, self.texts, self.length, self.count = tokenizer, texts, max_seq_length, 0
-        self.remarks = self.REMARKS if remark else {}
-        self.place = place or getattr(texts, "place", lambda row: repr(texts[row][:20]))
-        self.counts, self.first = dict.fromkeys(self.REMARKS, 0), {kind: [] for kind in self.REMARKS}
-
-    def __call__(self, window: range | np.ndarray) -> tuple[Tokens, list[int]]:
-        """The ids of the texts of some rows, and which of them the encoder does not see, from 0 in the window."""
-        texts = self.texts[slice(window.start, window.stop) if isinstance(window, range) else window]
-        whole = Tokens.of(self.tokenizer(texts, self.length + 1))
-        ids = whole.cut(self.length)
-        found = {"cut": np.flatnonzero(whole.lengths > self.length).tolist(),
-                 "unseen": find_unknown(self.tokenizer, ids)}
-        self.count += len(ids)
-        for kind, rows in found.items():
-            self.counts[kind] += len(rows)
-            self.first[kind] += [int(window[row]) for row in rows[: 3 - len(self.first[kind])]]
-        if console.settings.strict_data:
-            self.report()
-        return ids, found["unseen"]
-
-    def gather(self) -> None:
-        """Add up what all ranks have counted, and have the first of them; all ranks call it."""
-        from simcse.ranks import gather_arrays
-
-        first = [[*rows, -1, -1, -1][:3] for rows in self.first.values()]
-        parts = gather_arrays(np.array([[self.count] * 3, [*self.counts.values()] + [0], *first], "int64"))
-        self.count = int(sum(part[0, 0] for part in parts))
-        for number, kind in enumerate(self.counts):
-            self.counts[kind] = int(sum(part[1, number] for part in parts))
-            self.first[kind] = sorted(int(row) for part in parts for row in part[2 + number] if row >= 0)[:3]
-        self.remarks = {} if RANK and not console.settings.strict_data else self.REMARKS
-
-    def report(self) -> None:
-        """Say what was counted."""
-        for kind, remark in self.remarks.items():
-            if self.counts[kind]:
-                console.warn_data(f"{self.counts[kind]:,} of {self.count:,} texts {remark.format(self.length)}: "
-                                 f"{', '.join(dict.fromkeys(map(self.place, self.first[kind])))}")
-
-
-def look_at(rows: Sequence[tuple[str, str | Sequence[str]]], tokenizer: Any, max_seq_length: int) -> list[Ids]:
-    """The ids of the texts of some rows, each with its place, as file:line; those that the encoder does not see have
-    none. Warns, on rank 0, of these, of cut ones, and of those that are another's twin once they are cut."""
-    both = [(place, text) for place, row in rows for text in ([row] if isinstance(row, str) else row)]
-    sight = Sight(tokenizer, [text for _, text in both], max_seq_length, lambda row: both[row][0], remark=not RANK)
-    tokens, dark = sight(range(len(both)))
-    ids = list(tokens)
-    sight.report()
-    first_of: dict[tuple, str] = {}
-    twins = [place for (place, text), each in zip(both, ids)
-             if len(each) == max_seq_length and first_of.setdefault(tuple(each), text) != text]
-    if twins and not RANK:
-        console.warn_data(f"{len(twins):,} of {len(both):,} texts, cut to {max_seq_length} tokens, are one with "
-                          f"another text; a higher --max_seq_length tells them apart: {', '.join(twins[:3])}")
-    for row in dark:
-        ids[row] = []
-    return ids
-
-
-def encode_stream(model: Engine, sight: Sight, batch_size: int | None = None,
-                  windows: Sequence[range | np.ndarray] | None = None) -> Iterator[np.ndarray]:
-    """Yield the embeddings of a `Sight`'s texts in their order, float32 [texts of the window, embedding_size] at a
-    time. `windows` are the rows that are wanted, by which texts are batched together; None: all, WINDOW at a time.
-    InputError: an embedding is not finite.
-
-    A batch is read back when the next one is under way, as OpenVINO computes two at a time. A GPU has no such gain: the
-    next one is launched without waiting for it, but paddle's copies to and from a GPU wait for all that was launched.
-    The ids of the next window are made meanwhile. Texts that the encoder sees nothing of have an embedding of zeros,
-    whose cosine with any is 0.
+    Attributes:
+        ids: the token ids of each text, cut to the encoder's length.
+        lengths: int64 [texts], tokens of each text before the cut; of a longer text one more than the length.
+        unknown: rows of the texts that are all [UNK] to the encoder.
     """
-    check_length(model, sight.length)
-    if windows is None:
-        count = len(sight.texts)
-        windows = [range(start, min(start + WINDOW, count)) for start in range(0, count, WINDOW)]
-    with progress("encoding", sum(map(len, windows)), "texts") as advance:
-        for ids, dark in prefetch(map(sight, windows)):
-            embeddings = np.empty((len(ids), model.embedding_size), "float32")
-            rows, under_way = [], embeddings[:0]
-            batches = make_batches(ids, sight.tokenizer.pad_token_id, batch_size, model.batch_tokens)
-            for next_rows, *batch in batches:
-                launched = model.embed(*batch)
-                embeddings[rows] = np.asarray(under_way)
-                rows, under_way = next_rows, launched
-                advance(len(rows))
-            embeddings[rows] = np.asarray(under_way)
-            embeddings[dark] = 0
-            if not np.isfinite(embeddings).all():
-                raise InputError("the checkpoint gives embeddings that are no numbers: its training has diverged, or "
-                                 "it is damaged")
-            yield embeddings
-    sight.report()
+
+    ids: Tokens
+    lengths: np.ndarray
+    unknown: list[int]
 
 
-def encode(model: Engine, tokenizer: Any, texts: Sequence[str], max_seq_length: int, batch_size: int | None = None,
-           place: Callable[[int], str] | None = None, remark: bool = True) -> np.ndarray:
-    """The one way from texts to embeddings: float32 [len(texts), embedding_size], in the order of `texts`. `place` and
-    `remark` are those of `Sight`."""
-    embeddings, row = np.empty((len(texts), model.embedding_size), "float32"), 0
-    for block in encode_stream(model, Sight(tokenizer, texts, max_seq_length, place, remark), batch_size):
-        embeddings[row : row + len(block)] = block
-        row += len(block)
-    return embeddings
+def tokenize(tokenizer: Any, texts: Sequence[str], max_seq_length: int) -> EncoderInput:
+    """Return the token ids of texts, cut to `max_seq_length`, and what is lost by that."""
+    whole = Tokens.of(tokenizer(texts, max_seq_length + 1))
+    ids = whole.cut(max_seq_length)
+    return EncoderInput(ids, whole.lengths, find_unknown(tokenizer, ids))
 
 
-def encode_pairs(model: Engine, tokenizer: Any, pairs: Sequence[tuple[str, str]], max_seq_length: int,
-                 batch_size: int | None = None, places: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings of the first and of the second texts, each float32 [len(pairs), embedding_size]; `places` name the
-    pairs, as file:line."""
-    texts, place = [text for side in zip(*pairs) for text in side], places and [*places, *places].__getitem__
-    return tuple(np.split(encode(model, tokenizer, texts, max_seq_length, batch_size, place), 2))
+def check_length(network: Any, max_seq_length: int) -> None:
+    """Raise InputError if texts of `max_seq_length` tokens have more positions than the network."""
+    if max_seq_length > network.max_positions:
+        raise InputError(f"--max_seq_length {max_seq_length}: the encoder has {network.max_positions} positions")
+
+
+# ------------------------------------------------------------------------------------------------------------- warnings
+@dataclass
+class TextWarnings:
+    """Count the texts that the encoder reads only in part, or nothing of.
+
+    Attributes:
+        max_seq_length: tokens that the encoder reads of a text.
+        total: texts that were counted.
+        truncated: texts that have more tokens.
+        unknown: texts that are all [UNK].
+        first_truncated, first_unknown: rows of the first EXAMPLES of them, rising.
+    """
+
+    max_seq_length: int
+    total: int = 0
+    truncated: int = 0
+    unknown: int = 0
+    first_truncated: list[int] = field(default_factory=list)
+    first_unknown: list[int] = field(default_factory=list)
+
+    def add(self, inputs: EncoderInput, rows: Sequence[int] | np.ndarray) -> None:
+        """Count some texts; `rows` are their row numbers."""
+        truncated = np.flatnonzero(inputs.lengths > self.max_seq_length).tolist()
+        self.total += len(inputs.ids)
+        self.truncated += len(truncated)
+        self.unknown += len(inputs.unknown)
+        self.first_truncated += [int(rows[row]) for row in truncated[: EXAMPLES - len(self.first_truncated)]]
+        self.first_unknown += [int(rows[row]) for row in inputs.unknown[: EXAMPLES - len(self.first_unknown)]]
+
+    def merge(self, other: "TextWarnings") -> None:
+        """Add what another process has counted of other rows."""
+        self.total += other.total
+        self.truncated += other.truncated
+        self.unknown += other.unknown
+        self.first_truncated = sorted(self.first_truncated + other.first_truncated)[:EXAMPLES]
+        self.first_unknown = sorted(self.first_unknown + other.first_unknown)[:EXAMPLES]
+
+    def gather(self) -> "TextWarnings":
+        """Return the sum of what all ranks have counted; all ranks call it together."""
+        merged = TextWarnings(self.max_seq_length)
+        for numbers in gather_arrays(self._to_array()):
+            merged.merge(self._from_array(numbers))
+        return merged
+
+    def report(self, place_of: Callable[[int], str]) -> None:
+        """Warn of truncated and of unknown texts; with --strict_data raise InputError.
+
+        Args:
+            place_of: names a row, as file:line.
+        """
+        if self.truncated:
+            console.warn_data(
+                f"{self.truncated:,} of {self.total:,} texts are longer than {self.max_seq_length} tokens and are cut; "
+                "a higher --max_seq_length, in training too, reads on: "
+                f"{self._name_places(self.first_truncated, place_of)}")
+        if self.unknown:
+            console.warn_data(
+                f"{self.unknown:,} of {self.total:,} texts are all [UNK] to the encoder, so that their cosine with any "
+                "text is 0; another encoder may have their words in its vocabulary: "
+                f"{self._name_places(self.first_unknown, place_of)}")
+
+    @staticmethod
+    def _name_places(rows: Iterable[int], place_of: Callable[[int], str]) -> str:
+        """Return the places of rows, each once: pairs have two texts in one place."""
+        return ", ".join(dict.fromkeys(place_of(row) for row in rows))
+
+    def _to_array(self) -> np.ndarray:
+        """Return all counts and rows as int64 [3 + 2 * EXAMPLES], rows filled up with -1."""
+        numbers = [self.total, self.truncated, self.unknown]
+        for rows in (self.first_truncated, self.first_unknown):
+            numbers += rows + [-1] * (EXAMPLES - len(rows))
+        return np.array(numbers, "int64")
+
+    def _from_array(self, array: np.ndarray) -> "TextWarnings":
+        total, truncated, unknown, *rows = array.tolist()
+        first_truncated = [row for row in rows[:EXAMPLES] if row >= 0]
+        first_unknown = [row for row in rows[EXAMPLES:] if row >= 0]
+        return TextWarnings(self.max_seq_length, total, truncated, unknown, first_truncated, first_unknown)
+
+
+def places_of(texts: Sequence[str], places: Sequence[str] | None = None) -> Callable[[int], str]:
+    """Return what names a row of `texts` in messages: its place, else its first characters.
+
+    Args:
+        places: the place of each text, as file:line; None: those of `texts`, if it is a `TextFile`.
+    """
+    if places is not None:
+        return places.__getitem__
+    if hasattr(texts, "place"):
+        return texts.place
+    return lambda row: repr(texts[row][:20])
+
+
+def check_texts(rows: Sequence[tuple[str, str | Sequence[str]]], tokenizer: Any, max_seq_length: int) -> list[Ids]:
+    """Return the token ids of the texts of training rows, and warn on rank 0 of texts that training cannot use.
+
+    These are truncated texts, texts that are all [UNK], and different texts that are the same after truncation.
+
+    Args:
+        rows: the place of each row, as file:line, and its text or texts.
+
+    Returns:
+        The ids of all texts, row after row; [] for a text that is all [UNK].
+    """
+    places = []
+    texts = []
+    for place, row in rows:
+        for text in [row] if isinstance(row, str) else row:
+            places.append(place)
+            texts.append(text)
+    inputs = tokenize(tokenizer, texts, max_seq_length)
+    all_ids = list(inputs.ids)
+    if not RANK:
+        warnings = TextWarnings(max_seq_length)
+        warnings.add(inputs, range(len(texts)))
+        warnings.report(places.__getitem__)
+        _warn_same_after_truncation(places, texts, all_ids, max_seq_length)
+    for row in inputs.unknown:
+        all_ids[row] = []
+    return all_ids
+
+
+def _warn_same_after_truncation(places: Sequence[str], texts: Sequence[str], all_ids: Sequence[Ids],
+                                max_seq_length: int) -> None:
+    """Warn of different texts whose ids are the same once they are cut to `max_seq_length`."""
+    first_text: dict[tuple, str] = {}
+    same = []
+    for place, text, ids in zip(places, texts, all_ids):
+        if len(ids) == max_seq_length and first_text.setdefault(tuple(ids), text) != text:
+            same.append(place)
+    if same:
+        console.warn_data(f"{len(same):,} of {len(texts):,} texts, cut to {max_seq_length} tokens, are one with "
+                          f"another text; a higher --max_seq_length tells them apart: {', '.join(same[:EXAMPLES])}")
+
+
+# -------------------------------------------------------------------------------------------------------------- encoder
+class Encoder:
+    """Turn texts into embeddings, by an engine and a tokenizer.
+
+    `model.load_encoder` opens one of a checkpoint.
+
+    Args:
+        engine: see `engine.Engine`.
+        tokenizer: see `wordpiece.load_tokenizer`.
+        max_seq_length: tokens that are read of a text, [CLS] and [SEP] included.
+        batch_size: texts of a batch; None: as many as fill the engine's `batch_tokens`.
+
+    Attributes:
+        make_batches: forms the batches: `make_batches(ids, pad_id)` yields the rows of some texts, and their input_ids
+            and token_type_ids, int64 [rows or more, length]. It may be replaced.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Any, max_seq_length: int, batch_size: int | None = None) -> None:
+        check_length(engine, max_seq_length)
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.max_seq_length = max_seq_length
+        self.make_batches = functools.partial(make_batches, batch_size=batch_size, batch_tokens=engine.batch_tokens)
+
+    @property
+    def embedding_size(self) -> int:
+        return self.engine.embedding_size
+
+    @property
+    def precision(self) -> str:
+        """The number format of the matrix products: fp32, tf32, bf16, fp16 or int8."""
+        return self.engine.precision
+
+    def encode(self, texts: Sequence[str], *, places: Sequence[str] | None = None, warn: bool = True) -> np.ndarray:
+        """Return the embeddings of texts, float32 [texts, embedding_size], L2-normalized.
+
+        Args:
+            places: where each text stands, as file:line, for warnings; see `places_of`.
+            warn: warn of texts that are truncated or all [UNK].
+        """
+        warnings = None if warn else TextWarnings(self.max_seq_length)
+        embeddings = np.empty((len(texts), self.embedding_size), "float32")
+        row = 0
+        for block in self.stream(texts, places=places, warnings=warnings):
+            embeddings[row : row + len(block)] = block
+            row += len(block)
+        return embeddings
+
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]], *,
+                     places: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Return the embeddings of the first texts and of the second texts, each float32 [pairs, embedding_size].
+
+        Args:
+            places: where each pair stands, as file:line, for warnings.
+        """
+        texts = [first for first, _ in pairs] + [second for _, second in pairs]
+        embeddings = self.encode(texts, places=None if places is None else [*places, *places])
+        return embeddings[: len(pairs)], embeddings[len(pairs) :]
+
+    def stream(self, texts: Sequence[str], *, places: Sequence[str] | None = None,
+               windows: Sequence[range | np.ndarray] | None = None,
+               warnings: TextWarnings | None = None) -> Iterator[np.ndarray]:
+        """Yield the embeddings of texts block by block, float32 [texts of the block, embedding_size].
+
+        Args:
+            texts: may be a `TextFile`, of which a window at a time is read.
+            places: where each text stands, as file:line, for warnings; see `places_of`.
+            windows: the rows of each block, in which batches are formed; None: all rows, WINDOW at a time.
+            warnings: counts truncated and unknown texts, for the caller to report; None: they are reported at the end,
+                and with --strict_data as soon as there is one.
+
+        Raises:
+            InputError: an embedding is not finite.
+        """
+        if windows is None:
+            windows = [range(start, min(start + WINDOW, len(texts))) for start in range(0, len(texts), WINDOW)]
+        reports = warnings is None
+        if reports:
+            warnings = TextWarnings(self.max_seq_length)
+        place_of = places_of(texts, places)
+        # A thread tokenizes the next window while the engine computes this one.
+        inputs_of_windows = prefetch(self.tokenize(_take(texts, rows)) for rows in windows)
+        with progress("encoding", sum(map(len, windows)), "texts") as advance:
+            for inputs, rows in zip(inputs_of_windows, windows):
+                warnings.add(inputs, rows)
+                if reports and console.settings.strict_data:
+                    warnings.report(place_of)
+                yield self.embed(inputs, advance)
+        if reports:
+            warnings.report(place_of)
+
+    def tokenize(self, texts: Sequence[str]) -> EncoderInput:
+        """Return the token ids of texts, cut to `max_seq_length`, and what is lost by that."""
+        return tokenize(self.tokenizer, texts, self.max_seq_length)
+
+    def embed(self, inputs: EncoderInput, advance: Callable[[int], Any] = lambda count: None) -> np.ndarray:
+        """Return the embeddings of tokenized texts, float32 [texts, embedding_size], L2-normalized.
+
+        A text that is all [UNK] has an embedding of zeros, whose cosine with any other is 0.
+
+        Args:
+            advance: is told, for a progress bar, how many texts more are being computed.
+
+        Raises:
+            InputError: an embedding is not finite.
+        """
+        embeddings = np.empty((len(inputs.ids), self.embedding_size), "float32")
+        running = None  # rows and batch that the engine computes
+        for rows, input_ids, token_type_ids in self.make_batches(inputs.ids, self.tokenizer.pad_token_id):
+            started = self._start(input_ids, token_type_ids)
+            if running is not None:  # read a batch when the next one has been started: OpenVINO computes two at a time
+                _store(embeddings, *running)
+            running = rows, started
+            advance(len(rows))
+        if running is not None:
+            _store(embeddings, *running)
+        embeddings[inputs.unknown] = 0
+        if not np.isfinite(embeddings).all():
+            raise InputError("embeddings contain NaN or Inf; training diverged or the checkpoint is damaged")
+        return embeddings
+
+
+    def _start(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> Any:
+        """Start a batch, and return an object whose `result()` waits for the embeddings."""
+        if hasattr(self.engine, "start"):
+            return self.engine.start(input_ids, token_type_ids)
+        return _ComputedBatch(self.engine.embed(input_ids, token_type_ids))
+
+
+class _ComputedBatch:
+    """The embeddings of an engine that computes one batch at a time; on a GPU a tensor that is being computed."""
+
+    def __init__(self, embeddings: Any) -> None:
+        self._embeddings = embeddings
+
+    def result(self) -> np.ndarray:
+        """Wait for the embeddings and return them, float32 [batch, embedding_size]."""
+        return np.asarray(self._embeddings)
+
+
+def _store(embeddings: np.ndarray, rows: Sequence[int], batch: Any) -> None:
+    """Put the embeddings of a batch in their rows; the service's batches may be filled up with more texts."""
+    embeddings[rows] = batch.result()[: len(rows)]
+
+
+def _take(texts: Sequence[str], rows: range | np.ndarray) -> Sequence[str]:
+    """Return some texts: a slice, if the rows are neighbours, which a list has as well."""
+    return texts[rows.start : rows.stop] if isinstance(rows, range) else texts[rows]

@@ -1,8 +1,8 @@
-"""The gradients of a batch: at once, or by a cache in the memory of a chunk; of one rank or of several."""
+"""The gradients of a batch: of all its texts at once, or of a chunk of them at a time; on one rank or on several."""
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from simcse.machine import RANKS
 
@@ -10,37 +10,76 @@ import paddle
 from paddle import nn
 
 
-def backward(network: nn.Layer, model: Any, batch: Any, scale_loss: Callable) -> paddle.Tensor:
-    """The loss of a batch, a scalar; its gradients are added to those of the parameters.
+class Embeddings(NamedTuple):  # a tuple, since DataParallel looks for the tensors of an output in tuples
+    """The embeddings of a batch, float32 [texts, embedding_size] each.
 
-    A batch of several chunks takes the memory of one (Gao et al. 2021, GradCache, arXiv:2101.06983): all are encoded
-    without a graph, the loss gives the gradients of the embeddings, and each chunk is encoded again, its dropout
-    replayed, to pass them on to the parameters. `network` is `model`, a `SimCSE`, or the DataParallel that holds it;
-    `batch` a `data.Batch`; `scale_loss` scales the loss before its gradients are taken."""
-    # Ranks take the mean of their gradients; of a loss over all ranks' rows each rank has but its own rows' part.
-    share = RANKS if model.cross_device_negatives else 1
-    chunks = batch.chunks
-    keys = None if batch.keys is None else paddle.to_tensor(batch.keys)
-    if len(chunks) == 1:
-        loss = network(**chunks[0], keys=keys)
-        scale_loss(loss * share).backward()
+    Attributes:
+        query, title: row i of `title` is the positive of query i.
+        negative: row i is the hard negative of query i; None: there are none.
+    """
+
+    query: paddle.Tensor
+    title: paddle.Tensor
+    negative: paddle.Tensor | None = None
+
+    @property
+    def sides(self) -> list[paddle.Tensor]:
+        """Those that there are."""
+        return [side for side in self if side is not None]
+
+    def map(self, function: Callable[[paddle.Tensor], paddle.Tensor]) -> "Embeddings":
+        """Return the embeddings with `function` applied to each side that there is."""
+        return Embeddings(*[None if side is None else function(side) for side in self])
+
+
+def backward(network: nn.Layer, model: Any, batch: Any, scale_loss: Callable[[paddle.Tensor], paddle.Tensor],
+             chunk_size: int | None = None) -> paddle.Tensor:
+    """Add the gradients of a batch's loss to those of the parameters, and return the loss, a scalar.
+
+    Args:
+        network: `model`, or the DataParallel that holds it.
+        model: a `SimCSE`.
+        batch: a `data.Batch`.
+        scale_loss: scales the loss before its gradients are taken.
+        chunk_size: encode so many queries at a time, in the memory of one chunk; None: all at once.
+    """
+    if chunk_size is None or batch.size <= chunk_size:
+        loss = model.loss(network(batch), batch.duplicate_keys)
+        scale_loss(loss * _ranks_in_loss(model)).backward()
         return loss
-    states, embeddings = [], []
+    return _backward_by_chunks(network, model, batch, scale_loss, chunk_size)
+
+
+def _ranks_in_loss(model: Any) -> int:
+    """Return how many ranks the loss is over. DataParallel takes the mean of the ranks' gradients; of a loss over all
+    ranks' embeddings each rank has only the part of its own, so that their sum is wanted."""
+    return RANKS if model.loss_settings.cross_device_negatives else 1
+
+
+def _backward_by_chunks(network: nn.Layer, model: Any, batch: Any, scale_loss: Callable, chunk_size: int,
+                        ) -> paddle.Tensor:
+    """Do what `backward` does in the memory of a chunk (Gao et al. 2021, GradCache, arXiv:2101.06983): encode all
+    chunks without a graph, take the gradients of the embeddings, then encode each chunk again, under the same dropout,
+    and pass these gradients on to the parameters."""
+    chunks = batch.chunks(chunk_size)
+    random_states, parts = [], []
     with paddle.no_grad():
         for chunk in chunks:
-            states.append(paddle.get_rng_state())
-            embeddings.append(network(**chunk, embeddings_only=True))
-    sides = [paddle.concat(side) for side in zip(*embeddings)]
-    for side in sides:
+            random_states.append(paddle.get_rng_state())
+            parts.append(network(chunk).sides)
+    embeddings = Embeddings(*[paddle.concat(side) for side in zip(*parts)])
+    for side in embeddings.sides:
         side.stop_gradient = False
-    loss = model.loss(*sides[:2], keys, *sides[2:])
-    scale_loss(loss * share).backward()
-    sizes = [len(query) for query, *_ in embeddings]
-    gradients = zip(*(side.grad.detach().split(sizes) for side in sides))
-    for chunk, state, gradient in zip(chunks, states, gradients):
-        paddle.set_rng_state(state)
-        ranks_wait = network is model or chunk is chunks[-1]  # DataParallel exchanges gradients with the last chunk
-        with contextlib.nullcontext() if ranks_wait else network.no_sync():
-            parts = network(**chunk, embeddings_only=True)
-            sum((part * each).sum() for part, each in zip(parts, gradient)).backward()
+    loss = model.loss(embeddings, batch.duplicate_keys)
+    scale_loss(loss * _ranks_in_loss(model)).backward()
+
+    start = 0
+    for chunk, random_state in zip(chunks, random_states):
+        gradients = [side.grad[start : start + chunk.size] for side in embeddings.sides]
+        start += chunk.size
+        paddle.set_rng_state(random_state)
+        # DataParallel exchanges gradients between ranks in the last chunk's backward pass only.
+        exchanges = network is model or chunk is chunks[-1]
+        with contextlib.nullcontext() if exchanges else network.no_sync():
+            paddle.autograd.backward(network(chunk).sides, gradients)
     return loss

@@ -1,0 +1,140 @@
+"""From texts to embeddings: the tokenizer of an exported folder, and the batches that a predictor runs.
+
+    tokenizer = Tokenizer("./output")
+    embeddings = encode(predictor, tokenizer, ["语义检索"], max_seq_length=64).embeddings
+
+This file imports nothing of the project. It needs numpy and tokenizers.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+WINDOW = 16384  # texts that are tokenized and sorted by length at a time: even batches, and little memory
+LENGTH_MULTIPLE = 4  # batches are padded to a multiple of this, so that kernels are made for few shapes
+MAX_WORD = 100  # characters: the tokenizer makes [UNK] of a longer word
+LONG_WORD = re.compile(f"([0-9A-Za-z]{{{MAX_WORD + 1}}})[0-9A-Za-z]+")
+BLANKS = re.compile(" +")
+
+
+class Tokenizer:
+    """The tokenizer.json of an exported folder.
+
+    Raises:
+        OSError: the folder has none, or a damaged one.
+    """
+
+    def __init__(self, model_dir: str) -> None:
+        import tokenizers
+
+        path = os.path.join(model_dir, "tokenizer.json")
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"--model_dir {model_dir}: no tokenizer.json; export the checkpoint again with "
+                                    "export_model.py")
+        try:
+            self._rust = tokenizers.Tokenizer.from_file(path)
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise OSError(f"{path}: not a tokenizer: {error}") from None
+        self.pad_token_id = self._rust.token_to_id("[PAD]")
+        self.unk_token_id = self._rust.token_to_id("[UNK]")
+        self._without_word = {self.unk_token_id}  # [UNK] and punctuation
+        for token, token_id in self._rust.get_vocab().items():
+            if not any(character.isalnum() for character in token):
+                self._without_word.add(token_id)
+
+    def __call__(self, texts: Sequence[str], max_seq_length: int) -> list[list[int]]:
+        """Return the token ids of each text, [CLS] and [SEP] included, cut to `max_seq_length`."""
+        self._rust.enable_truncation(max_seq_length)
+        beginnings = [self._beginning(text, max_seq_length) for text in texts]
+        return [encoding.ids for encoding in self._rust.encode_batch_fast(beginnings)]
+
+    def is_unknown(self, token_ids: list[int]) -> bool:
+        """Tell whether a text is nothing to the encoder: no token, or [UNK] and at most punctuation beside it."""
+        tokens = token_ids[1:-1]  # without [CLS] and [SEP]
+        if not tokens:
+            return True
+        return self.unk_token_id in tokens and self._without_word.issuperset(tokens)
+
+    def _beginning(self, text: str, max_seq_length: int) -> str:
+        """Return as much of a very long text as has the same first tokens, since all of it would take much memory.
+
+        A cut may fall into a word, which then has other tokens, MAX_WORD of them at most: where there are MAX_WORD
+        tokens more than needed, that word is behind the needed ones.
+        """
+        needed = max_seq_length - 2
+        size = 16 * (needed + MAX_WORD)
+        if len(text) <= 4 * size:
+            return text
+        text = BLANKS.sub(" ", LONG_WORD.sub(r"\1", text))
+        while size < len(text):
+            encoding = self._rust.encode_batch_fast([text[:size]])[0]
+            overflow = len(encoding.overflowing) * needed  # tokens beyond the cut, in pieces of `needed` each
+            if overflow >= needed + MAX_WORD:
+                return text[:size]
+            size *= 4
+        return text
+
+
+class Encoded(NamedTuple):
+    """Embeddings, and what the encoder did not see of the texts.
+
+    Attributes:
+        embeddings: float32 [texts, embedding_size], in the order of the texts; zeros for an unknown text, so that its
+            cosine with any text is 0.
+        truncated: rows of the texts that are longer than the maximum length.
+        unknown: rows of the texts of which the encoder sees nothing.
+    """
+
+    embeddings: np.ndarray
+    truncated: list[int]
+    unknown: list[int]
+
+
+def encode(predictor: Any, tokenizer: Tokenizer, texts: Sequence[str], max_seq_length: int,
+           batch_size: int | None = None) -> Encoded:
+    """Encode texts.
+
+    Args:
+        predictor: see `predictor.load_predictor`.
+        max_seq_length: tokens of a text, [CLS] and [SEP] included; longer ones are cut.
+        batch_size: texts of a batch; None: as many as fill the predictor's `batch_tokens`.
+
+    Raises:
+        ValueError: the encoder has fewer positions than `max_seq_length`.
+    """
+    if max_seq_length > predictor.max_positions:
+        raise ValueError(f"max_seq_length {max_seq_length}: the encoder has {predictor.max_positions} positions")
+    encoded = Encoded(np.empty((len(texts), predictor.embedding_size), "float32"), [], [])
+    for start in range(0, len(texts), WINDOW):
+        window = tokenizer(texts[start : start + WINDOW], max_seq_length + 1)  # one token more tells what is cut
+        for row, token_ids in enumerate(window, start):
+            if len(token_ids) > max_seq_length:
+                del token_ids[-2]  # the last one before [SEP]
+                encoded.truncated.append(row)
+            if tokenizer.is_unknown(token_ids):
+                encoded.unknown.append(row)
+        embeddings = encoded.embeddings[start : start + WINDOW]
+        for rows, length in make_batches([len(token_ids) for token_ids in window], predictor, batch_size):
+            input_ids = np.full((len(rows), length), tokenizer.pad_token_id, "int64")
+            for line, row in zip(input_ids, rows):
+                line[: len(window[row])] = window[row]
+            embeddings[rows] = predictor.embed(input_ids, np.zeros_like(input_ids))
+    encoded.embeddings[encoded.unknown] = 0
+    return encoded
+
+
+def make_batches(lengths: Sequence[int], predictor: Any, batch_size: int | None) -> Iterator[tuple[list[int], int]]:
+    """Yield batches of texts of like length, longest first: the rows of the texts, and the length to pad them to."""
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    start = 0
+    while start < len(order):
+        multiples = -(-lengths[order[start]] // LENGTH_MULTIPLE)  # rounded up
+        length = min(multiples * LENGTH_MULTIPLE, lengths[order[0]])
+        size = batch_size or max(1, predictor.batch_tokens // length)
+        if predictor.max_batch_size:
+            size = min(size, predictor.max_batch_size)
+        yield order[start : start + size], length
+        start += size

@@ -1,0 +1,119 @@
+"""Pool the states of a text's tokens into one vector.
+
+To add a pooling write a function and an entry of POOLINGS. Training, checkpoints, all later stages, the exported
+graphs, the choices and help of --pooling, and tests/test_pooling.py read it off the entry.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Tensor = Any  # paddle.Tensor; this file imports no paddle, since command lines read POOLINGS before it is loaded
+
+
+@dataclass(frozen=True)
+class EncoderOutputs:
+    """What an encoder gives of a batch of texts.
+
+    Attributes:
+        outputs: the encoder's outputs, as PaddleNLP orders them.
+        input_ids: int64 [batch, length].
+        pad_token_id: the id that shorter texts are filled up with.
+    """
+
+    outputs: tuple
+    input_ids: Tensor
+    pad_token_id: int
+
+    @property
+    def tokens(self) -> Tensor:
+        """Return the last layer's output, float [batch, length, hidden]; with `first_token_only` [batch, 1, hidden]."""
+        return self.outputs[0]
+
+    @property
+    def pooler(self) -> Tensor:
+        """Return the encoder's pooler's output, float [batch, hidden]: a linear layer and tanh of the first token."""
+        return self.outputs[1]
+
+    @property
+    def layers(self) -> tuple:
+        """Return the input of the first layer, and the output of each layer, like `tokens`; needs `all_layers`."""
+        return self.outputs[2]
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """A way to pool, and what it needs of the encoder.
+
+    Attributes:
+        pool: gives of `EncoderOutputs` a vector a text, float [batch, hidden].
+        help: what it does, for the help of --pooling.
+        all_layers: it reads `EncoderOutputs.layers`, which are not kept otherwise.
+        first_token_only: it reads no other token of the last layer, so that layer computes no other.
+        uses_pooler: it reads `EncoderOutputs.pooler`; otherwise the encoder's pooler is frozen in training.
+        pool_raw: what embeds instead of `pool` without --infer_with_fc_pooler; None: `pool`.
+        removes_layers: it reads what goes into the first layer, so the encoder has no layers.
+    """
+
+    pool: Callable[[EncoderOutputs], Tensor]
+    help: str
+    all_layers: bool = False
+    first_token_only: bool = False
+    uses_pooler: bool = False
+    pool_raw: Callable[[EncoderOutputs], Tensor] | None = None
+    removes_layers: bool = False
+
+
+def take_pooler(encoded: EncoderOutputs) -> Tensor:
+    """Return the output of the encoder's own pooler."""
+    return encoded.pooler
+
+
+def take_first_token(encoded: EncoderOutputs) -> Tensor:
+    """Return the state of [CLS]."""
+    return encoded.tokens[:, 0]
+
+
+def average_last(encoded: EncoderOutputs) -> Tensor:
+    """Return the mean of the last layer's output."""
+    return average_tokens(encoded, encoded.tokens)
+
+
+def average_first_and_last(encoded: EncoderOutputs) -> Tensor:
+    """Return the mean of the first layer's input and the last layer's output (Gao et al. 2021)."""
+    return average_tokens(encoded, (encoded.layers[0] + encoded.layers[-1]) / 2)
+
+
+def average_tokens(encoded: EncoderOutputs, tokens: Tensor) -> Tensor:
+    """Return the mean over each text's tokens, float [batch, hidden], without [CLS], [SEP] and padding.
+
+    Args:
+        tokens: float [batch, length, hidden].
+    """
+    # A token's number in its text, from 1; padding has that of the last one, [SEP].
+    number = (encoded.input_ids != encoded.pad_token_id).astype("int32").cumsum(axis=1)
+    inner = ((number > 1) & (number < number[:, -1:])).astype(tokens.dtype).unsqueeze(-1)
+    return (tokens * inner).sum(axis=1) / inner.sum(axis=1).clip(min=1)
+
+
+POOLINGS: dict[str, Pooling] = {
+    "pooler": Pooling(take_pooler, "the first token through a linear layer and tanh", first_token_only=True,
+                      uses_pooler=True, pool_raw=take_first_token),
+    "mean": Pooling(average_last, "the mean over the text's tokens"),
+    "first_last_avg": Pooling(average_first_and_last, "the mean over the text's tokens, of the average of the first "
+                              "layer's input and the last layer's output", all_layers=True),
+    "first_avg": Pooling(average_last, "the mean over the text's tokens, of the first layer's input, without layers",
+                         removes_layers=True),
+}
+
+
+def find_pooling(name: str) -> Pooling:
+    """Return the entry of POOLINGS; raise ValueError if there is none."""
+    if name not in POOLINGS:
+        raise ValueError(f"pooling {name!r} is none of {', '.join(POOLINGS)}")
+    return POOLINGS[name]
+
+
+def describe_poolings() -> str:
+    """Return what each pooling does, for the help of --pooling."""
+    return "; ".join(f"{name}: {pooling.help}" for name, pooling in POOLINGS.items())
