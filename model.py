@@ -176,21 +176,24 @@ class SimCSE(nn.Layer):
         """
         pad_id = self.ptm.config.pad_token_id
         width = max(side.input_ids.shape[1] for side in sides)
-        all_ids, all_types = [], []
+        all_ids = []
+        all_types = []
         for side in sides:
             ids = np.asarray(side.input_ids)
             types = np.zeros_like(ids) if side.token_type_ids is None else np.asarray(side.token_type_ids)
             missing = ((0, 0), (0, width - ids.shape[1]))
             all_ids.append(np.pad(ids, missing, constant_values=pad_id))
             all_types.append(np.pad(types, missing))
-        ids, types = np.concatenate(all_ids), np.concatenate(all_types)
+        ids = np.concatenate(all_ids)
+        types = np.concatenate(all_types)
         lengths = ((ids != pad_id) * np.arange(1, width + 1)).max(axis=1, initial=1)
         place = "cpu" if paddle.device.get_device() == "cpu" else self.precision
         groups = length_groups(lengths, GROUP_TOKENS[place])
         embeddings = []
         for rows in groups:
             longest = lengths[rows[-1]]
-            group_ids, group_types = paddle.to_tensor(ids[rows, :longest]), paddle.to_tensor(types[rows, :longest])
+            group_ids = paddle.to_tensor(ids[rows, :longest])
+            group_types = paddle.to_tensor(types[rows, :longest])
             embeddings.append(self.get_pooled_embedding(group_ids, group_types, with_pooler=with_pooler))
         order = paddle.to_tensor(np.argsort(np.concatenate(groups)))
         return paddle.split(paddle.concat(embeddings).index_select(order), [len(side.input_ids) for side in sides])
@@ -223,21 +226,36 @@ class SimCSE(nn.Layer):
 
 
 def length_groups(lengths: np.ndarray, cost: float) -> list[np.ndarray]:
-    """The rows of texts of these lengths in groups of like length, shortest first, so that the padded tokens, and
-    `cost` for each group, are fewest."""
+    """Return the rows of texts in groups of like length, shortest first, such that all groups together have the fewest
+    padded tokens, where each group counts as `cost` tokens more.
+
+    Args:
+        lengths: tokens of each text, int64 [texts].
+        cost: what a pass costs beside its tokens, in tokens.
+
+    Returns:
+        The rows of each group, int64 [texts of the group], by rising length.
+    """
     values, counts = np.unique(lengths, return_counts=True)
-    ends = np.append(0, counts.cumsum())  # how many texts there are up to each length
-    fewest, starts = [0], []  # tokens of the groups up to each length, and where the last of them starts
-    for end, value in zip(ends[1:], values):
-        tokens = [before + (end - start) * value + cost for before, start in zip(fewest, ends)]
-        starts.append(int(np.argmin(tokens)))
-        fewest.append(tokens[starts[-1]])
-    groups, end, order = [], len(values), np.argsort(lengths, kind="stable")
+    shorter = np.append(0, counts.cumsum())  # texts that are shorter than each length; then all texts
+    # For each length: the fewest tokens of the texts up to it, and which length the last of their groups starts with.
+    fewest = [0.0]
+    group_starts = []
+    for number, value in enumerate(values):
+        texts = shorter[number + 1]
+        tokens = [before + (texts - start) * value + cost for before, start in zip(fewest, shorter)]
+        best = int(np.argmin(tokens))
+        group_starts.append(best)
+        fewest.append(tokens[best])
+    order = np.argsort(lengths, kind="stable")
+    groups = []
+    end = len(values)
     while end:
-        start = starts[end - 1]
-        groups.append(order[ends[start] : ends[end]])
+        start = group_starts[end - 1]
+        groups.append(order[shorter[start] : shorter[end]])
         end = start
-    return groups[::-1]
+    groups.reverse()
+    return groups
 
 
 # ------------------------------------------------------------------------------------------------------------- the loss
@@ -477,9 +495,11 @@ def make_calibration(args: argparse.Namespace, texts: Sequence[Any],
 
 
 def mean_loss(query: np.ndarray, title: np.ndarray, batch_size: int, margin: float, scale: float) -> float:
-    """`contrastive_loss` of embeddings taken in batches, the mean over all rows."""
-    settings, total = LossSettings(margin=margin, scale=scale), 0.0
+    """Return the `contrastive_loss` of embeddings taken in batches, the mean over all rows."""
+    settings = LossSettings(margin=margin, scale=scale)
+    total = 0.0
     for start in range(0, len(query), batch_size):
-        q, t = (paddle.to_tensor(side[start : start + batch_size]) for side in (query, title))
-        total += float(contrastive_loss(q, t, settings)) * len(q)
+        query_batch = paddle.to_tensor(query[start : start + batch_size])
+        title_batch = paddle.to_tensor(title[start : start + batch_size])
+        total += float(contrastive_loss(query_batch, title_batch, settings)) * len(query_batch)
     return total / len(query)
