@@ -96,6 +96,10 @@ class DuplicateKeys(NamedTuple):
     title: np.ndarray
     negative: np.ndarray | None = None
 
+    def map(self, function: Callable[[Any], Any]) -> "DuplicateKeys":
+        """Return the keys with `function` applied to each side that there is."""
+        return DuplicateKeys(*[None if keys is None else function(keys) for keys in self])
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -40,7 +40,7 @@ def encoder_of(checkpoint: str, precision: str = "auto", texts: Sequence[str] = 
     """Return the encoder of a checkpoint, as the scripts load it; int8 is calibrated with the texts."""
     from model import load_encoder
 
-    return load_encoder(checkpoint, precision=precision, max_seq_length=64, calibration=texts)
+    return load_encoder(checkpoint, precision=precision, max_seq_length=64, calibration_texts=texts)
 
 
 def median_seconds(times: int, work) -> float:

@@ -104,6 +104,8 @@ def gpu_precision(precision: str) -> str:
     and paddle 2.6 rounds them on every GPU that can."""
     if precision == "auto":
         precision = auto_precision("gpu")
+    if precision != "fp32" and precision not in NEEDED:
+        raise InputError(f"--precision {precision}: a GPU computes in fp32, {', '.join(NEEDED)}")
     if gpu_generation() < NEEDED.get(precision, 0):
         raise InputError(f"--precision {precision}: this GPU does not have it")
     core = paddle.base.core

@@ -19,6 +19,7 @@ CONFIG_FILE, TOKENIZER_FILE = "simcse_config.json", "tokenizer_config.json"
 WEIGHTS = (".pdparams", ".safetensors")
 PARAMS_FILE = "model_state.pdparams"
 OPENVINO_FILE = "inference.xml"  # and its weights, inference.bin
+TABLE_FILE = "table.npz"
 ONNX_FILE, OPSET = "inference.onnx", 17  # 17: the first with LayerNormalization as one operator
 STATE_FILE, STATE_RECORD = "training_state.safetensors", "training_state.json"
 # What paddle.save's pickles name: numpy arrays, in dicts and tuples. Anything else could run code while it is read.
