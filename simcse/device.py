@@ -11,14 +11,22 @@ from simcse.machine import CPU_THREADS, auto_precision, gpu_generation
 
 import paddle
 
-# Of PyPI's paddlepaddle-gpu, as the machine code in it says, by versions of paddle and CUDA; it has no PTX to speak of.
+# By versions of paddle and CUDA, the compute capabilities of PyPI's paddlepaddle-gpu, as its machine code shows; it has
+# hardly any PTX, which other GPUs could translate.
 BUILT_FOR = {("2.6.2", "11.8"): [61, 70, 75, 80, 86]}
-NEEDED = {"fp16": 7, "bf16": 8, "tf32": 8}  # compute capability, its major number
+NEEDED = {"fp16": 7, "bf16": 8, "tf32": 8}  # the major number of the compute capability
 
 
 def set_device(device: str, cpu_threads: int = 0) -> None:
-    """Make `device` ("cpu", "gpu") the current one, with `cpu_threads` math threads (0: all cores) on a CPU; InputError
-    where this paddle, or this machine, has no such device, or cannot compute on it."""
+    """Choose the device on which paddle computes in this process.
+
+    Args:
+        device: "cpu" or "gpu".
+        cpu_threads: math threads on a CPU; 0: all cores.
+
+    Raises:
+        InputError: this paddle or this machine has no such device, or cannot compute on it.
+    """
     if device == "gpu":
         visible_gpus()
         link_cuda_libraries()
@@ -29,8 +37,11 @@ def set_device(device: str, cpu_threads: int = 0) -> None:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES has for them, else by their numbers;
-    InputError where there is none."""
+    """Return the GPUs that this process may use: their names in CUDA_VISIBLE_DEVICES or, without it, their numbers.
+
+    Raises:
+        InputError: there is none.
+    """
     count = paddle.device.cuda.device_count() if paddle.device.is_compiled_with_cuda() else 0
     if not count:
         raise InputError("--device gpu: no GPU that this paddlepaddle can use; run with --device cpu (DEVICE=cpu of "
@@ -38,13 +49,15 @@ def visible_gpus() -> list[str]:
     names = os.environ.get("CUDA_VISIBLE_DEVICES")
     if names is None:
         return [str(number) for number in range(count)]
-    return [name.strip() for name in names.split(",")][:count]  # CUDA takes those before the first that is not there
+    return [name.strip() for name in names.split(",")][:count]  # CUDA takes those before the first that does not exist
 
 
 def link_cuda_libraries() -> None:
-    """Have paddle 2.6 find the CUDA libraries that requirements-gpu.txt installs: it opens them by names without a
-    version (libcudnn.so), which pip's packages do not have, and looks into its own folder, so links are made there.
-    Where they cannot be made, the libraries have to be in LD_LIBRARY_PATH, which is looked into before."""
+    """Let paddle 2.6 find the CUDA libraries that requirements-gpu.txt installs, by links in its own folder.
+
+    It opens them by names without a version (libcudnn.so), which pip's packages do not have. Where the links cannot be
+    made, the libraries have to be in LD_LIBRARY_PATH, which has precedence in any case.
+    """
     packages = importlib.util.find_spec("nvidia")
     if not paddle.__version__.startswith("2.") or packages is None:
         return
@@ -52,18 +65,18 @@ def link_cuda_libraries() -> None:
     for root in packages.submodule_search_locations or ():
         for library in Path(root).glob("*/lib/*.so.*"):
             for name in (library.name, library.name.split(".so.")[0] + ".so"):
-                with contextlib.suppress(OSError):  # it is there, or the folder cannot be written
+                with contextlib.suppress(OSError):  # it exists, or the folder cannot be written
                     (folder / name).symlink_to(os.path.relpath(library, folder))
 
 
 def check_gpu() -> None:
-    """InputError where paddle has no code for the current GPU, or where computing on it fails."""
+    """Raise InputError if paddle has no code for the current GPU, or if computing on it fails."""
     device = paddle.device.get_device()
     name = paddle.device.cuda.get_device_name(device)
     major, minor = paddle.device.cuda.get_device_capability(device)
     built = compute_capabilities()
-    if built and not any(each // 10 == major and each % 10 <= minor for each in built):
-        known = ", ".join(f"{each // 10}.{each % 10}" for each in built)
+    if built and not any(number // 10 == major and number % 10 <= minor for number in built):
+        known = ", ".join(f"{number // 10}.{number % 10}" for number in built)
         raise InputError(f"--device gpu: {name} has compute capability {major}.{minor}, and this paddlepaddle-gpu "
                          f"{paddle.__version__} is built for {known}; docs/en/training.md says which one fits")
     try:
@@ -75,10 +88,12 @@ def check_gpu() -> None:
 
 
 def compute_capabilities() -> list[int]:
-    """What GPUs paddle holds code for, by compute capability (86 is 8.6), each for those of higher minor numbers too;
-    empty where that is not known."""
+    """Return the compute capabilities for which paddle has code (86 is 8.6); empty where that is not known.
+
+    Code for one also runs on GPUs of a higher minor number.
+    """
     if hasattr(paddle.version, "cuda_archs"):  # paddle 3
-        return [int(each) for each in paddle.version.cuda_archs() or ()]
+        return [int(number) for number in paddle.version.cuda_archs() or ()]
     return BUILT_FOR.get((paddle.__version__, paddle.version.cuda()), [])
 
 
@@ -100,6 +115,6 @@ def gpu_precision(precision: str) -> str:
 
 
 def casting(precision: str) -> contextlib.AbstractContextManager[Any]:
-    """What has the matrix products within it computed in `precision`, where their operands have to be cast for it."""
+    """Return a context that casts the operands of matrix products to `precision`, if it is bf16 or fp16."""
     dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(precision)
     return paddle.amp.auto_cast(level="O1", dtype=dtype) if dtype else contextlib.nullcontext()
