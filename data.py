@@ -1,39 +1,63 @@
-"""Text files, tokens and batches: what goes into the network. paddlenlp is imported by `load_tokenizer` alone."""
+"""Batches: from rows of the training file to the token ids that a training step is made of."""
 
 import argparse
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from simcse.files import prefetch
 from simcse.text.tokens import Ids, pad
 
 import numpy as np
 
-WHOLE = 512  # tokens of a text that views are cropped from
+Item = TypeVar("Item")  # a Batch, or one of another loss
+UNCROPPED_LENGTH = 512  # tokens of a text, at most, that views are cropped from
 
 
 class ShuffledBatches:
-    """The batches of `batch_size` of `count` texts for one rank of several: the order of
-    paddle.io.DistributedBatchSampler(shuffle=True), for 4 bytes of memory a text. All ranks together take every text
-    once, and the first ones again where the ranks would not have as many each. A last batch of a single text, which
-    would have no negatives, is joined to the one before."""
+    """The rows of each batch of one rank, in an order that is another in each epoch.
+
+    The order is that of paddle.io.DistributedBatchSampler(shuffle=True), in 4 bytes of memory a text. All ranks
+    together take every text once, and as many of the first ones again as give all ranks the same number. A last batch
+    of a single text, which would have no negatives, is joined to the one before.
+
+    Args:
+        count: texts of the training file.
+        batch_size: texts of a batch of one rank.
+        rank: the number of this one.
+        ranks: how many there are.
+    """
 
     def __init__(self, count: int, batch_size: int, rank: int = 0, ranks: int = 1) -> None:
-        self.count, self.batch_size, self.rank, self.ranks = count, batch_size, rank, ranks
+        self.count = count
+        self.batch_size = batch_size
+        self.rank = rank
+        self.ranks = ranks
+        self.rank_count = math.ceil(count / ranks)  # texts of each rank
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
-        texts = -(-self.count // self.ranks)
-        return -(-texts // self.batch_size) - (1 < self.batch_size < texts and texts % self.batch_size == 1)
+        """Return how many batches an epoch has."""
+        batches = math.ceil(self.rank_count / self.batch_size)
+        last_is_single = self.rank_count % self.batch_size == 1
+        if last_is_single and batches > 1 and self.batch_size > 1:
+            return batches - 1
+        return batches
 
     def epoch(self, number: int, first: int = 0) -> Iterator[np.ndarray]:
-        """Yield the row numbers, int32 [batch], of an epoch, from 0, without its `first` batches."""
-        order = np.resize(np.arange(self.count, dtype="int32"), -(-self.count // self.ranks) * self.ranks)
+        """Yield the row numbers of each batch, int32 [texts].
+
+        Args:
+            number: the epoch, from 0.
+            first: batches to leave out.
+        """
+        order = np.resize(np.arange(self.count, dtype="int32"), self.rank_count * self.ranks)
         np.random.RandomState(number).shuffle(order)
-        size, last = self.batch_size * self.ranks, len(self) - 1
+        size = self.batch_size * self.ranks
         for batch in range(first, len(self)):
-            yield np.split(order[batch * size : (batch + 1) * size if batch < last else None], self.ranks)[self.rank]
+            is_last = batch == len(self) - 1
+            rows = order[batch * size :] if is_last else order[batch * size : (batch + 1) * size]
+            yield np.split(rows, self.ranks)[self.rank]
 
 
 def text_keys(ids: Sequence[Ids]) -> np.ndarray:
@@ -57,7 +81,7 @@ class Inputs(NamedTuple):
         """Return the inputs of texts by their token ids."""
         return cls(*pad(ids, pad_id))
 
-    def rows(self, start: int, end: int) -> "Inputs":
+    def part(self, start: int, end: int) -> "Inputs":
         """Return the inputs of the texts from `start` up to, not including, `end`."""
         types = self.token_type_ids
         return Inputs(self.input_ids[start:end], None if types is None else types[start:end])
@@ -74,6 +98,10 @@ class DuplicateKeys(NamedTuple):
     query: np.ndarray
     title: np.ndarray
     negative: np.ndarray | None = None
+
+    def map(self, function: Callable[[Any], Any]) -> "DuplicateKeys":
+        """Return the keys with `function` applied to each side that there is."""
+        return DuplicateKeys(*[None if keys is None else function(keys) for keys in self])
 
 
 @dataclass(frozen=True)
@@ -105,46 +133,81 @@ class Batch:
         chunks = []
         for start in range(0, self.size, size):
             end = start + size
-            negative = None if self.negative is None else self.negative.rows(start, end)
-            chunks.append(Batch(self.query.rows(start, end), self.title.rows(start, end), negative,
-                                rows=self.rows[start:end]))
+            negative = None if self.negative is None else self.negative.part(start, end)
+            chunks.append(Batch(query=self.query.part(start, end), title=self.title.part(start, end),
+                                negative=negative, rows=self.rows[start:end]))
         return chunks
 
 
-def crop(ids: Ids, rate: float, random: np.random.Generator, most: int = WHOLE) -> Ids:
-    """A run of the tokens, `rate` of them less at most (independent cropping; Izacard et al. 2022, Contriever,
-    arXiv:2112.09118), cut to `most` with [CLS] and [SEP]."""
-    inner = len(ids) - 2
-    length = random.integers(inner - int(rate * inner), inner + 1)
-    start = 1 + random.integers(0, inner - length + 1)
-    return [ids[0], *ids[start : start + min(length, most - 2)], ids[-1]]
+def crop(ids: Ids, rate: float, random: np.random.Generator, max_seq_length: int = UNCROPPED_LENGTH) -> Ids:
+    """Return a view of a text: a random run of its tokens (independent cropping; Izacard et al. 2022, Contriever,
+    arXiv:2112.09118).
+
+    Args:
+        ids: the text's token ids, with [CLS] and [SEP].
+        rate: the fraction of the tokens that the view lacks at most.
+        random: draws length and start of the run.
+        max_seq_length: tokens of the view at most, with [CLS] and [SEP]; the run is cut.
+    """
+    count = len(ids) - 2
+    length = random.integers(count - int(rate * count), count + 1)
+    start = 1 + random.integers(0, count - length + 1)
+    end = start + min(length, max_seq_length - 2)
+    return [ids[0], *ids[start:end], ids[-1]]
 
 
 def make_batch(texts: Sequence[Any], tokenizer: Any, args: argparse.Namespace, rows: Sequence[int],
                epoch: int) -> Batch:
-    """The batch of some rows of the training file, a text a row or a list of two or three, in an epoch from 0. What is
-    random in it is a function of seed, epoch and row, so that a resumed run, or one of several processes, sees what an
-    unbroken one does."""
-    taken = [texts[row] for row in rows]
-    columns = [taken] if isinstance(taken[0], str) else zip(*taken)
-    most = max(args.max_seq_length, WHOLE) if args.crop_rate else args.max_seq_length
-    sides = [tokenizer(column, most) for column in columns]  # as they are in the file
-    if len(sides) == 1:
-        sides = sides * 2
-    keys = None if args.keep_duplicate_negatives else DuplicateKeys(*map(text_keys, sides))
+    """Return the batch of some rows of the training file.
+
+    Crops are a function of seed, epoch, row and side, so that a resumed run, or one of several processes, sees what an
+    unbroken one does.
+
+    Args:
+        texts: the training file: of one column a text a row; of two a query and its title; of three a hard negative
+            too.
+        tokenizer: see `wordpiece.load_tokenizer`.
+        args: flags of train.py.
+        rows: the numbers of the rows.
+        epoch: from 0.
+    """
+    fields = [texts[row] for row in rows]
+    columns = [fields] if isinstance(fields[0], str) else list(zip(*fields))
+    length = args.max_seq_length
     if args.crop_rate:
-        sides = [[crop(ids, args.crop_rate, np.random.default_rng([args.seed, epoch, row, side]), args.max_seq_length)
-                  for ids, row in zip(each, rows)] for side, each in enumerate(sides)]
+        length = max(length, UNCROPPED_LENGTH)
+    sides = [tokenizer(column, length) for column in columns]
+    if len(sides) == 1:
+        sides = [sides[0], sides[0]]  # a text is its own title
+    duplicate_keys = None
+    if not args.keep_duplicate_negatives:
+        duplicate_keys = DuplicateKeys(*[text_keys(ids) for ids in sides])
+    if args.crop_rate:
+        sides = [crop_side(ids, side, args, rows, epoch) for side, ids in enumerate(sides)]
     inputs = [Inputs.of(ids, tokenizer.pad_token_id) for ids in sides]
-    return Batch(*inputs, duplicate_keys=keys, rows=rows)
+    return Batch(*inputs, duplicate_keys=duplicate_keys, rows=rows)
+
+
+def crop_side(ids: Sequence[Ids], side: int, args: argparse.Namespace, rows: Sequence[int], epoch: int) -> list[Ids]:
+    """Return the crops of one side of a batch; arguments as in `make_batch`, `side` is 0 for queries, 1 for titles."""
+    cropped = []
+    for row, text_ids in zip(rows, ids):
+        random = np.random.default_rng([args.seed, epoch, row, side])
+        cropped.append(crop(text_ids, args.crop_rate, random, args.max_seq_length))
+    return cropped
 
 
 def batches_after(step: int, epochs: int, sampler: ShuffledBatches,
-                  make: Callable[[Sequence[int], int], Batch]) -> Iterator[tuple[int, int, Batch]]:
-    """Yield, for every step after `step`, its epoch and its place in it, both from 1, and its batch, which `make` gives
-    of some rows in an epoch from 0; the next batch is made while a step runs."""
-    for epoch in range(step // len(sampler), epochs):
-        first = max(0, step - epoch * len(sampler))
-        made = prefetch(make(rows, epoch) for rows in sampler.epoch(epoch, first))
-        for number, batch in enumerate(made, start=first + 1):
-            yield epoch + 1, number, batch
+                  make: Callable[[Sequence[int], int], Item]) -> Iterator[Item]:
+    """Yield the batch of every step that is left, while a thread makes the next one.
+
+    Args:
+        step: steps that are done.
+        epochs: of the whole run.
+        sampler: gives the rows of each batch.
+        make: returns the batch of some rows in an epoch, which counts from 0.
+    """
+    first_epoch, first_batch = divmod(step, len(sampler))
+    for epoch in range(first_epoch, epochs):
+        rows_of_batches = sampler.epoch(epoch, first_batch if epoch == first_epoch else 0)
+        yield from prefetch(make(rows, epoch) for rows in rows_of_batches)

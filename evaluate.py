@@ -1,4 +1,4 @@
-"""Recall@1/5/10/20/50 of a recall result; other measures, results side by side, and what went wrong.
+"""Recall@1/5/10/20/50 of a recall result; other metrics, results side by side, and the worst queries.
 
     python evaluate.py --similar_text_pair recall/dev.csv --recall_result_file recall_result_dir/recall_result.txt
     python evaluate.py --recall_result_file before.txt after.txt --compare --metrics recall,mrr --plot recall.png
@@ -6,9 +6,9 @@
     python evaluate.py --qrels recall/qrels.tsv --recall_result_file run.txt --metrics recall,success,mrr,ndcg
 
 A query counts as hit at k if any of its targets is among its first k documents: what others call success@k. By
-judgements (--qrels), recall@k is the part of a query's relevant documents among its first k, and all measures are those
-of trec_eval. Prints `recall@k=...` in percent and appends the figures, tab-separated, as a row to result.tsv. Needs
-neither paddle nor paddlenlp.
+judgements (--qrels), recall@k is the fraction of a query's relevant documents among its first k, and all metrics are
+those of trec_eval. Prints `recall@k=...` in percent, and appends recall@k, tab-separated, as a row to result.tsv,
+whatever --metrics says. Needs neither paddle nor paddlenlp.
 """
 
 import argparse
@@ -20,8 +20,10 @@ import os
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import PurePath
+from typing import NamedTuple
 
 from simcse import console, flags
 from simcse.files import new_file
@@ -32,7 +34,7 @@ from simcse.measures import (
     paired_bootstrap,
     per_query,
     percent,
-    ranking,
+    rank_documents,
     read_judgements,
     read_run,
 )
@@ -41,6 +43,7 @@ from simcse.text import textfile
 import numpy as np
 
 PAIRS = "recall/dev.csv"
+RESULT = "./recall_result_dir/recall_result.txt"
 SHOWN = 3  # documents of a missed query that --show_errors lists
 ENDINGS = (".png", ".svg", ".pdf")
 # Okabe and Ito 2008: told apart with any colour vision.
@@ -50,270 +53,456 @@ FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC"
          "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Droid Sans Fallback", "Microsoft YaHei", "SimHei", "PingFang SC",
          "Hiragino Sans GB", "Heiti SC", "Arial Unicode MS"]
 
-Ranks = dict[str, dict[str, float]]  # of every query and each of its targets, from 0; infinite: none
-Tops = dict[str, list[tuple[str, str]]]  # of a query the first documents and their scores
+Values = dict[str, np.ndarray]  # of one result, by "recall@5" and so on: float64 [Q] in [0, 1]
 
 
+# -------------------------------------------------------------------------------------------------------------- flags
 def parse_args() -> argparse.Namespace:
     parser = flags.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--similar_text_pair", type=flags.readable_file, help="query and target, tab-separated, a pair a line; a query "
-        f"may stand on several lines; None: {PAIRS}, unless there are --qrels")
+        f"may have several lines (default: {PAIRS}, unless --qrels is given)")
     flags.add_targets_argument(parser)
     add("--qrels", type=flags.readable_file, help="judgements, instead of --similar_text_pair: query id, 0, document "
-        "id, grade, as TREC has them, or BEIR, without the 0; the results are of recall.py --format trec then")
-    add("--recall_result_file", type=flags.readable_file, nargs="+", default="./recall_result_dir/recall_result.txt",
+        "id and grade, as TREC has them, or BEIR's, without the 0; for results of recall.py --format trec")
+    add("--recall_result_file", type=flags.readable_file, nargs="+", default=RESULT,
         help="what recall.py wrote, tsv or jsonl, with ids for --targets id, or trec for --qrels; several files of the "
         "same queries are evaluated one after the other")
-    add("--recall_num", type=flags.positive_int, default=50,
-        help="documents looked at for each query; those below are ignored")
+    add("--recall_num", type=flags.positive_int, default=50, help="documents of each query that count, the best ones")
     add("--metrics", default="recall", help="what to print, separated by commas: "
         f"{', '.join(METRICS)}; with --qrels {', '.join(JUDGED_METRICS)}")
     add("--compare", action="store_true", help="print several files as a table, with each one's difference to the "
         "first and its paired bootstrap 95 %% interval")
-    add("--plot", help="draw Recall@k of all files there, .png, .svg or .pdf; None: draw nothing")
-    add("--show_errors", type=flags.positive_int,
-        help="list so many of the queries whose first document is no target, the worst first; None: none")
+    add("--plot", help="draw Recall@k of all files to this file, .png, .svg or .pdf")
+    add("--show_errors", type=flags.positive_int, metavar="N",
+        help="list N of the queries whose first document is no target, the worst first")
     flags.add_data_arguments(parser)
     args = parser.parse_args()
+    if isinstance(args.recall_result_file, str):  # argparse checks a default only where it is no list
+        args.recall_result_file = [args.recall_result_file]
+    check_files(parser, args)
+    check_metrics(parser, args)
+    check_plot(parser, args)
+    return args
+
+
+def check_files(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Set the default of --similar_text_pair, and refuse flags that do not suit the files."""
     if not args.similar_text_pair and not args.qrels:
         try:
             args.similar_text_pair = flags.readable_file(PAIRS)
         except argparse.ArgumentTypeError as error:
             parser.error(f"argument --similar_text_pair: {error}")
-    if isinstance(args.recall_result_file, str):  # argparse checks a default only where it is no list
-        args.recall_result_file = [args.recall_result_file]
     if args.compare and len(args.recall_result_file) < 2:
         parser.error("--compare needs at least two files after --recall_result_file")
     if args.show_errors and len(args.recall_result_file) > 1:
         parser.error("--show_errors takes one --recall_result_file")
-    args.metrics = textfile.distinct(name.strip() for name in args.metrics.split(","))
-    known = JUDGED_METRICS if args.qrels else METRICS
-    for name in set(args.metrics) - set(known):
-        parser.error(f"argument --metrics: {name!r} is not one of {', '.join(known)}")
     if args.qrels and (args.similar_text_pair or args.show_errors or args.targets == "id"):
         parser.error("--qrels takes the place of --similar_text_pair, without --targets and --show_errors")
-    if args.plot and not args.plot.lower().endswith(ENDINGS):
+
+
+def check_metrics(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Split --metrics into names, and refuse unknown ones."""
+    args.metrics = textfile.distinct(name.strip() for name in args.metrics.split(","))
+    for name in args.metrics:
+        if name not in metrics_table(args):
+            parser.error(f"argument --metrics: {name!r} is not one of {', '.join(metrics_table(args))}")
+
+
+def metrics_table(args: argparse.Namespace) -> dict:
+    return JUDGED_METRICS if args.qrels else METRICS
+
+
+def check_plot(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse a --plot that cannot be drawn, before anything takes time."""
+    if not args.plot:
+        return
+    if not args.plot.lower().endswith(ENDINGS):
         parser.error(f"argument --plot: {args.plot}: the name has to end in {', '.join(ENDINGS)}")
-    if not os.path.isdir(folder := os.path.dirname(args.plot or "") or "."):
+    folder = os.path.dirname(args.plot) or "."
+    if not os.path.isdir(folder):
         parser.error(f"argument --plot: {folder}: no such folder")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
+    if importlib.util.find_spec("matplotlib") is None:
         parser.error(f"--plot: matplotlib {console.HOW_TO_INSTALL}")
-    return args
 
 
-def read_recalled(args: argparse.Namespace, path: str) -> Iterator[tuple[str, str, str, str]]:
-    """Yield query, target, document and score of a result of recall.py, tsv or jsonl; the target is the document, or
-    its id. InputError: a line is neither, or there is no id."""
+# ------------------------------------------------------------------------------------------------- reading the results
+class Hit(NamedTuple):
+    """A document of a recall result."""
+
+    query: str
+    target: str  # what --similar_text_pair has in its second column: the document or, with --targets id, its id
+    document: str
+    score: str
+
+
+def read_hits(path: str, targets: str) -> Iterator[Hit]:
+    """Yield the documents of a result of recall.py, of each query the best first.
+
+    Args:
+        path: a file of --format tsv or jsonl.
+        targets: "text" or "id", what `Hit.target` is.
+
+    Raises:
+        InputError: a line is of neither format, or there is no id.
+    """
     with open(path, "rb") as file:
         is_jsonl = file.readline().lstrip().startswith(b'{"query"')
-    if not is_jsonl:
-        if args.targets == "id":
-            raise console.InputError(f"--targets id: {path} has no ids; recall.py writes them with --format jsonl")
-        for row in textfile.read_rows(path, 3, "--recall_result_file", check_format=False):
-            query, document, score = row.fields
-            yield query, document, document, score
+    if is_jsonl:
+        yield from read_jsonl_hits(path, targets)
         return
+    if targets == "id":
+        raise console.InputError(f"--targets id: {path} has no ids; recall.py writes them with --format jsonl")
+    for row in textfile.read_rows(path, 3, "--recall_result_file", check_format=False):
+        query, document, score = row.fields
+        yield Hit(query, document, document, score)
+
+
+def read_jsonl_hits(path: str, targets: str) -> Iterator[Hit]:
+    """Yield the documents of a result of recall.py --format jsonl; see `read_hits`."""
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
-                found = json.loads(line)
-                for hit in found["results"]:
-                    target = hit["id"] if args.targets == "id" else hit["document"]
-                    yield found["query"], target, hit["document"], str(hit.get("cosine", hit.get("score")))
+                content = json.loads(line)
+                for result in content["results"]:
+                    document = result["document"]
+                    target = result["id"] if targets == "id" else document
+                    score = result.get("cosine", result.get("score"))
+                    yield Hit(content["query"], target, document, str(score))
             except (ValueError, KeyError, TypeError) as error:
-                missing = "the corpus had no ids" if error.args == ("id",) else "no line of recall.py --format jsonl"
-                raise console.InputError(f"--recall_result_file {path}:{number}: {missing}") from None
+                problem = "the corpus had no ids" if error.args == ("id",) else "no line of recall.py --format jsonl"
+                raise console.InputError(f"--recall_result_file {path}:{number}: {problem}") from None
 
 
-def repeats(documents: Sequence[str], lines: int) -> int:
-    """How often a result has the documents of a query of so many lines: recall.py writes them for each of its lines."""
-    once = len(documents) // lines
-    return lines if once and documents == documents[:once] * lines else 1
+# --------------------------------------------------------------------------------------------------- ranks of targets
+@dataclass
+class RankedResult:
+    """Where a recall result has the targets.
+
+    Attributes:
+        ranks: by query and target the rank, from 0; infinite: not recalled.
+        hit_counts: by query, how many documents the result has.
+        unknown: documents of queries that have no target.
+        repeated: the targets recalled for each query with several lines in --similar_text_pair; recall.py writes the
+            documents of such a query for each of its lines.
+        wrong: of each query whose first document is no target, the first documents.
+    """
+
+    ranks: dict[str, dict[str, float]]
+    hit_counts: dict[str, int]
+    unknown: int = 0
+    repeated: dict[str, list[str]] = field(default_factory=dict)
+    wrong: dict[str, list[Hit]] = field(default_factory=dict)
 
 
-def read_result(args: argparse.Namespace, targets: Ranks, lines: Mapping[str, int], path: str) -> tuple[Ranks, Tops]:
-    """The ranks that the targets have in the file, and, for --show_errors, the tops of the queries whose first document
-    is no target. Says on stderr what makes the figures other than they seem."""
-    ranks, tops = {query: dict(each) for query, each in targets.items()}, {}
-    seen, unknown = dict.fromkeys(targets, 0), 0
-    recalled: dict[str, list[str]] = {query: [] for query, count in lines.items() if count > 1}
-    for query, target, document, score in read_recalled(args, path):
-        if query not in targets:
-            unknown += 1
+def rank_targets(hits: Iterable[Hit], pairs: Mapping[str, Counter]) -> RankedResult:
+    """Find the rank of every target.
+
+    Args:
+        hits: of each query the best first.
+        pairs: by query, its targets, and how many lines of --similar_text_pair have the pair.
+    """
+    result = RankedResult(ranks={query: dict.fromkeys(targets, math.inf) for query, targets in pairs.items()},
+                          hit_counts=dict.fromkeys(pairs, 0))
+    result.repeated = {query: [] for query, targets in pairs.items() if targets.total() > 1}
+    for hit in hits:
+        if hit.query not in pairs:
+            result.unknown += 1
             continue
-        rank = seen[query]
-        seen[query] += 1
-        if query in recalled:
-            recalled[query].append(target)
-        # A document that stands there twice counts where it stands first; so does a query that recall.py wrote twice.
-        if target in ranks[query]:
-            ranks[query][target] = min(ranks[query][target], rank)
-        missed = rank == 0 and target not in targets[query]
-        if args.show_errors and (missed or (query in tops and rank < SHOWN)):
-            tops.setdefault(query, []).append((document, score))
-    if missing := [query for query, count in seen.items() if not count]:
-        console.warn(f"{len(missing)} queries have no line in {path} and count as missed: "
-                     + ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else ""))
-    if unknown:
-        console.warn(f"{unknown} lines of {path} belong to no query of {args.similar_text_pair}")
-    depth = max((count // repeats(recalled.get(query, []), lines[query]) for query, count in seen.items()), default=0)
-    if (depth := min(args.recall_num, depth)) < max(RECALL_KS):
+        rank = result.hit_counts[hit.query]
+        result.hit_counts[hit.query] += 1
+        if hit.query in result.repeated:
+            result.repeated[hit.query].append(hit.target)
+        ranks = result.ranks[hit.query]
+        if hit.target in ranks:
+            # A document that is there twice counts where it is first; so does a query that recall.py wrote twice.
+            ranks[hit.target] = min(ranks[hit.target], rank)
+        if rank == 0 and hit.target not in ranks:
+            result.wrong[hit.query] = []
+        if hit.query in result.wrong and rank < SHOWN:
+            result.wrong[hit.query].append(hit)
+    return result
+
+
+def count_repeats(documents: list[str], lines: int) -> int:
+    """Return how often a result has the documents of a query with so many lines: once, or for each of the lines."""
+    size = len(documents) // lines
+    if size and documents == documents[:size] * lines:
+        return lines
+    return 1
+
+
+def find_depth(result: RankedResult, pairs: Mapping[str, Counter]) -> int:
+    """Return how many documents a query has in a result, at most."""
+    depth = 0
+    for query, count in result.hit_counts.items():
+        repeats = count_repeats(result.repeated.get(query, []), pairs[query].total())
+        depth = max(depth, count // repeats)
+    return depth
+
+
+def warn_incomplete(args: argparse.Namespace, path: str, result: RankedResult, pairs: Mapping[str, Counter]) -> None:
+    """Warn of what makes the values other than they seem: queries without a line, unknown queries, too few documents.
+    """
+    missing = [query for query, count in result.hit_counts.items() if not count]
+    if missing:
+        shown = ", ".join(missing[:3])
+        more = " ..." if len(missing) > 3 else ""
+        console.warn(f"{len(missing)} queries have no line in {path} and count as missed: {shown}{more}")
+    if result.unknown:
+        console.warn(f"{result.unknown} lines of {path} belong to no query of {args.similar_text_pair}")
+    depth = min(args.recall_num, find_depth(result, pairs))
+    if depth < max(RECALL_KS):
         console.warn(f"only {depth} documents a query were looked at in {path}: recall@k is recall@{depth} for every "
                      "larger k")
-    return ranks, tops
 
 
-def compare(names: list[str], results: list[dict[str, np.ndarray]]) -> str:
-    """A table of the results, and of each one's difference to the first in percentage points."""
-    first, *others = (np.stack(list(values.values()), axis=1) for values in results)
-    head = ["", *names]
-    rows = [[measure, *(f"{percent(values[measure]):.3f}" for values in results)] for measure in results[0]]
-    for name, other in zip(names[1:], others):
-        head += [f"{name} - {names[0]}", "95 % interval  "]
-        differences = 100 * (other - first)
-        # Rounded before the sign is looked at, so that * agrees with what is printed; + 0.0 makes 0 of -0.
-        figures = np.round([differences.mean(axis=0), *paired_bootstrap(differences)], 3) + 0.0
-        for row, (mean, low, high) in zip(rows, figures.T):
-            row += [f"{mean:+.3f}", f"{low:+8.3f} .. {high:+8.3f} {'*' if low > 0 or high < 0 else ' '}"]
-    return (f"{table([head, *rows])}\n\n{len(first):,} queries, in percent. Interval: of the difference, by paired "
-            "bootstrap (10,000 resamples of the queries, percentiles). *: it excludes 0.")
+# --------------------------------------------------------------------------------------------------------- evaluation
+@dataclass
+class Evaluation:
+    """What is printed and drawn.
+
+    Attributes:
+        query_count: how many queries there are.
+        values: of each result.
+        errors: what --show_errors lists.
+    """
+
+    query_count: int
+    values: list[Values]
+    errors: str = ""
 
 
-def errors(args: argparse.Namespace, ranks: Ranks, tops: Tops) -> str:
-    """The --show_errors worst queries: those with no target in the file, then by the rank of the first, deepest first.
-    Ranks are printed from 1."""
-    missed = sorted((query for query, each in ranks.items() if min(each.values())),
-                    key=lambda query: -min(ranks[query].values()))
-    lines = [f"{len(missed)} of {len(ranks)} queries have another document than a target first"
-             + (f"; the worst {args.show_errors}:" if args.show_errors < len(missed) else ":" if missed else "")]
-    for query in missed[: args.show_errors]:
+def evaluate_by_pairs(args: argparse.Namespace) -> Evaluation:
+    """Evaluate the results by the targets in --similar_text_pair."""
+    pairs: dict[str, Counter] = {}
+    for query, target in textfile.read_text_pairs(args.similar_text_pair, "--similar_text_pair"):
+        pairs.setdefault(query, Counter())[target] += 1
+    evaluation = Evaluation(query_count=len(pairs), values=[])
+    for path in args.recall_result_file:
+        result = rank_targets(read_hits(path, args.targets), pairs)
+        warn_incomplete(args, path, result, pairs)
+        ranks = [ranks.values() for ranks in result.ranks.values()]
+        evaluation.values.append(per_query(ranks, metrics_to_compute(args), depth=args.recall_num))
+        if args.show_errors:
+            evaluation.errors = describe_errors(result, args.show_errors)
+    return evaluation
+
+
+def metrics_to_compute(args: argparse.Namespace) -> list[str]:
+    """Return --metrics, with "recall" first, which result.tsv and --plot have in any case."""
+    return textfile.distinct(["recall", *args.metrics])
+
+
+def evaluate_by_judgements(args: argparse.Namespace) -> Evaluation:
+    """Evaluate the results by the judgements in --qrels, as trec_eval does."""
+    relevant = {}
+    for query, grades in read_judgements(args.qrels, "--qrels").items():
+        relevant[query] = {document: grade for document, grade in grades.items() if grade > 0}
+    if not any(relevant.values()):
+        raise console.InputError(f"--qrels {args.qrels}: no document is judged to be relevant")
+    evaluation = Evaluation(query_count=len(relevant), values=[])
+    for path in args.recall_result_file:
+        run = read_run(path, "--recall_result_file")
+        missing = [query for query in relevant if query not in run]
+        if missing:
+            console.warn(f"{len(missing)} queries have no line in {path} and count as missed: "
+                         f"{console.some(missing, 3)}")
+        unknown = run.keys() - relevant.keys()
+        if unknown:
+            console.warn(f"{len(unknown)} queries of {path} are not judged in {args.qrels}")
+        values = {}
+        for metric in metrics_to_compute(args):
+            values.update(per_query(rank_relevant(relevant, run, metric), [metric], depth=args.recall_num,
+                                    grades=[grades.values() for grades in relevant.values()], table=JUDGED_METRICS))
+        evaluation.values.append(values)
+    return evaluation
+
+
+def rank_relevant(relevant: Mapping[str, Mapping[str, int]], run: Mapping[str, dict[str, float]],
+                  metric: str) -> list[list[float]]:
+    """Return, of each query, the ranks of its relevant documents in a run; infinite: not recalled."""
+    ranks = []
+    for query, grades in relevant.items():
+        documents = rank_documents(run.get(query, {}), metric)
+        rank_of = {document: rank for rank, document in enumerate(documents)}
+        ranks.append([rank_of.get(document, math.inf) for document in grades])
+    return ranks
+
+
+# ------------------------------------------------------------------------------------------------------------- output
+def describe_errors(result: RankedResult, most: int) -> str:
+    """Return the worst queries with their targets and first documents, one field a line; ranks count from 1 there.
+
+    The worst are those without a target in the result, then those whose first target is deepest.
+    """
+    first_ranks = {query: min(ranks.values()) for query, ranks in result.ranks.items()}
+    missed = sorted((query for query, rank in first_ranks.items() if rank), key=first_ranks.get, reverse=True)
+    head = f"{len(missed)} of {len(first_ranks)} queries have another document than a target first"
+    if most < len(missed):
+        head += f"; the worst {most}:"
+    elif missed:
+        head += ":"
+    lines = [head]
+    for query in missed[:most]:
         lines += ["", f"query     {query}"]
-        lines += [f"target    {target} ({'not in the file' if rank == math.inf else f'rank {rank + 1}'})"
-                  for target, rank in ranks[query].items()]
-        above = tops.get(query, [])[: min(SHOWN, *ranks[query].values())]
-        lines += [f"recalled  {text} (rank {rank}, score {score})" for rank, (text, score) in enumerate(above, 1)]
+        for target, rank in result.ranks[query].items():
+            place = "not in the file" if rank == math.inf else f"rank {rank + 1}"
+            lines.append(f"target    {target} ({place})")
+        for rank, hit in enumerate(result.wrong.get(query, [])):
+            if rank < first_ranks[query]:
+                lines.append(f"recalled  {hit.document} (rank {rank + 1}, score {hit.score})")
     return "\n".join(lines)
 
 
-def labels(paths: Sequence[str]) -> list[str]:
-    """What tells the paths apart: each without the folders, and the name, that all have in common; of one its name.
-    before/recall.txt and after/recall.txt are before and after. A path that is there again gets a number."""
+def compare(names: list[str], results: list[Values]) -> str:
+    """Return a table of the results, and of the difference of each one to the first, in percentage points."""
+    header = ["", *names]
+    rows = [[metric, *(f"{percent(values[metric]):.3f}" for values in results)] for metric in results[0]]
+    first = np.stack(list(results[0].values()), axis=1)  # float64 [Q, M]
+    for name, values in zip(names[1:], results[1:]):
+        header += [f"{name} - {names[0]}", "95 % interval  "]
+        differences = 100 * (np.stack(list(values.values()), axis=1) - first)
+        low, high = paired_bootstrap(differences)
+        for row, column in zip(rows, np.stack([differences.mean(axis=0), low, high], axis=1)):
+            row += format_difference(*column)
+    return (f"{format_table([header, *rows])}\n\n{len(first):,} queries, in percent. Interval: of the difference, by "
+            "paired bootstrap (10,000 resamples of the queries, percentiles). *: it excludes 0.")
+
+
+def format_difference(mean: float, low: float, high: float) -> list[str]:
+    """Return the two cells of a difference: its mean, and its interval with a star if that excludes 0."""
+    # Rounded before the sign is looked at, so that * agrees with what is printed; + 0.0 makes 0 of -0.
+    mean, low, high = np.round([mean, low, high], 3) + 0.0
+    star = "*" if low > 0 or high < 0 else " "
+    return [f"{mean:+.3f}", f"{low:+8.3f} .. {high:+8.3f} {star}"]
+
+
+def name_results(paths: Sequence[str]) -> list[str]:
+    """Return short names that tell the paths apart: without the first and last parts that all of them have.
+
+    before/recall.txt and after/recall.txt become before and after; a path alone its file name. A name that is there
+    again gets a number.
+    """
     parts = [PurePath(os.path.normpath(path)).parts for path in paths]
-    for _ in range(2):  # from the front and, turned round, from the back
-        common = min(len(os.path.commonprefix(parts)), min(map(len, parts)) - 1)
-        parts = [each[common:][::-1] for each in parts]
-    names = ["/".join(each) for each in parts]
-    earlier = [names[:place].count(name) for place, name in enumerate(names)]
-    return [f"{name} ({count + 1})" if count else name for name, count in zip(names, earlier)]
+    parts = drop_common_start(parts)
+    backwards = drop_common_start([each[::-1] for each in parts])
+    names = ["/".join(each[::-1]) for each in backwards]
+    numbered = []
+    for place, name in enumerate(names):
+        earlier = names[:place].count(name)
+        numbered.append(f"{name} ({earlier + 1})" if earlier else name)
+    return numbered
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """The rows in columns, the first to the left, the others to the right; Chinese characters are two places wide."""
-    def wide(text: str) -> int:
-        return sum(unicodedata.east_asian_width(character) in "WF" for character in text)
-
-    widths = [max(len(cell) + wide(cell) for cell in column) for column in zip(*rows)]
-    aligned = [[f"{cell:{'>' if column else '<'}{widths[column] - wide(cell)}}" for column, cell in enumerate(row)]
-               for row in rows]
-    return "\n".join("  ".join(row).rstrip() for row in aligned)
+def drop_common_start(parts: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Drop the parts that all paths begin with, but leave each path one part."""
+    common = len(os.path.commonprefix(parts))
+    shortest = min(len(each) for each in parts)
+    common = min(common, shortest - 1)
+    return [each[common:] for each in parts]
 
 
-def draw_recall(path: str, results: Mapping[str, Sequence[float]], queries: int) -> None:
-    """Draw Recall@k as bars, a group for every k and a colour for every result, to a file of one of the ENDINGS, which
-    is complete or not at all. `results` are by label the means over `queries`, in percent, for every k of RECALL_KS."""
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return the rows in columns, the first column to the left, the others to the right."""
+    widths = [max(count_columns(cell) for cell in column) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = []
+        for place, (cell, width) in enumerate(zip(row, widths)):
+            padding = " " * (width - count_columns(cell))
+            cells.append(padding + cell if place else cell + padding)
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def count_columns(text: str) -> int:
+    """Return how many columns of a terminal a text takes; Chinese characters take two each."""
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    return len(text) + wide
+
+
+def draw_recall(path: str, results: Mapping[str, Sequence[float]], query_count: int) -> None:
+    """Draw Recall@k as bars, a group for every k and a colour for every result.
+
+    Args:
+        path: a file that ends in one of ENDINGS; it is written completely or not at all.
+        results: by name, the means in percent for every k of RECALL_KS.
+        query_count: how many queries there are, for the title.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # of fonts that are not installed
-    places, width = np.arange(len(RECALL_KS)), 0.84 / len(results)
-    columns = 2 if max(map(len, results)) <= 40 else 1  # of the legend
-    with matplotlib.rc_context({
-            "font.family": FONTS, "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False,
-            "axes.axisbelow": True, "axes.titlepad": 16}), warnings.catch_warnings():
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # it reports fonts that are not installed
+    style = {"font.family": FONTS, "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False,
+             "axes.axisbelow": True, "axes.titlepad": 16}
+    legend_columns = 2 if max(map(len, results)) <= 40 else 1
+    legend_rows = math.ceil(len(results) / legend_columns)
+    width = min(16, max(6.4, 1.6 + 2.2 * len(results)))
+    height = 4.6 + 0.22 * legend_rows
+    with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        size = min(16, max(6.4, 1.6 + 2.2 * len(results))), 4.6 + 0.22 * -(-len(results) // columns)
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.add_subplot(
-            title=f"Recall@k of {queries:,} queries", xlabel="k", ylabel="queries with a target among the first k, %",
-            ylim=(0, 100), xticks=places, xticklabels=RECALL_KS, yticks=range(0, 101, 20))
-        axes.grid(axis="y", alpha=0.3)
-        for number, recall in enumerate(results.values()):
-            bars = axes.bar(places + (number - (len(results) - 1) / 2) * width, recall, 0.94 * width, label=str(number),
-                            color=COLOURS[number % len(COLOURS)], hatch="/" * (3 * (number // len(COLOURS))))
-            if len(results) <= 6:  # more would overlap
-                axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
-        legend = figure.legend(loc="outside lower center", ncols=columns, frameon=False)
-        for text, label in zip(legend.get_texts(), results):  # as it is: matplotlib leaves _x out and reads $x$ as TeX
-            text.set(text=label, parse_math=False)
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw_bars(figure, results, query_count)
+        legend = figure.legend(loc="outside lower center", ncols=legend_columns, frameon=False)
+        for text, name in zip(legend.get_texts(), results):
+            text.set(text=name, parse_math=False)  # set here: matplotlib leaves out _x, and reads $x$ as TeX
         with new_file(path, "wb") as file:
             figure.savefig(file, format=path.rsplit(".")[-1].lower(), dpi=150, bbox_inches="tight")
 
 
-Measured = list[dict[str, np.ndarray]]  # of each result every figure, of every query
+def draw_bars(figure, results: Mapping[str, Sequence[float]], query_count: int) -> None:
+    """Add the axes with the bars of all results to a figure of matplotlib."""
+    groups = np.arange(len(RECALL_KS))
+    axes = figure.add_subplot(
+        title=f"Recall@k of {query_count:,} queries", xlabel="k", ylabel="queries with a target among the first k, %",
+        ylim=(0, 100), xticks=groups, xticklabels=RECALL_KS, yticks=range(0, 101, 20))
+    axes.grid(axis="y", alpha=0.3)
+    width = 0.84 / len(results)
+    for number, recall in enumerate(results.values()):
+        places = groups + (number - (len(results) - 1) / 2) * width
+        colour = COLOURS[number % len(COLOURS)]
+        hatch = "/" * (3 * (number // len(COLOURS)))  # denser each time that the colours begin again
+        bars = axes.bar(places, recall, 0.94 * width, label=str(number), color=colour, hatch=hatch)
+        if len(results) <= 6:  # the numbers of more would overlap
+            axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
 
 
-def by_targets(args: argparse.Namespace) -> tuple[int, Measured, str]:
-    """How many queries --similar_text_pair has, the measures of each result, and what --show_errors lists."""
-    targets: Ranks = {}  # recalled nowhere yet
-    lines, measured, shown = Counter[str](), [], ""  # lines of each query
-    for query, target in textfile.read_text_pairs(args.similar_text_pair, "--similar_text_pair"):
-        targets.setdefault(query, {})[target] = math.inf
-        lines[query] += 1
-    for path in args.recall_result_file:
-        ranks, tops = read_result(args, targets, lines, path)
-        measured.append(per_query([each.values() for each in ranks.values()], args.measured, args.recall_num))
-        shown = errors(args, ranks, tops) if args.show_errors else ""
-    return len(targets), measured, shown
+def print_values(paths: Sequence[str], results: Sequence[Values]) -> None:
+    """Print name=value lines in percent, of several results below their paths."""
+    for number, (path, values) in enumerate(zip(paths, results)):
+        if number:
+            print()
+        if len(results) > 1:
+            print(path)
+        for name, of_queries in values.items():
+            print(f"{name}={percent(of_queries)}")
 
 
-def by_judgements(args: argparse.Namespace) -> tuple[int, Measured, str]:
-    """How many queries --qrels judges, and the measures of each result."""
-    grades = {query: {document: grade for document, grade in each.items() if grade > 0}
-              for query, each in read_judgements(args.qrels, "--qrels").items()}
-    if not any(grades.values()):
-        raise console.InputError(f"--qrels {args.qrels}: no document is judged to be relevant")
-    measured = []
-    for path in args.recall_result_file:
-        run = read_run(path, "--recall_result_file")
-        if missing := [query for query in grades if query not in run]:
-            console.warn(f"{len(missing)} queries have no line in {path} and count as missed: "
-                         f"{console.some(missing, 3)}")
-        if unknown := len(run.keys() - grades.keys()):
-            console.warn(f"{unknown} queries of {path} are not judged in {args.qrels}")
-        values = {}
-        for metric in args.measured:
-            ranks = []
-            for query, each in grades.items():
-                places = {document: rank for rank, document in enumerate(ranking(run.get(query, {}), metric))}
-                ranks.append([places.get(document, math.inf) for document in each])
-            values.update(per_query(ranks, [metric], args.recall_num, [[*each.values()] for each in grades.values()],
-                                    JUDGED_METRICS))
-        measured.append(values)
-    return len(grades), measured, ""
+def select(values: Values, metrics: Iterable[str], args: argparse.Namespace) -> Values:
+    """Return the values of some metrics, in their order."""
+    return {name: values[name] for metric in metrics for name in metrics_table(args)[metric]}
 
 
 def main() -> None:
     args = parse_args()
-    known, measure = (JUDGED_METRICS, by_judgements) if args.qrels else (METRICS, by_targets)
-    args.measured = textfile.distinct(["recall", *args.metrics])
-    queries, measured, shown = measure(args)
-    names = labels(args.recall_result_file)
-    recalls = [[percent(values[name]) for name in known["recall"]] for values in measured]
-    results = [{name: values[name] for metric in args.metrics for name in known[metric]} for values in measured]
+    evaluation = evaluate_by_judgements(args) if args.qrels else evaluate_by_pairs(args)
+    names = name_results(args.recall_result_file)
+    results = [select(values, args.metrics, args) for values in evaluation.values]
     if args.compare:
         print(compare(names, results))
     else:
-        for number, (path, values) in enumerate(zip(args.recall_result_file, results)):
-            if len(results) > 1:
-                print("\n" * bool(number) + path)
-            print("\n".join(f"{name}={percent(each)}" for name, each in values.items()))
-    if shown:
-        print("\n" + shown)
+        print_values(args.recall_result_file, results)
+    if evaluation.errors:
+        print("\n" + evaluation.errors)
+    recalls = []
+    for values in evaluation.values:
+        recalls.append([percent(of_queries) for of_queries in select(values, ["recall"], args).values()])
     with open("result.tsv", "a", encoding="utf-8") as file:
-        file.writelines("\t".join(map(str, recall)) + "\n" for recall in recalls)
+        for recall in recalls:
+            file.write("\t".join(map(str, recall)) + "\n")
     if args.plot:
-        draw_recall(args.plot, dict(zip(names, recalls)), queries)
+        draw_recall(args.plot, dict(zip(names, recalls)), evaluation.query_count)
         console.log(f"wrote {args.plot}")
 
 

@@ -4,9 +4,9 @@ import argparse
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from data import Batch, DuplicateKeys, Inputs
 from simcse import console
@@ -72,6 +72,18 @@ class LossSettings:
     cross_device_negatives: bool = False
 
 
+class Compared(NamedTuple):
+    """What a loss was of.
+
+    Attributes:
+        embeddings: of all ranks, where the loss is of all ranks; without gradients.
+        duplicate_keys: int64 tensors, of the same rows; None: the same text twice was its own negative.
+    """
+
+    embeddings: Embeddings
+    duplicate_keys: DuplicateKeys | None
+
+
 class SimCSE(nn.Layer):
     """A dual tower with shared weights: encoder -> pooling [-> fc] -> dropout -> L2 norm.
 
@@ -107,7 +119,7 @@ class SimCSE(nn.Layer):
         self.infer_with_pooler = infer_with_pooler
         self.whitened_at = whitened_at
         self.normalizes = True  # L2-normalize embeddings; `whitening.whiten` asks for some that are not
-        self.compared: tuple[Embeddings, DuplicateKeys | None] | None = None  # what the last `loss` was of
+        self.compared: Compared | None = None  # what the last `loss` was of, for the log
         hidden_size = pretrained_model.config.hidden_size
         self.output_emb_size = output_emb_size or 0
         self.embedding_size = output_emb_size or hidden_size
@@ -173,21 +185,24 @@ class SimCSE(nn.Layer):
         """
         pad_id = self.ptm.config.pad_token_id
         width = max(side.input_ids.shape[1] for side in sides)
-        all_ids, all_types = [], []
+        all_ids = []
+        all_types = []
         for side in sides:
             ids = np.asarray(side.input_ids)
             types = np.zeros_like(ids) if side.token_type_ids is None else np.asarray(side.token_type_ids)
             missing = ((0, 0), (0, width - ids.shape[1]))
             all_ids.append(np.pad(ids, missing, constant_values=pad_id))
             all_types.append(np.pad(types, missing))
-        ids, types = np.concatenate(all_ids), np.concatenate(all_types)
+        ids = np.concatenate(all_ids)
+        types = np.concatenate(all_types)
         lengths = ((ids != pad_id) * np.arange(1, width + 1)).max(axis=1, initial=1)
         place = "cpu" if paddle.device.get_device() == "cpu" else self.precision
         groups = length_groups(lengths, GROUP_TOKENS[place])
         embeddings = []
         for rows in groups:
             longest = lengths[rows[-1]]
-            group_ids, group_types = paddle.to_tensor(ids[rows, :longest]), paddle.to_tensor(types[rows, :longest])
+            group_ids = paddle.to_tensor(ids[rows, :longest])
+            group_types = paddle.to_tensor(types[rows, :longest])
             embeddings.append(self.get_pooled_embedding(group_ids, group_types, with_pooler=with_pooler))
         order = paddle.to_tensor(np.argsort(np.concatenate(groups)))
         return paddle.split(paddle.concat(embeddings).index_select(order), [len(side.input_ids) for side in sides])
@@ -209,34 +224,47 @@ class SimCSE(nn.Layer):
         """Return the `contrastive_loss` of a batch, a scalar; with `cross_device_negatives` that of all ranks' batches
         together, on each rank the same."""
         if duplicate_keys is not None:
-            duplicate_keys = DuplicateKeys(*[None if keys is None else paddle.to_tensor(keys)
-                                             for keys in duplicate_keys])
+            duplicate_keys = duplicate_keys.map(paddle.to_tensor)
         if self.loss_settings.cross_device_negatives and RANKS > 1:
-            embeddings = Embeddings(*[None if side is None else gather_rows(side) for side in embeddings])
+            embeddings = embeddings.map(gather_rows)
             if duplicate_keys is not None:
-                duplicate_keys = DuplicateKeys(*[None if keys is None else gather_rows(keys)
-                                                 for keys in duplicate_keys])
-        self.compared = Embeddings(*[None if side is None else side.detach() for side in embeddings]), duplicate_keys
+                duplicate_keys = duplicate_keys.map(gather_rows)
+        self.compared = Compared(embeddings.map(paddle.Tensor.detach), duplicate_keys)
         return contrastive_loss(embeddings.query, embeddings.title, self.loss_settings, negative=embeddings.negative,
                                 duplicate_keys=duplicate_keys)
 
 
 def length_groups(lengths: np.ndarray, cost: float) -> list[np.ndarray]:
-    """The rows of texts of these lengths in groups of like length, shortest first, so that the padded tokens, and
-    `cost` for each group, are fewest."""
+    """Return the rows of texts in groups of like length, shortest first, such that all groups together have the fewest
+    padded tokens, where each group counts as `cost` tokens more.
+
+    Args:
+        lengths: tokens of each text, int64 [texts].
+        cost: what a pass costs beside its tokens, in tokens.
+
+    Returns:
+        The rows of each group, int64 [texts of the group], by rising length.
+    """
     values, counts = np.unique(lengths, return_counts=True)
-    ends = np.append(0, counts.cumsum())  # how many texts there are up to each length
-    fewest, starts = [0], []  # tokens of the groups up to each length, and where the last of them starts
-    for end, value in zip(ends[1:], values):
-        tokens = [before + (end - start) * value + cost for before, start in zip(fewest, ends)]
-        starts.append(int(np.argmin(tokens)))
-        fewest.append(tokens[starts[-1]])
-    groups, end, order = [], len(values), np.argsort(lengths, kind="stable")
+    shorter = np.append(0, counts.cumsum())  # texts that are shorter than each length; then all texts
+    # For each length: the fewest tokens of the texts up to it, and which length the last of their groups starts with.
+    fewest = [0.0]
+    group_starts = []
+    for number, value in enumerate(values):
+        texts = shorter[number + 1]
+        tokens = [before + (texts - start) * value + cost for before, start in zip(fewest, shorter)]
+        best = int(np.argmin(tokens))
+        group_starts.append(best)
+        fewest.append(tokens[best])
+    order = np.argsort(lengths, kind="stable")
+    groups = []
+    end = len(values)
     while end:
-        start = starts[end - 1]
-        groups.append(order[ends[start] : ends[end]])
+        start = group_starts[end - 1]
+        groups.append(order[shorter[start] : shorter[end]])
         end = start
-    return groups[::-1]
+    groups.reverse()
+    return groups
 
 
 # ------------------------------------------------------------------------------------------------------------- the loss
@@ -368,18 +396,16 @@ def make_record(model: SimCSE, model_name_or_path: str, max_seq_length: int | No
     return record
 
 
-def save_checkpoint(folder: str, model: SimCSE, tokenizer: Any, record: dict,
-                    also: Callable[[str], None] | None = None) -> None:
-    """Write weights, tokenizer and simcse_config.json to `folder`, which appears complete or not at all.
-
-    Args:
-        also: writes further files to the folder that it is given.
-    """
+def save_checkpoint(folder: str, model: SimCSE, tokenizer: Any, record: dict) -> None:
+    """Write weights, tokenizer and simcse_config.json to `folder`, which appears complete or not at all."""
     with new_folder(folder) as temporary:
-        write_weights(os.path.join(temporary, PARAMS_FILE), model.state_dict())
-        write_record(temporary, record, tokenizer)
-        if also:
-            also(temporary)
+        write_checkpoint(temporary, model, tokenizer, record)
+
+
+def write_checkpoint(folder: str, model: SimCSE, tokenizer: Any, record: dict) -> None:
+    """Write weights, tokenizer and simcse_config.json into a folder that there is."""
+    write_weights(os.path.join(folder, PARAMS_FILE), model.state_dict())
+    write_record(folder, record, tokenizer)
 
 
 # -------------------------------------------------------------------------------------------------------------- encoder

@@ -1,4 +1,4 @@
-"""Train SimCSE: every text against itself under another dropout, or against its title, the others being negatives.
+"""Train SimCSE: each text against itself under another dropout, or against its title; other texts are the negatives.
 
     # a CPU
     python train.py --device cpu --train_set_file recall/train_unsupervised.csv --test_set_file recall/dev.csv
@@ -11,15 +11,17 @@
     # pairs (query, title) or triples (and a hard negative) from there on
     python train.py --init_from_ckpt checkpoints/model_900 --train_set_file recall/train.csv
 
-Saves `model_<step>/` in --save_dir every --save_steps and at the end; Ctrl-C saves too, and the same command with
---resume goes on. Evaluations go to stdout. scripts/pretrain.py trains an encoder by masked language modelling first.
+It saves `model_<step>/` in --save_dir every --save_steps and at the end. Ctrl-C saves too, and the same command with
+--resume goes on from there. Evaluations go to stdout. scripts/pretrain.py trains an encoder by masked language
+modelling first.
 """
 
 import argparse
 import functools
+import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -31,7 +33,7 @@ from simcse.machine import RANK, RANKS
 from simcse.measures import RECALL_KS, first_hits, per_query, percent
 from simcse.text import textfile, tokens, wordpiece
 
-FEW_TOKENS = 8192
+FEWEST_TOKENS = 8192  # of a batch of an evaluation on a GPU, which has room for so many beside any training
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,25 +41,25 @@ def parse_args() -> argparse.Namespace:
     group = parser.add_argument_group("data")
     add = group.add_argument
     add("--train_set_file", type=flags.readable_file, required=True,
-        help="training texts, one a line: SimCSE; query and title, tab-separated: supervised, the batch's other titles "
-        "being negatives; query, title and a hard negative")
+        help="training texts: one text a line (SimCSE); or query and title, separated by a tab (supervised: the other "
+        "titles of the batch are negatives); or query, title and a hard negative")
     add("--test_set_file", type=flags.readable_file, help="evaluation set: text, text, label on a line (Spearman's "
-        "rho), or query, target (Recall@k among all targets, exact search); None: no evaluation")
+        "rho), or query, target (Recall@k among all targets, exact search) (default: no evaluation)")
     flags.add_data_arguments(group)
-    start = parser.add_argument_group("start")
-    add = start.add_argument
+    add = parser.add_argument_group("start").add_argument
     add("--model_name_or_path", type=flags.model_name,
-        help=f"pretrained encoder, hub name or folder; None: that of --init_from_ckpt, else {flags.DEFAULT_MODEL}")
+        help="pretrained encoder, hub name or folder (default: the encoder of --init_from_ckpt, or "
+        f"{flags.DEFAULT_MODEL})")
     add("--init_from_ckpt", type=flags.checkpoint_file,
-        help="checkpoint to train on from: model_state.pdparams or the folder that holds it")
+        help="checkpoint whose weights a new run starts from: model_state.pdparams or the folder that holds it")
     add("--output_emb_size", type=flags.natural_int,
-        help="size of the embedding; 0: the encoder's hidden size, without fc; None: that of --init_from_ckpt, else 0")
-    model = parser.add_argument_group("model")
-    add = model.add_argument
+        help="size of the embedding; 0: the encoder's hidden size, without fc (default: the size of --init_from_ckpt, "
+        "or 0)")
+    add = parser.add_argument_group("model").add_argument
     add("--pooling", choices=tuple(POOLINGS), help="how tokens become a vector, here and in all later stages. "
-        f"{describe_poolings()}; None: that of --init_from_ckpt, else pooler")
-    add("--infer_with_fc_pooler", action="store_true", help="evaluation and the later stages go through pooler and fc; "
-        "without it, the raw first token goes through the fc. Any other --pooling is the same everywhere")
+        f"{describe_poolings()} (default: the pooling of --init_from_ckpt, or pooler)")
+    add("--infer_with_fc_pooler", action="store_true", help="evaluation and later stages use pooler and fc; without "
+        "it they pass the raw first token through the fc. It changes nothing with another --pooling")
     add("--output_dropout", type=flags.probability, default=0.1, help="dropout rate of the output vector")
     add("--margin", type=flags.natural_float, default=0.0,
         help="how much more similar than a negative a positive has to be, in cosine")
@@ -67,205 +69,336 @@ def parse_args() -> argparse.Namespace:
     flags.add_optimization_arguments(optimization)
     add = optimization.add_argument
     add("--crop_rate", type=flags.probability, default=0.0,
-        help="each view of a text lacks up to this part of it, at its ends; 0: views are whole")
+        help="crop up to this fraction of the tokens from each view of a text (0: no cropping)")
     add("--cross_device_negatives", action="store_true",
-        help="the texts of all ranks' batches are each other's negatives, not those of one rank's alone")
+        help="take negatives from the batches of all ranks, not only from the rank's own")
     add("--keep_duplicate_negatives", action="store_true", help="the same text twice in a batch is its own negative, "
-        "as in the original; without it, such pairs are left out of the loss")
+        "as in the original implementation; without it, such pairs are left out of the loss")
     add("--chunk_size", type=flags.positive_int, help="encode a batch in chunks of so many texts and each chunk twice "
-        "(GradCache): the same gradients in the memory of one chunk, for batches of thousands; None: at once")
+        "(GradCache): the same gradients in the memory of one chunk, for batches of thousands (default: all at once)")
     output = parser.add_argument_group("output")
     flags.add_run_arguments(parser.add_argument_group("device"), output)
     add = output.add_argument
     add("--eval_steps", type=flags.positive_int, default=10000, help="steps between evaluations")
     add("--whiten", nargs="?", type=flags.natural_int, const=0, metavar="SIZE",
-        help="when training is over make embeddings of SIZE uncorrelated numbers of equal variance, in a checkpoint "
-        "model_<step>_whitened of its own; 0: as many as they have; None: do not")
+        help="after training, make embeddings of SIZE uncorrelated numbers of equal variance, in a checkpoint "
+        "model_<step>_whitened of its own; 0 (or no value): as many as they have (default: no whitening)")
     add("--visualdl_embeddings", type=flags.natural_int, default=0,
-        help="training texts whose embeddings VisualDL shows when training is over; 0: none")
-    return flags.check_run_arguments(parser, parser.parse_args(), start, model, optimization)
+        help="training texts whose embeddings VisualDL shows after training; 0: none")
+    return flags.parse_training_arguments(parser)
 
 
+# ----------------------------------------------------------------------------------------------- what the files hold
 def read_test_set(args: argparse.Namespace) -> list[textfile.Row]:
-    """The rows of --test_set_file: text, text, label; or query, target. There are none without a test set, or where it
-    measures nothing."""
-    path, flag = args.test_set_file, "--test_set_file"
+    """Return the rows of --test_set_file: text, text, label; or query, target. There are none without the flag, or
+    where all labels are the same, which nothing correlates with."""
+    path = args.test_set_file
+    flag = "--test_set_file"
     if not path:
         return []
     columns = textfile.count_columns(path, flag, (2, 3))
-    check = textfile.find_label_problem if columns == 3 else None
-    rows, looks = list(textfile.read_rows(path, columns, flag, check)), {}
-    if columns == 3:
-        if len({float(row.fields[2]) for row in rows}) > 1:
-            return rows
+    if columns == 2:
+        rows = list(textfile.read_rows(path, columns, flag))
+        warn_near_duplicates(path, rows)
+        return rows
+    rows = list(textfile.read_rows(path, columns, flag, textfile.find_label_problem))
+    labels = {float(row.fields[2]) for row in rows}
+    if len(labels) == 1:
         console.warn_data(f"{flag} {path}: all {len(rows)} labels are {rows[0].fields[2]}, of which Spearman's rho is "
-                         "undefined; there is no evaluation")
+                          "undefined; there is no evaluation")
         return []
-    if twins := [f"{path}:{row.line_number}" for row in rows
-                 if looks.setdefault(textfile.normalize(row.fields[1]), row.fields[1]) != row.fields[1]]:
-        console.warn_data(f"{flag}: {len(twins)} of {len(rows)} targets are an earlier one but for white space, width "
-                         "or invisible characters, and count as another document; write them alike: "
-                         f"{', '.join(twins[:3])}")
     return rows
 
 
-def evaluate(embed: Callable, test_set: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Spearman's rank correlation of the cosines with the labels, none where all cosines are the same, or Recall@k of
-    each distinct query's targets among all distinct targets, by exact search; in percent. Other ranks than the first
-    measure nothing, but `embed` may need them."""
-    first, second, *labels = zip(*test_set)
-    if labels:
-        from scipy.stats import spearmanr
+def warn_near_duplicates(path: str, rows: Sequence[textfile.Row]) -> None:
+    """Warn of targets that a reader takes for an earlier one, and the evaluation for another document."""
+    places = []
+    first_target: dict[str, str] = {}
+    for row in rows:
+        target = row.fields[1]
+        earlier = first_target.setdefault(textfile.normalize(target), target)
+        if earlier != target:
+            places.append(f"{path}:{row.line_number}")
+    if places:
+        console.warn_data(f"--test_set_file: {len(places)} of {len(rows)} targets match an earlier one after Unicode "
+                          "and white-space normalization, and count as another document; write them alike: "
+                          f"{', '.join(places[:3])}")
 
-        cosines = (embed(first) * embed(second)).sum(axis=1)
-        if RANK:
-            return {}
-        if cosines.min() == cosines.max():
-            console.warn(f"spearman is undefined: all {len(cosines)} cosines are {cosines[0]:g}")
-            return {}
-        return {"spearman": percent(spearmanr(cosines, [*map(float, labels[0])])[0])}
-    corpus = {text: row for row, text in enumerate(textfile.distinct(second))}
-    targets = defaultdict(set)
-    for query, target in test_set:
-        targets[query].add(corpus[target])
-    embeddings = embed(list(targets)), embed(list(corpus))
+
+def side_of(texts: textfile.TextFile, side: int) -> Iterator[str]:
+    """Yield one column of the training file: 0 for texts or queries, 1 for titles."""
+    for row in texts:
+        yield row if isinstance(row, str) else row[side]
+
+
+def check_learnable(args: argparse.Namespace, texts: textfile.TextFile) -> None:
+    """Raise InputError where all texts, all queries or all titles are the same, since there are no negatives then;
+    triples bring their own. Warn of batches of a single text, which have none either."""
+    if texts.columns == 3:
+        return
+    names = ["texts"] if texts.columns == 1 else ["queries", "titles"]
+    for side, name in enumerate(names):
+        first = next(side_of(texts, side))
+        if all(text == first for text in side_of(texts, side)):
+            lines = console.count(len(texts), "line")
+            raise console.InputError(f"--train_set_file {args.train_set_file}: {lines} without two different {name}; "
+                                     "SimCSE learns by telling them apart")
+    batch_size = min(args.batch_size, math.ceil(len(texts) / RANKS))
+    if args.cross_device_negatives:
+        batch_size *= RANKS
+    if batch_size == 1:
+        console.warn_data("batches of one text have no negatives, their loss is 0, and nothing is learned; raise "
+                          "--batch_size, or give more texts than there are processes")
+
+
+def check_encoder_sees(args: argparse.Namespace, texts: textfile.TextFile, test_set: Sequence[textfile.Row],
+                       tokenizer: Any) -> None:
+    """Warn of texts of both files that the encoder sees only in part, or nothing of.
+
+    Raises:
+        InputError: it sees no two different texts, queries or titles to learn from. Truncated ones count as different.
+    """
+    from simcse.encoder.encoder import check_texts
+
+    all_ids = check_texts(texts.spread(tokens.WINDOW), tokenizer, args.max_seq_length)
+    test_rows = [(f"{args.test_set_file}:{row.line_number}", row.fields[:2]) for row in test_set]
+    check_texts(test_rows, tokenizer, args.max_seq_length)
+    learns = args.epochs > 0 or args.whiten is not None
+    if texts.columns == 3 or not learns:
+        return
+    for side in range(texts.columns):
+        different = set()
+        for row, ids in enumerate(all_ids[side :: texts.columns]):
+            if len(ids) == args.max_seq_length:
+                different.add(row)
+            elif ids:  # else all of it is [UNK]
+                different.add(tuple(ids))
+        if len(different) < 2:
+            raise console.InputError(f"--train_set_file {texts.name}: there are no two different texts as the encoder "
+                                     "sees them; SimCSE learns by telling them apart")
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation
+def evaluate(encode: Callable, test_set: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Return the measures of a test set, by name, in percent: {} where they are undefined, and on other ranks than the
+    first, which take part in the encoding only.
+
+    Args:
+        encode: texts -> their embeddings, float32 [texts, embedding_size].
+        test_set: text, text, label; or query, target.
+    """
+    if len(test_set[0]) == 3:
+        return measure_spearman(encode, test_set)
+    return measure_recall(encode, test_set)
+
+
+def measure_spearman(encode: Callable, test_set: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Return Spearman's rank correlation of the cosines of two texts with their label."""
+    from scipy.stats import spearmanr
+
+    first, second, labels = zip(*test_set)
+    cosines = (encode(first) * encode(second)).sum(axis=1)
     if RANK:
         return {}
-    rows, _ = exact_search(*embeddings, max(RECALL_KS))
-    ranks = first_hits(rows, list(targets.values()))
+    if cosines.min() == cosines.max():
+        console.warn(f"spearman is undefined: all {len(cosines)} cosines are {cosines[0]:g}")
+        return {}
+    correlation, _ = spearmanr(cosines, [float(label) for label in labels])
+    return {"spearman": percent(correlation)}
+
+
+def measure_recall(encode: Callable, test_set: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Return Recall@k: whether one of a query's targets is among the k nearest of all targets, by exact search. The
+    same text twice is one query, or one target."""
+    corpus = textfile.distinct(target for _, target in test_set)
+    row_of = {target: row for row, target in enumerate(corpus)}
+    targets = defaultdict(set)  # rows of each query's targets
+    for query, target in test_set:
+        targets[query].add(row_of[target])
+    query_embeddings = encode(list(targets))
+    target_embeddings = encode(corpus)
+    if RANK:
+        return {}
+    found_rows, _ = exact_search(query_embeddings, target_embeddings, max(RECALL_KS))
+    ranks = first_hits(found_rows, list(targets.values()))
     return {name: percent(hits) for name, hits in per_query(ranks[:, None], ["recall"]).items()}
 
 
 def evaluation_tokens(args: argparse.Namespace) -> int:
-    """The tokens of a batch, padding included, that has room on a GPU beside training: those of both views of what a
-    step encodes at once, whose memory is free between steps, or a few."""
-    return max(FEW_TOKENS, 2 * min(args.batch_size, args.chunk_size or args.batch_size) * args.max_seq_length)
+    """Return how many tokens a batch of an evaluation on a GPU may have, padding included, so that it fits beside
+    training: as many as the two views that a step encodes at once, whose memory is free between steps."""
+    texts = min(args.batch_size, args.chunk_size or args.batch_size)
+    return max(FEWEST_TOKENS, 2 * texts * args.max_seq_length)
 
 
-def check_learnable(args: argparse.Namespace, texts: textfile.TextFile) -> None:
-    """Refuse texts, or pairs, that have no negatives, since all are the same; triples bring theirs."""
-    path, sides = args.train_set_file, {1: ["texts"], 2: ["queries", "titles"]}.get(texts.columns, [])
-    for side, noun in enumerate(sides):
-        field = [texts[0]] if texts.columns == 1 else texts[0]
-        if all((row if texts.columns == 1 else row[side]) == field[side] for row in texts):
-            lines = console.count(len(texts), "line")
-            raise console.InputError(f"--train_set_file {path}: {lines} without two different "
-                                     f"{noun}; SimCSE learns by telling them apart")
-    if sides and min(args.batch_size, -(-len(texts) // RANKS)) == 1 and not (args.cross_device_negatives and RANKS > 1):
-        console.warn_data("batches of one text have no negatives, their loss is 0, and nothing is learned: raise "
-                         "--batch_size, or give more texts than there are processes")
+def make_encode(args: argparse.Namespace, model: Any, tokenizer: Any, precision: str = "auto") -> Callable:
+    """Return what encodes texts by the weights as they are now. `check_encoder_sees` has warned of the texts."""
+    from simcse.encoder.encoder import Encoder
+    from simcse.encoder.engine import make_engine
+
+    encoder = Encoder(make_engine(model, precision, args.cpu_threads), tokenizer, args.max_seq_length)
+    return functools.partial(encoder.encode, warn=False)
 
 
-def look(args: argparse.Namespace, texts: textfile.TextFile, test_set: list[textfile.Row], tokenizer: Any) -> None:
-    """Warn of what the encoder does not see of the texts; InputError where it sees no two that differ, those that are
-    cut being different ones."""
-    from simcse.encoder.encoder import check_texts
+def evaluate_on_ranks(args: argparse.Namespace, model: Any, tokenizer: Any,
+                      test_set: Sequence[textfile.Row]) -> dict[str, float]:
+    """Return what `evaluate` returns of the weights as they are now. All ranks call it, and encode a share each."""
+    from simcse.ranks import encode_shares
 
-    ids = check_texts(texts.spread(tokens.WINDOW), tokenizer, args.max_seq_length)
-    test_texts = [(f"{args.test_set_file}:{row.line_number}", row.fields[:2]) for row in test_set]
-    check_texts(test_texts, tokenizer, args.max_seq_length)
-    if args.epochs or args.whiten is not None:
-        for side in range(texts.columns if texts.columns < 3 else 0):
-            seen = {tuple(each) if len(each) < args.max_seq_length else row
-                    for row, each in enumerate(ids[side :: texts.columns]) if each}
-            if len(seen) < 2:
-                raise console.InputError(f"--train_set_file {texts.name}: there are no two different texts as the "
-                                         "encoder sees them; SimCSE learns by telling them apart")
+    if not test_set:
+        return {}
+    encode = functools.partial(encode_shares, make_encode(args, model, tokenizer))
+    return evaluate(encode, [row.fields for row in test_set])
 
 
+# ---------------------------------------------------------------------------------------------------------- training
 def build_model(args: argparse.Namespace) -> tuple[Any, Any, str]:
-    """The network to train, its tokenizer and the name of its encoder."""
+    """Return the network to train, its tokenizer and the name of its encoder."""
     from model import LossSettings, SimCSE, load_model
     from simcse.encoder.encoder import check_length
     from simcse.encoder.pretrained import load_pretrained
 
     loss_settings = LossSettings(**{field.name: getattr(args, field.name) for field in fields(LossSettings)})
     settings = {"dropout": args.output_dropout, "loss_settings": loss_settings, "precision": args.precision,
-                "infer_with_pooler": args.infer_with_fc_pooler,
-                **({"pooling": args.pooling} if args.pooling else {})}
-    if checkpoint := args.resume or args.init_from_ckpt:
+                "infer_with_pooler": args.infer_with_fc_pooler}
+    if args.pooling:
+        settings["pooling"] = args.pooling
+    if args.resume:
         model, tokenizer, record = load_model(
-            flags.checkpoint_file(checkpoint), None if args.resume else args.model_name_or_path, args.output_emb_size,
-            "--resume" if args.resume else "--init_from_ckpt", args.dropout, settings)
-        name = record["model_name_or_path"]
+            flags.checkpoint_file(args.resume), output_emb_size=args.output_emb_size, flag="--resume",
+            dropout=args.dropout, settings=settings)
+        encoder_name = record["model_name_or_path"]
+    elif args.init_from_ckpt:
+        model, tokenizer, record = load_model(
+            args.init_from_ckpt, args.model_name_or_path, args.output_emb_size, flag="--init_from_ckpt",
+            dropout=args.dropout, settings=settings)
+        encoder_name = record["model_name_or_path"]
     else:
-        name = args.model_name_or_path or flags.DEFAULT_MODEL
-        model = SimCSE(load_pretrained(name, args.dropout), output_emb_size=args.output_emb_size, **settings)
-        tokenizer = wordpiece.load_tokenizer(name)
+        encoder_name = args.model_name_or_path or flags.DEFAULT_MODEL
+        model = SimCSE(load_pretrained(encoder_name, args.dropout), output_emb_size=args.output_emb_size, **settings)
+        tokenizer = wordpiece.load_tokenizer(encoder_name)
     check_length(model, args.max_seq_length)
     if args.whiten and args.whiten > model.embedding_size:
         raise console.InputError(f"--whiten {args.whiten}: embeddings have {model.embedding_size} numbers")
-    return model, tokenizer, name
-
-
-def train(args: argparse.Namespace, texts: textfile.TextFile, test_set: list[textfile.Row]) -> Any:
-    """The training loop, and what comes after it; returns the `Run`."""
-    from model import make_record, save_checkpoint
-    from simcse.encoder.encoder import Encoder
-    from simcse.encoder.engine import make_engine
-    from simcse.encoder.whitening import SAMPLE, runs, whiten
-    from simcse.ranks import encode_shares
-    from simcse.training.gradients import backward
-    from simcse.training.trainer import Run
-
-    def save(folder: str, also: Callable | None = None) -> None:
-        save_checkpoint(folder, model, tokenizer, make_record(model, name, args.max_seq_length), also=also)
-
-    def encoder(precision: str = "auto") -> Callable:
-        """What gives texts' embeddings by the weights as they are now; `check_texts` has said what is cut."""
-        engine = make_engine(model, precision, args.cpu_threads)
-        return functools.partial(Encoder(engine, tokenizer, args.max_seq_length).encode, warn=False)
-
-    def measure(group: str, share: bool = True) -> None:
-        """The texts being shared out among the ranks, or this one's alone."""
-        if not test_set:
-            return
-        embed = encoder()
-        if measures := evaluate(functools.partial(encode_shares, embed) if share else embed,
-                                [row.fields for row in test_set]):
-            run.log_measures(measures, group)
-
-    model, tokenizer, name = build_model(args)
     model.batch_tokens = min(model.batch_tokens, evaluation_tokens(args))
-    look(args, texts, test_set, tokenizer)
+    return model, tokenizer, encoder_name
+
+
+def train(args: argparse.Namespace, texts: textfile.TextFile, test_set: Sequence[textfile.Row]) -> None:
+    """Train a network, and do what comes after that: evaluate, whiten, show embeddings.
+
+    Raises:
+        Diverged: the loss, or weights, contain NaN or Inf.
+        Stopped: a signal has stopped the run, which has saved a checkpoint.
+    """
+    from model import make_record, write_checkpoint
+    from simcse.training.trainer import Trainer
+
+    model, tokenizer, encoder_name = build_model(args)
+    check_encoder_sees(args, texts, test_set, tokenizer)
     sampler = data.ShuffledBatches(len(texts), args.batch_size, RANK, RANKS)
-    make = functools.partial(data.make_batch, texts, tokenizer, args)
-    run = Run(args, model, texts, len(sampler), save)
-    for batch in run.batches(data.batches_after(run.step, args.epochs, sampler, make)):
-        loss = backward(run.network, model, batch, run.scaler.scale, args.chunk_size)
-        run.update(loss, batch)
-        if not run.code and run.step % args.eval_steps == 0 and run.step < run.steps:
-            measure("eval")
-    if run.code:
-        return run
-    measure("eval")
+    record = make_record(model, encoder_name, args.max_seq_length)
+    write_model = functools.partial(write_checkpoint, model=model, tokenizer=tokenizer, record=record)
+    trainer = Trainer(args, model, texts, steps_per_epoch=len(sampler), write_model=write_model)
+    make_batch = functools.partial(data.make_batch, texts, tokenizer, args)
+    batches = data.batches_after(trainer.step, args.epochs, sampler, make_batch)
+    evaluate_model = functools.partial(evaluate_on_ranks, args, model, tokenizer, test_set)
+
+    run_steps(args, trainer, batches, evaluate_model)
+    trainer.log_measures("eval", evaluate_model())
     if args.whiten is not None and not RANK:
-        sample = texts.sample(SAMPLE)
-        sample += runs(sample, tokenizer, args.max_seq_length)
-        unknown = set(wordpiece.find_unknown(tokenizer, tokenizer(sample, args.max_seq_length)))
-        sample = [text for row, text in enumerate(sample) if row not in unknown]  # their embeddings are zeros
-        whiten(model, lambda: encoder("fp32")(sample), args.whiten or model.embedding_size, args.max_seq_length)
-        folder = os.path.join(args.save_dir, f"model_{run.step}_whitened")
-        save(folder)  # beside the checkpoint of the step, which stays as it is
-        console.log(f"saved {folder}")
-        measure("whitened", share=False)  # the other ranks' network is not whitened
+        whiten_model(args, model, tokenizer, texts)
+        save_whitened(args, trainer, tokenizer, encoder_name)
+        if test_set:  # by this rank alone, since the other ranks' networks are not whitened
+            encode = make_encode(args, model, tokenizer)
+            trainer.log_measures("whitened", evaluate(encode, [row.fields for row in test_set]))
     if args.visualdl_embeddings and not RANK:
         sample = texts.sample(args.visualdl_embeddings)
-        run.writer.add_embeddings("texts", mat=encoder()(sample).tolist(), metadata=sample)
-    return run
+        encode = make_encode(args, model, tokenizer)
+        trainer.log.add_embeddings(sample, encode(sample))
+    trainer.finish(flags.hyper_parameters(args))
+
+
+def run_steps(args: argparse.Namespace, trainer: Any, batches: Iterable[data.Batch],
+              evaluate_model: Callable[[], dict[str, float]]) -> None:
+    """Take all steps that are left, and save: every --save_steps, when a signal stops the run, when the loss diverges
+    and the weights have not yet, and in the end.
+
+    Args:
+        args: the flags.
+        trainer: the run.
+        batches: one for each step.
+        evaluate_model: returns the measures of the weights as they are now.
+    """
+    from simcse.training.gradients import backward
+    from simcse.training.trainer import LOG_STEPS, Diverged, Stopped
+
+    model = trainer.model
+    try:
+        with console.progress("training", trainer.total_steps, "steps", lines=False, done=trainer.step) as advance:
+            for step, batch in enumerate(batches, start=trainer.step + 1):
+                is_last = step == trainer.total_steps
+                saves = step % args.save_steps == 0 or is_last
+                evaluates = step % args.eval_steps == 0 and not is_last  # the last evaluation follows the loop
+
+                trainer.start_step()
+                loss = backward(trainer.network, model, batch, trainer.scale, args.chunk_size)
+                trainer.update(loss, batch, check_loss=saves or evaluates)
+                advance()
+                if step % LOG_STEPS == 0:
+                    trainer.log_step(loss, model.compared)
+                if evaluates:
+                    trainer.check_weights()
+                    trainer.log_measures("eval", evaluate_model())
+                if saves:
+                    trainer.save()
+                stop_signal = trainer.stop_requested()
+                if stop_signal:
+                    trainer.save()
+                    raise Stopped(stop_signal)
+    except Diverged:
+        if trainer.weights_are_finite():  # they are those before the step whose loss is NaN or Inf
+            trainer.save()
+        raise
+    trainer.save()  # where there was no step to take: with --epochs 0, or resumed after the last one
+
+
+def whiten_model(args: argparse.Namespace, model: Any, tokenizer: Any, texts: textfile.TextFile) -> None:
+    """Whiten the network's embeddings, by a sample of the training texts."""
+    from simcse.encoder.whitening import SAMPLE, runs, whiten
+
+    sample = texts.sample(SAMPLE)
+    sample += runs(sample, tokenizer, args.max_seq_length)
+    unknown = set(wordpiece.find_unknown(tokenizer, tokenizer(sample, args.max_seq_length)))
+    known = [text for row, text in enumerate(sample) if row not in unknown]  # embeddings of the others are zeros
+    whiten(model, lambda: make_encode(args, model, tokenizer, "fp32")(known), args.whiten or model.embedding_size,
+           args.max_seq_length)
+
+
+def save_whitened(args: argparse.Namespace, trainer: Any, tokenizer: Any, encoder_name: str) -> None:
+    """Write the whitened network beside the checkpoint of its step, which stays as it is."""
+    from model import make_record, save_checkpoint
+
+    folder = os.path.join(args.save_dir, f"model_{trainer.step}_whitened")
+    record = make_record(trainer.model, encoder_name, args.max_seq_length)
+    save_checkpoint(folder, trainer.model, tokenizer, record)
+    console.log(f"saved {folder}")
 
 
 def main() -> None:
     args = parse_args()
-    path, flag = args.train_set_file, "--train_set_file"
-    texts, test_set = textfile.TextFile(path, flag, (1, 2, 3)), read_test_set(args)
+    texts = textfile.TextFile(args.train_set_file, "--train_set_file", (1, 2, 3))
+    test_set = read_test_set(args)
     if texts.columns > 1 and args.crop_rate:
-        raise console.InputError(f"--crop_rate is for texts, one a line; {path} has {texts.columns} columns")
-    if args.epochs or args.whiten is not None:
+        raise console.InputError(f"--crop_rate is for texts, one a line; {args.train_set_file} has {texts.columns} "
+                                 "columns")
+    if args.epochs > 0 or args.whiten is not None:
         check_learnable(args, texts)
 
-    flags.announce_training(args, args.init_from_ckpt or args.model_name_or_path or flags.DEFAULT_MODEL,
-                            console.count(len(texts), f"training {('text', 'pair', 'triple')[texts.columns - 1]}"))
+    args = flags.resolve_training(args)
+    kind = {1: "training text", 2: "training pair", 3: "training triple"}[texts.columns]
+    start = args.init_from_ckpt or args.model_name_or_path or flags.DEFAULT_MODEL
+    flags.announce_training(args, start, console.count(len(texts), kind))
 
     from simcse.training.trainer import run_training
 

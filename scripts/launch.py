@@ -2,7 +2,7 @@
 
     python scripts/launch.py --gpus 0,1,2,3 --log_dir train_log train.py --train_set_file ...
 
-A GPU that is not there is an error of one line before anything starts. The shell scripts use this; a person may call
+A GPU that does not exist is an error of one line before anything starts. The shell scripts use this; you may call
 paddle.distributed.launch as well.
 """
 
@@ -19,37 +19,53 @@ from simcse import console, flags
 def parse_args() -> argparse.Namespace:
     parser = flags.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpus", default="all",
-                        help="all, first, or numbers with commas between them, of those in CUDA_VISIBLE_DEVICES where "
-                             "it is set")
-    parser.add_argument("--log_dir", default="log", help="folder of the processes' logs, where there are several")
-    script = next((place for place, word in enumerate(sys.argv) if place and word.endswith(".py")), len(sys.argv))
-    args = parser.parse_args(sys.argv[1:script])
-    args.command = sys.argv[script:]
-    if not args.command:
+                        help="all, first, or numbers with commas between them; if CUDA_VISIBLE_DEVICES is set, of the "
+                             "GPUs that it has")
+    parser.add_argument("--log_dir", default="log", help="folder of the processes' logs, if there are several")
+    own, command = split_words(sys.argv[1:])
+    args = parser.parse_args(own)
+    args.command = command
+    if not command:
         parser.error("a script to run is required")
     return args
 
 
-def choose_gpus(asked: str, visible: Sequence[str]) -> list[str]:
-    """The GPUs that `asked` means, "all", "first" or numbers, of the `visible` ones; InputError where it names one that
-    is not there, or one twice."""
-    if asked == "all":
+def split_words(words: list[str]) -> tuple[list[str], list[str]]:
+    """Return the flags of this script, and the script to run with its flags."""
+    for place, word in enumerate(words):
+        if word.endswith(".py"):
+            return words[:place], words[place:]
+    return words, []
+
+
+def choose_gpus(wanted: str, visible: Sequence[str]) -> list[str]:
+    """Return the numbers of the GPUs to use.
+
+    Args:
+        wanted: "all", "first", or numbers with commas between them.
+        visible: the numbers of the GPUs that this process may use.
+
+    Raises:
+        InputError: a GPU does not exist, or is named twice.
+    """
+    if wanted == "all":
         return list(visible)
-    if asked == "first":
+    if wanted == "first":
         return list(visible[:1])
-    chosen = [number.strip() for number in asked.split(",")]
+    chosen = [number.strip() for number in wanted.split(",")]
     for number in chosen:
         if number not in visible:
+            verb = "is" if len(visible) == 1 else "are"
             where = " by CUDA_VISIBLE_DEVICES" if "CUDA_VISIBLE_DEVICES" in os.environ else ""
-            raise console.InputError(f"GPUS={asked}: no GPU {number or 'without a number'}; there "
-                                     f"{'is' if len(visible) == 1 else 'are'} {','.join(visible)}{where}")
+            raise console.InputError(f"GPUS={wanted}: no GPU {number or 'without a number'}; there {verb} "
+                                     f"{','.join(visible)}{where}")
         if chosen.count(number) > 1:
-            raise console.InputError(f"GPUS={asked}: GPU {number} is named twice")
+            raise console.InputError(f"GPUS={wanted}: GPU {number} is named twice")
     return chosen
 
 
 def main() -> None:
-    """Replace this process by the script, or by the launcher."""
+    """Replace this process with the script, or with the launcher."""
     args = parse_args()
     from simcse.device import visible_gpus
 
@@ -57,8 +73,8 @@ def main() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
     words = [sys.executable, "-u"]
     if len(chosen) > 1:
-        # The launcher writes the environment into files of that folder, and prints it, at ERROR, where a process fails;
-        # tokens may be in it. What the processes themselves print is shown at any level.
+        # The environment may have tokens in it. The launcher writes it to files of this folder, and prints it at level
+        # ERROR if a process fails. What the processes themselves print is shown at any level.
         os.makedirs(args.log_dir, mode=0o700, exist_ok=True)
         words += ["-m", "paddle.distributed.launch", "--gpus", ",".join(chosen), "--log_level", "CRITICAL",
                   "--log_dir", args.log_dir]

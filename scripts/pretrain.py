@@ -4,15 +4,16 @@ arXiv:2004.10964), before SimCSE.
     python scripts/pretrain.py --device cpu --train_set_file recall/train_unsupervised.csv --save_dir encoder
     python train.py --device cpu --model_name_or_path encoder/model_900 --train_set_file recall/train_unsupervised.csv
 
-Its checkpoints are encoders, as train.py's --model_name_or_path takes them. It runs on several processes, stops and
-goes on as train.py does.
+Its checkpoints are encoders for train.py's --model_name_or_path. It runs on several processes, stops and resumes as
+train.py does.
 """
 
 import argparse
+import functools
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
@@ -24,7 +25,9 @@ from simcse.text import textfile, tokens, wordpiece
 
 import numpy as np
 
-MASKED, KEPT = 0.8, 0.9  # of the chosen tokens 80 % become [MASK], 10 % any token, 10 % stay (Devlin et al. 2019)
+# Of the tokens to predict 80 % become [MASK], 10 % another token, and 10 % stay (Devlin et al. 2019).
+MASKED = 0.8
+RANDOM = 0.1
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,36 +40,44 @@ def parse_args() -> argparse.Namespace:
                        help="pretrained encoder, hub name or folder")
     optimization = parser.add_argument_group("optimization")
     optimization.add_argument("--mlm_probability", type=flags.proportion, default=0.15,
-                              help="part of the tokens that are predicted, whole words at a time")
+                              help="fraction of the tokens that are predicted, whole words at a time")
     flags.add_optimization_arguments(optimization)
     flags.add_run_arguments(parser.add_argument_group("device"), parser.add_argument_group("output"))
-    return flags.check_run_arguments(parser, parser.parse_args(), start, optimization)
+    return flags.parse_training_arguments(parser)
 
 
 class MaskedBatch(NamedTuple):
     """The texts of one step.
 
     Attributes:
-        input_ids, token_type_ids: int64 [batch, length].
-        places, labels: of the tokens to predict, where they are among all batch * length, and their ids, int64.
+        input_ids: int64 [texts, length], masked.
+        token_type_ids: int64 [texts, length], all zero.
+        positions: int64 [predicted], where the tokens to predict are among all texts * length.
+        labels: int64 [predicted], the ids of these tokens.
         rows: the texts' rows in the training file.
     """
 
     input_ids: np.ndarray
     token_type_ids: np.ndarray
-    places: np.ndarray
+    positions: np.ndarray
     labels: np.ndarray
     rows: Sequence[int]
 
 
-def starts_of(encoding: Any) -> list[int]:
-    """Where in its text each token between [CLS] and [SEP] starts."""
+def token_starts(encoding: Any) -> list[int]:
+    """Return where in its text each token between [CLS] and [SEP] starts."""
     return [start for start, _ in encoding.offsets[1:-1]]
 
 
 class MaskedBatches:
-    """Makes the batches: whole words masked (Sun et al. 2019, ERNIE, arXiv:1904.09223; Cui et al.
-    2019, arXiv:1906.08101), words being jieba's. Texts are one a row."""
+    """Make batches with whole words masked (Sun et al. 2019, ERNIE, arXiv:1904.09223; Cui et al. 2019,
+    arXiv:1906.08101). Words are jieba's.
+
+    Args:
+        texts: the training file, a text a row.
+        tokenizer: a `WordPiece`.
+        args: the flags of this script.
+    """
 
     def __init__(self, texts: Sequence[str], tokenizer: Any, args: argparse.Namespace) -> None:
         if not isinstance(tokenizer, wordpiece.WordPiece):
@@ -75,120 +86,138 @@ class MaskedBatches:
 
         jieba.setLogLevel(logging.WARNING)
         jieba.initialize()
-        self.texts, self.tokenizer, self.args, self.jieba = texts, tokenizer, args, jieba
-        self.mask, self.ordinary = tokenizer.vocab["[MASK]"], np.array(
-            [number for token, number in tokenizer.vocab.items() if not (token[0] == "[" and token[-1] == "]")])
+        self.texts = texts
+        self.tokenizer = tokenizer
+        self.args = args
+        self.jieba = jieba
+        self.mask_id = tokenizer.vocab["[MASK]"]
+        self.ordinary_ids = np.array([number for token, number in tokenizer.vocab.items()
+                                      if not (token.startswith("[") and token.endswith("]"))])
 
-    def words(self, text: str, places: Sequence[int]) -> np.ndarray:
-        """The number of the word, from 0, that each token is of; int64 [tokens].
+    def words(self, text: str, starts: Sequence[int]) -> np.ndarray:
+        """Return the number of the word, from 0, that each token is part of, int64 [tokens].
 
         Args:
-            places: where in the text each token starts.
+            text: the text.
+            starts: where in it each token starts.
         """
-        starts = [start for _, start, _ in self.jieba.tokenize(text)]
-        return np.searchsorted(starts, places, side="right") - 1
+        word_starts = [start for _, start, _ in self.jieba.tokenize(text)]
+        return np.searchsorted(word_starts, starts, side="right") - 1
 
     def choose(self, words: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """Which tokens to predict: a word, and more of them while they are --mlm_probability of the tokens or less;
-        bool [tokens]."""
-        chosen, budget = np.zeros(len(words), bool), self.args.mlm_probability * len(words)
+        """Return which tokens of a text to predict, bool [tokens]: those of one word, and of more words while they are
+        no more than --mlm_probability of the tokens.
+
+        Args:
+            words: the word of each token, int64 [tokens].
+            random: draws the words.
+        """
+        chosen = np.zeros(len(words), bool)
+        most = self.args.mlm_probability * len(words)
         for word in random.permutation(np.unique(words)):
-            same = words == word
-            if not chosen.any() or same.sum() <= budget - chosen.sum():
-                chosen |= same
+            tokens_of_word = words == word
+            if not chosen.any() or tokens_of_word.sum() <= most - chosen.sum():
+                chosen |= tokens_of_word
         return chosen
 
     def make(self, rows: Sequence[int], epoch: int) -> MaskedBatch:
-        """The batch of some rows of the training file, in an epoch from 0."""
+        """Return the batch of some rows of the training file. It is a function of seed, epoch and rows, so that a
+        resumed run sees what an unbroken one does.
+
+        Args:
+            rows: the numbers of the rows.
+            epoch: from 0.
+        """
         texts = [self.texts[row] for row in rows]
         encodings = self.tokenizer.encode(texts, self.args.max_seq_length)
         input_ids, types = tokens.pad([encoding.ids for encoding in encodings], self.tokenizer.pad_token_id)
         chosen = np.zeros(input_ids.shape, bool)
         for line, (row, text, encoding) in enumerate(zip(rows, texts, encodings)):
-            random, starts = np.random.default_rng([self.args.seed, epoch, row]), starts_of(encoding)
+            random = np.random.default_rng([self.args.seed, epoch, row])
+            starts = token_starts(encoding)
             chosen[line, 1 : 1 + len(starts)] = self.choose(self.words(text, starts), random)
         labels = input_ids[chosen]
         random = np.random.default_rng([self.args.seed, epoch, *rows])
-        lot, other = random.random(len(labels)), random.choice(self.ordinary, len(labels))
-        input_ids[chosen] = np.where(lot < MASKED, self.mask, np.where(lot < KEPT, other, labels))
+        draw = random.random(len(labels))
+        random_ids = random.choice(self.ordinary_ids, len(labels))
+        unmasked = np.where(draw < MASKED + RANDOM, random_ids, labels)
+        input_ids[chosen] = np.where(draw < MASKED, self.mask_id, unmasked)
         return MaskedBatch(input_ids, types, np.flatnonzero(chosen), labels, rows)
 
 
-def masked_lm(name: str, dropout: float, precision: str = "fp32") -> Any:
-    """The network: an encoder and the head that predicts its tokens, random where the encoder comes without one.
+def write_model(folder: str, model: Any, tokenizer: Any) -> None:
+    """Write the encoder with its head, and the tokenizer."""
+    model.network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
-    Args:
-        name: as in `load_pretrained`.
-        dropout: hidden and attention dropout rate.
-        precision: of matrix products, as in `SimCSE`.
+
+def train(args: argparse.Namespace, texts: textfile.TextFile) -> None:
+    """Train an encoder with the head that predicts its tokens.
 
     Raises:
-        InputError: see `load_pretrained`; or there is no such head for the encoder.
+        Diverged: the loss, or weights, contain NaN or Inf.
+        Stopped: a signal has stopped the run, which has saved a checkpoint.
     """
-    from simcse.device import casting
-    from simcse.encoder.pretrained import freeze_pooler, load_pretrained
-
-    import paddle
-    import paddle.nn.functional as F
-
-    network = load_pretrained(name, dropout, "AutoModelForMaskedLM", may_start_at_random="cls")
-    if not hasattr(network, "cls"):
-        raise console.InputError(
-            f"--model_name_or_path {name}: {type(network).__name__} has no head that is known here")
-    encoder = getattr(network, network.base_model_prefix)
-    freeze_pooler(encoder)
-
-    class MaskedLM(paddle.nn.Layer):
-        """The mean cross-entropy of the tokens to predict, a scalar; arguments as in `MaskedBatch`."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = network
-            self.max_positions = getattr(network.config, "max_position_embeddings", 512)
-
-        def forward(self, input_ids, token_type_ids, places, labels):
-            with casting(precision):
-                hidden = encoder(input_ids, token_type_ids=token_type_ids)[0]
-                logits = network.cls(hidden.reshape([-1, hidden.shape[-1]]).index_select(places))
-            losses = F.softmax_with_cross_entropy(logits.astype("float32"), labels.unsqueeze(-1))
-            return losses.sum() / max(1, len(labels))
-
-    return MaskedLM()
-
-
-def train(args: argparse.Namespace, texts: textfile.TextFile) -> Any:
-    """The training loop; returns the `Run`."""
     from simcse.encoder.encoder import check_length, check_texts
-    from simcse.files import new_folder
-    from simcse.training.trainer import Run
-
-    import paddle
+    from simcse.training.masked_lm import load_masked_lm
+    from simcse.training.trainer import Trainer
 
     name = args.resume or args.model_name_or_path
-    model, tokenizer = masked_lm(name, args.dropout, args.precision), wordpiece.load_tokenizer(name)
+    model = load_masked_lm(name, args.dropout, args.precision)
+    tokenizer = wordpiece.load_tokenizer(name)
     check_length(model, args.max_seq_length)
     check_texts(texts.spread(tokens.WINDOW), tokenizer, args.max_seq_length)
 
-    def write(folder: str, also) -> None:
-        with new_folder(folder) as temporary:
-            model.network.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-            also(temporary)
-
+    make_batch = MaskedBatches(texts, tokenizer, args).make
     sampler = data.ShuffledBatches(len(texts), args.batch_size, RANK, RANKS)
-    batches = MaskedBatches(texts, tokenizer, args)
-    run = Run(args, model, texts, len(sampler), write)
-    for batch in run.batches(data.batches_after(run.step, args.epochs, sampler, batches.make)):
-        loss = run.network(*map(paddle.to_tensor, batch[:4]))
-        run.scaler.scale(loss).backward()
-        run.update(loss, batch)
-    return run
+    trainer = Trainer(args, model, texts, steps_per_epoch=len(sampler),
+                      write_model=functools.partial(write_model, model=model, tokenizer=tokenizer))
+    batches = data.batches_after(trainer.step, args.epochs, sampler, make_batch)
+    run_steps(args, trainer, batches)
+    trainer.finish(flags.hyper_parameters(args))
+
+
+def run_steps(args: argparse.Namespace, trainer: Any, batches: Iterable[MaskedBatch]) -> None:
+    """Take all steps that are left, and save: every --save_steps, when a signal stops the run, when the loss diverges
+    and the weights have not yet, and in the end.
+
+    Args:
+        args: the flags.
+        trainer: the run.
+        batches: one for each step.
+    """
+    from simcse.training.trainer import LOG_STEPS, Diverged, Stopped
+
+    try:
+        with console.progress("training", trainer.total_steps, "steps", lines=False, done=trainer.step) as advance:
+            for step, batch in enumerate(batches, start=trainer.step + 1):
+                saves = step % args.save_steps == 0 or step == trainer.total_steps
+
+                trainer.start_step()
+                loss = trainer.network(batch)
+                trainer.scale(loss).backward()
+                trainer.update(loss, batch, check_loss=saves)
+                advance()
+                if step % LOG_STEPS == 0:
+                    trainer.log_step(loss)
+                if saves:
+                    trainer.save()
+                stop_signal = trainer.stop_requested()
+                if stop_signal:
+                    trainer.save()
+                    raise Stopped(stop_signal)
+    except Diverged:
+        if trainer.weights_are_finite():  # they are those before the step whose loss is NaN or Inf
+            trainer.save()
+        raise
+    trainer.save()  # where there was no step to take: with --epochs 0, or resumed after the last one
 
 
 def main() -> None:
     args = parse_args()
     texts = textfile.TextFile(args.train_set_file, "--train_set_file")
 
+    args = flags.resolve_training(args)
     flags.announce_training(args, args.model_name_or_path, console.count(len(texts), "training text"))
 
     from simcse.training.trainer import run_training

@@ -12,19 +12,25 @@ FOLDERS = ("recall", "milvus", "sort")
 
 
 def unpack(archive: str, target: str) -> list[str]:
-    """Unpack <any folder>/<one of FOLDERS>/<name> to target/<folder>/<name>; returns the paths written.
+    """Unpack <any folder>/<one of FOLDERS>/<name> to target/<folder>/<name>.
+
+    Returns:
+        The paths of the files written.
 
     Raises:
-        zipfile.BadZipFile: not a zip archive, or a damaged one; nothing has been written.
+        zipfile.BadZipFile: it is not a zip archive, or a damaged one; nothing has been written.
     """
     written = []
     with zipfile.ZipFile(archive) as bundle:
-        if (damaged := bundle.testzip()) is not None:
+        damaged = bundle.testzip()
+        if damaged is not None:
             raise zipfile.BadZipFile(f"{damaged} is damaged")
         for member in bundle.infolist():
             # Only the last two parts of a name are used: nothing in an archive can point outside `target`.
-            folder, name = ([""] + member.filename.split("/"))[-2:]
-            if member.is_dir() or folder not in FOLDERS or name in ("", ".", "..") or name.startswith("._"):
+            folder, _, name = member.filename.rpartition("/")
+            folder = folder.rpartition("/")[2]
+            is_file = not member.is_dir() and name not in ("", ".", "..")
+            if not is_file or folder not in FOLDERS or name.startswith("._"):  # ._x is macOS' record of a file x
                 continue
             path = os.path.join(target, folder, name)
             os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -41,10 +47,10 @@ def main() -> None:
         written = unpack(archive, target)
     except zipfile.BadZipFile as error:
         os.replace(archive, archive + ".bad")
-        sys.exit(f"{archive}: not a whole zip archive ({error}); it was renamed to {archive}.bad: "
+        sys.exit(f"{archive}: not a complete zip archive ({error}); it was renamed to {archive}.bad: "
                  "run download_data.sh again")
     if not written:
-        sys.exit(f"{archive}: holds none of the folders {', '.join(FOLDERS)}")
+        sys.exit(f"{archive}: has none of the folders {', '.join(FOLDERS)}")
     print("\n".join(written))
 
 

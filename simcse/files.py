@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import fcntl
 import hashlib
 import json
 import os
@@ -14,13 +13,11 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, NamedTuple, TypeVar
 
-from simcse.console import InputError, log, progress, reported, settings
+from simcse.console import progress, reported, settings
 
 Item = TypeVar("Item")
 BLOCK = 16384  # most lines of stdin that are answered at a time
 STDIN = "-"  # the path that means stdin
-SHA256 = 64  # hexadecimal digits
-OF_CORPUS = ("corpus", "corpus_columns")  # parts of an index' fingerprint that may change
 
 
 def temporary_name(path: str, owner: int | str) -> str:
@@ -158,49 +155,6 @@ def file_digest(path: str) -> str:
             digest.update(block)
             advance(len(block))
     return digest.hexdigest()
-
-
-def check_fingerprint(found: dict, wanted: dict, where: str, remedy: str) -> dict:
-    """What an index, named by the flag and value `where`, was made of, with the "hnsw_ef" of the search, if `wanted`
-    has one; InputError where it depends on other values than `wanted`, which may name a part of them."""
-    other = [name for name in wanted if name != "hnsw_ef" and found.get(name) != wanted[name]]
-    said = [f"another {name}" if name not in found or len(str(wanted[name])) == SHA256 else
-            f"{name} {found[name]}, not {wanted[name]}" for name in other]
-    if said:
-        raise InputError(f"{where}: was built with {', and '.join(said)}; {remedy}")
-    return {**found, **wanted}
-
-
-@contextlib.contextmanager
-def building(path: str, wanted: dict, new: dict) -> Iterator[None]:
-    """While an index, `new`, is built in the folder `path`, no other process builds one there: it waits, or, where
-    `new` is other than what it `wanted`, raises InputError."""
-    lock = temporary_name(path, "lock")
-    os.makedirs(os.path.dirname(lock), exist_ok=True)
-    with open(lock, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            if other := file.read():
-                check_fingerprint(json.loads(other), wanted, f"--index_path {path}, which another process is "
-                                  "building", "name another folder")
-            log(f"waiting for the process that is building the index in {path}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        file.truncate(0)
-        json.dump(new, file)
-        file.flush()
-        try:
-            yield
-        finally:
-            with contextlib.suppress(FileNotFoundError):  # the process that was waited for has removed it
-                os.remove(lock)
-
-
-def unrelated(where: str, corpus: str) -> InputError:
-    """That the index named by the flag and value `where` has no text of a corpus, so that it is no state of it."""
-    return InputError(f"{where}: was built with another corpus, of which no text is in {corpus}; name another, or "
-                      "remove this one to build it again")
 
 
 def read_json(path: str) -> dict:

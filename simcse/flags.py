@@ -9,13 +9,13 @@ import difflib
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from simcse import console
 from simcse.encoder.weights import CONFIG_FILE, DEFAULT_MODEL, STATE_RECORD, newest_resumable, read_record
 from simcse.files import STDIN, read_json
-from simcse.machine import CPU_THREADS, RANK, RANKS, auto_precision
+from simcse.machine import CPU_THREADS, RANK, RANKS, TRAIN_PRECISIONS, auto_precision
 
 # --max_seq_length where neither the flag nor the checkpoint says it.
 ENCODE_LENGTH = 64
@@ -23,8 +23,6 @@ TRAIN_LENGTH = 128
 DEFAULT_PARAMS = "checkpoints/model_20000/model_state.pdparams"
 WEIGHT_FILES = ("model_state.safetensors", "model_state.pdparams")  # of a checkpoint folder; the first one is loaded
 COLLECTION = "simcse"  # of Milvus
-FUSED = 100  # documents that a ranking brings to a fusion, or as many as are asked for, if that is more
-TRAIN_PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 AUTO_ON_GPU = "on a GPU bf16 from compute capability 8.0 on, fp16 on 7.x"
 README_TEXT = "国有企业引入非国有资本对创新绩效的影响——基于制造业国有上市公司的经验证据"  # of the original README
 
@@ -364,58 +362,99 @@ def announce(args: argparse.Namespace, *parts: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- training
-def add_optimization_arguments(group: argparse._ArgumentGroup) -> None:
-    """The flags by which a network is trained, whatever its loss is."""
+# What a run that goes on by --resume does with each flag of train.py and scripts/pretrain.py. Every flag is in one of
+# these; `check_resume_tables` raises where one is not.
+# A new run starts from these weights; a resumed one has those of its checkpoint.
+START_FLAGS = ("model_name_or_path", "init_from_ckpt", "output_emb_size")
+# The checkpoint records these, and a resumed run has to share them. Where a checkpoint is older than a flag, its run
+# counts as one with the flag's default.
+SHARED_FLAGS = (
+    "pooling", "infer_with_fc_pooler", "output_dropout", "margin", "scale", "mlm_probability", "batch_size",
+    "learning_rate", "weight_decay", "epochs", "warmup_proportion", "max_grad_norm", "dropout", "max_seq_length",
+    "seed", "precision", "crop_rate", "cross_device_negatives", "keep_duplicate_negatives", "chunk_size")
+# A resumed run may change these. (The training file may have moved; its content is compared.)
+FREE_FLAGS = (
+    "quiet", "train_set_file", "test_set_file", "strict_data", "plain_text", "device", "cpu_threads", "resume",
+    "keep_checkpoints", "save_dir", "save_steps", "visualdl_dir", "eval_steps", "whiten", "visualdl_embeddings")
+
+
+def check_resume_tables(names: Iterable[str]) -> None:
+    """Raise ValueError where a flag is in none of the tables above, or in several of them."""
+    for name in names:
+        tables = [table for table in (START_FLAGS, SHARED_FLAGS, FREE_FLAGS) if name in table]
+        if len(tables) != 1:
+            raise ValueError(f"--{name} has to be in one of START_FLAGS, SHARED_FLAGS and FREE_FLAGS of "
+                             f"simcse/flags.py, which say what --resume does with it; it is in {len(tables)}")
+
+
+def add_optimization_arguments(group: argparse._ActionsContainer) -> None:
+    """Add the flags by which a network is trained, whatever its loss is."""
     add = group.add_argument
     add("--batch_size", type=positive_int, default=32, help="texts per batch and device")
     add("--learning_rate", type=positive_float, default=5e-5, help="highest learning rate of AdamW")
-    add("--weight_decay", type=natural_float, default=0.0, help="weight decay of AdamW, not on biases and norms")
+    add("--weight_decay", type=natural_float, default=0.0, help="weight decay of AdamW; biases and norms do not decay")
     add("--epochs", type=natural_int, default=1,
         help="passes over the training texts; 0: save and evaluate the untrained network")
     add("--warmup_proportion", type=proportion, default=0.0,
-        help="part of the steps over which the learning rate rises, before it falls linearly to 0")
+        help="fraction of the steps over which the learning rate rises, before it falls linearly to 0")
     add("--warmup_proption", dest="warmup_proportion", type=proportion, help=argparse.SUPPRESS)
-    add("--max_grad_norm", type=positive_float, help="scale gradients down to this norm; None: leave them as they are")
+    add("--max_grad_norm", type=positive_float, help="clip gradients to this norm (default: no clipping)")
     add("--dropout", type=probability, default=0.1, help="hidden and attention dropout rate")
-    add("--max_seq_length", type=sequence_length, help="tokens per text, [CLS] and [SEP] included, others are cut. "
-        f"None: that of the checkpoint that training goes on from, else {TRAIN_LENGTH}")
+    add("--max_seq_length", type=sequence_length, help="tokens per text, with [CLS] and [SEP]; longer texts are cut "
+        f"(default: the length of the checkpoint that training starts from, or {TRAIN_LENGTH})")
     add("--seed", type=natural_int, default=1000, help="random seed")
     add("--precision", choices=TRAIN_PRECISIONS, default="auto",
-        help=f"number format of the matrix products; auto: {AUTO_ON_GPU}, else fp32, or that of the run that --resume "
-        "goes on with. tf32, bf16 and fp16, with loss scaling, need --device gpu")
+        help=f"number format of the matrix products; auto: {AUTO_ON_GPU}, else fp32; with --resume the format of the "
+        "resumed run. tf32, bf16 and fp16 (with loss scaling) need --device gpu")
 
 
-def add_run_arguments(device: argparse._ArgumentGroup, output: argparse._ArgumentGroup) -> None:
-    """Where a training run computes, where it writes, and what it goes on from."""
+def add_run_arguments(device: argparse._ActionsContainer, output: argparse._ActionsContainer) -> None:
+    """Add the flags that say where a run computes, where it writes, and which run it resumes."""
     add_device_arguments(device)
     add = output.add_argument
-    add("--resume", nargs="?", const="auto", help="go on from a checkpoint folder, with its optimizer, schedule and "
-        "place in the data, as if there had been no break; auto: from the newest in --save_dir, or from the start "
-        "where there is none")
+    add("--resume", nargs="?", const="auto", help="resume the run that left this checkpoint folder, with its "
+        "optimizer, schedule and place in the data, as if it had not been interrupted; auto (or no value): the newest "
+        "checkpoint in --save_dir, or a new run if there is none")
     add("--keep_checkpoints", type=natural_int, default=0,
-        help="how many of the newest checkpoints to keep; 0: all. Only the newest can be gone on from")
+        help="how many of the newest checkpoints to keep; 0: all. Only the newest can be resumed")
     add("--save_dir", default="./checkpoints", help="folder of the checkpoints")
     add("--save_steps", type=positive_int, default=10000, help="steps between checkpoints")
     add("--visualdl_dir", default="./log", help="folder of the VisualDL log")
 
 
-def check_run_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace, start: argparse._ArgumentGroup,
-                        *learning: argparse._ArgumentGroup) -> argparse.Namespace:
-    """Refuse training flags that contradict the device, the encoder, or each other; returns `args`, with the names of
-    the flags of `learning`, which a resumed run has to share, and with those of `start` before them."""
+def parse_training_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Return the flags of a training script. `shared_defaults` in them are the defaults of its SHARED_FLAGS, by name.
+
+    Flags that contradict the device, the encoder or each other end the program.
+    """
+    args = parser.parse_args()
+    check_resume_tables(vars(args))
     if args.precision not in ("auto", "fp32") and args.device != "gpu":
         parser.error(f"--precision {args.precision} needs --device gpu: paddle has no such training on a CPU")
     if args.resume not in (None, "auto") and not os.path.isfile(os.path.join(args.resume, STATE_RECORD)):
         parser.error(f"argument --resume: {args.resume}: no checkpoint folder that training can go on from (it has no "
-                     f"{STATE_RECORD}); --init_from_ckpt starts anew from a checkpoint's weights")
-    args.learns_by = list(dict.fromkeys(action.dest for group in learning for action in group._group_actions))
-    args.hyper_parameters = [action.dest for action in start._group_actions] + args.learns_by
-    return check_arguments(parser, args, TRAIN_LENGTH)
+                     f"{STATE_RECORD}); --init_from_ckpt starts a new run from a checkpoint's weights")
+    args = check_arguments(parser, args, TRAIN_LENGTH)
+    shared_defaults = {name: parser.get_default(name) for name in SHARED_FLAGS if name in args}
+    return argparse.Namespace(**vars(args), shared_defaults=shared_defaults)
+
+
+def resolve_training(args: argparse.Namespace) -> argparse.Namespace:
+    """Return the flags with `auto` replaced by what it means here: in --resume by a checkpoint folder or None, in
+    --precision by a number format."""
+    resume = newest_resumable(args.save_dir) if args.resume == "auto" else args.resume
+    precision = training_precision(args.device, resume) if args.precision == "auto" else args.precision
+    return argparse.Namespace(**{**vars(args), "resume": resume, "precision": precision})
 
 
 def training_precision(device: str, resumed: str | None) -> str:
-    """What `--precision auto` is in training: on a GPU that of the run that left the checkpoint folder `resumed`, if
-    any; on a CPU fp32, as paddle has no other."""
+    """Return what `--precision auto` means in training: on a CPU fp32, since paddle has no other; on a GPU that of the
+    run that is resumed, if there is one.
+
+    Args:
+        device: "cpu" or "gpu".
+        resumed: folder of the checkpoint that the run resumes from.
+    """
     if device != "gpu":
         return "fp32"
     run = read_json(os.path.join(resumed, STATE_RECORD)).get("run", {}) if resumed else {}
@@ -423,10 +462,16 @@ def training_precision(device: str, resumed: str | None) -> str:
 
 
 def announce_training(args: argparse.Namespace, start: str, texts: str) -> None:
-    """Find the checkpoint that --resume auto means, and what --precision auto is, and announce the run: from where,
-    else `start`, on which texts."""
-    if args.resume == "auto":
-        args.resume = newest_resumable(args.save_dir)
-    if args.precision == "auto":
-        args.precision = training_precision(args.device, args.resume)
+    """Log what is about to be trained.
+
+    Args:
+        args: as `resolve_training` returns them.
+        start: the encoder or checkpoint that a new run starts from.
+        texts: how many training texts there are, in words.
+    """
     announce(args, args.resume or start, texts, f"{args.epochs} epochs in batches of {args.batch_size}")
+
+
+def hyper_parameters(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what a run learned with, by the names of the flags."""
+    return {name: value for name, value in vars(args).items() if name in START_FLAGS or name in SHARED_FLAGS}

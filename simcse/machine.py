@@ -22,6 +22,8 @@ RANKS = int(os.environ.get("PADDLE_TRAINERS_NUM", 1))
 PARENT = os.getppid()  # at the start of this process; of one of several ranks it is the launcher
 CPU_THREADS = max(1, CPU_CORES // RANKS)  # the default of --cpu_threads: ranks on one machine share its cores
 
+TRAIN_PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")  # number formats of matrix products in training
+
 
 def auto_precision(device: str) -> str:
     """Return the number format that `--precision auto` means on a device, "cpu" or "gpu".

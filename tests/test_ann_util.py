@@ -1,25 +1,27 @@
 """Exact and approximate search against numpy's own sorting."""
 
-import functools
+import dataclasses
 import json
 
 import ann_util
-from recall import HNSW_EF, HNSW_M, SHARDS
 from simcse import machine
 from simcse.console import InputError
 from simcse.encoder.engine import make_engine
 from simcse.files import file_digest
-from simcse.index import exact, hnsw
-from simcse.index.documents import Entries
-from simcse.index.exact import ExactIndex, exact_search, merge
-from simcse.index.hnsw import HnswIndex
-from simcse.index.shards import Shards, ann_recall
+from simcse.index import exact, hnsw, shards
+from simcse.index.documents import Documents
+from simcse.index.engines import LOCAL_ENGINES
+from simcse.index.exact import exact_search, merge
+from simcse.index.manifest import FORMAT, Manifest
+from simcse.index.protocols import SearchResult, VectorIndex
+from simcse.index.shards import ShardedIndex, ann_recall
 from simcse.text.textfile import Corpus, read_text_pairs
 from simcse.text.wordpiece import load_tokenizer
 
 import numpy as np
 import pytest
-from conftest import ENCODER, FP32, refuse, succeed
+from conftest import ENCODER, FP32, refuse
+from indexes import engine_of, fill, manifest_of
 
 
 @pytest.fixture(scope="module")
@@ -53,27 +55,47 @@ def test_equal_cosines_come_in_row_order(block, monkeypatch):
     assert exact_search(corpus[:1], corpus, 6)[0].tolist() == [[0, 1, 2, 3, 4, 5]]
 
 
-@pytest.mark.parametrize("engine", ["exact", "hnswlib"])
+def reference(queries, corpus, k):
+    """The k nearest of each query, of equal cosines the lower row, by a full sort of the same float32 cosines."""
+    cosines = queries @ corpus.T
+    rows = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
+    return rows, np.take_along_axis(cosines, rows, axis=1)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_ties_at_the_cut_go_to_the_lower_row(seed, monkeypatch):
+    """Small integers, whose cosines are exact: most are equal to others, within a block and across blocks."""
+    random = np.random.default_rng(seed)
+    monkeypatch.setattr(exact, "QUERY_BLOCK", 3)
+    monkeypatch.setattr(exact, "CORPUS_BLOCK", int(random.integers(1, 40)))
+    corpus = random.integers(-1, 2, (60, 3)).astype("float32")
+    queries = random.integers(-1, 2, (10, 3)).astype("float32")
+    for k in (1, 2, 7, 30, 59, 60, 80):
+        result = exact_search(queries, corpus, k, threads=2)
+        rows, cosines = reference(queries, corpus, k)
+        assert result.rows.tolist() == rows.tolist() and result.scores.tolist() == cosines.tolist()
+
+
+@pytest.mark.parametrize("engine", LOCAL_ENGINES)
 @pytest.mark.parametrize("documents", [1, 3, 700])
 def test_shards_find_the_same_on_any_number_of_ranks(vectors, documents, engine, tmp_path, monkeypatch):
     """Rows, cosines and what is on the disk; against one exact index, too, where the shards are."""
-    monkeypatch.setattr(ann_util, "WINDOW", 64)
+    monkeypatch.setattr(shards, "WINDOW", 64)
     corpus, queries = vectors[:documents], vectors[-30:]
-    fingerprint = {"ann_engine": engine, "index_shards": 4, "hnsw_m": 32, "hnsw_ef": 100,
-                   "hnsw_max_elements": documents}
+    manifest = manifest_of(engine, documents, 32, 4)
     results = []
     for ranks, threads in ((1, 1), (1, 3), (1, 8), (3, 2)):  # 30 queries are few for 8 threads
         folder = tmp_path / f"{ranks}_{threads}"
         folder.mkdir()
         found = []
         for rank in range(ranks):
-            built = Shards(fingerprint, documents, 32, threads, rank=rank, ranks=ranks)
-            built.fill(corpus[rows.start : rows.stop] for rows in built.pieces)
+            built = ShardedIndex(manifest, threads, rank=rank, ranks=ranks)
+            fill(built, corpus)
             built.save(str(folder))
-            digests = {path.name: file_digest(str(path)) for path in folder.iterdir()}
-            kept = Shards({**fingerprint, "files": digests}, documents, 32, threads, str(folder), rank, ranks)
+            manifest.files = {path.name: file_digest(str(path)) for path in folder.iterdir()}
+            kept = ShardedIndex(manifest, threads, str(folder), rank, ranks)
             one, again = (index.search(queries, 9) for index in (built, kept))
-            assert all((a == b).all() for a, b in zip(one, again))
+            assert not kept.missing and all((a == b).all() for a, b in zip(one, again))
             found.append((one, built.search(queries, 9, exact=True)))
         k = min(9, documents)
         results.append([merge(part, k) for part in zip(*found)])
@@ -87,38 +109,116 @@ def test_shards_find_the_same_on_any_number_of_ranks(vectors, documents, engine,
         assert path.read_bytes() == (tmp_path / "3_2" / path.name).read_bytes()
 
 
-@pytest.mark.parametrize("make", [ExactIndex, functools.partial(HnswIndex, 32, 700)])
-def test_an_index_survives_the_disk(vectors, make, tmp_path):
-    index, path = make(), str(tmp_path / "index.bin")
+@pytest.mark.parametrize("engine", LOCAL_ENGINES)
+def test_an_engine_keeps_its_promises(vectors, engine, tmp_path, capfd):
+    """Any engine of the table: vectors come back, a search finds them, on the disk as in memory, and says nothing."""
+    index = engine_of(engine, 32, 700)
+    assert isinstance(index, VectorIndex) and len(index) == 0
+    if index.training_size:
+        index.train(vectors[: index.training_size])
     index.add(vectors[:400])
     index.add(vectors[400:])
-    np.testing.assert_allclose(index[:], vectors, atol=1e-6)
-    np.testing.assert_allclose(index[300:500], vectors[300:500], atol=1e-6)
-    index.save(path)
-    again = make(path=path)
-    assert len(again) == len(index) == 700
-    for one, other in zip(index.search(vectors[:50], 20), again.search(vectors[:50], 20)):
-        assert (one == other).all()
+    assert len(index) == 700
+    for rows in (slice(None), slice(300, 500), np.array([699, 0, 5])):
+        got = index.vectors(rows)
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, vectors[rows], atol=1e-6)
+    index.save(str(tmp_path / "index.bin"))
+    again = engine_of(engine, 32, 700)
+    again.load(str(tmp_path / "index.bin"))
+    assert len(again) == 700
+    expected = reference(vectors[:50], vectors, 20)
+    for threads in (1, 3):
+        for found in (index.search(vectors[:50], 20, threads), again.search(vectors[:50], 20, threads)):
+            assert isinstance(found, SearchResult) and found.rows.dtype == np.int64
+            assert found.rows.shape == found.scores.shape == (50, 20) and found.rows[:, 0].tolist() == list(range(50))
+            assert ann_recall(found.scores, expected[1]) >= (0.98 if index.approximate else 1)
+            np.testing.assert_allclose(found.scores, np.take_along_axis(vectors[:50] @ vectors.T, found.rows, 1),
+                                       atol=1e-5)
+    assert index.search(vectors[:2], 1000, 1).rows.shape == (2, 700)
+    deeper = index.deeper_settings(index.settings, 20)
+    assert bool(deeper) == index.approximate and set(deeper) <= {setting.name for setting in index.search_settings}
+    assert capfd.readouterr() == ("", "")
+
+
+class Trained(LOCAL_ENGINES["exact"]):
+    """An engine that has to see 100 vectors before the first is added."""
+
+    training_size = 100
+
+    def train(self, vectors):
+        assert len(self) == 0
+        self.trained_with = vectors
+
+    def add(self, vectors):
+        assert len(self.trained_with)
+        super().add(vectors)
+
+
+@pytest.mark.parametrize("documents, trained_with", [(700, 100), (150, 75)])
+def test_an_engine_is_trained_before_vectors_are_added(vectors, documents, trained_with, monkeypatch):
+    """With the first vectors of its shard, or with all if there are fewer."""
+    monkeypatch.setattr(shards, "WINDOW", 40)
+    monkeypatch.setitem(LOCAL_ENGINES, "trained", Trained)
+    monkeypatch.setitem(ann_util.ENGINES, "trained", Trained)
+    index = ShardedIndex(manifest_of("trained", documents, 32, 2), 2)
+    fill(index, vectors[:documents])
+    for shard in index._shards.values():
+        assert shard.engine.trained_with.tolist() == shard.engine.vectors(slice(trained_with)).tolist()
+    assert index.search(vectors[:documents], 1).rows[:, 0].tolist() == list(range(documents))
+    assert index.vectors(np.array([3, -1, 149])).tolist() == [vectors[3].tolist(), [0] * 32, vectors[149].tolist()]
 
 
 def test_an_index_in_another_precision_is_refused_with_advice(tmp_path):
-    (tmp_path / "fingerprint.json").write_text(json.dumps({"precision": "int8", "index_format": 2}))
+    Manifest(precision="int8").save(str(tmp_path))
     with pytest.raises(InputError, match="was built with precision int8, not fp16; --precision int8 with --device cpu "
                        "takes it as it is; or name another folder"):
-        ann_util.read_fingerprint(str(tmp_path), {"precision": "fp16"})
+        ann_util.read_manifest(str(tmp_path), Manifest(precision="fp16"))
 
 
-def test_a_kept_index_of_a_former_version_is_refused(checkpoint, sample, tmp_path):
-    """Of a former version, whose rows were lines."""
-    flags = ["--device", "cpu", "--params_path", checkpoint, "--query", "语义", "--index_path", "index", *FP32]
-    succeed("recall.py", *flags, "--corpus_file", sample / "corpus.csv", "--ann_engine", "exact", cwd=tmp_path)
-    path = tmp_path / "index" / "fingerprint.json"
-    told = json.loads(path.read_text())
-    del told["index_format"]
-    path.write_text(json.dumps(told))
-    line = refuse("recall.py", *flags, cwd=tmp_path)
-    assert ("--index_path index: was built with another index_format; name another folder, or remove this one to build "
-            "it again") in line
+@pytest.mark.parametrize("name, content", [
+    ("fingerprint.json", {"ann_engine": "exact", "index_format": 2, "precision": "fp32"}),
+    ("manifest.json", {"ann_engine": "exact", "format": FORMAT - 1}),
+    ("manifest.json", {"ann_engine": "exact", "format": FORMAT + 1, "unheard": "of"})])
+def test_a_kept_index_of_another_version_is_refused(checkpoint, sample, tmp_path, name, content):
+    """In one line, with what to do."""
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / name).write_text(json.dumps(content))
+    line = refuse("recall.py", "--device", "cpu", "--params_path", checkpoint, "--query", "语义", "--index_path",
+                  "index", *FP32, cwd=tmp_path)
+    assert ("--index_path index: another version of recall.py built it; name another folder, or remove this one to "
+            "build it again") in line
+
+
+def test_a_manifest_says_what_differs(tmp_path):
+    """What is wanted and not given is not compared, nor are search settings and the state of the corpus."""
+    kept = Manifest(model="a" * 64, max_seq_length=32, ann_engine="hnswlib", passages=False, index_shards=8,
+                    build_settings={"hnsw_m": 32}, search_settings={"hnsw_ef": 100}, corpus="c", corpus_columns=1,
+                    files={"shard_0.bin": "d"})
+    kept.save(str(tmp_path))
+    assert Manifest.load(str(tmp_path), "--index_path x", "") == kept
+    assert kept.differences(Manifest()) == []
+    assert kept.differences(Manifest(search_settings={"hnsw_ef": 7}, corpus="other", passages=None)) == []
+    wanted = Manifest(model="b" * 64, max_seq_length=64, passages=True, build_settings={"hnsw_m": 8, "lists": 4})
+    assert kept.differences(wanted) == ["another model", "max_seq_length 32, not 64", "passages False, not True",
+                                        "hnsw_m 32, not 8", "another lists"]
+    assert kept.has_corpus_of(Manifest()) and kept.has_corpus_of(Manifest(corpus="c", corpus_columns=1))
+    assert not kept.has_corpus_of(Manifest(corpus="other")) and not kept.has_corpus_of(Manifest(corpus_columns=2))
+
+
+def test_what_an_index_is_built_with():
+    """What is wanted, else what the previous index has, else the defaults; what depends on the corpus is new."""
+    first = ann_util.manifest_to_build(Manifest(max_seq_length=9, build_settings={"hnsw_m": 16}))
+    assert (first.ann_engine, first.index_shards, first.passages) == ("hnswlib", ann_util.SHARDS, False)
+    assert first.build_settings == {"hnsw_m": 16, "hnsw_max_elements": None}
+    assert first.search_settings == {"hnsw_ef": 100}
+    previous = Manifest(ann_engine="hnswlib", index_shards=3, passages=True, corpus="before",
+                        build_settings={"hnsw_m": 7, "hnsw_max_elements": 50}, search_settings={"hnsw_ef": 40})
+    again = ann_util.manifest_to_build(Manifest(corpus="now"), previous)
+    assert (again.ann_engine, again.index_shards, again.passages, again.corpus) == ("hnswlib", 3, True, "now")
+    assert again.build_settings == {"hnsw_m": 7, "hnsw_max_elements": None}
+    assert again.search_settings == {"hnsw_ef": 40}
+    assert ann_util.manifest_to_build(Manifest(ann_engine="exact")).build_settings == {}
 
 
 def test_ann_recall_counts_what_is_missing():
@@ -128,10 +228,10 @@ def test_ann_recall_counts_what_is_missing():
 
 
 def test_hnsw_agrees_with_exact_on_a_small_corpus(vectors):
-    index = HnswIndex(32, 600)
+    index = engine_of("hnswlib", 32, 600)
     index.add(vectors[100:400])
     index.add(vectors[400:])
-    rows, cosines = index.search(vectors[:100], 50)
+    rows, cosines = index.search(vectors[:100], 50, 2)
     exact_rows, exact_cosines = exact_search(vectors[:100], vectors[100:], 50)
     assert np.mean([len(set(a) & set(b)) / 50 for a, b in zip(rows, exact_rows)]) > 0.98
     same = rows == exact_rows
@@ -140,9 +240,9 @@ def test_hnsw_agrees_with_exact_on_a_small_corpus(vectors):
 
 @pytest.mark.parametrize("k", [400, 600, 5000])
 def test_more_neighbours_than_ef_or_elements(vectors, k):
-    index = HnswIndex(32, 1000, m=16, ef=10)
+    index = engine_of("hnswlib", 32, 1000, hnsw_m=16, hnsw_ef=10)
     index.add(vectors[100:])
-    rows, cosines = index.search(vectors[:5], k)
+    rows, cosines = index.search(vectors[:5], k, 1)
     assert rows.shape == cosines.shape == (5, min(k, 600))
     assert all(len(set(row)) == len(row) for row in rows.tolist())
     assert (np.diff(cosines, axis=1) <= 1e-6).all()
@@ -151,10 +251,10 @@ def test_more_neighbours_than_ef_or_elements(vectors, k):
 def test_an_unreachable_graph_is_an_input_error():
     """1000 copies of two texts with two links a node: hnswlib alone raises RuntimeError."""
     corpus = np.repeat(np.eye(2, 8, dtype="float32"), 1000, axis=0)
-    index = HnswIndex(8, 2000, m=2, ef=2)
+    index = engine_of("hnswlib", 8, 2000, hnsw_m=2, hnsw_ef=2)
     index.add(corpus)
     try:
-        rows, _ = index.search(corpus[:1], 2000)
+        rows, _ = index.search(corpus[:1], 2000, 1)
     except InputError as error:
         assert "--hnsw_m" in str(error)
     else:
@@ -164,35 +264,50 @@ def test_an_unreachable_graph_is_an_input_error():
 def test_too_little_memory_says_how_much(monkeypatch):
     monkeypatch.setattr(hnsw, "available_memory", lambda: 10**9)
     with pytest.raises(InputError, match=r"the graph of 10,000,000 documents of 256 needs 13\.4 GB .* 1\.0 are free"):
-        HnswIndex(256, 10**7)
+        engine_of("hnswlib", 256, 10**7)
     monkeypatch.undo()
     assert 10**8 < machine.available_memory() < 10**13
 
 
-def test_csl_in_milvus_and_hnswlib_against_exact(real_data, tmp_path, monkeypatch):
-    """6,092 abstracts and 250 titles, the beginning of each: all at least 0.99 of the exact 50."""
-    pytest.importorskip("pymilvus", reason="requirements-milvus.txt is not installed")
+@pytest.fixture(scope="module")
+def csl(real_data):
+    """6,092 abstracts, their vectors and those of 250 titles, of the beginning of each."""
     from model import SimCSE
     from simcse.encoder.encoder import Encoder
     from simcse.encoder.pretrained import load_pretrained
-    from simcse.index.milvus import MilvusIndex
 
-    monkeypatch.chdir(tmp_path)
     folder = real_data / "csl" / "recall"
-    entries = Entries(Corpus(str(folder / "corpus.csv"), "--flag"))
-    corpus = entries[:]
+    documents = Documents(Corpus(str(folder / "corpus.csv"), "--flag"))
     queries = [query for query, _ in read_text_pairs(str(folder / "dev.csv"), "--flag")[:250]]
     network = SimCSE(load_pretrained(str(ENCODER)))
     encoder = Encoder(make_engine(network), load_tokenizer(str(ENCODER)), 16)
-    asked, vectors = (encoder.encode(texts) for texts in (queries, corpus))
-    _, exact = exact_search(asked, vectors, 50)
-    fingerprint = {"dim": vectors.shape[1], "metric": "COSINE", "hnsw_m": HNSW_M,
-               "hnsw_ef": HNSW_EF}
-    graph = Shards({"ann_engine": "hnswlib", "index_shards": SHARDS, "hnsw_m": HNSW_M, "hnsw_ef": HNSW_EF,
-                    "hnsw_max_elements": len(corpus)}, len(corpus), vectors.shape[1])
-    collections = [MilvusIndex("csl.db", kind, {}, entries, {**fingerprint, "index_type": kind})
-                   for kind in ("FLAT", "HNSW")]
-    for index in (graph, *collections):
-        index.fill(vectors[rows.start : rows.stop] for rows in index.pieces)
-        assert ann_recall(index.search(asked, 50)[1], exact) >= 0.99
-    collections[0].close()
+    return documents, encoder.encode(documents[:]), encoder.encode(queries)
+
+
+def test_csl_by_approximate_engines_against_exact(csl):
+    """All find at least 0.99 of the exact 50 with their defaults."""
+    documents, vectors, queries = csl
+    exact = exact_search(queries, vectors, 50)
+    for engine, kind in LOCAL_ENGINES.items():
+        if kind.approximate:
+            index = ShardedIndex(manifest_of(engine, len(documents), vectors.shape[1], ann_util.SHARDS))
+            fill(index, vectors)
+            assert ann_recall(index.search(queries, 50).scores, exact.scores) >= 0.99
+
+
+def test_csl_in_milvus_against_exact(csl, tmp_path, monkeypatch):
+    pytest.importorskip("pymilvus", reason="requirements-milvus.txt is not installed")
+    from simcse.index.milvus import MilvusIndex
+
+    monkeypatch.chdir(tmp_path)
+    documents, vectors, queries = csl
+    exact = exact_search(queries, vectors, 50)
+    index = MilvusIndex("csl.db", "csl")
+    manifest = ann_util.manifest_to_build(Manifest(ann_engine="milvus"))
+    index.follow(documents, dataclasses.replace(manifest, dimension=vectors.shape[1], lines=documents.line_count,
+                                                documents=len(documents), rows=len(documents)))
+    for rows in list(index.missing):
+        index.add(rows, vectors[np.asarray(rows)])
+    index.finish()
+    assert ann_recall(index.search(queries, 50).scores, exact.scores) >= 0.99
+    index.close()

@@ -118,9 +118,10 @@ def test_steps_after_a_step_are_those_of_the_whole_run(tokenizer):
 
     def steps(first):
         batches = data.batches_after(first, 2, ShuffledBatches(15, 2), make)
-        return [(epoch, number, batch.rows.tolist()) for epoch, number, batch in batches]
+        return [batch.rows.tolist() for batch in batches]
 
-    assert len(steps(0)) == 14 and all(steps(first) == steps(0)[first:] for first in range(15))
+    expected = [rows.tolist() for epoch in (0, 1) for rows in ShuffledBatches(15, 2).epoch(epoch)]
+    assert steps(0) == expected and len(expected) == 14 and all(steps(first) == steps(0)[first:] for first in range(15))
 
 
 @pytest.mark.parametrize("count, batch_size, ranks, sizes", [
@@ -137,7 +138,7 @@ def test_whole_words_are_masked(tokenizer):
     text = "城市道路交通流中观仿真研究,SimCSE is unsupervised"
     masked = pretrain.MaskedBatches([text], tokenizer, arguments(max_seq_length=64))
     (encoding,) = tokenizer.encode([text], 64)
-    ids, starts = encoding.ids, pretrain.starts_of(encoding)
+    ids, starts = encoding.ids, pretrain.token_starts(encoding)
     assert ids == tokenizer([text], 64)[0] and len(starts) == len(ids) - 2
     words = masked.words(text, starts)
     spelled = ["".join(text[start] for start, word in zip(starts, words) if word == each) for each in range(3)]

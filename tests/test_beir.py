@@ -3,7 +3,7 @@
 import json
 
 from simcse.console import InputError
-from simcse.measures import ranking, read_judgements, read_run
+from simcse.measures import rank_documents, read_judgements, read_run
 
 import pytest
 from conftest import refuse, succeed
@@ -30,13 +30,13 @@ def test_a_folder_becomes_this_layout(tmp_path):
                 "train_unsupervised.csv": "标题 甲 乙\n丙 丁\n戊\n", "train.csv": "丙\t戊\n"}
     assert {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "recall").iterdir()} == expected
     assert "1 of 4 texts are empty, and left out: " in said and "corpus.jsonl:4" in said
-    assert "1 judgements are of queries or documents that are not there" in said
+    assert "1 judgements are of queries or documents that do not exist" in said
 
 
 @pytest.mark.parametrize("break_it, message", [
     (lambda folder: (folder / "corpus.jsonl").unlink(), "argument folder: . has no corpus.jsonl"),
     (lambda folder: (folder / "qrels" / "test.tsv").unlink(), "qrels/test.tsv: no such file; --split names another"),
-    (lambda folder: (folder / "queries.jsonl").write_text('{"_id": "q1"}\n'), "queries.jsonl:1: needed: a JSON object"),
+    (lambda folder: (folder / "queries.jsonl").write_text('{"_id": "q1"}\n'), "jsonl:1: expected a JSON object"),
     (lambda folder: (folder / "queries.jsonl").write_text('{"_id": "q 1", "text": "a"}\n'), "the id 'q 1' is"),
     (lambda folder: (folder / "corpus.jsonl").write_bytes("甲".encode("gbk")), "corpus.jsonl: "),
     (lambda folder: (folder / "qrels" / "test.tsv").write_text(HEADER + "q1\td1\t0\n"), "judges no document")])
@@ -52,8 +52,8 @@ def test_judgements_of_trec_and_beir(tmp_path):
         path.write_text(content)
         assert read_judgements(str(path), "--qrels") == {"q": {"a": 1, "b": -1}, "r": {"a": 0}}
     for content, message in (("q 0 a 1\nq 0 a 2\n", "qrels:2: document a of query q has another grade on an earlier"),
-                             ("q a 1\nq a\n", "qrels:2: needed: query id, 0, document id and a whole number"),
-                             ("q a x\n", "qrels:1: needed"), (HEADER, "the file holds no judgement")):
+                             ("q a 1\nq a\n", "qrels:2: expected query id, 0, document id and an integer"),
+                             ("q a x\n", "qrels:1: expected"), (HEADER, "no judgement in the file")):
         path.write_text(content)
         with pytest.raises(InputError, match=message):
             read_judgements(str(path), "--qrels")
@@ -63,11 +63,12 @@ def test_runs(tmp_path):
     path = tmp_path / "run"
     path.write_text("q Q0 a 1 0.5 tag\nq Q0 b 2 0.50000000001 tag\nq Q0 c 3 0.9 tag\n")
     scores = read_run(str(path), "--flag")["q"]
-    assert ranking(scores, "ndcg") == ["c", "b", "a"] == ranking(scores, "mrr")
-    assert ranking({"a": 1, "b": 1}, "mrr") == ["a", "b"] and ranking({"a": 1, "b": 1}, "recall") == ["b", "a"]
+    assert rank_documents(scores, "ndcg") == ["c", "b", "a"] == rank_documents(scores, "mrr")
+    assert rank_documents({"a": 1, "b": 1}, "mrr") == ["a", "b"]
+    assert rank_documents({"a": 1, "b": 1}, "recall") == ["b", "a"]
     for content, message in (("q Q0 a 1 0.5 t\nq Q0 a 2 0.4 t\n", "run:2: query q has document a twice"),
-                             ("查询\t文本\t0.5\n", "run:1: needed: query id, Q0, .* as recall.py --format trec"),
-                             ("q Q0 a 1 nan t\n", "run:1: needed"), ("\n", "holds no line")):
+                             ("查询\t文本\t0.5\n", "run:1: expected query id, Q0, .* as recall.py --format trec"),
+                             ("q Q0 a 1 nan t\n", "run:1: expected"), ("\n", "the file is empty")):
         path.write_text(content, encoding="utf-8")
         with pytest.raises(InputError, match=message):
             read_run(str(path), "--flag")

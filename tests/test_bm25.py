@@ -13,13 +13,15 @@ from ann_util import save_index
 from simcse import files
 from simcse.console import InputError
 from simcse.index.bm25 import Bm25, fuse, words
-from simcse.index.documents import Entries
-from simcse.index.shards import Shards
-from simcse.text.textfile import Corpus, distinct, read_text_pairs
+from simcse.index.hits import Ranking
+from simcse.index.protocols import SearchResult
+from simcse.index.shards import ShardedIndex
+from simcse.text.textfile import distinct, read_text_pairs
 
 import numpy as np
 import pytest
 from conftest import ROOT, command, read_texts, refuse, succeed
+from indexes import documents_of, fill, manifest_of
 
 CORPUS = ["语义索引与语义检索", "向量检索的近似算法", "。。。", "BM25 检索 模型", "中文分词与语义",
           "语义 语义 语义 bm25", "检索 模型 BM25"]
@@ -102,7 +104,7 @@ def test_kept_and_read_again(tmp_path, capsys):
 def test_it_appears_with_its_index(tmp_path, monkeypatch):
     """In one step, and in one step it takes the place of that of another corpus; the index' files are listed without.
     """
-    path, kept, exchanged = tmp_path / "index", None, []
+    path, exchanged = tmp_path / "index", []
     exchange = files.exchange
 
     def watched(one, other):
@@ -111,13 +113,14 @@ def test_it_appears_with_its_index(tmp_path, monkeypatch):
 
     monkeypatch.setattr(files, "exchange", watched)
     for texts in (CORPUS, ["语义"]):
-        (tmp_path / "corpus.csv").write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
-        entries = Entries(Corpus(str(tmp_path / "corpus.csv"), "--corpus_file"))
-        index = Shards({"ann_engine": "exact", "index_shards": 1, "corpus": "its digest"}, len(entries), 4)
-        index.fill([np.ones((len(entries), 4), "float32")])
-        save_index(str(path), index, entries, kept, hybrid=True)
-        kept = json.loads((path / "fingerprint.json").read_text(encoding="utf-8"))
-        assert (path / "bm25").is_dir() and sorted(kept["files"]) == ["entries.npy", "shard_0.bin"]
+        documents = documents_of(tmp_path, *texts)
+        manifest = manifest_of("exact", len(documents), 4, 1)
+        manifest.corpus = "its digest"
+        index = ShardedIndex(manifest)
+        fill(index, np.ones((len(documents), 4), "float32"))
+        save_index(str(path), index, documents, hybrid=True)
+        kept = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        assert (path / "bm25").is_dir() and sorted(kept["files"]) == ["documents.npy", "keys.npy", "shard_0.bin"]
     assert len(exchanged) == 1
 
 
@@ -155,8 +158,11 @@ def test_fusion_is_the_formula():
     orders = [np.argsort(-each, axis=1, kind="stable")[:, :20] for each in (cosines, scores)]
     found = [(order, np.take_along_axis(each, order, 1)) for order, each in zip(orders, (cosines, scores))]
     found[1] = tuple(np.where(found[1][1] > 0, side, none) for side, none in zip(found[1], (-1, -np.inf)))
-    rows, points = fuse(*found, 12)
+    dense = Ranking(*found[0], found[0][0] + 1000)
+    rows, points, found_by = fuse(dense, SearchResult(*found[1]), 12)
     for number, (row, each) in enumerate(zip(rows.tolist(), points)):
+        assert found_by[number].tolist() == [
+            document + 1000 if document in dense.documents[number] else -1 for document in row]
         dense, lexical = ({document: score for document, score in zip(side[0][number].tolist(), side[1][number])
                            if document >= 0} for side in found)
         expected = fused(dense, lexical, 20)[:12]
@@ -165,9 +171,11 @@ def test_fusion_is_the_formula():
 
 
 def test_fusion_of_too_little_and_of_equal_scores():
-    rows, scores = fuse((np.array([[7]]), np.array([[0.5]])), (np.array([[3, -1]]), np.array([[2.0, -np.inf]])), 3)
+    dense = Ranking(np.array([[7]]), np.array([[0.5]]), np.array([[7]]))
+    rows, scores, _ = fuse(dense, SearchResult(np.array([[3, -1]]), np.array([[2.0, -np.inf]])), 3)
     assert rows.tolist() == [[3, 7, -1]] and scores[0].tolist() == [1.5, 0.5, -math.inf]
-    rows, scores = fuse((np.array([[7, 3]]), np.array([[0.5, 0.5]])), (np.array([[-1]]), np.array([[-np.inf]])), 2)
+    dense = Ranking(np.array([[7, 3]]), np.array([[0.5, 0.5]]), np.array([[7, 3]]))
+    rows, scores, _ = fuse(dense, SearchResult(np.array([[-1]]), np.array([[-np.inf]])), 2)
     assert rows.tolist() == [[7, 3]] and scores[0, 0] == scores[0, 1] == 0.5, "equal ones in the order of `dense`"
 
 

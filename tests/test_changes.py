@@ -5,10 +5,6 @@ import signal
 import subprocess
 import sys
 
-from simcse.index.documents import Entries
-from simcse.text.textfile import Corpus
-
-import numpy as np
 import pytest
 from conftest import FP32, ROOT, contents, read_texts, refuse, succeed, succeed_on
 
@@ -41,7 +37,7 @@ def test_the_result_is_that_of_an_index_built_from_nothing(checkpoint, sample, c
     (changed / "kept" / "notes.txt").write_text("the user's own")
     said = succeed_on(ranks, *flags, "--corpus_file", "after.csv", "--index_path", "kept", cwd=changed)
     assert "121 documents: 3 new, 3 gone, encoded 3" in said
-    assert "BM25 of the corpus before is gone; --hybrid_bm25 makes it anew" in said
+    assert "BM25 of the corpus before is gone; --hybrid_bm25 builds it again" in said
     result = (changed / "recall_result_dir" / "recall_result.txt").read_bytes()
     succeed(*flags, "--corpus_file", "after.csv", "--index_path", "new", cwd=changed)
     assert (changed / "recall_result_dir" / "recall_result.txt").read_bytes() == result
@@ -73,7 +69,7 @@ def test_killed_while_it_follows_the_old_index_stays(checkpoint, sample, changed
     succeed(*flags, "--corpus_file", "before.csv", cwd=changed)
     before = contents(changed / "kept")
     code = ("import os, runpy, signal, sys, ann_util; sys.argv = sys.argv[1:]; "
-            "documents.Entries.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL); "
+            "ann_util.Documents.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL); "
             "runpy.run_path(sys.argv[0], run_name='__main__')")
     words = [sys.executable, "-c", code, *(str(ROOT / word) if word == "recall.py" else str(word) for word in flags)]
     killed = subprocess.run([*words, "--corpus_file", "after.csv"], cwd=changed, capture_output=True,
@@ -83,11 +79,3 @@ def test_killed_while_it_follows_the_old_index_stays(checkpoint, sample, changed
     said = succeed(*flags, "--corpus_file", "after.csv", cwd=changed).stderr
     assert "3 new, 3 gone" in said
     assert [path.name for path in changed.iterdir() if "kept" in path.name] == ["kept"]
-
-
-def test_which_entry_has_a_text(tmp_path):
-    write(tmp_path / "a", ["甲", "乙", "甲", "丙"])
-    write(tmp_path / "b", ["丁", "丙", "甲", "丁"])
-    old, new = (Entries(Corpus(str(tmp_path / name), "--flag")) for name in "ab")
-    assert old.find(new).tolist() == [-1, 2, 0] and new.find(old).tolist() == [2, -1, 1]
-    assert new[np.array([2, 0])] == ["甲", "丁"] and new.place(0) == f"{tmp_path}/b:1"

@@ -9,8 +9,9 @@ import shutil
 from simcse import files
 from simcse.console import InputError
 from simcse.encoder import weights as w
+from simcse.text import lines as line_reading
 from simcse.text.textfile import TextFile
-from simcse.training import trainer
+from simcse.training import state as training_state
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def test_how_many_are_kept(tmp_path, keep):
     """After each save the newest `keep`, however few there are by then; 0: all."""
     for number in range(1, 6):
         (tmp_path / f"model_{number}").mkdir()
-        trainer.remove_old(str(tmp_path), number, keep)
+        training_state.remove_old(str(tmp_path), number, keep)
         assert w.saved_steps(str(tmp_path)) == list(range(1, number + 1))[-keep if keep else 0 :]
 
 
@@ -135,7 +136,8 @@ def test_weights_that_are_no_numbers_are_not_saved(flags, tmp_path):
     result = run_script("train.py", *flags("--learning_rate", 3e38, "--warmup_proportion", 0, "--weight_decay", 1e5,
                                            "--epochs", 1, "--batch_size", 10**4, "--quiet"), cwd=tmp_path)
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
-    assert "error: after step 1 weights are no numbers; they are not saved. A lower --learning_rate" in result.stderr
+    assert ("error: after step 1 weights contain NaN or Inf; checkpoint not saved. A lower --learning_rate"
+            in result.stderr)
     assert not result.stdout and os.listdir(tmp_path / "checkpoints") == []
 
 
@@ -149,7 +151,7 @@ def test_max_grad_norm(flags, tmp_path):
 
 
 def test_line_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr(TextFile, "_CHUNK", 4)
+    monkeypatch.setattr(line_reading, "SCAN_BYTES", 4)
     path = tmp_path / "file.txt"
     path.write_bytes(b"\xef\xbb\xbfa\r\n\r\nb\rc\n\n\nd\r\ne")
     texts = TextFile(str(path), "--flag")
@@ -162,7 +164,7 @@ def test_a_save_dir_that_cannot_be_used(flags, tmp_path, monkeypatch):
     assert "--save_dir file: file exists" in refuse("train.py", *flags("--save_dir", "file"), cwd=tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 100))
     with pytest.raises(InputError, match="--save_dir .*: 0.0 GB are free, and a checkpoint takes 2.0 GB"):
-        trainer.prepare_save_dir(str(tmp_path / "new"), 2 * 10**9)
+        training_state.prepare_save_dir(str(tmp_path / "new"), 2 * 10**9)
 
 
 def test_record_of_the_state_is_plain_json(flags, tmp_path):

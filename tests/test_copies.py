@@ -1,42 +1,57 @@
 """Copies in a corpus: each distinct text is one entry of the index, whose lines are given out; what the index costs."""
 
-import json
+import dataclasses
 import multiprocessing
 import os
 
-from simcse import files
 from simcse.console import InputError
-from simcse.files import building
-from simcse.index import shards
-from simcse.index.documents import Entries
+from simcse.index import documents, lock, shards
+from simcse.index.documents import Documents, find_keys
 from simcse.index.exact import exact_search
-from simcse.index.hits import Hit, expand
-from simcse.index.shards import Shards
+from simcse.index.hits import Hit, Ranking, hits_of, search
+from simcse.index.lock import lock_folder
+from simcse.index.manifest import AnnRecall, Manifest
+from simcse.index.shards import ShardedIndex
+from simcse.text.keys import text_keys
 from simcse.text.textfile import Corpus
 
 import numpy as np
 import pytest
-
-FINGERPRINT = {"ann_engine": "hnswlib", "index_shards": 2, "hnsw_m": 16, "hnsw_ef": 50, "hnsw_max_elements": 0}
-
-
-def entries_of(folder, *lines):
-    (folder / "corpus.csv").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return Entries(Corpus(str(folder / "corpus.csv"), "--corpus_file"))
+from indexes import documents_of, fill, manifest_of
 
 
 @pytest.mark.parametrize("kept", [False, True])
-def test_an_entry_is_a_text_and_has_its_lines(tmp_path, kept):
+def test_a_document_is_a_text_and_has_its_lines(tmp_path, kept):
     """White space around a text is no part of it; blank lines are counted in the number of a line."""
-    entries = entries_of(tmp_path, "甲", "", "乙", " 甲 ", "丙", "乙", "甲\u3000")
+    found = documents_of(tmp_path, "甲", "", "乙", " 甲 ", "丙", "乙", "甲\u3000")
     if kept:
-        entries.save(str(tmp_path))
-        entries = Entries(Corpus(str(tmp_path / "corpus.csv"), "--index_path"), str(tmp_path))
-    assert (len(entries), entries.documents) == (3, 6) and list(entries) == entries[:] == ["甲", "乙", "丙"]
-    assert entries[1] == "乙" and entries.take([2, 0]) == [
+        found.save(str(tmp_path))
+        found = Documents(Corpus(str(tmp_path / "corpus.csv"), "--index_path"), str(tmp_path))
+    assert (len(found), found.row_count, found.line_count) == (3, 3, 6)
+    assert list(found) == found[:] == ["甲", "乙", "丙"]
+    assert found[1] == "乙" and found.read([2, 0]) == [
         ("丙", [(5, None)]), ("甲", [(1, None), (4, None), (7, None)])]
-    assert entries.take([0], 2) == [("甲", [(1, None), (4, None)])]
-    assert entries.rows.dtype == entries.starts.dtype == "int32"
+    assert found.read([0], 2) == [("甲", [(1, None), (4, None)])]
+    assert found._lines.dtype == found._starts.dtype == "int32"
+    assert found.row_keys().tolist() == text_keys("甲乙丙").tolist()
+    if not kept:
+        found.save(str(tmp_path))
+    assert Documents.load_row_keys(str(tmp_path), has_passages=False).tolist() == text_keys("甲乙丙").tolist()
+
+
+def test_different_texts_of_one_key_are_no_copies(tmp_path, monkeypatch):
+    """They are an error that names the lines; copies of one text are not."""
+    real = documents.text_keys
+    monkeypatch.setattr(documents, "text_keys", lambda texts: real(text.replace("丁", "乙") for text in texts))
+    assert len(documents_of(tmp_path, "甲", "乙", "乙", "丙")) == 3
+    with pytest.raises(InputError, match="corpus.csv:4: has the same 64-bit key as another text, .*corpus.csv:2; "):
+        documents_of(tmp_path, "甲", "乙", "甲", "丁")
+
+
+def test_keys_are_found_among_others():
+    existing = np.array([7, 3, 9, 5])
+    assert find_keys(np.array([3, 4, 9, 10, 0, 7]), existing).tolist() == [1, -1, 2, -1, -1, 0]
+    assert find_keys(existing, np.empty(0, "int64")).tolist() == [-1] * 4
 
 
 def test_a_file_is_read_by_blocks_as_it_is_row_by_row(tmp_path):
@@ -47,13 +62,15 @@ def test_a_file_is_read_by_blocks_as_it_is_row_by_row(tmp_path):
 
 
 def test_lines_are_given_out_in_order_down_to_the_depth(tmp_path):
-    entries = entries_of(tmp_path, "甲", "乙", "甲", "甲", "丙")
-    found = np.array([[1, 0, 2], [0, 2, -1]]), np.array([[0.9, 0.8, 0.1], [0.7, 0.6, -np.inf]])
-    assert expand(found, entries, [3, 9]) == [
+    found = documents_of(tmp_path, "甲", "乙", "甲", "甲", "丙")
+    numbers = np.array([[1, 0, 2], [0, 2, -1]])
+    ranking = Ranking(numbers, np.array([[0.9, 0.8, 0.1], [0.7, 0.6, -np.inf]]), numbers)
+    assert hits_of(ranking, found, [3, 9]) == [
         [Hit("乙", 2, None, 0.9), Hit("甲", 1, None, 0.8), Hit("甲", 3, None, 0.8)],
         [Hit("甲", 1, None, 0.7), Hit("甲", 3, None, 0.7), Hit("甲", 4, None, 0.7), Hit("丙", 5, None, 0.6)]]
-    assert expand(found, entries, [2, 9], distinct=True) == [
+    assert hits_of(ranking, found, [2, 9], distinct=True) == [
         [Hit("乙", 2, None, 0.9), Hit("甲", 1, None, 0.8)], [Hit("甲", 1, None, 0.7), Hit("丙", 5, None, 0.6)]]
+    assert hits_of(ranking, found, [0, 1]) == [[], [Hit("甲", 1, None, 0.7)]]
 
 
 def test_copies_do_not_break_the_graph(tmp_path):
@@ -62,42 +79,54 @@ def test_copies_do_not_break_the_graph(tmp_path):
     random = np.random.default_rng(0)
     texts = [f"{number}" for number in range(2000)] + [f"copy {number % 5}" for number in range(10000)]
     lines = [texts[place] for place in random.permutation(len(texts))]
-    entries = entries_of(tmp_path, *lines)
-    vectors = random.standard_normal((len(entries), 32)).astype("float32")
+    found = documents_of(tmp_path, *lines)
+    vectors = random.standard_normal((len(found), 32)).astype("float32")
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    index = Shards({**FINGERPRINT, "hnsw_max_elements": len(entries)}, len(entries), 32)
-    index.fill(vectors[rows.start : rows.stop] for rows in index.pieces)
-    entry_of = {text: entry for entry, text in enumerate(entries[:])}
-    asked = [entry_of[text] for text in (*(f"copy {n}" for n in range(5)), *map(str, range(100)))]
-    got = expand(index.search(vectors[asked], 10), entries, [10] * len(asked))
-    assert [hits[0][0] for hits in got] == [entries[entry] for entry in asked]
-    _, exact = exact_search(vectors[asked], vectors[[entry_of[line] for line in lines]], 10)
-    assert shards.ann_recall(np.array([[hit.score for hit in hits] for hits in got]), exact) > 0.98
-    assert all(lines[line - 1] == text for hits in got for text, line, *_ in hits)
+    index = ShardedIndex(manifest_of("hnswlib", len(found), 32, 2, hnsw_m=16, hnsw_ef=50))
+    fill(index, vectors)
+    number_of = {text: number for number, text in enumerate(found[:])}
+    asked = [number_of[text] for text in (*(f"copy {n}" for n in range(5)), *map(str, range(100)))]
+    got = hits_of(search(index, found, vectors[asked], 10), found, [10] * len(asked))
+    assert [hits[0].document for hits in got] == [found[number] for number in asked]
+    exact = exact_search(vectors[asked], vectors[[number_of[line] for line in lines]], 10)
+    assert shards.ann_recall(np.array([[hit.score for hit in hits] for hits in got]), exact.scores) > 0.98
+    assert all(lines[hit.line - 1] == hit.document for hits in got for hit in hits)
 
 
 def test_what_the_approximation_costs_is_measured_and_advice_was_tried(tmp_path, capsys):
     random = np.random.default_rng(1)
     vectors = random.standard_normal((4000, 64)).astype("float32")
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    index = Shards({**FINGERPRINT, "hnsw_m": 4, "hnsw_ef": 2, "index_shards": 1, "hnsw_max_elements": 4000}, 4000, 64)
-    index.fill(vectors[rows.start : rows.stop] for rows in index.pieces)
+    index = ShardedIndex(manifest_of("hnswlib", 4000, 64, 1, hnsw_m=4, hnsw_ef=2))
+    fill(index, vectors)
     measured = index.measure(vectors[:100], 10, "documents")
-    _, exact = index.search(vectors[:100], 10, exact=True)
-    assert measured["recall"] == round(shards.ann_recall(index.search(vectors[:100], 10)[1], exact), 4) < 0.9
-    assert measured["deeper_recall"] > measured["recall"] and json.loads(json.dumps(measured)) == measured
-    shards.report(measured)
+    exact = index.search(vectors[:100], 10, exact=True)
+    found = index.search(vectors[:100], 10)
+    assert measured.recall == round(shards.ann_recall(found.scores, exact.scores), 4) < 0.9
+    assert measured.deeper_recall > measured.recall and index.search_settings == {"hnsw_ef": 2}
+    assert (measured.settings, measured.deeper_settings) == ({"hnsw_ef": 2}, {"hnsw_ef": 80})
+    Manifest(ann_recall=measured).save(str(tmp_path))
+    assert Manifest.load(str(tmp_path), "", "").ann_recall == measured
+    shards.report_ann_recall(measured)
     line = capsys.readouterr().err
-    assert line.startswith(f"ANN recall@10 against exact search, 100 documents: {measured['recall']:.4f} with --hnsw_ef"
-                           f" 2; --hnsw_ef 80 finds {measured['deeper_recall']:.4f}\n") and line.count("\n") == 1
-    shards.report({**measured, "deeper_recall": measured["recall"]})
-    assert "--ann_engine exact finds all, a larger --hnsw_ef does not help" in capsys.readouterr().err
-    shards.report({**measured, "recall": 0.999})
-    assert capsys.readouterr().err.endswith(": 0.9990 with --hnsw_ef 2\n")
+    assert line == (f"ANN recall@10 against exact search, 100 documents: {measured.recall:.4f} with --hnsw_ef 2; "
+                    f"--hnsw_ef 80 finds {measured.deeper_recall:.4f}\n")
+    shards.report_ann_recall(dataclasses.replace(measured, deeper_recall=measured.recall))
+    assert "; --ann_engine exact finds all, --hnsw_ef 80 does not help\n" in capsys.readouterr().err
+    shards.report_ann_recall(dataclasses.replace(measured, recall=0.999), {"hnsw_ef": 7})
+    assert capsys.readouterr().err.endswith(": 0.9990 with --hnsw_ef 2; this search has --hnsw_ef 7\n")
+    shards.report_ann_recall(AnnRecall(10, "9 queries", 1.0, {}, 1.0, {}))
+    assert capsys.readouterr().err.endswith("9 queries: 1.0000 with its default settings\n")
 
 
-def _build(path, fingerprint, started, end):
-    with building(path, {}, fingerprint):
+def test_an_exact_index_has_nothing_to_measure():
+    index = ShardedIndex(manifest_of("exact", 9, 4, 1))
+    fill(index, np.eye(9, 4, dtype="float32"))
+    assert index.measure(np.ones((1, 4), "float32"), 3, "queries") is None
+
+
+def _build(path, manifest, started, end):
+    with lock_folder(path, Manifest(), manifest):
         started.set()
         end.wait(20)
         os.mkdir(path)
@@ -107,16 +136,17 @@ def test_two_builds_of_one_index(tmp_path, monkeypatch):
     """The later waits for the same index, and is refused for another before it has done anything."""
     path, context = str(tmp_path / "new" / "index"), multiprocessing.get_context("spawn")
     started, end = context.Event(), context.Event()
-    other = context.Process(target=_build, args=(path, FINGERPRINT, started, end))
+    manifest = manifest_of("hnswlib", 9, 32, 2, hnsw_m=16)
+    other = context.Process(target=_build, args=(path, manifest, started, end))
     other.start()
     assert started.wait(30)
     with (pytest.raises(InputError, match="another process is building: was built with hnsw_m 16, not 32; name"),
-          building(path, {"hnsw_m": 32}, {**FINGERPRINT, "hnsw_m": 32})):
+          lock_folder(path, Manifest(build_settings={"hnsw_m": 32}), manifest)):
         raise AssertionError("two at a time")
     assert not os.path.exists(path)
     said = []
-    monkeypatch.setattr(files, "log", lambda line: (said.append(line), end.set()))  # which lets the first go on
-    with building(path, {"hnsw_m": 16}, FINGERPRINT):
+    monkeypatch.setattr(lock, "log", lambda line: (said.append(line), end.set()))  # which lets the first go on
+    with lock_folder(path, Manifest(build_settings={"hnsw_m": 16}), manifest):
         assert os.path.isdir(path), "the first has built it"
     other.join(20)
     assert said == [f"waiting for the process that is building the index in {path}"]

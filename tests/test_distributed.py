@@ -155,7 +155,7 @@ def test_recall_on_two_ranks_is_the_same_file(checkpoint, sample, tmp_path, flag
             assert "wrote" in logs[0] and "wrote" not in logs[1]
         results.append((tmp_path / name / "recall_result_dir" / "recall_result.txt").read_bytes())
         assert sorted(os.listdir(tmp_path / name / "index")) == [
-            "corpus.csv", "entries.npy", "fingerprint.json", *(f"shard_{n}.bin" for n in range(8))]
+            "corpus.csv", "documents.npy", "keys.npy", "manifest.json", *(f"shard_{n}.bin" for n in range(8))]
     assert results[0] == results[1] and results[0].count(b"\n") == 60 * 20
     for path in (tmp_path / "one" / "index").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / "index" / path.name).read_bytes(), path.name
@@ -243,7 +243,7 @@ def test_two_ranks_broken_and_resumed_are_two_unbroken(sample, tmp_path):
     last = saved_steps(str(tmp_path / "broken"))[-1]
     assert first.returncode != 0 and last < 32
     second, logs = launch("train.py", *flags, "--save_dir", "broken", cwd=tmp_path)
-    assert second.returncode == 0 and f"going on from broken/model_{last}" in logs[0], logs
+    assert second.returncode == 0 and f"resuming from broken/model_{last}" in logs[0], logs
     one, other = (read_weights(str(tmp_path / name / "model_32" / "model_state.pdparams"), "--flag")
                   for name in ("whole", "broken"))
     for name, array in one.items():

@@ -3,7 +3,7 @@
 import re
 import xml.etree.ElementTree as xml
 
-from evaluate import labels, table
+from evaluate import format_table, name_results
 
 import numpy as np
 import pytest
@@ -193,11 +193,11 @@ def test_compare_a_file_with_itself_and_another(tmp_path, results):
     (["r.txt", "old/r.txt"], ["r.txt", "old/r.txt"]), (["r.txt", "r.txt"], ["r.txt", "r.txt (2)"]),
     (["/t/1/ck/r.txt", "/t/2/ck/r.txt"], ["1", "2"])])
 def test_labels(paths, names):
-    assert labels(paths) == names
+    assert name_results(paths) == names
 
 
 def test_columns_of_chinese_are_twice_as_wide():
-    assert table([["", "训练后", "b"], ["mrr", "1", "22"]]) == "     训练后   b\nmrr       1  22"
+    assert format_table([["", "训练后", "b"], ["mrr", "1", "22"]]) == "     训练后   b\nmrr       1  22"
 
 
 def test_plot_svg_names_files_and_shows_the_figures(tmp_path, results):

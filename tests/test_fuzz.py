@@ -1,16 +1,16 @@
 """Random input: readers, tokenizer, batches, evaluation, indexes. FUZZ_EXAMPLES says how many examples a test takes."""
 
-import argparse
-import math
 import os
 import tempfile
+from collections import Counter
 
 import data
 import evaluate
 from simcse import console, files, measures
 from simcse.index import shards
+from simcse.index.engines import LOCAL_ENGINES
 from simcse.index.exact import exact_search, merge
-from simcse.index.shards import Shards
+from simcse.index.shards import ShardedIndex
 from simcse.measures import percent
 from simcse.text import lines as line_reading
 from simcse.text import textfile, wordpiece
@@ -21,6 +21,7 @@ import pytest
 from conftest import ENCODER, read_texts
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from indexes import fill, manifest_of
 
 settings.register_profile("here", max_examples=int(os.environ.get("FUZZ_EXAMPLES", 60)), deadline=None,
                           derandomize=True, suppress_health_check=list(HealthCheck))
@@ -133,11 +134,9 @@ def test_recall_by_counting(path, pairs, result, depth):
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(f"{query}\t{document}\t0.5\n" for query, document in result)
     queries = {query for query, _ in pairs}
-    targets = {query: {target: math.inf for other, target in pairs if other == query} for query in queries}
-    args = argparse.Namespace(similar_text_pair="pairs", recall_num=depth, strict_data=False, plain_text=True,
-                              show_errors=None, targets="text")
-    ranks, _ = evaluate.read_result(args, targets, dict.fromkeys(targets, 1), path)
-    values = measures.per_query([each.values() for each in ranks.values()], ["recall"], depth)
+    targets = {query: Counter(target for other, target in pairs if other == query) for query in queries}
+    ranked = evaluate.rank_targets(evaluate.read_hits(path, "text"), targets)
+    values = measures.per_query([ranks.values() for ranks in ranked.ranks.values()], ["recall"], depth)
     recall = {k: percent(values[f"recall@{k}"]) for k in measures.RECALL_KS}
     for k, value in recall.items():
         hits = sum(any((query, document) in pairs for document in [d for q, d in result if q == query][: min(k, depth)])
@@ -146,29 +145,32 @@ def test_recall_by_counting(path, pairs, result, depth):
     assert list(recall.values()) == sorted(recall.values()) and max(recall.values()) <= 100
 
 
-@given(documents=st.integers(1, 80), k=st.integers(1, 90), ranks=st.integers(1, 3), graph=st.booleans(),
-       seed=st.integers(0, 999))
-def test_shards_round_trip(documents, k, ranks, graph, seed):
+@given(documents=st.integers(1, 80), k=st.integers(1, 90), ranks=st.integers(1, 3),
+       engine=st.sampled_from(list(LOCAL_ENGINES)), seed=st.integers(0, 999))
+def test_shards_round_trip(documents, k, ranks, engine, seed):
     """Any size on any number of ranks, kept and read again: exact rows where exact, all cosines true where not."""
     random = np.random.default_rng(seed)
     vectors = random.standard_normal((documents + 5, 8)).astype("float32")
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     corpus, queries = vectors[:-5], vectors[-5:]
-    found, fingerprint = [], {"ann_engine": "hnswlib" if graph else "exact", "index_shards": 3, "hnsw_m": 32,
-                              "hnsw_ef": 100, "hnsw_max_elements": documents}
+    found = []
+    manifest = manifest_of(engine, documents, 8, 3)
     for rank in range(ranks):
-        index = Shards(fingerprint, documents, 8, 2, rank=rank, ranks=ranks)
-        index.fill(corpus[rows.start : rows.stop] for rows in index.pieces)
+        index = ShardedIndex(manifest, 2, rank=rank, ranks=ranks)
+        fill(index, corpus)
         with tempfile.TemporaryDirectory() as folder:
             index.save(folder)
-            digests = {name: files.file_digest(os.path.join(folder, name)) for name in os.listdir(folder)}
-            again = Shards({**fingerprint, "files": digests}, documents, 8, 2, folder, rank, ranks)
+            manifest.files = {name: files.file_digest(os.path.join(folder, name)) for name in os.listdir(folder)}
+            again = ShardedIndex(manifest, 2, folder, rank, ranks)
         one, other = index.search(queries, k), again.search(queries, k)
         assert all((a == b).all() for a, b in zip(one, other))
+        index.close()
+        again.close()
         found.append(one)
     rows, cosines = merge(found, min(k, documents))
     assert rows.shape == (5, min(k, documents)) and all(len(set(row)) == len(row) for row in rows.tolist())
     np.testing.assert_allclose(cosines, np.take_along_axis(queries @ corpus.T, rows, axis=1), atol=1e-5)
-    if not graph:
+    approximate = LOCAL_ENGINES[engine].approximate
+    if not approximate:
         np.testing.assert_allclose(cosines, exact_search(queries, corpus, k)[1], atol=1e-6)
-    assert shards.ann_recall(cosines, exact_search(queries, corpus, k)[1]) > (0.9 if graph else 0.999)
+    assert shards.ann_recall(cosines, exact_search(queries, corpus, k)[1]) > (0.9 if approximate else 0.999)

@@ -15,7 +15,7 @@ from simcse import flags, machine, ranks
 from simcse.console import InputError
 from simcse.device import gpu_precision
 from simcse.encoder import engine
-from simcse.training import trainer
+from simcse.training import masked_lm, optimization, trainer
 from simcse.training.gradients import backward
 
 import numpy as np
@@ -42,19 +42,19 @@ def scaler(scale):
 
 def test_a_loss_scaler_goes_on_from_its_record():
     whole, other = scaler(4096.0), scaler(1.0)
-    record = trainer.scaler_record(whole)
+    record = optimization.scaler_record(whole)
     assert record["scale"] == 4096 and record["incr_count"] == 7
     other._incr_count = 0
-    trainer.restore_scaler(other, record)
+    optimization.restore_scaler(other, record)
     assert other._scale.item() == 4096 and other._incr_count == 7
-    assert trainer.scaler_record(other) == record
-    assert trainer.scaler_record(paddle.amp.GradScaler(enable=False)) == {}
+    assert optimization.scaler_record(other) == record
+    assert optimization.scaler_record(paddle.amp.GradScaler(enable=False)) == {}
 
 
 def test_without_decay_all_parameters_by_one_operator_are_adamw():
     settings = argparse.Namespace(weight_decay=0.0, max_grad_norm=0.5)
     networks = [tiny() for _ in range(2)]
-    optimizers = [trainer.make_optimizer(settings, networks[0], 0.01), paddle.optimizer.AdamW(
+    optimizers = [optimization.make_optimizer(settings, networks[0], 0.01), paddle.optimizer.AdamW(
         0.01, parameters=networks[1].parameters(), weight_decay=0.0, grad_clip=paddle.nn.ClipGradByGlobalNorm(0.5))]
     for number in range(3):
         for network, optimizer in zip(networks, optimizers):
@@ -71,19 +71,19 @@ def test_a_step_of_gradients_beyond_the_range_of_fp16_is_left_out(decay, capsys)
     layers = [paddle.nn.Linear(3, 2) for _ in range(2)]
     layers[1].set_state_dict(layers[0].state_dict())
     settings = argparse.Namespace(weight_decay=decay, max_grad_norm=1.0)
-    optimizers = [trainer.make_optimizer(settings, layer, 0.1) for layer in layers]
+    optimizers = [optimization.make_optimizer(settings, layer, 0.1) for layer in layers]
     scales = scaler(1024.0)
 
     def step(layer, optimizer, scaler, scale):  # `scaler.scale` would switch itself off on a CPU
         ((layer(paddle.ones([1, 3])) ** 2).sum() * scale).backward()
-        trainer.take_step(optimizer, scaler)
+        optimization.take_step(optimizer, scaler)
         optimizer.clear_grad()
 
     before = layers[0].weight.numpy()
     step(layers[0], optimizers[0], scales, float("inf"))
     np.testing.assert_array_equal(layers[0].weight.numpy(), before)
     said = capsys.readouterr()
-    assert scales._scale.item() == 512 and not said.out and "the scale of the loss is 512 from now on" in said.err
+    assert scales._scale.item() == 512 and not said.out and "step left out, loss scale lowered to 512" in said.err
     step(layers[0], optimizers[0], scales, 512.0)
     step(layers[1], optimizers[1], paddle.amp.GradScaler(enable=False), 1.0)
     np.testing.assert_allclose(layers[0].weight.numpy(), layers[1].weight.numpy(), atol=1e-6)
@@ -146,7 +146,7 @@ def test_an_index_of_a_gpu_is_served_in_what_is_next_to_its_precision(monkeypatc
     monkeypatch.setattr(searcher.predictor, "load_predictor", lambda *args, **options: options["precision"])
     args = argparse.Namespace(model_dir=str(tmp_path), device=device, cpu_threads=0, precision=None)
     assert searcher._open_engine(args, kept, 9) == used
-    (tmp_path / "fingerprint.json").write_text(json.dumps({"precision": kept}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"precision": kept}))
     own = device == "gpu" or kept == "bf16"
     assert ann_util.kept_precision(str(tmp_path), device) == (kept if own else "auto")
 
@@ -175,8 +175,9 @@ def test_a_run_is_announced_and_recorded_in_its_precision(gpus, tmp_path, capsys
         (tmp_path / "training_state.json").write_text(json.dumps({"run": {"precision": recorded}}))
         given = {**given, "resume": str(tmp_path)}
     args = training(**given)
-    flags.announce_training(args, "encoder", "9 texts")
-    assert args.precision == precision
+    resolved = flags.resolve_training(args)
+    assert resolved.precision == precision and args.precision == given.get("precision", "auto")
+    flags.announce_training(resolved, "encoder", "9 texts")
     assert f"{args.device}, {'1 thread, ' * (args.device == 'cpu')}{precision}; " in capsys.readouterr().err
 
 
@@ -188,9 +189,10 @@ def test_encoding_is_announced_in_its_precision(gpus, capsys):
 
 def test_ranks_train_in_one_precision(monkeypatch, tmp_path):
     monkeypatch.setattr(trainer, "join_ranks", lambda: None)
-    monkeypatch.setattr(ranks, "gather_arrays", lambda array: [array, np.array([flags.TRAIN_PRECISIONS.index("fp16")])])
-    with pytest.raises(InputError, match="--precision: bf16 on this machine, and another on another"):
-        trainer.Run(training(precision="bf16"), None, None, 1, None)
+    other = np.array([machine.TRAIN_PRECISIONS.index("fp16")])
+    monkeypatch.setattr(ranks, "gather_arrays", lambda array: [array, other])
+    with pytest.raises(InputError, match="--precision: this process trains in bf16 and another one does not"):
+        trainer.Trainer(training(precision="bf16"), None, None, 1, None)
 
 
 @pytest.fixture
@@ -214,10 +216,11 @@ def casts(monkeypatch):
                                               ("fp16", "float16")])
 def test_simcse_and_masked_words_are_computed_in_their_precision(casts, precision, dtype):
     network, ids = tiny(), np.array([[1, 5, 6, 2]])
-    masked = pretrain.masked_lm(str(ENCODER), 0.0, precision)
+    masked = masked_lm.load_masked_lm(str(ENCODER), 0.0, precision)
+    batch = pretrain.MaskedBatch(ids, ids * 0, np.array([1, 2]), np.array([5, 6]), [0])
     network.precision = precision
     for module, compute in ((network, lambda: network.embed(ids, ids * 0)),
-                            (masked, lambda: masked(*map(paddle.to_tensor, (ids, ids * 0, [1, 2], [5, 6]))))):
+                            (masked, lambda: masked(batch))):
         within = []
         layer = next(each for each in module.sublayers() if type(each) is paddle.nn.Linear)
         layer.register_forward_post_hook(lambda *_, within=within: within.append(casts[-1] if casts else None))

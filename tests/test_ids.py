@@ -3,7 +3,7 @@
 import json
 
 from simcse.console import InputError, settings
-from simcse.index.documents import Entries
+from simcse.index.documents import Documents
 from simcse.text import textfile
 
 import pytest
@@ -33,7 +33,7 @@ def test_a_second_line_with_an_id_is_left_out_and_named(tmp_path, capsys, monkey
     assert corpus[:] == ["甲", "乙", "甲"] and corpus.ids(range(3)) == ["a", "b", "c"]
     said = capsys.readouterr().err
     assert "1 of 4 ids stand on an earlier line too" in said and "corpus.csv:3; these lines were skipped" in said
-    assert Entries(corpus).take([0]) == [("甲", [(1, "a"), (4, "c")])]
+    assert Documents(corpus).read([0]) == [("甲", [(1, "a"), (4, "c")])]
     with pytest.raises(InputError, match=r"3 of 4 ids stand .*; expected one text per line, or an id, a tab and"):
         corpus_of(tmp_path, *(f"商品\t{text}" for text in "甲乙丙丁"))
     monkeypatch.setattr(settings, "strict_data", True)
@@ -139,7 +139,7 @@ def test_targets_that_are_no_ids_are_named(checkpoint, numbered, sample, tmp_pat
 
 @pytest.mark.parametrize("flags, message", [
     ((), "one of --similar_text_pair, --query_file and --query is needed"),
-    (("--query", "a", "--query_file", "corpus.csv"), "--query_file and --query: one of them, please"),
+    (("--query", "a", "--query_file", "corpus.csv"), "--query_file and --query are mutually exclusive"),
     (("--query", "a", "--format", "trec"), "--format trec needs --query_file or --similar_text_pair"),
     (("--query", "a", "--targets", "id"), "--targets needs --similar_text_pair"),
     (("--query_file", "corpus.csv"), "--query_file needs --index_path, or --corpus_file"),
@@ -153,4 +153,4 @@ def test_a_run_of_ids_with_white_space_is_refused(checkpoint, tmp_path):
     (tmp_path / "queries.csv").write_text("甲乙\n", encoding="utf-8")
     line = refuse("recall.py", "--device", "cpu", "--params_path", checkpoint, "--corpus_file", "corpus.csv",
                   "--query_file", "queries.csv", "--format", "trec", cwd=tmp_path)
-    assert "--format trec: white space parts its columns" in line and "'a b'" in line
+    assert "--format trec: white space separates its columns" in line and "'a b'" in line

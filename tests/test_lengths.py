@@ -164,10 +164,11 @@ def test_texts_that_are_one_to_the_encoder_are_no_training(tokenizer, tmp_path, 
         path.write_text(content, encoding="utf-8")
         texts = textfile.TextFile(str(path), "--flag", content.count("\t") and 2 or 1)
         with pytest.raises(InputError, match="train.csv: there are no two different texts as the encoder sees them"):
-            train.look(arguments(path, epochs=0, whiten=0), texts, [], tokenizer)
-        train.look(arguments(path, epochs=0, whiten=None), texts, [], tokenizer)
+            train.check_encoder_sees(arguments(path, epochs=0, whiten=0), texts, [], tokenizer)
+        train.check_encoder_sees(arguments(path, epochs=0, whiten=None), texts, [], tokenizer)
     path.write_text("承担单位见附件一\n承担单位见附件二\n", encoding="utf-8")  # they are but cut, which is warned of
-    train.look(arguments(path, epochs=1, whiten=None), textfile.TextFile(str(path), "--flag"), [], tokenizer)
+    texts = textfile.TextFile(str(path), "--flag")
+    train.check_encoder_sees(arguments(path, epochs=1, whiten=None), texts, [], tokenizer)
     assert "1 of 2 texts, cut to 8 tokens, are one with another text" in capsys.readouterr().err
 
 
@@ -217,7 +218,7 @@ def test_targets_that_only_a_program_tells_apart(tmp_path, capsys):
     path.write_text("问\t甲？\n答\t甲?\n又\t\u200b甲 ？\n再\t乙\n三\t乙\n", encoding="utf-8")
     assert len(train.read_test_set(arguments(path))) == 5
     assert capsys.readouterr().err == (
-        "--test_set_file: 2 of 5 targets are an earlier one but for white space, width or invisible characters, and "
+        "--test_set_file: 2 of 5 targets match an earlier one after Unicode and white-space normalization, and "
         f"count as another document; write them alike: {path}:2, {path}:3\n")
 
 

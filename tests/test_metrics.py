@@ -10,7 +10,7 @@ from simcse.measures import (
     paired_bootstrap,
     per_query,
     percent,
-    ranking,
+    rank_documents,
     read_judgements,
     read_run,
 )
@@ -70,11 +70,11 @@ def test_judged_measures_are_those_of_ir_measures(tmp_path, seed):
     run = read_run(str(tmp_path / "run"), "--recall_result_file")
     found = {}
     for metric in JUDGED_METRICS:
-        ranked = {query: ranking(run.get(query, {}), metric) for query in grades}
+        ranked = {query: rank_documents(run.get(query, {}), metric) for query in grades}
         ranks = [[ranked[query].index(document) if document in ranked[query] else math.inf for document in each]
                  for query, each in grades.items()]
         found.update(per_query(ranks, [metric], grades=[[*each.values()] for each in grades.values()],
-                               known=JUDGED_METRICS))
+                               table=JUDGED_METRICS))
     theirs = {"mrr@10": RR @ 10, "ndcg@10": nDCG @ 10, **{
         f"{name}@{k}": measure @ k for name, measure in (("recall", R), ("success", Success))
         for k in (1, 5, 10, 20, 50)}}

@@ -175,7 +175,7 @@ def test_scores_stand_beside_the_lines_of_the_file(files):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--output_file", "t", "--negative_depth", 9, 3], "--negative_depth 9 3: the first rank is behind the last"),
+    (["--output_file", "t", "--negative_depth", 9, 3], "--negative_depth 9 3: the first rank is larger than the last"),
     (["--output_file", "t", "--negative_depth", 0, 3], "expected an integer >= 1, got '0'"),
     (["--output_file", "t", "--negatives_per_pair", 42], "--negative_depth 10 50 has only 41 ranks"),
     (["--output_file", "t", "--negative_max_score", 2], "expected a number in [0, 1], got '2'"),

@@ -5,9 +5,10 @@ import json
 import model as m
 from simcse.encoder.encoder import Encoder
 from simcse.encoder.engine import make_engine
-from simcse.index.documents import Entries
-from simcse.index.hits import best_rows, expand, search
-from simcse.text.passages import Passages, begins
+from simcse.index.documents import Documents
+from simcse.index.hits import best_rows, hits_of, search
+from simcse.index.protocols import SearchResult
+from simcse.text.passages import Passages, find_passages
 from simcse.text.textfile import Corpus, read_text_pairs
 from simcse.text.wordpiece import load_tokenizer
 
@@ -16,6 +17,7 @@ import pytest
 from conftest import ENCODER, FP32, Service, contents, read_texts, succeed, succeed_on
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from indexes import documents_of
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,7 @@ def tokenizer():
 
 
 def parts_of(text, tokenizer, length):
-    starts = begins([text], tokenizer, length)[0]
+    starts = find_passages([text], tokenizer, length)[0]
     return [text[start:end] for start, end in zip(starts, [*starts[1:], None])]
 
 
@@ -49,16 +51,11 @@ def test_passages_are_all_of_a_text_and_have_room(tokenizer, text, length):
     assert max(len(ids) for ids in tokenizer(parts, 1000)) <= length
 
 
-def corpus_of(folder, *texts):
-    (folder / "corpus.csv").write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
-    return Entries(Corpus(str(folder / "corpus.csv"), "--corpus_file"))
-
-
 def test_the_embedding_of_a_passage_is_in_its_document(tokenizer, tmp_path):
     """By hand, in whatever pieces: equal passages are encoded once, a document of one passage is as it was, and one
     that the encoder sees nothing of has zeros."""
-    entries = corpus_of(tmp_path, "一二。三四。五六。", "七八。", "一二。七八。九十。一二。")
-    passages = Passages.split(entries, tokenizer, 5)
+    documents = documents_of(tmp_path, "一二。三四。五六。", "七八。", "一二。七八。九十。一二。")
+    passages = Passages.split(documents, tokenizer, 5)
     assert passages[:] == ["一二。", "三四。", "五六。", "七八。", "一二。", "七八。", "九十。", "一二。"]
     assert passages[6] == "九十。" and passages[np.array([7, 1])] == ["一二。", "三四。"]
     assert passages.place(6) == f"{tmp_path}/corpus.csv:3" and passages.rows_of(1).tolist() == [3]
@@ -86,7 +83,7 @@ def test_the_best_rows_of_each_document_are_found():
     rows[::3, 20:] = -1
     cosines = np.sort(random.random((20, 30)).astype("float32"))[:, ::-1]
     of = np.where(rows < 0, -1, rows // 4)
-    found = best_rows(rows, cosines, of, 6)
+    found = best_rows(SearchResult(rows, cosines), of, 6)
     for number in range(20):
         wanted = {}
         for row, cosine, document in zip(rows[number], cosines[number], of[number]):
@@ -98,22 +95,26 @@ def test_the_best_rows_of_each_document_are_found():
 
 def test_it_is_asked_deeper_until_there_are_enough_documents(tmp_path, tokenizer, capsys):
     """The first document has the 40 best passages."""
-    entries = corpus_of(tmp_path, "一二。" * 40, "三。", "四。")
-    entries.passages = Passages.split(entries, tokenizer, 5)
+    documents = documents_of(tmp_path, "一二。" * 40, "三。", "四。")
+    documents.split(tokenizer, 5)
     depths = []
 
     class Index:
+        max_k = None
+
         def search(self, queries, k):
             depths.append(k)
-            return np.arange(k)[None], 1 - np.arange(k, dtype="float32")[None] / 100
+            return SearchResult(np.arange(k)[None], 1 - np.arange(k, dtype="float32")[None] / 100)
 
-    found, rows = search(Index(), entries, np.zeros((1, 2)), 3)
-    assert found[0].tolist() == [[0, 1, 2]] and rows == [{0: 0, 1: 40, 2: 41}] and depths == [6, 12, 24, 42]
-    hits, = expand(found, entries, [3], rows=rows)
+    ranking = search(Index(), documents, np.zeros((1, 2)), 3)
+    assert ranking.documents.tolist() == [[0, 1, 2]] and ranking.rows.tolist() == [[0, 40, 41]]
+    assert depths == [6, 12, 24, 42]
+    hits, = hits_of(ranking, documents, [3])
     assert [(hit.line, hit.passage) for hit in hits] == [(1, "一二。"), (2, "三。"), (3, "四。")]
-    Index.MOST = 41  # as Milvus has a most
-    found, _ = search(Index(), entries, np.zeros((1, 2)), 3)
-    assert found[0].tolist() == [[0, 1, -1]] and depths[4:] == [6, 12, 24, 41]
+    Index.max_k = 41  # as Milvus has
+    ranking = search(Index(), documents, np.zeros((1, 2)), 3)
+    assert ranking.documents.tolist() == [[0, 1, -1]] and ranking.scores[0, 2] == -np.inf
+    assert depths[4:] == [6, 12, 24, 41]
     assert "1 of 1 queries have fewer than 3 documents: their first 41 passages" in capsys.readouterr().err
 
 
@@ -157,9 +158,9 @@ def test_the_cosine_is_that_of_the_best_passage(checkpoint, sample, long, tmp_pa
     lines = succeed(*recall(checkpoint, "--ann_engine", "exact", "--corpus_file", long / "before.csv", "--distinct",
                             "--top_k", 20, *asked), cwd=tmp_path).stdout.splitlines()
     network, tokenizer, _ = m.load_model(str(checkpoint / "model_state.pdparams"))
-    entries = Entries(Corpus(str(long / "before.csv"), "--corpus_file"))
-    passages = Passages.split(entries, tokenizer, 32)
-    assert len(passages) > 2 * len(entries)
+    documents = Documents(Corpus(str(long / "before.csv"), "--corpus_file"))
+    passages = Passages.split(documents, tokenizer, 32)
+    assert len(passages) > 2 * len(documents)
     encoder = Encoder(make_engine(network, "fp32"), tokenizer, 32, 1)
     own, asked = (encoder.encode(texts) for texts in (passages[:], queries))
     vectors, = passages.in_context([range(len(passages))], [own[np.unique(passages.first)]])
@@ -169,7 +170,7 @@ def test_the_cosine_is_that_of_the_best_passage(checkpoint, sample, long, tmp_pa
         hits = json.loads(line)["results"]
         np.testing.assert_allclose([hit["cosine"] for hit in hits], np.sort(best)[::-1], atol=1e-5)
         top = int(best.argmax())
-        assert hits[0]["document"] == entries[top]
+        assert hits[0]["document"] == documents[top]
         assert hits[0]["passage"] == passages[int(np.where(passages.documents_of(np.arange(len(each))) == top, each,
                                                            -2).argmax())]
 

@@ -1,12 +1,22 @@
-"""Training that is broken off and gone on with."""
+"""Training that is interrupted and resumed."""
 
+import argparse
+import dataclasses
 import functools
 import os
 import shutil
 import signal
 import subprocess
+import sys
 
+import model
+import train
+from scripts import pretrain
+from simcse import flags as script_flags
+from simcse.console import InputError
 from simcse.encoder import weights as w
+from simcse.training import trainer
+from simcse.training.state import check_settings
 
 import numpy as np
 import pytest
@@ -40,11 +50,11 @@ def test_broken_by_kill_9_and_resumed_is_unbroken_to_the_bit(flags, tmp_path, mo
     assert left and 4 <= left[-1] < steps
     (tmp_path / "broken" / ".model_99.abc.tmp").mkdir()  # as a kill in the middle of a save leaves one
     result = succeed("train.py", *going_on, cwd=tmp_path)
-    assert f"going on from broken/model_{left[-1]}" in result.stderr and "saved broken/model_4\n" not in result.stderr
+    assert f"resuming from broken/model_{left[-1]}" in result.stderr and "saved broken/model_4\n" not in result.stderr
     assert_equal(weights(tmp_path / "whole" / f"model_{steps}"), weights(tmp_path / "broken" / f"model_{steps}"))
     assert not [name for name in os.listdir(tmp_path / "broken") if name.startswith(".")]
     again = succeed("train.py", *going_on, cwd=tmp_path)  # nothing is left to do
-    assert f"going on from broken/model_{steps}" in again.stderr and "global step" not in again.stderr
+    assert f"resuming from broken/model_{steps}" in again.stderr and "global step" not in again.stderr
 
 
 def test_only_the_newest_has_training_state_and_old_ones_go(flags, tmp_path):
@@ -72,9 +82,71 @@ def test_resuming_another_run_is_refused(flags, sample, tmp_path):
 
 
 def test_nothing_to_resume_starts_from_the_beginning(flags, tmp_path):
-    assert "going on" not in succeed("train.py", *flags("--epochs", 0, "--resume"), cwd=tmp_path).stderr
+    assert "resuming" not in succeed("train.py", *flags("--epochs", 0, "--resume"), cwd=tmp_path).stderr
 
 
-class Evil:
-    def __reduce__(self):
-        return os.system, ("touch pwned",)
+# ------------------------------------------------------------------------------------------- what a resumed run shares
+DEFAULTS = {"margin": 0.0, "pooling": None, "chunk_size": None}
+
+
+@pytest.mark.parametrize("recorded, changes", [
+    ({"margin": 0.1, "pooling": "mean", "chunk_size": None}, None),
+    ({"margin": 0.1, "pooling": "mean"}, None),  # older than --chunk_size
+    ({"margin": 0.1}, "pooling mean instead of None"),  # older than --pooling, too: the run had its default
+    ({"margin": 0.2, "pooling": "mean"}, "margin 0.1 instead of 0.2"),
+    ({"margin": 0.1, "pooling": "mean", "objective": "contrastive", "dup_rate": 0.0}, None),
+    ({"margin": 0.1, "pooling": "mean", "objective": "mlm"}, "objective mlm, which this version does not have"),
+    ({"margin": 0.1, "pooling": "mean", "newer": 1}, "newer 1, which this version does not have")])
+def test_settings_of_older_and_of_other_versions(recorded, changes):
+    """A record without a flag counts as the flag's default; one with a flag that is gone as a run of other settings."""
+    settings = {"margin": 0.1, "pooling": "mean", "chunk_size": None}
+    if changes is None:
+        check_settings("model_1", settings, recorded, DEFAULTS)
+        return
+    with pytest.raises(InputError) as raised:
+        check_settings("model_1", settings, recorded, DEFAULTS)
+    assert f"--resume model_1: its run had another {changes};" in str(raised.value)
+
+
+def test_a_changed_training_file_is_named_without_its_digests():
+    with pytest.raises(InputError, match="another train_set_file;"):
+        check_settings("model_1", {"train_set_file": "a" * 64}, {"train_set_file": "b" * 64}, {})
+
+
+@pytest.mark.parametrize("script", [train, pretrain])
+def test_every_flag_is_in_one_table_of_what_resume_does_with_it(monkeypatch, sample, script):
+    monkeypatch.setattr(sys, "argv", ["script", "--device", "cpu", "--train_set_file",
+                                      str(sample / "train_unsupervised.csv")])
+    args = script.parse_args()
+    assert args.shared_defaults["learning_rate"] == 5e-5 and args.shared_defaults["precision"] == "auto"
+    assert not set(args.shared_defaults) & {*script_flags.START_FLAGS, *script_flags.FREE_FLAGS}
+    monkeypatch.setattr(script_flags, "SHARED_FLAGS", script_flags.SHARED_FLAGS[:-2])
+    monkeypatch.setattr(script_flags, "FREE_FLAGS", (*script_flags.FREE_FLAGS, "batch_size"))
+    with pytest.raises(ValueError, match="--batch_size has to be in one of START_FLAGS, SHARED_FLAGS and FREE_FLAGS"):
+        script.parse_args()
+
+
+def test_the_tables_name_no_flag_that_there_is_not(monkeypatch, sample):
+    monkeypatch.setattr(sys, "argv", ["script", "--device", "cpu", "--train_set_file",
+                                      str(sample / "train_unsupervised.csv")])
+    there = {*vars(train.parse_args()), *vars(pretrain.parse_args())}
+    assert {*script_flags.START_FLAGS, *script_flags.SHARED_FLAGS, *script_flags.FREE_FLAGS} == there - {
+        "shared_defaults"}
+
+
+def test_settings_of_the_loss_are_flags_that_a_resumed_run_shares():
+    assert {field.name for field in dataclasses.fields(model.LossSettings)} <= set(script_flags.SHARED_FLAGS)
+
+
+# ----------------------------------------------------------------------------------------------------- how a run ends
+@pytest.mark.parametrize("ends_with, code", [(None, 0), (trainer.Diverged(), 1),
+                                             (trainer.Stopped(signal.SIGTERM), 143)])
+def test_exit_codes(ends_with, code):
+    def run():
+        if ends_with:
+            raise ends_with
+
+    args = argparse.Namespace(device="cpu", cpu_threads=1, precision="fp32", seed=0)
+    with pytest.raises(SystemExit) as end:
+        trainer.run_training(args, run)
+    assert end.value.code == code

@@ -266,7 +266,7 @@ def test_download_offline_says_what_to_do(bare_clone):
 def test_a_damaged_archive_is_not_unpacked(bare_clone, archive, damage):
     (bare_clone / "literature_search_data.zip").write_bytes(damage(archive.read_bytes()))
     result = download(bare_clone, "http://127.0.0.1:9/data.zip")
-    assert result.returncode == 1 and "not a whole zip archive" in result.stderr, result.stderr
+    assert result.returncode == 1 and "not a complete zip archive" in result.stderr, result.stderr
     assert not (bare_clone / "recall").exists()
 
 

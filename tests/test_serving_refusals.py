@@ -76,17 +76,17 @@ def test_a_folder_that_does_not_say_what_it_is(exported, kept_index, tmp_path):
                                                           "--port", 0)
 
 
-@pytest.mark.parametrize("name", ["shard", "corpus.csv", "fingerprint.json"])
+@pytest.mark.parametrize("name", ["shard", "corpus.csv", "manifest.json"])
 def test_a_damaged_index(exported, kept_index, tmp_path, name):
     damaged = tmp_path / "index"
     shutil.copytree(kept_index, damaged)
     file = next(each for each in sorted(damaged.iterdir()) if each.name.startswith(name))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 4
-    file.write_bytes(content if name != "fingerprint.json" else content[:-9])
+    file.write_bytes(content if name != "manifest.json" else content[:-9])
     line = refuse(*SERVER, "--model_dir", exported, "--index_path", damaged, "--port", 0)
     assert line.startswith(f"server.py: error: --index_path {damaged}: ")
-    assert ("is not an index that recall.py wrote" if name == "fingerprint.json" else ": damaged: ") in line
+    assert ("is not an index that recall.py wrote" if name == "manifest.json" else ": damaged: ") in line
 
 
 @pytest.mark.parametrize("package", ["fastapi", "uvicorn", "fastapi_offline", "prometheus_client"])

@@ -6,7 +6,7 @@ import subprocess
 
 import model
 from simcse.encoder import weights
-from simcse.training import trainer
+from simcse.training import stopping
 
 import pytest
 from conftest import command
@@ -41,17 +41,14 @@ def test_signals_save_and_a_second_ends_at_once(flags, tmp_path, signals, code):
 
 def test_a_signal_that_comes_while_ranks_ask_each_other_is_kept(monkeypatch):
     """It has the ranks stop the next time that they ask."""
-    training = object.__new__(trainer.Run)
-    training.step, training.signal = 10, 0
+    stop_signal = stopping.StopSignal()
 
     def largest(number):
-        training.signal = signal.SIGTERM
+        stop_signal.number = signal.SIGTERM
         return number
 
-    monkeypatch.setattr(trainer, "RANKS", 2)
-    monkeypatch.setattr(trainer, "largest", largest)
-    assert training._stops() == 0
-    training.step = 15
-    assert training._stops() == 0
-    training.step = 20
-    assert training._stops() == signal.SIGTERM
+    monkeypatch.setattr(stopping, "RANKS", 2)
+    monkeypatch.setattr(stopping, "largest", largest)
+    assert stop_signal.agreed(10) == 0
+    assert stop_signal.agreed(15) == 0
+    assert stop_signal.agreed(20) == signal.SIGTERM

@@ -11,7 +11,7 @@ import urllib.request
 from data import Batch, Inputs
 from model import LossSettings, SimCSE
 from simcse.encoder.pretrained import load_pretrained
-from simcse.training.trainer import BINS, alignment, uniformity
+from simcse.training.log import BINS, alignment, uniformity
 
 import numpy as np
 import pytest

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from predictor import InputError, reported
+from predictor import InputError
 
 # What any program takes for the end of a line, and tabs.
 LINE_BREAKS = re.compile(r"[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+")
@@ -37,11 +37,15 @@ def read_rows(path: str, columns: int, flag: str, *, strict: bool) -> list[Row]:
         strict: raise at the first blank or malformed row instead.
 
     Raises:
-        InputError: the file is not UTF-8, is of another format, or has no good row or more malformed than good ones.
+        InputError: the file cannot be read, is not UTF-8 or is of another format; it has no good row, or more malformed
+            rows than good ones.
     """
     where = f"{flag} {path}"
-    with reported(where, OSError), open(path, "rb") as file:
-        lines = file.read().splitlines()  # of bytes: at \n, \r\n and \r, nowhere else
+    try:
+        with open(path, "rb") as file:
+            lines = file.read().splitlines()  # of bytes: at \n, \r\n and \r, nowhere else
+    except OSError as error:
+        raise InputError(f"{where}: {error.strerror.lower()}") from None
     first_line = next((line.strip() for line in lines if line.strip()), b"")
     if JSON_OR_CSV.fullmatch(first_line):
         raise InputError(f"{where}: the file looks like JSON or CSV; write one text a line, a tab between two texts")

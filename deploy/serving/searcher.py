@@ -12,9 +12,8 @@ from deploy.python import predictor
 from deploy.serving.batching import Job
 from simcse import console
 from simcse.encoder.encoder import Encoder
-from simcse.flags import FUSED
-from simcse.index.exact import Found as Hits
-from simcse.index.hits import Rows, expand, search
+from simcse.index.hits import FUSION_DEPTH, Ranking, hits_of, search
+from simcse.index.manifest import Manifest
 from simcse.text.textfile import distinct
 from simcse.text.tokens import Ids, Tokens
 from simcse.text.wordpiece import load_tokenizer
@@ -52,20 +51,20 @@ class Searcher:
 
     Args:
         encoder: an `Encoder` whose batches have the few `shapes`.
-        index: a `Shards` or a `MilvusIndex`.
-        entries: what is in it: `ann_util.Entries`; a `MilvusIndex` has them itself.
+        index: an `Index`.
+        documents: the `DocumentStore` of its rows.
         shapes: texts and tokens that a batch may have.
         distinct: whether a text is given out once, however many lines have it.
-        bm25: a `Bm25` of the entries, for hybrid jobs; None: there are none.
+        bm25: a `Bm25` of the documents, for hybrid jobs; None: there are none.
         whitened: whether the model's embeddings are.
     """
 
-    def __init__(self, encoder: Encoder, index: Any, entries: Any, shapes: tuple[Sequence[int], Sequence[int]],
+    def __init__(self, encoder: Encoder, index: Any, documents: Any, shapes: tuple[Sequence[int], Sequence[int]],
                  distinct: bool = False, bm25: Any = None, whitened: bool = False) -> None:
-        self.encoder, self.index, self.entries, self.bm25 = encoder, index, entries, bm25
+        self.encoder, self.index, self.documents, self.bm25 = encoder, index, documents, bm25
         self.shapes, self.distinct = shapes, distinct
         encoder.make_batches = functools.partial(fixed_batches, sizes=shapes[0], lengths=shapes[1])
-        self.facts = Facts(entries.documents, encoder.embedding_size, encoder.precision, bm25 is not None,
+        self.facts = Facts(documents.line_count, encoder.embedding_size, encoder.precision, bm25 is not None,
                            encoder.max_seq_length, whitened)
         self.has_cut = False
 
@@ -109,27 +108,29 @@ class Searcher:
 
     def _search(self, queries: np.ndarray,
                 asked: dict[tuple[str, bool], int]) -> dict[tuple[str, bool], list[Found]]:
-        depths = [max(depth, FUSED) if hybrid else depth for (_, hybrid), depth in asked.items()]
-        (entries, cosines), rows = search(self.index, self.entries, queries, max(depths))
-        cosines = cosines.clip(-1, 1)  # rounding of two unit vectors may go beyond 1
+        depths = [max(depth, FUSION_DEPTH) if hybrid else depth for (_, hybrid), depth in asked.items()]
+        ranking = search(self.index, self.documents, queries, max(depths))
         alone = [0 if hybrid else depth for (_, hybrid), depth in asked.items()]  # the others' hits are fused below
-        hits = expand((entries, cosines), self.entries, alone, self.distinct, rows)
+        hits = hits_of(ranking, self.documents, alone, self.distinct)
         found = {key: [Found(*hit[:4], passage=hit.passage) for hit in each] for key, each in zip(asked, hits)}
         for row, ((text, hybrid), depth) in enumerate(zip(asked, depths)):
             if hybrid:
-                near = entries[row : row + 1, :depth], cosines[row : row + 1, :depth]
+                near = Ranking(*(column[row : row + 1, :depth] for column in ranking))
                 found[text, True] = self._fused(text, queries[row], near, asked[text, True], depth)
         return found
 
-    def _fused(self, text: str, query: np.ndarray, near: Hits, top_k: int, depth: int) -> list[Found]:
+    def _fused(self, text: str, query: np.ndarray, near: Ranking, top_k: int, depth: int) -> list[Found]:
         """As recall.py --hybrid_bm25 fuses what is `near` with what BM25 finds."""
         from simcse.index.bm25 import fuse, words
 
-        (entries,), (scores,) = fuse(near, self.bm25.search([text], depth), min(top_k, len(self.entries)))
-        entries, scores = entries[entries >= 0], scores[entries >= 0]
-        rows, cosines = self._best_rows(entries, query)  # of those, too, that words alone have found
+        fused = fuse(near, self.bm25.search([text], depth), min(top_k, len(self.documents)))
+        documents = fused.documents[0]
+        documents = documents[documents >= 0]
+        scores = fused.scores[0]
+        rows, cosines = self._best_rows(documents, query)  # of those, too, that words alone have found
         asked_words = distinct(words(text))
-        hits, = expand((entries[None], np.arange(len(entries))[None]), self.entries, [top_k], self.distinct, rows)
+        places = np.arange(len(documents))
+        hits, = hits_of(Ranking(documents[None], places[None], rows[None]), self.documents, [top_k], self.distinct)
         found = []
         for document, line, id, place, passage in hits:
             there = set(words(document))
@@ -137,16 +138,16 @@ class Searcher:
                                [word for word in asked_words if word in there], passage))
         return found
 
-    def _best_rows(self, entries: np.ndarray, query: np.ndarray) -> tuple[Rows | None, list[float]]:
-        """The cosine of each entry, of its best passage where there are any; and the row that this is."""
-        passages = self.entries.passages
-        of = [np.array([entry]) if passages is None else passages.rows_of(entry) for entry in entries]
-        rows, starts = np.concatenate([np.empty(0, "int64"), *of]), np.cumsum([0, *map(len, of)])
-        vectors = np.empty((len(rows), self.facts.embedding_size), "float32")
-        self.index.take(rows, vectors)
-        cosines = (vectors @ query).clip(-1, 1)
-        best = [start + int(cosines[start:end].argmax()) for start, end in itertools.pairwise(starts)]
-        return None if passages is None else [dict(zip(entries.tolist(), rows[best].tolist()))], cosines[best].tolist()
+    def _best_rows(self, documents: np.ndarray, query: np.ndarray) -> tuple[np.ndarray, list[float]]:
+        """The best row of each document, and its cosine."""
+        best_rows, cosines = [], []
+        for document in documents.tolist():
+            rows = self.documents.rows_of(document)
+            of_rows = (self.index.vectors(rows) @ query).clip(-1, 1)
+            best = int(of_rows.argmax())
+            best_rows.append(int(rows[best]))
+            cosines.append(float(of_rows[best]))
+        return np.array(best_rows, "int64"), cosines
 
 
 def fixed_batches(ids: Sequence[Ids], pad_id: int, sizes: Sequence[int],
@@ -199,46 +200,41 @@ def open_searcher(args: argparse.Namespace) -> Searcher:
     if not digest:
         raise console.InputError(f"--model_dir {args.model_dir}: its {CONFIG_FILE} does not say of which checkpoint it "
                                  "is; export it again")
-    index, fingerprint = None, {"model": digest}
+    index, wanted = None, Manifest(model=digest)
     if args.index_path:
-        fingerprint = ann_util.read_fingerprint(args.index_path, fingerprint)
+        manifest = ann_util.read_manifest(args.index_path, wanted)
     else:
-        index, fingerprint = _open_collection(args, fingerprint)
+        index, documents = _open_collection(args, wanted)
+        manifest = index.manifest
     weights = sum(file.stat().st_size for file in os.scandir(args.model_dir) if file.name.startswith("inference."))
-    shapes = shapes_for(weights, fingerprint["max_seq_length"])
-    engine = _open_engine(args, fingerprint["precision"], len(shapes[0]) * len(shapes[1]))
+    shapes = shapes_for(weights, manifest.max_seq_length)
+    engine = _open_engine(args, manifest.precision, len(shapes[0]) * len(shapes[1]))
     if index is None:
-        index, entries = ann_util.load_index(args.index_path, fingerprint, engine.embedding_size, args.cpu_threads)
-    else:
-        entries = index
-    encoder = Encoder(engine, load_tokenizer(args.model_dir), fingerprint["max_seq_length"])
-    searcher = Searcher(encoder, index, entries, shapes, args.distinct,
-                        _open_bm25(args.index_path, entries, fingerprint.get("corpus")),
+        index, documents = ann_util.load_index(args.index_path, manifest, threads=args.cpu_threads)
+    encoder = Encoder(engine, load_tokenizer(args.model_dir), manifest.max_seq_length)
+    searcher = Searcher(encoder, index, documents, shapes, args.distinct,
+                        _open_bm25(args.index_path, documents, manifest.corpus),
                         read_record(args.model_dir).get("whitened_at") is not None)
     searcher.warm_up()
     return searcher
 
 
-def _open_collection(args: argparse.Namespace, fingerprint: dict) -> tuple[Any, dict]:
+def _open_collection(args: argparse.Namespace, wanted: Manifest) -> tuple[Any, Any]:
     from simcse.index.milvus import MilvusIndex
 
-    if args.max_top_k > MilvusIndex.MOST:
-        raise console.InputError(f"--max_top_k {args.max_top_k}: Milvus gives at most {MilvusIndex.MOST}")
-    index = MilvusIndex(args.milvus_uri, args.milvus_collection, fingerprint)
-    if index.pieces:
-        raise console.InputError(f"--milvus_collection {index.collection}: not all documents are in it yet; finish it "
-                                 "with recall.py")
-    return index, index.fingerprint
+    if args.max_top_k > MilvusIndex.max_k:
+        raise console.InputError(f"--max_top_k {args.max_top_k}: Milvus gives at most {MilvusIndex.max_k}")
+    return ann_util.open_collection(args.milvus_uri, args.milvus_collection, wanted)
 
 
-def _open_bm25(index_path: str | None, entries: Any, corpus: str | None) -> Any:
+def _open_bm25(index_path: str | None, documents: Any, corpus: str | None) -> Any:
     """The index of words that recall.py --hybrid_bm25 keeps in that of embeddings; None: there is none."""
     folder = os.path.join(index_path or "", "bm25")
     if not index_path or not os.path.isdir(folder):
         return None
     from simcse.index.bm25 import Bm25
 
-    bm25 = Bm25(entries, folder, corpus)
+    bm25 = Bm25(documents, folder, corpus)
     bm25.search(["语义检索"], 1)  # jieba reads its dictionary before somebody waits for it
     return bm25
 

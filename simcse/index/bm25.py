@@ -8,25 +8,27 @@ from collections.abc import Sequence
 
 from simcse import console
 from simcse.files import new_folder, read_json, write_json
+from simcse.index.hits import Ranking
+from simcse.index.protocols import NO_SCORE, NOT_FOUND, SearchResult
 
 import bm25s
 import jieba
 import numpy as np
 
-Found = tuple[np.ndarray, np.ndarray]  # of every query rows int64 [Q, k] and scores [Q, k], best first
-K1, B = 1.5, 0.75
-CORPUS_FILE = "corpus.json"  # beside what bm25s writes
+K1 = 1.5
+B = 0.75
+CORPUS_FILE = "corpus.json"  # beside the files of bm25s
 jieba.setLogLevel(logging.WARNING)
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # else it logs wherever another library has set up logging
 
 
 def fold(text: str) -> str:
-    """A text of one width and one case: Unicode's NFKC, case folded."""
+    """Return a text in one width and one case: Unicode's NFKC, case folded."""
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, folded, those without a letter or a digit left out."""
+    """Return the words of a text, folded, without those that have neither letter nor digit."""
     return [word for word in jieba.cut(fold(text)) if any(map(str.isalnum, word))]
 
 
@@ -36,9 +38,13 @@ class Bm25:
     A document's score is the sum, over the words of the query, each as often as it is there, of
     ln(1 + (N - df + 0.5) / (df + 0.5)) * tf / (tf + k1 * (1 - b + b * length / mean length)); lengths are in words.
 
-    The index is read from `folder`, InputError where that is damaged, or else built, with all words of the documents in
-    memory, and kept there; None: it is only built. `corpus` is the SHA-256 of the file that the documents are of, which
-    is kept beside it: read for another, it is damaged.
+    Args:
+        documents: the texts. All of their words are in memory while the index is built.
+        folder: where the index is read from, or, if there is none, built and kept; None: it is only built.
+        corpus: SHA-256 of the file that the documents are of, kept with the index and compared when it is read.
+
+    Raises:
+        InputError: the folder is damaged, or of another corpus.
     """
 
     def __init__(self, documents: Sequence[str], folder: str | None = None, corpus: str | None = None) -> None:
@@ -47,76 +53,120 @@ class Bm25:
             return
         self._index = _build(documents)
         if folder and self._index:
-            try:
-                with new_folder(folder) as temporary:
-                    self._index.save(temporary, show_progress=False)
-                    write_json(os.path.join(temporary, CORPUS_FILE), {"corpus": corpus})
-            except OSError as error:  # the index may be another user's, or on a disk that cannot be written
-                console.warn(f"BM25 is not kept in {folder}: {error.strerror or error}")
+            _keep(self._index, folder, corpus)
 
-    def search(self, queries: Sequence[str], k: int) -> Found:
-        """The k documents of the highest scores above 0 of every query: rows int64 and scores float32 [Q, k], best
-        first, of equal scores the lower row first; where there are fewer, rows -1 with scores -inf at the end."""
-        rows, scores = np.full((len(queries), k), -1, "int64"), np.full((len(queries), k), -np.inf, "float32")
+    def search(self, queries: Sequence[str], k: int) -> SearchResult:
+        """Return the k documents of the highest scores above 0 for each query, as rows of the documents."""
+        rows = np.full((len(queries), k), NOT_FOUND)
+        scores = np.full((len(queries), k), NO_SCORE, "float32")
         if not self._index:
-            return rows, scores
+            return SearchResult(rows, scores)
         with console.progress("BM25: searching", len(queries), "queries") as advance:
             for number, query in enumerate(queries):
-                of_all = self._index.get_scores_from_ids(self._index.get_tokens_ids(words(query)))
-                best = np.flatnonzero(of_all > 0)
-                if k < len(best):
-                    best = best[of_all[best] >= np.partition(of_all[best], -k)[-k]]
-                best = best[np.argsort(-of_all[best], kind="stable")][:k]
-                rows[number, : len(best)], scores[number, : len(best)] = best, of_all[best]
+                scores_of_all = self._index.get_scores_from_ids(self._index.get_tokens_ids(words(query)))
+                best = _best(scores_of_all, k)
+                rows[number, : len(best)] = best
+                scores[number, : len(best)] = scores_of_all[best]
                 advance()
-        return rows, scores
+        return SearchResult(rows, scores)
+
+
+def _best(scores: np.ndarray, k: int) -> np.ndarray:
+    """Return the rows of the k highest scores above 0, best first; of equal scores the lower row first."""
+    rows = np.flatnonzero(scores > 0)
+    if k < len(rows):
+        kth_best = np.partition(scores[rows], -k)[-k]
+        rows = rows[scores[rows] >= kth_best]
+    order = np.argsort(-scores[rows], kind="stable")
+    return rows[order[:k]]
 
 
 def _build(documents: Sequence[str]) -> bm25s.BM25 | None:
-    """The index of the documents; None: no document has a word."""
-    started, vocabulary, ids = time.time(), {"": 0}, []
+    """Return the index of the documents; None: no document has a word."""
+    started = time.time()
+    id_of_word = {"": 0}
+    ids_of_documents = []
     with console.progress("BM25", len(documents), "documents") as advance:
         for document in documents:
-            ids.append([vocabulary.setdefault(word, len(vocabulary)) for word in words(document)])
+            ids_of_documents.append([id_of_word.setdefault(word, len(id_of_word)) for word in words(document)])
             advance()
-    index = bm25s.BM25(k1=K1, b=B, method="lucene") if any(ids) else None
-    if index:
-        index.index((ids, vocabulary), show_progress=False)
-    console.log(f"BM25 over {len(ids)} documents, {len(vocabulary) - 1} words: {time.time() - started:.1f} s")
+    index = None
+    if any(ids_of_documents):
+        index = bm25s.BM25(k1=K1, b=B, method="lucene")
+        index.index((ids_of_documents, id_of_word), show_progress=False)
+    console.log(f"BM25 over {len(documents)} documents, {len(id_of_word) - 1} words: {time.time() - started:.1f} s")
     return index
 
 
+def _keep(index: bm25s.BM25, folder: str, corpus: str | None) -> None:
+    """Write the index to a folder; warn if that is another user's, or cannot be written."""
+    try:
+        with new_folder(folder) as temporary:
+            index.save(temporary, show_progress=False)
+            write_json(os.path.join(temporary, CORPUS_FILE), {"corpus": corpus})
+    except OSError as error:
+        console.warn(f"BM25 is not kept in {folder}: {error.strerror or error}")
+
+
 def _read(folder: str, documents: int, corpus: str | None) -> bm25s.BM25:
-    """The index that is kept in a folder, of so many documents of a corpus."""
+    """Return the index in a folder.
+
+    Args:
+        documents: how many it must have.
+        corpus: SHA-256 of the file that they must be of.
+    """
     with console.reported(f"{folder}: damaged", OSError, EOFError, KeyError, ValueError,
                           remedy="; remove this folder to build it again"):
         index = bm25s.BM25.load(folder, mmap=True, show_progress=False)
-        if index.scores["num_docs"] != documents:
-            raise ValueError(f"of {index.scores['num_docs']} documents instead of {documents}")
-        if read_json(os.path.join(folder, CORPUS_FILE)).get("corpus", corpus) != corpus:  # earlier versions kept none
+        kept_documents = index.scores["num_docs"]
+        if kept_documents != documents:
+            raise ValueError(f"of {kept_documents} documents instead of {documents}")
+        kept_corpus = read_json(os.path.join(folder, CORPUS_FILE)).get("corpus", corpus)  # earlier versions kept none
+        if kept_corpus != corpus:
             raise ValueError("of another corpus")
-        if fold(known := " ".join(index.vocab_dict)) != known:
+        vocabulary = " ".join(index.vocab_dict)
+        if fold(vocabulary) != vocabulary:
             raise ValueError("its words differ in width or case, as an earlier version made them")
     console.log(f"using BM25 in {folder}")
     return index
 
 
-def fuse(dense: Found, lexical: Found, k: int) -> Found:
-    """Two rankings of the same queries as one: a document's score is its cosine plus its BM25 score divided by that of
-    the query's first (a convex combination; Bruch et al. 2023, arXiv:2210.11934).
+def fuse(dense: Ranking, lexical: SearchResult, k: int) -> Ranking:
+    """Return the k best documents of two rankings of the same queries.
 
-    Both are [Q, any], best first, rows of -1 none. A document that is not in a ranking has the last score there, which
-    it has at most, or 0 where that is none. The k best are rows int64 and scores float64 [Q, k], of equal scores the
-    better rank in `dense` first; where there are fewer, rows -1 with scores -inf at the end.
+    A document's fused score is its cosine plus its BM25 score divided by that of the query's first (a convex
+    combination; Bruch et al. 2023, arXiv:2210.11934). A document that is not in a ranking has the last score there,
+    which it has at most, or 0 if that ranking is not full. Of equal scores the better rank in `dense` comes first.
+
+    Args:
+        dense: documents by cosine, [queries, any].
+        lexical: documents by BM25, as rows, [queries, any].
+        k: how many.
+
+    Returns:
+        scores are float64 [queries, k]; rows are those of `dense`.
     """
-    highest = np.where(lexical[0][:, :1] >= 0, lexical[1][:, :1], 1.0)
-    sides = [side.tolist() for found, points in (dense, (lexical[0], lexical[1] / highest))
-             for side in (found, np.where(found >= 0, points, 0.0))]
-    rows, scores = np.full((len(dense[0]), k), -1, "int64"), np.full((len(dense[0]), k), -np.inf)
-    for number, (near, cosines, matching, shares) in enumerate(zip(*sides)):
-        cosine_of, share_of = dict(zip(near, cosines)), dict(zip(matching, shares))
-        fused = {row: cosine_of.get(row, cosines[-1]) + share_of.get(row, shares[-1])
-                 for row in (*near, *matching) if row >= 0}
-        best = sorted(fused, key=fused.__getitem__, reverse=True)[:k]  # stable: equal ones stay in dense order
-        rows[number, : len(best)], scores[number, : len(best)] = best, [fused[row] for row in best]
-    return rows, scores
+    queries = len(dense.documents)
+    fused = Ranking(np.full((queries, k), NOT_FOUND), np.full((queries, k), NO_SCORE), np.full((queries, k), NOT_FOUND))
+    for query in range(queries):
+        cosine_of, lowest_cosine = _scores_by_document(dense.documents[query], dense.scores[query])
+        highest = lexical.scores[query, 0] if lexical.rows[query, 0] != NOT_FOUND else 1.0
+        share_of, lowest_share = _scores_by_document(lexical.rows[query], lexical.scores[query] / highest)
+        score_of = {}
+        for document in [*cosine_of, *share_of]:
+            score_of[document] = cosine_of.get(document, lowest_cosine) + share_of.get(document, lowest_share)
+        best = sorted(score_of, key=score_of.__getitem__, reverse=True)[:k]  # stable: equal ones stay in dense order
+        row_of = dict(zip(dense.documents[query].tolist(), dense.rows[query].tolist()))
+        for rank, document in enumerate(best):
+            fused.documents[query, rank] = document
+            fused.scores[query, rank] = score_of[document]
+            fused.rows[query, rank] = row_of.get(document, NOT_FOUND)
+    return fused
+
+
+def _scores_by_document(documents: np.ndarray, scores: np.ndarray) -> tuple[dict[int, float], float]:
+    """Return the score of each document of one ranking, and that of a document which is not in it."""
+    found = documents != NOT_FOUND
+    score_of = dict(zip(documents[found].tolist(), scores[found].tolist()))
+    lowest = float(scores[-1]) if found[-1] else 0.0
+    return score_of, lowest

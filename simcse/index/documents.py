@@ -1,102 +1,231 @@
-"""What has a vector in an index, and which lines of the corpus that is."""
+"""The documents of a corpus: its distinct texts, the lines that have each, and the rows that an index has of them."""
 
 import os
 from collections.abc import Sequence
 from itertools import islice
+from typing import Any
 
-from simcse.console import progress
+from simcse.console import InputError, log, progress
+from simcse.index.protocols import NOT_FOUND, Document, Line
+from simcse.machine import RANK
+from simcse.text.keys import passage_keys, text_keys
 from simcse.text.passages import Passages
 from simcse.text.textfile import Corpus
 from simcse.text.tokens import WINDOW
 
 import numpy as np
 
-Line = tuple[int | None, str | None]  # its number, from 1, and its document's id, None where they are not known
+LINES_FILE = "documents.npy"
+KEYS_FILE = "keys.npy"
 
 
-class Entries(Sequence):
-    """What an index has a vector of: the distinct texts of a corpus, in the order of their first lines. Copies would
-    break the graph: they are each other's neighbours, and nothing leads out of them.
+class Documents(Sequence):
+    """The distinct texts of a corpus, in the order of their first lines. As a sequence, the texts.
 
-    An entry is a row of the index, or, with `passages`, several. `rows`, int32, are the corpus' rows, entry by entry:
-    rows[starts[e] : starts[e + 1]] have the text of entry e, in their order. Equal texts are found by a hash of 64
-    bits, whose key is another in every process: the odds that any two of 8 million are taken for one are 2 in a
-    million.
+    Copies of a text are one document. In an index of lines they would break the graph: they are each other's nearest
+    neighbours, so that no link leads out of them.
+
+    An index has a row for each document, or, after `split`, for each passage of one; see `DocumentStore`. Texts are
+    told apart by their keys (`text_keys`).
 
     Args:
-        folder: where `save` has written the two, which are then mapped instead of read; None: they are found.
+        corpus: the texts.
+        folder: where `save` has written the documents, which are then mapped into memory; None: they are found.
+
+    Attributes:
+        passages: those of all documents; None: a row is a document.
+        line_count: lines of the corpus.
+
+    Raises:
+        InputError: two different texts have the same key.
     """
 
     def __init__(self, corpus: Corpus, folder: str | None = None) -> None:
-        self.corpus, self.documents = corpus, len(corpus)
+        self.corpus = corpus
+        self.line_count = len(corpus)
         self.passages: Passages | None = None
-        self._keys: np.ndarray | None = None
+        # The lines of document d are rows self._lines[self._starts[d] : self._starts[d + 1]] of the corpus, int32.
         if folder:
-            both = np.load(os.path.join(folder, "entries.npy"), mmap_mode="r")
-            self.rows, self.starts = np.split(both, [len(corpus)])
-            return
-        keys = _hashes(corpus)
-        _, first, entry, lines = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
-        self.rows = np.argsort(first[entry], kind="stable").astype("int32")
-        self.starts = np.append(0, np.cumsum(lines[np.argsort(first)])).astype("int32")
-        self._keys = keys[np.sort(first)]
+            both = np.load(os.path.join(folder, LINES_FILE), mmap_mode="r")
+            self._lines = both[: len(corpus)]
+            self._starts = both[len(corpus) :]
+            self.keys = np.load(os.path.join(folder, KEYS_FILE), mmap_mode="r")
+        else:
+            self._group_lines(_read_keys(corpus))
 
-    def __len__(self) -> int:
-        return len(self.starts) - 1
+    def _group_lines(self, keys: np.ndarray) -> None:
+        """Find the documents and their lines by the key of each line, int64 [lines]."""
+        _, first, group, counts = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
+        first_line = first[group]
+        _check_copies(self.corpus, first_line)
+        self._lines = np.argsort(first_line, kind="stable").astype("int32")
+        counts = counts[np.argsort(first)]
+        self._starts = np.append(0, np.cumsum(counts)).astype("int32")
+        self.keys = keys[np.sort(first)]
 
-    @property
-    def vectors(self) -> "Entries | Passages":
-        """What the rows of the index are."""
-        return self if self.passages is None else self.passages
-
-    def __getitem__(self, entry):
-        rows = self.rows[self.starts[:-1][entry]]
-        return self.corpus.take(rows) if rows.ndim else self.corpus[int(rows)]
-
-    def lines(self, entry: int, most: int | None = None) -> list[Line]:
-        """The first `most` lines of an entry in the corpus' file; None: all."""
-        start, end = self.starts[entry : entry + 2]
-        rows = self.rows[start:end][:most]
-        return list(zip(map(self.corpus.line_number, rows), self.corpus.ids(rows)))
-
-    def place(self, entry: int) -> str:
-        """Where the first line of an entry stands, as file:line."""
-        return self.corpus.place(int(self.rows[self.starts[entry]]))
-
-    def take(self, entries: Sequence[int], most: int | None = None) -> list[tuple[str, list[Line]]]:
-        """The texts of some entries, and their `lines`."""
-        return [(self[entry], self.lines(entry, most)) for entry in entries]
-
-    def hashes(self) -> np.ndarray:
-        """Python's hash of each text, int64, the same for the same text in this process alone."""
-        return _hashes(self.corpus)[self.rows[self.starts[:-1]]] if self._keys is None else self._keys
-
-    def find(self, others: "Entries") -> np.ndarray:
-        """Which entry has the text of each of the others, int64 [others]; -1: none."""
-        own, theirs = self.hashes(), others.hashes()
-        order = np.argsort(own)
-        places = order[np.searchsorted(own, theirs, sorter=order).clip(max=len(own) - 1)]
-        return np.where(own[places] == theirs, places, -1)
-
-    def rows_from(self, first: np.ndarray) -> np.ndarray:
-        """Where each row is in an index in which each entry's first row is at `first`, int64; -1: not there."""
-        if self.passages is None:
-            return first
-        rows = np.arange(len(self.passages))
-        own = self.passages.documents_of(rows)
-        return np.where(first[own] < 0, -1, first[own] + rows - self.passages.starts[own])
+    def split(self, tokenizer: Any, max_seq_length: int) -> None:
+        """Split all documents into passages of at most so many tokens; each is a row of the index."""
+        self.passages = Passages.split(self, tokenizer, max_seq_length)
 
     def save(self, folder: str) -> None:
-        np.save(os.path.join(folder, "entries.npy"), np.append(self.rows, self.starts))
+        """Write the documents, without the corpus, to a folder."""
+        np.save(os.path.join(folder, LINES_FILE), np.append(self._lines, self._starts))
+        np.save(os.path.join(folder, KEYS_FILE), self.keys)
         if self.passages is not None:
             self.passages.save(folder)
 
+    @staticmethod
+    def load_keys(folder: str) -> np.ndarray:
+        """Return the keys of the documents that `save` has written, int64 [documents]."""
+        return np.load(os.path.join(folder, KEYS_FILE))
 
-def _hashes(corpus: Corpus) -> np.ndarray:
-    """A hash of each text, int64 [rows], the same for the same text in this process alone."""
+    @classmethod
+    def load_row_keys(cls, folder: str, has_passages: bool) -> np.ndarray:
+        """Return the keys of the rows that `save` has written, int64 [rows]."""
+        keys = cls.load_keys(folder)
+        if not has_passages:
+            return keys
+        passages = Passages.load(keys, folder)
+        return keys_of_passages(keys, passages.starts, passages.offsets)
+
+    # ---------------------------------------------------------------------------------------------------- documents
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, document):
+        """Return the text of a document, or those of a slice or an array of documents."""
+        first_lines = self._lines[self._starts[:-1][document]]
+        if first_lines.ndim:
+            return self.corpus.take(first_lines)
+        return self.corpus[int(first_lines)]
+
+    def place(self, document: int) -> str:
+        """Return where the first line of a document stands, as file:line."""
+        return self.corpus.place(int(self._lines[self._starts[document]]))
+
+    def lines(self, document: int, max_lines: int | None = None) -> list[Line]:
+        """Return the first lines that have the text of a document; None: all of them."""
+        rows = self._lines[self._starts[document] : self._starts[document + 1]][:max_lines]
+        return [Line(self.corpus.line_number(row), id) for row, id in zip(rows, self.corpus.ids(rows))]
+
+    def read(self, documents: Sequence[int], max_lines: int | None = None) -> list[Document]:
+        """Return some documents, each with its first lines; None: with all of them."""
+        return [Document(self[document], self.lines(document, max_lines)) for document in documents]
+
+    # --------------------------------------------------------------------------------------------- rows of the index
+    @property
+    def has_passages(self) -> bool:
+        return self.passages is not None
+
+    @property
+    def row_texts(self) -> Sequence[str]:
+        """The text of each row of the index."""
+        return self if self.passages is None else self.passages
+
+    @property
+    def row_count(self) -> int:
+        return len(self.row_texts)
+
+    def row_keys(self) -> np.ndarray:
+        """Return the key of each row, int64 [rows].
+
+        Raises:
+            InputError: two passages have the same key.
+        """
+        if self.passages is None:
+            return self.keys
+        keys = keys_of_passages(self.keys, self.passages.starts, self.passages.offsets)
+        if len(np.unique(keys)) < len(keys):
+            raise InputError(f"{self.corpus.name}: two passages have the same 64-bit key; leave out --passages")
+        return keys
+
+    def documents_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the document of each row, int64 of the same shape; NOT_FOUND stays."""
+        if self.passages is None:
+            return rows
+        return np.where(rows < 0, NOT_FOUND, self.passages.documents_of(rows))
+
+    def rows_of(self, document: int) -> np.ndarray:
+        """Return the rows of a document, int64."""
+        if self.passages is None:
+            return np.array([document])
+        return self.passages.rows_of(document)
+
+    def passage_texts(self, rows: Sequence[int]) -> list[str]:
+        """Return the texts of some passages."""
+        return self.passages[np.asarray(rows, "int64")]
+
+
+def _read_keys(corpus: Corpus) -> np.ndarray:
+    """Return the key of each line of the corpus, int64 [lines]."""
+    keys = np.empty(len(corpus), "int64")
+    texts = iter(corpus)
     with progress("looking for copies", len(corpus), "documents") as advance:
-        keys, texts = np.empty(len(corpus), "int64"), iter(corpus)
-        for block in np.split(keys, range(WINDOW, len(keys), WINDOW)):
-            block[:] = np.fromiter(map(hash, islice(texts, len(block))), "int64")
+        for start in range(0, len(corpus), WINDOW):
+            block = text_keys(islice(texts, WINDOW))
+            keys[start : start + len(block)] = block
             advance(len(block))
     return keys
+
+
+def _check_copies(corpus: Corpus, first_line: np.ndarray) -> None:
+    """Raise InputError if a line has not the text of the first line that has its key.
+
+    Args:
+        first_line: int64 [lines], that row of the corpus for each.
+    """
+    copies = np.flatnonzero(first_line != np.arange(len(corpus)))
+    for start in range(0, len(copies), WINDOW):
+        rows = copies[start : start + WINDOW]
+        texts = corpus.take(rows)
+        first_texts = corpus.take(first_line[rows])
+        for row, text, first_text in zip(rows, texts, first_texts):
+            if text != first_text:
+                raise InputError(f"{corpus.place(row)}: has the same 64-bit key as another text, "
+                                 f"{corpus.place(first_line[row])}; change or remove one of the two")
+
+
+def keys_of_passages(document_keys: np.ndarray, starts: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Return the keys of the passages of all documents, int64 [passages].
+
+    Args:
+        document_keys: int64 [documents].
+        starts, offsets: see `Passages`.
+    """
+    counts = np.diff(starts)
+    return passage_keys(np.repeat(document_keys, counts), offsets)
+
+
+def find_keys(keys: np.ndarray, existing: np.ndarray) -> np.ndarray:
+    """Return the position of each key among `existing` ones, int64 [keys]; NOT_FOUND: it is not there.
+
+    Args:
+        keys: int64 [keys].
+        existing: int64 [existing], each once.
+    """
+    if not len(existing):
+        return np.full(len(keys), NOT_FOUND)
+    order = np.argsort(existing)
+    places = np.searchsorted(existing, keys, sorter=order)
+    positions = order[np.minimum(places, len(existing) - 1)]
+    return np.where(existing[positions] == keys, positions, NOT_FOUND)
+
+
+def report_changes(documents: Documents, previous_keys: np.ndarray, where: str) -> None:
+    """Log how many documents are new, and gone, since an index was built.
+
+    Args:
+        documents: the corpus now.
+        previous_keys: int64 [documents then], their keys.
+        where: the flag that names the index, and its value.
+
+    Raises:
+        InputError: all are new, so that the index is of another corpus.
+    """
+    new = int(np.count_nonzero(find_keys(documents.keys, previous_keys) == NOT_FOUND))
+    gone = len(previous_keys) - (len(documents) - new)
+    if new == len(documents):
+        raise InputError(f"{where}: was built with another corpus, of which no text is in {documents.corpus.name}; "
+                         "name another, or remove this one to build it again")
+    if not RANK:
+        log(f"{documents.line_count:,} documents: {new:,} new, {gone:,} gone, encoded {new:,}")

@@ -1,69 +1,121 @@
-"""Exact search by cosine of L2-normalized embeddings, the reference."""
+"""Exact search by a matrix product: an engine for small corpora, and the reference for the others."""
 
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
+from typing import Any
+
+from simcse.index.protocols import SearchResult, VectorIndex
+from simcse.machine import CPU_THREADS
 
 import numpy as np
 
-# Exact search multiplies so many queries by so many documents at a time, on every core: 16 MB of cosines.
-QUERY_BLOCK, CORPUS_BLOCK = 256, 16384
-Found = tuple[np.ndarray, np.ndarray]  # of every query rows int64 [Q, k] and their cosines float32 [Q, k], best first
+# A thread multiplies so many queries by so many vectors at a time: 16 MB of cosines.
+QUERY_BLOCK = 256
+CORPUS_BLOCK = 16384
 
 
-def merge(parts: Iterable[Found], k: int) -> Found:
-    """The k best of several results of the same queries, or all where there are fewer; of equal cosines the lower row
-    first."""
-    rows, cosines = map(np.hstack, zip(*parts))
-    order = np.lexsort((rows, -cosines), axis=1)[:, :k]
-    return np.take_along_axis(rows, order, axis=1), np.take_along_axis(cosines, order, axis=1)
+def merge(parts: Iterable[SearchResult], k: int) -> SearchResult:
+    """Return the k best of several results for the same queries, or all if there are fewer.
 
-
-def exact_search(queries: np.ndarray, corpus: "np.ndarray | ExactIndex", k: int) -> Found:
-    """The k most similar corpus rows of every query, by a blocked matrix product.
-
-    Queries [Q, dim] and corpus [N, dim], an array or an index, are float32 and L2-normalized. Rows, int64, and cosines,
-    float32, are [Q, min(k, N)], best first; of equal cosines the lower row comes first.
+    Of equal scores the lower row comes first.
     """
-    best = np.empty((len(queries), 0), "int64"), np.empty((len(queries), 0), "float32")
-    query_blocks = np.split(queries, range(QUERY_BLOCK, len(queries), QUERY_BLOCK))
-    with ThreadPoolExecutor(os.cpu_count()) as workers:
-        for start in range(0, len(corpus), CORPUS_BLOCK):  # cosines depend on blocks, in their last bit
-            block = corpus[start : start + CORPUS_BLOCK]
-            found = workers.map(_search_block, query_blocks, repeat(block.T), repeat(k))
-            rows, cosines = map(np.concatenate, zip(*found))
-            best = merge([best, (rows + start, cosines)], k)
+    parts = list(parts)
+    rows = np.hstack([part.rows for part in parts])
+    scores = np.hstack([part.scores for part in parts])
+    order = np.lexsort((rows, -scores), axis=1)[:, :k]
+    return SearchResult(np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1))
+
+
+def exact_search(queries: np.ndarray, corpus: Any, k: int, threads: int = 0) -> SearchResult:
+    """Return the k most similar vectors of the corpus for each query; of equal cosines the lower row comes first.
+
+    Args:
+        queries: float32 [queries, dim], L2-normalized.
+        corpus: float32 [vectors, dim], L2-normalized: an array, or a `VectorIndex`.
+        k: how many; all vectors if there are fewer.
+        threads: how many blocks of queries are searched at a time; 0: as many as there are cores.
+    """
+    vectors_of = corpus.vectors if isinstance(corpus, VectorIndex) else corpus.__getitem__
+    query_blocks = [queries[start : start + QUERY_BLOCK] for start in range(0, len(queries), QUERY_BLOCK)]
+    best = SearchResult(np.empty((len(queries), 0), "int64"), np.empty((len(queries), 0), "float32"))
+    with ThreadPoolExecutor(threads or CPU_THREADS) as workers:
+        for start in range(0, len(corpus), CORPUS_BLOCK):  # the last bit of a cosine depends on these blocks
+            transposed = vectors_of(slice(start, start + CORPUS_BLOCK)).T
+            running = [workers.submit(_search_block, block, transposed, k) for block in query_blocks]
+            results = [search.result() for search in running]
+            if not results:
+                break
+            rows = np.concatenate([result.rows for result in results]) + start
+            scores = np.concatenate([result.scores for result in results])
+            best = merge([best, SearchResult(rows, scores)], k)
     return best
 
 
-def _search_block(queries: np.ndarray, transposed: np.ndarray, k: int) -> Found:
-    """The k most similar columns of `transposed`, float32 [dim, block], in rising order, and their cosines."""
+def _search_block(queries: np.ndarray, transposed: np.ndarray, k: int) -> SearchResult:
+    """Return the k most similar columns for each query, in the order of the columns.
+
+    Of columns that are as similar as the k-th the lower ones are among the k.
+
+    Args:
+        queries: float32 [queries, dim].
+        transposed: float32 [dim, columns].
+    """
     cosines = queries @ transposed
-    columns = np.sort(np.argpartition(-cosines, min(k, cosines.shape[1]) - 1, axis=1)[:, :k], axis=1)
-    return columns, np.take_along_axis(cosines, columns, axis=1)
+    size = cosines.shape[1]
+    k = min(k, size)
+    kth_best = np.partition(cosines, size - k, axis=1)[:, size - k, np.newaxis]
+    candidates = cosines >= kth_best
+    columns = np.nonzero(candidates)[1]
+    if len(columns) > k * len(queries):  # somewhere several are as similar as the k-th
+        columns = np.stack([_lowest_best(cosines[query], candidates[query], k) for query in range(len(queries))])
+    columns = columns.reshape(len(queries), k)
+    return SearchResult(columns, np.take_along_axis(cosines, columns, axis=1))
 
 
-class ExactIndex:
-    """All embeddings in memory, searched by `exact_search`: for small corpora, and as the reference."""
+def _lowest_best(cosines: np.ndarray, candidates: np.ndarray, k: int) -> np.ndarray:
+    """Return the k best columns of one query, in their order; of equal cosines the lower columns.
 
-    def __init__(self, path: str | None = None) -> None:
-        self._embeddings = np.load(path) if path else np.empty((0, 0), "float32")
+    Args:
+        cosines: float32 [columns].
+        candidates: bool [columns], whether a column is as similar as the k-th, or more.
+    """
+    columns = np.flatnonzero(candidates)
+    order = np.argsort(-cosines[columns], kind="stable")
+    return np.sort(columns[order[:k]])
+
+
+class ExactIndex(VectorIndex):
+    """All vectors in one array, searched by `exact_search`."""
+
+    query_block = QUERY_BLOCK
+
+    def __init__(self, dimension: int, capacity: int, settings: dict[str, Any]) -> None:
+        super().__init__(dimension, capacity, settings)
+        self._vectors = np.empty((capacity, dimension), "float32")
+        self._count = 0
 
     def __len__(self) -> int:
-        return len(self._embeddings)
+        return self._count
 
-    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-        return self._embeddings[rows]
+    def add(self, vectors: np.ndarray) -> None:
+        """Add vectors, float32 [n, dimension]."""
+        self._vectors[self._count : self._count + len(vectors)] = vectors
+        self._count += len(vectors)
 
-    def add(self, embeddings: np.ndarray) -> None:
-        """Add float32 [n, dim]; their rows are numbered on from those before."""
-        self._embeddings = np.concatenate([self._embeddings, embeddings]) if len(self) else embeddings
+    def search(self, queries: np.ndarray, k: int, threads: int) -> SearchResult:
+        """Return the k most similar vectors of each query; see `exact_search`."""
+        return exact_search(queries, self, k, threads)
 
-    def search(self, queries: np.ndarray, k: int) -> Found:
-        """See `exact_search`."""
-        return exact_search(queries, self, k)
+    def vectors(self, rows: slice | np.ndarray) -> np.ndarray:
+        """Return the vectors of some rows, float32 [rows, dimension]."""
+        return self._vectors[: self._count][rows]
 
     def save(self, path: str) -> None:
+        """Write the array in numpy's format."""
         with open(path, "wb") as file:
-            np.save(file, self._embeddings)
+            np.save(file, self._vectors[: self._count])
+
+    def load(self, path: str) -> None:
+        """Read the array that `save` has written."""
+        self._vectors = np.load(path)
+        self._count = len(self._vectors)

@@ -1,17 +1,26 @@
-"""From rows of an index to documents: the best passage of each, the lines that have its text."""
+"""From a search of an index to hits: the best passage of each document, and the lines that have its text."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from simcse.console import warn
-from simcse.index.exact import Found
+from simcse.index.protocols import NO_SCORE, NOT_FOUND, Document, DocumentStore, Index, SearchResult
 
 import numpy as np
 
+FUSION_DEPTH = 100  # documents of each of two rankings that are fused, or --recall_num if that is more
+
 
 class Hit(NamedTuple):
-    """A document that was found: the number of its line and its id are None where they are not known, the passage where
-    there are none or words alone have found it."""
+    """A line of the corpus that a query found.
+
+    Attributes:
+        document: its text.
+        line: its number in the corpus' file, from 1; None: not known.
+        id: its id; None: the corpus has none.
+        score: the cosine, or the fused score.
+        passage: the best passage of the document; None: there are no passages, or words alone found the document.
+    """
 
     document: str
     line: int | None
@@ -20,59 +29,132 @@ class Hit(NamedTuple):
     passage: str | None = None
 
 
-Rows = list[dict[int, int]]  # of every query the row of each entry that was found, where there are passages
+class Ranking(NamedTuple):
+    """The best documents for each query, best first.
+
+    Attributes:
+        documents: int64 [queries, k]; NOT_FOUND where a query has fewer.
+        scores: float [queries, k]; NO_SCORE there.
+        rows: int64 [queries, k], the row by which each document was found; NOT_FOUND where words alone found it.
+    """
+
+    documents: np.ndarray
+    scores: np.ndarray
+    rows: np.ndarray
 
 
-def search(index: Any, documents: Any, queries: np.ndarray, k: int) -> tuple[Found, Rows | None]:
-    """The k best entries, as `Shards.search` finds rows; of passages, each entry by its best one. `documents` are
-    `Entries` or a `MilvusIndex`."""
-    k = min(k, len(documents))
-    if documents.passages is None:
-        return index.search(queries, k), None
-    depth, lacking = k, np.arange(len(queries))
-    most = min(len(documents.passages), getattr(index, "MOST", len(documents.passages)))  # that the index gives
-    entries, cosines, rows = (np.empty((len(queries), k), kind) for kind in ("int64", "float32", "int64"))
-    while len(lacking):
+def search(index: Index, store: DocumentStore, queries: np.ndarray, k: int) -> Ranking:
+    """Return the k best documents for each query, a document of passages by its best one.
+
+    Args:
+        index: holds the vectors.
+        store: maps its rows to documents.
+        queries: float32 [queries, dim], L2-normalized.
+        k: how many documents; all if there are fewer.
+    """
+    k = min(k, len(store))
+    if store.has_passages:
+        ranking = _search_passages(index, store, queries, k)
+    else:
+        result = index.search(queries, k)
+        ranking = Ranking(result.rows, result.scores, result.rows)
+    cosines = ranking.scores.clip(-1, 1)  # rounding of two unit vectors may go beyond 1
+    return ranking._replace(scores=np.where(ranking.documents == NOT_FOUND, NO_SCORE, cosines))
+
+
+def _search_passages(index: Index, store: DocumentStore, queries: np.ndarray, k: int) -> Ranking:
+    """Search deeper and deeper, until the passages found are of k documents."""
+    ranking = _empty_ranking(len(queries), k)
+    most = store.row_count if index.max_k is None else min(store.row_count, index.max_k)
+    depth = k
+    unfinished = np.arange(len(queries))
+    while len(unfinished):
         depth = min(2 * depth, most)
-        found = index.search(queries[lacking], depth)
-        of = np.where(found[0] < 0, -1, documents.passages.documents_of(found[0]))
-        entries[lacking], cosines[lacking], rows[lacking] = best_rows(*found, of, k)
-        lacking = lacking[(entries[lacking, -1] < 0) & (found[0][:, -1] >= 0)]
+        result = index.search(queries[unfinished], depth)
+        best = best_rows(result, store.documents_of(result.rows), k)
+        for column, found in zip(ranking, best):
+            column[unfinished] = found
+        has_fewer = best.documents[:, -1] == NOT_FOUND
+        has_more_rows = result.rows[:, -1] != NOT_FOUND
+        unfinished = unfinished[has_fewer & has_more_rows]
         if depth == most:
             break
-    if len(lacking) and most < len(documents.passages):
-        warn(f"{len(lacking):,} of {len(queries):,} queries have fewer than {k:,} documents: their first {most:,} "
+    if len(unfinished) and most < store.row_count:
+        warn(f"{len(unfinished):,} of {len(queries):,} queries have fewer than {k:,} documents: their first {most:,} "
              "passages, more than which Milvus does not give, are of fewer")
-    return (entries, cosines), [dict(zip(*both)) for both in zip(entries.tolist(), rows.tolist())]
+    return ranking
 
 
-def expand(found: Found, documents: Any, depths: Sequence[int], distinct: bool = False,
-           rows: Rows | None = None) -> list[list[Hit]]:
-    """Of every query the documents that were found, best first, at most its depth: each line that has an entry's text,
-    or, if `distinct`, the first of them alone. `documents` are `Entries` or a `MilvusIndex`."""
-    sides = [side.tolist() for side in found]
-    shown = [[entry for entry in entries[:depth] if entry >= 0] for entries, depth in zip(sides[0], depths)]
-    wanted = sorted({entry for entries in shown for entry in entries})
-    of_entry = dict(zip(wanted, documents.take(wanted, 1 if distinct else max(depths))))
-    of_row: dict[int | None, str] = {}
-    if rows:
-        needed = sorted({own[entry] for entries, own in zip(shown, rows) for entry in entries if entry in own})
-        of_row = dict(zip(needed, documents.passages[np.array(needed, "int64")]))
-    return [[Hit(of_entry[entry][0], *line, score, of_row.get(own.get(entry)))
-             for entry, score in zip(entries, scores) for line in of_entry[entry][1]][:depth]
-            for entries, scores, depth, own in zip(shown, sides[1], depths, rows or [{}] * len(shown))]
+def best_rows(result: SearchResult, documents: np.ndarray, k: int) -> Ranking:
+    """Return the k best documents of each query, each by the best of its rows.
 
-
-def best_rows(rows: np.ndarray, cosines: np.ndarray, documents: np.ndarray, k: int) -> tuple[np.ndarray, ...]:
-    """Of every query the k best documents, each by the best of its rows: documents and rows int64, cosines float32
-    [Q, k]. All three are [Q, any], best first, -1 for none; where there are fewer, the last are -1 of cosine -inf."""
+    Args:
+        result: rows and scores [queries, any], best first.
+        documents: int64 [queries, any], the document of each row; NOT_FOUND for none.
+    """
+    # A stable sort by document puts the best row of each document first among its rows.
     order = np.argsort(documents, axis=1, kind="stable")
-    sorted_ones = np.take_along_axis(documents, order, axis=1)
-    is_first = np.empty(documents.shape, bool)
-    np.put_along_axis(is_first, order, np.diff(sorted_ones, axis=1, prepend=-1) > 0, axis=1)
-    places = np.cumsum(is_first, axis=1) - 1
-    query, column = np.nonzero(is_first & (places < k))
-    best = [np.full((len(rows), k), -1), np.full((len(rows), k), -np.inf, "float32"), np.full((len(rows), k), -1)]
-    for to, given in zip(best, (documents, cosines, rows)):
-        to[query, places[query, column]] = given[query, column]
-    return best[0], best[1], best[2]
+    by_document = np.take_along_axis(documents, order, axis=1)
+    starts_document = np.diff(by_document, axis=1, prepend=NOT_FOUND) > 0
+    is_best = np.empty(documents.shape, bool)
+    np.put_along_axis(is_best, order, starts_document, axis=1)
+
+    place = np.cumsum(is_best, axis=1) - 1  # how many documents are better
+    query, column = np.nonzero(is_best & (place < k))
+    place = place[query, column]
+    ranking = _empty_ranking(len(documents), k)
+    ranking.documents[query, place] = documents[query, column]
+    ranking.scores[query, place] = result.scores[query, column]
+    ranking.rows[query, place] = result.rows[query, column]
+    return ranking
+
+
+def _empty_ranking(queries: int, k: int) -> Ranking:
+    return Ranking(np.full((queries, k), NOT_FOUND), np.full((queries, k), NO_SCORE, "float32"),
+                   np.full((queries, k), NOT_FOUND))
+
+
+def hits_of(ranking: Ranking, store: DocumentStore, depths: Sequence[int], distinct: bool = False) -> list[list[Hit]]:
+    """Return the hits of each query, best first.
+
+    Args:
+        ranking: the documents of each query.
+        store: has their texts and lines.
+        depths: how many hits each query gets at most.
+        distinct: give each text once, not once for every line that has it.
+    """
+    wanted_documents = set()
+    wanted_rows = set()
+    for documents, rows, depth in zip(ranking.documents.tolist(), ranking.rows.tolist(), depths):
+        wanted_documents.update(documents[:depth])
+        wanted_rows.update(rows[:depth])
+    max_lines = 1 if distinct else max(depths, default=0)
+    document_of = _read_documents(store, wanted_documents - {NOT_FOUND}, max_lines)
+    passage_of = _read_passages(store, wanted_rows - {NOT_FOUND})
+    return [_hits_of_query(documents, scores, rows, depth, document_of, passage_of)
+            for documents, scores, rows, depth in zip(*(column.tolist() for column in ranking), depths)]
+
+
+def _read_documents(store: DocumentStore, documents: set[int], max_lines: int) -> dict[int, Document]:
+    numbers = sorted(documents)
+    return dict(zip(numbers, store.read(numbers, max_lines)))
+
+
+def _read_passages(store: DocumentStore, rows: set[int]) -> dict[int, str]:
+    if not store.has_passages or not rows:
+        return {}
+    numbers = sorted(rows)
+    return dict(zip(numbers, store.passage_texts(numbers)))
+
+
+def _hits_of_query(documents: list[int], scores: list[float], rows: list[int], depth: int,
+                   document_of: dict[int, Document], passage_of: dict[int, str]) -> list[Hit]:
+    """Return at most `depth` hits of one query; a document has one for each of its lines that was read."""
+    hits: list[Hit] = []
+    for number, score, row in zip(documents, scores, rows):
+        if number == NOT_FOUND or len(hits) >= depth:
+            break
+        document = document_of[number]
+        for line in document.lines[: depth - len(hits)]:
+            hits.append(Hit(document.text, line.number, line.id, score, passage_of.get(row)))
+    return hits

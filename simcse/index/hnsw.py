@@ -1,74 +1,111 @@
-"""Nearest neighbours by hnswlib's graph."""
+"""Approximate search by hnswlib's graph."""
+
+from typing import Any
 
 from simcse.console import InputError
-from simcse.index.exact import Found
+from simcse.index.protocols import SearchResult, VectorIndex
 from simcse.index.settings import HNSW_EF, HNSW_M, HNSW_MAX_ELEMENTS
 from simcse.machine import available_memory
 
 import numpy as np
 
-HNSW_BLOCK = 4  # queries a thread up to which hnswlib searches in one thread alone
+DEEPER = 4  # how many times larger an ef is measured for comparison
 
 
-class HnswIndex:
-    """hnswlib (Malkov and Yashunin 2018) on inner products, which are cosines for L2-normalized embeddings.
+class HnswIndex(VectorIndex):
+    """A graph of hnswlib (Malkov and Yashunin 2018) on inner products, which are cosines of L2-normalized vectors.
 
-    Args:
-        m: links a node (hnswlib's M); memory and recall grow with it.
-        ef: candidates kept while building, and at least while searching; time and recall grow with it.
-        threads: those of a search. Adding takes one, so that the same vectors give the same graph.
-        path: where `save` has written an index; None: an empty one.
+    Memory and recall grow with "hnsw_m", time and recall with "hnsw_ef".
     """
 
     build_settings = (HNSW_M, HNSW_MAX_ELEMENTS)
     search_settings = (HNSW_EF,)
     approximate = True
+    query_block = 4  # of fewer queries a thread hnswlib searches all in one thread
 
-    def __init__(self, dim: int, max_elements: int, m: int = 32, ef: int = 100, threads: int = 0,
-                 path: str | None = None) -> None:
+    def __init__(self, dimension: int, capacity: int, settings: dict[str, Any]) -> None:
         import hnswlib
 
-        self.ef, self.threads = ef, threads or -1
-        self._index = hnswlib.Index(space="ip", dim=dim)
-        needed = max_elements * (4 * dim + 8 * m + 60)  # the vector, the links of the lowest level, label and lock
-        try:
-            if needed > available_memory():
-                raise MemoryError
-            if not path:
-                self._index.init_index(max_elements=max_elements, ef_construction=ef, M=m)
-        except (MemoryError, RuntimeError):
-            raise InputError(f"the graph of {max_elements:,} documents of {dim} needs {needed / 1e9:.1f} GB of memory, "
-                             f"and {available_memory() / 1e9:.1f} are free: share it out among several processes or "
-                             "machines, or take --ann_engine milvus") from None
-        if path:
-            self._index.load_index(path, max_elements)
+        super().__init__(dimension, capacity, settings)
+        self._index = hnswlib.Index(space="ip", dim=dimension)
+        self._has_memory = False
+        if self._bytes_needed() > available_memory():
+            raise self._out_of_memory()
+
+    @classmethod
+    def complete_settings(cls, settings: dict[str, Any], rows: int) -> dict[str, Any]:
+        """Return the settings, with "hnsw_max_elements" for so many vectors if it is None; see `VectorIndex`."""
+        limit = settings["hnsw_max_elements"]
+        if limit is not None and limit < rows:
+            raise InputError(f"--hnsw_max_elements {limit}: the corpus has {rows} distinct texts to index")
+        return {**settings, "hnsw_max_elements": limit or rows}
+
+    @classmethod
+    def deeper_settings(cls, settings: dict[str, Any], k: int) -> dict[str, Any]:
+        """Return a larger ef than a search for k uses with these settings."""
+        return {"hnsw_ef": DEEPER * max(settings["hnsw_ef"], 2 * k)}
 
     def __len__(self) -> int:
         return self._index.get_current_count()
 
-    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-        rows = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else rows
-        return np.asarray(self._index.get_items(rows), "float32")
+    def add(self, vectors: np.ndarray) -> None:
+        """Add vectors, float32 [n, dimension], by one thread, so that the same vectors make the same graph."""
+        if not self._has_memory:
+            self._allocate()
+        labels = np.arange(len(self), len(self) + len(vectors))
+        self._index.add_items(vectors, labels, num_threads=1)
 
-    def add(self, embeddings: np.ndarray) -> None:
-        """Add float32 [n, dim]; their rows are numbered on from those before."""
-        self._index.add_items(embeddings, np.arange(len(self), len(self) + len(embeddings)), 1)
+    def search(self, queries: np.ndarray, k: int, threads: int) -> SearchResult:
+        """Return about the k most similar vectors of each query, found among at least 2 k candidates.
 
-    def search(self, queries: np.ndarray, k: int) -> Found:
-        """As `exact_search`, approximately, with at least 2 k candidates; InputError where the graph, built with too
-        small an `m`, does not reach k elements from some query."""
+        Raises:
+            InputError: the graph has too few links: a search does not reach k vectors.
+        """
         k = min(k, len(self))
-        ef = max(self.ef, 2 * k)
+        ef = max(self.settings["hnsw_ef"], 2 * k)
         while True:
             self._index.set_ef(ef)
             try:
-                rows, distances = self._index.knn_query(queries, k, self.threads)
-                return rows.astype("int64"), 1.0 - distances
-            except RuntimeError:  # hnswlib: fewer than k reached with this ef
+                rows, distances = self._index.knn_query(queries, k, threads)
+                return SearchResult(rows.astype("int64"), 1.0 - distances)
+            except RuntimeError:  # hnswlib reached fewer than k with this ef
                 if ef >= len(self):
                     raise InputError(f"--hnsw_m is too small: the index does not reach {k} documents from every query; "
                                      "raise --hnsw_m or --hnsw_ef") from None
                 ef = min(2 * ef, len(self))
 
+    def vectors(self, rows: slice | np.ndarray) -> np.ndarray:
+        """Return the vectors of some rows, float32 [rows, dimension]."""
+        if isinstance(rows, slice):
+            rows = np.arange(len(self))[rows]
+        return np.asarray(self._index.get_items(rows), "float32")
+
     def save(self, path: str) -> None:
+        """Write the graph in hnswlib's format."""
         self._index.save_index(path)
+
+    def load(self, path: str) -> None:
+        """Read a graph that `save` has written."""
+        self._index.load_index(path, self.capacity)
+        self._has_memory = True
+
+    def _allocate(self) -> None:
+        """Reserve the memory of `capacity` vectors and their links."""
+        try:
+            self._index.init_index(max_elements=self.capacity, ef_construction=self.settings["hnsw_ef"],
+                                   M=self.settings["hnsw_m"])
+        except (MemoryError, RuntimeError):
+            raise self._out_of_memory() from None
+        self._has_memory = True
+
+    def _bytes_needed(self) -> int:
+        vector = 4 * self.dimension
+        links = 8 * self.settings["hnsw_m"]
+        label_and_lock = 60
+        return self.capacity * (vector + links + label_and_lock)
+
+    def _out_of_memory(self) -> InputError:
+        return InputError(
+            f"the graph of {self.capacity:,} documents of {self.dimension} needs {self._bytes_needed() / 1e9:.1f} GB "
+            f"of memory, and {available_memory() / 1e9:.1f} are free: use several processes or machines, or "
+            "--ann_engine milvus")

@@ -1,377 +1,369 @@
-"""A collection of Milvus behind the same `pieces`, `fill` and `search` as ann_util's `Shards`."""
+"""An index in a collection of Milvus, which follows its corpus in place."""
 
-import contextlib
-import fcntl
-import hashlib
-import itertools
-import json
-import logging
-import os
-import re
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
-from simcse.console import InputError, check_installed, log, reported, some
-from simcse.files import OF_CORPUS, check_fingerprint, unrelated
+from simcse.console import InputError, log, some
+from simcse.index.documents import Documents, report_changes
+from simcse.index.manifest import AnnRecall, Manifest
+from simcse.index.milvus_collection import (
+    BUILDING,
+    CHANGING,
+    COMPLETE,
+    DOCUMENT,
+    IDS,
+    KEY,
+    LINES,
+    MAX_BYTES,
+    PASSAGE,
+    TEXT,
+    VECTOR,
+    Collection,
+    Record,
+)
+from simcse.index.protocols import NO_SCORE, NOT_FOUND, Document, Line, SearchResult
 from simcse.index.settings import HNSW_EF, HNSW_M
 from simcse.machine import RANK, RANKS
+from simcse.text.keys import passage_keys
 
 import numpy as np
 
-PLACES = 20  # bits of a passage's key that are its place in the document
-NEXT, BEFORE = "next", "before"  # what is beside a collection: the one that will take its name, or that has left it
-DIGITS = 16  # hexadecimal, of a digest that ends their names: no one else's collection is taken for one of them
+PIECE = 4096  # rows that are encoded and stored together
+
+
+@dataclass
+class Changes:
+    """What makes a collection one of the corpus as it is now.
+
+    Attributes:
+        missing: which rows of the corpus the collection lacks, bool [rows].
+        outdated: rows that it has, but whose text is on other lines, or has other ids.
+        gone: keys of rows that the corpus lacks.
+        previous: the keys of the documents in the collection, int64.
+    """
+
+    missing: np.ndarray
+    outdated: list[int]
+    gone: list[int]
+    previous: np.ndarray
 
 
 class MilvusIndex:
-    """A collection of Milvus: a corpus' distinct texts, each beside its embedding, the number of lines that have it,
-    and their ids, as many as a field can hold; or, of documents in passages, each passage beside its embedding, and
-    the rest beside the first one.
+    """A collection of Milvus: an `Index`, and, if it was opened without its corpus, its `DocumentStore`.
 
-    The key of a text is the number of its first line in the corpus' file; that of a passage is this times 2^20, plus
-    its place in the document. Rows are upserted in pieces, each in order, so that a broken run goes on where the last
-    piece ends. `pieces` are those of this rank that are not there yet. The token of a server is read from the
-    environment, MILVUS_TOKEN. InputError: no pymilvus, no such server, a file that is in use, no such collection, one
-    made of something else, or a text that is too long for Milvus.
-
-    Where the collection is of another state of the corpus, `follows` is true: a new one is filled beside it, and takes
-    its name when `finish` is called. `known` are then for each entry the key of its first row in the old one, int64, -1
-    being none, and `before` is how many texts that has.
+    A row is stored under the key of its text, so that the collection itself says which rows are there. A new corpus, a
+    changed one and a run that was interrupted differ only in how many rows are missing. Rows are added, and those that
+    the corpus lacks are removed at the end; searches find the collection complete all the time.
 
     Args:
-        uri: http://host:port of a server, or a path ending in .db: Milvus Lite, in this process, for one rank alone.
-        wanted: what a collection that is there has to agree with; its "hnsw_ef", if any, is the search's.
-        entries: the `ann_util.Entries` of the corpus, of which `search` then gives rows; None: all texts have to be in
-            the collection, and `search` gives their keys.
-        new: what a new collection depends on, kept with it: "dim", "metric" (COSINE), "passages" and "index_type":
-            FLAT, or HNSW with "hnsw_m" and "hnsw_ef" as in `HnswIndex`.
-        split: gives the entries their passages; called where the collection has any.
+        uri, collection: see `Collection`.
+
+    Attributes:
+        manifest: what the collection is made of; None: it does not exist.
+        missing: see `Index`.
+
+    Raises:
+        InputError: see `Collection.read_record`.
     """
 
     build_settings = (HNSW_M,)
     search_settings = (HNSW_EF,)
-    _PIECE, _PAGE, _TEXT_BYTES, _KEY, _FORMAT = 4096, 1000, 65535, "simcse", 4
-    MOST = 16384  # documents for a query
+    max_k = 16384  # a limit of Milvus
 
-    def __init__(self, uri: str, collection: str, wanted: dict, entries: Any = None, new: dict | None = None,
-                 split: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, uri: str, collection: str) -> None:
+        self.missing: list[np.ndarray] = []
+        self._collection = Collection(uri, collection)
+        self._record = self._collection.read_record()
+        self.manifest = self._record.manifest if self._record else None
+        self._ef = HNSW_EF.default
+        self._documents: Documents | None = None
+        self._changes: Changes | None = None
+        self._worker = ThreadPoolExecutor(1)
+        self._adding: Future | None = None
+
+    # ------------------------------------------------------------------------------------------------------- opening
+    def open(self, search_settings: dict[str, Any]) -> None:
+        """Make the collection searchable without its corpus: a row is then a key.
+
+        Args:
+            search_settings: those that are other than when it was built.
+
+        Raises:
+            InputError: there is no such collection, or its first build has not been finished.
+        """
+        where = self._collection.where
+        if self._record is None:
+            raise InputError(f"{where}: {self._collection.uri} has no such collection; --corpus_file is needed to make "
+                             "it")
+        if self._record.state == BUILDING:
+            raise InputError(f"{where}: not all documents are in it yet; run recall.py again with --corpus_file")
+        self._use(self._record.manifest, search_settings)
+
+    def follow(self, documents: Documents, manifest: Manifest) -> None:
+        """Find out what the collection lacks of a corpus; make it if it does not exist. All ranks call it together.
+
+        Args:
+            documents: the corpus; a row is one of theirs from now on.
+            manifest: what the collection is to be made of, with all settings.
+
+        Raises:
+            InputError: a text is too long for Milvus, or the collection has no text of the corpus.
+        """
         from simcse.ranks import wait_for_ranks
 
-        check_installed("--ann_engine milvus", "requirements-milvus.txt", "pymilvus")
-        for name in ("pymilvus", "milvus_lite", "grpc", "faiss"):
-            logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # they log what they raise, with tracebacks
-        self.uri, self.collection, self._entries, self._name = uri, collection, entries, collection
-        self._lite, self.follows = not uri.startswith(("http://", "https://")), False
-        if self._lite and RANKS > 1:
-            raise InputError(f"--milvus_uri {uri}: a file can be used by one process; {RANKS} need a server")
-        missing = f"--milvus_collection {collection}: {uri} has no such collection; --corpus_file is needed to make it"
-        if self._lite and not entries and not os.path.exists(uri):  # a client would make it
-            raise InputError(missing)
-        self._connect()
-        with self._errors():
-            if not RANK:
-                self._restore()
-            wait_for_ranks()
-            found = self._described(collection, wanted)
-            if not found and not entries:
-                raise InputError(missing)
-            self.fingerprint = found or {**new, **wanted}
-            if entries and self.fingerprint.get("passages"):
-                split()
-            if found and any(found.get(name) != wanted[name] for name in OF_CORPUS if name in wanted):
-                self._follow(wanted)
-            if entries:
-                self._make(wanted)
-            wait_for_ranks()
-            self._client.load_collection(self.collection)
-            self.documents, self.pieces = self.fingerprint["documents"], self._missing()
-        self.passages = Stored(self) if self.fingerprint.get("passages") else None
-        if not self.pieces:
-            log(f"using the collection {collection} in {uri}")
-
-    def _connect(self) -> None:
-        from pymilvus import MilvusClient, MilvusException
-
-        with self._errors():
-            try:
-                self._client = MilvusClient(uri=self.uri, token=os.environ.get("MILVUS_TOKEN", ""), timeout=30)
-            except MilvusException:
-                self._check_file()
-                raise
-
-    def _described(self, collection: str, wanted: dict) -> dict:
-        """What a collection was made of, with the "hnsw_ef" of `wanted`; {}: there is none. InputError where anything
-        but its corpus is other than `wanted`."""
-        if not self._client.has_collection(collection):
-            return {}
-        described = self._client.describe_collection(collection)
-        kept = described.get("properties", {}).get(self._KEY) or described.get("description")
-        try:
-            found = json.loads(kept or "")
-        except ValueError:
-            raise InputError(f"--milvus_collection {collection}: exists, but was not made by recall.py") from None
-        same = {name: value for name, value in wanted.items() if name not in OF_CORPUS}
-        return check_fingerprint(found, {**same, "index_format": self._FORMAT}, f"--milvus_collection {collection}",
-                                 "name another collection, or drop this one to build it again")
-
-    def _follow(self, wanted: dict) -> None:
-        """Have another state of the corpus filled beside the collection."""
-        named = self._client.describe_collection(self._name)["collection_name"]
-        if named != self._name:
-            raise InputError(f"--milvus_collection {self._name}: is an alias of {named}; to have it follow the corpus, "
-                             "name that")
-        self.follows, self.collection = True, self._name_beside(NEXT, {**self.fingerprint, **wanted})
-        self.known, self.before = self._look_up()
-        if (self.known < 0).all():
-            raise unrelated(f"--milvus_collection {self._name}", self._entries.corpus.name)
+        self._documents = documents
+        self.manifest = manifest
+        self._keys = documents.row_keys()
+        self._order = np.argsort(self._keys)
+        self._sorted_keys = self._keys[self._order]
+        if self._is_current():
+            self._use(manifest)
+            return
+        self._changes = self._find_changes()
+        if len(self._changes.previous):
+            report_changes(documents, self._changes.previous, self._collection.where)
+        self._check_lengths()
+        wait_for_ranks()  # until here nothing has been changed
         if not RANK:
-            self._drop(self._beside(BEFORE))
-            if self._client.has_collection(self.collection) and not self._client.list_indexes(self.collection):
-                self._drop([self.collection])  # it was not made to its end
+            self._start_changing()
+        wait_for_ranks()
+        self._collection.load()
+        self._ef = manifest.search_settings["hnsw_ef"]
+        self.missing = self._missing_pieces()
 
-    def _make(self, wanted: dict) -> None:
-        """Find the key of each row, and make the collection where there is none."""
-        entries = self._entries
-        self._keys = np.array([entries.lines(entry, 1)[0][0] for entry in range(len(entries))])
-        if entries.passages is not None:
-            rows = np.arange(len(entries.passages))
-            own = entries.passages.documents_of(rows)
-            self._keys = (self._keys[own] << PLACES) + rows - entries.passages.starts[own]
-        self.fingerprint = {**self.fingerprint, **wanted, "documents": entries.documents, "entries": len(entries),
-                            "rows": len(self._keys), "index_format": self._FORMAT}
-        if not RANK and not self._client.has_collection(self.collection):
-            self._check_lengths(entries.corpus)
-            self._create(self.fingerprint)
+    def _use(self, manifest: Manifest, search_settings: dict[str, Any] | None = None) -> None:
+        """Search the collection as it is."""
+        self._collection.load()
+        self._ef = {**manifest.search_settings, **(search_settings or {})}["hnsw_ef"]
+        log(f"using the collection {self._collection.name} in {self._collection.uri}")
 
-    def _look_up(self) -> tuple[np.ndarray, int]:
-        """`known` and `before`."""
-        key_of: dict[int, int] = {}
-        self._client.load_collection(self._name)
-        bits = PLACES if self._entries.passages is not None else 0
-        for first in itertools.count(1, self._PAGE):  # by key: for each page of an iterator Milvus Lite reads all again
-            keys = [line << bits for line in range(first, first + self._PAGE)]
-            page = self._client.get(self._name, ids=keys, output_fields=["text"])
-            key_of.update((hash(each["text"]), each["id"]) for each in page)
-            if not page and not self._client.query(self._name, filter=f"id >= {keys[0]}", limit=1,
-                                                   output_fields=["id"]):
-                break
-        known = np.array([key_of.get(each, -1) for each in self._entries.hashes().tolist()], "int64")
-        return known, len(key_of)
+    def _is_current(self) -> bool:
+        """Return whether the collection has all of the corpus, and nothing else."""
+        if self._record is None or self._record.state != COMPLETE:
+            return False
+        if not self._record.manifest.has_corpus_of(self.manifest):
+            return False
+        self._collection.load()
+        return self._collection.count() == len(self._keys)
 
-    def stored(self, keys: np.ndarray) -> np.ndarray:
-        """The embeddings of some keys, float32 [keys, dim], in the collection that is followed; zeros for -1."""
-        vectors = np.zeros((len(keys), self.fingerprint["dim"]), "float32")
-        there = np.flatnonzero(keys >= 0)
-        for start in range(0, len(there), self._PAGE):
-            some_rows = there[start : start + self._PAGE]
-            with self._errors():
-                found = self._client.get(self._name, ids=keys[some_rows].tolist(), output_fields=["embedding"])
-            of_key = {each["id"]: each["embedding"] for each in found}
-            if len(of_key) < len(some_rows):
-                raise InputError(f"--milvus_collection {self._name}: lacks a part of a document, or another took its "
-                                 "place meanwhile; run again, or drop it to build it again")
-            vectors[some_rows] = [of_key[key] for key in keys[some_rows].tolist()]
-        return vectors
+    # ---------------------------------------------------------------------------------------------------- comparing
+    def _find_changes(self) -> Changes:
+        """Compare the rows of the collection with those of the corpus."""
+        changes = Changes(np.ones(len(self._keys), bool), [], [], np.empty(0, "int64"))
+        if self._record is None or not self._collection.has_index():
+            return changes
+        self._collection.load()
+        documents = set()
+        for page in self._collection.read_pages([DOCUMENT, LINES, IDS]):
+            rows = self._rows_of(np.array([stored[KEY] for stored in page], "int64"))
+            for row, stored in zip(rows.tolist(), page):
+                documents.add(stored[DOCUMENT])
+                if row == NOT_FOUND:
+                    changes.gone.append(stored[KEY])
+                    continue
+                changes.missing[row] = False
+                if (stored[LINES], stored[IDS]) != self._lines_and_ids(row):
+                    changes.outdated.append(row)
+        changes.previous = np.array(sorted(documents), "int64")
+        return changes
+
+    def _rows_of(self, keys: np.ndarray) -> np.ndarray:
+        """Return the rows of the corpus that have some keys, int64; NOT_FOUND: none has."""
+        places = np.searchsorted(self._sorted_keys, keys)
+        places = np.minimum(places, len(self._sorted_keys) - 1)
+        return np.where(self._sorted_keys[places] == keys, self._order[places], NOT_FOUND)
+
+    def _lines_and_ids(self, row: int) -> tuple[int, str]:
+        """Return what a row of the corpus has in its fields LINES and IDS."""
+        document = self._document_that_begins(row)
+        if document is None:
+            return 0, ""
+        lines = self._documents.lines(document)
+        return len(lines), join_ids([line.id for line in lines if line.id is not None])
+
+    def _document_that_begins(self, row: int) -> int | None:
+        """Return the document whose first row it is; None: it is a later passage."""
+        document = int(self._documents.documents_of(np.array([row]))[0])
+        return document if self._documents.rows_of(document)[0] == row else None
+
+    def _missing_pieces(self) -> list[np.ndarray]:
+        """Return the missing rows that this rank adds, in pieces."""
+        pieces = []
+        for start in range(RANK * PIECE, len(self._keys), RANKS * PIECE):
+            rows = start + np.flatnonzero(self._changes.missing[start : start + PIECE])
+            if len(rows):
+                pieces.append(rows)
+        return pieces
+
+    def _check_lengths(self) -> None:
+        """Raise InputError if a text that is missing is longer than a field of Milvus can be."""
+        rows = np.flatnonzero(self._changes.missing)
+        documents = np.unique(self._documents.documents_of(rows))
+        too_long = []
+        for start in range(0, len(documents), PIECE):
+            piece = documents[start : start + PIECE]
+            for document, text in zip(piece.tolist(), self._documents[piece]):
+                if len(text.encode()) > MAX_BYTES:
+                    too_long.append(self._documents.place(document))
+        if too_long:
+            raise InputError(f"--corpus_file {some(too_long, 3)}: {len(too_long)} of {len(self._documents)} texts are "
+                             f"longer than Milvus takes, {MAX_BYTES:,} bytes; shorten them, or take another "
+                             "--ann_engine")
+
+    # ------------------------------------------------------------------------------------------------------- filling
+    def _start_changing(self) -> None:
+        """Make the collection if it does not exist; record that it is not of one state of the corpus from now on."""
+        self._collection.create(self.manifest)
+        if self._record is not None and self._record.state == COMPLETE:
+            self._collection.write_record(Record(self._record.manifest, CHANGING))
+
+    def add(self, rows: Sequence[int], vectors: np.ndarray) -> None:
+        """Add the vectors, float32 [rows, dim], of one piece of `missing` in the background; see `Index`."""
+        self._wait_for_adding()
+        self._adding = self._worker.submit(self._store, np.asarray(rows), vectors)
+
+    def _wait_for_adding(self) -> None:
+        """Wait for the piece that is being added; raise its error."""
+        if self._adding is not None:
+            self._adding.result()
+            self._adding = None
+
+    def _store(self, rows: np.ndarray, vectors: np.ndarray) -> None:
+        """Write rows of the corpus to the collection, with their vectors, float32 [rows, dim]."""
+        documents = self._documents.documents_of(rows).tolist()
+        passages = self._documents.passage_texts(rows) if self._documents.has_passages else [""] * len(rows)
+        stored = []
+        for row, document, passage, vector in zip(rows.tolist(), documents, passages, vectors):
+            lines, ids = self._lines_and_ids(row)
+            stored.append({
+                KEY: int(self._keys[row]),
+                DOCUMENT: int(self._documents.keys[document]),
+                TEXT: self._documents[document] if lines else "",
+                PASSAGE: passage,
+                LINES: lines,
+                IDS: ids,
+                VECTOR: vector,
+            })
+        self._collection.upsert(stored)
 
     def finish(self) -> None:
-        """Give a collection that follows another its name; all ranks call it when all of them have filled it."""
+        """Wait until all is added; remove what the corpus lacks. All ranks call it together.
+
+        The record is written last: until then the next run compares the collection with the corpus again.
+        """
         from simcse.ranks import wait_for_ranks
 
-        if not self.follows:
+        if self._changes is None:
             return
-        with self._errors():
-            if not RANK:
-                before = self._name_beside(BEFORE, self.fingerprint)
-                self._client.rename_collection(self._name, before)
-                try:
-                    self._client.rename_collection(self.collection, self._name)
-                except Exception:
-                    self._restore()
-                    raise
-                self._drop([before, *self._beside(NEXT)])
-            wait_for_ranks()
-            self.collection = self._name
-            self._client.load_collection(self.collection)
+        self._wait_for_adding()
+        wait_for_ranks()
+        if not RANK:
+            self._update_outdated()
+            self._collection.delete(self._changes.gone)
+            self._collection.flush()
+            self._collection.write_record(Record(self.manifest, COMPLETE))
+        wait_for_ranks()
+        self._changes = None
+        self.missing = []
 
-    def _name_beside(self, what: str, fingerprint: dict) -> str:
-        digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
-        return f"{self._name}_{what}_{digest[:DIGITS]}"
+    def _update_outdated(self) -> None:
+        """Write rows again whose lines or ids have changed, with the vectors that they have."""
+        outdated = np.array(self._changes.outdated, "int64")
+        for start in range(0, len(outdated), PIECE):
+            rows = outdated[start : start + PIECE]
+            self._store(rows, self._collection.get_vectors(self._keys[rows].tolist()))
 
-    def _beside(self, what: str) -> list[str]:
-        """The names of the collections beside this one that runs have left: NEXT or BEFORE."""
-        form = re.compile(rf"{re.escape(self._name)}_{what}_[0-9a-f]{{{DIGITS}}}")
-        return list(filter(form.fullmatch, self._client.list_collections()))
-
-    def _restore(self) -> None:
-        """Give the collection of before its name back, where `finish` ended between its two renames."""
-        if not self._client.has_collection(self._name):
-            for name in self._beside(BEFORE)[:1]:
-                self._client.rename_collection(name, self._name)
-
-    def _drop(self, names: Iterable[str]) -> None:
-        """Drop collections beside this one, which gets their aliases: a server drops none that has any."""
-        for name in names:
-            for alias in self._client.list_aliases(name)["aliases"]:
-                self._client.alter_alias(self._name, alias)
-            self._client.drop_collection(name)
-
-    def _errors(self) -> contextlib.AbstractContextManager:
-        """What goes wrong in Milvus, as an InputError."""
-        import grpc
-        from pymilvus import MilvusException
-
-        return reported(f"--milvus_uri {self.uri}", MilvusException, grpc.RpcError, ValueError)
-
-    def _check_file(self) -> None:
-        """InputError where the file is in use or another's: Milvus Lite only says that it cannot open it."""
-        if self._lite and os.path.isfile(self.uri):
-            raise InputError(f"--milvus_uri {self.uri}: is a file, and no folder of this Milvus Lite; name another")
-        with contextlib.suppress(FileNotFoundError), open(os.path.join(self.uri, "LOCK"), "rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"--milvus_uri {self.uri}: is in use by another process; a file of Milvus Lite serves "
-                                 "one at a time: wait for it, stop it, or take a server") from None
-
-    def _missing(self) -> list[range]:
-        """The pieces of this rank whose last text is not there; without the entries all, where a text is missing."""
-        count = self.fingerprint["rows"]
-        pieces = [range(start, min(start + self._PIECE, count)) for start in range(0, count, self._PIECE)]
-        if self._entries:
-            return [rows for rows in pieces[RANK::RANKS] if not self._client.get(
-                self.collection, ids=[int(self._keys[rows[-1]])], output_fields=["id"])]
-        there = self._client.query(self.collection, filter="", output_fields=["count(*)"])[0]["count(*)"]
-        return pieces if there < count else []
-
-    def _check_lengths(self, corpus: Any) -> None:
-        """InputError where a text of the corpus is longer than a field of Milvus can be."""
-        long = [corpus.place(row) for row, text in enumerate(corpus)
-                if 4 * len(text) > self._TEXT_BYTES and len(text.encode()) > self._TEXT_BYTES]
-        if long:
-            raise InputError(f"--corpus_file {some(long, 3)}: {len(long)} of {len(corpus)} texts are longer than "
-                             f"Milvus takes, {self._TEXT_BYTES:,} bytes; shorten them, or take another --ann_engine")
-
-    def _create(self, fingerprint: dict) -> None:
-        from pymilvus import DataType
-
-        kept, build = json.dumps(fingerprint), {}
-        if fingerprint["index_type"] == "HNSW":
-            build = {"M": fingerprint["hnsw_m"], "efConstruction": fingerprint["hnsw_ef"]}
-        # Milvus Lite forgets descriptions and reads an index's parameters from one called params.
-        schema = self._client.create_schema(auto_id=False, enable_dynamic_field=False, description=kept)
-        schema.add_field("id", DataType.INT64, is_primary=True)
-        schema.add_field("text", DataType.VARCHAR, max_length=self._TEXT_BYTES)
-        schema.add_field("passage", DataType.VARCHAR, max_length=self._TEXT_BYTES)
-        schema.add_field("lines", DataType.INT64)
-        schema.add_field("ids", DataType.VARCHAR, max_length=self._TEXT_BYTES)
-        schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=fingerprint["dim"])
-        index = self._client.prepare_index_params()
-        index.add_index(field_name="embedding", index_type=fingerprint["index_type"], metric_type=fingerprint["metric"],
-                        params={"params": build} if self._lite else build)
-        self._client.create_collection(self.collection, schema=schema, index_params=index, consistency_level="Strong",
-                                       **({"properties": {self._KEY: kept}} if self._lite else {}))
-
-    def __len__(self) -> int:
-        return self.fingerprint["entries"]
-
-    def fill(self, blocks: Iterable[np.ndarray]) -> None:
-        """Store the embeddings of `pieces`, float32 [len(piece), dim] each, in the background while the next are made,
-        and have Milvus index them."""
-        with ThreadPoolExecutor(1) as worker:
-            storing = worker.submit(lambda: None)
-            for embeddings, rows in zip(blocks, self.pieces):
-                storing.result()
-                storing = worker.submit(self._upsert, rows, embeddings)
-            storing.result()
-        with self._errors():
-            self._client.flush(self.collection)
-
-    def _upsert(self, rows: range, embeddings: np.ndarray) -> None:
-        passages = self._entries.passages
-        texts = self._entries.vectors[rows.start : rows.stop]
-        with self._errors():
-            self._client.upsert(self.collection, [
-                {"id": int(self._keys[row]), "embedding": embedding, "passage": "" if passages is None else text,
-                 **self._document(row)} for row, embedding, text in zip(rows, embeddings, texts)])
-
-    def _document(self, row: int) -> dict:
-        """What stands beside the first row of each document."""
-        entry, passages = row, self._entries.passages
-        if passages is not None:
-            entry = int(passages.documents_of(row))
-            if row > passages.starts[entry]:
-                return {"text": "", "lines": 0, "ids": ""}
-        lines = self._entries.lines(entry)
-        return {"text": self._entries[entry], "lines": len(lines), "ids": self._joined([id for _, id in lines if id])}
-
-    def _joined(self, ids: list[str]) -> str:
-        """The ids in one field, a tab between them, which none has; the last are left out where they do not fit."""
-        sizes = itertools.accumulate(len(id.encode()) + 1 for id in ids)
-        return "\t".join(id for id, size in zip(ids, sizes) if size <= self._TEXT_BYTES)
-
-    def take(self, keys: Sequence[int], most: int) -> list[tuple[str, list[tuple[int | None, str | None]]]]:
-        """As `Entries.take`, by the key of a document's first row; of the lines only the first has a number, the others
-        have None."""
-        with self._errors():
-            found = self._client.get(self.collection, ids=list(keys), output_fields=["text", "lines", "ids"])
-        if len(found) < len(set(keys)):
-            raise InputError(f"--milvus_collection {self._name}: another took its place meanwhile; ask again")
-        by_key = {}
-        for each in found:
-            lines = range(min(most, each["lines"]))
-            ids = filter(None, each["ids"].split("\t"))
-            number = each["id"] if self.passages is None else each["id"] >> PLACES
-            by_key[each["id"]] = each["text"], [(None if line else number, next(ids, None)) for line in lines]
-        return [by_key[key] for key in keys]
-
-    def passage_texts(self, keys: list[int]) -> list[str]:
-        """The texts of some passages."""
-        with self._errors():
-            found = self._client.get(self.collection, ids=keys, output_fields=["passage"])
-        by_key = {each["id"]: each["passage"] for each in found}
-        return [by_key[key] for key in keys]
-
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `Shards.search`, on rank 0, by key where there are no entries; other ranks find nothing."""
-        rows, cosines = np.full((len(queries), k), -1), np.full((len(queries), k), -np.inf, "float32")
+    # ----------------------------------------------------------------------------------------------------- searching
+    def search(self, queries: np.ndarray, k: int) -> SearchResult:
+        """Return the k best rows of each query on rank 0, and no rows on the other ranks; see `Index`."""
+        result = SearchResult(np.full((len(queries), k), NOT_FOUND), np.full((len(queries), k), NO_SCORE, "float32"))
         if RANK:
-            return rows, cosines
-        if k > self.MOST:
-            raise InputError(f"--recall_num {k}: Milvus gives at most {self.MOST}")
-        hnsw = self.fingerprint["index_type"] == "HNSW"
-        depth = {"ef": max(self.fingerprint["hnsw_ef"], 2 * k)} if hnsw else {}
-        for start in range(0, len(queries), self._PAGE):
-            with self._errors():
-                hits = self._client.search(self.collection, data=queries[start : start + self._PAGE],
-                                           anns_field="embedding", limit=k, search_params={"params": depth})
-            for number, one in enumerate(hits, start):
-                best = sorted((-hit["distance"], hit["id"]) for hit in one)  # of equal cosines the lower line first
-                for place, (negated, key) in enumerate(best):
-                    rows[number, place], cosines[number, place] = key, -negated
-        return rows if self._entries is None else np.where(rows < 0, -1, np.searchsorted(self._keys, rows)), cosines
+            return result
+        if k > self.max_k:
+            raise InputError(f"--recall_num {k}: Milvus gives at most {self.max_k}")
+        for query, hits in enumerate(self._collection.search(queries, k, max(self._ef, 2 * k))):
+            rows = np.array([key for key, _ in hits], "int64")
+            cosines = np.array([cosine for _, cosine in hits], "float32")
+            if self._documents is not None:
+                rows = self._rows_of(rows)
+                cosines = cosines[rows != NOT_FOUND]
+                rows = rows[rows != NOT_FOUND]
+            order = np.lexsort((rows, -cosines))
+            result.rows[query, : len(rows)] = rows[order]
+            result.scores[query, : len(rows)] = cosines[order]
+        return result
+
+    def vectors(self, rows: np.ndarray) -> np.ndarray:
+        """Return the vectors of some rows, float32 [rows, dim], on rank 0; zeros for NOT_FOUND and on other ranks."""
+        vectors = np.zeros((len(rows), self.manifest.dimension), "float32")
+        found = np.flatnonzero(rows != NOT_FOUND)
+        if RANK or not len(found):
+            return vectors
+        keys = rows if self._documents is None else self._keys[rows]
+        vectors[found] = self._collection.get_vectors(keys[found].tolist())
+        return vectors
+
+    def measure(self, queries: np.ndarray, k: int, kind: str) -> AnnRecall | None:
+        """Return None: Milvus has no exact search to compare an HNSW index with."""
+        return None
 
     def close(self) -> None:
-        """Let go of the file, or of the connection."""
-        self._client.close()
-        if self._lite:
-            from milvus_lite.server_manager import server_manager_instance
+        """Release the file, or the connection."""
+        self._worker.shutdown()
+        self._collection.close()
 
-            server_manager_instance.release_server(self.uri)
+    # ------------------------------------------------------------------------- what a DocumentStore has, by their keys
+    @property
+    def line_count(self) -> int:
+        return self.manifest.lines
 
+    @property
+    def row_count(self) -> int:
+        return self.manifest.rows
 
-class Stored:
-    """The passages of a collection, by key: what `hits.search` and `hits.expand` ask of `Passages`."""
-
-    def __init__(self, index: MilvusIndex) -> None:
-        self._index = index
+    @property
+    def has_passages(self) -> bool:
+        return bool(self.manifest.passages)
 
     def __len__(self) -> int:
-        return self._index.fingerprint["rows"]
+        return self.manifest.documents
 
-    def documents_of(self, keys: np.ndarray) -> np.ndarray:
-        """The key of the first passage of each one's document."""
-        return keys >> PLACES << PLACES
+    def documents_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the key of each row's document, int64 of the same shape; NOT_FOUND stays."""
+        if not self.has_passages:
+            return rows
+        keys = np.unique(rows)
+        keys = keys[keys != NOT_FOUND]
+        documents = np.array([stored[DOCUMENT] for stored in self._collection.get(keys.tolist(), [DOCUMENT])], "int64")
+        result = np.full(rows.shape, NOT_FOUND)
+        is_row = rows != NOT_FOUND
+        result[is_row] = documents[np.searchsorted(keys, rows[is_row])]
+        return result
 
-    def __getitem__(self, keys: np.ndarray) -> list[str]:
-        return self._index.passage_texts(keys.tolist())
+    def read(self, documents: Sequence[int], max_lines: int | None = None) -> list[Document]:
+        """Return some documents by their keys, each with its first `max_lines` lines; their numbers are not known."""
+        keys = np.asarray(documents, "int64")
+        if self.has_passages:
+            keys = passage_keys(keys, np.zeros(len(keys), "int64"))  # of the passages that begin them
+        read = []
+        for stored in self._collection.get(keys.tolist(), [TEXT, LINES, IDS]):
+            count = stored[LINES] if max_lines is None else min(max_lines, stored[LINES])
+            ids = iter(stored[IDS].split("\t") if stored[IDS] else [])
+            read.append(Document(stored[TEXT], [Line(None, next(ids, None)) for _ in range(count)]))
+        return read
+
+    def passage_texts(self, rows: Sequence[int]) -> list[str]:
+        """Return the texts of some passages."""
+        return [stored[PASSAGE] for stored in self._collection.get(list(rows), [PASSAGE])]
+
+
+def join_ids(ids: Sequence[str]) -> str:
+    """Return ids with a tab between them, which none has; the last ones are left out if a field cannot hold them."""
+    size = 0
+    for count, id in enumerate(ids):
+        size += len(id.encode()) + 1
+        if size > MAX_BYTES:
+            return "\t".join(ids[:count])
+    return "\t".join(ids)

@@ -38,50 +38,56 @@ class VectorIndex(ABC):
 
     All vectors are float32 and L2-normalized (an unknown text has zeros), so that inner products are cosines. Subclass
     it: what an engine does not define is as it stands here. An engine prints nothing, and turns errors of its library
-    into `InputError`.
+    that a user can correct into `InputError`.
 
     Attributes:
         build_settings: what the vectors are indexed with. A kept index has them for good.
-        search_settings: what a search may change. Never compared with a kept index's.
+        search_settings: what a search may change. They are never compared with those of a kept index.
         approximate: whether `search` may miss some of the nearest. Then recall.py measures how many.
-        training_size: how many vectors `train` asks for.
+        training_size: how many vectors `train` asks for; 0: none.
+        query_block: how many queries a thread of `search` takes at a time. Fewer queries would leave threads idle, so
+            that the shards of an index are searched at the same time instead, by one thread each.
     """
 
     build_settings: Sequence[Setting] = ()
     search_settings: Sequence[Setting] = ()
     approximate: bool = False
     training_size: int = 0
+    query_block: int = 1
 
-    def __init__(self, dimension: int, capacity: int, settings: dict[str, Any], threads: int) -> None:
+    def __init__(self, dimension: int, capacity: int, settings: dict[str, Any]) -> None:
         """Make an empty index.
 
         Args:
             dimension: of the vectors.
             capacity: how many vectors will be added.
-            settings: a value for each of `build_settings` and `search_settings`, by name. Those of searches may change
-                between searches.
-            threads: of a search. Adding uses one, so that the same vectors make the same index.
+            settings: a value for each of `build_settings` and `search_settings`, by name. The latter may change between
+                searches.
 
         Raises:
-            InputError: it does not fit into memory.
+            InputError: the index does not fit into memory.
         """
         self.dimension = dimension
         self.capacity = capacity
         self.settings = settings
-        self.threads = threads
 
     @classmethod
     def complete_settings(cls, settings: dict[str, Any], rows: int) -> dict[str, Any]:
-        """Return build settings with the defaults that depend on the corpus.
+        """Return build settings, with the defaults that depend on the corpus.
 
         Args:
-            settings: a value for each of `build_settings`, by name; None where it has no default.
+            settings: a value for each of `build_settings`, by name; None where `Setting.default` is None.
             rows: vectors of the whole index, in all shards.
 
         Raises:
             InputError: the settings do not suit so many vectors.
         """
         return settings
+
+    @classmethod
+    def deeper_settings(cls, settings: dict[str, Any], k: int) -> dict[str, Any]:
+        """Return search settings that find more than `settings` in a search for k; {}: there are none."""
+        return {}
 
     def train(self, vectors: np.ndarray) -> None:
         """Learn from vectors how to index (cells, codebooks). Called once, before the first `add`.
@@ -93,19 +99,24 @@ class VectorIndex(ABC):
 
     @abstractmethod
     def add(self, vectors: np.ndarray) -> None:
-        """Add vectors, float32 [n, dimension]; their numbers follow those of the vectors before."""
+        """Add vectors, float32 [n, dimension]; their numbers follow those of the vectors before.
+
+        It uses one thread, and makes the same index of the same vectors.
+        """
 
     @abstractmethod
-    def search(self, queries: np.ndarray, k: int) -> SearchResult:
-        """Return the k most similar vectors of each query, float32 [queries, dimension]; all if there are fewer."""
+    def search(self, queries: np.ndarray, k: int, threads: int) -> SearchResult:
+        """Return the k most similar vectors of each query, or all if there are fewer.
+
+        Args:
+            queries: float32 [queries, dimension].
+            k: how many.
+            threads: how many threads may compute; the result does not depend on it.
+        """
 
     @abstractmethod
     def vectors(self, rows: slice | np.ndarray) -> np.ndarray:
         """Return the vectors of some rows, float32 [rows, dimension], as they were added."""
-
-    def deeper_settings(self, k: int) -> dict[str, Any]:
-        """Return search settings that find more than the present ones in a search for k; {}: there are none."""
-        return {}
 
     @abstractmethod
     def save(self, path: str) -> None:
@@ -129,7 +140,7 @@ class Index(Protocol):
 
     Where there is a corpus, ann_util opens or makes one, then adds what is `missing`, then calls `finish`:
 
-        index = MilvusIndex(uri, collection)        # or ShardedIndex(manifest, rows, threads)
+        index = MilvusIndex(uri, collection)        # or ShardedIndex(manifest, threads)
         index.follow(documents, manifest)           # of collections alone: find out what is missing, and what is gone
         for rows in index.missing:
             index.add(rows, encode(rows))

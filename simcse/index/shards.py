@@ -1,158 +1,280 @@
-"""An index in shards, each a graph of hnswlib or an exact index, and what its approximation costs."""
+"""An index in shards, each of a local engine, on one or several ranks; and what its approximation misses."""
 
 import os
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from simcse.console import InputError, log, progress, warn
 from simcse.files import file_digest
-from simcse.index.exact import QUERY_BLOCK, ExactIndex, Found, exact_search, merge
-from simcse.index.hnsw import HNSW_BLOCK, HnswIndex
+from simcse.index.engines import LOCAL_ENGINES
+from simcse.index.exact import QUERY_BLOCK, exact_search, merge
+from simcse.index.manifest import AnnRecall, Manifest
+from simcse.index.protocols import NO_SCORE, NOT_FOUND, SearchResult, VectorIndex
 from simcse.machine import CPU_THREADS, RANK, RANKS
 from simcse.text.tokens import WINDOW
 
 import numpy as np
 
-MEASURED = 100  # documents, or queries, that an index is measured with
-POOR = 0.99  # ANN recall below which it is said what finds more
-MEASURED_K, DEEPER = 10, 4  # how deep an index is measured; a larger ef to compare
+MEASURED = 100  # how many documents, or queries, an index is measured with
+MEASURED_K = 10  # how deep it is measured
+POOR = 0.99  # an ANN recall below it is a warning, with advice
 
 
-class Shards:
-    """An index in parts: the entries in pieces, piece i in shard i % shards, shard s on rank s % ranks. Which entry
-    goes where, and in what order, depends on neither ranks nor threads, so results do not either. `pieces` are the
-    rows of this rank.
+class ShardedIndex:
+    """An index in parts: an `Index` of a local engine.
+
+    The rows are cut into pieces. Piece i is in shard i % shards, and shard s on rank s % ranks. So which row goes
+    where, and in what order, depends on neither ranks nor threads, and results do not either.
 
     Args:
-        fingerprint: its "ann_engine", "index_shards", "hnsw_m", "hnsw_ef", "hnsw_max_elements", and with a folder
-            "files": the SHA-256 of its files by their names.
-        entries, dim: how many embeddings of what size there are on all ranks.
-        cpu_threads: those of a search, and of adding, a shard each; 0: all cores.
+        manifest: its ann_engine, index_shards, dimension, rows, build_settings and search_settings; of a folder also
+            its files.
+        threads: those of a search; as many shards are added to at a time. 0: all cores.
         folder: where `save` has written the shards; None: they are empty.
 
-    InputError: more ranks than shards, or too little memory. OSError, RuntimeError, ValueError: a damaged file.
+    Raises:
+        InputError: there are more ranks than shards, or too little memory.
+        OSError, RuntimeError, ValueError: a file in the folder is damaged.
     """
 
-    def __init__(self, fingerprint: dict, entries: int, dim: int, cpu_threads: int = 0, folder: str | None = None,
-                 rank: int = RANK, ranks: int = RANKS) -> None:
-        self.fingerprint = fingerprint
-        self._threads, self._count = cpu_threads or CPU_THREADS, fingerprint["index_shards"]
+    max_k = None
+
+    def __init__(self, manifest: Manifest, threads: int = 0, folder: str | None = None, rank: int = RANK,
+                 ranks: int = RANKS) -> None:
+        if manifest.index_shards < ranks:
+            raise InputError(f"--index_shards {manifest.index_shards} must be at least the number of processes "
+                             f"({ranks})")
+        self.manifest = manifest
+        self.search_settings = dict(manifest.search_settings)
+        self._engine = LOCAL_ENGINES[manifest.ann_engine]
+        self._threads = threads or CPU_THREADS
         self._workers = ThreadPoolExecutor(self._threads)
-        if self._count < ranks:
-            raise InputError(f"--index_shards {self._count}: there are {ranks} processes")
-        self._piece = min(WINDOW, -(-entries // self._count))
-        pieces = [range(start, min(start + self._piece, entries)) for start in range(0, entries, self._piece)]
-        self.pieces = [rows for number, rows in enumerate(pieces) if number % self._count % ranks == rank]
-        self._shards = {}
-        for shard in range(rank, min(self._count, len(pieces)), ranks):
-            name = f"shard_{shard}.bin"
-            path = folder and os.path.join(folder, name)
-            if path and file_digest(path) != fingerprint["files"].get(name):
-                raise ValueError(f"{name} is not what was written")
-            if fingerprint["ann_engine"] == "exact":
-                self._shards[shard] = ExactIndex(path)
-            else:
-                size = max(sum(map(len, pieces[shard :: self._count])),
-                           -(-fingerprint["hnsw_max_elements"] // self._count))
-                self._shards[shard] = HnswIndex(dim, size, fingerprint["hnsw_m"], fingerprint["hnsw_ef"],
-                                                self._threads, path)
+        self._adding = deque[tuple[Future, int]]()  # what the workers add, and how many rows each
+        # How many rows a piece has; the last piece may have fewer.
+        self._piece_size = min(WINDOW, -(-manifest.rows // manifest.index_shards))
+        pieces = [range(start, min(start + self._piece_size, manifest.rows))
+                  for start in range(0, manifest.rows, self._piece_size)]
+        self.missing = [rows for piece, rows in enumerate(pieces) if piece % manifest.index_shards % ranks == rank]
+        self._shards: dict[int, _Shard] = {}
+        for shard in range(rank, min(manifest.index_shards, len(pieces)), ranks):
+            capacity = sum(len(rows) for rows in pieces[shard :: manifest.index_shards])
+            settings = {**manifest.build_settings, **self.search_settings}
+            engine = self._engine(manifest.dimension, capacity, settings)
+            if folder:
+                _load_shard(engine, folder, _file_of_shard(shard), manifest)
+            self._shards[shard] = _Shard(engine)
+        if folder:
+            self.missing = []
 
-    def fill(self, blocks: Iterable[np.ndarray]) -> None:
-        """Add the embeddings of `pieces`, float32 [len(piece), dim] each, in the background while the next are made."""
-        adding = deque[tuple[Future, int]]()
-        for embeddings, rows in zip(blocks, self.pieces):
-            # Pieces take turns with the shards, so that those in the queue are all of different ones.
-            while len(adding) > min(self._threads, len(self._shards) - 1):
-                adding.popleft()[0].result()
-            shard = self._shards[rows.start // self._piece % self._count]
-            adding.append((self._workers.submit(shard.add, embeddings), len(rows)))
-        with progress("indexing", sum(count for _, count in adding), "documents") as advance:
-            for added, count in adding:
-                added.result()
-                advance(count)
+    # ------------------------------------------------------------------------------------------------------- filling
+    def add(self, rows: range, vectors: np.ndarray) -> None:
+        """Add the vectors, float32 [rows, dim], of the next piece of `missing` in the background; see `Index`."""
+        shard = self._shards[rows.start // self._piece_size % self.manifest.index_shards]
+        # Pieces take turns with the shards, so that no two of these are of one shard.
+        while len(self._adding) > min(self._threads, len(self._shards) - 1):
+            self._wait_for_oldest()
+        self._adding.append((self._workers.submit(shard.add, vectors), len(rows)))
 
-    def take(self, entries: np.ndarray, vectors: np.ndarray) -> None:
-        """Write the embeddings of those of some entries that are on this rank to their rows of `vectors`."""
-        pieces, places = np.divmod(entries, self._piece)
-        for shard, index in self._shards.items():
-            rows, = np.nonzero((entries >= 0) & (pieces % self._count == shard))
-            if len(rows):
-                vectors[rows] = index[pieces[rows] // self._count * self._piece + places[rows]]
+    def finish(self) -> None:
+        """Wait until all vectors are added."""
+        with progress("indexing", sum(count for _, count in self._adding), "documents") as advance:
+            while self._adding:
+                advance(self._wait_for_oldest())
+        self.missing = []
 
-    def search(self, queries: np.ndarray, k: int, exact: bool = False) -> Found:
-        """The k best entries, approximately or exactly; where there are fewer, the last are rows -1 of cosine -inf.
-        All ranks ask together, and find the same."""
+    def _wait_for_oldest(self) -> int:
+        """Wait for what was given to the workers first; return how many rows that was."""
+        added, count = self._adding.popleft()
+        added.result()
+        return count
+
+    # ----------------------------------------------------------------------------------------------------- searching
+    def set_search_settings(self, settings: dict[str, Any]) -> None:
+        """Search with other values of some settings from now on."""
+        self.search_settings.update(settings)
+        for shard in self._shards.values():
+            shard.engine.settings.update(settings)
+
+    def search(self, queries: np.ndarray, k: int, exact: bool = False) -> SearchResult:
+        """Return the k best rows of each query; see `Index`.
+
+        Args:
+            queries: float32 [queries, dim], the same on all ranks.
+            k: how many.
+            exact: by a matrix product, whatever the engine.
+        """
         from simcse.ranks import gather_arrays
 
-        missing = max(0, k - sum(map(len, self._shards.values())))
-        parts = [(np.full((len(queries), missing), -1), np.full((len(queries), missing), -np.inf, "float32"))]
-        exact, shards = exact or self.fingerprint["ann_engine"] == "exact", list(self._shards)
+        results = self._search_shards(queries, k, exact)
+        own = merge([_nothing_found(len(queries), k), *results], k)
+        results = map(SearchResult, gather_arrays(own.rows), gather_arrays(own.scores))
+        return merge(results, k)
 
-        def search_some(some: list[int]) -> list[Found]:
-            found = []
-            for shard in some:
-                index = self._shards[shard]
-                rows, cosines = exact_search(queries, index, k) if exact else index.search(queries, k)
-                pieces, places = np.divmod(rows, self._piece)
-                found.append(((shard + pieces * self._count) * self._piece + places, cosines))
-            return found
-
-        # A shard's search shares out blocks of the queries among the threads. Of few queries it would leave threads
-        # idle; then each thread searches its share of the shards.
-        few = len(queries) <= self._threads * (QUERY_BLOCK if exact else HNSW_BLOCK)
-        shares = min(self._threads, len(shards)) if few else len(shards)
+    def _search_shards(self, queries: np.ndarray, k: int, exact: bool) -> list[SearchResult]:
+        """Return what each shard of this rank finds."""
+        shards = list(self._shards)
+        query_block = QUERY_BLOCK if exact else self._engine.query_block
+        results = []
         with progress(f"searching {len(queries):,} queries", len(shards), "shards") as advance:
-            for found in (self._workers.map if few else map)(search_some, [shards[n::shares] for n in range(shares)]):
-                parts += found
-                advance(len(found))
-        return merge(zip(*map(gather_arrays, merge(parts, k))), k)
+            if len(queries) <= self._threads * query_block:
+                # Too few to share out among the threads: each thread searches other shards.
+                running = [self._workers.submit(self._search_shard, shard, queries, k, exact, 1) for shard in shards]
+                for search in running:
+                    results.append(search.result())
+                    advance(1)
+            else:
+                for shard in shards:
+                    results.append(self._search_shard(shard, queries, k, exact, self._threads))
+                    advance(1)
+        return results
 
-    def measure(self, queries: np.ndarray, k: int, what: str) -> dict:
-        """What the graph's approximation costs `queries`, which are `what`: "recall", the part of the exact k best
-        entries that is found with the search's "hnsw_ef", and with one DEEPER times as large."""
-        ef, recalls = self.fingerprint["hnsw_ef"], []
-        efs = [DEEPER * max(ef, 2 * k), ef]
-        _, exact = self.search(queries, k, exact=True)
-        for each in efs:
-            for shard in self._shards.values():
-                shard.ef = each
-            recalls.append(round(ann_recall(self.search(queries, k)[1], exact), 4))
-        return {"k": k, "queries": f"{len(queries)} {what}", "recall": recalls[1], "hnsw_ef": ef,
-                "deeper_recall": recalls[0], "deeper_ef": efs[0]}
+    def _search_shard(self, shard: int, queries: np.ndarray, k: int, exact: bool, threads: int) -> SearchResult:
+        """Return the k best rows of one shard, as rows of the whole index."""
+        engine = self._shards[shard].engine
+        result = exact_search(queries, engine, k, threads) if exact else engine.search(queries, k, threads)
+        piece_of_shard, place = np.divmod(result.rows, self._piece_size)
+        piece = shard + piece_of_shard * self.manifest.index_shards
+        return SearchResult(piece * self._piece_size + place, result.scores)
 
+    def vectors(self, rows: np.ndarray) -> np.ndarray:
+        """Return the vectors of some rows, float32 [rows, dim]; zeros for rows of other ranks and NOT_FOUND."""
+        vectors = np.zeros((len(rows), self.manifest.dimension), "float32")
+        self.copy_vectors(rows, vectors)
+        return vectors
+
+    def copy_vectors(self, rows: np.ndarray, vectors: np.ndarray) -> None:
+        """Write the vectors of those rows that are on this rank to their places in `vectors`, float32 [rows, dim]."""
+        pieces, places = np.divmod(rows, self._piece_size)
+        for number, shard in self._shards.items():
+            wanted = np.flatnonzero((rows != NOT_FOUND) & (pieces % self.manifest.index_shards == number))
+            if len(wanted):
+                piece_of_shard = pieces[wanted] // self.manifest.index_shards
+                vectors[wanted] = shard.engine.vectors(piece_of_shard * self._piece_size + places[wanted])
+
+    def measure(self, queries: np.ndarray, k: int, kind: str) -> AnnRecall | None:
+        """Return which part of the exact result the search finds, with its settings and with deeper ones.
+
+        Args:
+            queries: float32 [queries, dim].
+            k: how deep.
+            kind: what the queries are, a plural, for the report.
+
+        Returns:
+            None: the engine is exact.
+        """
+        if not self._engine.approximate:
+            return None
+        settings = dict(self.search_settings)
+        deeper_settings = self._engine.deeper_settings(settings, k)
+        exact = self.search(queries, k, exact=True)
+        recall = ann_recall(self.search(queries, k).scores, exact.scores)
+        deeper_recall = recall
+        if deeper_settings:
+            self.set_search_settings(deeper_settings)
+            deeper_recall = ann_recall(self.search(queries, k).scores, exact.scores)
+            self.set_search_settings(settings)
+        return AnnRecall(k=k, queries=f"{len(queries)} {kind}", recall=round(recall, 4), settings=settings,
+                         deeper_recall=round(deeper_recall, 4), deeper_settings=deeper_settings)
+
+    # ------------------------------------------------------------------------------------------------------- keeping
     def save(self, folder: str) -> None:
-        """Write this rank's shards to the folder."""
-        for shard, index in self._shards.items():
-            index.save(os.path.join(folder, f"shard_{shard}.bin"))
+        """Write this rank's shards to a folder."""
+        for number, shard in self._shards.items():
+            shard.engine.save(os.path.join(folder, _file_of_shard(number)))
 
     def close(self) -> None:
-        """Nothing is to be let go of, unlike in a `MilvusIndex`."""
+        """End the threads."""
+        self._workers.shutdown()
 
 
-def sample(items: Any) -> Any:
-    """Every nth of some entries or embeddings, MEASURED at most, to measure an index with."""
-    return items[:: -(-len(items) // MEASURED)]
+class _Shard:
+    """Trains an engine with its first vectors, if it needs that, before they are added to it."""
+
+    def __init__(self, engine: VectorIndex) -> None:
+        self.engine = engine
+        self._is_trained = engine.training_size == 0
+        self._waiting: list[np.ndarray] = []  # vectors that are not added yet
+
+    def add(self, vectors: np.ndarray) -> None:
+        """Add vectors, float32 [n, dim]."""
+        if self._is_trained:
+            self.engine.add(vectors)
+            return
+        self._waiting.append(vectors)
+        count = sum(len(block) for block in self._waiting)
+        if count < min(self.engine.training_size, self.engine.capacity):
+            return
+        vectors = np.concatenate(self._waiting)
+        self._waiting = []
+        self.engine.train(vectors[: self.engine.training_size])
+        self._is_trained = True
+        self.engine.add(vectors)
+
+
+def _file_of_shard(shard: int) -> str:
+    return f"shard_{shard}.bin"
+
+
+def _load_shard(engine: VectorIndex, folder: str, name: str, manifest: Manifest) -> None:
+    """Read a shard's file; raise ValueError if it is not what was written."""
+    path = os.path.join(folder, name)
+    if file_digest(path) != manifest.files.get(name):
+        raise ValueError(f"{name} is not what was written")
+    engine.load(path)
+
+
+def _nothing_found(queries: int, k: int) -> SearchResult:
+    """Return a result without rows, which fills up one that has fewer than k."""
+    return SearchResult(np.full((queries, k), NOT_FOUND), np.full((queries, k), NO_SCORE, "float32"))
+
+
+def sample(items: Sequence) -> Any:
+    """Return every nth of some documents or embeddings, MEASURED at most, to measure an index with."""
+    step = -(-len(items) // MEASURED)
+    return items[::step]
 
 
 def ann_recall(cosines: np.ndarray, exact_cosines: np.ndarray) -> float:
-    """The part of the exact result that an approximate one has, both cosines [Q, k] of the same queries, best first;
-    documents of equal cosine stand for each other."""
-    return float(np.mean(cosines >= exact_cosines[:, -1:] - 1e-6))
+    """Return the fraction of the exact result that an approximate one has.
+
+    Documents of equal cosine stand for each other.
+
+    Args:
+        cosines, exact_cosines: [queries, k] of the same queries, best first.
+    """
+    kth_best = exact_cosines[:, -1:]
+    return float(np.mean(cosines >= kth_best - 1e-6))
 
 
-def report(measured: dict | None, ef: int = 0) -> None:
-    """Say what `Shards.measure` has found, and, where much is missed, what has been seen to find more; and where the
-    search has another `ef`, for which nothing was measured."""
-    if RANK or not measured:
+def report_ann_recall(measured: AnnRecall | None, search_settings: dict[str, Any] | None = None) -> None:
+    """Log what `ShardedIndex.measure` has found; warn and advise if much is missed. Only rank 0 does.
+
+    Args:
+        measured: None: nothing was measured.
+        search_settings: those of the search, if they may be other than the measured ones.
+    """
+    if RANK or measured is None:
         return
-    remedy = ""
-    if measured["recall"] < POOR:
-        helps = measured["deeper_recall"] > measured["recall"] + 0.001
-        remedy = (f"; --hnsw_ef {measured['deeper_ef']} finds {measured['deeper_recall']:.4f}" if helps else
-                  "; --ann_engine exact finds all, a larger --hnsw_ef does not help")
-    (warn if remedy else log)(
-        f"ANN recall@{measured['k']} against exact search, {measured['queries']}: {measured['recall']:.4f} "
-        f"with --hnsw_ef {measured['hnsw_ef']}{remedy}"
-        + (f"; this search has {ef}" if ef not in (0, measured["hnsw_ef"]) else ""))
+    message = (f"ANN recall@{measured.k} against exact search, {measured.queries}: {measured.recall:.4f} "
+               f"with {_as_flags(measured.settings)}")
+    is_poor = measured.recall < POOR
+    if is_poor and measured.deeper_recall > measured.recall + 0.001:
+        message += f"; {_as_flags(measured.deeper_settings)} finds {measured.deeper_recall:.4f}"
+    elif is_poor:
+        message += "; --ann_engine exact finds all"
+        if measured.deeper_settings:
+            message += f", {_as_flags(measured.deeper_settings)} does not help"
+    if search_settings is not None and search_settings != measured.settings:
+        message += f"; this search has {_as_flags(search_settings)}"
+    if is_poor:
+        warn(message)
+    else:
+        log(message)
+
+
+def _as_flags(settings: dict[str, Any]) -> str:
+    """Return settings as they are given on the command line; "its default settings" if there are none."""
+    flags = [f"--{name} {value}" for name, value in settings.items()]
+    return " ".join(flags) or "its default settings"

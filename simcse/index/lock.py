@@ -1,0 +1,54 @@
+"""One process at a time builds an index in a folder."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from typing import IO
+
+from simcse.console import log
+from simcse.files import temporary_name
+from simcse.index.manifest import Manifest
+
+
+@contextlib.contextmanager
+def lock_folder(path: str, wanted: Manifest, manifest: Manifest) -> Iterator[None]:
+    """Keep other processes from building an index in a folder while this one does; wait for one that does already.
+
+    Args:
+        path: the folder, which need not exist.
+        wanted: what the index has to be made of.
+        manifest: what is built, for the others to compare.
+
+    Raises:
+        InputError: the other process builds an index that is not as wanted.
+    """
+    lock_path = temporary_name(path, "lock")
+    os.makedirs(os.path.dirname(lock_path), exist_ok=True)
+    with open(lock_path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _wait_for_other(file, path, wanted)
+        file.truncate(0)
+        json.dump(dataclasses.asdict(manifest), file)
+        file.flush()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(FileNotFoundError):  # the process that was waited for has removed it
+                os.remove(lock_path)
+
+
+def _wait_for_other(file: IO, path: str, wanted: Manifest) -> None:
+    """Wait for the process that holds the lock, if it builds what is wanted."""
+    file.seek(0)
+    content = file.read()
+    if content:  # it is empty for a moment after the other process has got the lock
+        where = f"--index_path {path}, which another process is building"
+        other = Manifest.from_dict(json.loads(content), where, "name another folder")
+        other.check(wanted, where, "name another folder")
+    log(f"waiting for the process that is building the index in {path}")
+    fcntl.flock(file, fcntl.LOCK_EX)

@@ -1,0 +1,292 @@
+"""A collection of Milvus: its connection, its fields, the record of what it is made of; errors of one line."""
+
+import contextlib
+import fcntl
+import itertools
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from simcse.console import InputError, check_installed, progress, reported
+from simcse.index.manifest import Manifest
+from simcse.machine import RANKS
+
+import numpy as np
+
+# The fields of a row.
+KEY = "key"  # of the document, or of the passage; the primary key
+DOCUMENT = "document"  # the key of the document
+TEXT = "text"  # the document; only its first passage has it, the others have ""
+PASSAGE = "passage"  # "" where the rows are documents
+LINES = "lines"  # how many lines of the corpus have the document; 0 beside other passages than the first
+IDS = "ids"  # the ids of these lines, separated by tabs, as many as the field can hold
+VECTOR = "embedding"
+
+MAX_BYTES = 65535  # of a text field
+PAGE = 1000  # how many rows, or queries, a request has; 1,000 long texts are less than a server takes at a time
+METRIC = "COSINE"
+REBUILD = "name another collection, or drop this one to build it again"
+# States of a collection. One that is changing has every text of its last complete state until the very end.
+BUILDING = "building"
+COMPLETE = "complete"
+CHANGING = "changing"
+
+_RECORD = "simcse"  # the property of a collection that has its record
+_KEY_END = 2**63
+_LOGGERS = ("pymilvus", "milvus_lite", "grpc", "faiss")
+
+
+class Record(NamedTuple):
+    """What a collection says of itself.
+
+    Attributes:
+        manifest: what it is made of; while it is CHANGING, what it was before.
+        state: BUILDING, COMPLETE or CHANGING.
+    """
+
+    manifest: Manifest
+    state: str
+
+
+class Collection:
+    """A collection on a server, or in a file of Milvus Lite. It may not exist yet.
+
+    The token of a server is read from the environment, MILVUS_TOKEN.
+
+    Args:
+        uri: http://host:port of a server, or a path ending in .db: Milvus Lite, which runs in this process.
+        name: that of the collection, or an alias of it.
+
+    Raises:
+        InputError: pymilvus is not installed, or several ranks would use a file. All methods raise it if Milvus reports
+            an error.
+    """
+
+    def __init__(self, uri: str, name: str) -> None:
+        check_installed("--ann_engine milvus", "requirements-milvus.txt", "pymilvus")
+        _silence_loggers()
+        self.uri = uri
+        self.name = name
+        self.where = f"--milvus_collection {name}"  # in messages
+        self.is_lite = not uri.startswith(("http://", "https://"))
+        self.index_type = "FLAT" if self.is_lite else "HNSW"
+        self._connected: Any = None
+        if self.is_lite and RANKS > 1:
+            raise InputError(f"--milvus_uri {uri}: a file can be used by one process; {RANKS} need a server")
+
+    # ---------------------------------------------------------------------------------------------------- connection
+    @property
+    def _client(self) -> Any:
+        """The connection. Milvus Lite makes the file when it connects, so it is made when it is first needed."""
+        if self._connected is None:
+            self._connected = self._connect()
+        return self._connected
+
+    def _connect(self) -> Any:
+        from pymilvus import MilvusClient, MilvusException
+
+        with self._errors():
+            try:
+                return MilvusClient(uri=self.uri, token=os.environ.get("MILVUS_TOKEN", ""), timeout=30)
+            except MilvusException:
+                self._check_file()
+                raise
+
+    def _check_file(self) -> None:
+        """Raise InputError if the file is in use, or no file of Milvus Lite, which only says that it cannot open it."""
+        if self.is_lite and os.path.isfile(self.uri):
+            raise InputError(f"--milvus_uri {self.uri}: is a file, and no folder of this Milvus Lite; name another")
+        with contextlib.suppress(FileNotFoundError), open(os.path.join(self.uri, "LOCK"), "rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"--milvus_uri {self.uri}: is in use by another process; a file of Milvus Lite serves "
+                                 "one at a time: wait for it, stop it, or take a server") from None
+
+    def _errors(self) -> contextlib.AbstractContextManager:
+        """Turn errors of Milvus into an InputError."""
+        import grpc
+        from pymilvus import MilvusException
+
+        return reported(f"--milvus_uri {self.uri}", MilvusException, grpc.RpcError, ValueError)
+
+    def close(self) -> None:
+        """Release the file, or the connection."""
+        if self._connected is None:
+            return
+        self._connected.close()
+        self._connected = None
+        if self.is_lite:
+            from milvus_lite.server_manager import server_manager_instance
+
+            server_manager_instance.release_server(self.uri)
+
+    # -------------------------------------------------------------------------------------------- the collection itself
+    def exists(self) -> bool:
+        """Return whether there is such a collection."""
+        if self.is_lite and not os.path.exists(self.uri):  # connecting would make the file
+            return False
+        with self._errors():
+            return self._client.has_collection(self.name)
+
+    def create(self, manifest: Manifest) -> None:
+        """Make the collection, which is then BUILDING; complete one whose making was interrupted.
+
+        Args:
+            manifest: its dimension, and its settings, with which vectors are indexed.
+        """
+        if not self.exists():
+            record = _record_to_json(Record(manifest, BUILDING))
+            with self._errors():
+                self._client.create_collection(self.name, schema=self._schema(manifest.dimension),
+                                               consistency_level="Strong", properties={_RECORD: record})
+        if not self.has_index():
+            with self._errors():
+                self._client.create_index(self.name, self._index_params(manifest))
+
+    def _schema(self, dimension: int) -> Any:
+        """Return the fields of a row."""
+        from pymilvus import DataType
+
+        schema = self._client.create_schema(auto_id=False, enable_dynamic_field=False)
+        schema.add_field(KEY, DataType.INT64, is_primary=True)
+        schema.add_field(DOCUMENT, DataType.INT64)
+        schema.add_field(TEXT, DataType.VARCHAR, max_length=MAX_BYTES)
+        schema.add_field(PASSAGE, DataType.VARCHAR, max_length=MAX_BYTES)
+        schema.add_field(LINES, DataType.INT64)
+        schema.add_field(IDS, DataType.VARCHAR, max_length=MAX_BYTES)
+        schema.add_field(VECTOR, DataType.FLOAT_VECTOR, dim=dimension)
+        return schema
+
+    def _index_params(self, manifest: Manifest) -> Any:
+        """Return how vectors are indexed."""
+        params: dict[str, Any] = {}
+        if self.index_type == "HNSW":
+            params = {"M": manifest.build_settings["hnsw_m"], "efConstruction": manifest.search_settings["hnsw_ef"]}
+        if self.is_lite:  # it reads the parameters from one that is called params
+            params = {"params": params}
+        index = self._client.prepare_index_params()
+        index.add_index(field_name=VECTOR, index_type=self.index_type, metric_type=METRIC, params=params)
+        return index
+
+    def has_index(self) -> bool:
+        """Return whether its vectors are indexed: the last step of making it, before which it has no rows."""
+        with self._errors():
+            return bool(self._client.list_indexes(self.name))
+
+    def load(self) -> None:
+        """Make it searchable."""
+        with self._errors():
+            self._client.load_collection(self.name)
+
+    def flush(self) -> None:
+        """Write its rows to the disk and have them indexed."""
+        with self._errors():
+            self._client.flush(self.name)
+
+    # ------------------------------------------------------------------------------------------------------- the record
+    def read_record(self) -> Record | None:
+        """Return what the collection is made of; None: it does not exist.
+
+        Raises:
+            InputError: recall.py did not make it, or another version did.
+        """
+        if not self.exists():
+            return None
+        with self._errors():
+            described = self._client.describe_collection(self.name)
+        content = described.get("properties", {}).get(_RECORD) or described.get("description")  # earlier versions'
+        try:
+            record = dict(json.loads(content or ""))
+        except (TypeError, ValueError):
+            raise InputError(f"{self.where}: exists, but was not made by recall.py") from None
+        manifest = Manifest.from_dict(record.get("manifest", {}), self.where, REBUILD)
+        return Record(manifest, record["state"])
+
+    def write_record(self, record: Record) -> None:
+        """Replace the record, in one step."""
+        with self._errors():
+            self._client.alter_collection_properties(self.name, properties={_RECORD: _record_to_json(record)})
+
+    # --------------------------------------------------------------------------------------------------------- its rows
+    def count(self) -> int:
+        """Return how many rows it has."""
+        with self._errors():
+            return self._client.query(self.name, filter="", output_fields=["count(*)"])[0]["count(*)"]
+
+    def read_pages(self, fields: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
+        """Yield all rows, some hundred at a time, with the key and the given fields.
+
+        A page is a range of keys, which are spread evenly. Milvus promises no order by which one could go on from the
+        last row of a page.
+        """
+        rows = self.count()
+        pages = -(-rows // PAGE)
+        bounds = [page * _KEY_END // max(1, pages) for page in range(pages + 1)]
+        with progress("comparing", rows, "rows") as advance:
+            for start, end in itertools.pairwise(bounds):
+                with self._errors():
+                    page = self._client.query(self.name, filter=f"{KEY} >= {start} and {KEY} <= {end - 1}",
+                                              output_fields=[KEY, *fields])
+                yield list(page)
+                advance(len(page))
+
+    def get(self, keys: Sequence[int], fields: Sequence[str]) -> list[dict[str, Any]]:
+        """Return the rows of some keys, in their order, with the key and the given fields.
+
+        Raises:
+            InputError: a row is gone.
+        """
+        row_of: dict[int, dict[str, Any]] = {}
+        for start in range(0, len(keys), PAGE):
+            with self._errors():
+                found = self._client.get(self.name, ids=list(keys[start : start + PAGE]), output_fields=[KEY, *fields])
+            for row in found:
+                row_of[row[KEY]] = row
+        if any(key not in row_of for key in keys):
+            raise InputError(f"{self.where}: has changed meanwhile; run again")
+        return [row_of[key] for key in keys]
+
+    def get_vectors(self, keys: Sequence[int]) -> np.ndarray:
+        """Return the vectors of some keys, float32 [keys, dim]."""
+        return np.array([row[VECTOR] for row in self.get(keys, [VECTOR])], "float32")
+
+    def upsert(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Add rows, or replace those that have the same keys."""
+        for start in range(0, len(rows), PAGE):
+            with self._errors():
+                self._client.upsert(self.name, list(rows[start : start + PAGE]))
+
+    def delete(self, keys: Sequence[int]) -> None:
+        """Remove the rows of some keys."""
+        for start in range(0, len(keys), PAGE):
+            with self._errors():
+                self._client.delete(self.name, ids=list(keys[start : start + PAGE]))
+
+    def search(self, queries: np.ndarray, k: int, ef: int) -> Iterator[list[tuple[int, float]]]:
+        """Yield the keys and cosines of the k nearest rows for each query, best first.
+
+        Args:
+            queries: float32 [queries, dim].
+            k: how many.
+            ef: candidates that a graph keeps.
+        """
+        params = {"ef": ef} if self.index_type == "HNSW" else {}
+        for start in range(0, len(queries), PAGE):
+            with self._errors():
+                found = self._client.search(self.name, data=queries[start : start + PAGE], anns_field=VECTOR, limit=k,
+                                            search_params={"params": params})
+            for hits in found:
+                yield [(hit[KEY], hit["distance"]) for hit in hits]
+
+
+def _record_to_json(record: Record) -> str:
+    return json.dumps({"manifest": json.loads(record.manifest.to_json()), "state": record.state}, ensure_ascii=False)
+
+
+def _silence_loggers() -> None:
+    """Keep Milvus' libraries from logging: what they log, with a traceback, they raise as well."""
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)

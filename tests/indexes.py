@@ -1,0 +1,58 @@
+"""Small indexes for tests, without an encoder."""
+
+from ann_util import manifest_to_build
+from simcse.index.documents import Documents
+from simcse.index.engines import LOCAL_ENGINES
+from simcse.index.manifest import Manifest
+from simcse.text.textfile import Corpus
+
+
+def manifest_of(engine, rows, dimension, shards, **settings):
+    """Return the manifest of an index to build; settings are those of the engine, the others have their defaults."""
+    build = {setting.name for setting in LOCAL_ENGINES[engine].build_settings}
+    manifest = manifest_to_build(Manifest(
+        ann_engine=engine, index_shards=shards, rows=rows, dimension=dimension,
+        build_settings={name: value for name, value in settings.items() if name in build},
+        search_settings={name: value for name, value in settings.items() if name not in build}))
+    manifest.build_settings = LOCAL_ENGINES[engine].complete_settings(manifest.build_settings, rows)
+    return manifest
+
+
+def fill(index, vectors):
+    """Add the vectors, float32 [rows, dim], of the rows that an index lacks."""
+    for rows in list(index.missing):
+        index.add(rows, vectors[rows.start : rows.stop])
+    index.finish()
+
+
+def engine_of(name, dimension, capacity, **settings):
+    """Return an empty local engine; settings that are not given have their defaults."""
+    engine = LOCAL_ENGINES[name]
+    defaults = {setting.name: setting.default for setting in (*engine.build_settings, *engine.search_settings)}
+    return engine(dimension, capacity, {**defaults, **settings})
+
+
+def documents_of(folder, *lines):
+    """Return the documents of a corpus with these lines, written to a folder."""
+    (folder / "corpus.csv").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return Documents(Corpus(str(folder / "corpus.csv"), "--corpus_file"))
+
+
+def milvus_manifest(documents, **values):
+    """Return the manifest of a collection of these documents, with vectors of 8."""
+    values = {"build_settings": {}, "search_settings": {}, **values}
+    return manifest_to_build(Manifest(
+        ann_engine="milvus", dimension=8, passages=documents.has_passages, lines=documents.line_count,
+        documents=len(documents), rows=documents.row_count, **values))
+
+
+def fill_collection(documents, vectors, collection="texts", **values):
+    """Return a collection in ./x.db with these documents and the vectors, float32 [rows, 8], of all rows."""
+    from simcse.index.milvus import MilvusIndex
+
+    index = MilvusIndex("x.db", collection)
+    index.follow(documents, milvus_manifest(documents, **values))
+    for rows in index.missing:
+        index.add(rows, vectors[rows])
+    index.finish()
+    return index
