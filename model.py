@@ -50,7 +50,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-INT8_NEEDS = "requirements-openvino.txt"
+INT8_REQUIREMENTS = "requirements-openvino.txt"
 # What a pass of training costs beside its tokens, in tokens of ERNIE-base: measured on a CPU; on GPUs, by precision,
 # the least time of its kernels (docs/en/benchmarks.md, "From one card to many").
 GROUP_TOKENS = {"cpu": 256, "fp32": 256, "tf32": 512, "fp16": 256, "bf16": 1000}
@@ -94,7 +94,7 @@ class SimCSE(nn.Layer):
         output_emb_size: size of the embedding; None or 0: the encoder's hidden size, without fc.
         pooling: a name in pooling.POOLINGS.
         infer_with_pooler: embed and export by the pooling as it is trained; False: by its `pool_raw`, if it has one.
-        precision: of matrix products: fp32, or on a GPU tf32, bf16 or fp16; see `precision.gpu_precision`.
+        precision: of matrix products: fp32, or on a GPU tf32, bf16 or fp16; see `device.gpu_precision`.
         loss_settings: None: those of `LossSettings()`.
         whitened_at: tokens of the longest texts that `whitening.whiten` was fitted on; None: it was not.
     """
@@ -114,13 +114,15 @@ class SimCSE(nn.Layer):
         self.ptm = pretrained_model
         self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
         self.loss_settings = loss_settings or LossSettings()
-        self.pooling, self.precision = pooling, precision
+        self.pooling = pooling
+        self.precision = precision
         self.infer_with_pooler = infer_with_pooler
         self.whitened_at = whitened_at
-        self.normalizes = True  # whether embeddings are L2-normalized, as they are but for whitening
+        self.normalizes = True  # L2-normalize embeddings; `whitening.whiten` asks for some that are not
         self.compared: Compared | None = None  # what the last `loss` was of, for the log
         hidden_size = pretrained_model.config.hidden_size
-        self.output_emb_size, self.embedding_size = output_emb_size or 0, output_emb_size or hidden_size
+        self.output_emb_size = output_emb_size or 0
+        self.embedding_size = output_emb_size or hidden_size
         self.max_positions = getattr(pretrained_model.config, "max_position_embeddings", 512)
         self.batch_tokens = BATCH_TOKENS[paddle.device.get_device().split(":")[0]]
         if self.output_emb_size:
@@ -142,10 +144,15 @@ class SimCSE(nn.Layer):
 
     def get_pooled_embedding(self, input_ids: paddle.Tensor, token_type_ids: paddle.Tensor | None = None,
                              with_pooler: bool = True) -> paddle.Tensor:
-        """L2-normalized embeddings, float [batch, embedding_size], of input_ids and token_type_ids, int64 [batch,
-        length], padded with the encoder's pad id; None is all zero. Positions and masks, which the original's methods
-        take too, are those that the encoder makes of them. With pooling "pooler" the encoder's pooled (tanh) output is
-        taken if `with_pooler`, else the raw first token."""
+        """Return L2-normalized embeddings, float32 [batch, embedding_size].
+
+        The original implementation takes positions and masks as well; here the encoder makes them of the ids.
+
+        Args:
+            input_ids: int64 [batch, length], padded with the encoder's pad id.
+            token_type_ids: the same shape; None: all zero.
+            with_pooler: False: by the pooling's `pool_raw`, if it has one, as the raw first token of "pooler".
+        """
         with casting(self.precision):
             embedding = self.pool(input_ids, token_type_ids, with_pooler)
             if self.output_emb_size:
@@ -157,8 +164,10 @@ class SimCSE(nn.Layer):
 
     @paddle.no_grad()
     def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> paddle.Tensor:
-        """Embeddings without dropout or gradient: int64 [batch, length] twice to float32 [batch, embedding_size]. On a
-        GPU the work is only launched; whoever reads the result waits for it."""
+        """Return embeddings without dropout or gradient, float32 [batch, embedding_size], of two int64 [batch, length].
+
+        On a GPU the work is only launched; whoever reads the result waits for it.
+        """
         self.eval()
         return self.get_pooled_embedding(paddle.to_tensor(input_ids), paddle.to_tensor(token_type_ids),
                                          with_pooler=self.infer_with_pooler)
@@ -176,21 +185,24 @@ class SimCSE(nn.Layer):
         """
         pad_id = self.ptm.config.pad_token_id
         width = max(side.input_ids.shape[1] for side in sides)
-        all_ids, all_types = [], []
+        all_ids = []
+        all_types = []
         for side in sides:
             ids = np.asarray(side.input_ids)
             types = np.zeros_like(ids) if side.token_type_ids is None else np.asarray(side.token_type_ids)
             missing = ((0, 0), (0, width - ids.shape[1]))
             all_ids.append(np.pad(ids, missing, constant_values=pad_id))
             all_types.append(np.pad(types, missing))
-        ids, types = np.concatenate(all_ids), np.concatenate(all_types)
+        ids = np.concatenate(all_ids)
+        types = np.concatenate(all_types)
         lengths = ((ids != pad_id) * np.arange(1, width + 1)).max(axis=1, initial=1)
         place = "cpu" if paddle.device.get_device() == "cpu" else self.precision
         groups = length_groups(lengths, GROUP_TOKENS[place])
         embeddings = []
         for rows in groups:
             longest = lengths[rows[-1]]
-            group_ids, group_types = paddle.to_tensor(ids[rows, :longest]), paddle.to_tensor(types[rows, :longest])
+            group_ids = paddle.to_tensor(ids[rows, :longest])
+            group_types = paddle.to_tensor(types[rows, :longest])
             embeddings.append(self.get_pooled_embedding(group_ids, group_types, with_pooler=with_pooler))
         order = paddle.to_tensor(np.argsort(np.concatenate(groups)))
         return paddle.split(paddle.concat(embeddings).index_select(order), [len(side.input_ids) for side in sides])
@@ -223,21 +235,36 @@ class SimCSE(nn.Layer):
 
 
 def length_groups(lengths: np.ndarray, cost: float) -> list[np.ndarray]:
-    """The rows of texts of these lengths in groups of like length, shortest first, so that the padded tokens, and
-    `cost` for each group, are fewest."""
+    """Return the rows of texts in groups of like length, shortest first, such that all groups together have the fewest
+    padded tokens, where each group counts as `cost` tokens more.
+
+    Args:
+        lengths: tokens of each text, int64 [texts].
+        cost: what a pass costs beside its tokens, in tokens.
+
+    Returns:
+        The rows of each group, int64 [texts of the group], by rising length.
+    """
     values, counts = np.unique(lengths, return_counts=True)
-    ends = np.append(0, counts.cumsum())  # how many texts there are up to each length
-    fewest, starts = [0], []  # tokens of the groups up to each length, and where the last of them starts
-    for end, value in zip(ends[1:], values):
-        tokens = [before + (end - start) * value + cost for before, start in zip(fewest, ends)]
-        starts.append(int(np.argmin(tokens)))
-        fewest.append(tokens[starts[-1]])
-    groups, end, order = [], len(values), np.argsort(lengths, kind="stable")
+    shorter = np.append(0, counts.cumsum())  # texts that are shorter than each length; then all texts
+    # For each length: the fewest tokens of the texts up to it, and which length the last of their groups starts with.
+    fewest = [0.0]
+    group_starts = []
+    for number, value in enumerate(values):
+        texts = shorter[number + 1]
+        tokens = [before + (texts - start) * value + cost for before, start in zip(fewest, shorter)]
+        best = int(np.argmin(tokens))
+        group_starts.append(best)
+        fewest.append(tokens[best])
+    order = np.argsort(lengths, kind="stable")
+    groups = []
+    end = len(values)
     while end:
-        start = starts[end - 1]
-        groups.append(order[ends[start] : ends[end]])
+        start = group_starts[end - 1]
+        groups.append(order[shorter[start] : shorter[end]])
         end = start
-    return groups[::-1]
+    groups.reverse()
+    return groups
 
 
 # ------------------------------------------------------------------------------------------------------------- the loss
@@ -438,7 +465,7 @@ def load_encoder_for(args: argparse.Namespace, texts: Sequence[Any] = ()) -> Enc
 def _load_on_cpu(args: argparse.Namespace, texts: Sequence[Any]) -> tuple[Engine, Any]:
     """Return the engine of a checkpoint's graph, which is exported if there is none to use, and the tokenizer."""
     if args.precision == "int8":
-        console.check_installed("--precision int8", INT8_NEEDS, "openvino")
+        console.check_installed("--precision int8", INT8_REQUIREMENTS, "openvino")
     kept = KeptGraph(args.params_path, args.precision, args.model_name_or_path, args.calibration_file)
     if kept.is_current(args.output_emb_size):
         tokenizer = checkpoint_tokenizer(args.params_path, args.model_name_or_path)
@@ -447,7 +474,7 @@ def _load_on_cpu(args: argparse.Namespace, texts: Sequence[Any]) -> tuple[Engine
     model, tokenizer, record = load_model(args.params_path, args.model_name_or_path, args.output_emb_size)
     calibration = []
     if args.precision == "int8":
-        console.check_installed("--precision int8", INT8_NEEDS, "nncf", "paddle2onnx")
+        console.check_installed("--precision int8", INT8_REQUIREMENTS, "nncf", "paddle2onnx")
         calibration = make_calibration(args, texts, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         export_fastest(model, folder, calibration)
@@ -477,9 +504,15 @@ def make_calibration(args: argparse.Namespace, texts: Sequence[Any],
 
 
 def mean_loss(query: np.ndarray, title: np.ndarray, batch_size: int, margin: float, scale: float) -> float:
-    """`contrastive_loss` of embeddings taken in batches, the mean over all rows."""
-    settings, total = LossSettings(margin=margin, scale=scale), 0.0
+    """Return the `contrastive_loss` of embeddings taken in batches, the mean over all rows.
+
+    Args:
+        query, title: float32 [pairs, embedding_size].
+    """
+    settings = LossSettings(margin=margin, scale=scale)
+    total = 0.0
     for start in range(0, len(query), batch_size):
-        q, t = (paddle.to_tensor(side[start : start + batch_size]) for side in (query, title))
-        total += float(contrastive_loss(q, t, settings)) * len(q)
+        queries = paddle.to_tensor(query[start : start + batch_size])
+        titles = paddle.to_tensor(title[start : start + batch_size])
+        total += float(contrastive_loss(queries, titles, settings)) * len(queries)
     return total / len(query)

@@ -92,7 +92,8 @@ def parse_args() -> argparse.Namespace:
 def read_test_set(args: argparse.Namespace) -> list[textfile.Row]:
     """Return the rows of --test_set_file: text, text, label; or query, target. There are none without the flag, or
     where all labels are the same, which nothing correlates with."""
-    path, flag = args.test_set_file, "--test_set_file"
+    path = args.test_set_file
+    flag = "--test_set_file"
     if not path:
         return []
     columns = textfile.count_columns(path, flag, (2, 3))

@@ -86,7 +86,10 @@ class MaskedBatches:
 
         jieba.setLogLevel(logging.WARNING)
         jieba.initialize()
-        self.texts, self.tokenizer, self.args, self.jieba = texts, tokenizer, args, jieba
+        self.texts = texts
+        self.tokenizer = tokenizer
+        self.args = args
+        self.jieba = jieba
         self.mask_id = tokenizer.vocab["[MASK]"]
         self.ordinary_ids = np.array([number for token, number in tokenizer.vocab.items()
                                       if not (token.startswith("[") and token.endswith("]"))])

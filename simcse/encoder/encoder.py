@@ -302,7 +302,6 @@ class Encoder:
             raise InputError("embeddings contain NaN or Inf; training diverged or the checkpoint is damaged")
         return embeddings
 
-
     def _start(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> Any:
         """Start a batch, and return an object whose `result()` waits for the embeddings."""
         if hasattr(self.engine, "start"):
