@@ -109,8 +109,9 @@ def test_texts_that_the_encoder_does_not_see_are_like_none(tokenizer, capsys):
 
 def test_nor_are_they_to_a_service_or_a_server(tokenizer, tmp_path, capsys):
     from deploy.serving.searcher import Searcher
+    from deploy.serving.shapes import BatchShapes
 
-    searcher = Searcher(encoder_of(tokenizer), None, SimpleNamespace(documents=0), ([1, 4], [8]))
+    searcher = Searcher(encoder_of(tokenizer), None, SimpleNamespace(line_count=0), BatchShapes([1, 4], [8]))
     embeddings, _ = searcher.encode(["语义", *UNSEEN])
     assert embeddings.any(axis=1).tolist() == [True, *[False] * 5]
     assert not capsys.readouterr().err

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 from deploy.python import encoder
-from deploy.serving import searcher
+from deploy.serving.shapes import BatchShapes, choose_shapes
 from simcse import console, files
 from simcse.text import tokens, wordpiece
 
@@ -174,7 +174,7 @@ def test_fixed_batches_have_few_shapes_and_every_text_once(seed):
     sizes, lengths = (1, 8, 32), [8, 16, 24, 60]
     ids = [list(rng.integers(1, 100, rng.integers(2, 61))) for _ in range(rng.integers(1, 150))]
     seen = {}
-    for rows, input_ids, token_type_ids in searcher.fixed_batches(ids, 0, sizes, lengths):
+    for rows, input_ids, token_type_ids in BatchShapes(sizes, lengths).make_batches(ids, 0):
         assert input_ids.shape[0] in sizes and input_ids.shape[1] in lengths and not token_type_ids.any()
         assert 3 * len(rows) >= 2 * len(input_ids), "two thirds full"
         assert input_ids.shape[1] == min(each for each in lengths if each >= len(ids[rows[0]]))
@@ -183,3 +183,11 @@ def test_fixed_batches_have_few_shapes_and_every_text_once(seed):
             assert row not in seen
             seen[row] = True
     assert len(seen) == len(ids)
+
+
+@pytest.mark.parametrize("weights, longest, shapes", [
+    (0, 8, ([1, 2, 4, 8, 16], [8])), (0, 9, ([1, 2, 4, 8, 16], [8, 9])),
+    (0, 64, ([1, 2, 4, 8, 16], [8, 12, 16, 24, 32, 48, 64])), (1 << 40, 60, ([1, 4, 16], [16, 32, 60])),
+    (1 << 40, 9, ([1, 4, 16], [9])), (1 << 40, 513, ([1, 4, 16], [16, 32, 64, 128, 256, 512, 513]))])
+def test_a_large_model_has_fewer_shapes(weights, longest, shapes):
+    assert choose_shapes(weights, longest) == shapes

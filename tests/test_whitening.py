@@ -3,7 +3,7 @@
 import argparse
 
 import model as m
-from deploy.serving import searcher
+from deploy.serving import opening
 from simcse import flags
 from simcse.encoder import whitening
 from simcse.encoder.encoder import Encoder
@@ -102,8 +102,8 @@ def test_a_whitened_checkpoint(texts, tmp_path, more):
     np.testing.assert_allclose(got[[rows[line] for line in lines]], white, atol=1e-4)
     succeed("export_model.py", "--params_path", folder, "--output_path", "exported", cwd=tmp_path)
     where = argparse.Namespace(model_dir=str(tmp_path / "exported"), device="cpu", cpu_threads=0, precision=None)
-    engine = searcher._open_engine(where, "fp32", 10)
-    assert type(engine).__name__ == ("TableEngine" if more[0] == "--pooling" else "Predictor")
+    engine = opening.open_engine(where, "fp32", 10)
+    assert type(engine).__name__ == ("TableEngine" if more[0] == "--pooling" else "PaddlePredictor")
     batch = tokens.pad(tokenizer(lines, 16), tokenizer.pad_token_id)
     np.testing.assert_allclose(engine.embed(*batch), white, atol=1e-4)
 
