@@ -88,7 +88,7 @@ class Searcher:
         """Encode texts; warn once in the life of the service of those that are cut."""
         inputs = self.encoder.tokenize(texts)
         if inputs.lengths.max() > self.encoder.max_seq_length and not self._warned_truncated:
-            console.warn(f"texts longer than {self.encoder.max_seq_length} tokens are cut; this is said once")
+            console.warn(f"texts longer than {self.encoder.max_seq_length} tokens are cut; further ones are not reported")
             self._warned_truncated = True
         return Embedded(self.encoder.embed(inputs), inputs.lengths)
 
