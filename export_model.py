@@ -5,26 +5,48 @@
     python export_model.py --params_path checkpoints/model_900 --output_path ./output_int8 --format openvino \
         --precision int8 --calibration_file recall/corpus.csv
 
-Writes the graph with its weights, the tokenizer and simcse_config.json: all that deploy/python/predict.py needs; of
-pooling first_avg a table as well, with which deploy/serving answers sooner. The exported graph is run against the
-dynamic one before the folder appears. The int8 graph is that which recall.py, inference.py and predict.py use with
---precision int8, beside the checkpoint, and is made there where there is none.
+Writes the graph with its weights, the tokenizer and simcse_config.json: all that deploy/python/predict.py needs. Of a
+network without layers (pooling first_avg) it writes a table as well, with which deploy/serving answers sooner. Before
+the folder appears, the exported graph's embeddings are compared with the network's. The int8 graph is the one that
+recall.py, inference.py and predict.py keep beside the checkpoint; it is made there if there is none.
 """
 
 import argparse
 import os
 import shutil
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from simcse import console, flags
 from simcse.encoder.weights import ONNX_FILE, OPENVINO_FILE, OPSET
 from simcse.text.tokens import make_batches
 from simcse.text.wordpiece import WordPiece
 
-# Short, long, more than one batch and more than one length: what the dynamic axes of the graph have to bear.
+# Short, long, more than one batch and more than one length: the graph has to bear all of them.
 CHECK_TEXTS = ["语义索引", flags.README_TEXT, "SimCSE", flags.README_TEXT * 3, "中西方语言与文化的差异"]
 TOLERANCE = 1e-5
-NEEDS = {"paddle": (), "onnx": ("paddle2onnx", "onnxruntime"), "openvino": ("paddle2onnx", "openvino")}
-ENDINGS = {"paddle": ("json", "pdmodel", "pdiparams"), "onnx": ("onnx",), "openvino": ("xml", "bin")}
+
+
+class Format(NamedTuple):
+    """A kind of graph.
+
+    Attributes:
+        help: what is written, for the help of --format.
+        endings: of the files inference.<ending> that it may write.
+        packages: what writes and runs it, besides paddle; requirements-<format>.txt has them.
+    """
+
+    help: str
+    endings: tuple[str, ...]
+    packages: tuple[str, ...] = ()
+
+
+FORMATS = {
+    "paddle": Format("inference.json and inference.pdiparams", ("json", "pdmodel", "pdiparams")),
+    "onnx": Format(f"{ONNX_FILE} instead, float32, opset {OPSET} (requirements-onnx.txt, paddlepaddle 3)", ("onnx",),
+                   ("paddle2onnx", "onnxruntime")),
+    "openvino": Format(f"{OPENVINO_FILE} and inference.bin, for a CPU (requirements-openvino.txt, paddlepaddle 3)",
+                       ("xml", "bin"), ("paddle2onnx", "openvino"))}
 
 
 def parse_args() -> argparse.Namespace:
@@ -32,67 +54,90 @@ def parse_args() -> argparse.Namespace:
     flags.add_model_arguments(parser, params_path=flags.DEFAULT_PARAMS)
     parser.add_argument("--output_path", default="./output",
                         help="folder to write; files of the same names are replaced")
-    parser.add_argument("--format", choices=tuple(ENDINGS), default="paddle",
-                        help=f"paddle: inference.json and inference.pdiparams; onnx: {ONNX_FILE} instead, float32, "
-                        f"opset {OPSET} (requirements-onnx.txt, paddlepaddle 3); openvino: {OPENVINO_FILE} and "
-                        "inference.bin, for a CPU (requirements-openvino.txt, paddlepaddle 3)")
+    parser.add_argument("--format", choices=tuple(FORMATS), default="paddle",
+                        help="; ".join(f"{name}: {kind.help}" for name, kind in FORMATS.items()))
     parser.add_argument("--precision", choices=("fp32", "int8"), default="fp32",
-                        help="number format of the exported matrix products; int8 is for --format openvino")
+                        help="number format of the exported matrix products; int8 needs --format openvino")
     flags.add_calibration_argument(parser)
+    parser.set_defaults(device="cpu", cpu_threads=0)  # of all stages this one has no --device: it exports on a CPU
     args = parser.parse_args()
     if args.precision == "int8" and args.format != "openvino":
         parser.error("--precision int8 needs --format openvino")
-    return flags.check_arguments(parser, argparse.Namespace(**vars(args), device="cpu", cpu_threads=0, batch_size=None))
+    return flags.check_arguments(parser, args)
 
 
 def check_output(args: argparse.Namespace) -> None:
-    """Before any work: refuse an output path where the export would be no folder, or one of two graphs, and a format
-    without what writes and runs it."""
+    """Check, before any work, that --output_path can be written and that --format can be.
+
+    Raises:
+        InputError: the path is no folder or has a graph of another format, or a package is missing.
+    """
     path = args.output_path
     if os.path.exists(path) and not os.path.isdir(path):
         raise console.InputError(f"--output_path {path}: exists and is not a folder")
     for name in os.listdir(path) if os.path.isdir(path) else ():
-        if name.startswith("inference.") and name.split(".")[-1] not in ENDINGS[args.format]:
+        if name.startswith("inference.") and name.split(".")[-1] not in FORMATS[args.format].endings:
             raise console.InputError(f"--output_path {path}: holds {name}, which is not of --format {args.format}; "
                                      "name another folder")
-    console.check_installed(f"--format {args.format}", f"requirements-{args.format}.txt", *NEEDS[args.format])
+    console.check_installed(f"--format {args.format}", f"requirements-{args.format}.txt",
+                            *FORMATS[args.format].packages)
 
 
-def check_graph(model, tokenizer, graph) -> float:
-    """The largest difference of the embeddings that an exported graph gives of input_ids and token_type_ids to the
-    network's; InputError where it is larger than TOLERANCE."""
-    ids = tokenizer(CHECK_TEXTS, 64)
-    difference = max(float(abs(model.embed(*batch).numpy() - graph(*batch)).max())
-                     for _, *batch in make_batches(ids, tokenizer.pad_token_id, batch_size=2))
-    if not difference <= TOLERANCE:
-        raise console.InputError(f"the exported graph differs from the dynamic one by {difference:.2g}, more than "
-                                 f"{TOLERANCE:g}; nothing was written")
-    return difference
+def write_graph(args: argparse.Namespace, model, folder: str) -> Callable[..., Any]:
+    """Write the graph that is asked for to a folder, and return it as a function of input_ids and token_type_ids."""
+    if args.format == "paddle":
+        from simcse.encoder.paddle_engine import PaddleEngine, export_graph
 
-
-def write_graph(args: argparse.Namespace, model, folder: str):
-    """Write the graph that is asked for to a folder; returns it, as a function of input_ids and token_type_ids."""
-    from simcse.encoder import engine
-
+        export_graph(model, folder)
+        return PaddleEngine(folder).embed
     if args.format == "onnx":
         from simcse.encoder.onnx import export_onnx, onnx_graph
 
         export_onnx(model, folder)
         return onnx_graph(folder)
-    if args.format == "paddle":
-        engine.export_graph(model, folder)
-        return engine.CpuEngine(folder).embed
+    from simcse.encoder.openvino import OpenVinoEngine, export_openvino
+
     if args.precision == "int8":
-        from model import load_encoder_for
-
-        load_encoder_for(args)  # makes the one that is kept beside the checkpoint, where there is none
-        shutil.copytree(engine.KeptGraph(args).folder, folder, ignore=shutil.ignore_patterns("fingerprint.json"),
-                        dirs_exist_ok=True)
+        copy_int8_graph(args, folder)
     else:
-        from simcse.encoder.openvino import export_openvino
-
         export_openvino(model, folder)
-    return engine.OpenVinoEngine(folder, args.precision).embed
+    return OpenVinoEngine(folder, args.precision).embed
+
+
+def copy_int8_graph(args: argparse.Namespace, folder: str) -> None:
+    """Copy the int8 graph beside the checkpoint, which is made if there is none."""
+    from model import load_encoder
+    from simcse.encoder.kept_graph import FINGERPRINT_FILE, KeptGraph
+
+    load_encoder(args.params_path, precision="int8", model_name_or_path=args.model_name_or_path,
+                 output_emb_size=args.output_emb_size, calibration_file=args.calibration_file)
+    kept = KeptGraph(args.params_path, "int8", args.model_name_or_path, args.calibration_file)
+    shutil.copytree(kept.folder, folder, ignore=shutil.ignore_patterns(FINGERPRINT_FILE), dirs_exist_ok=True)
+
+
+def check_graph(model, tokenizer, graph: Callable[..., Any]) -> float:
+    """Return the largest difference between the exported graph's embeddings and the network's.
+
+    Raises:
+        InputError: it is larger than TOLERANCE.
+    """
+    largest = 0.0
+    for _, *batch in make_batches(tokenizer(CHECK_TEXTS, 64), tokenizer.pad_token_id, batch_size=2):
+        difference = float(abs(model.embed(*batch).numpy() - graph(*batch)).max())
+        if not difference <= TOLERANCE:  # NaN neither
+            raise console.InputError(f"the exported graph differs from the dynamic one by {difference:.2g}, more than "
+                                     f"{TOLERANCE:g}; nothing was written")
+        largest = max(largest, difference)
+    return largest
+
+
+def write_tokenizer(tokenizer, folder: str) -> None:
+    """Write tokenizer.json, which deploy/python reads, if the tokenizer is of that kind."""
+    if isinstance(tokenizer, WordPiece):
+        tokenizer.save_rust(folder)
+    else:
+        console.warn("the encoder's tokenizer is not ERNIE's or BERT's: deploy/python cannot read it; deploy/serving "
+                     "can")
 
 
 def main() -> None:
@@ -102,31 +147,27 @@ def main() -> None:
 
     from model import load_model
     from simcse.device import set_device
-    from simcse.encoder.table import TableEngine
+    from simcse.encoder.table import write_table
     from simcse.encoder.weights import model_digest, read_record, write_record
     from simcse.files import new_folder
 
     set_device("cpu")
     model, tokenizer, record = load_model(args.params_path, args.model_name_or_path, args.output_emb_size)
-    # By its digest a server knows the indexes that are of this model.
+    # A server compares the digest with that of an index, to know that both are of the same model.
     record["model"] = model_digest(args.params_path, args.model_name_or_path)
     with new_folder(args.output_path) as folder:
         graph = write_graph(args, model, folder)
         record.update(read_record(folder))
         if args.format == "paddle":
-            record["table"] = TableEngine.write(model, folder)
+            record["table"] = write_table(model, folder)
         write_record(folder, record, tokenizer)
-        if isinstance(tokenizer, WordPiece):
-            tokenizer.save_rust(folder)
-        else:
-            console.warn("the encoder's tokenizer is not ERNIE's or BERT's: deploy/python cannot read it; "
-                         "deploy/serving can")
-        if args.precision == "int8":
+        write_tokenizer(tokenizer, folder)
+        if args.precision == "int8":  # was compared with the network when it was made
             cosines = record["int8_cosines"]
-            found = f"cosine of int8 to fp32 {cosines['mean']:.4f} on the mean, {cosines['lowest']:.4f} at lowest"
+            result = f"cosine of int8 to fp32 {cosines['mean']:.4f} on the mean, {cosines['lowest']:.4f} at lowest"
         else:
-            found = f"largest difference to the dynamic graph {check_graph(model, tokenizer, graph):.2g}"
-    console.log(f"exported {args.params_path} to {args.output_path}; {found}")
+            result = f"largest difference to the dynamic graph {check_graph(model, tokenizer, graph):.2g}"
+    console.log(f"exported {args.params_path} to {args.output_path}; {result}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """SimCSE: the network (encoder, pooling, fc, dropout), its loss, its checkpoints, and the encoder of a checkpoint."""
 
 import argparse
-import functools
+import math
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,9 +13,10 @@ from simcse import console
 from simcse.console import InputError, reported
 from simcse.device import casting, gpu_precision, set_device
 from simcse.encoder.encoder import Encoder
-from simcse.encoder.engine import Engine, KeptGraph, make_engine, openvino_is_faster
-from simcse.encoder.paddle_engine import export_graph
-from simcse.encoder.paddle_patches import first_token_only
+from simcse.encoder.engine import Engine, export_fastest, open_engine
+from simcse.encoder.kept_graph import KeptGraph
+from simcse.encoder.openvino import CALIBRATION_TEXTS, FEWEST_TEXTS
+from simcse.encoder.paddle_patches import compute_first_token_only
 from simcse.encoder.pooling import EncoderOutputs, find_pooling
 from simcse.encoder.pretrained import (
     encoder_from_record,
@@ -22,10 +24,12 @@ from simcse.encoder.pretrained import (
     load_pretrained,
     portable,
     remove_layers,
+    weights_without_layers,
 )
 from simcse.encoder.weights import (
     CONFIG_FILE,
     PARAMS_FILE,
+    TOKENIZER_FILE,
     load_state,
     read_record,
     read_weights,
@@ -46,7 +50,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-INT8_NEEDS = "requirements-openvino.txt"
+INT8_REQUIREMENTS = "requirements-openvino.txt"
 # What a pass of training costs beside its tokens, in tokens of ERNIE-base: measured on a CPU; on GPUs, by precision,
 # the least time of its kernels (docs/en/benchmarks.md, "From one card to many").
 GROUP_TOKENS = {"cpu": 256, "fp32": 256, "tf32": 512, "fp16": 256, "bf16": 1000}
@@ -90,7 +94,7 @@ class SimCSE(nn.Layer):
         output_emb_size: size of the embedding; None or 0: the encoder's hidden size, without fc.
         pooling: a name in pooling.POOLINGS.
         infer_with_pooler: embed and export by the pooling as it is trained; False: by its `pool_raw`, if it has one.
-        precision: of matrix products: fp32, or on a GPU tf32, bf16 or fp16; see `precision.gpu_precision`.
+        precision: of matrix products: fp32, or on a GPU tf32, bf16 or fp16; see `device.gpu_precision`.
         loss_settings: None: those of `LossSettings()`.
         whitened_at: tokens of the longest texts that `whitening.whiten` was fitted on; None: it was not.
     """
@@ -104,19 +108,21 @@ class SimCSE(nn.Layer):
         if needs.removes_layers:
             remove_layers(pretrained_model)
         if needs.first_token_only:
-            first_token_only(pretrained_model)
+            compute_first_token_only(pretrained_model)
         if not needs.uses_pooler:
             freeze_pooler(pretrained_model)
         self.ptm = pretrained_model
         self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
         self.loss_settings = loss_settings or LossSettings()
-        self.pooling, self.precision = pooling, precision
+        self.pooling = pooling
+        self.precision = precision
         self.infer_with_pooler = infer_with_pooler
         self.whitened_at = whitened_at
-        self.normalizes = True  # whether embeddings are L2-normalized, as they are but for whitening
+        self.normalizes = True  # L2-normalize embeddings; `whitening.whiten` asks for some that are not
         self.compared: Compared | None = None  # what the last `loss` was of, for the log
         hidden_size = pretrained_model.config.hidden_size
-        self.output_emb_size, self.embedding_size = output_emb_size or 0, output_emb_size or hidden_size
+        self.output_emb_size = output_emb_size or 0
+        self.embedding_size = output_emb_size or hidden_size
         self.max_positions = getattr(pretrained_model.config, "max_position_embeddings", 512)
         self.batch_tokens = BATCH_TOKENS[paddle.device.get_device().split(":")[0]]
         if self.output_emb_size:
@@ -138,10 +144,15 @@ class SimCSE(nn.Layer):
 
     def get_pooled_embedding(self, input_ids: paddle.Tensor, token_type_ids: paddle.Tensor | None = None,
                              with_pooler: bool = True) -> paddle.Tensor:
-        """L2-normalized embeddings, float [batch, embedding_size], of input_ids and token_type_ids, int64 [batch,
-        length], padded with the encoder's pad id; None is all zero. Positions and masks, which the original's methods
-        take too, are those that the encoder makes of them. With pooling "pooler" the encoder's pooled (tanh) output is
-        taken if `with_pooler`, else the raw first token."""
+        """Return L2-normalized embeddings, float32 [batch, embedding_size].
+
+        The original implementation takes positions and masks as well; here the encoder makes them of the ids.
+
+        Args:
+            input_ids: int64 [batch, length], padded with the encoder's pad id.
+            token_type_ids: the same shape; None: all zero.
+            with_pooler: False: by the pooling's `pool_raw`, if it has one, as the raw first token of "pooler".
+        """
         with casting(self.precision):
             embedding = self.pool(input_ids, token_type_ids, with_pooler)
             if self.output_emb_size:
@@ -153,8 +164,10 @@ class SimCSE(nn.Layer):
 
     @paddle.no_grad()
     def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> paddle.Tensor:
-        """Embeddings without dropout or gradient: int64 [batch, length] twice to float32 [batch, embedding_size]. On a
-        GPU the work is only launched; whoever reads the result waits for it."""
+        """Return embeddings without dropout or gradient, float32 [batch, embedding_size], of two int64 [batch, length].
+
+        On a GPU the work is only launched; whoever reads the result waits for it.
+        """
         self.eval()
         return self.get_pooled_embedding(paddle.to_tensor(input_ids), paddle.to_tensor(token_type_ids),
                                          with_pooler=self.infer_with_pooler)
@@ -172,21 +185,24 @@ class SimCSE(nn.Layer):
         """
         pad_id = self.ptm.config.pad_token_id
         width = max(side.input_ids.shape[1] for side in sides)
-        all_ids, all_types = [], []
+        all_ids = []
+        all_types = []
         for side in sides:
             ids = np.asarray(side.input_ids)
             types = np.zeros_like(ids) if side.token_type_ids is None else np.asarray(side.token_type_ids)
             missing = ((0, 0), (0, width - ids.shape[1]))
             all_ids.append(np.pad(ids, missing, constant_values=pad_id))
             all_types.append(np.pad(types, missing))
-        ids, types = np.concatenate(all_ids), np.concatenate(all_types)
+        ids = np.concatenate(all_ids)
+        types = np.concatenate(all_types)
         lengths = ((ids != pad_id) * np.arange(1, width + 1)).max(axis=1, initial=1)
         place = "cpu" if paddle.device.get_device() == "cpu" else self.precision
         groups = length_groups(lengths, GROUP_TOKENS[place])
         embeddings = []
         for rows in groups:
             longest = lengths[rows[-1]]
-            group_ids, group_types = paddle.to_tensor(ids[rows, :longest]), paddle.to_tensor(types[rows, :longest])
+            group_ids = paddle.to_tensor(ids[rows, :longest])
+            group_types = paddle.to_tensor(types[rows, :longest])
             embeddings.append(self.get_pooled_embedding(group_ids, group_types, with_pooler=with_pooler))
         order = paddle.to_tensor(np.argsort(np.concatenate(groups)))
         return paddle.split(paddle.concat(embeddings).index_select(order), [len(side.input_ids) for side in sides])
@@ -208,35 +224,47 @@ class SimCSE(nn.Layer):
         """Return the `contrastive_loss` of a batch, a scalar; with `cross_device_negatives` that of all ranks' batches
         together, on each rank the same."""
         if duplicate_keys is not None:
-            duplicate_keys = DuplicateKeys(*[None if keys is None else paddle.to_tensor(keys)
-                                             for keys in duplicate_keys])
+            duplicate_keys = duplicate_keys.map(paddle.to_tensor)
         if self.loss_settings.cross_device_negatives and RANKS > 1:
-            embeddings = Embeddings(*[None if side is None else gather_rows(side) for side in embeddings])
+            embeddings = embeddings.map(gather_rows)
             if duplicate_keys is not None:
-                duplicate_keys = DuplicateKeys(*[None if keys is None else gather_rows(keys)
-                                                 for keys in duplicate_keys])
-        detached = Embeddings(*[None if side is None else side.detach() for side in embeddings])
-        self.compared = Compared(detached, duplicate_keys)
+                duplicate_keys = duplicate_keys.map(gather_rows)
+        self.compared = Compared(embeddings.map(paddle.Tensor.detach), duplicate_keys)
         return contrastive_loss(embeddings.query, embeddings.title, self.loss_settings, negative=embeddings.negative,
                                 duplicate_keys=duplicate_keys)
 
 
 def length_groups(lengths: np.ndarray, cost: float) -> list[np.ndarray]:
-    """The rows of texts of these lengths in groups of like length, shortest first, so that the padded tokens, and
-    `cost` for each group, are fewest."""
+    """Return the rows of texts in groups of like length, shortest first, such that all groups together have the fewest
+    padded tokens, where each group counts as `cost` tokens more.
+
+    Args:
+        lengths: tokens of each text, int64 [texts].
+        cost: what a pass costs beside its tokens, in tokens.
+
+    Returns:
+        The rows of each group, int64 [texts of the group], by rising length.
+    """
     values, counts = np.unique(lengths, return_counts=True)
-    ends = np.append(0, counts.cumsum())  # how many texts there are up to each length
-    fewest, starts = [0], []  # tokens of the groups up to each length, and where the last of them starts
-    for end, value in zip(ends[1:], values):
-        tokens = [before + (end - start) * value + cost for before, start in zip(fewest, ends)]
-        starts.append(int(np.argmin(tokens)))
-        fewest.append(tokens[starts[-1]])
-    groups, end, order = [], len(values), np.argsort(lengths, kind="stable")
+    shorter = np.append(0, counts.cumsum())  # texts that are shorter than each length; then all texts
+    # For each length: the fewest tokens of the texts up to it, and which length the last of their groups starts with.
+    fewest = [0.0]
+    group_starts = []
+    for number, value in enumerate(values):
+        texts = shorter[number + 1]
+        tokens = [before + (texts - start) * value + cost for before, start in zip(fewest, shorter)]
+        best = int(np.argmin(tokens))
+        group_starts.append(best)
+        fewest.append(tokens[best])
+    order = np.argsort(lengths, kind="stable")
+    groups = []
+    end = len(values)
     while end:
-        start = starts[end - 1]
-        groups.append(order[ends[start] : ends[end]])
+        start = group_starts[end - 1]
+        groups.append(order[shorter[start] : shorter[end]])
         end = start
-    return groups[::-1]
+    groups.reverse()
+    return groups
 
 
 # ------------------------------------------------------------------------------------------------------------- the loss
@@ -293,8 +321,7 @@ def contrastive_loss(query: paddle.Tensor, title: paddle.Tensor, settings: LossS
 def load_model(params_path: str, model_name_or_path: str | None = None, output_emb_size: int | None = None,
                flag: str = "--params_path", dropout: float | None = None,
                settings: dict | None = None) -> tuple[SimCSE, Any, dict]:
-    """Load a checkpoint, strictly: the network in evaluation mode, the tokenizer, and the checkpoint's record.
-    InputError: unreadable file; a tensor is missing, unexpected or wrongly shaped; `output_emb_size` contradicts.
+    """Load a checkpoint, strictly.
 
     Args:
         params_path: the file of weights, this project's or the original's (without simcse_config.json beside it).
@@ -302,52 +329,67 @@ def load_model(params_path: str, model_name_or_path: str | None = None, output_e
         output_emb_size: None, or what the checkpoint must have (0: no fc).
         flag: the flag that named the file, for messages.
         dropout: the encoder's dropout rate, for training on.
-        settings: further arguments of `SimCSE`; what they lack is taken from the record.
+        settings: arguments of `SimCSE` that take precedence over the recorded ones.
+
+    Returns:
+        The network in evaluation mode, the tokenizer, and the checkpoint's record.
+
+    Raises:
+        InputError: the file cannot be read; a tensor is missing, unexpected or wrongly shaped; `output_emb_size`
+            contradicts the checkpoint; it records an unknown pooling.
     """
     state = read_weights(params_path, flag)
     if not any(name.startswith("ptm.") for name in state):
         raise InputError(f"{flag} {params_path}: not a SimCSE checkpoint (no ptm.* tensors); "
                          "an encoder without SimCSE training is given by --model_name_or_path")
-    record = read_record(os.path.dirname(params_path))
     size = state["emb_reduce_linear.weight"].shape[-1] if "emb_reduce_linear.weight" in state else 0
     if output_emb_size not in (None, size):
         raise InputError(f"--output_emb_size {output_emb_size}: {params_path} has {size or 'no fc: 0'}")
+    record = read_record(os.path.dirname(params_path))
     with reported(f"{flag} {params_path}: {CONFIG_FILE}", ValueError):
         find_pooling(record.get("pooling", "pooler"))
+
     name = model_name_or_path or record.get("model_name_or_path", DEFAULT_MODEL)
-    described = record and not model_name_or_path
-    encoder = encoder_from_record(record, dropout) if described else load_pretrained(name, dropout)
+    if record and not model_name_or_path:
+        encoder = encoder_from_record(record, dropout)
+    else:
+        encoder = load_pretrained(name, dropout)
     tokenizer = checkpoint_tokenizer(params_path, name)
-    recorded = {key: record[key] for key in ("pooling", "whitened_at") if key in record}
-    loss_settings = LossSettings(**{key: record[key] for key in ("margin", "scale") if key in record})
-    model = SimCSE(encoder, output_emb_size=size, **{
-        "infer_with_pooler": record.get("with_pooler", True), "loss_settings": loss_settings, **recorded,
-        **(settings or {})})
+    model = SimCSE(encoder, output_emb_size=size, **{**_recorded_settings(record), **(settings or {})})
     if find_pooling(model.pooling).removes_layers:  # the checkpoint may be of another pooling
-        state = {name: tensor for name, tensor in state.items() if not name.startswith("ptm.encoder.layers.")}
+        state = weights_without_layers(state)
     load_state(model, state, f"{flag} {params_path}")
     model.eval()
     return model, tokenizer, make_record(model, name, record.get("max_seq_length"))
 
 
+def _recorded_settings(record: dict) -> dict:
+    """Return the arguments of `SimCSE` that a checkpoint's record has; the original's checkpoints have none."""
+    settings = {"infer_with_pooler": record.get("with_pooler", True),
+                "loss_settings": LossSettings(**{key: record[key] for key in ("margin", "scale") if key in record})}
+    for key in ("pooling", "whitened_at"):
+        if key in record:
+            settings[key] = record[key]
+    return settings
+
+
 def checkpoint_tokenizer(params_path: str, model_name_or_path: str | None = None) -> Any:
-    """The tokenizer beside a checkpoint; where there is none, that of its encoder, named or recorded."""
+    """Load the tokenizer beside a checkpoint; where there is none, that of its encoder, named or recorded."""
     folder = os.path.dirname(params_path)
-    if os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
+    if os.path.isfile(os.path.join(folder, TOKENIZER_FILE)):
         return load_tokenizer(folder or ".")
     return load_tokenizer(model_name_or_path or read_record(folder).get("model_name_or_path", DEFAULT_MODEL))
 
 
 def make_record(model: SimCSE, model_name_or_path: str, max_seq_length: int | None) -> dict:
-    """What later stages have to know of a checkpoint: the content of simcse_config.json."""
+    """Return what later stages have to know of a checkpoint: the content of simcse_config.json."""
     import paddlenlp
 
-    loss_settings = model.loss_settings
     record = {"model_name_or_path": model_name_or_path, "output_emb_size": model.output_emb_size,
               "embedding_size": model.embedding_size, "max_positions": model.max_positions, "pooling": model.pooling,
-              "scale": loss_settings.scale, "margin": loss_settings.margin, "max_seq_length": max_seq_length,
-              "whitened_at": model.whitened_at, "encoder_class": type(model.ptm).__name__,
-              "encoder_config": portable(model.ptm.config.to_dict()),
+              "scale": model.loss_settings.scale, "margin": model.loss_settings.margin,
+              "max_seq_length": max_seq_length, "whitened_at": model.whitened_at,
+              "encoder_class": type(model.ptm).__name__, "encoder_config": portable(model.ptm.config.to_dict()),
               "versions": {"paddlepaddle": paddle.__version__, "paddlenlp": paddlenlp.__version__}}
     if find_pooling(model.pooling).pool_raw:
         record["with_pooler"] = model.infer_with_pooler
@@ -355,7 +397,7 @@ def make_record(model: SimCSE, model_name_or_path: str, max_seq_length: int | No
 
 
 def save_checkpoint(folder: str, model: SimCSE, tokenizer: Any, record: dict) -> None:
-    """Write a checkpoint to `folder`, which appears complete or not at all."""
+    """Write weights, tokenizer and simcse_config.json to `folder`, which appears complete or not at all."""
     with new_folder(folder) as temporary:
         write_checkpoint(temporary, model, tokenizer, record)
 
@@ -366,24 +408,11 @@ def write_checkpoint(folder: str, model: SimCSE, tokenizer: Any, record: dict) -
     write_record(folder, record, tokenizer)
 
 
-def calibration_batches(args: argparse.Namespace, texts: Sequence[Any],
-                        tokenizer: Any) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Batches of one text each, from all over --calibration_file, or `texts`, for `int8.export_openvino`."""
-    from simcse.encoder.openvino import LEAST, SAMPLE
-
-    if args.calibration_file:
-        texts = TextFile(args.calibration_file, "--calibration_file")
-    if len(texts) < LEAST:
-        raise InputError(f"--precision int8: {args.params_path} has no int8 graph beside it yet, and {len(texts)} "
-                         "texts are too few to make it with; name a file of some hundred by --calibration_file")
-    rows = texts[:: -(-len(texts) // SAMPLE)]
-    ids = tokenizer([text for row in rows for text in ([row] if isinstance(row, str) else row)], args.max_seq_length)
-    return [batch for _, *batch in make_batches(ids, tokenizer.pad_token_id, batch_size=1)]
-
-
+# -------------------------------------------------------------------------------------------------------------- encoder
 def load_encoder(checkpoint: str, *, device: str = "cpu", precision: str = "auto", max_seq_length: int | None = None,
                  batch_size: int | None = None, cpu_threads: int = 0, model_name_or_path: str | None = None,
-                 output_emb_size: int | None = None, calibration: str | Sequence[str] = ()) -> Encoder:
+                 output_emb_size: int | None = None, calibration_file: str | None = None,
+                 calibration_texts: Sequence[Any] = ()) -> Encoder:
     """Load a trained checkpoint for encoding.
 
         encoder = load_encoder("checkpoints/model_900")
@@ -400,59 +429,90 @@ def load_encoder(checkpoint: str, *, device: str = "cpu", precision: str = "auto
         cpu_threads: math threads on a CPU; 0: all cores.
         model_name_or_path: the encoder of a checkpoint without a simcse_config.json.
         output_emb_size: size that the embedding must have; None: any.
-        calibration: for the first time in int8 a file of texts, one a line, or texts; see `calibration_batches`.
+        calibration_file: texts, one a line, for the first time that a checkpoint is used in int8.
+        calibration_texts: texts, or rows of them, for the same, where there is no file.
 
     Raises:
-        InputError: the checkpoint cannot be loaded, or not in this precision.
+        InputError: the checkpoint cannot be loaded, or the device does not have this precision.
     """
-    params_path = checkpoint_file(checkpoint)
+    with reported("checkpoint", argparse.ArgumentTypeError):
+        params_path = checkpoint_file(checkpoint)
     if max_seq_length is None:
         max_seq_length = read_record(os.path.dirname(params_path)).get("max_seq_length") or ENCODE_LENGTH
-    is_file = isinstance(calibration, str)
     args = argparse.Namespace(
         params_path=params_path, model_name_or_path=model_name_or_path, output_emb_size=output_emb_size, device=device,
         precision=precision, max_seq_length=max_seq_length, batch_size=batch_size, cpu_threads=cpu_threads,
-        calibration_file=calibration if is_file else None)
-    return load_encoder_for(args, () if is_file else calibration)
+        calibration_file=calibration_file)
+    return load_encoder_for(args, calibration_texts)
 
 
 def load_encoder_for(args: argparse.Namespace, texts: Sequence[Any] = ()) -> Encoder:
-    """Load the encoder that a script's flags ask for (`add_model_arguments`, `add_encode_arguments`).
+    """Load the encoder that a script's flags ask for; see `load_encoder`.
 
     Args:
+        args: of a script with `flags.add_model_arguments` and `flags.add_encode_arguments`.
         texts: texts, or rows of them, that int8 is calibrated with where no file is given for it.
     """
-    engine, tokenizer = _load_engine(args, texts)
+    set_device(args.device, args.cpu_threads)
+    if args.device == "cpu":
+        engine, tokenizer = _load_on_cpu(args, texts)
+    else:
+        engine, tokenizer, _ = load_model(args.params_path, args.model_name_or_path, args.output_emb_size,
+                                          settings={"precision": gpu_precision(args.precision)})
     return Encoder(engine, tokenizer, args.max_seq_length, args.batch_size)
 
 
-def _load_engine(args: argparse.Namespace, texts: Sequence[Any] = ()) -> tuple[Engine, Any]:
-    """Return the engine and the tokenizer that a script's flags ask for."""
-    set_device(args.device, args.cpu_threads)
+def _load_on_cpu(args: argparse.Namespace, texts: Sequence[Any]) -> tuple[Engine, Any]:
+    """Return the engine of a checkpoint's graph, which is exported if there is none to use, and the tokenizer."""
     if args.precision == "int8":
-        console.check_installed("--precision int8", INT8_NEEDS, "openvino")
-    kept = KeptGraph(args) if args.device == "cpu" else None
-    if kept and (engine := kept.read()):
-        return engine, checkpoint_tokenizer(args.params_path, args.model_name_or_path)
-    settings = None if kept else {"precision": gpu_precision(args.precision)}
-    model, tokenizer, record = load_model(args.params_path, args.model_name_or_path, args.output_emb_size,
-                                          settings=settings)
-    keep = functools.partial(kept.write, record) if kept and not RANK else None
-    export = export_graph
-    if args.precision == "int8":
-        console.check_installed("--precision int8", INT8_NEEDS, "nncf", "paddle2onnx")
-        from simcse.encoder import openvino as int8
+        console.check_installed("--precision int8", INT8_REQUIREMENTS, "openvino")
+    kept = KeptGraph(args.params_path, args.precision, args.model_name_or_path, args.calibration_file)
+    if kept.is_current(args.output_emb_size):
+        tokenizer = checkpoint_tokenizer(args.params_path, args.model_name_or_path)
+        return open_engine(kept.folder, args.precision, args.cpu_threads), tokenizer
 
-        export = functools.partial(int8.export_openvino, batches=calibration_batches(args, texts, tokenizer))
-    elif kept and openvino_is_faster():
-        from simcse.encoder.openvino import export_fastest as export
-    return make_engine(model, args.precision, args.cpu_threads, keep, export), tokenizer
+    model, tokenizer, record = load_model(args.params_path, args.model_name_or_path, args.output_emb_size)
+    calibration = []
+    if args.precision == "int8":
+        console.check_installed("--precision int8", INT8_REQUIREMENTS, "nncf", "paddle2onnx")
+        calibration = make_calibration(args, texts, tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        export_fastest(model, folder, calibration)
+        engine = open_engine(folder, args.precision, args.cpu_threads)
+        if not RANK:
+            kept.keep(folder, record)
+    return engine, tokenizer
+
+
+def make_calibration(args: argparse.Namespace, texts: Sequence[Any],
+                     tokenizer: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the batches that int8 is calibrated with: input_ids and token_type_ids, int64 [1, length], of one text.
+
+    They are of CALIBRATION_TEXTS rows from all over --calibration_file or, without it, `texts`.
+    """
+    if args.calibration_file:
+        texts = TextFile(args.calibration_file, "--calibration_file")
+    if len(texts) < FEWEST_TEXTS:
+        raise InputError(f"--precision int8: {args.params_path} has no int8 graph beside it yet, and {len(texts)} "
+                         "texts are too few to make it with; name a file of some hundred by --calibration_file")
+    step = math.ceil(len(texts) / CALIBRATION_TEXTS)
+    chosen = []
+    for row in texts[::step]:
+        chosen += [row] if isinstance(row, str) else row
+    batches = make_batches(tokenizer(chosen, args.max_seq_length), tokenizer.pad_token_id, batch_size=1)
+    return [(input_ids, token_type_ids) for _, input_ids, token_type_ids in batches]
 
 
 def mean_loss(query: np.ndarray, title: np.ndarray, batch_size: int, margin: float, scale: float) -> float:
-    """`contrastive_loss` of embeddings taken in batches, the mean over all rows."""
-    settings, total = LossSettings(margin=margin, scale=scale), 0.0
+    """Return the `contrastive_loss` of embeddings taken in batches, the mean over all rows.
+
+    Args:
+        query, title: float32 [pairs, embedding_size].
+    """
+    settings = LossSettings(margin=margin, scale=scale)
+    total = 0.0
     for start in range(0, len(query), batch_size):
-        q, t = (paddle.to_tensor(side[start : start + batch_size]) for side in (query, title))
-        total += float(contrastive_loss(q, t, settings)) * len(q)
+        queries = paddle.to_tensor(query[start : start + batch_size])
+        titles = paddle.to_tensor(title[start : start + batch_size])
+        total += float(contrastive_loss(queries, titles, settings)) * len(queries)
     return total / len(query)

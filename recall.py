@@ -26,7 +26,7 @@ from simcse import console, flags
 from simcse.encoder.weights import model_digest
 from simcse.files import STDIN, file_digest, new_file, read_ahead
 from simcse.index.engines import DEFAULT_ENGINE, ENGINES
-from simcse.index.hits import Hit, Ranking, hits_of, search
+from simcse.index.hits import FUSION_DEPTH, Hit, Ranking, hits_of, search
 from simcse.index.lock import lock_folder
 from simcse.index.manifest import Manifest
 from simcse.index.protocols import DocumentStore, Index
@@ -104,9 +104,9 @@ def add_index_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("index").add_argument
     add("--recall_num", "--top_k", type=flags.positive_int, default=10, help="documents recalled for each query")
     add("--distinct", action="store_true", help="give each text once, however many lines of the corpus have it")
+    descriptions = [f"{name}: {engine.description}" for name, engine in ENGINES.items()]
     add("--ann_engine", choices=tuple(ENGINES),
-        help="hnswlib: an approximate graph; exact: a matrix product, for up to some 100,000 documents; milvus: a "
-        f"collection of Milvus (requirements-milvus.txt) (default: that of the kept index, or {DEFAULT_ENGINE})")
+        help=f"{'; '.join(descriptions)} (default: that of the kept index, or {DEFAULT_ENGINE})")
     add("--index_path", help="folder of the index. If it has one, that is used, and must be of the same corpus, model "
         "and settings, as far as they are given; otherwise the index is built and kept there")
     add("--index_shards", type=flags.positive_int, help="parts of the index, at least as many as processes; results "
@@ -119,7 +119,7 @@ def add_index_arguments(parser: argparse.ArgumentParser) -> None:
         "--max_seq_length tokens, and find it by the best of them, each embedded in its document; otherwise only the "
         "first tokens of a document are encoded. A kept index records whether it has them")
     add("--hybrid_bm25", action="store_true", help="fuse the ranking with that of BM25 over words, "
-        f"{flags.FUSED} documents of each, or --recall_num if that is more; the fused score is the cosine plus BM25's "
+        f"{FUSION_DEPTH} documents of each, or --recall_num if that is more; the fused score is the cosine plus BM25's "
         "score divided by the query's highest")
     add = parser.add_argument_group("milvus").add_argument
     add("--milvus_uri", type=flags.milvus_uri, help="http://host:port of a server, its token in the environment as "
@@ -357,7 +357,7 @@ class Retriever:
         self.depth = args.recall_num
         self.fused_depth = min(args.recall_num, len(documents))
         if args.hybrid_bm25:
-            self.depth = max(args.recall_num, flags.FUSED)
+            self.depth = max(args.recall_num, FUSION_DEPTH)
         if args.hybrid_bm25 and not RANK:
             self.bm25 = ann_util.open_bm25(documents, index.manifest.corpus, args.index_path)
         self._is_measured = bool(args.query)  # single queries measure nothing

@@ -21,7 +21,7 @@ import functools
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -44,18 +44,20 @@ def parse_args() -> argparse.Namespace:
         help="training texts: one text a line (SimCSE); or query and title, separated by a tab (supervised: the other "
         "titles of the batch are negatives); or query, title and a hard negative")
     add("--test_set_file", type=flags.readable_file, help="evaluation set: text, text, label on a line (Spearman's "
-        "rho), or query, target (Recall@k among all targets, exact search); None: no evaluation")
+        "rho), or query, target (Recall@k among all targets, exact search) (default: no evaluation)")
     flags.add_data_arguments(group)
     add = parser.add_argument_group("start").add_argument
     add("--model_name_or_path", type=flags.model_name,
-        help=f"pretrained encoder, hub name or folder; None: that of --init_from_ckpt, else {flags.DEFAULT_MODEL}")
+        help="pretrained encoder, hub name or folder (default: the encoder of --init_from_ckpt, or "
+        f"{flags.DEFAULT_MODEL})")
     add("--init_from_ckpt", type=flags.checkpoint_file,
         help="checkpoint whose weights a new run starts from: model_state.pdparams or the folder that holds it")
     add("--output_emb_size", type=flags.natural_int,
-        help="size of the embedding; 0: the encoder's hidden size, without fc; None: that of --init_from_ckpt, else 0")
+        help="size of the embedding; 0: the encoder's hidden size, without fc (default: the size of --init_from_ckpt, "
+        "or 0)")
     add = parser.add_argument_group("model").add_argument
     add("--pooling", choices=tuple(POOLINGS), help="how tokens become a vector, here and in all later stages. "
-        f"{describe_poolings()}; None: that of --init_from_ckpt, else pooler")
+        f"{describe_poolings()} (default: the pooling of --init_from_ckpt, or pooler)")
     add("--infer_with_fc_pooler", action="store_true", help="evaluation and later stages use pooler and fc; without "
         "it they pass the raw first token through the fc. It changes nothing with another --pooling")
     add("--output_dropout", type=flags.probability, default=0.1, help="dropout rate of the output vector")
@@ -73,14 +75,14 @@ def parse_args() -> argparse.Namespace:
     add("--keep_duplicate_negatives", action="store_true", help="the same text twice in a batch is its own negative, "
         "as in the original implementation; without it, such pairs are left out of the loss")
     add("--chunk_size", type=flags.positive_int, help="encode a batch in chunks of so many texts and each chunk twice "
-        "(GradCache): the same gradients in the memory of one chunk, for batches of thousands; None: at once")
+        "(GradCache): the same gradients in the memory of one chunk, for batches of thousands (default: all at once)")
     output = parser.add_argument_group("output")
     flags.add_run_arguments(parser.add_argument_group("device"), output)
     add = output.add_argument
     add("--eval_steps", type=flags.positive_int, default=10000, help="steps between evaluations")
     add("--whiten", nargs="?", type=flags.natural_int, const=0, metavar="SIZE",
         help="after training, make embeddings of SIZE uncorrelated numbers of equal variance, in a checkpoint "
-        "model_<step>_whitened of its own; 0 (or no value): as many as they have; None: no whitening")
+        "model_<step>_whitened of its own; 0 (or no value): as many as they have (default: no whitening)")
     add("--visualdl_embeddings", type=flags.natural_int, default=0,
         help="training texts whose embeddings VisualDL shows after training; 0: none")
     return flags.parse_training_arguments(parser)
@@ -90,7 +92,8 @@ def parse_args() -> argparse.Namespace:
 def read_test_set(args: argparse.Namespace) -> list[textfile.Row]:
     """Return the rows of --test_set_file: text, text, label; or query, target. There are none without the flag, or
     where all labels are the same, which nothing correlates with."""
-    path, flag = args.test_set_file, "--test_set_file"
+    path = args.test_set_file
+    flag = "--test_set_file"
     if not path:
         return []
     columns = textfile.count_columns(path, flag, (2, 3))
@@ -282,40 +285,71 @@ def build_model(args: argparse.Namespace) -> tuple[Any, Any, str]:
 
 
 def train(args: argparse.Namespace, texts: textfile.TextFile, test_set: Sequence[textfile.Row]) -> None:
-    """Train, save and evaluate.
+    """Train a network, and do what comes after that: evaluate, whiten, show embeddings.
 
     Raises:
         Diverged: the loss, or weights, contain NaN or Inf.
         Stopped: a signal has stopped the run, which has saved a checkpoint.
     """
-    from model import make_record, save_checkpoint, write_checkpoint
-    from simcse.training.gradients import backward
-    from simcse.training.trainer import LOG_STEPS, Diverged, Stopped, Trainer
+    from model import make_record, write_checkpoint
+    from simcse.training.trainer import Trainer
 
     model, tokenizer, encoder_name = build_model(args)
     check_encoder_sees(args, texts, test_set, tokenizer)
     sampler = data.ShuffledBatches(len(texts), args.batch_size, RANK, RANKS)
     record = make_record(model, encoder_name, args.max_seq_length)
-    trainer = Trainer(args, model, texts, steps_per_epoch=len(sampler), write_model=functools.partial(
-        write_checkpoint, model=model, tokenizer=tokenizer, record=record))
+    write_model = functools.partial(write_checkpoint, model=model, tokenizer=tokenizer, record=record)
+    trainer = Trainer(args, model, texts, steps_per_epoch=len(sampler), write_model=write_model)
     make_batch = functools.partial(data.make_batch, texts, tokenizer, args)
     batches = data.batches_after(trainer.step, args.epochs, sampler, make_batch)
+    evaluate_model = functools.partial(evaluate_on_ranks, args, model, tokenizer, test_set)
+
+    run_steps(args, trainer, batches, evaluate_model)
+    trainer.log_measures("eval", evaluate_model())
+    if args.whiten is not None and not RANK:
+        whiten_model(args, model, tokenizer, texts)
+        save_whitened(args, trainer, tokenizer, encoder_name)
+        if test_set:  # by this rank alone, since the other ranks' networks are not whitened
+            encode = make_encode(args, model, tokenizer)
+            trainer.log_measures("whitened", evaluate(encode, [row.fields for row in test_set]))
+    if args.visualdl_embeddings and not RANK:
+        sample = texts.sample(args.visualdl_embeddings)
+        encode = make_encode(args, model, tokenizer)
+        trainer.log.add_embeddings(sample, encode(sample))
+    trainer.finish(flags.hyper_parameters(args))
+
+
+def run_steps(args: argparse.Namespace, trainer: Any, batches: Iterable[data.Batch],
+              evaluate_model: Callable[[], dict[str, float]]) -> None:
+    """Take all steps that are left, and save: every --save_steps, when a signal stops the run, when the loss diverges
+    and the weights have not yet, and in the end.
+
+    Args:
+        args: the flags.
+        trainer: the run.
+        batches: one for each step.
+        evaluate_model: returns the measures of the weights as they are now.
+    """
+    from simcse.training.gradients import backward
+    from simcse.training.trainer import LOG_STEPS, Diverged, Stopped
+
+    model = trainer.model
     try:
         with console.progress("training", trainer.total_steps, "steps", lines=False, done=trainer.step) as advance:
             for step, batch in enumerate(batches, start=trainer.step + 1):
                 is_last = step == trainer.total_steps
-                evaluates = step % args.eval_steps == 0 and not is_last
                 saves = step % args.save_steps == 0 or is_last
+                evaluates = step % args.eval_steps == 0 and not is_last  # the last evaluation follows the loop
 
                 trainer.start_step()
                 loss = backward(trainer.network, model, batch, trainer.scale, args.chunk_size)
-                trainer.update(loss, batch, check_loss=evaluates or saves)
+                trainer.update(loss, batch, check_loss=saves or evaluates)
                 advance()
                 if step % LOG_STEPS == 0:
                     trainer.log_step(loss, model.compared)
                 if evaluates:
                     trainer.check_weights()
-                    trainer.log_measures("eval", evaluate_on_ranks(args, model, tokenizer, test_set))
+                    trainer.log_measures("eval", evaluate_model())
                 if saves:
                     trainer.save()
                 stop_signal = trainer.stop_requested()
@@ -323,24 +357,10 @@ def train(args: argparse.Namespace, texts: textfile.TextFile, test_set: Sequence
                     trainer.save()
                     raise Stopped(stop_signal)
     except Diverged:
-        if trainer.weights_are_finite():  # those before the step whose loss is NaN or Inf
+        if trainer.weights_are_finite():  # they are those before the step whose loss is NaN or Inf
             trainer.save()
         raise
-    trainer.save()  # a run that had no step to take, with --epochs 0 or resumed at its end
-
-    trainer.log_measures("eval", evaluate_on_ranks(args, model, tokenizer, test_set))
-    if args.whiten is not None and not RANK:
-        whiten_model(args, model, tokenizer, texts)
-        folder = os.path.join(args.save_dir, f"model_{trainer.step}_whitened")
-        save_checkpoint(folder, model, tokenizer, make_record(model, encoder_name, args.max_seq_length))
-        console.log(f"saved {folder}")
-        if test_set:  # by this rank alone, since the other ranks' networks are not whitened
-            encode = make_encode(args, model, tokenizer)
-            trainer.log_measures("whitened", evaluate(encode, [row.fields for row in test_set]))
-    if args.visualdl_embeddings and not RANK:
-        sample = texts.sample(args.visualdl_embeddings)
-        trainer.log.add_embeddings(sample, make_encode(args, model, tokenizer)(sample))
-    trainer.finish(flags.hyper_parameters(args))
+    trainer.save()  # where there was no step to take: with --epochs 0, or resumed after the last one
 
 
 def whiten_model(args: argparse.Namespace, model: Any, tokenizer: Any, texts: textfile.TextFile) -> None:
@@ -350,9 +370,19 @@ def whiten_model(args: argparse.Namespace, model: Any, tokenizer: Any, texts: te
     sample = texts.sample(SAMPLE)
     sample += runs(sample, tokenizer, args.max_seq_length)
     unknown = set(wordpiece.find_unknown(tokenizer, tokenizer(sample, args.max_seq_length)))
-    known = [text for row, text in enumerate(sample) if row not in unknown]
+    known = [text for row, text in enumerate(sample) if row not in unknown]  # embeddings of the others are zeros
     whiten(model, lambda: make_encode(args, model, tokenizer, "fp32")(known), args.whiten or model.embedding_size,
            args.max_seq_length)
+
+
+def save_whitened(args: argparse.Namespace, trainer: Any, tokenizer: Any, encoder_name: str) -> None:
+    """Write the whitened network beside the checkpoint of its step, which stays as it is."""
+    from model import make_record, save_checkpoint
+
+    folder = os.path.join(args.save_dir, f"model_{trainer.step}_whitened")
+    record = make_record(trainer.model, encoder_name, args.max_seq_length)
+    save_checkpoint(folder, trainer.model, tokenizer, record)
+    console.log(f"saved {folder}")
 
 
 def main() -> None:

@@ -27,7 +27,9 @@ from simcse import console, files, flags
 from gpu_jobs import last_line
 
 FIGURES = os.path.join(HERE, "gpu_figures.json")
-MINUTES, SECONDS = {"gpu": 10, "cpu": 30}, {"gpu": 200, "cpu": 600}  # that all of it, and a job of it, may take
+MINUTES = {"gpu": 10, "cpu": 30}  # that all of it may take
+SECONDS = {"gpu": 200, "cpu": 600}  # that a job of it may take
+OK = {None: "", True: "yes", False: "NO"}
 
 
 class Job(NamedTuple):
@@ -39,45 +41,60 @@ class Job(NamedTuple):
 
 
 def number_formats(add_arguments: Callable[[argparse.ArgumentParser], None]) -> list[str]:
-    """What --precision may be of the flags that are added, but for `auto`, and `int8`, which is for CPUs."""
-    add_arguments(parser := flags.ArgumentParser(""))
-    action = next(action for action in parser._actions if action.dest == "precision")
-    return [name for name in action.choices if name not in ("auto", "int8")]
+    """Return what --precision takes, of the flags that `add_arguments` adds, without auto and int8, which is for CPUs.
+    """
+    parser = flags.ArgumentParser("")
+    add_arguments(parser)
+    choices = parser._option_string_actions["--precision"].choices
+    return [name for name in choices if name not in ("auto", "int8")]
 
 
 def sections(device: str, cards: int) -> dict[str, list[Job]]:
-    """The jobs of each section; what is right or wrong comes first."""
+    """Return the jobs of each section; those that are right or wrong come before speeds.
+
+    Args:
+        device: "cpu" or "gpu".
+        cards: how many processes train.
+    """
     trained = number_formats(flags.add_optimization_arguments)
     encoded = number_formats(flags.add_encode_arguments)
-    formats, exported = list(dict.fromkeys(trained + encoded)), ("fp32", "bf16", "fp16")[: 3 if device == "gpu" else 2]
-    sizes = ("mini", "base")[: 2 if device == "gpu" else 1]
+    if device == "gpu":
+        exported = ("fp32", "bf16", "fp16")
+        tensorrt = ("fp32", "fp16")
+        resumed = ("fp32", "fp16")
+        sizes = ("mini", "base")
+    else:
+        exported = ("fp32", "bf16")
+        tensorrt = ()
+        resumed = ("fp32",)
+        sizes = ("mini",)
+
+    def deployed(precision: str, tensorrt: bool) -> Job:
+        return Job("checks", "deployed", {"size": "mini", "precision": precision, "tensorrt": tensorrt})
+
     return {
         "machine": [Job("checks", "machine", {})],
-        "figures": [Job("checks", "figures", {"precision": each}) for each in formats],
-        "export": [Job("checks", "exported", {"size": "mini"}),
-                   *(Job("checks", "deployed", {"size": "mini", "precision": each, "tensorrt": False})
-                     for each in exported),
-                   *(Job("checks", "deployed", {"size": "mini", "precision": each, "tensorrt": True})
-                     for each in ("fp32", "fp16") if device == "gpu")],
+        "figures": [Job("checks", "figures", {"precision": name}) for name in dict.fromkeys(trained + encoded)],
+        "export": [Job("checks", "exported", {"size": "mini"}), *(deployed(name, False) for name in exported),
+                   *(deployed(name, True) for name in tensorrt)],
         "ranks": [Job("checks", "ranks", {"cards": cards}), Job("speed", "scaling", {"cards": cards, "size": "mini"})],
-        "breaks": [Job("checks", "nan", {}), *(Job("checks", "resume", {"precision": each}) for each in ("fp32", "fp16")
-                                               if each == "fp32" or device == "gpu")],
-        "step": [Job("speed", "host", {"size": each}) for each in ("6 layers", "12 layers")],
+        "breaks": [Job("checks", "nan", {}), *(Job("checks", "resume", {"precision": name}) for name in resumed)],
+        "step": [Job("speed", "host", {"size": size}) for size in ("6 layers", "12 layers")],
         "memory": [Job("speed", "memory", {"size": "mini"})],
-        "train": [Job("speed", "train_speed", {"size": size, "precision": each}) for each in trained for size in sizes],
-        "encode": [Job("speed", "encode_speed", {"size": size, "precision": each}) for each in encoded
-                   for size in sizes]}
+        "train": [Job("speed", "train_speed", {"size": size, "precision": name}) for name in trained for size in sizes],
+        "encode": [Job("speed", "encode_speed", {"size": size, "precision": name})
+                   for name in encoded for size in sizes]}
 
 
 def run_job(job: Job, scratch: str, device: str, seconds: float) -> Iterator[dict]:
-    """Yield the rows that a job prints; where it fails, or takes longer, a last one that says so."""
+    """Run a job, and yield the rows that it prints; if it fails or takes longer, a last row says so."""
     what = " ".join([job.function, *map(str, job.arguments.values())])
     failed = {"what": what, "unit": "", "expected": "", "ok": False}
     if seconds <= 0:
         yield {**failed, "figure": f"failed: not run, {MINUTES[device]} minutes are over"}
         return
-    words = [f"{HERE}/gpu_{job.module}.py", job.function, json.dumps({"scratch": scratch, "device": device,
-                                                                      **job.arguments})]
+    arguments = {"scratch": scratch, "device": device, **job.arguments}
+    words = [f"{HERE}/gpu_{job.module}.py", job.function, json.dumps(arguments)]
     with (tempfile.TemporaryFile("w+", errors="replace") as log,
           subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=log, text=True,
                            start_new_session=True) as process):
@@ -87,97 +104,117 @@ def run_job(job: Job, scratch: str, device: str, seconds: float) -> Iterator[dic
             for line in process.stdout:
                 if line.startswith("ROW "):
                     yield json.loads(line.removeprefix("ROW "))
-            code, in_time = process.wait(), timer.is_alive()
+            code = process.wait()
+            in_time = timer.is_alive()
         finally:
             timer.cancel()
             kill(process)
         if code:
             log.seek(0)
-            said = last_line(log.read()) if in_time else f"it took longer than {seconds:.3g} s"
-            yield {**failed, "figure": f"failed: {said}"}
+            reason = last_line(log.read()) if in_time else f"it took longer than {seconds:.3g} s"
+            yield {**failed, "figure": f"failed: {reason}"}
 
 
 def kill(process: subprocess.Popen) -> None:
-    """End a job with all that it has started."""
+    """End a job with all processes that it has started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
 def write_texts(scratch: str) -> None:
-    """Sample data, and of it what the recorded figures are of."""
+    """Make sample data, and the parts of it on which the recorded figures were computed."""
     folder = f"{scratch}/sample"
     subprocess.run([sys.executable, f"{ROOT}/scripts/make_sample_data.py", folder], check=True,
                    stdout=subprocess.DEVNULL)
-    for name, source, start, end in (("train", "train_unsupervised", 0, 800), ("some", "train_unsupervised", 800, 804),
-                                     ("pairs", "test", 0, 8)):
-        with open(f"{folder}/{source}.csv", encoding="utf-8") as file:
-            lines = file.readlines()[start:end]
-        with open(f"{folder}/{name}.csv", "w", encoding="utf-8") as file:
-            file.writelines(lines)
+    write_part(f"{folder}/train_unsupervised.csv", f"{folder}/train.csv", 0, 800)
+    write_part(f"{folder}/train_unsupervised.csv", f"{folder}/some.csv", 800, 804)
+    write_part(f"{folder}/test.csv", f"{folder}/pairs.csv", 0, 8)
 
 
-def shown(section: str, found: dict) -> str:
-    """A row of the table."""
-    figure, ok = found["figure"], {None: "", True: "yes", False: "NO"}[found["ok"]]
-    said = " ".join([f"{figure:g}" if isinstance(figure, float) else str(figure), found["unit"]])
-    return f"{section:8} {found['what']:58} {said:22} {found['expected']:20} {ok}".rstrip()
+def write_part(source: str, target: str, start: int, end: int) -> None:
+    """Copy the lines from `start` to `end`, counted from 0, to another file."""
+    with open(source, encoding="utf-8") as file:
+        lines = file.readlines()[start:end]
+    with open(target, "w", encoding="utf-8") as file:
+        file.writelines(lines)
+
+
+def format_row(section: str, row: dict) -> str:
+    """Return a row of the table."""
+    figure = row["figure"]
+    text = f"{figure:g}" if isinstance(figure, float) else str(figure)
+    with_unit = f"{text} {row['unit']}"
+    return f"{section:8} {row['what']:58} {with_unit:22} {row['expected']:20} {OK[row['ok']]}".rstrip()
 
 
 def parse_args() -> argparse.Namespace:
     parser = flags.ArgumentParser(description=__doc__.splitlines()[0])
     names = list(sections("cpu", 1))
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="SECTION",
-                        help=f"what to find out, of {', '.join(names)}")
-    parser.add_argument("--device", choices=("cpu", "gpu"), default=None, help="None: gpu, if there is one")
+                        help=f"sections to run, of {', '.join(names)}")
+    parser.add_argument("--device", choices=("cpu", "gpu"), help="device to run on (default: gpu, if there is one)")
     parser.add_argument("--json", default="gpu.json", help="file for the rows, in the current folder")
     parser.add_argument("--figures", default=FIGURES, help="vectors, scores and losses to compare with")
-    parser.add_argument("--record", action="store_true", help="instead write --figures, by this CPU in fp32")
+    parser.add_argument("--record", action="store_true",
+                        help="write --figures, computed by this CPU in fp32, instead of comparing with them")
     args = parser.parse_args()
     if args.record and args.device == "gpu":
-        parser.error("--record is of a CPU")
+        parser.error("--record needs --device cpu")
     if not args.record and not os.path.isfile(args.figures):
         parser.error(f"argument --figures: {args.figures}: no such file")
     return args
 
 
-def choose_device(asked: str | None) -> tuple[str, int]:
-    """The device and how many processes train on it; InputError where the GPU asked for is not there."""
-    if asked != "cpu":
-        from simcse.device import visible_gpus
+def choose_device(wanted: str | None) -> tuple[str, int]:
+    """Return the device, and how many processes train on it.
 
-        try:
-            return "gpu", len(visible_gpus())
-        except console.InputError as error:
-            if asked:
-                raise
-            console.log(f"all of it on the CPU: {error}")
-    return "cpu", 2
+    Raises:
+        InputError: a GPU is wanted, and there is none.
+    """
+    if wanted == "cpu":
+        return "cpu", 2
+    from simcse.device import visible_gpus
+
+    try:
+        return "gpu", len(visible_gpus())
+    except console.InputError as error:
+        if wanted == "gpu":
+            raise
+        console.log(f"everything runs on the CPU: {error}")
+        return "cpu", 2
+
+
+def prepare_job(jobs: list[Job]) -> Job:
+    """Return the job that makes the networks that others need."""
+    sizes = {"small", *(job.arguments.get("size", "small") for job in jobs)}
+    return Job("checks", "prepare", {"sizes": sorted(sizes)})
 
 
 def main() -> None:
     args = parse_args()
     device, cards = choose_device("cpu" if args.record else args.device)
-    end, rows = time.monotonic() + 60 * MINUTES[device], []
-    wanted = {name: jobs for name, jobs in sections(device, cards).items() if name in args.only}
+    end = time.monotonic() + 60 * MINUTES[device]
     if args.record:
         wanted = {"record": [Job("checks", "record", {})]}
-    sizes = {"small", *(job.arguments.get("size", "small") for jobs in wanted.values() for job in jobs)}
-    prepare = [Job("checks", "prepare", {"sizes": sorted(sizes)})]
+    else:
+        wanted = {name: jobs for name, jobs in sections(device, cards).items() if name in args.only}
+    wanted = {"prepare": [prepare_job([job for jobs in wanted.values() for job in jobs])], **wanted}
+    rows = []
     console.result(f"{'section':8} {'what':58} {'figure':22} {'expected':20} ok")
     with tempfile.TemporaryDirectory() as scratch:
         write_texts(scratch)
         if not args.record:
             shutil.copy(args.figures, f"{scratch}/figures.json")
-        for section, jobs in {"prepare": prepare, **wanted}.items():
+        for section, jobs in wanted.items():
             started = time.monotonic()
             for job in jobs:
-                for found in run_job(job, scratch, device, min(SECONDS[device], end - time.monotonic())):
-                    rows.append({"section": section, **found})
-                    console.result(shown(section, found))
+                for row in run_job(job, scratch, device, min(SECONDS[device], end - time.monotonic())):
+                    rows.append({"section": section, **row})
+                    console.result(format_row(section, row))
             console.log(f"{section}: {time.monotonic() - started:.0f} s")
         if args.record:
             shutil.copy(f"{scratch}/figures.json", args.figures)
-    wrong = sum(found["ok"] is False for found in rows)
+    wrong = sum(row["ok"] is False for row in rows)
     if not args.record:
         with files.new_file(args.json) as file:
             json.dump(rows, file, indent=1, ensure_ascii=False)

@@ -40,14 +40,14 @@ def report(what: str, figure: Any, unit: str = "", expected: str = "", ok: bool 
 
 
 def report_within(what: str, difference: float, most: float) -> None:
-    """The row of a difference, which NaN is never small enough for."""
+    """Print the row of a difference, which is right up to `most`; NaN is wrong."""
     figure = float(f"{difference:.3g}")
     report(what, figure if math.isfinite(figure) else str(figure), "", f"<= {most:g}", bool(difference <= most))
 
 
 @contextlib.contextmanager
 def unless_refused(what: str) -> Iterator[None]:
-    """Where the device or the build lacks a precision, or TensorRT, a row says so."""
+    """Print a row instead of failing if the device or paddle's build lacks a precision, or TensorRT."""
     try:
         yield
     except (console.InputError, predictor.InputError) as error:
@@ -58,8 +58,10 @@ def unless_refused(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def command_line(name: str, *words: Any) -> Iterator[Any]:
-    """A script of the project, as a module, which within finds these words on its command line; its refusal of them is
-    an InputError."""
+    """Yield a script of the project as a module, with these words on its command line as long as the context lasts.
+
+    Its usage errors become InputError.
+    """
     def refuse(parser: flags.ArgumentParser, message: str) -> None:
         raise console.InputError(message)
 
@@ -70,7 +72,7 @@ def command_line(name: str, *words: Any) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def ending(name: str) -> Iterator[None]:
-    """A script may end within; InputError where it does not end well."""
+    """Let a script end within the context; raise InputError if its exit code is not 0."""
     try:
         yield
     except SystemExit as end:
@@ -79,7 +81,7 @@ def ending(name: str) -> Iterator[None]:
 
 
 def call(name: str, *words: Any) -> str:
-    """What a script, run in this process, prints to stdout."""
+    """Run a script in this process, and return what it prints to stdout."""
     printed = io.StringIO()
     with command_line(name, *words) as script, contextlib.redirect_stdout(printed), ending(name):
         script.main()
@@ -87,7 +89,11 @@ def call(name: str, *words: Any) -> str:
 
 
 def alone(script: str, *words: Any) -> str:
-    """What a script prints to stdout as a process of its own; InputError, its last line, where it fails."""
+    """Run a script as a process of its own, and return what it prints to stdout.
+
+    Raises:
+        InputError: its last line, if it fails.
+    """
     done = subprocess.run([sys.executable, script, *map(str, words)], capture_output=True, text=True)
     if done.returncode:
         raise console.InputError(last_line(done.stderr).removeprefix(f"{os.path.basename(script)}: error: "))
@@ -95,31 +101,48 @@ def alone(script: str, *words: Any) -> str:
 
 
 def on_all_cards(device: str, folder: str, *words: Any) -> tuple[int, list[str]]:
-    """Run a script on all GPUs, or as two processes on a CPU: the exit code, and what each of them said."""
-    launcher = ([f"{ROOT}/scripts/launch.py"] if device == "gpu" else
-                [f"{HERE}/gpu_jobs.py", "--nproc_per_node", "2", "--backend", "gloo"])
+    """Run a script on all GPUs, or as two processes on a CPU.
+
+    Returns:
+        The exit code, and the log of each process.
+    """
+    if device == "gpu":
+        launcher = [f"{ROOT}/scripts/launch.py"]
+    else:
+        launcher = [f"{HERE}/gpu_jobs.py", "--nproc_per_node", "2", "--backend", "gloo"]
     done = subprocess.run([sys.executable, *launcher, "--log_dir", folder, *map(str, words)], capture_output=True,
                           text=True)
-    logs = sorted(name for name in os.listdir(folder) if name.startswith("workerlog.")) if os.path.isdir(folder) else []
-    said = []
-    for name in logs:
-        with open(f"{folder}/{name}", encoding="utf-8") as file:
-            said.append(file.read())
-    return done.returncode, said or [done.stdout + done.stderr]
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    logs = []
+    for name in sorted(names):
+        if name.startswith("workerlog."):
+            with open(f"{folder}/{name}", encoding="utf-8") as file:
+                logs.append(file.read())
+    return done.returncode, logs or [done.stdout + done.stderr]
 
 
 def last_line(text: str) -> str:
-    """What a process said last, which is its error; of a traceback the exception."""
+    """Return the last line of stderr, which is the error; of a traceback the exception."""
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith((" ", "ROW "))]
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else "it printed nothing"
 
 
 def per_second(work: Callable[[], Any], wait: Callable[[], Any] = lambda: None) -> float:
-    """How often in a second `work` is done, by as often as fills a second; two times before that are not counted."""
-    work()
-    wait()
-    count = min(50, max(1, int(1 / side.seconds_of(lambda: (work(), wait())))))
-    return count / side.seconds_of(lambda: ([work() for _ in range(count)], wait()))
+    """Return how many times a second `work` can be called, measured for about a second.
+
+    Args:
+        work: called once to warm up, and once to see how often it is called.
+        wait: waits until the device has done the work.
+    """
+    def repeat(count: int) -> None:
+        for _ in range(count):
+            work()
+        wait()
+
+    repeat(1)
+    calls_in_a_second = int(1 / side.seconds_of(lambda: repeat(1)))
+    count = min(50, max(1, calls_in_a_second))
+    return count / side.seconds_of(lambda: repeat(count))
 
 
 if __name__ == "__main__":  # paddle's launcher as a script, which the tests' server can fork

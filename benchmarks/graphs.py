@@ -8,37 +8,70 @@ from functools import partial
 import numpy as np
 import side
 
-GOALS, K = (0.95, 0.99), 10
+GOALS = (0.95, 0.99)  # of recall@K
+K = 10
 UNITS = {"build": "s", "size": "MB", **{f"recall@{K} {goal}": "queries/s" for goal in GOALS}, "one query": "ms"}
 EFFORTS = [round(10 * 2 ** (step / 4)) for step in range(34)]  # candidates of a search, or lists: from 10 to 3,044
 
+Search = Callable[[np.ndarray, int], np.ndarray]  # queries [Q, dim] and an effort -> rows [Q, K]
+
 
 def load(folder: str) -> list[np.ndarray]:
-    """Vectors [N, dim] and queries [Q, dim], both float32, and the rows that exact search finds, int64 [Q, 10]."""
+    """Return vectors float32 [N, dim], queries float32 [Q, dim], and the rows that exact search finds, int64 [Q, K]."""
     return [np.load(f"{folder}/{name}.npy") for name in ("vectors", "queries", "exact")]
 
 
-def figures(build: Callable[[], None], save: Callable[[str], None], search: Callable[[np.ndarray, int], np.ndarray],
-            queries: np.ndarray, exact: np.ndarray) -> dict[str, float]:
-    """UNITS: the build; what `save` writes at a path; the search of all queries, at the first of EFFORTS that reaches
-    the goal, NaN where none does; and of the first 200 one by one, at the last goal's. `search` is given queries
-    [Q, dim] and an effort, and finds rows [Q, 10]."""
-    result = {"build": side.seconds_of(build)}
+def measure(build: Callable[[], None], save: Callable[[str], None], search: Search, queries: np.ndarray,
+            exact: np.ndarray) -> dict[str, float]:
+    """Measure an index, and return a value for each of UNITS.
+
+    Args:
+        build: builds it.
+        save: writes it at a path; the size is what stands there then.
+        search: queries it.
+        queries: float32 [Q, dim].
+        exact: int64 [Q, K], the rows that exact search finds.
+
+    Returns:
+        The speed of a goal is that of all queries with the first of EFFORTS that reaches it, NaN where none does; "one
+        query" is the time of one of the first 200, asked one by one, with the last effort that was tried.
+    """
+    values = {"build": side.seconds_of(build)}
     with tempfile.TemporaryDirectory() as folder:
         save(f"{folder}/index")
-        result["size"] = sum(os.path.getsize(os.path.join(top, name)) for top, _, names in os.walk(folder)
-                           for name in names) / 2**20
-    efforts, effort, recall = iter(EFFORTS), 0, 0.0
+        values["size"] = size_of(folder) / 2**20
+    efforts = iter(EFFORTS)
+    effort = EFFORTS[0]
+    recall = 0.0
     for goal in GOALS:
-        while recall < goal and (effort := next(efforts, 0)):
-            recall = np.mean([len(np.intersect1d(*rows)) / K for rows in zip(search(queries, effort), exact)])
-        speed = len(queries) / median_time([partial(search, queries, effort)] * 3) if recall >= goal else np.nan
-        result[f"recall@{K} {goal}"] = speed
-    some = queries[:200, None]
-    result["one query"] = 1000 * median_time([partial(search, query, effort or EFFORTS[-1]) for query in some])
-    return result
+        while recall < goal:
+            following = next(efforts, None)
+            if following is None:
+                break
+            effort = following
+            recall = recall_of(search(queries, effort), exact)
+        if recall >= goal:
+            values[f"recall@{K} {goal}"] = len(queries) / median_time([partial(search, queries, effort)] * 3)
+        else:
+            values[f"recall@{K} {goal}"] = np.nan
+    single = [partial(search, query, effort) for query in queries[:200, None]]
+    values["one query"] = 1000 * median_time(single)
+    return values
 
 
-def median_time(works: list[Callable[[], object]]) -> float:
-    """Seconds that one of the works takes."""
-    return float(np.median([side.seconds_of(work) for work in works]))
+def recall_of(rows: np.ndarray, exact: np.ndarray) -> float:
+    """Return the fraction of the exact rows that was found."""
+    return float(np.mean([len(np.intersect1d(*pair)) / K for pair in zip(rows, exact)]))
+
+
+def size_of(folder: str) -> int:
+    """Return the bytes of all files in a folder and the folders in it."""
+    total = 0
+    for top, _, names in os.walk(folder):
+        total += sum(os.path.getsize(os.path.join(top, name)) for name in names)
+    return total
+
+
+def median_time(calls: list[Callable[[], object]]) -> float:
+    """Return the median of the seconds that the calls take."""
+    return float(np.median([side.seconds_of(call) for call in calls]))

@@ -1,4 +1,4 @@
-"""One side of a measurement as a process of its own, in whichever Python; see `bench.Bench.side`."""
+"""One side of a measurement as a process of its own, in whichever Python; see `bench.Bench._start_side`."""
 
 import json
 import sys
@@ -7,17 +7,22 @@ from collections.abc import Callable
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """What it takes."""
+    """Return the seconds that a call takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def serve(functions: dict[str, Callable]) -> None:
-    """Run the function that the command line names, with arguments by JSON in the first line of stdin, and print its
-    figures; of one that measures pass by pass, a generator, the next ones for every further line."""
-    found = functions[sys.argv[1]](**json.loads(sys.stdin.readline()))
-    for figures in [found] if isinstance(found, dict) else found:
-        print("RESULT " + json.dumps(figures), flush=True)
+    """Run the function that the command line names, and print its values as JSON.
+
+    The first line of stdin has the arguments. A function that measures pass by pass is a generator: its next values are
+    printed for every further line.
+    """
+    function = functions[sys.argv[1]]
+    returned = function(**json.loads(sys.stdin.readline()))
+    passes = [returned] if isinstance(returned, dict) else returned
+    for values in passes:
+        print("RESULT " + json.dumps(values), flush=True)
         if not sys.stdin.readline():
             break

@@ -13,7 +13,7 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
@@ -86,7 +86,10 @@ class MaskedBatches:
 
         jieba.setLogLevel(logging.WARNING)
         jieba.initialize()
-        self.texts, self.tokenizer, self.args, self.jieba = texts, tokenizer, args, jieba
+        self.texts = texts
+        self.tokenizer = tokenizer
+        self.args = args
+        self.jieba = jieba
         self.mask_id = tokenizer.vocab["[MASK]"]
         self.ordinary_ids = np.array([number for token, number in tokenizer.vocab.items()
                                       if not (token.startswith("[") and token.endswith("]"))])
@@ -149,7 +152,7 @@ def write_model(folder: str, model: Any, tokenizer: Any) -> None:
 
 
 def train(args: argparse.Namespace, texts: textfile.TextFile) -> None:
-    """Train and save.
+    """Train an encoder with the head that predicts its tokens.
 
     Raises:
         Diverged: the loss, or weights, contain NaN or Inf.
@@ -157,18 +160,34 @@ def train(args: argparse.Namespace, texts: textfile.TextFile) -> None:
     """
     from simcse.encoder.encoder import check_length, check_texts
     from simcse.training.masked_lm import load_masked_lm
-    from simcse.training.trainer import LOG_STEPS, Diverged, Stopped, Trainer
+    from simcse.training.trainer import Trainer
 
     name = args.resume or args.model_name_or_path
-    model, tokenizer = load_masked_lm(name, args.dropout, args.precision), wordpiece.load_tokenizer(name)
+    model = load_masked_lm(name, args.dropout, args.precision)
+    tokenizer = wordpiece.load_tokenizer(name)
     check_length(model, args.max_seq_length)
     check_texts(texts.spread(tokens.WINDOW), tokenizer, args.max_seq_length)
 
+    make_batch = MaskedBatches(texts, tokenizer, args).make
     sampler = data.ShuffledBatches(len(texts), args.batch_size, RANK, RANKS)
     trainer = Trainer(args, model, texts, steps_per_epoch=len(sampler),
                       write_model=functools.partial(write_model, model=model, tokenizer=tokenizer))
-    make_batch = MaskedBatches(texts, tokenizer, args).make
     batches = data.batches_after(trainer.step, args.epochs, sampler, make_batch)
+    run_steps(args, trainer, batches)
+    trainer.finish(flags.hyper_parameters(args))
+
+
+def run_steps(args: argparse.Namespace, trainer: Any, batches: Iterable[MaskedBatch]) -> None:
+    """Take all steps that are left, and save: every --save_steps, when a signal stops the run, when the loss diverges
+    and the weights have not yet, and in the end.
+
+    Args:
+        args: the flags.
+        trainer: the run.
+        batches: one for each step.
+    """
+    from simcse.training.trainer import LOG_STEPS, Diverged, Stopped
+
     try:
         with console.progress("training", trainer.total_steps, "steps", lines=False, done=trainer.step) as advance:
             for step, batch in enumerate(batches, start=trainer.step + 1):
@@ -188,11 +207,10 @@ def train(args: argparse.Namespace, texts: textfile.TextFile) -> None:
                     trainer.save()
                     raise Stopped(stop_signal)
     except Diverged:
-        if trainer.weights_are_finite():  # those before the step whose loss is NaN or Inf
+        if trainer.weights_are_finite():  # they are those before the step whose loss is NaN or Inf
             trainer.save()
         raise
-    trainer.save()  # a run that had no step to take, with --epochs 0 or resumed at its end
-    trainer.finish(flags.hyper_parameters(args))
+    trainer.save()  # where there was no step to take: with --epochs 0, or resumed after the last one
 
 
 def main() -> None:

@@ -23,7 +23,6 @@ TRAIN_LENGTH = 128
 DEFAULT_PARAMS = "checkpoints/model_20000/model_state.pdparams"
 WEIGHT_FILES = ("model_state.safetensors", "model_state.pdparams")  # of a checkpoint folder; the first one is loaded
 COLLECTION = "simcse"  # of Milvus
-FUSED = 100  # documents that a ranking brings to a fusion, or as many as are asked for, if that is more
 AUTO_ON_GPU = "on a GPU bf16 from compute capability 8.0 on, fp16 on 7.x"
 README_TEXT = "国有企业引入非国有资本对创新绩效的影响——基于制造业国有上市公司的经验证据"  # of the original README
 
@@ -388,7 +387,7 @@ def check_resume_tables(names: Iterable[str]) -> None:
                              f"simcse/flags.py, which say what --resume does with it; it is in {len(tables)}")
 
 
-def add_optimization_arguments(group: argparse._ArgumentGroup) -> None:
+def add_optimization_arguments(group: argparse._ActionsContainer) -> None:
     """Add the flags by which a network is trained, whatever its loss is."""
     add = group.add_argument
     add("--batch_size", type=positive_int, default=32, help="texts per batch and device")
@@ -399,17 +398,17 @@ def add_optimization_arguments(group: argparse._ArgumentGroup) -> None:
     add("--warmup_proportion", type=proportion, default=0.0,
         help="fraction of the steps over which the learning rate rises, before it falls linearly to 0")
     add("--warmup_proption", dest="warmup_proportion", type=proportion, help=argparse.SUPPRESS)
-    add("--max_grad_norm", type=positive_float, help="clip gradients to this norm; None: no clipping")
+    add("--max_grad_norm", type=positive_float, help="clip gradients to this norm (default: no clipping)")
     add("--dropout", type=probability, default=0.1, help="hidden and attention dropout rate")
-    add("--max_seq_length", type=sequence_length, help="tokens per text, including [CLS] and [SEP]; longer texts are "
-        f"cut. None: the length of the checkpoint that training starts from, or {TRAIN_LENGTH}")
+    add("--max_seq_length", type=sequence_length, help="tokens per text, with [CLS] and [SEP]; longer texts are cut "
+        f"(default: the length of the checkpoint that training starts from, or {TRAIN_LENGTH})")
     add("--seed", type=natural_int, default=1000, help="random seed")
     add("--precision", choices=TRAIN_PRECISIONS, default="auto",
         help=f"number format of the matrix products; auto: {AUTO_ON_GPU}, else fp32; with --resume the format of the "
         "resumed run. tf32, bf16 and fp16 (with loss scaling) need --device gpu")
 
 
-def add_run_arguments(device: argparse._ArgumentGroup, output: argparse._ArgumentGroup) -> None:
+def add_run_arguments(device: argparse._ActionsContainer, output: argparse._ActionsContainer) -> None:
     """Add the flags that say where a run computes, where it writes, and which run it resumes."""
     add_device_arguments(device)
     add = output.add_argument

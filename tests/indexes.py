@@ -36,3 +36,23 @@ def documents_of(folder, *lines):
     """Return the documents of a corpus with these lines, written to a folder."""
     (folder / "corpus.csv").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return Documents(Corpus(str(folder / "corpus.csv"), "--corpus_file"))
+
+
+def milvus_manifest(documents, **values):
+    """Return the manifest of a collection of these documents, with vectors of 8."""
+    values = {"build_settings": {}, "search_settings": {}, **values}
+    return manifest_to_build(Manifest(
+        ann_engine="milvus", dimension=8, passages=documents.has_passages, lines=documents.line_count,
+        documents=len(documents), rows=documents.row_count, **values))
+
+
+def fill_collection(documents, vectors, collection="texts", **values):
+    """Return a collection in ./x.db with these documents and the vectors, float32 [rows, 8], of all rows."""
+    from simcse.index.milvus import MilvusIndex
+
+    index = MilvusIndex("x.db", collection)
+    index.follow(documents, milvus_manifest(documents, **values))
+    for rows in index.missing:
+        index.add(rows, vectors[rows])
+    index.finish()
+    return index

@@ -9,6 +9,7 @@ import shutil
 from simcse import files
 from simcse.console import InputError
 from simcse.encoder import weights as w
+from simcse.text import lines as line_reading
 from simcse.text.textfile import TextFile
 from simcse.training import state as training_state
 
@@ -150,7 +151,7 @@ def test_max_grad_norm(flags, tmp_path):
 
 
 def test_line_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr(TextFile, "_CHUNK", 4)
+    monkeypatch.setattr(line_reading, "SCAN_BYTES", 4)
     path = tmp_path / "file.txt"
     path.write_bytes(b"\xef\xbb\xbfa\r\n\r\nb\rc\n\n\nd\r\ne")
     texts = TextFile(str(path), "--flag")

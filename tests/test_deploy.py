@@ -196,7 +196,7 @@ def test_onednn_is_set_up_as_by_the_stages(exported, precision, monkeypatch):
     monkeypatch.setattr(paddle.inference, "Config", Config)
     monkeypatch.setattr(simcse.encoder.paddle_engine, "CPU_HAS_BF16", True)
     monkeypatch.setattr(predictor, "CPU_HAS_BF16", True)
-    for make in (lambda: simcse.encoder.paddle_engine.CpuEngine(str(exported), precision, 2),
+    for make in (lambda: simcse.encoder.paddle_engine.PaddleEngine(str(exported), precision, 2),
                  lambda: predictor.load_predictor(str(exported), cpu_threads=2, precision=precision)):
         with pytest.raises(TypeError):  # there is no predictor of such a config
             make()

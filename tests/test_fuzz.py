@@ -1,9 +1,8 @@
 """Random input: readers, tokenizer, batches, evaluation, indexes. FUZZ_EXAMPLES says how many examples a test takes."""
 
-import argparse
-import math
 import os
 import tempfile
+from collections import Counter
 
 import data
 import evaluate
@@ -135,11 +134,9 @@ def test_recall_by_counting(path, pairs, result, depth):
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(f"{query}\t{document}\t0.5\n" for query, document in result)
     queries = {query for query, _ in pairs}
-    targets = {query: {target: math.inf for other, target in pairs if other == query} for query in queries}
-    args = argparse.Namespace(similar_text_pair="pairs", recall_num=depth, strict_data=False, plain_text=True,
-                              show_errors=None, targets="text")
-    ranks, _ = evaluate.read_result(args, targets, dict.fromkeys(targets, 1), path)
-    values = measures.per_query([each.values() for each in ranks.values()], ["recall"], depth)
+    targets = {query: Counter(target for other, target in pairs if other == query) for query in queries}
+    ranked = evaluate.rank_targets(evaluate.read_hits(path, "text"), targets)
+    values = measures.per_query([ranks.values() for ranks in ranked.ranks.values()], ["recall"], depth)
     recall = {k: percent(values[f"recall@{k}"]) for k in measures.RECALL_KS}
     for k, value in recall.items():
         hits = sum(any((query, document) in pairs for document in [d for q, d in result if q == query][: min(k, depth)])

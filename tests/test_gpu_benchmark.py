@@ -76,5 +76,5 @@ def test_memory_that_runs_out_is_a_row(monkeypatch, capsys):
 def test_mistakes_are_one_line(tmp_path):
     assert "no GPU that this paddlepaddle can use" in refuse(GPU, "--device", "gpu")
     assert "argument --only: invalid choice: 'planes'" in refuse(GPU, "--only", "planes")
-    assert "--record is of a CPU" in refuse(GPU, "--record", "--device", "gpu")
+    assert "--record needs --device cpu" in refuse(GPU, "--record", "--device", "gpu")
     assert "none.json: no such file" in refuse(GPU, "--device", "cpu", "--figures", tmp_path / "none.json")

@@ -1,6 +1,7 @@
 """The house as its imports stand: scripts -> model, data, ann_util -> simcse; deploy/python stands alone."""
 
 import ast
+import re
 import subprocess
 
 import pytest
@@ -59,9 +60,27 @@ def test_no_circle_in_simcse():
 def test_rooms_import_downwards(name):
     """A room imports only rooms before it; what all rooms share imports none, except flags, which is above them."""
     room = name.split(".")[1] if name.count(".") == 2 else None
+    if room:
+        assert "simcse.flags" not in imported(MODULES[name]), "flags reads the rooms' tables, so it is above them"
     allowed = set(ROOMS[: ROOMS.index(room) + 1]) if room else set(ROOMS) if name == "simcse.flags" else set()
     rooms = {module.split(".")[1] for module in imported(MODULES[name]) if module.startswith("simcse.")}
     assert not rooms & set(ROOMS) - allowed
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README_en.md"])
+def test_the_readme_lists_every_file_of_simcse(readme):
+    """Each on a line of its own in the tree, below its room."""
+    tree = (ROOT / readme).read_text(encoding="utf-8").split("├── simcse/")[1].split("├── pretrained/")[0]
+    listed = set()
+    room = ""
+    for name in re.findall(r"── (\S+)", tree):
+        if name.endswith("/"):
+            room = f"{name[:-1]}."
+        elif f"simcse.{room}{name[:-3]}" not in MODULES:
+            room = ""
+        if name.endswith(".py"):
+            listed.add(f"simcse.{room}{name[:-3]}")
+    assert listed - {"simcse.__init__"} == MODULES.keys()
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("deploy/python/*.py")), ids=lambda path: path.name)

@@ -157,7 +157,7 @@ def test_float_graphs_are_openvinos_on_a_processor_with_amx(arguments, monkeypat
     monkeypatch.setattr(engine, "CPU_HAS_AMX", True)
     first, again = m.load_encoder_for(arguments), m.load_encoder_for(arguments)
     assert capsys.readouterr().err.count("kept the graph") == 2
-    assert [type(each.engine) for each in (slow, first, again)] == [engine.CpuEngine, *[engine.OpenVinoEngine] * 2]
+    assert [type(each.engine) for each in (slow, first, again)] == [engine.PaddleEngine, *[engine.OpenVinoEngine] * 2]
     texts = [f"第{number}条" + "语义检索" * (number % 7) for number in range(300)]
     vectors = [each.encode(texts, warn=False) for each in (slow, first, again)]
     np.testing.assert_allclose(vectors[1], vectors[0], atol=1e-5)
@@ -171,7 +171,7 @@ def test_what_openvino_cannot_run_paddle_does(arguments, monkeypatch, capsys):
     monkeypatch.setattr(engine, "CPU_HAS_AMX", True)
     monkeypatch.setattr(int8, "export_onnx", refuse_it)
     for _ in range(2):
-        assert type(m.load_encoder_for(arguments).engine) is engine.CpuEngine
+        assert type(m.load_encoder_for(arguments).engine) is engine.PaddleEngine
     assert capsys.readouterr().err.count("it is strange; Paddle Inference runs it instead\n") == 1
 
 
@@ -179,10 +179,10 @@ def test_batches_under_way_keep_their_results(quantized):
     """Four of different lengths, the last read first."""
     running = engine.OpenVinoEngine(str(quantized[0] / "model_state.int8"), "int8")
     batches = [np.random.default_rng(length).integers(5, 1000, (3, length)) for length in (9, 5, 7, 6)]
-    alone = [np.asarray(running.embed(ids, ids * 0)) for ids in batches]
-    launched = [running.embed(ids, ids * 0) for ids in batches]
-    for expected, found in reversed([*zip(alone, launched)]):
-        np.testing.assert_array_equal(np.asarray(found), expected)
+    alone = [running.embed(ids, ids * 0) for ids in batches]
+    started = [running.start(ids, ids * 0) for ids in batches]
+    for expected, batch in reversed([*zip(alone, started)]):
+        np.testing.assert_array_equal(batch.result(), expected)
 
 
 def test_it_is_made_anew_for_another_calibration_file_alone(quantized, sample, tmp_path):
@@ -209,8 +209,9 @@ def test_a_graph_that_is_far_from_the_network_is_refused():
     unit, flips = np.eye(4, 8, dtype="float32"), np.array([[1], [-1], [1], [1]], "float32")
     network, far = SimpleNamespace(embed=lambda *ids: unit), SimpleNamespace(embed=lambda *ids: unit * flips)
     with pytest.raises(InputError, match="0.5000 on the mean, -1.0000 at lowest; below 0.98"):
-        int8._compare(network, far, [(None, None)])
-    assert int8._compare(network, network, [(None, None)] * 2) == {"texts": 8, "mean": 1, "lowest": 1}
+        int8.compare_with_network(far, network, [(None, None)])
+    cosines = int8.compare_with_network(network, network, [(None, None)] * 2)
+    assert cosines == {"texts": 8, "mean": 1, "lowest": 1}
 
 
 def test_first_avg_has_no_products_to_quantize():
@@ -218,7 +219,7 @@ def test_first_avg_has_no_products_to_quantize():
 
     network = m.SimCSE(load_pretrained(str(ENCODER)), pooling="first_avg")
     with pytest.raises(InputError, match="--precision int8: pooling first_avg is computed in fp32"):
-        make_engine(network, "int8", export=None)
+        make_engine(network, "int8")
 
 
 @pytest.mark.parametrize("package", ["openvino", "nncf"])

@@ -2,24 +2,27 @@
 
 import fcntl
 import functools
+import json
 import shutil
 import signal
 import subprocess
 
-from ann_util import Kept
 from simcse.console import InputError
-from simcse.index.documents import Entries
-from simcse.index.hits import expand, search
-from simcse.index.milvus import MilvusIndex
+from simcse.index.hits import hits_of, search
+from simcse.index.manifest import Manifest
+from simcse.index.milvus import MilvusIndex, join_ids
+from simcse.index.milvus_collection import Collection
+from simcse.index.protocols import NOT_FOUND, Document, Line
 from simcse.index.shards import ann_recall
+from simcse.text.keys import text_keys
 from simcse.text.passages import Passages
-from simcse.text.textfile import Corpus
 
 import numpy as np
 import pytest
 from conftest import FP32, ROOT, command, refuse, succeed
+from indexes import documents_of, fill_collection, milvus_manifest
 
-pytest.importorskip("pymilvus", reason="pymilvus is not installed (requirements-milvus.txt)")
+pymilvus = pytest.importorskip("pymilvus", reason="pymilvus is not installed (requirements-milvus.txt)")
 
 
 def flags_of(checkpoint, sample, *more, corpus=None):
@@ -59,6 +62,7 @@ def exact(checkpoint, sample, tmp_path_factory):
     return folder
 
 
+# ------------------------------------------------------------------------------------------------------- the commands
 def test_agrees_with_exact_search(filled, exact):
     found, expected = result_of(filled), result_of(exact)
     assert [line[0] for line in found] == [line[0] for line in expected] and len(found) == 60 * 20
@@ -76,17 +80,21 @@ def test_a_broken_run_goes_on_where_it_ended(flags, sample, tmp_path):
     wanted = [str(word) for word in flags("--max_seq_length", 16, corpus="corpus.csv")]
     script = tmp_path / "slow.py"
     script.write_text(
-        f"import sys, runpy\nsys.path.insert(0, {str(ROOT)!r})\nfrom simcse import milvus\n"
-        "real = milvus.MilvusIndex._upsert\n"
-        "def slow(self, rows, *more):\n    if rows.start:\n        print('SECOND', flush=True)\n"
-        "        import time; time.sleep(60)\n    real(self, rows, *more)\n"
-        f"milvus.MilvusIndex._upsert = slow\nrunpy.run_path({str(ROOT / 'recall.py')!r}, run_name='__main__')",
+        f"import sys, runpy\nsys.path.insert(0, {str(ROOT)!r})\nfrom simcse.index import milvus\n"
+        "real = milvus.MilvusIndex._store\n"
+        "def slow(self, rows, vectors):\n    if rows[0]:\n        print('SECOND', flush=True)\n"
+        "        import time; time.sleep(60)\n    real(self, rows, vectors)\n"
+        f"milvus.MilvusIndex._store = slow\nrunpy.run_path({str(ROOT / 'recall.py')!r}, run_name='__main__')",
         encoding="utf-8")
     process = subprocess.Popen(command(script, *wanted), cwd=tmp_path, stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL)
     assert process.stdout.readline() == b"SECOND\n"
     process.send_signal(signal.SIGKILL)
     process.wait(30)
+    query = documents[0]
+    ask = ["--device", "cpu", "--params_path", wanted[3], "--ann_engine", "milvus", *FP32, "--query", query]
+    assert "--milvus_collection simcse: not all documents are in it yet; run recall.py again with --corpus_file" in (
+        refuse("recall.py", *ask, cwd=tmp_path))
     second = succeed("recall.py", *wanted, cwd=tmp_path)
     assert f"encoding and indexing {4200 - 4096} of 4200 documents" in second.stderr
     resumed = result_of(tmp_path)
@@ -104,6 +112,8 @@ def test_one_query_without_the_corpus(checkpoint, sample, filled):
            5]
     answer = [line.split("\t") for line in succeed("recall.py", *ask, cwd=filled).stdout.splitlines()]
     assert [line[:2] for line in answer] == [line[:2] for line in expected]
+    hit = json.loads(succeed("recall.py", *ask, "--format", "jsonl", cwd=filled).stdout)["results"][0]
+    assert hit["document"] == expected[0][1] and hit["line"] is None  # it stands in the corpus alone
     assert "was built with max_seq_length 32, not 9;" in refuse("recall.py", *ask, "--max_seq_length", 9, cwd=filled)
 
 
@@ -127,142 +137,6 @@ def test_without_pymilvus_a_hint(checkpoint, tmp_path):
     assert "pymilvus is not installed; pip install -r requirements-milvus.txt" in line
 
 
-def entries_of(folder, *lines):
-    (folder / "corpus.csv").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return Entries(Corpus(str(folder / "corpus.csv"), "--corpus_file"))
-
-
-NEW = {"dim": 8, "index_type": "FLAT", "metric": "COSINE"}
-
-
-def test_a_key_is_the_number_of_a_line(tmp_path, monkeypatch):
-    """With blank lines and copies in the file; the texts come back whole, and as often as they are there."""
-    monkeypatch.chdir(tmp_path)
-    vectors, whole = np.eye(3, 8, dtype="float32"), "长" * 21845
-    index = MilvusIndex("x.db", "texts", {}, entries_of(tmp_path, "甲", "", whole, "甲", "乙", "甲"), NEW)
-    index.fill([vectors])
-    assert (len(index), index.documents) == (3, 5)
-    entries, cosines = index.search(vectors, 3)
-    assert entries[:, 0].tolist() == [0, 1, 2] and cosines[0, 0] == pytest.approx(1)
-    index.close()
-    again = MilvusIndex("x.db", "texts", {})
-    assert not again.pieces and again.search(vectors, 3)[0][:, 0].tolist() == [1, 3, 5]
-    assert again.take([3, 1], 9) == [
-        (whole, [(3, None)]), ("甲", [(1, None), (None, None), (None, None)])]
-    again.close()
-
-
-def test_ids_are_stored(tmp_path, monkeypatch):
-    """Of the lines of a text as many as a field holds: 65,535 bytes, a tab after each of them."""
-    monkeypatch.chdir(tmp_path)
-    index = MilvusIndex("x.db", "texts", {}, entries_of(tmp_path, "甲", "乙", "a\t丙", "b\t丁", "c\t丙", "d\t丙"), NEW)
-    index.fill([np.eye(2, 8, dtype="float32")])
-    assert index._joined(["长" * 10000, "b" * 35533, "c"]) == "长" * 10000 + "\t" + "b" * 35533
-    index.close()
-    again = MilvusIndex("x.db", "texts", {})
-    assert again.take([3, 4], 2) == [("丙", [(3, "a"), (None, "c")]), ("丁", [(4, "b")])]
-    again.close()
-
-
-def vectors_of(index, *numbers):
-    """A unit vector for each row of the index' pieces."""
-    return [np.eye(8, dtype="float32")[list(numbers)][rows.start : rows.stop] for rows in index.pieces]
-
-
-def follow(folder, *lines):
-    """A collection of another state of the corpus; what is new of it has the last vectors."""
-    entries = entries_of(folder, *lines)
-    index = MilvusIndex("x.db", "texts", {"corpus": str(lines), "model": "m"}, entries, NEW)
-    kept = Kept("--milvus_collection texts", entries, index.known, index.before, index.pieces, index.stored)
-    return index, kept
-
-
-def test_a_collection_follows_its_corpus(tmp_path, monkeypatch, capsys):
-    """Embeddings go with their texts, which have other lines and ids now; broken off anywhere the old one stays, and
-    the same command goes on."""
-    monkeypatch.chdir(tmp_path)
-    index = MilvusIndex("x.db", "texts", {"corpus": "before", "model": "m"}, entries_of(
-        tmp_path, "a\t甲", "b\t乙", "c\t丙"), NEW)
-    index.fill(vectors_of(index, 0, 1, 2))
-    index.close()
-    lines = ["n\t新", "c\t丙", "a2\t甲", "a3\t甲"]
-    with pytest.raises(InputError, match="texts: was built with model m, not other; name another collection"):
-        MilvusIndex("x.db", "texts", {"corpus": "x", "model": "other"}, entries_of(tmp_path, *lines), NEW)
-    with pytest.raises(InputError, match="texts: was built with another corpus, of which no text is in"):
-        follow(tmp_path, "z\t别的")
-    index, kept = follow(tmp_path, *lines)
-    assert "4 documents: 1 new, 1 gone, encoded 1" in capsys.readouterr().err
-    assert [rows.tolist() for rows in kept.lacking] == [[0]] and index.follows
-    index.close()  # before anything is filled
-    again = MilvusIndex("x.db", "texts", {})
-    assert again.take([1, 3], 9) == [("甲", [(1, "a")]), ("丙", [(3, "c")])]
-    again.close()
-    index, kept = follow(tmp_path, *lines)
-    index.fill(kept.blocks(iter([np.eye(8, dtype="float32")[[7]]])))
-    rename = index._client.rename_collection
-    monkeypatch.setattr(index._client, "rename_collection", lambda *names: rename(*names) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):  # when the old one has gone, and the new one has no name yet
-        index.finish()
-    index.close()
-    again = MilvusIndex("x.db", "texts", {})
-    assert again.take([1, 3], 9) == [("甲", [(1, "a")]), ("丙", [(3, "c")])]
-    again.close()
-    index, kept = follow(tmp_path, *lines)
-    assert not index.pieces and not kept.lacking
-    index.finish()
-    index.close()
-    again = MilvusIndex("x.db", "texts", {"corpus": str(tuple(lines))})
-    assert not again.pieces and again._client.list_collections() == ["texts"]
-    keys, cosines = again.search(np.eye(8, dtype="float32")[[7, 2, 0]], 1)
-    assert keys.tolist() == [[1], [2], [3]] and cosines.min() == pytest.approx(1)
-    assert again.take([1, 2, 3], 9) == [("新", [(1, "n")]), ("丙", [(2, "c")]), ("甲", [(3, "a2"), (None, "a3")])]
-    again.close()
-
-
-def test_passages_are_rows_of_their_document(tmp_path, monkeypatch):
-    """Found with the corpus and without it; each document once, by its best passage."""
-    monkeypatch.chdir(tmp_path)
-
-    def opened(entries=None):
-        def split():
-            entries.passages = Passages(entries, np.array([0, 2, 5]), np.array([0, 2, 0, 2, 4]))
-
-        return MilvusIndex("x.db", "texts", {}, entries, {**NEW, "passages": True}, split)
-
-    entries = entries_of(tmp_path, "", "a\t甲。乙。", "b\t丙。丁。戊。", "c\t甲。乙。")
-    index = opened(entries)
-    index.fill(vectors_of(index, 0, 1, 2, 3, 4))
-    queries = np.eye(8, dtype="float32")[[1, 4]] + np.eye(8, dtype="float32")[[2, 0]] / 2
-    found, rows = search(index, entries, queries, 2)
-    hits = expand(found, entries, [3, 3], rows=rows)
-    assert [[(hit.line, hit.id, hit.passage) for hit in each] for each in hits] == [
-        [(2, "a", "乙。"), (4, "c", "乙。"), (3, "b", "丙。")], [(3, "b", "戊。"), (2, "a", "甲。"), (4, "c", "甲。")]]
-    index.close()
-    again = opened()
-    assert (len(again), again.documents, len(again.passages)) == (2, 3, 5)
-    found, rows = search(again, again, queries, 2)
-    alone = expand(found, again, [3, 3], rows=rows)
-    assert [[hit.passage for hit in each] for each in alone] == [[hit.passage for hit in each] for each in hits]
-    assert [(hit.line, hit.id) for hit in alone[0]] == [(2, "a"), (None, "c"), (3, "b")]
-    again.close()
-
-
-def test_a_text_too_long_for_milvus_is_refused_with_its_line(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    entries = entries_of(tmp_path, "短", "", "长" * 21846, "a" * 65535)
-    with pytest.raises(InputError, match=r"corpus.csv:3: 1 of 3 texts are longer than Milvus takes, 65,535 bytes"):
-        MilvusIndex("x.db", "texts", {}, entries, NEW)
-    with pytest.raises(InputError, match="no such collection"):
-        MilvusIndex("x.db", "texts", {})
-
-
-def test_asking_makes_no_file(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="--milvus_collection texts: x.db has no such collection; --corpus_file is ne"):
-        MilvusIndex("x.db", "texts", {})
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_file_in_use_is_called_that(filled, checkpoint):
     with open(filled / "recall.db" / "LOCK") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -271,12 +145,140 @@ def test_a_file_in_use_is_called_that(filled, checkpoint):
     assert "--milvus_uri ./recall.db: is in use by another process;" in line
 
 
-def test_the_settings_of_a_collection_are_refused_and_ef_is_the_searchs(tmp_path, monkeypatch):
+# ---------------------------------------------------------------------------------------------------------- the class
+@pytest.fixture
+def in_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    new = {**NEW, "index_type": "HNSW", "hnsw_m": 16, "hnsw_ef": 40}
-    index = MilvusIndex("x.db", "texts", {}, entries_of(tmp_path, "甲", "乙"), new)
-    index.fill([np.eye(2, 8, dtype="float32")])
-    assert MilvusIndex("x.db", "texts", {"hnsw_ef": 77}).fingerprint["hnsw_ef"] == 77
-    with pytest.raises(InputError, match="texts: was built with hnsw_m 16, not 8; name another collection"):
-        MilvusIndex("x.db", "texts", {"hnsw_m": 8})
+    return tmp_path
+
+
+def opened(collection="texts"):
+    """The collection without its corpus."""
+    index = MilvusIndex("x.db", collection)
+    index.open({})
+    return index
+
+
+def test_a_row_is_a_document_with_the_corpus_and_a_key_without_it(in_a_folder):
+    """With blank lines and copies in the file; the texts come back whole, and as often as they are there."""
+    whole = "长" * 21845
+    vectors = np.eye(3, 8, dtype="float32")
+    index = fill_collection(documents_of(in_a_folder, "甲", "", whole, "甲", "乙", "甲"), vectors)
+    assert (len(index), index.line_count, index.row_count) == (3, 5, 3)
+    result = index.search(vectors, 3)
+    assert result.rows[:, 0].tolist() == [0, 1, 2] and result.scores[0, 0] == pytest.approx(1)
+    assert index.vectors(np.array([2, NOT_FOUND])).tolist() == [vectors[2].tolist(), [0] * 8]
     index.close()
+    again = opened()
+    keys = text_keys(["甲", whole, "乙"])
+    assert again.search(vectors, 3).rows[:, 0].tolist() == keys.tolist() and not again.missing
+    assert again.read(keys[[1, 0]], 9) == [
+        Document(whole, [Line(None, None)]), Document("甲", [Line(None, None)] * 3)]
+    assert again.vectors(keys).tolist() == vectors.tolist()
+    again.close()
+
+
+def test_of_equal_cosines_the_lower_row_comes_first(in_a_folder):
+    texts = [f"文{number}" for number in range(6)]
+    vectors = np.repeat(np.eye(1, 8, dtype="float32"), 6, axis=0)
+    index = fill_collection(documents_of(in_a_folder, *texts), vectors)
+    assert index.search(vectors[:1], 6).rows.tolist() == [[0, 1, 2, 3, 4, 5]]
+    index.close()
+    again = opened()
+    assert again.search(vectors[:1], 6).rows.tolist() == [sorted(text_keys(texts).tolist())]
+    again.close()
+
+
+def test_more_than_milvus_gives_is_refused(in_a_folder):
+    index = fill_collection(documents_of(in_a_folder, "甲"), np.eye(1, 8, dtype="float32"))
+    found = index.search(np.eye(1, 8, dtype="float32"), 3)
+    assert found.rows.tolist() == [[0, NOT_FOUND, NOT_FOUND]]
+    with pytest.raises(InputError, match="--recall_num 16385: Milvus gives at most 16384"):
+        index.search(np.eye(1, 8, dtype="float32"), 16385)
+    index.close()
+
+
+def test_ids_are_stored(in_a_folder):
+    """Of the lines of a text as many as a field holds: 65,535 bytes, a tab after each of them."""
+    assert join_ids(["长" * 10000, "b" * 35533, "c"]) == "长" * 10000 + "\t" + "b" * 35533
+    documents = documents_of(in_a_folder, "a\t丙", "b\t丁", "c\t丙", "d\t丙")
+    fill_collection(documents, np.eye(2, 8, dtype="float32")).close()
+    index = opened()
+    assert index.read(documents.keys, 2) == [
+        Document("丙", [Line(None, "a"), Line(None, "c")]), Document("丁", [Line(None, "b")])]
+    index.close()
+
+
+def test_passages_are_rows_of_their_document(in_a_folder):
+    """Found with the corpus and without it; each document once, by its best passage."""
+    documents = documents_of(in_a_folder, "", "a\t甲。乙。", "b\t丙。丁。戊。", "c\t甲。乙。")
+    documents.passages = Passages(documents, np.array([0, 2, 5]), np.array([0, 2, 0, 2, 4]))
+    index = fill_collection(documents, np.eye(5, 8, dtype="float32"))
+    queries = np.eye(8, dtype="float32")[[1, 4]] + np.eye(8, dtype="float32")[[2, 0]] / 2
+    hits = hits_of(search(index, documents, queries, 2), documents, [3, 3])
+    assert [[(hit.line, hit.id, hit.passage) for hit in of_query] for of_query in hits] == [
+        [(2, "a", "乙。"), (4, "c", "乙。"), (3, "b", "丙。")], [(3, "b", "戊。"), (2, "a", "甲。"), (4, "c", "甲。")]]
+    index.close()
+    again = opened()
+    assert (len(again), again.line_count, again.row_count, again.has_passages) == (2, 3, 5, True)
+    alone = hits_of(search(again, again, queries, 2), again, [3, 3])
+    assert alone == [[hit._replace(line=None) for hit in of_query] for of_query in hits]
+    assert again.documents_of(np.array([[NOT_FOUND]])).tolist() == [[NOT_FOUND]]
+    again.close()
+
+
+def test_a_text_too_long_for_milvus_is_refused_with_its_line(in_a_folder):
+    documents = documents_of(in_a_folder, "短", "", "长" * 21846, "a" * 65535)
+    with pytest.raises(InputError, match=r"corpus.csv:3: 1 of 3 texts are longer than Milvus takes, 65,535 bytes"):
+        MilvusIndex("x.db", "texts").follow(documents, milvus_manifest(documents))
+    with pytest.raises(InputError, match="no such collection"):
+        opened()
+
+
+def test_asking_makes_no_file(in_a_folder):
+    with pytest.raises(InputError, match="--milvus_collection texts: x.db has no such collection; --corpus_file is ne"):
+        opened()
+    assert not list(in_a_folder.iterdir())
+
+
+def test_the_settings_of_a_collection_are_kept_and_a_search_may_have_another_ef(in_a_folder, monkeypatch):
+    """HNSW, as on a server."""
+    real = Collection.__init__
+
+    def with_hnsw(self, uri, name):
+        real(self, uri, name)
+        self.index_type = "HNSW"
+
+    monkeypatch.setattr(Collection, "__init__", with_hnsw)
+    documents = documents_of(in_a_folder, "甲", "乙")
+    vectors = np.eye(2, 8, dtype="float32")
+    fill_collection(documents, vectors, build_settings={"hnsw_m": 16}, search_settings={"hnsw_ef": 40}).close()
+    index = MilvusIndex("x.db", "texts")
+    index.open({"hnsw_ef": 77})
+    assert index.manifest.build_settings == {"hnsw_m": 16} and index.manifest.search_settings == {"hnsw_ef": 40}
+    calls = []
+    search = pymilvus.MilvusClient.search
+
+    def recorded(self, *args, **options):
+        calls.append(options["search_params"])
+        return search(self, *args, **options)
+
+    monkeypatch.setattr(pymilvus.MilvusClient, "search", recorded)
+    assert index.search(vectors, 1).rows.ravel().tolist() == documents.keys.tolist()
+    assert calls == [{"params": {"ef": 77}}]
+    assert index.manifest.differences(Manifest(build_settings={"hnsw_m": 8})) == ["hnsw_m 16, not 8"]
+    index.close()
+
+
+@pytest.mark.parametrize("content, message", [
+    ({"properties": {"simcse": json.dumps({"index_format": 4, "model": "m"})}}, "another version of recall.py built"),
+    ({"description": json.dumps({"index_format": 4})}, "another version of recall.py built it; name another coll"),
+    ({"description": "papers"}, "exists, but was not made by recall.py"),
+    ({"description": "12"}, "exists, but was not made by recall.py"),
+    ({}, "exists, but was not made by recall.py")])
+def test_collections_of_others_and_of_earlier_versions(in_a_folder, content, message, monkeypatch):
+    """A server kept the fingerprint in the description, Milvus Lite in a property."""
+    fill_collection(documents_of(in_a_folder, "甲"), np.eye(1, 8, dtype="float32")).close()
+    monkeypatch.setattr(pymilvus.MilvusClient, "describe_collection", lambda self, name: content)
+    with pytest.raises(InputError, match=f"--milvus_collection texts: {message}"):
+        MilvusIndex("x.db", "texts")

@@ -1,5 +1,5 @@
-"""A collection of a real Milvus Lite that follows its corpus: what is encoded, that the result is as if built from
-nothing, and that it can be broken off anywhere."""
+"""A collection of a real Milvus Lite that follows its corpus in place: what is encoded, that the result is as if built
+from nothing, that searches in between answer, and that it can be broken off anywhere."""
 
 import json
 import shutil
@@ -8,27 +8,32 @@ import subprocess
 import zlib
 from pathlib import Path
 
-from ann_util import Kept
 from simcse.console import InputError
-from simcse.index.documents import Entries
+from simcse.index import milvus, milvus_collection
+from simcse.index.documents import Documents
+from simcse.index.hits import hits_of, search
 from simcse.index.milvus import MilvusIndex
+from simcse.index.protocols import Document, Line
+from simcse.text import keys
+from simcse.text.keys import text_keys
+from simcse.text.passages import Passages
 from simcse.text.textfile import Corpus
 
 import numpy as np
 import pytest
-from conftest import FP32, ROOT, command, read_texts, succeed
+from conftest import FP32, ROOT, command, read_texts, refuse, succeed
+from indexes import milvus_manifest
 
 pymilvus = pytest.importorskip("pymilvus", reason="pymilvus is not installed (requirements-milvus.txt)")
-NEW = {"dim": 8, "index_type": "FLAT", "metric": "COSINE"}
-BEFORE = ["甲", "乙", "", "丙", "甲", *[""] * 9, "丁", "戊"]  # line by line: copies, and blank lines for whole pieces
+BEFORE = ["甲", "乙", "", "丙", "甲", *[""] * 9, "丁", "戊"]  # line by line, with copies and blank lines
 AFTER = ["新一", "丁", "乙", "新二", "", "丙", "乙", "新三"]  # 甲 and 戊 are gone, and the order is another
 
 
 @pytest.fixture(autouse=True, scope="module")
 def small_pieces():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MilvusIndex, "_PIECE", 2)
-        patch.setattr(MilvusIndex, "_PAGE", 2)
+        patch.setattr(milvus, "PIECE", 2)
+        patch.setattr(milvus_collection, "PAGE", 2)
         yield
 
 
@@ -37,52 +42,74 @@ def in_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def entries_of(lines):
+def documents_of(lines):
     with open("corpus.csv", "w", encoding="utf-8") as file:
         file.writelines(f"{line}\n" for line in lines)
-    return Entries(Corpus("corpus.csv", "--corpus_file"))
+    return Documents(Corpus("corpus.csv", "--corpus_file"))
+
+
+def in_sentences(lines):
+    """The documents, each sentence of which is a passage."""
+    documents = documents_of(lines)
+    starts, offsets = [0], []
+    for text in documents:
+        ends = [place + 1 for place, character in enumerate(text) if character == "。"]
+        offsets += [0, *ends[:-1]]
+        starts.append(len(offsets))
+    documents.passages = Passages(documents, np.array(starts), np.array(offsets))
+    return documents
 
 
 def vector(text):
     return np.random.default_rng(zlib.crc32(text.encode())).standard_normal(8).astype("float32")
 
 
-def run(lines, collection="texts", **wanted):
-    """What recall.py does with a corpus, with vectors that depend on the text alone: those that were encoded."""
-    entries, encoded = entries_of(lines), []
-    wanted = {"corpus": "\n".join(lines), "corpus_columns": entries.corpus.columns, **wanted}
-    index = MilvusIndex("x.db", collection, wanted, entries, {**NEW, **wanted})
+def run(lines, collection="texts", documents_of=documents_of, before_piece=lambda: None):
+    """What recall.py does with a corpus, with vectors that depend on the text alone; returns what was encoded."""
+    documents = documents_of(lines)
+    encoded = []
+    index = MilvusIndex("x.db", collection)
     try:
-        kept = Kept("texts", entries, index.known, index.before, index.pieces, index.stored) if index.follows else None
-
-        def encode():
-            for rows in kept.lacking if kept else index.pieces:
-                texts = [entries[int(row)] for row in rows]
-                encoded.extend(texts)
-                yield np.array([vector(text) for text in texts])
-
-        index.fill(kept.blocks(encode()) if kept else encode())
+        manifest = milvus_manifest(documents, corpus="\n".join(lines), corpus_columns=documents.corpus.columns)
+        index.follow(documents, manifest)
+        for rows in index.missing:
+            before_piece()
+            texts = [documents.row_texts[int(row)] for row in rows]
+            encoded.extend(texts)
+            index.add(rows, np.array([vector(text) for text in texts]))
         index.finish()
-        nearest, _ = index.search(np.array([vector(entries[0])]), len(entries))
-        assert nearest[0, 0] == 0  # rows are those of the corpus now
+        texts = list(documents.row_texts)
+        nearest = index.search(np.array([vector(text) for text in texts]), documents.row_count).rows[:, 0]
+        assert [texts[row] for row in nearest] == texts
     finally:
         index.close()
     return encoded
 
 
 def contents(collection="texts"):
-    """All that is in a collection, asked for without its corpus, by key."""
-    index = MilvusIndex("x.db", collection, {})
-    rows = index._client.query(collection, filter="id >= 0", output_fields=["*"])
-    names, fingerprint = index._client.list_collections(), index.fingerprint
-    assert index.search(np.ones((1, 8), "float32"), len(rows))[0].min() > 0
+    """All that is in a collection, asked for without its corpus: the record, the rows by key, all collections."""
+    index = MilvusIndex("x.db", collection)
+    index.open({})
+    client = index._collection._client
+    rows = client.query(collection, filter="key >= 0", output_fields=["*"])
+    names = sorted(client.list_collections())
+    assert index.search(np.ones((1, 8), "float32"), len(rows)).rows.min() > 0
     index.close()
-    return fingerprint, {row["id"]: row for row in rows}, names
+    return index._record, {row["key"]: row for row in rows}, names
 
 
 def same(one, other):
-    """Whether two collections have the same fingerprint and rows, embeddings bit by bit."""
+    """Whether two collections have the same record and rows, embeddings bit by bit."""
     return one[:2] == other[:2]
+
+
+def lines_of(text, collection="texts"):
+    """What a collection has of a document, without the corpus."""
+    index = MilvusIndex("x.db", collection)
+    index.open({})
+    document, = index.read(text_keys([text]))
+    index.close()
+    return document
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +130,22 @@ def filled(filled_once, tmp_path):
     return old, new
 
 
+def break_at(patch, call, number):
+    """Have a call of MilvusClient fail the n-th time."""
+    calls = []
+    real = getattr(pymilvus.MilvusClient, call)
+
+    def broken(*args, **options):
+        calls.append(call)
+        if len(calls) == number:
+            raise pymilvus.MilvusException(message="broken off")
+        return real(*args, **options)
+
+    patch.setattr(pymilvus.MilvusClient, call, broken)
+
+
 def test_as_built_from_nothing(filled, capsys):
+    """In place: no other collection is made, and those of other corpora stay as they are."""
     old, new = filled
     assert run(AFTER) == ["新一", "新二", "新三"]
     assert "7 documents: 3 new, 2 gone, encoded 3" in capsys.readouterr().err
@@ -111,90 +153,150 @@ def test_as_built_from_nothing(filled, capsys):
     assert run(BEFORE) == ["甲", "戊"] and same(contents(), old)
 
 
+def test_searches_in_between_answer(filled):
+    """Each text of before is there until all of the new ones are."""
+    seen = []
+
+    def search_by_another():
+        index = MilvusIndex("x.db", "texts")
+        index.open({})
+        queries = np.array([vector(text) for text in BEFORE if text])
+        found = index.search(queries, len(index)).rows[:, 0].tolist()
+        assert [document.text for document in index.read(found)] == [text for text in BEFORE if text]
+        seen.append(index._record.state)
+
+    assert run(AFTER, before_piece=search_by_another) == ["新一", "新二", "新三"]
+    assert seen == [milvus_collection.CHANGING] * 3
+
+
 def test_ids_follow(capsys):
+    """Of texts that stay; their embeddings are kept."""
     run(["甲", "乙", "甲"])
+    vectors = {key: row["embedding"] for key, row in contents()[1].items()}
     assert run(["a\t乙", "b\t甲", "c\t乙"]) == []
     assert "3 documents: 0 new, 0 gone, encoded 0" in capsys.readouterr().err
-    index = MilvusIndex("x.db", "texts", {})
-    assert index.take([1, 2], 9) == [("乙", [(1, "a"), (None, "c")]), ("甲", [(2, "b")])]
-    with pytest.raises(InputError, match="another took its place meanwhile"):
-        index.take([1, 3], 9)
+    assert lines_of("乙") == Document("乙", [Line(None, "a"), Line(None, "c")])
+    assert lines_of("甲") == Document("甲", [Line(None, "b")])
+    assert run(["a2\t乙", "b\t甲", "c\t乙"]) == [] and lines_of("乙").lines == [Line(None, "a2"), Line(None, "c")]
+    assert {key: row["embedding"] for key, row in contents()[1].items()} == vectors
+
+
+def test_a_row_that_is_gone_meanwhile():
+    run(["甲", "乙"])
+    index = MilvusIndex("x.db", "texts")
+    index.open({})
+    index._collection.delete(text_keys(["甲"]).tolist())
+    with pytest.raises(InputError, match="--milvus_collection texts: has changed meanwhile; run again"):
+        index.read(text_keys(["乙", "甲"]))
     index.close()
 
 
-@pytest.mark.parametrize("call, number", [("create_collection", 1), ("upsert", 2), ("upsert", 3), ("flush", 1),
-                                          ("rename_collection", 1), ("rename_collection", 2), ("drop_collection", 1)])
-def test_broken_off_the_collection_is_whole(filled, call, number, monkeypatch):
-    """At each of what changes something: the old one answers, or the new one, and the same command ends it."""
-    (old, new), calls, real = filled, [], getattr(pymilvus.MilvusClient, call)
+def test_passages_follow(capsys):
+    """Those of a document that stays are not encoded again; another document may have equal ones."""
+    before = ["甲。乙。", "丙。丁。戊。", "己。"]
+    after = ["新。乙。", "己。", "丙。丁。戊。", "己。庚。"]
+    assert len(run(before, documents_of=in_sentences)) == 6
+    assert run(after, documents_of=in_sentences) == ["新。", "乙。", "己。", "庚。"]
+    assert "4 documents: 2 new, 1 gone, encoded 2" in capsys.readouterr().err
+    run(after, "new", documents_of=in_sentences)
+    assert same(contents(), contents("new"))
+    index = MilvusIndex("x.db", "texts")
+    index.open({})
+    hits = hits_of(search(index, index, vector("丁。")[None], 2), index, [1])
+    assert [(hit.document, hit.passage) for hit in hits[0]] == [("丙。丁。戊。", "丁。")]
+    index.close()
 
-    def broken(*args, **options):
-        calls.append(call)
-        if len(calls) == number:
-            raise pymilvus.MilvusException(message="broken off")
-        real(*args, **options)
 
+@pytest.mark.parametrize("call, number", [("alter_collection_properties", 1), ("upsert", 1), ("upsert", 3),
+                                          ("upsert", 4), ("delete", 1), ("flush", 1),
+                                          ("alter_collection_properties", 2)])
+def test_broken_off_the_same_command_ends_it(filled, call, number, monkeypatch):
+    """At each of what changes something: all texts of before are there until the deletion, which is the last but one.
+    """
+    (old, new) = filled
     with monkeypatch.context() as patch:
-        patch.setattr(pymilvus.MilvusClient, call, broken)
+        break_at(patch, call, number)
         with pytest.raises(InputError, match="broken off"):
             run(AFTER)
-        patch.setattr(MilvusIndex, "_restore", lambda self: None)  # there is nothing that a search has to mend
-        assert same(contents(), new if call == "drop_collection" else old)
+    record, rows, _ = contents()
+    assert record.manifest == old[0].manifest
+    if (call, number) not in (("flush", 1), ("alter_collection_properties", 2)):
+        assert set(rows) >= set(old[1])
     encoded = run(AFTER)
-    assert len(encoded) == {("create_collection", 1): 3, ("upsert", 2): 2, ("upsert", 3): 1}.get((call, number), 0)
-    if call == "drop_collection":  # the next change takes that away
-        assert same(contents(), new) and run(BEFORE) == ["甲", "戊"] and run(AFTER) == ["新一", "新二", "新三"]
+    if call == "upsert" and number < 4:
+        assert encoded == (["新一", "新二", "新三"] if number == 1 else ["新三"])
     assert same(contents(), new) and contents()[2] == ["new", "texts"]
 
 
-def test_what_is_broken_off_does_not_serve_another_corpus(monkeypatch):
-    """Nor does a first build that was: what it has is taken over, and the rest is encoded."""
-    real = MilvusIndex._upsert
-
-    def broken_after_the_first_piece(self, rows, embeddings):
-        if rows.start:
-            raise InputError("broken off")
-        real(self, rows, embeddings)
-
+@pytest.mark.parametrize("number", [1, 2])
+def test_broken_off_a_changed_corpus_may_go_back(filled, number, monkeypatch):
+    """The record of the corpus before does not mean that the collection has that alone."""
     with monkeypatch.context() as patch:
-        patch.setattr(MilvusIndex, "_upsert", broken_after_the_first_piece)
-        for lines in (BEFORE, AFTER):
-            with pytest.raises(InputError, match="broken off"):
-                run(lines)
-    assert run(["乙", "别的", "丙"]) == ["别的", "丙"]
+        break_at(patch, "upsert", number + 1)
+        with pytest.raises(InputError, match="broken off"):
+            run(AFTER)
+    assert run(BEFORE) == [] and same(contents(), filled[0])
+
+
+@pytest.mark.parametrize("call", ["create_collection", "create_index", "load_collection", "upsert", "flush"])
+def test_a_first_build_that_is_broken_off(call, monkeypatch):
+    """It answers no search without its corpus, goes on with it, and may go on with another one."""
+    with monkeypatch.context() as patch:
+        break_at(patch, call, 2 if call == "upsert" else 1)
+        with pytest.raises(InputError, match="broken off"):
+            run(BEFORE)
+    with pytest.raises(InputError, match="no such collection" if call == "create_collection" else "not all documents"):
+        contents()
+    encoded = run(BEFORE)
+    assert encoded == {"upsert": ["丙", "丁", "戊"], "flush": []}.get(call, ["甲", "乙", "丙", "丁", "戊"])
+    run(BEFORE, "new")
+    assert same(contents(), contents("new"))
+
+
+def test_what_is_broken_off_serves_another_corpus(monkeypatch):
+    with monkeypatch.context() as patch:
+        break_at(patch, "upsert", 3)
+        with pytest.raises(InputError, match="broken off"):
+            run(BEFORE)
+    assert run(["乙", "别的", "丙"]) == ["别的"]
     run(["乙", "别的", "丙"], "new")
     assert same(contents(), contents("new")) and contents()[2] == ["new", "texts"]
 
 
-def test_settings_and_aliases(filled):
+def test_rows_that_somebody_has_deleted_are_encoded_again(filled):
+    index = MilvusIndex("x.db", "texts")
+    index._collection.delete(text_keys(["丙"]).tolist())
+    index.close()
+    assert run(BEFORE) == ["丙"] and same(contents(), filled[0])
+
+
+def test_another_corpus_and_an_alias(filled):
     old, new = filled
-    with pytest.raises(InputError, match="was built with dim 8, not 9; name another collection"):
-        run(AFTER, dim=9)
     with pytest.raises(InputError, match="another corpus, of which no text is in corpus.csv; name another"):
         run(["没有"])
-    index = MilvusIndex("x.db", "texts", {})
-    index._client.create_alias("texts", "other")
+    assert same(contents(), old)
+    index = MilvusIndex("x.db", "texts")
+    index._collection._client.create_alias("texts", "other")
     index.close()
-    with pytest.raises(InputError, match="--milvus_collection other: is an alias of texts; "):
-        run(AFTER, "other")
-    assert same(contents(), old) and contents()[2] == ["new", "texts"]
-    run(AFTER)
-    assert same(contents("other"), new)
+    assert same(contents("other"), old)
+    assert run(AFTER, "other") == ["新一", "新二", "新三"]
+    assert same(contents(), new) and contents()[2] == ["new", "texts"]
 
 
-def test_other_collections_of_like_names_stay(filled):
-    for name in "texts_next", "texts_before", "texts_gone":
-        run(["另一个"], name)
-    run(AFTER)
-    assert contents()[2] == ["new", "texts", "texts_before", "texts_gone", "texts_next"]
-    assert contents("texts_next")[1][1]["text"] == "另一个"
+def test_different_texts_of_one_key_are_noticed(monkeypatch):
+    monkeypatch.setattr(keys, "KEY_BITS", 0)
+    with pytest.raises(InputError, match=r"corpus.csv:3: has the same 64-bit key as another text, corpus.csv:1;"):
+        run(["甲", "甲", "乙"])
+    assert not Path("x.db").exists()
 
 
-def test_killed_between_its_two_renames(checkpoint, sample, tmp_path):
-    """The commands: the old collection answers, the same command ends it, and the result is that of a new one."""
+# ------------------------------------------------------------------------------------------------------- the commands
+def test_killed_before_its_end(checkpoint, sample, tmp_path):
+    """The commands: the collection answers with what it had, the same command ends it, and the result is that of a new
+    one."""
     before = read_texts(sample / "corpus.csv")
     after = ["全新的文本", *before[3:60], "另一条", *before[60:]]
-    for name, texts in ("before.csv", before), ("after.csv", after):
+    for name, texts in (("before.csv", before), ("after.csv", after)):
         (tmp_path / name).write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
     flags = ["--device", "cpu", "--params_path", checkpoint, "--ann_engine", "milvus", *FP32, "--batch_size", 1]
     recall = [*flags, "--similar_text_pair", sample / "dev.csv"]
@@ -202,10 +304,8 @@ def test_killed_between_its_two_renames(checkpoint, sample, tmp_path):
     script = tmp_path / "killed.py"
     script.write_text(
         f"import os, runpy, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport simcse, pymilvus\n"
-        "real = pymilvus.MilvusClient.rename_collection\n"
-        "def rename(self, old, new):\n"
-        "    real(self, old, new) if '_before_' in new else os.kill(os.getpid(), signal.SIGKILL)\n"
-        "pymilvus.MilvusClient.rename_collection = rename\n"
+        "def kill(self, *args, **options):\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "pymilvus.MilvusClient.delete = kill\n"
         f"runpy.run_path({str(ROOT / 'recall.py')!r}, run_name='__main__')", encoding="utf-8")
     words = [*recall, "--corpus_file", "after.csv"]
     killed = subprocess.run(command(script, *words), cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -213,7 +313,9 @@ def test_killed_between_its_two_renames(checkpoint, sample, tmp_path):
     assert "119 documents: 2 new, 3 gone, encoded 2" in killed.stderr
     answer = succeed("recall.py", *flags, "--query", before[0], "--format", "jsonl", "--top_k", 1, cwd=tmp_path).stdout
     assert json.loads(answer)["results"][0]["document"] == before[0] not in after
-    assert "119 documents: 2 new, 3 gone" in succeed("recall.py", *words, cwd=tmp_path).stderr
+    assert "119 documents: 0 new, 3 gone, encoded 0" in succeed("recall.py", *words, cwd=tmp_path).stderr
     result = (tmp_path / "recall_result_dir" / "recall_result.txt").read_bytes()
     succeed("recall.py", *words, "--milvus_uri", "new.db", cwd=tmp_path)
     assert (tmp_path / "recall_result_dir" / "recall_result.txt").read_bytes() == result
+    assert "was built with precision fp32, not bf16; name another collection" in refuse(
+        "recall.py", *words, "--precision", "bf16", cwd=tmp_path)

@@ -285,11 +285,11 @@ def test_an_encoder_of_another_kind_is_left_alone():
     class Encoder(paddle.nn.Layer):
         pass
 
-    paddle_patches.first_token_only(Encoder())
+    paddle_patches.compute_first_token_only(Encoder())
     pre_norm = Encoder()
     pre_norm.encoder = paddle.nn.TransformerEncoder(
         paddle.nn.TransformerEncoderLayer(16, 2, 32, normalize_before=True), 2)
-    paddle_patches.first_token_only(pre_norm)
+    paddle_patches.compute_first_token_only(pre_norm)
     assert "forward" not in pre_norm.encoder.layers[-1].__dict__
 
 

@@ -4,10 +4,11 @@ import json
 
 import model as m
 from simcse.encoder.encoder import Encoder
+from simcse.encoder.engine import make_engine
 from simcse.index.documents import Documents
 from simcse.index.hits import best_rows, hits_of, search
 from simcse.index.protocols import SearchResult
-from simcse.text.passages import Passages, begins
+from simcse.text.passages import Passages, find_passages
 from simcse.text.textfile import Corpus, read_text_pairs
 from simcse.text.wordpiece import load_tokenizer
 
@@ -25,7 +26,7 @@ def tokenizer():
 
 
 def parts_of(text, tokenizer, length):
-    starts = begins([text], tokenizer, length)[0]
+    starts = find_passages([text], tokenizer, length)[0]
     return [text[start:end] for start, end in zip(starts, [*starts[1:], None])]
 
 
@@ -160,7 +161,7 @@ def test_the_cosine_is_that_of_the_best_passage(checkpoint, sample, long, tmp_pa
     documents = Documents(Corpus(str(long / "before.csv"), "--corpus_file"))
     passages = Passages.split(documents, tokenizer, 32)
     assert len(passages) > 2 * len(documents)
-    encoder = Encoder(m.make_engine(network, "fp32"), tokenizer, 32, 1)
+    encoder = Encoder(make_engine(network, "fp32"), tokenizer, 32, 1)
     own, asked = (encoder.encode(texts) for texts in (passages[:], queries))
     vectors, = passages.in_context([range(len(passages))], [own[np.unique(passages.first)]])
     cosines = asked @ vectors.T

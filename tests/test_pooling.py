@@ -8,7 +8,7 @@ from data import Batch, Inputs
 from simcse.console import InputError
 from simcse.encoder import weights
 from simcse.encoder.engine import make_engine
-from simcse.encoder.paddle_engine import CpuEngine, export_graph
+from simcse.encoder.paddle_engine import PaddleEngine, export_graph
 from simcse.encoder.pooling import POOLINGS
 from simcse.encoder.table import TableEngine
 from simcse.text.tokens import pad
@@ -68,7 +68,7 @@ def test_pooling_is_its_definition(pooling, kind, tmp_path):
     if pooling == "first_avg":  # the graph is what is deployed
         assert isinstance(engine, TableEngine)
         export_graph(network, str(tmp_path))
-        np.testing.assert_allclose(CpuEngine(str(tmp_path)).embed(*batch), expected, atol=1e-5)
+        np.testing.assert_allclose(PaddleEngine(str(tmp_path)).embed(*batch), expected, atol=1e-5)
         with pytest.raises(InputError, match="--precision bf16: pooling first_avg is computed in fp32"):
             make_engine(network, "bf16")
 
@@ -97,7 +97,7 @@ def test_trained_saved_loaded_and_exported_it_is_the_same(name, raw, tmp_path):
     np.testing.assert_array_equal(loaded.embed(*batch).numpy(), expected)
     np.testing.assert_allclose(make_engine(loaded, "fp32").embed(*batch), expected, atol=1e-5)
     export_graph(loaded, str(tmp_path))
-    np.testing.assert_allclose(CpuEngine(str(tmp_path)).embed(*batch), expected, atol=1e-5)
+    np.testing.assert_allclose(PaddleEngine(str(tmp_path)).embed(*batch), expected, atol=1e-5)
     can_export = importlib.util.find_spec("paddle2onnx") and not paddle.__version__.startswith("2.")
     if can_export and importlib.util.find_spec("onnxruntime"):
         from simcse.encoder.onnx import export_onnx, onnx_graph
@@ -109,7 +109,7 @@ def test_trained_saved_loaded_and_exported_it_is_the_same(name, raw, tmp_path):
 
         export_openvino(loaded, str(tmp_path))
         engine = OpenVinoEngine(str(tmp_path), "fp32")
-        np.testing.assert_allclose(np.asarray(engine.embed(*batch)), expected, atol=1e-5)
+        np.testing.assert_allclose(engine.embed(*batch), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", POOLINGS)

@@ -83,7 +83,7 @@ def test_an_index_is_kept_used_again_and_refused_for_anything_else(checkpoint, s
     kept = "ANN recall@10 against exact search, 60 documents: "
     assert kept in first.stderr and kept in again.stderr
     deeper = succeed("recall.py", *flags("--hnsw_ef", 50, "--recall_result_file", "deeper.txt"), cwd=tmp_path)
-    assert f"{kept}1.0000 with --hnsw_ef 100; this search has 50" in deeper.stderr
+    assert f"{kept}1.0000 with --hnsw_ef 100; this search has --hnsw_ef 50" in deeper.stderr
     assert "encoding" not in deeper.stderr and re.search("60 queries: .* with --hnsw_ef 50\n", deeper.stderr)
     results = tmp_path / "recall_result_dir"
     assert (results / "first.txt").read_bytes() == (results / "again.txt").read_bytes()

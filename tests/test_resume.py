@@ -1,4 +1,4 @@
-"""Training that is broken off and gone on with."""
+"""Training that is interrupted and resumed."""
 
 import argparse
 import dataclasses

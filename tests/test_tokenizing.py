@@ -112,7 +112,7 @@ def test_the_beginning_of_a_long_text_has_its_tokens(tokenizer, seed, tmp_path):
         assert tokenizer(texts, length) == deployed(texts, length) == [encoding.ids for encoding in whole]
         assert [each.offsets for each in tokenizer.encode(texts, length)] == [
             encoding.offsets for encoding in whole]
-    cut = [len(tokenizer._beginning(text, 1, offsets=False)) < len(text) for text in texts]
+    cut = [len(tokenizer._shorten(text, 1, keep_offsets=False)) < len(text) for text in texts]
     assert cut.count(True) > 5
 
 
@@ -137,10 +137,10 @@ def test_blocks_of_characters_change_nothing(tokenizer, monkeypatch, block):
 def test_pieces_that_are_known_are_forgotten_when_there_are_too_many(tokenizer, monkeypatch):
     texts = ["语义abc", "abc 检索", "x\u0301语\u0301", "a\x1cb", "一\u3000二\u2028三", "[SEP]", ""]
     expected = [tokenizer([text], 9)[0] for text in texts]
-    monkeypatch.setattr(tokenizer, "_KNOWN", 2)
+    monkeypatch.setattr(tokenizer, "_KNOWN_WORDS", 2)
     for _ in range(3):
         assert tokenizer(texts, 9) == expected and [tokenizer([text], 9)[0] for text in texts] == expected
-        assert len(tokenizer._known) < 20
+        assert len(tokenizer._word_ids) < 20
 
 
 @pytest.mark.parametrize("piece", ["word ", "aB3+/", "。", "x", " "])

@@ -8,8 +8,7 @@ from deploy.serving.jobs import EMBEDDING, HYBRID, Embedded, EmbedJob, Facts, Jo
 from deploy.serving.shapes import BatchShapes
 from simcse import console
 from simcse.encoder.encoder import Encoder
-from simcse.flags import FUSED
-from simcse.index.hits import Ranking, hits_of, search
+from simcse.index.hits import FUSION_DEPTH, Ranking, hits_of, search
 from simcse.index.protocols import NOT_FOUND, DocumentStore, Index
 from simcse.text.textfile import distinct
 
@@ -117,10 +116,10 @@ class Searcher:
         """
         from simcse.index.bm25 import fuse
 
-        by_cosine = search(self.index, self.documents, embeddings, max(FUSED, *depth_of.values()))
+        by_cosine = search(self.index, self.documents, embeddings, max(FUSION_DEPTH, *depth_of.values()))
         hits_of_text = {}
         for row, (text, top_k) in enumerate(depth_of.items()):
-            depth = max(FUSED, top_k)  # of both rankings
+            depth = max(FUSION_DEPTH, top_k)  # of both rankings
             dense = Ranking(*(column[row : row + 1, :depth] for column in by_cosine))
             lexical = self.bm25.search([text], depth)
             fused = fuse(dense, lexical, min(top_k, len(self.documents)))

@@ -288,20 +288,41 @@ class Encoder:
             InputError: an embedding is not finite.
         """
         embeddings = np.empty((len(inputs.ids), self.embedding_size), "float32")
-        rows: list[int] = []
-        running = embeddings[:0]  # what the engine computes
-        for next_rows, input_ids, token_type_ids in self.make_batches(inputs.ids, self.tokenizer.pad_token_id):
-            # A batch is read only when the next one has been started, since OpenVINO computes two at a time.
-            started = self.engine.embed(input_ids, token_type_ids)
-            embeddings[rows] = np.asarray(running)[: len(rows)]
-            rows = next_rows
-            running = started
+        running = None  # rows and batch that the engine computes
+        for rows, input_ids, token_type_ids in self.make_batches(inputs.ids, self.tokenizer.pad_token_id):
+            started = self._start(input_ids, token_type_ids)
+            if running is not None:  # read a batch when the next one has been started: OpenVINO computes two at a time
+                _store(embeddings, *running)
+            running = rows, started
             advance(len(rows))
-        embeddings[rows] = np.asarray(running)[: len(rows)]
+        if running is not None:
+            _store(embeddings, *running)
         embeddings[inputs.unknown] = 0
         if not np.isfinite(embeddings).all():
             raise InputError("embeddings contain NaN or Inf; training diverged or the checkpoint is damaged")
         return embeddings
+
+    def _start(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> Any:
+        """Start a batch, and return an object whose `result()` waits for the embeddings."""
+        if hasattr(self.engine, "start"):
+            return self.engine.start(input_ids, token_type_ids)
+        return _ComputedBatch(self.engine.embed(input_ids, token_type_ids))
+
+
+class _ComputedBatch:
+    """The embeddings of an engine that computes one batch at a time; on a GPU a tensor that is being computed."""
+
+    def __init__(self, embeddings: Any) -> None:
+        self._embeddings = embeddings
+
+    def result(self) -> np.ndarray:
+        """Wait for the embeddings and return them, float32 [batch, embedding_size]."""
+        return np.asarray(self._embeddings)
+
+
+def _store(embeddings: np.ndarray, rows: Sequence[int], batch: Any) -> None:
+    """Put the embeddings of a batch in their rows; the service's batches may be filled up with more texts."""
+    embeddings[rows] = batch.result()[: len(rows)]
 
 
 def _take(texts: Sequence[str], rows: range | np.ndarray) -> Sequence[str]:

@@ -1,9 +1,5 @@
-"""The network in OpenVINO, which runs it on a CPU: as it is, or in int8, quantized by NNCF with the user's texts."""
+"""Export the network for OpenVINO, in float32 or quantized to int8 by NNCF, and run it on a CPU."""
 
-import collections
-import contextlib
-import io
-import itertools
 import os
 import tempfile
 from collections.abc import Sequence
@@ -11,7 +7,7 @@ from typing import Any
 
 from simcse.console import InputError, log, reported
 from simcse.encoder.onnx import export_onnx
-from simcse.encoder.paddle_engine import export_graph
+from simcse.encoder.paddle_patches import quiet_nncf
 from simcse.encoder.weights import CONFIG_FILE, ONNX_FILE, OPENVINO_FILE, read_record
 from simcse.files import write_json
 from simcse.machine import BATCH_TOKENS, CPU_BF16_IS_FASTER, CPU_THREADS, auto_precision
@@ -19,115 +15,148 @@ from simcse.machine import BATCH_TOKENS, CPU_BF16_IS_FASTER, CPU_THREADS, auto_p
 import numpy as np
 from paddle import nn
 
-SAMPLE = 256  # texts: every second sets the ranges of activations, the others measure what int8 costs
-LEAST = 32  # texts below which ranges are a guess
-LEAST_COSINE = 0.98  # to float32, on the mean: below, results are no longer those of the checkpoint
-Batch = tuple[np.ndarray, np.ndarray]  # input_ids and token_type_ids, int64 [texts, length]
+CALIBRATION_TEXTS = 256  # every second sets the ranges of activations, the others measure what int8 costs
+FEWEST_TEXTS = 32  # with fewer the ranges are a guess
+LOWEST_COSINE = 0.98  # mean cosine of int8 to float32: below, results are no longer those of the checkpoint
+IdArrays = tuple[np.ndarray, np.ndarray]  # input_ids and token_type_ids of a batch, int64 [texts, length]
 
 
-class _Launched:
-    """What an OpenVINO request under way gives; `numpy.asarray` waits for it."""
+class RunningBatch:
+    """A batch that OpenVINO is computing.
 
-    def __init__(self, request: Any, *inputs: np.ndarray) -> None:
-        request.start_async(dict(zip(("input_ids", "token_type_ids"), inputs)), share_inputs=True)
-        self._request, self._inputs, self._found = request, inputs, None
+    Args:
+        request: an idle `openvino.InferRequest`; it is busy until `result` has returned.
+    """
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        if self._found is None:
+    def __init__(self, request: Any, input_ids: np.ndarray, token_type_ids: np.ndarray) -> None:
+        self._request = request
+        self._inputs = {"input_ids": input_ids, "token_type_ids": token_type_ids}  # kept: the request reads them
+        self._embeddings: np.ndarray | None = None
+        request.start_async(self._inputs, share_inputs=True)
+
+    def result(self) -> np.ndarray:
+        """Wait for the embeddings and return them, float32 [batch, embedding_size]."""
+        if self._embeddings is None:
             self._request.wait()
-            self._found, self._inputs = self._request.get_output_tensor().data.copy(), ()
-        return self._found
+            self._embeddings = self._request.get_output_tensor().data.copy()
+            self._inputs = {}
+        return self._embeddings
 
 
 class OpenVinoEngine:
-    """A folder that `int8.export_openvino` has filled, run by OpenVINO on a CPU, on so many threads, 0 being all cores:
-    two batches at a time, each on half of them. Of an int8 graph what is not int8 is, like all of another one where
-    `precision` is "auto", bf16 on a CPU that is faster in it, else fp32."""
+    """An exported folder, run by OpenVINO on a CPU: two batches at a time, each on half of the threads.
 
-    batch_tokens, AT_A_TIME = BATCH_TOKENS["cpu"], 2
+    Args:
+        folder: filled by `export_openvino`.
+        precision: "fp32", "bf16", "int8" or "auto": bf16 on a CPU that is faster in it, else fp32. What is not int8 in
+            an int8 graph is computed as in "auto".
+        cpu_threads: math threads; 0: all cores.
+    """
+
+    batch_tokens = BATCH_TOKENS["cpu"]
+    AT_A_TIME = 2
 
     def __init__(self, folder: str, precision: str = "auto", cpu_threads: int = 0) -> None:
         import openvino
 
         record = read_record(folder)
-        self.embedding_size, self.max_positions = record["embedding_size"], record["max_positions"]
+        self.embedding_size = record["embedding_size"]
+        self.max_positions = record["max_positions"]
         self.precision = auto_precision("cpu") if precision == "auto" else precision
+        if self.precision not in ("fp32", "bf16", "int8"):
+            raise InputError(f"--precision {precision}: OpenVINO computes in fp32, bf16 or int8")
         in_bf16 = self.precision == "bf16" or (self.precision == "int8" and CPU_BF16_IS_FASTER)
         graph = openvino.Core().compile_model(os.path.join(folder, OPENVINO_FILE), "CPU", {
             "NUM_STREAMS": str(self.AT_A_TIME), "INFERENCE_NUM_THREADS": cpu_threads or CPU_THREADS,
             "INFERENCE_PRECISION_HINT": "bf16" if in_bf16 else "f32"})
-        self._requests = itertools.cycle([graph.create_infer_request() for _ in range(self.AT_A_TIME)])
-        self._launched = collections.deque(maxlen=self.AT_A_TIME)
+        self._requests = [graph.create_infer_request() for _ in range(self.AT_A_TIME)]
+        self._running: list[RunningBatch | None] = [None] * self.AT_A_TIME  # what each request computes
+        self._next = 0  # the request to use next
 
-    def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> _Launched:
-        """int64 [batch, length] twice to float32 [batch, embedding_size], L2-normalized, which `numpy.asarray` waits
-        for."""
-        if len(self._launched) == self.AT_A_TIME:
-            np.asarray(self._launched[0])  # whose request is the next one
-        self._launched.append(_Launched(next(self._requests), input_ids, token_type_ids))
-        return self._launched[-1]
+    def start(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> RunningBatch:
+        """Start to compute a batch; its `result` waits for the embeddings. See `embed`."""
+        earlier = self._running[self._next]
+        if earlier is not None:
+            earlier.result()  # read before its request is used again
+        batch = RunningBatch(self._requests[self._next], input_ids, token_type_ids)
+        self._running[self._next] = batch
+        self._next = (self._next + 1) % self.AT_A_TIME
+        return batch
+
+    def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
+        """Return L2-normalized embeddings, float32 [batch, embedding_size], of two int64 [batch, length]."""
+        return self.start(input_ids, token_type_ids).result()
 
 
-def export_openvino(model: nn.Layer, folder: str, batches: Sequence[Batch] = ()) -> None:
-    """Write `get_pooled_embedding` with its weights, batch and length dynamic, to <folder>/inference.xml and .bin, in
-    float32 or, with `batches` of a text each, in int8, and what a later stage has to know of it. InputError where it
-    cannot be converted, or where int8 is too far from the network."""
+def export_openvino(model: nn.Layer, folder: str, calibration: Sequence[IdArrays] = ()) -> None:
+    """Write `get_pooled_embedding` with its weights, batch and length dynamic, for an `OpenVinoEngine`.
+
+    Args:
+        folder: gets inference.xml, inference.bin and a record.
+        calibration: batches of one text each, with which the graph is quantized to int8; (): it stays float32.
+
+    Raises:
+        InputError: the network cannot be converted, or int8 is too far from it.
+    """
+    record = {"embedding_size": model.embedding_size, "max_positions": model.max_positions,
+              "precision": "int8" if calibration else "fp32"}
+    _write_graph(model, folder, calibration[::2])
+    write_json(os.path.join(folder, CONFIG_FILE), record)
+    if calibration:
+        engine = OpenVinoEngine(folder, "int8")
+        record["int8_cosines"] = compare_with_network(engine, model, calibration[1::2] or calibration)
+        write_json(os.path.join(folder, CONFIG_FILE), record)
+
+
+def _write_graph(model: nn.Layer, folder: str, calibration: Sequence[IdArrays]) -> None:
+    """Convert the network by way of ONNX, quantize it if there is `calibration`, and write inference.xml and .bin."""
     import openvino
     from openvino.passes import ConstantFolding, Manager
 
     with tempfile.TemporaryDirectory() as temporary:
         export_onnx(model, temporary)
-        network = openvino.Core().read_model(os.path.join(temporary, ONNX_FILE))
-        folding = Manager()  # of the table of tokens by a mask for [PAD], as large as the table
+        graph = openvino.Core().read_model(os.path.join(temporary, ONNX_FILE))
+        folding = Manager()  # of the table of tokens times a mask for [PAD], a product as large as the table
         folding.register_pass(ConstantFolding())
-        folding.run_passes(network)
-        if batches:
-            network = _quantize(network, batches[::2], bool(model.output_emb_size))
-        openvino.save_model(network, os.path.join(folder, OPENVINO_FILE), compress_to_fp16=False)
-    record = {"embedding_size": model.embedding_size, "max_positions": model.max_positions,
-              "precision": "int8" if batches else "fp32"}
-    write_json(os.path.join(folder, CONFIG_FILE), record)
-    if batches:
-        record["int8_cosines"] = _compare(model, OpenVinoEngine(folder, "int8"), batches[1::2] or batches)
-        write_json(os.path.join(folder, CONFIG_FILE), record)
+        folding.run_passes(graph)
+        if calibration:
+            graph = _quantize(graph, calibration, has_fc=model.output_emb_size > 0)
+        openvino.save_model(graph, os.path.join(folder, OPENVINO_FILE), compress_to_fp16=False)
 
 
-def export_fastest(model: nn.Layer, folder: str) -> None:
-    """`export_openvino` in float32 or, where the network has what OpenVINO does not, `engine.export_graph`."""
-    try:
-        export_openvino(model, folder)
-    except InputError as error:
-        log(f"{error}; Paddle Inference runs it instead")
-        export_graph(model, folder)
+def _quantize(graph: Any, calibration: Sequence[IdArrays], has_fc: bool) -> Any:
+    """Return the graph with matrix products of int8 weights and int8 activations.
+
+    Activations are scaled by their ranges over the calibration texts (SmoothQuant, Xiao et al. 2023, arXiv:2211.10438,
+    and bias correction: NNCF's defaults for transformers). Attention's products of two activations stay in float, and
+    so does the fc, whose whitening magnifies every error that it gets.
+    """
+    log(f"quantizing with {len(calibration)} texts, which takes a minute or two, once")
+    products = [node for node in graph.get_ordered_ops() if node.get_type_name() == "MatMul"]
+    in_float = [node for node in products if node.input_value(1).get_node().get_type_name() != "Constant"]
+    if has_fc:
+        in_float.append(products[-1])
+    with quiet_nncf(), reported("--precision int8: NNCF cannot quantize the network", Exception):
+        import nncf
+
+        inputs = nncf.Dataset([{"input_ids": ids, "token_type_ids": types} for ids, types in calibration])
+        return nncf.quantize(graph, inputs, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(calibration),
+                             ignored_scope=nncf.IgnoredScope([node.get_friendly_name() for node in in_float]))
 
 
-def _quantize(network: Any, batches: Sequence[Batch], has_fc: bool) -> Any:
-    """Matrix products of int8 weights and int8 activations, scaled by their ranges over the batches (SmoothQuant, Xiao
-    et al. 2023, arXiv:2211.10438, and bias correction: NNCF's defaults for transformers). In float stay the products
-    of two activations, which are attention's, and that of the fc, whose whitening magnifies whatever error it has."""
-    os.environ.setdefault("NNCF_CI", "1")  # it reports to Google Analytics otherwise
-    import nncf
+def compare_with_network(engine: Any, model: nn.Layer, batches: Sequence[IdArrays]) -> dict:
+    """Return how near the embeddings of an int8 engine are to the network's, by cosine: texts, mean and lowest.
 
-    nncf.set_log_level(40)  # errors alone
-    products = [each for each in network.get_ordered_ops() if each.get_type_name() == "MatMul"]
-    in_float = [each for each in products if each.input_value(1).get_node().get_type_name() != "Constant"]
-    in_float += products[-1:] * has_fc
-    inputs = nncf.Dataset([{"input_ids": ids, "token_type_ids": types} for ids, types in batches])
-    log(f"quantizing with {len(batches)} texts, which takes a minute or two, once")
-    quiet = contextlib.redirect_stdout(io.StringIO())  # of progress bars; stdout is for results
-    with quiet, reported("--precision int8: NNCF cannot quantize the network", Exception):
-        return nncf.quantize(network, inputs, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(batches),
-                             ignored_scope=nncf.IgnoredScope([each.get_friendly_name() for each in in_float]))
-
-
-def _compare(model: nn.Layer, engine: OpenVinoEngine, batches: Sequence[Batch]) -> dict:
-    """The cosines of embeddings with those of the network itself, the mean and the lowest, said and returned."""
-    cosines = np.concatenate([(np.asarray(engine.embed(*batch)) * np.asarray(model.embed(*batch))).sum(axis=1)
+    Raises:
+        InputError: the mean is below LOWEST_COSINE.
+    """
+    cosines = np.concatenate([(engine.embed(*batch) * np.asarray(model.embed(*batch))).sum(axis=1)
                               for batch in batches])
-    mean, lowest = float(cosines.mean()), float(cosines.min())
-    found = f"cosine of int8 to fp32 on {len(cosines)} texts: {mean:.4f} on the mean, {lowest:.4f} at lowest"
-    if not mean >= LEAST_COSINE:
-        raise InputError(f"--precision int8: {found}; below {LEAST_COSINE} on the mean it is another model: take bf16 "
+    mean = float(cosines.mean())
+    lowest = float(cosines.min())
+    result = f"cosine of int8 to fp32 on {len(cosines)} texts: {mean:.4f} on the mean, {lowest:.4f} at lowest"
+    if not mean >= LOWEST_COSINE:  # NaN neither
+        raise InputError(f"--precision int8: {result}; below {LOWEST_COSINE} on the mean it is another model; use bf16 "
                          "or fp32")
-    log(found)
+    log(result)
     return {"texts": len(cosines), "mean": mean, "lowest": lowest}

@@ -1,10 +1,9 @@
-"""The network as a static graph, and Paddle Inference, which runs it on a CPU."""
+"""Export the network as a static graph, and run it by Paddle Inference on a CPU."""
 
-import contextlib
 import os
-from unittest.mock import patch
 
 from simcse.console import InputError
+from simcse.encoder.paddle_patches import without_dropout
 from simcse.encoder.weights import CONFIG_FILE, read_record
 from simcse.files import write_json
 from simcse.machine import BATCH_TOKENS, CPU_HAS_BF16, CPU_THREADS, auto_precision
@@ -17,7 +16,7 @@ GRAPH_FILES = ("inference.json", "inference.pdmodel")  # what `paddle.jit.save` 
 
 
 class _EmbeddingGraph(nn.Layer):
-    """`get_pooled_embedding` as a layer of its own, which is what `paddle.jit.save` exports."""
+    """`get_pooled_embedding` as a layer of its own, since `paddle.jit.save` exports layers."""
 
     def __init__(self, model: nn.Layer) -> None:
         super().__init__()
@@ -28,15 +27,10 @@ class _EmbeddingGraph(nn.Layer):
 
 
 def export_graph(model: nn.Layer, folder: str) -> None:
-    """Write the static graph of `get_pooled_embedding`, batch and length dynamic, its weights, and what a `CpuEngine`
-    asks for."""
+    """Write `get_pooled_embedding` as a static graph with its weights, batch and length dynamic, for `PaddleEngine`."""
     ids = [paddle.static.InputSpec([None, None], "int64", name) for name in ("input_ids", "token_type_ids")]
     model.eval()
-    with contextlib.ExitStack() as without_dropout:  # of rate 0 it is no operator of the graph
-        for layer in model.sublayers():
-            rate = {nn.Dropout: "p", nn.MultiHeadAttention: "dropout"}.get(type(layer))
-            if rate:
-                without_dropout.enter_context(patch.object(layer, rate, 0.0))
+    with without_dropout(model):
         graph = paddle.jit.to_static(_EmbeddingGraph(model), input_spec=ids, full_graph=True)
         graph.eval()
         paddle.jit.save(graph, os.path.join(folder, "inference"))
@@ -44,36 +38,49 @@ def export_graph(model: nn.Layer, folder: str) -> None:
                {"embedding_size": model.embedding_size, "max_positions": model.max_positions})
 
 
-class CpuEngine:
-    """An exported folder run by Paddle Inference on a CPU, with oneDNN, in precision "fp32", "bf16" or "auto" (bf16 on
-    a CPU that is faster in it, else fp32), on so many math threads, 0 being all cores. InputError where the processor
-    has no such precision."""
+class PaddleEngine:
+    """An exported folder, run by Paddle Inference with oneDNN on a CPU.
+
+    Args:
+        folder: filled by `export_graph`.
+        precision: "fp32", "bf16" or "auto": bf16 on a CPU that is faster in it, else fp32.
+        cpu_threads: math threads; 0: all cores.
+
+    Raises:
+        InputError: the processor cannot compute in this precision.
+    """
 
     batch_tokens = BATCH_TOKENS["cpu"]
     SHAPES = 10  # of batches that oneDNN keeps kernels for, each with a copy of the weights
 
     def __init__(self, folder: str, precision: str = "fp32", cpu_threads: int = 0) -> None:
         record = read_record(folder)
-        self.embedding_size, self.max_positions = record["embedding_size"], record["max_positions"]
+        self.embedding_size = record["embedding_size"]
+        self.max_positions = record["max_positions"]
         self.precision = auto_precision("cpu") if precision == "auto" else precision
+        if self.precision not in ("fp32", "bf16"):
+            raise InputError(f"--precision {precision}: Paddle Inference computes in fp32 or bf16 on a CPU")
         if self.precision == "bf16" and not CPU_HAS_BF16:
             raise InputError("--precision bf16: this processor has neither AVX-512 BF16 nor AMX")
+        self._predictor = paddle.inference.create_predictor(self._configure(folder, cpu_threads or CPU_THREADS))
+        self._inputs = [self._predictor.get_input_handle(name) for name in self._predictor.get_input_names()]
+        self._output = self._predictor.get_output_handle(self._predictor.get_output_names()[0])
+
+    def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
+        """Return L2-normalized embeddings, float32 [batch, embedding_size], of two int64 [batch, length]."""
+        for handle, array in zip(self._inputs, (input_ids, token_type_ids)):
+            handle.copy_from_cpu(array)
+        self._predictor.run()
+        return self._output.copy_to_cpu().astype("float32", copy=False)
+
+    def _configure(self, folder: str, threads: int) -> paddle.inference.Config:
         graph = next(path for name in GRAPH_FILES if os.path.isfile(path := os.path.join(folder, name)))
         config = paddle.inference.Config(graph, os.path.splitext(graph)[0] + ".pdiparams")
         config.disable_glog_info()
         config.disable_gpu()
-        config.set_cpu_math_library_num_threads(cpu_threads or CPU_THREADS)
+        config.set_cpu_math_library_num_threads(threads)
         config.set_mkldnn_cache_capacity(self.SHAPES)
         config.enable_mkldnn()
         if self.precision == "bf16":
             config.enable_mkldnn_bfloat16()
-        self.predictor = paddle.inference.create_predictor(config)
-        self.inputs = [self.predictor.get_input_handle(name) for name in self.predictor.get_input_names()]
-        self.output = self.predictor.get_output_handle(self.predictor.get_output_names()[0])
-
-    def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
-        """int64 [batch, length] twice to float32 [batch, embedding_size], L2-normalized."""
-        for handle, array in zip(self.inputs, (input_ids, token_type_ids)):
-            handle.copy_from_cpu(array)
-        self.predictor.run()
-        return self.output.copy_to_cpu().astype("float32", copy=False)
+        return config

@@ -1,7 +1,17 @@
-"""Paddle's layers, made faster."""
+"""All places where the encoder room changes what paddle, PaddleNLP or NNCF do, each with its reason and version.
 
+Contexts restore what they replace. `compute_first_token_only` and `train_faster_on_cpu` replace `forward` of a
+network's layers for good.
+"""
+
+import contextlib
 import ctypes
 import functools
+import io
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import paddle
@@ -9,11 +19,101 @@ import paddle.nn.functional as F
 from paddle import nn
 
 
-def first_token_only(encoder: nn.Layer) -> None:
-    """Let the last layer of an encoder compute its first token only, the one that becomes the embedding, with keys and
-    values of all tokens. Where the encoder is no stack of post-norm `nn.TransformerEncoderLayer`, nothing changes."""
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute of a module, class or object within the context."""
+    is_own = name in vars(owner)
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if is_own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+# ------------------------------------------------------------------------------------------------------ PaddleNLP, NNCF
+def quiet_paddlenlp() -> None:
+    """Let paddlenlp (2.8 and 3.0) log warnings only; it logs every file that it reads."""
+    from paddlenlp.utils.log import logger
+
+    logger.set_level("WARNING")
+
+
+@contextlib.contextmanager
+def captured_paddlenlp_log() -> Iterator[list[str]]:
+    """Collect what paddlenlp (2.8 and 3.0) logs, instead of printing it.
+
+    Only in its log does it tell which layers it has left at random since the weights lack them.
+    """
+    from paddlenlp.utils.log import logger
+
+    messages: list[str] = []
+    with replaced(logger.logger, "handle", lambda record: messages.append(record.getMessage())):
+        yield messages
+
+
+@contextlib.contextmanager
+def zero_initial_weights() -> Iterator[None]:
+    """Make new layers with weights of 0, for a network whose weights are then loaded.
+
+    Drawing those of ERNIE-base at random takes longer than all else of a start. Paddle's layers (2.6 and 3.3) draw
+    them by the global initializer or, in ERNIE, by TruncatedNormal; paddlenlp (2.8 and 3.0) then draws them again.
+    """
+    zeros = nn.initializer.Constant(0.0)
+
+    def initialize(_: Any, *arguments: Any) -> Any:
+        return zeros.forward(*arguments)
+
+    nn.initializer.set_global_initializer(zeros)
+    try:
+        with (replaced(nn.initializer.TruncatedNormal, "forward", initialize),
+              replaced(paddle.tensor, "normal", lambda mean, std, shape: paddle.empty(shape))):
+            yield
+    finally:
+        nn.initializer.set_global_initializer(None)
+
+
+@contextlib.contextmanager
+def quiet_nncf() -> Iterator[None]:
+    """Keep NNCF (2.x) from reporting to Google Analytics, from logging, and from stdout, which is for results."""
+    os.environ.setdefault("NNCF_CI", "1")  # read when it is imported: no report
+    import nncf
+
+    nncf.set_log_level(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()):  # of its progress bars
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------------- for exports
+@contextlib.contextmanager
+def without_dropout(model: nn.Layer) -> Iterator[None]:
+    """Set all dropout rates to 0: a graph that paddle (2.6 and 3.3) exports has no operator of it then."""
+    rates = {nn.Dropout: "p", nn.MultiHeadAttention: "dropout"}
+    with contextlib.ExitStack() as stack:
+        for layer in model.sublayers():
+            if type(layer) in rates:
+                stack.enter_context(replaced(layer, rates[type(layer)], 0.0))
+        yield
+
+
+def without_norm(embeddings: nn.Layer) -> contextlib.AbstractContextManager[None]:
+    """Have the embeddings layer of an encoder return the sum of its tables, without the layer norm after it."""
+    return replaced(embeddings.layer_norm, "forward", lambda x: x)
+
+
+# ------------------------------------------------------------------------------------------------------ faster networks
+def compute_first_token_only(encoder: nn.Layer) -> None:
+    """Let the last layer of an encoder compute only [CLS], with keys and values of all tokens.
+
+    An encoder that is no stack of post-norm `nn.TransformerEncoderLayer` (paddle 2.6 and 3.3) stays as it is.
+    """
     layers = getattr(getattr(encoder, "encoder", None), "layers", None)
-    layer = layers[-1] if layers else None
+    if not layers:
+        return
+    layer = layers[-1]
     if type(layer) is not nn.TransformerEncoderLayer or layer.normalize_before:
         return
 
@@ -26,12 +126,16 @@ def first_token_only(encoder: nn.Layer) -> None:
     layer.forward = forward
 
 
-def train_faster_on_cpu(model) -> None:
-    """The same gradients in less time, by what paddle is slow at on a CPU. glibc is told to keep what is freed, else it
-    maps and zeroes every large tensor of a step anew; tensors are transposed at once, instead of seen through strides
-    and copied one by one for each product; sums over rows, in the gradients of biases and norms, become matrix
-    products; dropout takes 16 random bits for a number, not 64."""
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+def train_faster_on_cpu(model: nn.Layer) -> None:
+    """Compute the same gradients in less time on a CPU, where paddle (2.6 and 3.3) is slow at four things.
+
+    - Memory: glibc is told to keep what is freed, instead of mapping and zeroing every large tensor of a step.
+    - Transposes: they are made at once, instead of being seen through strides and copied row by row for each product.
+    - Sums over rows, in the gradients of biases and norms, become matrix products.
+    - Dropout takes 16 random bits for a number, not 64.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
         m_mmap_threshold, m_trim_threshold = -3, -1
         libc.mallopt(m_mmap_threshold, 1 << 30)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
@@ -46,29 +150,37 @@ def train_faster_on_cpu(model) -> None:
 
 
 def _linear(layer: nn.Linear, x: paddle.Tensor) -> paddle.Tensor:
-    return (FastLinear.apply if layer.training else F.linear)(x, layer.weight, layer.bias)
+    """Replace `nn.Linear.forward`."""
+    if not layer.training:
+        return F.linear(x, layer.weight, layer.bias)
+    return FastLinear.apply(x, layer.weight, layer.bias)
 
 
 def _norm(layer: nn.LayerNorm, x: paddle.Tensor) -> paddle.Tensor:
+    """Replace `nn.LayerNorm.forward`."""
     if not layer.training:
         return type(layer).forward(layer, x)
     return FastNorm.apply(x, layer.weight, layer.bias, layer._epsilon)
 
 
 def _dropout(layer: nn.Dropout, x: paddle.Tensor) -> paddle.Tensor:
-    if not (layer.training and layer.p):
+    """Replace `nn.Dropout.forward`: a number is dropped by 16 random bits, not by 64."""
+    if not layer.training or not layer.p:
         return x
-    bits = paddle.randint(-(2**31), 2**31 - 1, [(x.size + 1) // 2], "int32").numpy().view("uint16")[: x.size]
-    kept = (bits >= round(layer.p * 2**16)) * np.float32(1 / (1 - layer.p))
-    return x * paddle.to_tensor(kept.reshape(x.shape))
+    pairs_of_bits = paddle.randint(-(2**31), 2**31 - 1, [(x.size + 1) // 2], "int32").numpy()
+    bits = pairs_of_bits.view("uint16")[: x.size]
+    is_kept = bits >= round(layer.p * 2**16)
+    factors = is_kept * np.float32(1 / (1 - layer.p))
+    return x * paddle.to_tensor(factors.reshape(x.shape))
 
 
 def _sum_rows(rows: paddle.Tensor) -> paddle.Tensor:
+    """Return the sum over the rows, float [columns], as a matrix product."""
     return paddle.matmul(paddle.ones([1, rows.shape[0]]), rows)[0]
 
 
 class FastLinear(paddle.autograd.PyLayer):
-    """`F.linear`."""
+    """`F.linear`, whose gradient of the bias is a matrix product."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -78,13 +190,15 @@ class FastLinear(paddle.autograd.PyLayer):
     @staticmethod
     def backward(ctx, gradient):
         x, weight = ctx.saved_tensor()
-        x_rows, rows = (tensor.reshape([-1, tensor.shape[-1]]) for tensor in (x, gradient))
-        return (paddle.matmul(gradient, weight, transpose_y=True), paddle.matmul(x_rows, rows, transpose_x=True),
-                _sum_rows(rows))
+        x_rows = x.reshape([-1, x.shape[-1]])
+        rows = gradient.reshape([-1, gradient.shape[-1]])
+        of_x = paddle.matmul(gradient, weight, transpose_y=True)
+        of_weight = paddle.matmul(x_rows, rows, transpose_x=True)
+        return of_x, of_weight, _sum_rows(rows)
 
 
 class FastNorm(paddle.autograd.PyLayer):
-    """`F.layer_norm` over the last axis."""
+    """`F.layer_norm` over the last axis, whose gradient is made of matrix products."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, epsilon):
@@ -95,11 +209,13 @@ class FastNorm(paddle.autograd.PyLayer):
     @staticmethod
     def backward(ctx, gradient):
         x, weight = ctx.saved_tensor()
-        rows, upper = (tensor.reshape([-1, weight.shape[0]]) for tensor in (x, gradient))
+        rows = x.reshape([-1, weight.shape[0]])
+        upper = gradient.reshape([-1, weight.shape[0]])
         mean = paddle.full([weight.shape[0], 1], 1 / weight.shape[0])
         centered = rows - paddle.matmul(rows, mean)
         scale = paddle.rsqrt(paddle.matmul(centered * centered, mean) + ctx.epsilon)
         normed = centered * scale
-        product, weighted_mean = upper * normed, mean * weight.unsqueeze(-1)
+        product = upper * normed
+        weighted_mean = mean * weight.unsqueeze(-1)
         lower = upper * weight - paddle.matmul(upper, weighted_mean) - normed * paddle.matmul(product, weighted_mean)
         return (lower * scale).reshape(x.shape), _sum_rows(product), _sum_rows(upper)

@@ -1,82 +1,110 @@
-"""PaddleNLP's encoders, loaded strictly."""
+"""Load PaddleNLP's encoders strictly, and change what of them is computed or trained."""
 
-import logging
 import os
 import re
-from unittest.mock import patch
 
 from simcse.console import InputError, reported, some, warn
+from simcse.encoder.paddle_patches import captured_paddlenlp_log, quiet_paddlenlp, zero_initial_weights
 from simcse.encoder.weights import read_weights
 
-import paddle
 from paddle import nn
 
 
 def load_pretrained(model_name_or_path: str, dropout: float | None = None, kind: str = "AutoModel",
-                 may_start_at_random: str = "pooler") -> nn.Layer:
-    """A pretrained encoder by hub name or folder, every layer of it loaded by paddlenlp's class `kind`, in float32,
-    with a rate of hidden and attention dropout or, None, its own. InputError: no such encoder, or its weights lack
-    layers other than those with `may_start_at_random` in their names: some encoders were pretrained without a pooler,
-    and get a random one to be trained, which is said on stderr."""
-    import paddlenlp
-    from paddlenlp.utils.log import logger
+                    may_start_at_random: str = "pooler") -> nn.Layer:
+    """Load a pretrained encoder by hub name or folder, all its layers, in float32.
 
-    logger.set_level("WARNING")
+    Args:
+        dropout: rate of hidden and attention dropout; None: the encoder's own.
+        kind: paddlenlp's class that loads it.
+        may_start_at_random: part of the names of layers that the weights may lack, beside the pooler's: some encoders
+            were pretrained without them. They start at random, with a warning.
+
+    Raises:
+        InputError: there is no such encoder, or its weights lack other layers.
+    """
+    import paddlenlp
+
+    quiet_paddlenlp()
+    _check_pickles(model_name_or_path)
     rates = {} if dropout is None else {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    for name in os.listdir(model_name_or_path) if os.path.isdir(model_name_or_path) else ():
-        if name.endswith(".pdparams"):  # paddlenlp would run what is in it
-            read_weights(os.path.join(model_name_or_path, name), "--model_name_or_path")
-    records: list[logging.LogRecord] = []  # paddlenlp only logs which layers it left at random; one line says so below
-    with (reported(f"--model_name_or_path {model_name_or_path}: neither a folder with an encoder nor one that can be "
-                   "fetched by that name", Exception),  # OSError, ValueError, KeyError, RuntimeError of paddlenlp
-          patch.object(logger.logger, "handle", records.append)):
+    what = (f"--model_name_or_path {model_name_or_path}: neither a folder with an encoder nor one that can be fetched "
+            "by that name")
+    # paddlenlp raises OSError, ValueError, KeyError or RuntimeError, and only logs which layers it left at random.
+    with reported(what, Exception), captured_paddlenlp_log() as messages:
         encoder = getattr(paddlenlp.transformers, kind).from_pretrained(model_name_or_path, **rates)
-    said = re.findall(r"newly initialized: \[(.*?)\]", "\n".join(record.getMessage() for record in records))
-    layers = re.findall(r"'([^']+)'", ",".join(said))
-    if missing := [name for name in layers if may_start_at_random not in name and "pooler" not in name]:
+    random_layers = _random_layers(messages)
+    missing = [name for name in random_layers if may_start_at_random not in name and "pooler" not in name]
+    if missing:
         raise InputError(f"--model_name_or_path {model_name_or_path}: its weights lack {some(missing)}")
-    if layers:
-        warn(f"{model_name_or_path} has no trained {may_start_at_random}: {some(layers)} start at random")
+    if random_layers:
+        warn(f"{model_name_or_path} has no trained {may_start_at_random}: {some(random_layers)} start at random")
     return encoder
 
 
+def _check_pickles(folder: str) -> None:
+    """Raise InputError if a file of weights has more than tensors, since paddlenlp would run what is in it."""
+    if not os.path.isdir(folder):
+        return
+    for name in os.listdir(folder):
+        if name.endswith(".pdparams"):
+            read_weights(os.path.join(folder, name), "--model_name_or_path")
+
+
+def _random_layers(messages: list[str]) -> list[str]:
+    """Return the names of the layers that, by paddlenlp's log, are initialized at random."""
+    names = []
+    for listed in re.findall(r"newly initialized: \[(.*?)\]", "\n".join(messages)):
+        names += re.findall(r"'([^']+)'", listed)
+    return names
+
+
 def encoder_from_record(record: dict, dropout: float | None) -> nn.Layer:
-    """The encoder that a checkpoint describes, its weights not set yet: the checkpoint has them all."""
+    """Make the encoder that a checkpoint's record describes; its weights are 0, since the checkpoint has them all.
+
+    Args:
+        dropout: rate of hidden and attention dropout; None: the recorded one.
+    """
     import paddlenlp
 
-    paddlenlp.utils.log.logger.set_level("WARNING")
+    quiet_paddlenlp()
     encoder_class = getattr(paddlenlp.transformers, record["encoder_class"])
     config = encoder_class.config_class.from_dict(portable(record["encoder_config"]))
     if dropout is not None:
-        config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
-    # For ERNIE-base drawing weights at random takes longer than all else of its start. Paddle's layers draw them by the
-    # global initializer or, in ERNIE, by TruncatedNormal; paddlenlp then draws again.
-    zeros = nn.initializer.Constant(0.0)
-    nn.initializer.set_global_initializer(zeros)
-    try:
-        with (patch.object(nn.initializer.TruncatedNormal, "forward", lambda _, *where: zeros.forward(*where)),
-              patch.object(paddle.tensor, "normal", lambda mean, std, shape: paddle.empty(shape))):
-            return encoder_class(config)
-    finally:
-        nn.initializer.set_global_initializer(None)
+        config.hidden_dropout_prob = dropout
+        config.attention_probs_dropout_prob = dropout
+    with zero_initial_weights():
+        return encoder_class(config)
 
 
 def portable(config: dict) -> dict:
-    """An encoder's config without what one paddlenlp writes and another refuses to read."""
+    """Return an encoder's config without what one paddlenlp writes and another refuses to read."""
     return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
 def remove_layers(encoder: nn.Layer) -> None:
-    """Take the layers out of an encoder, whose output then is what would go into the first; InputError where it is no
-    stack of layers after embeddings."""
+    """Take the layers out of an encoder, whose output then is what would go into the first one.
+
+    Raises:
+        InputError: the encoder is no stack of layers after embeddings.
+    """
     layers = getattr(getattr(encoder, "encoder", None), "layers", None)
     if layers is None or not hasattr(encoder, "embeddings"):
         raise InputError(f"--pooling: {type(encoder).__name__} has no layers that can be removed")
-    encoder.encoder.layers, encoder.encoder.num_layers = nn.LayerList(), 0
+    encoder.encoder.layers = nn.LayerList()
+    encoder.encoder.num_layers = 0
     encoder.config.num_hidden_layers = 0
 
 
+def weights_without_layers(state: dict) -> dict:
+    """Return the weights of a network whose encoder is without layers, of a checkpoint that has them."""
+    return {name: tensor for name, tensor in state.items() if not name.startswith("ptm.encoder.layers.")}
+
+
 def freeze_pooler(encoder: nn.Layer) -> None:
-    """Take an encoder's pooler, where it has one and nothing asks it, out of training."""
-    for parameter in encoder.pooler.parameters() if getattr(encoder, "pooler", None) else ():
+    """Take the pooler of an encoder, if it has one, out of training."""
+    pooler = getattr(encoder, "pooler", None)
+    if pooler is None:
+        return
+    for parameter in pooler.parameters():
         parameter.stop_gradient = True

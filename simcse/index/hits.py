@@ -8,6 +8,8 @@ from simcse.index.protocols import NO_SCORE, NOT_FOUND, Document, DocumentStore,
 
 import numpy as np
 
+FUSION_DEPTH = 100  # documents of each of two rankings that are fused, or --recall_num if that is more
+
 
 class Hit(NamedTuple):
     """A line of the corpus that a query found.

@@ -27,6 +27,10 @@ class Embeddings(NamedTuple):  # a tuple, since DataParallel looks for the tenso
         """Those that there are."""
         return [side for side in self if side is not None]
 
+    def map(self, function: Callable[[paddle.Tensor], paddle.Tensor]) -> "Embeddings":
+        """Return the embeddings with `function` applied to each side that there is."""
+        return Embeddings(*[None if side is None else function(side) for side in self])
+
 
 def backward(network: nn.Layer, model: Any, batch: Any, scale_loss: Callable[[paddle.Tensor], paddle.Tensor],
              chunk_size: int | None = None) -> paddle.Tensor:
@@ -41,12 +45,12 @@ def backward(network: nn.Layer, model: Any, batch: Any, scale_loss: Callable[[pa
     """
     if chunk_size is None or batch.size <= chunk_size:
         loss = model.loss(network(batch), batch.duplicate_keys)
-        scale_loss(loss * _ranks_of(model)).backward()
+        scale_loss(loss * _ranks_in_loss(model)).backward()
         return loss
     return _backward_by_chunks(network, model, batch, scale_loss, chunk_size)
 
 
-def _ranks_of(model: Any) -> int:
+def _ranks_in_loss(model: Any) -> int:
     """Return how many ranks the loss is over. DataParallel takes the mean of the ranks' gradients; of a loss over all
     ranks' embeddings each rank has only the part of its own, so that their sum is wanted."""
     return RANKS if model.loss_settings.cross_device_negatives else 1
@@ -67,7 +71,7 @@ def _backward_by_chunks(network: nn.Layer, model: Any, batch: Any, scale_loss: C
     for side in embeddings.sides:
         side.stop_gradient = False
     loss = model.loss(embeddings, batch.duplicate_keys)
-    scale_loss(loss * _ranks_of(model)).backward()
+    scale_loss(loss * _ranks_in_loss(model)).backward()
 
     start = 0
     for chunk, random_state in zip(chunks, random_states):

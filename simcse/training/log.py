@@ -27,7 +27,8 @@ class TrainingLog:
     def __init__(self, folder: str, *, step: int, total_steps: int, steps_per_epoch: int) -> None:
         from visualdl import LogWriter
 
-        self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
+        self.total_steps = total_steps
+        self.steps_per_epoch = steps_per_epoch
         self.logged_step = step
         self.logged_at = time.time()
         self.tags: list[str] = []  # of the scalars, in the order of their first appearance
@@ -44,7 +45,8 @@ class TrainingLog:
         """
         if self.writer is None:
             return
-        epoch, batch = (number + 1 for number in divmod(step - 1, self.steps_per_epoch))
+        epoch = 1 + (step - 1) // self.steps_per_epoch
+        batch = 1 + (step - 1) % self.steps_per_epoch
         speed = (step - self.logged_step) / (time.time() - self.logged_at)
         left = tqdm.format_interval((self.total_steps - step) / speed)
         log(f"global step {step}, epoch: {epoch}, batch: {batch}, loss: {float(loss):.5f}, speed: {speed:.2f} step/s, "

@@ -61,7 +61,9 @@ def run_training(args: argparse.Namespace, train: Callable[[], None]) -> None:
 def check_one_precision(precision: str) -> None:
     """Raise InputError where ranks train in different precisions; their gradients could not be added up."""
     number = TRAIN_PRECISIONS.index(precision)
-    if largest(number) != -largest(-number):
+    highest = largest(number)
+    lowest = -largest(-number)
+    if highest != lowest:
         raise InputError(f"--precision: this process trains in {precision} and another one does not; give the same "
                          "--precision to all")
 
@@ -93,7 +95,10 @@ class Trainer:
         wait_for_ranks()
         if args.device == "cpu":
             train_faster_on_cpu(model)
-        self.args, self.model, self.texts, self.write_model = args, model, texts, write_model
+        self.args = args
+        self.model = model
+        self.texts = texts
+        self.write_model = write_model
         self.network = paddle.DataParallel(model) if RANKS > 1 else model  # gives all ranks the weights of rank 0
         self.step = 0
         self.total_steps = steps_per_epoch * args.epochs
