@@ -117,7 +117,7 @@ def test_nor_are_they_to_a_service_or_a_server(tokenizer, tmp_path, capsys):
     assert not capsys.readouterr().err
     for _ in range(2):
         assert searcher.encode(["长" * 9, "长" * 5])[1].tolist() == [9, 7]  # one more than are seen
-    assert capsys.readouterr().err == "texts longer than 8 tokens are cut; this is said once\n"
+    assert capsys.readouterr().err == "texts longer than 8 tokens are cut; further ones are not reported\n"
     tokenizer.save_rust(str(tmp_path))
     encoded = deployed.encode(Ones(), deployed.Tokenizer(str(tmp_path)), ["语义", *UNSEEN, "长" * 9], 8)
     assert encoded.embeddings.any(axis=1).tolist() == [True, *[False] * 5, True]
