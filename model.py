@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from data import Batch, DuplicateKeys, Inputs
 from simcse import console
@@ -43,7 +43,7 @@ from simcse.ranks import gather_rows
 from simcse.text.textfile import TextFile
 from simcse.text.tokens import make_batches
 from simcse.text.wordpiece import load_tokenizer
-from simcse.training.gradients import Embeddings
+from simcse.training.gradients import BatchLoss, Embeddings
 
 import numpy as np
 import paddle
@@ -70,18 +70,6 @@ class LossSettings:
     margin: float = 0.0
     scale: float = 20
     cross_device_negatives: bool = False
-
-
-class Compared(NamedTuple):
-    """What a loss was of.
-
-    Attributes:
-        embeddings: of all ranks, where the loss is of all ranks; without gradients.
-        duplicate_keys: int64 tensors, of the same rows; None: the same text twice was its own negative.
-    """
-
-    embeddings: Embeddings
-    duplicate_keys: DuplicateKeys | None
 
 
 class SimCSE(nn.Layer):
@@ -119,7 +107,6 @@ class SimCSE(nn.Layer):
         self.infer_with_pooler = infer_with_pooler
         self.whitened_at = whitened_at
         self.normalizes = True  # L2-normalize embeddings; `whitening.whiten` asks for some that are not
-        self.compared: Compared | None = None  # what the last `loss` was of, for the log
         hidden_size = pretrained_model.config.hidden_size
         self.output_emb_size = output_emb_size or 0
         self.embedding_size = output_emb_size or hidden_size
@@ -215,23 +202,27 @@ class SimCSE(nn.Layer):
         return (query * title).sum(axis=-1)
 
     def forward(self, batch: Batch) -> Embeddings:
-        """Return the embeddings of a batch, of which `loss` makes the training loss."""
-        if batch.negative is None:
-            return Embeddings(*self._encode([batch.query, batch.title]))
-        return Embeddings(*self._encode([batch.query, batch.title, batch.negative]))
+        """Return the embeddings of a batch, which `loss` computes the training loss from."""
+        sides = [batch.query, batch.title]
+        if batch.negative is not None:
+            sides.append(batch.negative)
+        return Embeddings.of_sides(self._encode(sides))
 
-    def loss(self, embeddings: Embeddings, duplicate_keys: DuplicateKeys | None = None) -> paddle.Tensor:
-        """Return the `contrastive_loss` of a batch, a scalar; with `cross_device_negatives` that of all ranks' batches
-        together, on each rank the same."""
+    def loss(self, embeddings: Embeddings, duplicate_keys: DuplicateKeys | None = None) -> BatchLoss:
+        """Return the `contrastive_loss` of a batch, and what it compares.
+
+        With `cross_device_negatives` it is the loss of all ranks' batches together, on each rank the same; all ranks
+        call it together.
+        """
         if duplicate_keys is not None:
             duplicate_keys = duplicate_keys.map(paddle.to_tensor)
         if self.loss_settings.cross_device_negatives and RANKS > 1:
             embeddings = embeddings.map(gather_rows)
             if duplicate_keys is not None:
                 duplicate_keys = duplicate_keys.map(gather_rows)
-        self.compared = Compared(embeddings.map(paddle.Tensor.detach), duplicate_keys)
-        return contrastive_loss(embeddings.query, embeddings.title, self.loss_settings, negative=embeddings.negative,
-                                duplicate_keys=duplicate_keys)
+        value = contrastive_loss(embeddings.query, embeddings.title, self.loss_settings, negative=embeddings.negative,
+                                 duplicate_keys=duplicate_keys)
+        return BatchLoss(value, embeddings.map(paddle.Tensor.detach), duplicate_keys)
 
 
 def length_groups(lengths: np.ndarray, cost: float) -> list[np.ndarray]:

@@ -91,7 +91,7 @@ def parse_args() -> argparse.Namespace:
 # ----------------------------------------------------------------------------------------------- what the files hold
 def read_test_set(args: argparse.Namespace) -> list[textfile.Row]:
     """Return the rows of --test_set_file: text, text, label; or query, target. There are none without the flag, or
-    where all labels are the same, which nothing correlates with."""
+    where all labels are the same, since Spearman's rho is undefined then."""
     path = args.test_set_file
     flag = "--test_set_file"
     if not path:
@@ -111,7 +111,7 @@ def read_test_set(args: argparse.Namespace) -> list[textfile.Row]:
 
 
 def warn_near_duplicates(path: str, rows: Sequence[textfile.Row]) -> None:
-    """Warn of targets that a reader takes for an earlier one, and the evaluation for another document."""
+    """Warn of targets that look like an earlier one, but count as another document in the evaluation."""
     places = []
     first_target: dict[str, str] = {}
     for row in rows:
@@ -321,46 +321,42 @@ def train(args: argparse.Namespace, texts: textfile.TextFile, test_set: Sequence
 
 def run_steps(args: argparse.Namespace, trainer: Any, batches: Iterable[data.Batch],
               evaluate_model: Callable[[], dict[str, float]]) -> None:
-    """Take all steps that are left, and save: every --save_steps, when a signal stops the run, when the loss diverges
-    and the weights have not yet, and in the end.
+    """Take all steps that are left, and save a checkpoint every --save_steps and at the end.
 
     Args:
         args: the flags.
         trainer: the run.
         batches: one for each step.
         evaluate_model: returns the measures of the weights as they are now.
+
+    Raises:
+        Diverged: the loss, or weights, contain NaN or Inf. If only the loss does, the weights are saved.
+        Stopped: a signal has stopped the run, after a checkpoint.
     """
     from simcse.training.gradients import backward
-    from simcse.training.trainer import LOG_STEPS, Diverged, Stopped
+    from simcse.training.trainer import LOG_STEPS
 
     model = trainer.model
-    try:
-        with console.progress("training", trainer.total_steps, "steps", lines=False, done=trainer.step) as advance:
-            for step, batch in enumerate(batches, start=trainer.step + 1):
-                is_last = step == trainer.total_steps
-                saves = step % args.save_steps == 0 or is_last
-                evaluates = step % args.eval_steps == 0 and not is_last  # the last evaluation follows the loop
+    with console.progress("training", trainer.total_steps, "steps", lines=False, done=trainer.step) as advance:
+        for step, batch in enumerate(batches, start=trainer.step + 1):
+            saves = step % args.save_steps == 0
+            evaluates = step % args.eval_steps == 0 and step < trainer.total_steps  # the last one follows the loop
 
-                trainer.start_step()
-                loss = backward(trainer.network, model, batch, trainer.scale, args.chunk_size)
-                trainer.update(loss, batch, check_loss=saves or evaluates)
-                advance()
-                if step % LOG_STEPS == 0:
-                    trainer.log_step(loss, model.compared)
-                if evaluates:
-                    trainer.check_weights()
-                    trainer.log_measures("eval", evaluate_model())
-                if saves:
-                    trainer.save()
-                stop_signal = trainer.stop_requested()
-                if stop_signal:
-                    trainer.save()
-                    raise Stopped(stop_signal)
-    except Diverged:
-        if trainer.weights_are_finite():  # they are those before the step whose loss is NaN or Inf
-            trainer.save()
-        raise
-    trainer.save()  # where there was no step to take: with --epochs 0, or resumed after the last one
+            trainer.start_step()
+            loss = backward(trainer.network, model, batch, trainer.scale_loss, args.chunk_size)
+            trainer.update(loss.value, batch, check_loss=saves or evaluates)  # if the loss is NaN or Inf: saves, raises
+            advance()
+            if step % LOG_STEPS == 0:
+                trainer.log_step(loss.value, loss)
+            if evaluates:
+                trainer.check_weights("not evaluated")
+                trainer.log_measures("eval", evaluate_model())
+            if saves:
+                trainer.save()
+            if trainer.stop_requested():
+                break
+    trainer.save()  # the last step, whether a signal or --epochs has ended the loop
+    trainer.end_steps()
 
 
 def whiten_model(args: argparse.Namespace, model: Any, tokenizer: Any, texts: textfile.TextFile) -> None:

@@ -118,7 +118,7 @@ def trained(scratch: str, device: str, precision: str) -> Iterator[tuple[str, np
 
     def recording_backward(*args: Any) -> Any:
         loss = backward(*args)
-        losses.append(loss)
+        losses.append(loss.value)
         return loss
 
     with patch.object(gradients, "backward", recording_backward):
@@ -189,7 +189,7 @@ def rank_gradients(scratch: str, device: str, ranks: int) -> None:
     else:
         name = "whole"
         network = model
-    arrays = {"loss": backward(network, model, batch, lambda loss: loss).numpy()}
+    arrays = {"loss": backward(network, model, batch, lambda loss: loss).value.numpy()}
     for parameter_name, parameter in model.named_parameters():
         if parameter.grad is not None:
             arrays[parameter_name] = parameter.grad.numpy()
@@ -272,7 +272,7 @@ def nan_on_the_last_rank(*words: str) -> None:
         loss = backward(*args)
         step = next(steps)
         if RANK == RANKS - 1 and step == 2:
-            return loss * float("nan")
+            return loss._replace(value=loss.value * float("nan"))
         return loss
 
     with patch.object(gradients, "backward", broken_backward), patch.object(sys, "argv", ["train.py", *words]):

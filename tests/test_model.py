@@ -91,7 +91,7 @@ def test_one_pass_of_both_views_equals_two():
     for together in (True, False):
         network = tiny(loss_settings=settings)
         if together:
-            loss = network.loss(network(Batch(Inputs(batch), Inputs(batch))))
+            loss = network.loss(network(Batch(Inputs(batch), Inputs(batch)))).value
         else:
             query, title = network.get_pooled_embedding(batch), network.get_pooled_embedding(batch)
             loss = m.contrastive_loss(query, title, settings)
@@ -273,7 +273,7 @@ def test_last_layer_of_first_token_changes_nothing():
     assert network.ptm(padded)[0].shape == [6, 1, 16] and whole.ptm(padded)[0].shape == [6, 12, 16]
     results = []
     for each in (network, whole):
-        loss = each.loss(each(Batch(Inputs(padded), Inputs(padded))))
+        loss = each.loss(each(Batch(Inputs(padded), Inputs(padded)))).value
         loss.backward()
         results.append((float(loss), {name: p.grad.numpy() for name, p in each.named_parameters()}))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
@@ -303,7 +303,7 @@ def test_fast_bias_gradients_are_the_same():
         if fast:
             paddle_patches.train_faster_on_cpu(network)
             assert sum("forward" in layer.__dict__ for layer in network.sublayers()) > 10
-        network.loss(network(Batch(Inputs(batch), Inputs(batch)))).backward()
+        network.loss(network(Batch(Inputs(batch), Inputs(batch)))).value.backward()
         gradients.append({name: p.grad.numpy() for name, p in network.named_parameters() if p.grad is not None})
     for name, gradient in gradients[0].items():
         np.testing.assert_allclose(gradient, gradients[1][name], atol=1e-5, err_msg=name)
