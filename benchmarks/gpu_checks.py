@@ -174,8 +174,8 @@ def rank_gradients(scratch: str, device: str, ranks: int) -> None:
 
     set_device(device)
     join_ranks()
-    model, tokenizer, _ = load_model(f"{scratch}/small/{PARAMS_FILE}", dropout=0, settings={
-        "dropout": 0.0, "loss_settings": LossSettings(cross_device_negatives=True)})
+    model, tokenizer, _ = load_model(f"{scratch}/small/{PARAMS_FILE}", encoder_dropout=0, output_dropout=0,
+                                     loss_settings=LossSettings(cross_device_negatives=True))
     model.train()
     texts = TextFile(f"{scratch}/sample/train.csv", "--train_set_file")
     share = slice(0, 16 * ranks) if RANKS == 1 else slice(16 * RANK, 16 * RANK + 16)

@@ -158,7 +158,7 @@ def train(args: argparse.Namespace, texts: textfile.TextFile) -> None:
         Diverged: the loss, or weights, contain NaN or Inf.
         Stopped: a signal has stopped the run, which has saved a checkpoint.
     """
-    from simcse.encoder.encoder import check_length, check_texts
+    from simcse.encoder.encoder import check_length, tokenize_rows, warn_unusable
     from simcse.training.masked_lm import load_masked_lm
     from simcse.training.trainer import Trainer
 
@@ -166,7 +166,8 @@ def train(args: argparse.Namespace, texts: textfile.TextFile) -> None:
     model = load_masked_lm(name, args.dropout, args.precision)
     tokenizer = wordpiece.load_tokenizer(name)
     check_length(model, args.max_seq_length)
-    check_texts(texts.spread(tokens.WINDOW), tokenizer, args.max_seq_length)
+    sample = tokenize_rows(texts.spread(tokens.WINDOW), tokenizer, args.max_seq_length)
+    warn_unusable(sample, args.max_seq_length)
 
     make_batch = MaskedBatches(texts, tokenizer, args).make
     sampler = data.ShuffledBatches(len(texts), args.batch_size, RANK, RANKS)

@@ -60,7 +60,7 @@ def test_embedding_is_first_token_pooler_fc_norm(with_pooler, size):
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     got = network.get_pooled_embedding(batch, with_pooler=with_pooler).numpy()
     np.testing.assert_allclose(got, expected, atol=1e-6)
-    network.infer_with_pooler = with_pooler
+    network.with_pooler = with_pooler
     np.testing.assert_allclose(network.embed(ids(), np.zeros_like(ids())), expected, atol=1e-6)
 
 
@@ -150,7 +150,7 @@ def test_padding_and_batching_change_nothing():
 @pytest.fixture
 def saved(tmp_path):
     network = tiny(loss_settings=m.LossSettings(margin=0.25, scale=7))
-    network.infer_with_pooler = False
+    network.with_pooler = False
     folder = tmp_path / "model_1"
     m.save_checkpoint(str(folder), network, load_tokenizer(str(ENCODER)),
                             m.make_record(network, "an encoder", 48))
@@ -162,7 +162,7 @@ def test_round_trip(saved):
     loaded, _, record = m.load_model(str(folder / weights.PARAMS_FILE))
     np.testing.assert_array_equal(loaded.embed(ids(), ids() * 0), network.embed(ids(), ids() * 0))
     assert loaded.loss_settings == m.LossSettings(margin=0.25, scale=7)
-    assert (loaded.infer_with_pooler, loaded.output_emb_size) == (False, 8)
+    assert (loaded.with_pooler, loaded.output_emb_size) == (False, 8)
     assert record["model_name_or_path"] == "an encoder" and record["max_seq_length"] == 48
     assert sorted(path.name for path in folder.iterdir()) == [
         "model_state.pdparams", "simcse_config.json", "tokenizer_config.json", "vocab.txt"]

@@ -78,9 +78,9 @@ def test_pooling_is_its_definition(pooling, kind, tmp_path):
 @pytest.mark.parametrize("name", POOLINGS)
 def test_trained_saved_loaded_and_exported_it_is_the_same(name, raw, tmp_path):
     """The vectors after a step of training: of the network, the loaded checkpoint, the engine and every format."""
-    if raw and POOLINGS[name].pool_raw is None:
+    if raw and POOLINGS[name].pool_without_pooler is None:
         pytest.skip("it embeds as it is trained")
-    network = tiny(pooling=name, infer_with_pooler=not raw)
+    network = tiny(pooling=name, with_pooler=not raw)
     batch = pad(texts_of_3_to_9_tokens(), 0)
     before = network.embed(*batch).numpy()
     network.train()
