@@ -289,8 +289,8 @@ def _encode_rows(encoder: "Encoder", documents: Documents, pieces: Sequence[Sequ
     """
     passages = documents.passages
     if passages is None:
-        return encoder.stream(documents, windows=pieces, warnings=warnings)
-    encoded = encoder.stream(passages, windows=passages.windows(pieces), warnings=warnings)
+        return encoder.stream(documents, windows=pieces, warn=warnings is None, warnings=warnings)
+    encoded = encoder.stream(passages, windows=passages.windows(pieces), warn=warnings is None, warnings=warnings)
     return passages.in_context(pieces, encoded)
 
 

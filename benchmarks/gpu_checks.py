@@ -118,7 +118,7 @@ def trained(scratch: str, device: str, precision: str) -> Iterator[tuple[str, np
 
     def recording_backward(*args: Any) -> Any:
         loss = backward(*args)
-        losses.append(loss)
+        losses.append(loss.value)
         return loss
 
     with patch.object(gradients, "backward", recording_backward):
@@ -174,8 +174,8 @@ def rank_gradients(scratch: str, device: str, ranks: int) -> None:
 
     set_device(device)
     join_ranks()
-    model, tokenizer, _ = load_model(f"{scratch}/small/{PARAMS_FILE}", dropout=0, settings={
-        "dropout": 0.0, "loss_settings": LossSettings(cross_device_negatives=True)})
+    model, tokenizer, _ = load_model(f"{scratch}/small/{PARAMS_FILE}", encoder_dropout=0, output_dropout=0,
+                                     loss_settings=LossSettings(cross_device_negatives=True))
     model.train()
     texts = TextFile(f"{scratch}/sample/train.csv", "--train_set_file")
     share = slice(0, 16 * ranks) if RANKS == 1 else slice(16 * RANK, 16 * RANK + 16)
@@ -189,7 +189,7 @@ def rank_gradients(scratch: str, device: str, ranks: int) -> None:
     else:
         name = "whole"
         network = model
-    arrays = {"loss": backward(network, model, batch, lambda loss: loss).numpy()}
+    arrays = {"loss": backward(network, model, batch, lambda loss: loss).value.numpy()}
     for parameter_name, parameter in model.named_parameters():
         if parameter.grad is not None:
             arrays[parameter_name] = parameter.grad.numpy()
@@ -272,7 +272,7 @@ def nan_on_the_last_rank(*words: str) -> None:
         loss = backward(*args)
         step = next(steps)
         if RANK == RANKS - 1 and step == 2:
-            return loss * float("nan")
+            return loss._replace(value=loss.value * float("nan"))
         return loss
 
     with patch.object(gradients, "backward", broken_backward), patch.object(sys, "argv", ["train.py", *words]):

@@ -71,8 +71,8 @@ def with_run(scratch: str, size: str, device: str, precision: str,
 
         def step(batch: Batch, chunk_size: int | None = None) -> None:
             trainer.start_step()
-            loss = backward(trainer.network, network, batch, trainer.scale, chunk_size)
-            trainer.update(loss, batch, check_loss=False)
+            loss = backward(trainer.network, network, batch, trainer.scale_loss, chunk_size)
+            trainer.update(loss.value, batch, check_loss=False)
 
         measure(step, lambda: network.parameters()[-1].numpy())
         trainer.finish({})

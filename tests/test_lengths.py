@@ -10,7 +10,7 @@ from deploy.python import encoder as deployed
 from simcse import console, flags
 from simcse.console import InputError
 from simcse.encoder import encoder
-from simcse.encoder.encoder import Encoder, check_texts
+from simcse.encoder.encoder import Encoder, tokenize_rows, warn_unusable
 from simcse.text import textfile, wordpiece
 
 import numpy as np
@@ -148,13 +148,13 @@ def test_training_texts_that_are_one_after_cutting(tokenizer, tmp_path, capsys):
     """Of pairs a line is said where either of its texts is such a one."""
     path = tmp_path / "train.csv"
     path.write_text("".join(f"承担单位见附件{row}\n" for row in range(5)) + "别的\n别的\n", encoding="utf-8")
-    check_texts(textfile.TextFile(str(path), "--flag").spread(9), tokenizer, 8)
+    warn_unusable(tokenize_rows(textfile.TextFile(str(path), "--flag").spread(9), tokenizer, 8), 8)
     cut, alike = capsys.readouterr().err.splitlines()
     assert cut.startswith("5 of 7 texts are longer than 8 tokens")
     assert alike == ("4 of 7 texts are the same as another text once they are cut to 8 tokens; raise "
                      f"--max_seq_length to tell them apart: {path}:2, {path}:3, {path}:4")
     path.write_text("".join(f"问题{row}\t承担单位见附件{row}\n" for row in "甲乙"), encoding="utf-8")
-    check_texts(textfile.TextFile(str(path), "--flag", columns=2).spread(9), tokenizer, 8)
+    warn_unusable(tokenize_rows(textfile.TextFile(str(path), "--flag", columns=2).spread(9), tokenizer, 8), 8)
     said = capsys.readouterr().err.splitlines()[1]
     assert said.startswith("1 of 4 texts are the same as another text") and said.endswith(f" {path}:2")
 
@@ -166,11 +166,11 @@ def test_texts_that_are_one_to_the_encoder_are_no_training(tokenizer, tmp_path, 
         path.write_text(content, encoding="utf-8")
         texts = textfile.TextFile(str(path), "--flag", content.count("\t") and 2 or 1)
         with pytest.raises(InputError, match="train.csv: there are no two different texts as the encoder sees them"):
-            train.check_encoder_sees(arguments(path, epochs=0, whiten=0), texts, [], tokenizer)
-        train.check_encoder_sees(arguments(path, epochs=0, whiten=None), texts, [], tokenizer)
+            train.check_texts_as_encoded(arguments(path, epochs=0, whiten=0), texts, [], tokenizer)
+        train.check_texts_as_encoded(arguments(path, epochs=0, whiten=None), texts, [], tokenizer)
     path.write_text("承担单位见附件一\n承担单位见附件二\n", encoding="utf-8")  # they are but cut, which is warned of
     texts = textfile.TextFile(str(path), "--flag")
-    train.check_encoder_sees(arguments(path, epochs=1, whiten=None), texts, [], tokenizer)
+    train.check_texts_as_encoded(arguments(path, epochs=1, whiten=None), texts, [], tokenizer)
     assert "1 of 2 texts are the same as another text" in capsys.readouterr().err
 
 
@@ -189,7 +189,7 @@ def test_ranks_count_together(tokenizer, monkeypatch, capsys):
     monkeypatch.setattr(encoder, "gather_arrays", lambda array: parts.append(array) or parts)
     for rows in (range(2, 4), range(2)):
         warnings = encoder.TextWarnings(8)
-        assert len(list(encoder_of(tokenizer).stream(texts, windows=[rows], warnings=warnings))) == 1
+        assert len(list(encoder_of(tokenizer).stream(texts, windows=[rows], warn=False, warnings=warnings))) == 1
         assert not capsys.readouterr().err
         warnings = warnings.gather()
     warnings.report(str)

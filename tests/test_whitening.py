@@ -55,7 +55,9 @@ def test_fitted_on_documents_alone_it_recalls_for_queries(real_data):
     tokenizer = wordpiece.load_tokenizer(str(ENCODER))
     queries, documents = ([pair[side] for pair in pairs] for side in (0, 1))
     sample = documents + whitening.runs(documents, tokenizer, 48)
-    whitening.whiten(network, lambda: Encoder(network, tokenizer, 48).encode(sample), 256, 48)
+    with whitening.unnormalized(network):
+        embeddings_of_sample = Encoder(network, tokenizer, 48).encode(sample)
+    whitening.whiten(network, embeddings_of_sample, 256, 48)
     query, title = (Encoder(network, tokenizer, 48).encode(texts) for texts in (queries, documents))
     assert ((query @ title.T).argmax(axis=1) == np.arange(100)).mean() > 0.68
     assert np.linalg.norm(query.mean(axis=0)) < 0.35, "queries all lie to one side"

@@ -23,7 +23,7 @@ class _EmbeddingGraph(nn.Layer):
         self.model = model
 
     def forward(self, input_ids: paddle.Tensor, token_type_ids: paddle.Tensor) -> paddle.Tensor:
-        return self.model.get_pooled_embedding(input_ids, token_type_ids, with_pooler=self.model.infer_with_pooler)
+        return self.model.get_pooled_embedding(input_ids, token_type_ids, with_pooler=self.model.with_pooler)
 
 
 def export_graph(model: nn.Layer, folder: str) -> None:

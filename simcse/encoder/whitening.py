@@ -1,7 +1,8 @@
 """Whiten embeddings (Su et al. 2021, arXiv:2103.15316), by an fc: for later stages it is an ordinary one."""
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,18 +62,25 @@ def whitening(vectors: np.ndarray, dim: int, ridge: float = RIDGE) -> tuple[np.n
     return weight, -mean @ weight
 
 
-def whiten(model: nn.Layer, encode: Callable[[], np.ndarray], dim: int, longest: int) -> None:
+@contextlib.contextmanager
+def unnormalized(model: nn.Layer) -> Iterator[None]:
+    """Have the network, and engines that are made of it meanwhile, give embeddings without L2 norm."""
+    model.normalizes = False
+    try:
+        yield
+    finally:
+        model.normalizes = True
+
+
+def whiten(model: nn.Layer, embeddings: np.ndarray, dim: int, longest: int) -> None:
     """Whiten the network's embeddings: it gets an fc of `dim`, into which the one that it has is multiplied.
 
     Args:
-        encode: gives the network's embeddings of the texts to fit, float32 [texts, embedding_size].
+        embeddings: of the texts to fit, made within `unnormalized(model)`, float32 [texts, embedding_size].
+        dim: numbers of a whitened embedding.
         longest: tokens of the longest of these texts.
     """
-    model.normalizes = False  # the fc comes before the norm
-    try:
-        weight, bias = whitening(encode(), dim)
-    finally:
-        model.normalizes = True
+    weight, bias = whitening(embeddings, dim)
     if model.output_emb_size:
         fc = model.emb_reduce_linear
         bias = fc.bias.numpy() @ weight + bias

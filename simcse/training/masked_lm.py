@@ -1,4 +1,4 @@
-"""The network and loss of masked language modelling, which scripts/pretrain.py trains encoders by."""
+"""Masked language modelling, which scripts/pretrain.py trains encoders by: the network and its loss."""
 
 from typing import Any
 
