@@ -1,4 +1,4 @@
-"""Build, keep, open and search the index of a corpus.
+"""Build, keep and open the index of a corpus; simcse/index/hits.py searches it.
 
 An index folder has a file a shard, the corpus (corpus.csv), its documents (documents.npy, keys.npy, passages.npy) and
 manifest.json, which says what the index is made of. With --hybrid_bm25 it has a folder bm25, too.
@@ -18,7 +18,6 @@ from simcse.console import InputError, accepting_all_lines, log, reported
 from simcse.files import file_digest, new_folder, read_json, temporary_name
 from simcse.index.documents import Documents, find_keys, report_changes
 from simcse.index.engines import DEFAULT_ENGINE, ENGINES, LOCAL_ENGINES
-from simcse.index.hits import Hit, Ranking, hits_of, search  # noqa: F401  the Python API of a search
 from simcse.index.manifest import MANIFEST_FILE, Manifest
 from simcse.index.protocols import NOT_FOUND, DocumentStore, Index
 from simcse.index.shards import MEASURED_K, ShardedIndex, report_ann_recall, sample
@@ -230,12 +229,13 @@ def read_reused_vectors(path: str, documents: Documents, pieces: Sequence[range]
     document_keys = Documents.load_keys(path)
     report_changes(documents, document_keys, where)
     row_of = find_keys(documents.row_keys(), Documents.load_row_keys(path, previous.passages))
-    rows = np.concatenate([np.empty(0, "int64"), *(row_of[piece.start : piece.stop] for piece in pieces)])
+    rows_of_pieces = [row_of[piece.start : piece.stop] for piece in pieces]
+    rows = np.concatenate(rows_of_pieces) if pieces else np.empty(0, "int64")
     vectors = np.empty((len(rows), previous.dimension), "float32")
     for shard in range(previous.index_shards):  # as if each were on a rank of its own, so that one is in memory
         ShardedIndex(previous, 1, path, shard, previous.index_shards).copy_vectors(rows, vectors)
     ends = np.cumsum([len(piece) for piece in pieces])
-    missing = [piece.start + np.flatnonzero(row_of[piece.start : piece.stop] == NOT_FOUND) for piece in pieces]
+    missing = [piece.start + np.flatnonzero(own == NOT_FOUND) for piece, own in zip(pieces, rows_of_pieces)]
     return ReusedVectors(np.split(vectors, ends)[:-1], missing)
 
 
@@ -289,8 +289,8 @@ def _encode_rows(encoder: "Encoder", documents: Documents, pieces: Sequence[Sequ
     """
     passages = documents.passages
     if passages is None:
-        return encoder.stream(documents, windows=pieces, warnings=warnings)
-    encoded = encoder.stream(passages, windows=passages.windows(pieces), warnings=warnings)
+        return encoder.stream(documents, windows=pieces, warn=warnings is None, warnings=warnings)
+    encoded = encoder.stream(passages, windows=passages.windows(pieces), warn=warnings is None, warnings=warnings)
     return passages.in_context(pieces, encoded)
 
 

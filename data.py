@@ -30,7 +30,10 @@ class ShuffledBatches:
     """
 
     def __init__(self, count: int, batch_size: int, rank: int = 0, ranks: int = 1) -> None:
-        self.count, self.batch_size, self.rank, self.ranks = count, batch_size, rank, ranks
+        self.count = count
+        self.batch_size = batch_size
+        self.rank = rank
+        self.ranks = ranks
         self.rank_count = math.ceil(count / ranks)  # texts of each rank
 
     def __len__(self) -> int:
@@ -78,7 +81,7 @@ class Inputs(NamedTuple):
         """Return the inputs of texts by their token ids."""
         return cls(*pad(ids, pad_id))
 
-    def rows(self, start: int, end: int) -> "Inputs":
+    def part(self, start: int, end: int) -> "Inputs":
         """Return the inputs of the texts from `start` up to, not including, `end`."""
         types = self.token_type_ids
         return Inputs(self.input_ids[start:end], None if types is None else types[start:end])
@@ -130,9 +133,9 @@ class Batch:
         chunks = []
         for start in range(0, self.size, size):
             end = start + size
-            negative = None if self.negative is None else self.negative.rows(start, end)
-            chunks.append(Batch(self.query.rows(start, end), self.title.rows(start, end), negative,
-                                rows=self.rows[start:end]))
+            negative = None if self.negative is None else self.negative.part(start, end)
+            chunks.append(Batch(query=self.query.part(start, end), title=self.title.part(start, end),
+                                negative=negative, rows=self.rows[start:end]))
         return chunks
 
 

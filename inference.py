@@ -4,15 +4,14 @@
     python inference.py --device cpu --params_path checkpoints/model_900 --input_file texts.txt --output_file texts.npy
     zcat texts.gz | python inference.py --device cpu --params_path ... --input_file - --format jsonl
 
-Without --output_file and --format prints the shape and the embeddings; lines of stdin are answered as they come. A line
-of input that is blank or malformed has a row of NaN, in tsv an empty field, in jsonl null.
+Without --output_file and --format it prints the shape and the embeddings. With stdin each line is answered when it
+arrives. A blank or malformed line has a row of NaN (in tsv an empty field, in jsonl null).
 """
 
 import argparse
-import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from simcse import console, flags
@@ -22,90 +21,137 @@ from simcse.text import formats, textfile
 import numpy as np
 
 
-class Line(NamedTuple):
-    place: str  # as file:line
-    text: str  # all of a line that is not good
-    good: bool = True
+class Text(NamedTuple):
+    """A text to embed.
+
+    Attributes:
+        place: where it stands, as file:line.
+        text: of a blank or malformed line all of it.
+        id: None where there are none.
+        is_valid: False for a blank or malformed line.
+    """
+
+    place: str
+    text: str
     id: str | None = None
+    is_valid: bool = True
 
 
 def parse_args() -> argparse.Namespace:
     parser = flags.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--text", action="append", type=flags.given_text, default=[], help="a text; may be given several times. "
-        f"Without --text and --input_file: {flags.README_TEXT}")
-    flags.add_lines_argument(parser, "--input_file", "texts, one a line, in a file also an id, a tab and the text, as "
-                             "most lines are; a blank or malformed one has no embedding: a row of NaN, in tsv an empty "
-                             "field, in jsonl null")
+    add("--text", action="append", type=flags.given_text, default=[], help="a text; may be given several times "
+        f"(default, without --input_file: {flags.README_TEXT})")
+    flags.add_lines_argument(parser, "--input_file", "texts, one a line; in a file also an id, a tab and the text, if "
+                             "most lines are so; a blank or malformed line has a row of NaN (tsv: empty, jsonl: null)")
     add("--output_file", type=flags.npy_file,
-        help="write the embeddings there, .npy, float32 [texts, embedding size]; None: print them")
-    add("--format", choices=("tsv", "jsonl"), help="how embeddings are printed, a line a text. tsv: text, tab, numbers "
-        'with blanks between them; jsonl: {"text", "embedding"}, between them "id" where there is one; None: shape and '
-        "matrix, of stdin tsv")
+        help="write the embeddings there, .npy, float32 [texts, embedding size] (default: print them)")
+    add("--format", choices=("tsv", "jsonl"), help="print a line for each text. tsv: text, tab, numbers with blanks "
+        'between them; jsonl: {"text", "embedding"}, and "id" if there is one (default: shape and matrix; for stdin '
+        "tsv)")
     flags.add_model_arguments(parser, params_path=flags.DEFAULT_PARAMS)
     flags.add_encode_arguments(parser)
     args = flags.check_arguments(parser, parser.parse_args())
     if args.text and args.input_file == STDIN:
-        parser.error("--text and texts of stdin: one of them, please")
+        parser.error("--text and --input_file - are mutually exclusive")
     if args.output_file and args.format:
-        parser.error("--format is how embeddings are printed; --output_file writes .npy instead")
+        parser.error("--format is for printed embeddings, and --output_file writes .npy; remove one of them")
     return args
-
-
-def lines_of(path: str) -> tuple[Iterator[Line], bool]:
-    """The lines of --input_file, and whether ids stand before their texts, as most of a file's first lines have it."""
-    found = textfile.count_columns(path, "--input_file", formats.CORPUS_COLUMNS) if os.path.isfile(path) else None
-    columns, name = found or 1, "stdin" if path == STDIN else path
-
-    def lines() -> Iterator[Line]:
-        for row in textfile.read_rows(path, columns, "--input_file", keep_malformed=True, check_format=not found):
-            place = f"{name}:{row.line_number}"
-            if row.problem is not None:
-                yield Line(place, "\t".join(row.fields), good=False)
-            elif columns == 2:
-                yield Line(place, row.fields[1], id=row.fields[0])
-            else:
-                yield Line(place, row.fields[0])
-
-    return lines(), columns == 2
 
 
 def main() -> None:
     args = parse_args()
-    streams = args.input_file == STDIN and not args.output_file
-    texts = [Line("--text", text) for text in args.text]
-    lines, has_ids = lines_of(args.input_file) if args.input_file else (iter(()), False)
-    if not streams:
-        texts += lines
-    if not texts and not streams:
-        texts = [Line("README", flags.README_TEXT)]
-    first = [line.text for line in texts if line.good]
-    flags.announce(args, args.params_path,
-                   "texts of stdin" if streams else console.count(len(first), "text") + " with ids" * has_ids)
+    if args.input_file == STDIN and not args.output_file:
+        embed_stdin(args)
+    else:
+        embed_texts(args)
+
+
+def embed_stdin(args: argparse.Namespace) -> None:
+    """Print the embeddings of lines as they arrive."""
+    texts = read_texts(STDIN, columns=1)
+    flags.announce(args, args.params_path, "texts of stdin")
 
     from model import load_encoder_for
 
-    encoder = load_encoder_for(args, first)
-    for block in read_ahead(lines) if streams else [texts]:
-        good = [line.good for line in block]
-        complete = list(itertools.compress(block, good))
-        embeddings = encoder.encode([line.text for line in complete], places=[line.place for line in complete])
-        if not all(good):
-            encoded, embeddings = embeddings, np.full((len(good), encoder.embedding_size), np.nan, "float32")
-            embeddings[good] = encoded
-        if args.output_file:
-            with new_file(args.output_file, "wb") as file:
-                np.save(file, embeddings)
-            console.log(f"wrote {embeddings.shape[0]} x {embeddings.shape[1]} float32 to {args.output_file}")
-        elif args.format or streams:
-            for line, vector in zip(block, embeddings):
-                id = {"id": line.id} if line.id and args.format == "jsonl" else {}
-                numbers = vector.tolist() if line.good else None
-                print(console.line(args.format or "tsv", text=line.text, **id, embedding=numbers), end="")
-            sys.stdout.flush()
+    encoder = load_encoder_for(args)
+    for block in read_ahead(texts):
+        print_lines(block, encode(encoder, block), args.format or "tsv")
+
+
+def embed_texts(args: argparse.Namespace) -> None:
+    """Write or print the embeddings of --text and --input_file."""
+    texts = [Text("--text", text) for text in args.text]
+    columns = 1
+    if args.input_file:
+        columns = count_columns(args.input_file)
+        texts += read_texts(args.input_file, columns)
+    if not texts:
+        texts = [Text("README", flags.README_TEXT)]
+    valid = [text.text for text in texts if text.is_valid]
+    count = console.count(len(valid), "text")
+    flags.announce(args, args.params_path, f"{count} with ids" if columns == 2 else count)
+
+    from model import load_encoder_for
+
+    encoder = load_encoder_for(args, valid)
+    embeddings = encode(encoder, texts)
+    if args.output_file:
+        with new_file(args.output_file, "wb") as file:
+            np.save(file, embeddings)
+        console.log(f"wrote {embeddings.shape[0]} x {embeddings.shape[1]} float32 to {args.output_file}")
+    elif args.format:
+        print_lines(texts, embeddings, args.format)
+    else:
+        print(list(embeddings.shape))
+        print(embeddings)
+
+
+def count_columns(path: str) -> int:
+    """Return 2 if most of a file's first lines have an id, a tab and a text, else 1; a pipe has 1."""
+    if not os.path.isfile(path):
+        return 1
+    return textfile.count_columns(path, "--input_file", formats.CORPUS_COLUMNS)
+
+
+def read_texts(path: str, columns: int) -> Iterator[Text]:
+    """Yield the texts of --input_file, blank and malformed lines among them.
+
+    Args:
+        columns: 1: a text a line; 2: an id, a tab and the text.
+    """
+    name = "stdin" if path == STDIN else path
+    is_checked = os.path.isfile(path)  # `count_columns` has looked at its format
+    for row in textfile.read_rows(path, columns, "--input_file", keep_malformed=True, check_format=not is_checked):
+        place = f"{name}:{row.line_number}"
+        if row.problem is not None:
+            yield Text(place, "\t".join(row.fields), is_valid=False)
+        elif columns == 2:
+            yield Text(place, row.fields[1], id=row.fields[0])
         else:
-            print(list(embeddings.shape))
-            print(embeddings)
+            yield Text(place, row.fields[0])
+
+
+def encode(encoder, texts: Sequence[Text]) -> np.ndarray:
+    """Return the embeddings of texts, float32 [texts, embedding_size]; a blank or malformed line has NaN."""
+    valid = [row for row, text in enumerate(texts) if text.is_valid]
+    encoded = encoder.encode([texts[row].text for row in valid], places=[texts[row].place for row in valid])
+    if len(valid) == len(texts):
+        return encoded
+    embeddings = np.full((len(texts), encoder.embedding_size), np.nan, "float32")
+    embeddings[valid] = encoded
+    return embeddings
+
+
+def print_lines(texts: Sequence[Text], embeddings: np.ndarray, format: str) -> None:
+    """Print a line for each text, in the --format `format`."""
+    for text, vector in zip(texts, embeddings):
+        fields = {"text": text.text}
+        if text.id and format == "jsonl":
+            fields["id"] = text.id
+        fields["embedding"] = vector.tolist() if text.is_valid else None
+        print(console.line(format, **fields), end="")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from data import Batch, DuplicateKeys, Inputs
@@ -43,14 +43,14 @@ from simcse.ranks import gather_rows
 from simcse.text.textfile import TextFile
 from simcse.text.tokens import make_batches
 from simcse.text.wordpiece import load_tokenizer
-from simcse.training.gradients import Embeddings
+from simcse.training.gradients import BatchLoss, Embeddings
 
 import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-INT8_NEEDS = "requirements-openvino.txt"
+INT8_REQUIREMENTS = "requirements-openvino.txt"
 # What a pass of training costs beside its tokens, in tokens of ERNIE-base: measured on a CPU; on GPUs, by precision,
 # the least time of its kernels (docs/en/benchmarks.md, "From one card to many").
 GROUP_TOKENS = {"cpu": 256, "fp32": 256, "tf32": 512, "fp16": 256, "bf16": 1000}
@@ -72,18 +72,6 @@ class LossSettings:
     cross_device_negatives: bool = False
 
 
-class Compared(NamedTuple):
-    """What a loss was of.
-
-    Attributes:
-        embeddings: of all ranks, where the loss is of all ranks; without gradients.
-        duplicate_keys: int64 tensors, of the same rows; None: the same text twice was its own negative.
-    """
-
-    embeddings: Embeddings
-    duplicate_keys: DuplicateKeys | None
-
-
 class SimCSE(nn.Layer):
     """A dual tower with shared weights: encoder -> pooling [-> fc] -> dropout -> L2 norm.
 
@@ -93,14 +81,15 @@ class SimCSE(nn.Layer):
         dropout: rate on the output vector; None: 0.1.
         output_emb_size: size of the embedding; None or 0: the encoder's hidden size, without fc.
         pooling: a name in pooling.POOLINGS.
-        infer_with_pooler: embed and export by the pooling as it is trained; False: by its `pool_raw`, if it has one.
-        precision: of matrix products: fp32, or on a GPU tf32, bf16 or fp16; see `precision.gpu_precision`.
+        with_pooler: embed and export by the pooling as it is trained; False: by its `pool_without_pooler`, if it has
+            one.
+        precision: of matrix products: fp32, or on a GPU tf32, bf16 or fp16; see `device.gpu_precision`.
         loss_settings: None: those of `LossSettings()`.
         whitened_at: tokens of the longest texts that `whitening.whiten` was fitted on; None: it was not.
     """
 
     def __init__(self, pretrained_model: nn.Layer, dropout: float | None = None,
-                 output_emb_size: int | None = None, pooling: str = "pooler", infer_with_pooler: bool = True,
+                 output_emb_size: int | None = None, pooling: str = "pooler", with_pooler: bool = True,
                  precision: str = "fp32", loss_settings: LossSettings | None = None,
                  whitened_at: int | None = None) -> None:
         super().__init__()
@@ -114,13 +103,14 @@ class SimCSE(nn.Layer):
         self.ptm = pretrained_model
         self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
         self.loss_settings = loss_settings or LossSettings()
-        self.pooling, self.precision = pooling, precision
-        self.infer_with_pooler = infer_with_pooler
+        self.pooling = pooling
+        self.precision = precision
+        self.with_pooler = with_pooler
         self.whitened_at = whitened_at
-        self.normalizes = True  # whether embeddings are L2-normalized, as they are but for whitening
-        self.compared: Compared | None = None  # what the last `loss` was of, for the log
+        self.normalizes = True  # L2-normalize embeddings; `whitening.unnormalized` switches it off
         hidden_size = pretrained_model.config.hidden_size
-        self.output_emb_size, self.embedding_size = output_emb_size or 0, output_emb_size or hidden_size
+        self.output_emb_size = output_emb_size or 0
+        self.embedding_size = output_emb_size or hidden_size
         self.max_positions = getattr(pretrained_model.config, "max_position_embeddings", 512)
         self.batch_tokens = BATCH_TOKENS[paddle.device.get_device().split(":")[0]]
         if self.output_emb_size:
@@ -136,16 +126,22 @@ class SimCSE(nn.Layer):
         else:
             outputs = self.ptm(input_ids, token_type_ids=token_type_ids)
         encoded = EncoderOutputs(outputs, input_ids, self.ptm.config.pad_token_id)
-        if pooling.pool_raw and not with_pooler:
-            return pooling.pool_raw(encoded)
+        if pooling.pool_without_pooler and not with_pooler:
+            return pooling.pool_without_pooler(encoded)
         return pooling.pool(encoded)
 
     def get_pooled_embedding(self, input_ids: paddle.Tensor, token_type_ids: paddle.Tensor | None = None,
                              with_pooler: bool = True) -> paddle.Tensor:
-        """L2-normalized embeddings, float [batch, embedding_size], of input_ids and token_type_ids, int64 [batch,
-        length], padded with the encoder's pad id; None is all zero. Positions and masks, which the original's methods
-        take too, are those that the encoder makes of them. With pooling "pooler" the encoder's pooled (tanh) output is
-        taken if `with_pooler`, else the raw first token."""
+        """Return L2-normalized embeddings, float32 [batch, embedding_size].
+
+        The original implementation takes positions and masks as well; here the encoder makes them of the ids.
+
+        Args:
+            input_ids: int64 [batch, length], padded with the encoder's pad id.
+            token_type_ids: the same shape; None: all zero.
+            with_pooler: False: by the pooling's `pool_without_pooler`, if it has one; "pooler" then takes the raw first
+                token.
+        """
         with casting(self.precision):
             embedding = self.pool(input_ids, token_type_ids, with_pooler)
             if self.output_emb_size:
@@ -157,11 +153,13 @@ class SimCSE(nn.Layer):
 
     @paddle.no_grad()
     def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> paddle.Tensor:
-        """Embeddings without dropout or gradient: int64 [batch, length] twice to float32 [batch, embedding_size]. On a
-        GPU the work is only launched; whoever reads the result waits for it."""
+        """Return embeddings without dropout or gradient, float32 [batch, embedding_size], of two int64 [batch, length].
+
+        On a GPU the work is only launched; whoever reads the result waits for it.
+        """
         self.eval()
         return self.get_pooled_embedding(paddle.to_tensor(input_ids), paddle.to_tensor(token_type_ids),
-                                         with_pooler=self.infer_with_pooler)
+                                         with_pooler=self.with_pooler)
 
     def get_semantic_embedding(self, data_loader: Iterable[tuple[Any, Any]]) -> Iterator[paddle.Tensor]:
         """Yield the embeddings, float [batch, embedding_size], of every (input_ids, token_type_ids) batch."""
@@ -175,25 +173,21 @@ class SimCSE(nn.Layer):
         out which these are: tensors on a GPU are read back.
         """
         pad_id = self.ptm.config.pad_token_id
-        width = max(side.input_ids.shape[1] for side in sides)
-        all_ids, all_types = [], []
-        for side in sides:
-            ids = np.asarray(side.input_ids)
-            types = np.zeros_like(ids) if side.token_type_ids is None else np.asarray(side.token_type_ids)
-            missing = ((0, 0), (0, width - ids.shape[1]))
-            all_ids.append(np.pad(ids, missing, constant_values=pad_id))
-            all_types.append(np.pad(types, missing))
-        ids, types = np.concatenate(all_ids), np.concatenate(all_types)
-        lengths = ((ids != pad_id) * np.arange(1, width + 1)).max(axis=1, initial=1)
+        texts = join_sides(sides, pad_id)
+        lengths = count_tokens(texts.input_ids, pad_id)
         place = "cpu" if paddle.device.get_device() == "cpu" else self.precision
-        groups = length_groups(lengths, GROUP_TOKENS[place])
+        groups = group_by_length(lengths, GROUP_TOKENS[place])
+
         embeddings = []
         for rows in groups:
             longest = lengths[rows[-1]]
-            group_ids, group_types = paddle.to_tensor(ids[rows, :longest]), paddle.to_tensor(types[rows, :longest])
-            embeddings.append(self.get_pooled_embedding(group_ids, group_types, with_pooler=with_pooler))
-        order = paddle.to_tensor(np.argsort(np.concatenate(groups)))
-        return paddle.split(paddle.concat(embeddings).index_select(order), [len(side.input_ids) for side in sides])
+            input_ids = paddle.to_tensor(texts.input_ids[rows, :longest])
+            token_type_ids = paddle.to_tensor(texts.token_type_ids[rows, :longest])
+            embeddings.append(self.get_pooled_embedding(input_ids, token_type_ids, with_pooler=with_pooler))
+
+        place_of_row = paddle.to_tensor(np.argsort(np.concatenate(groups)))
+        in_order = paddle.concat(embeddings).index_select(place_of_row)
+        return paddle.split(in_order, [len(side.input_ids) for side in sides])
 
     def cosine_sim(self, query_input_ids: paddle.Tensor, title_input_ids: paddle.Tensor, query_token_type_ids=None,
                    title_token_type_ids=None, with_pooler: bool = True) -> paddle.Tensor:
@@ -203,41 +197,85 @@ class SimCSE(nn.Layer):
         return (query * title).sum(axis=-1)
 
     def forward(self, batch: Batch) -> Embeddings:
-        """Return the embeddings of a batch, of which `loss` makes the training loss."""
-        if batch.negative is None:
-            return Embeddings(*self._encode([batch.query, batch.title]))
-        return Embeddings(*self._encode([batch.query, batch.title, batch.negative]))
+        """Return the embeddings of a batch, which `loss` computes the training loss from."""
+        sides = [batch.query, batch.title]
+        if batch.negative is not None:
+            sides.append(batch.negative)
+        return Embeddings.of_sides(self._encode(sides))
 
-    def loss(self, embeddings: Embeddings, duplicate_keys: DuplicateKeys | None = None) -> paddle.Tensor:
-        """Return the `contrastive_loss` of a batch, a scalar; with `cross_device_negatives` that of all ranks' batches
-        together, on each rank the same."""
+    def loss(self, embeddings: Embeddings, duplicate_keys: DuplicateKeys | None = None) -> BatchLoss:
+        """Return the `contrastive_loss` of a batch, and what it compares.
+
+        With `cross_device_negatives` it is the loss of all ranks' batches together, on each rank the same; all ranks
+        call it together.
+        """
         if duplicate_keys is not None:
             duplicate_keys = duplicate_keys.map(paddle.to_tensor)
         if self.loss_settings.cross_device_negatives and RANKS > 1:
             embeddings = embeddings.map(gather_rows)
             if duplicate_keys is not None:
                 duplicate_keys = duplicate_keys.map(gather_rows)
-        self.compared = Compared(embeddings.map(paddle.Tensor.detach), duplicate_keys)
-        return contrastive_loss(embeddings.query, embeddings.title, self.loss_settings, negative=embeddings.negative,
-                                duplicate_keys=duplicate_keys)
+        value = contrastive_loss(embeddings.query, embeddings.title, self.loss_settings, negative=embeddings.negative,
+                                 duplicate_keys=duplicate_keys)
+        return BatchLoss(value, embeddings.map(paddle.Tensor.detach), duplicate_keys)
 
 
-def length_groups(lengths: np.ndarray, cost: float) -> list[np.ndarray]:
-    """The rows of texts of these lengths in groups of like length, shortest first, so that the padded tokens, and
-    `cost` for each group, are fewest."""
+def join_sides(sides: Sequence[Inputs], pad_id: int) -> Inputs:
+    """Return the texts of all sides, one side after the other, padded to the longest: arrays int64 [texts, length]."""
+    width = max(side.input_ids.shape[1] for side in sides)
+    all_ids = []
+    all_types = []
+    for side in sides:
+        ids = np.asarray(side.input_ids)
+        types = np.zeros_like(ids) if side.token_type_ids is None else np.asarray(side.token_type_ids)
+        missing = ((0, 0), (0, width - ids.shape[1]))
+        all_ids.append(np.pad(ids, missing, constant_values=pad_id))
+        all_types.append(np.pad(types, missing))
+    return Inputs(np.concatenate(all_ids), np.concatenate(all_types))
+
+
+def count_tokens(input_ids: np.ndarray, pad_id: int) -> np.ndarray:
+    """Return how many tokens each text has up to its padding, at least 1, int64 [texts]."""
+    numbers = np.arange(1, input_ids.shape[1] + 1)
+    return ((input_ids != pad_id) * numbers).max(axis=1, initial=1)
+
+
+def group_by_length(lengths: np.ndarray, cost: float) -> list[np.ndarray]:
+    """Return the rows of texts in groups of like length, shortest first, such that all groups together have the fewest
+    padded tokens, where each group counts as `cost` tokens more.
+
+    Args:
+        lengths: tokens of each text, int64 [texts].
+        cost: what a pass costs beside its tokens, in tokens.
+
+    Returns:
+        The rows of each group, int64 [texts of the group], by rising length.
+    """
     values, counts = np.unique(lengths, return_counts=True)
-    ends = np.append(0, counts.cumsum())  # how many texts there are up to each length
-    fewest, starts = [0], []  # tokens of the groups up to each length, and where the last of them starts
-    for end, value in zip(ends[1:], values):
-        tokens = [before + (end - start) * value + cost for before, start in zip(fewest, ends)]
-        starts.append(int(np.argmin(tokens)))
-        fewest.append(tokens[starts[-1]])
-    groups, end, order = [], len(values), np.argsort(lengths, kind="stable")
+    different_lengths = values.tolist()
+    texts_before = [0, *counts.cumsum().tolist()]  # texts shorter than each length; at the end, all texts
+    # Of the texts of the first n lengths, fewest_tokens[n] is the fewest padded tokens, and first_length[n] where the
+    # last of their groups starts. That group is padded to the n-th length, so that
+    #   fewest_tokens[n] = min over first < n of fewest_tokens[first] + texts of the group * n-th length + cost.
+    fewest_tokens = [0.0]
+    first_length = [0]
+    for n, longest in enumerate(different_lengths, start=1):
+        totals = []
+        for first in range(n):
+            texts_of_group = texts_before[n] - texts_before[first]
+            totals.append(fewest_tokens[first] + texts_of_group * longest + cost)
+        fewest_tokens.append(min(totals))
+        first_length.append(totals.index(min(totals)))
+
+    rows_by_length = np.argsort(lengths, kind="stable")
+    groups = []
+    end = len(different_lengths)
     while end:
-        start = starts[end - 1]
-        groups.append(order[ends[start] : ends[end]])
-        end = start
-    return groups[::-1]
+        first = first_length[end]
+        groups.append(rows_by_length[texts_before[first] : texts_before[end]])
+        end = first
+    groups.reverse()
+    return groups
 
 
 # ------------------------------------------------------------------------------------------------------------- the loss
@@ -291,21 +329,40 @@ def contrastive_loss(query: paddle.Tensor, title: paddle.Tensor, settings: LossS
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
-def load_model(params_path: str, model_name_or_path: str | None = None, output_emb_size: int | None = None,
-               flag: str = "--params_path", dropout: float | None = None,
-               settings: dict | None = None) -> tuple[SimCSE, Any, dict]:
+class LoadedModel(NamedTuple):
+    """A network with what belongs to it.
+
+    Attributes:
+        model: the network.
+        tokenizer: see `wordpiece.load_tokenizer`.
+        record: see `make_record`.
+    """
+
+    model: SimCSE
+    tokenizer: Any
+    record: dict
+
+
+def load_model(params_path: str, model_name_or_path: str | None = None, output_emb_size: int | None = None, *,
+               flag: str = "--params_path", encoder_dropout: float | None = None, output_dropout: float | None = None,
+               pooling: str | None = None, with_pooler: bool | None = None, precision: str = "fp32",
+               loss_settings: LossSettings | None = None) -> LoadedModel:
     """Load a checkpoint, strictly.
 
     Args:
-        params_path: the file of weights, this project's or the original's (without simcse_config.json beside it).
+        params_path: the file of weights, this project's or the original implementation's (without simcse_config.json
+            beside it).
         model_name_or_path: the encoder; None: what the checkpoint records, else DEFAULT_MODEL.
         output_emb_size: None, or what the checkpoint must have (0: no fc).
         flag: the flag that named the file, for messages.
-        dropout: the encoder's dropout rate, for training on.
-        settings: arguments of `SimCSE` that take precedence over the recorded ones.
+        encoder_dropout: rate of the encoder's hidden and attention dropout; None: the encoder's own.
+        output_dropout: rate on the output vector; None: that of `SimCSE`.
+        pooling, with_pooler, loss_settings: see `SimCSE`; None: what the checkpoint records, else that of `SimCSE`.
+        precision: see `SimCSE`.
 
     Returns:
-        The network in evaluation mode, the tokenizer, and the checkpoint's record.
+        The network, in evaluation mode, the tokenizer, and a record of the network as it is now. Its max_seq_length
+        is the checkpoint's.
 
     Raises:
         InputError: the file cannot be read; a tensor is missing, unexpected or wrongly shaped; `output_emb_size`
@@ -317,33 +374,32 @@ def load_model(params_path: str, model_name_or_path: str | None = None, output_e
                          "an encoder without SimCSE training is given by --model_name_or_path")
     size = state["emb_reduce_linear.weight"].shape[-1] if "emb_reduce_linear.weight" in state else 0
     if output_emb_size not in (None, size):
-        raise InputError(f"--output_emb_size {output_emb_size}: {params_path} has {size or 'no fc: 0'}")
-    record = read_record(os.path.dirname(params_path))
+        has = str(size) if size else "no fc; give 0, or leave the flag out"
+        raise InputError(f"--output_emb_size {output_emb_size}: {params_path} has {has}")
+    record = read_record(os.path.dirname(params_path))  # the original implementation writes none
+    recorded_pooling = record.get("pooling", "pooler")
     with reported(f"{flag} {params_path}: {CONFIG_FILE}", ValueError):
-        find_pooling(record.get("pooling", "pooler"))
+        find_pooling(recorded_pooling)
 
     name = model_name_or_path or record.get("model_name_or_path", DEFAULT_MODEL)
     if record and not model_name_or_path:
-        encoder = encoder_from_record(record, dropout)
+        encoder = encoder_from_record(record, encoder_dropout)
     else:
-        encoder = load_pretrained(name, dropout)
+        encoder = load_pretrained(name, encoder_dropout)
     tokenizer = checkpoint_tokenizer(params_path, name)
-    model = SimCSE(encoder, output_emb_size=size, **{**_recorded_settings(record), **(settings or {})})
+    if with_pooler is None:
+        with_pooler = record.get("with_pooler", True)
+    if loss_settings is None:
+        loss_settings = LossSettings(margin=record.get("margin", LossSettings.margin),
+                                     scale=record.get("scale", LossSettings.scale))
+    model = SimCSE(encoder, dropout=output_dropout, output_emb_size=size, pooling=pooling or recorded_pooling,
+                   with_pooler=with_pooler, precision=precision, loss_settings=loss_settings,
+                   whitened_at=record.get("whitened_at"))
     if find_pooling(model.pooling).removes_layers:  # the checkpoint may be of another pooling
         state = weights_without_layers(state)
     load_state(model, state, f"{flag} {params_path}")
     model.eval()
-    return model, tokenizer, make_record(model, name, record.get("max_seq_length"))
-
-
-def _recorded_settings(record: dict) -> dict:
-    """Return the arguments of `SimCSE` that a checkpoint's record has; the original's checkpoints have none."""
-    settings = {"infer_with_pooler": record.get("with_pooler", True),
-                "loss_settings": LossSettings(**{key: record[key] for key in ("margin", "scale") if key in record})}
-    for key in ("pooling", "whitened_at"):
-        if key in record:
-            settings[key] = record[key]
-    return settings
+    return LoadedModel(model, tokenizer, make_record(model, name, record.get("max_seq_length")))
 
 
 def checkpoint_tokenizer(params_path: str, model_name_or_path: str | None = None) -> Any:
@@ -364,8 +420,8 @@ def make_record(model: SimCSE, model_name_or_path: str, max_seq_length: int | No
               "max_seq_length": max_seq_length, "whitened_at": model.whitened_at,
               "encoder_class": type(model.ptm).__name__, "encoder_config": portable(model.ptm.config.to_dict()),
               "versions": {"paddlepaddle": paddle.__version__, "paddlenlp": paddlenlp.__version__}}
-    if find_pooling(model.pooling).pool_raw:
-        record["with_pooler"] = model.infer_with_pooler
+    if find_pooling(model.pooling).pool_without_pooler:
+        record["with_pooler"] = model.with_pooler
     return record
 
 
@@ -382,6 +438,25 @@ def write_checkpoint(folder: str, model: SimCSE, tokenizer: Any, record: dict) -
 
 
 # -------------------------------------------------------------------------------------------------------------- encoder
+@dataclass(frozen=True)
+class EncoderOptions:
+    """How a checkpoint is loaded for encoding; the arguments of `load_encoder`, and flags of every stage that encodes.
+
+    Attributes:
+        params_path: the file of weights.
+    """
+
+    params_path: str
+    model_name_or_path: str | None
+    output_emb_size: int | None
+    device: str
+    precision: str
+    max_seq_length: int
+    batch_size: int | None
+    cpu_threads: int
+    calibration_file: str | None
+
+
 def load_encoder(checkpoint: str, *, device: str = "cpu", precision: str = "auto", max_seq_length: int | None = None,
                  batch_size: int | None = None, cpu_threads: int = 0, model_name_or_path: str | None = None,
                  output_emb_size: int | None = None, calibration_file: str | None = None,
@@ -412,11 +487,11 @@ def load_encoder(checkpoint: str, *, device: str = "cpu", precision: str = "auto
         params_path = checkpoint_file(checkpoint)
     if max_seq_length is None:
         max_seq_length = read_record(os.path.dirname(params_path)).get("max_seq_length") or ENCODE_LENGTH
-    args = argparse.Namespace(
+    options = EncoderOptions(
         params_path=params_path, model_name_or_path=model_name_or_path, output_emb_size=output_emb_size, device=device,
         precision=precision, max_seq_length=max_seq_length, batch_size=batch_size, cpu_threads=cpu_threads,
         calibration_file=calibration_file)
-    return load_encoder_for(args, calibration_texts)
+    return _open_encoder(options, calibration_texts)
 
 
 def load_encoder_for(args: argparse.Namespace, texts: Sequence[Any] = ()) -> Encoder:
@@ -426,60 +501,73 @@ def load_encoder_for(args: argparse.Namespace, texts: Sequence[Any] = ()) -> Enc
         args: of a script with `flags.add_model_arguments` and `flags.add_encode_arguments`.
         texts: texts, or rows of them, that int8 is calibrated with where no file is given for it.
     """
-    set_device(args.device, args.cpu_threads)
-    if args.device == "cpu":
-        engine, tokenizer = _load_on_cpu(args, texts)
+    options = EncoderOptions(**{field.name: getattr(args, field.name) for field in fields(EncoderOptions)})
+    return _open_encoder(options, texts)
+
+
+def _open_encoder(options: EncoderOptions, texts: Sequence[Any]) -> Encoder:
+    set_device(options.device, options.cpu_threads)
+    if options.device == "cpu":
+        engine, tokenizer = _load_on_cpu(options, texts)
     else:
-        engine, tokenizer, _ = load_model(args.params_path, args.model_name_or_path, args.output_emb_size,
-                                          settings={"precision": gpu_precision(args.precision)})
-    return Encoder(engine, tokenizer, args.max_seq_length, args.batch_size)
+        loaded = load_model(options.params_path, options.model_name_or_path, options.output_emb_size,
+                            precision=gpu_precision(options.precision))
+        engine = loaded.model
+        tokenizer = loaded.tokenizer
+    return Encoder(engine, tokenizer, options.max_seq_length, options.batch_size)
 
 
-def _load_on_cpu(args: argparse.Namespace, texts: Sequence[Any]) -> tuple[Engine, Any]:
+def _load_on_cpu(options: EncoderOptions, texts: Sequence[Any]) -> tuple[Engine, Any]:
     """Return the engine of a checkpoint's graph, which is exported if there is none to use, and the tokenizer."""
-    if args.precision == "int8":
-        console.check_installed("--precision int8", INT8_NEEDS, "openvino")
-    kept = KeptGraph(args.params_path, args.precision, args.model_name_or_path, args.calibration_file)
-    if kept.is_current(args.output_emb_size):
-        tokenizer = checkpoint_tokenizer(args.params_path, args.model_name_or_path)
-        return open_engine(kept.folder, args.precision, args.cpu_threads), tokenizer
+    if options.precision == "int8":
+        console.check_installed("--precision int8", INT8_REQUIREMENTS, "openvino")
+    kept = KeptGraph(options.params_path, options.precision, options.model_name_or_path, options.calibration_file)
+    if kept.is_current(options.output_emb_size):
+        tokenizer = checkpoint_tokenizer(options.params_path, options.model_name_or_path)
+        return open_engine(kept.folder, options.precision, options.cpu_threads), tokenizer
 
-    model, tokenizer, record = load_model(args.params_path, args.model_name_or_path, args.output_emb_size)
+    model, tokenizer, record = load_model(options.params_path, options.model_name_or_path, options.output_emb_size)
     calibration = []
-    if args.precision == "int8":
-        console.check_installed("--precision int8", INT8_NEEDS, "nncf", "paddle2onnx")
-        calibration = make_calibration(args, texts, tokenizer)
+    if options.precision == "int8":
+        console.check_installed("--precision int8", INT8_REQUIREMENTS, "nncf", "paddle2onnx")
+        calibration = make_calibration(options, texts, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         export_fastest(model, folder, calibration)
-        engine = open_engine(folder, args.precision, args.cpu_threads)
+        engine = open_engine(folder, options.precision, options.cpu_threads)
         if not RANK:
             kept.keep(folder, record)
     return engine, tokenizer
 
 
-def make_calibration(args: argparse.Namespace, texts: Sequence[Any],
+def make_calibration(options: EncoderOptions, texts: Sequence[Any],
                      tokenizer: Any) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return the batches that int8 is calibrated with: input_ids and token_type_ids, int64 [1, length], of one text.
 
     They are of CALIBRATION_TEXTS rows from all over --calibration_file or, without it, `texts`.
     """
-    if args.calibration_file:
-        texts = TextFile(args.calibration_file, "--calibration_file")
+    if options.calibration_file:
+        texts = TextFile(options.calibration_file, "--calibration_file")
     if len(texts) < FEWEST_TEXTS:
-        raise InputError(f"--precision int8: {args.params_path} has no int8 graph beside it yet, and {len(texts)} "
+        raise InputError(f"--precision int8: {options.params_path} has no int8 graph beside it yet, and {len(texts)} "
                          "texts are too few to make it with; name a file of some hundred by --calibration_file")
     step = math.ceil(len(texts) / CALIBRATION_TEXTS)
     chosen = []
     for row in texts[::step]:
         chosen += [row] if isinstance(row, str) else row
-    batches = make_batches(tokenizer(chosen, args.max_seq_length), tokenizer.pad_token_id, batch_size=1)
+    batches = make_batches(tokenizer(chosen, options.max_seq_length), tokenizer.pad_token_id, batch_size=1)
     return [(input_ids, token_type_ids) for _, input_ids, token_type_ids in batches]
 
 
 def mean_loss(query: np.ndarray, title: np.ndarray, batch_size: int, margin: float, scale: float) -> float:
-    """`contrastive_loss` of embeddings taken in batches, the mean over all rows."""
-    settings, total = LossSettings(margin=margin, scale=scale), 0.0
+    """Return the `contrastive_loss` of embeddings taken in batches, the mean over all rows.
+
+    Args:
+        query, title: float32 [pairs, embedding_size].
+    """
+    settings = LossSettings(margin=margin, scale=scale)
+    total = 0.0
     for start in range(0, len(query), batch_size):
-        q, t = (paddle.to_tensor(side[start : start + batch_size]) for side in (query, title))
-        total += float(contrastive_loss(q, t, settings)) * len(q)
+        queries = paddle.to_tensor(query[start : start + batch_size])
+        titles = paddle.to_tensor(title[start : start + batch_size])
+        total += float(contrastive_loss(queries, titles, settings)) * len(queries)
     return total / len(query)

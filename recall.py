@@ -104,9 +104,9 @@ def add_index_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("index").add_argument
     add("--recall_num", "--top_k", type=flags.positive_int, default=10, help="documents recalled for each query")
     add("--distinct", action="store_true", help="give each text once, however many lines of the corpus have it")
+    descriptions = [f"{name}: {engine.description}" for name, engine in ENGINES.items()]
     add("--ann_engine", choices=tuple(ENGINES),
-        help="hnswlib: an approximate graph; exact: a matrix product, for up to some 100,000 documents; milvus: a "
-        f"collection of Milvus (requirements-milvus.txt) (default: that of the kept index, or {DEFAULT_ENGINE})")
+        help=f"{'; '.join(descriptions)} (default: that of the kept index, or {DEFAULT_ENGINE})")
     add("--index_path", help="folder of the index. If it has one, that is used, and must be of the same corpus, model "
         "and settings, as far as they are given; otherwise the index is built and kept there")
     add("--index_shards", type=flags.positive_int, help="parts of the index, at least as many as processes; results "

@@ -91,8 +91,9 @@ def parse_args() -> argparse.Namespace:
 # ----------------------------------------------------------------------------------------------- what the files hold
 def read_test_set(args: argparse.Namespace) -> list[textfile.Row]:
     """Return the rows of --test_set_file: text, text, label; or query, target. There are none without the flag, or
-    where all labels are the same, which nothing correlates with."""
-    path, flag = args.test_set_file, "--test_set_file"
+    where all labels are the same, since Spearman's rho is undefined then."""
+    path = args.test_set_file
+    flag = "--test_set_file"
     if not path:
         return []
     columns = textfile.count_columns(path, flag, (2, 3))
@@ -110,7 +111,7 @@ def read_test_set(args: argparse.Namespace) -> list[textfile.Row]:
 
 
 def warn_near_duplicates(path: str, rows: Sequence[textfile.Row]) -> None:
-    """Warn of targets that a reader takes for an earlier one, and the evaluation for another document."""
+    """Warn of targets that look like an earlier one, but count as another document in the evaluation."""
     places = []
     first_target: dict[str, str] = {}
     for row in rows:
@@ -150,31 +151,42 @@ def check_learnable(args: argparse.Namespace, texts: textfile.TextFile) -> None:
                           "--batch_size, or give more texts than there are processes")
 
 
-def check_encoder_sees(args: argparse.Namespace, texts: textfile.TextFile, test_set: Sequence[textfile.Row],
-                       tokenizer: Any) -> None:
-    """Warn of texts of both files that the encoder sees only in part, or nothing of.
+def check_texts_as_encoded(args: argparse.Namespace, texts: textfile.TextFile, test_set: Sequence[textfile.Row],
+                           tokenizer: Any) -> None:
+    """Warn of texts of both files that the encoder reads only in part, or nothing of.
 
     Raises:
-        InputError: it sees no two different texts, queries or titles to learn from. Truncated ones count as different.
+        InputError: the encoder reads no two different texts, queries or titles to learn from.
     """
-    from simcse.encoder.encoder import check_texts
+    from simcse.encoder.encoder import tokenize_rows, warn_unusable
 
-    all_ids = check_texts(texts.spread(tokens.WINDOW), tokenizer, args.max_seq_length)
+    training = tokenize_rows(texts.spread(tokens.WINDOW), tokenizer, args.max_seq_length)
+    warn_unusable(training, args.max_seq_length)
     test_rows = [(f"{args.test_set_file}:{row.line_number}", row.fields[:2]) for row in test_set]
-    check_texts(test_rows, tokenizer, args.max_seq_length)
+    warn_unusable(tokenize_rows(test_rows, tokenizer, args.max_seq_length), args.max_seq_length)
     learns = args.epochs > 0 or args.whiten is not None
     if texts.columns == 3 or not learns:
         return
+    known_ids = training.known_ids()
     for side in range(texts.columns):
-        different = set()
-        for row, ids in enumerate(all_ids[side :: texts.columns]):
-            if len(ids) == args.max_seq_length:
-                different.add(row)
-            elif ids:  # else all of it is [UNK]
-                different.add(tuple(ids))
-        if len(different) < 2:
+        if not two_differ(known_ids[side :: texts.columns], args.max_seq_length):
             raise console.InputError(f"--train_set_file {texts.name}: there are no two different texts as the encoder "
                                      "sees them; SimCSE learns by telling them apart")
+
+
+def two_differ(all_ids: Sequence[tokens.Ids | None], max_seq_length: int) -> bool:
+    """Return whether two texts differ, by their token ids; None: all [UNK]. Each truncated text counts as different.
+    """
+    truncated = 0
+    different_ids = set()
+    for ids in all_ids:
+        if ids is None:
+            continue
+        if len(ids) == max_seq_length:
+            truncated += 1
+        else:
+            different_ids.add(tuple(ids))
+    return truncated + len(different_ids) >= 2
 
 
 # -------------------------------------------------------------------------------------------------------- evaluation
@@ -231,7 +243,7 @@ def evaluation_tokens(args: argparse.Namespace) -> int:
 
 
 def make_encode(args: argparse.Namespace, model: Any, tokenizer: Any, precision: str = "auto") -> Callable:
-    """Return what encodes texts by the weights as they are now. `check_encoder_sees` has warned of the texts."""
+    """Return what encodes texts by the weights as they are now. `check_texts_as_encoded` has warned of the texts."""
     from simcse.encoder.encoder import Encoder
     from simcse.encoder.engine import make_engine
 
@@ -251,36 +263,35 @@ def evaluate_on_ranks(args: argparse.Namespace, model: Any, tokenizer: Any,
 
 
 # ---------------------------------------------------------------------------------------------------------- training
-def build_model(args: argparse.Namespace) -> tuple[Any, Any, str]:
-    """Return the network to train, its tokenizer and the name of its encoder."""
-    from model import LossSettings, SimCSE, load_model
+def build_model(args: argparse.Namespace) -> Any:
+    """Return the `model.LoadedModel` to train, with the record of its checkpoints."""
+    from model import LoadedModel, LossSettings, SimCSE, load_model, make_record
     from simcse.encoder.encoder import check_length
     from simcse.encoder.pretrained import load_pretrained
 
+    # Each setting has a flag of its name: a new one is a field of LossSettings and a flag.
     loss_settings = LossSettings(**{field.name: getattr(args, field.name) for field in fields(LossSettings)})
-    settings = {"dropout": args.output_dropout, "loss_settings": loss_settings, "precision": args.precision,
-                "infer_with_pooler": args.infer_with_fc_pooler}
-    if args.pooling:
-        settings["pooling"] = args.pooling
-    if args.resume:
+    if args.resume or args.init_from_ckpt:
+        flag = "--resume" if args.resume else "--init_from_ckpt"
+        params_path = flags.checkpoint_file(args.resume) if args.resume else args.init_from_ckpt
+        encoder_name = None if args.resume else args.model_name_or_path  # None: the one of the checkpoint
         model, tokenizer, record = load_model(
-            flags.checkpoint_file(args.resume), output_emb_size=args.output_emb_size, flag="--resume",
-            dropout=args.dropout, settings=settings)
-        encoder_name = record["model_name_or_path"]
-    elif args.init_from_ckpt:
-        model, tokenizer, record = load_model(
-            args.init_from_ckpt, args.model_name_or_path, args.output_emb_size, flag="--init_from_ckpt",
-            dropout=args.dropout, settings=settings)
+            params_path, encoder_name, args.output_emb_size, flag=flag, encoder_dropout=args.dropout,
+            output_dropout=args.output_dropout, pooling=args.pooling, with_pooler=args.infer_with_fc_pooler,
+            precision=args.precision, loss_settings=loss_settings)
         encoder_name = record["model_name_or_path"]
     else:
         encoder_name = args.model_name_or_path or flags.DEFAULT_MODEL
-        model = SimCSE(load_pretrained(encoder_name, args.dropout), output_emb_size=args.output_emb_size, **settings)
+        encoder = load_pretrained(encoder_name, args.dropout)
+        model = SimCSE(encoder, dropout=args.output_dropout, output_emb_size=args.output_emb_size,
+                       pooling=args.pooling or "pooler", with_pooler=args.infer_with_fc_pooler,
+                       precision=args.precision, loss_settings=loss_settings)
         tokenizer = wordpiece.load_tokenizer(encoder_name)
     check_length(model, args.max_seq_length)
     if args.whiten and args.whiten > model.embedding_size:
         raise console.InputError(f"--whiten {args.whiten}: embeddings have {model.embedding_size} numbers")
     model.batch_tokens = min(model.batch_tokens, evaluation_tokens(args))
-    return model, tokenizer, encoder_name
+    return LoadedModel(model, tokenizer, make_record(model, encoder_name, args.max_seq_length))
 
 
 def train(args: argparse.Namespace, texts: textfile.TextFile, test_set: Sequence[textfile.Row]) -> None:
@@ -290,13 +301,12 @@ def train(args: argparse.Namespace, texts: textfile.TextFile, test_set: Sequence
         Diverged: the loss, or weights, contain NaN or Inf.
         Stopped: a signal has stopped the run, which has saved a checkpoint.
     """
-    from model import make_record, write_checkpoint
+    from model import write_checkpoint
     from simcse.training.trainer import Trainer
 
-    model, tokenizer, encoder_name = build_model(args)
-    check_encoder_sees(args, texts, test_set, tokenizer)
+    model, tokenizer, record = build_model(args)
+    check_texts_as_encoded(args, texts, test_set, tokenizer)
     sampler = data.ShuffledBatches(len(texts), args.batch_size, RANK, RANKS)
-    record = make_record(model, encoder_name, args.max_seq_length)
     write_model = functools.partial(write_checkpoint, model=model, tokenizer=tokenizer, record=record)
     trainer = Trainer(args, model, texts, steps_per_epoch=len(sampler), write_model=write_model)
     make_batch = functools.partial(data.make_batch, texts, tokenizer, args)
@@ -307,7 +317,7 @@ def train(args: argparse.Namespace, texts: textfile.TextFile, test_set: Sequence
     trainer.log_measures("eval", evaluate_model())
     if args.whiten is not None and not RANK:
         whiten_model(args, model, tokenizer, texts)
-        save_whitened(args, trainer, tokenizer, encoder_name)
+        save_whitened(args, trainer, tokenizer, record["model_name_or_path"])
         if test_set:  # by this rank alone, since the other ranks' networks are not whitened
             encode = make_encode(args, model, tokenizer)
             trainer.log_measures("whitened", evaluate(encode, [row.fields for row in test_set]))
@@ -320,58 +330,55 @@ def train(args: argparse.Namespace, texts: textfile.TextFile, test_set: Sequence
 
 def run_steps(args: argparse.Namespace, trainer: Any, batches: Iterable[data.Batch],
               evaluate_model: Callable[[], dict[str, float]]) -> None:
-    """Take all steps that are left, and save: every --save_steps, when a signal stops the run, when the loss diverges
-    and the weights have not yet, and in the end.
+    """Take all steps that are left, and save a checkpoint every --save_steps and at the end.
 
     Args:
         args: the flags.
         trainer: the run.
         batches: one for each step.
         evaluate_model: returns the measures of the weights as they are now.
+
+    Raises:
+        Diverged: the loss, or weights, contain NaN or Inf. If only the loss does, the weights are saved.
+        Stopped: a signal has stopped the run, after a checkpoint.
     """
     from simcse.training.gradients import backward
-    from simcse.training.trainer import LOG_STEPS, Diverged, Stopped
+    from simcse.training.trainer import LOG_STEPS
 
     model = trainer.model
-    try:
-        with console.progress("training", trainer.total_steps, "steps", lines=False, done=trainer.step) as advance:
-            for step, batch in enumerate(batches, start=trainer.step + 1):
-                is_last = step == trainer.total_steps
-                saves = step % args.save_steps == 0 or is_last
-                evaluates = step % args.eval_steps == 0 and not is_last  # the last evaluation follows the loop
+    with console.progress("training", trainer.total_steps, "steps", lines=False, done=trainer.step) as advance:
+        for step, batch in enumerate(batches, start=trainer.step + 1):
+            saves = step % args.save_steps == 0
+            evaluates = step % args.eval_steps == 0 and step < trainer.total_steps  # the last one follows the loop
 
-                trainer.start_step()
-                loss = backward(trainer.network, model, batch, trainer.scale, args.chunk_size)
-                trainer.update(loss, batch, check_loss=saves or evaluates)
-                advance()
-                if step % LOG_STEPS == 0:
-                    trainer.log_step(loss, model.compared)
-                if evaluates:
-                    trainer.check_weights()
-                    trainer.log_measures("eval", evaluate_model())
-                if saves:
-                    trainer.save()
-                stop_signal = trainer.stop_requested()
-                if stop_signal:
-                    trainer.save()
-                    raise Stopped(stop_signal)
-    except Diverged:
-        if trainer.weights_are_finite():  # they are those before the step whose loss is NaN or Inf
-            trainer.save()
-        raise
-    trainer.save()  # where there was no step to take: with --epochs 0, or resumed after the last one
+            trainer.start_step()
+            loss = backward(trainer.network, model, batch, trainer.scale_loss, args.chunk_size)
+            trainer.update(loss.value, batch, check_loss=saves or evaluates)  # if the loss is NaN or Inf: saves, raises
+            advance()
+            if step % LOG_STEPS == 0:
+                trainer.log_step(loss.value, loss)
+            if evaluates:
+                trainer.check_weights("not evaluated")
+                trainer.log_measures("eval", evaluate_model())
+            if saves:
+                trainer.save()
+            if trainer.stop_requested():
+                break
+    trainer.save()  # the last step, whether a signal or --epochs has ended the loop
+    trainer.end_steps()
 
 
 def whiten_model(args: argparse.Namespace, model: Any, tokenizer: Any, texts: textfile.TextFile) -> None:
     """Whiten the network's embeddings, by a sample of the training texts."""
-    from simcse.encoder.whitening import SAMPLE, runs, whiten
+    from simcse.encoder.whitening import SAMPLE, runs, unnormalized, whiten
 
     sample = texts.sample(SAMPLE)
     sample += runs(sample, tokenizer, args.max_seq_length)
     unknown = set(wordpiece.find_unknown(tokenizer, tokenizer(sample, args.max_seq_length)))
     known = [text for row, text in enumerate(sample) if row not in unknown]  # embeddings of the others are zeros
-    whiten(model, lambda: make_encode(args, model, tokenizer, "fp32")(known), args.whiten or model.embedding_size,
-           args.max_seq_length)
+    with unnormalized(model):  # the fc that whitens comes before the norm
+        embeddings = make_encode(args, model, tokenizer, "fp32")(known)
+    whiten(model, embeddings, args.whiten or model.embedding_size, args.max_seq_length)
 
 
 def save_whitened(args: argparse.Namespace, trainer: Any, tokenizer: Any, encoder_name: str) -> None:

@@ -1,10 +1,11 @@
-"""What gpu.py finds to be right or wrong: jobs that compare.
+"""Jobs of gpu.py that compare, so that their rows are right or wrong.
 
-Everything is made here: encoders whose weights numpy draws, and texts of scripts/make_sample_data.py.
+Nothing but the repository is needed: numpy draws the weights, and scripts/make_sample_data.py makes the texts.
 """
 
 import contextlib
 import ctypes
+import itertools
 import json
 import os
 import signal
@@ -38,16 +39,21 @@ from gpu_jobs import (
     unless_refused,
 )
 
-FC, LENGTH, STEPS = 32, 32, 50  # size of the vectors, tokens of a text, training steps
-# How far figures may be from those recorded in fp32 on a CPU: vectors and scores by themselves, losses relatively.
+FC = 32  # size of the vectors
+LENGTH = 32  # tokens of a text
+STEPS = 50  # of training
+# How far values may be from those recorded in fp32 on a CPU: vectors and scores absolutely, losses relatively.
 # Rounding the factors of all products on a CPU to fp16 moves losses by 2e-3, to bf16 by 2e-2.
 TOLERANCES = {"fp32": 1e-4, "tf32": 1e-2, "fp16": 1e-2, "bf16": 5e-2}
 
 
 # ------------------------------------------------------------------------------------------------------- what is made
 def prepare(scratch: str, device: str, sizes: list[str]) -> None:
-    """Write the checkpoints. Their weights depend on names and shapes alone, so that they are the same on every machine
-    and stack; those of "small" are larger, so that its vectors differ."""
+    """Write the checkpoints.
+
+    Their weights depend only on names and shapes, so that they are the same on every machine and stack. Those of
+    "small" are larger, so that its vectors differ.
+    """
     from model import SimCSE, make_record, save_checkpoint
     from simcse.device import set_device
     from simcse.encoder.pretrained import encoder_from_record
@@ -55,18 +61,20 @@ def prepare(scratch: str, device: str, sizes: list[str]) -> None:
     set_device("cpu")
     for name in sizes:
         record = {"encoder_class": "ErnieModel", "encoder_config": SIZES[name]}
-        network, state = SimCSE(encoder_from_record(record, None), output_emb_size=FC), {}
+        network = SimCSE(encoder_from_record(record, None), output_emb_size=FC)
         spread = 0.1 if name == "small" else 0.02
+        state = {}
         for key, tensor in network.state_dict().items():
-            drawn = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(tensor.shape).astype("float32")
-            state[key] = spread * drawn + ("norm" in key and key.endswith("weight"))
+            random = np.random.RandomState(zlib.crc32(key.encode()))
+            mean = 1 if "norm" in key and key.endswith("weight") else 0
+            state[key] = mean + spread * random.standard_normal(tensor.shape).astype("float32")
         load_state(network, state, name)
         save_checkpoint(f"{scratch}/{name}", network, load_tokenizer(MINI), make_record(network, MINI, LENGTH))
     report("checkpoints", ", ".join(sizes))
 
 
 def machine(scratch: str, device: str) -> None:
-    """What there is."""
+    """Report the machine, the stack and the GPUs."""
     from simcse.device import compute_capabilities, set_device
 
     import paddle
@@ -76,12 +84,12 @@ def machine(scratch: str, device: str) -> None:
     report("paddle", paddle.__version__)
     report("paddlenlp", paddlenlp.__version__)
     report("CUDA, cuDNN of the build", f"{paddle.version.cuda()}, {paddle.version.cudnn()}")
-    built = " ".join(f"{each // 10}.{each % 10}" for each in compute_capabilities())
+    built = " ".join(f"{number // 10}.{number % 10}" for number in compute_capabilities())
     report("compute capabilities of the build", built or "not known")
     if device == "gpu":
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-            report("driver", subprocess.check_output(asked, text=True).split("\n")[0])
+            command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            report("driver", subprocess.check_output(command, text=True).split("\n")[0])
         for number in range(paddle.device.cuda.device_count()):
             card = paddle.device.cuda.get_device_properties(number)
             report(f"card {number}", f"{card.name}, {card.major}.{card.minor}, {card.total_memory / 2**30:.1f} GiB, "
@@ -92,7 +100,7 @@ def machine(scratch: str, device: str) -> None:
 
 # --------------------------------------------------------------------------------------------------- recorded figures
 def encoded(scratch: str, device: str, precision: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Vectors, [texts, FC], and scores of pairs, [pairs], by inference.py and predict.py."""
+    """Yield vectors, [texts, FC], and scores of pairs, [pairs], by inference.py and predict.py."""
     words = ["--params_path", f"{scratch}/small", "--device", device, "--precision", precision]
     call("inference", *words, "--input_file", f"{scratch}/sample/some.csv", "--output_file", f"{scratch}/v.npy")
     yield "vectors", np.load(f"{scratch}/v.npy")
@@ -101,16 +109,19 @@ def encoded(scratch: str, device: str, precision: str) -> Iterator[tuple[str, np
 
 
 def trained(scratch: str, device: str, precision: str) -> Iterator[tuple[str, np.ndarray]]:
-    """The losses of train.py, [STEPS], without dropout, and the vectors after them in fp32."""
+    """Yield the losses of train.py, [STEPS], without dropout, and the vectors in fp32 after the training."""
     from simcse.training import gradients
 
-    losses, whole, folder = [], gradients.backward, f"{scratch}/trained_{precision}"
+    losses = []
+    backward = gradients.backward
+    folder = f"{scratch}/trained_{precision}"
 
-    def observed(*args: Any) -> Any:
-        losses.append(whole(*args))
-        return losses[-1]
+    def recording_backward(*args: Any) -> Any:
+        loss = backward(*args)
+        losses.append(loss.value)
+        return loss
 
-    with patch.object(gradients, "backward", observed):
+    with patch.object(gradients, "backward", recording_backward):
         call("train", "--init_from_ckpt", f"{scratch}/small", "--train_set_file", f"{scratch}/sample/train.csv",
              "--device", device, "--precision", precision, "--batch_size", 16, "--dropout", 0,
              "--output_dropout", 0, "--infer_with_fc_pooler", "--save_dir", folder, "--visualdl_dir", f"{folder}/log")
@@ -121,31 +132,39 @@ def trained(scratch: str, device: str, precision: str) -> Iterator[tuple[str, np
 
 
 def figures(scratch: str, device: str, precision: str) -> None:
-    """The largest differences to the recorded figures."""
+    """Report the largest differences to the recorded values."""
     recorded = files.read_json(f"{scratch}/figures.json")
-    for what, part in (("encoding", encoded), ("training", trained)):
+    for what, compute in (("encoding", encoded), ("training", trained)):
         with unless_refused(f"{what}, {precision}"):
-            for name, found in part(scratch, device, precision):
+            for name, values in compute(scratch, device, precision):
                 expected = np.array(recorded[name])
-                scale = expected if name == "losses" else 1
-                same = found.shape == expected.shape
-                report_within(f"{name}, {precision}", abs((found - expected) / scale).max() if same else np.nan,
-                              TOLERANCES[precision])
+                if values.shape != expected.shape:
+                    difference = np.nan
+                elif name == "losses":
+                    difference = abs(values / expected - 1).max()
+                else:
+                    difference = abs(values - expected).max()
+                report_within(f"{name}, {precision}", difference, TOLERANCES[precision])
 
 
 def record(scratch: str, device: str) -> None:
-    """Write the figures of fp32."""
-    found = {name: np.round(values, 6).tolist() for part in (encoded, trained)
-             for name, values in part(scratch, device, "fp32")}
+    """Write the values of fp32, with which others are compared."""
+    recorded = {}
+    for compute in (encoded, trained):
+        for name, values in compute(scratch, device, "fp32"):
+            recorded[name] = np.round(values, 6).tolist()
     with files.new_file(f"{scratch}/figures.json") as file:
-        json.dump(found, file, separators=(",", ":"))
-    report("recorded", ", ".join(found))
+        json.dump(recorded, file, separators=(",", ":"))
+    report("recorded", ", ".join(recorded))
 
 
 # ----------------------------------------------------------------------------------------------------------- all cards
 def rank_gradients(scratch: str, device: str, ranks: int) -> None:
-    """Write the loss and the gradients of a step with cross-device negatives on so many ranks, or, of one process, with
-    the batches of all of them as one."""
+    """Write the loss and the gradients of a step with cross-device negatives.
+
+    Args:
+        ranks: how many processes share the batch. If this process is the only one, it has all of the batch.
+    """
     from model import LossSettings, load_model
     from simcse.device import set_device
     from simcse.ranks import join_ranks
@@ -155,20 +174,30 @@ def rank_gradients(scratch: str, device: str, ranks: int) -> None:
 
     set_device(device)
     join_ranks()
-    model, tokenizer, _ = load_model(f"{scratch}/small/{PARAMS_FILE}", dropout=0, settings={
-        "dropout": 0.0, "loss_settings": LossSettings(cross_device_negatives=True)})
+    model, tokenizer, _ = load_model(f"{scratch}/small/{PARAMS_FILE}", encoder_dropout=0, output_dropout=0,
+                                     loss_settings=LossSettings(cross_device_negatives=True))
     model.train()
     texts = TextFile(f"{scratch}/sample/train.csv", "--train_set_file")
-    ids = tokenizer(texts[: 16 * ranks][RANK * 16 : None if RANKS == 1 else RANK * 16 + 16], LENGTH)
-    inputs, keys = Inputs.of(ids, tokenizer.pad_token_id), text_keys(ids)
+    share = slice(0, 16 * ranks) if RANKS == 1 else slice(16 * RANK, 16 * RANK + 16)
+    ids = tokenizer(texts[share], LENGTH)
+    inputs = Inputs.of(ids, tokenizer.pad_token_id)
+    keys = text_keys(ids)
     batch = Batch(inputs, inputs, duplicate_keys=DuplicateKeys(keys, keys))
-    loss = backward(paddle.DataParallel(model) if RANKS > 1 else model, model, batch, lambda loss: loss)
-    np.savez(f"{scratch}/gradients_{RANK if RANKS > 1 else 'whole'}.npz", loss=loss.numpy(), **{
-        name: each.grad.numpy() for name, each in model.named_parameters() if each.grad is not None})
+    if RANKS > 1:
+        name = str(RANK)
+        network = paddle.DataParallel(model)
+    else:
+        name = "whole"
+        network = model
+    arrays = {"loss": backward(network, model, batch, lambda loss: loss).value.numpy()}
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            arrays[parameter_name] = parameter.grad.numpy()
+    np.savez(f"{scratch}/gradients_{name}.npz", **arrays)
 
 
 def ranks(scratch: str, device: str, cards: int) -> None:
-    """Cross-device negatives on all cards against one process with the batches of all."""
+    """Compare cross-device negatives on all cards with one process that has the batches of all."""
     if cards == 1:
         report("several cards", "not there: one card")
         return
@@ -178,23 +207,31 @@ def ranks(scratch: str, device: str, cards: int) -> None:
     if code:
         raise console.InputError(f"the launcher ended with {code}: {last_line(logs[0])}")
     alone(*job)
-    whole, *others = (dict(np.load(f"{scratch}/gradients_{name}.npz")) for name in ("whole", *range(cards)))
-    report_within(f"loss, {cards} ranks against one", max(abs(each["loss"] - whole["loss"]).max() for each in others),
-                 1e-4)
-    largest = max(abs(gradient).max() for name, gradient in whole.items() if name != "loss")
-    report_within("gradients, as parts of the largest", max(
-        abs(each[name] - whole[name]).max() for each in others for name in whole if name != "loss") / largest, 1e-4)
+    whole = dict(np.load(f"{scratch}/gradients_whole.npz"))
+    largest = max(abs(array).max() for name, array in whole.items() if name != "loss")
+    loss_differences = []
+    gradient_differences = []
+    for rank in range(cards):
+        of_rank = np.load(f"{scratch}/gradients_{rank}.npz")
+        for name, array in whole.items():
+            difference = abs(of_rank[name] - array).max()
+            if name == "loss":
+                loss_differences.append(difference)
+            else:
+                gradient_differences.append(difference / largest)
+    report_within(f"loss, {cards} ranks against one", max(loss_differences), 1e-4)
+    report_within("gradients, as parts of the largest", max(gradient_differences), 1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------- deployed
 def exported(scratch: str, device: str, size: str) -> None:
-    """export_model.py, which compares the graph with the network itself."""
+    """Run export_model.py, which compares the graph with the network itself."""
     call("export_model", "--params_path", f"{scratch}/{size}", "--output_path", f"{scratch}/exported")
     report("export", "as the dynamic graph", "", "as the dynamic graph", True)
 
 
 def deployed(scratch: str, device: str, size: str, precision: str, tensorrt: bool) -> None:
-    """The exported graph in Paddle Inference, by deploy/python, against the dynamic graph in fp32."""
+    """Compare the exported graph in Paddle Inference, by deploy/python, with the dynamic graph in fp32."""
     from model import load_model
     from simcse.device import gpu_precision, set_device
     from simcse.encoder.encoder import Encoder
@@ -203,7 +240,7 @@ def deployed(scratch: str, device: str, size: str, precision: str, tensorrt: boo
     network, tokenizer, _ = load_model(f"{scratch}/{size}/{PARAMS_FILE}")
     with open(f"{scratch}/sample/train.csv", encoding="utf-8") as file:
         texts = file.read().split("\n")[:32]
-    name = precision + ", TensorRT" * tensorrt
+    name = f"{precision}, TensorRT" if tensorrt else precision
 
     with unless_refused(name):
         if device == "gpu":
@@ -215,64 +252,72 @@ def deployed(scratch: str, device: str, size: str, precision: str, tensorrt: boo
                                          tensorrt=predictor.TensorRtShape(64, LENGTH) if tensorrt else None)
         own = encoder.Tokenizer(f"{scratch}/exported")
         expected = Encoder(network, tokenizer, LENGTH).encode(texts)
-        found = encoder.encode(graph, own, texts, LENGTH).embeddings
-        report_within(f"1 - cosine, {name}", 1 - (found * expected).sum(axis=1).min(),
-                      1e-5 if precision == "fp32" and not tensorrt else 1e-2)
+        embeddings = encoder.encode(graph, own, texts, LENGTH).embeddings
+        most = 1e-5 if precision == "fp32" and not tensorrt else 1e-2
+        report_within(f"1 - cosine, {name}", 1 - (embeddings * expected).sum(axis=1).min(), most)
         speed = len(texts) * per_second(lambda: encoder.encode(graph, own, texts, LENGTH))
         report(f"Paddle Inference, {name}", round(speed, 1), "texts/s")
 
 
 # --------------------------------------------------------------------------------------------------------------- breaks
 def nan_on_the_last_rank(*words: str) -> None:
-    """train.py, on whose last rank the loss of step 2 is NaN."""
+    """Run train.py with a loss of step 2 that is NaN on the last rank."""
     import train
     from simcse.training import gradients
 
-    whole, steps = gradients.backward, []
+    backward = gradients.backward
+    steps = itertools.count(1)
 
-    def broken(*args: Any) -> Any:
-        steps.append(1)
-        return whole(*args) * (float("nan") if RANK == RANKS - 1 and len(steps) == 2 else 1)
+    def broken_backward(*args: Any) -> Any:
+        loss = backward(*args)
+        step = next(steps)
+        if RANK == RANKS - 1 and step == 2:
+            return loss._replace(value=loss.value * float("nan"))
+        return loss
 
-    with patch.object(gradients, "backward", broken), patch.object(sys, "argv", ["train.py", *words]):
+    with patch.object(gradients, "backward", broken_backward), patch.object(sys, "argv", ["train.py", *words]):
         train.main()
 
 
 def training_words(scratch: str, device: str, precision: str, folder: str) -> list[str]:
-    """Of train.py with dropout, 50 steps that are saved every 10."""
-    return [*map(str, ("--init_from_ckpt", f"{scratch}/small", "--train_set_file", f"{scratch}/sample/train.csv",
-                       "--device", device, "--precision", precision, "--batch_size", 16, "--save_steps", 10,
-                       "--save_dir", folder, "--visualdl_dir", f"{folder}_log"))]
+    """Return flags of train.py: with dropout, 50 steps, a checkpoint every 10."""
+    return ["--init_from_ckpt", f"{scratch}/small", "--train_set_file", f"{scratch}/sample/train.csv", "--device",
+            device, "--precision", precision, "--batch_size", "16", "--save_steps", "10", "--save_dir", folder,
+            "--visualdl_dir", f"{folder}_log"]
 
 
 def nan(scratch: str, device: str) -> None:
-    """A loss of NaN on one rank ends all, with one line."""
+    """Check that a loss of NaN on one rank ends all ranks with one line."""
     words = [*training_words(scratch, device, "fp32", f"{scratch}/nan"), "--eval_steps", 2]
     code, logs = on_all_cards(device, f"{scratch}/nan_ranks", __file__, "nan_on_the_last_rank", *words)
-    said = [line for log in logs for line in log.splitlines() if "error: " in line or "Traceback" in line]
-    good = code and len(said) == 1 and "error: the loss of step 2 is nan; its batch is lines" in said[0]
-    report("NaN on one rank", f"exit code {code}, {len(said)} error", "", "not 0, 1 error", bool(good))
+    errors = [line for log in logs for line in log.splitlines() if "error: " in line or "Traceback" in line]
+    ok = code != 0 and len(errors) == 1 and "error: the loss of step 2 is nan; its batch is lines" in errors[0]
+    report("NaN on one rank", f"exit code {code}, {len(errors)} error", "", "not 0, 1 error", ok)
 
 
 def resume(scratch: str, device: str, precision: str) -> None:
-    """Training that kill -9 breaks off and --resume goes on with, against an unbroken run."""
-    whole, broken = (training_words(scratch, device, precision, f"{scratch}/{precision}_{name}")
-                     for name in ("whole", "broken"))
-    # Else a GPU adds up the gradients of the embeddings in any order.
+    """Compare training that kill -9 interrupts and --resume continues with an unbroken run."""
+    whole_dir = f"{scratch}/{precision}_whole"
+    broken_dir = f"{scratch}/{precision}_broken"
+    whole = training_words(scratch, device, precision, whole_dir)
+    broken = training_words(scratch, device, precision, broken_dir)
+    # Without these a GPU adds up the gradients of the embeddings in any order.
     os.environ.update(FLAGS_embedding_deterministic="1", FLAGS_cudnn_deterministic="1")
     with unless_refused(f"--resume, {precision}"):
         alone(f"{ROOT}/train.py", *whole)
         words = [sys.executable, f"{ROOT}/train.py", *broken]
         with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
-            any("saved" in line for line in process.stderr)
+            for line in process.stderr:
+                if "saved" in line:
+                    break
             process.send_signal(signal.SIGKILL)
-        last = saved_steps(f"{scratch}/{precision}_broken")[-1]
+        last = saved_steps(broken_dir)[-1]
         report(f"kill -9, {precision}, left of {STEPS} steps", last, "", f"< {STEPS}", last < STEPS)
         alone(f"{ROOT}/train.py", *broken, "--resume")
-        one, other = (read_weights(f"{scratch}/{precision}_{name}/model_{STEPS}/{PARAMS_FILE}", "")
-                      for name in ("whole", "broken"))
+        expected = read_weights(f"{whole_dir}/model_{STEPS}/{PARAMS_FILE}", "")
+        resumed = read_weights(f"{broken_dir}/model_{STEPS}/{PARAMS_FILE}", "")
         # The gradients of keys' biases are 0 but for rounding, which AdamW makes whole steps of.
-        difference = max(abs(array - other[name]).max() for name, array in one.items()
+        difference = max(abs(array - resumed[name]).max() for name, array in expected.items()
                          if device == "cpu" or not name.endswith("k_proj.bias"))
         report_within(f"weights after --resume, {precision}", difference, 0 if device == "cpu" else 1e-4)
 

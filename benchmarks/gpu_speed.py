@@ -1,4 +1,4 @@
-"""How fast training and encoding are on this device, and how much memory a step takes: gpu.py's jobs that measure."""
+"""Jobs of gpu.py that measure: the speed of training and encoding, and the memory of a step."""
 
 import contextlib
 import functools
@@ -30,25 +30,31 @@ from gpu_jobs import (
     unless_refused,
 )
 
-# Texts and tokens of a batch or, of CHUNK, of a chunk of it.
+# By device, texts and tokens of batches.
 TRAINED = {"cpu": [(8, 16)], "gpu": [(64, 32), (64, 64), (256, 64), (32, 384)]}
 ENCODED = {"cpu": [(1, 16), (32, 16)], "gpu": [(1, 32), (64, 64), (1024, 64), (128, 512)]}
-CHUNK, BATCHES = {"cpu": (8, 16), "gpu": (64, 64)}, {"cpu": [16, 32], "gpu": [256, 1024, 4096]}  # of `memory`
+CHUNK = {"cpu": (8, 16), "gpu": (64, 64)}  # texts and tokens of a chunk in `memory`
+BATCHES = {"cpu": [16, 32], "gpu": [256, 1024, 4096]}  # texts of the batches there
 SIDE = {"cpu": 1024, "gpu": 8192}  # of the square matrices that show the matrix rate
 OPERATORS = {"6 layers": 540, "12 layers": 960}  # of a step at most
 
 
 # -------------------------------------------------------------------------------------------------------------- a step
 def batch_of(texts: int, tokens: int) -> Batch:
-    """Random texts, all of so many tokens, each under two dropouts."""
+    """Return a batch of random texts, all of so many tokens, each of which is encoded under two dropouts."""
     ids = np.random.default_rng(0).integers(1000, 17_000, (texts, tokens))
-    inputs, keys = Inputs(ids, np.zeros_like(ids)), text_keys(ids.tolist())
+    inputs = Inputs(ids, np.zeros_like(ids))
+    keys = text_keys(ids.tolist())
     return Batch(inputs, inputs, duplicate_keys=DuplicateKeys(keys, keys), rows=range(texts))
 
 
 def with_run(scratch: str, size: str, device: str, precision: str,
              measure: Callable[[Callable[[Batch], None], Callable[[], Any]], None]) -> None:
-    """Call `measure` with train.py's step of a batch, as its flags make it, and what waits for that."""
+    """Measure within a training run of train.py.
+
+    Args:
+        measure: is called with a function that takes the step of a batch, and one that waits until it is done.
+    """
     from simcse.training.gradients import backward
     from simcse.training.trainer import Trainer, run_training
 
@@ -65,8 +71,8 @@ def with_run(scratch: str, size: str, device: str, precision: str,
 
         def step(batch: Batch, chunk_size: int | None = None) -> None:
             trainer.start_step()
-            loss = backward(trainer.network, network, batch, trainer.scale, chunk_size)
-            trainer.update(loss, batch, check_loss=False)
+            loss = backward(trainer.network, network, batch, trainer.scale_loss, chunk_size)
+            trainer.update(loss.value, batch, check_loss=False)
 
         measure(step, lambda: network.parameters()[-1].numpy())
         trainer.finish({})
@@ -77,7 +83,7 @@ def with_run(scratch: str, size: str, device: str, precision: str,
 
 @contextlib.contextmanager
 def unless_out_of_memory(what: str) -> Iterator[list[bool]]:
-    """Where memory runs out, a row says so, and the list that is given is empty."""
+    """Print a row instead of failing if memory runs out; the list that is yielded is empty then."""
     fits = [True]
     try:
         yield fits
@@ -89,7 +95,7 @@ def unless_out_of_memory(what: str) -> Iterator[list[bool]]:
 
 
 def matrix_rate(device: str, precision: str) -> float:
-    """Operations in a second of a product of large matrices; NaN where a CPU has none in this precision."""
+    """Return the operations in a second of a product of large matrices; NaN where a CPU has none in this precision."""
     import paddle
 
     if device == "cpu" and precision != "fp32":
@@ -105,9 +111,13 @@ def matrix_rate(device: str, precision: str) -> float:
 
 
 def operations(size: str, tokens: int) -> float:
-    """Of a text forward, multiplications and additions in matrix products. Of the last layer only keys and values are
-    of all tokens, the rest is the first one's."""
-    hidden, inner, layers = (SIZES[size][name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    """Return the multiplications and additions in the matrix products of a text, forward.
+
+    In the last layer only keys and values are computed for all tokens, the rest for the first token.
+    """
+    hidden = SIZES[size]["hidden_size"]
+    inner = SIZES[size]["intermediate_size"]
+    layers = SIZES[size]["num_hidden_layers"]
     layer = 2 * (4 * hidden**2 + 2 * hidden * inner) + 4 * tokens * hidden
     return tokens * ((layers - 1) * layer + 4 * hidden**2) + layer
 
@@ -115,8 +125,14 @@ def operations(size: str, tokens: int) -> float:
 # --------------------------------------------------------------------------------------------------------------- speed
 def speeds(name: str, cases: list[tuple[int, int]], run: Callable[[int, int], float], size: str, times: int,
            rate: float) -> None:
-    """Rows of texts a second by batch and length, `run` giving batches a second, and of the part of the matrix rate
-    that is reached: a text takes `times` as many operations as forward."""
+    """Report texts a second by batch and length, and the fraction of the matrix rate that is reached.
+
+    Args:
+        cases: texts and tokens of the batches.
+        run: returns batches a second.
+        times: how many times as many operations a text takes as forward.
+        rate: operations a second of `matrix_rate`; NaN: not known.
+    """
     import paddle
 
     for texts, tokens in cases:
@@ -128,26 +144,29 @@ def speeds(name: str, cases: list[tuple[int, int]], run: Callable[[int, int], fl
             paddle.device.cuda.empty_cache()
             continue
         report(what, round(speed, 2), "texts/s")
-        if rate == rate:
+        if not math.isnan(rate):
             part = speed * times * operations(size, tokens) / rate
             report(f"{what}, of the matrix rate", round(100 * part, 1), "%")
 
 
 def train_speed(scratch: str, size: str, device: str, precision: str) -> None:
-    """Training steps as train.py takes them, of two views of a text, forward and, twice as much, backward."""
+    """Measure steps of train.py: two views of a text, forward and, twice as much, backward."""
     def measure(step: Callable, wait: Callable) -> None:
         rate = matrix_rate(device, precision)
-        if rate == rate:
+        if not math.isnan(rate):
             report(f"matrix rate, {precision}", round(rate / 1e12, 3), "TFLOP/s")
-        speeds(f"training, {size}, {precision}", TRAINED[device], lambda texts, tokens: per_second(
-            functools.partial(step, batch_of(texts, tokens)), wait), size, 6, rate)
+
+        def batches_per_second(texts: int, tokens: int) -> float:
+            return per_second(functools.partial(step, batch_of(texts, tokens)), wait)
+
+        speeds(f"training, {size}, {precision}", TRAINED[device], batches_per_second, size, 6, rate)
 
     with unless_refused(f"training, {size}, {precision}"):
         with_run(scratch, size, device, precision, measure)
 
 
 def encode_speed(scratch: str, size: str, device: str, precision: str) -> None:
-    """The engine of inference.py, of texts that are tokenized."""
+    """Measure the engine of inference.py with texts that are tokenized."""
     from model import load_encoder_for
 
     words = ["--params_path", f"{scratch}/{size}", "--device", device, "--precision", precision]
@@ -155,19 +174,23 @@ def encode_speed(scratch: str, size: str, device: str, precision: str) -> None:
         with command_line("inference", *words) as inference:
             args = inference.parse_args()
         engine = load_encoder_for(args).engine
-        found = [None]
 
-        def encode(ids: np.ndarray) -> None:
-            found[0] = engine.embed(ids, ids * 0)
+        def batches_per_second(texts: int, tokens: int) -> float:
+            ids = np.random.default_rng(0).integers(1000, 17_000, (texts, tokens))
+            latest = [None]  # a GPU computes in order: who waits for the latest batch waits for all
 
-        speeds(f"encoding, {size}, {precision}", ENCODED[device], lambda texts, tokens: per_second(
-            functools.partial(encode, np.random.default_rng(0).integers(1000, 17_000, (texts, tokens))),
-            lambda: np.asarray(found[0])), size, 1, matrix_rate(device, precision))
+            def encode() -> None:
+                latest[0] = engine.embed(ids, ids * 0)
+
+            return per_second(encode, lambda: np.asarray(latest[0]))
+
+        speeds(f"encoding, {size}, {precision}", ENCODED[device], batches_per_second, size, 1,
+               matrix_rate(device, precision))
 
 
 # -------------------------------------------------------------------------------------------------------- host, memory
 def host(scratch: str, size: str, device: str) -> None:
-    """What a step takes of the host: its operators, each of which a GPU is given by itself, and its time."""
+    """Measure what a step takes of the host: its operators, each of which is sent to a GPU by itself, and its time."""
     from simcse.training import trainer
 
     batch = batch_of(2, 4)
@@ -184,23 +207,27 @@ def host(scratch: str, size: str, device: str) -> None:
 
 
 def operators(work: Callable[[], Any]) -> int:
-    """How many operators `work` runs, the second time."""
+    """Return how many operators `work` runs, the second time."""
     from paddle.profiler import Profiler, ProfilerTarget
 
     work()
     with Profiler(targets=[ProfilerTarget.CPU], on_trace_ready=lambda profiler: None) as profiler:
         work()
-    nodes, count = list(profiler.profiler_result.get_data().values()), 0
+    nodes = list(profiler.profiler_result.get_data().values())
+    count = 0
     while nodes:
         node = nodes.pop()
         nodes += node.children_node
-        count += node.name.endswith(" infer_meta")  # once for each operator, forward and backward, in both stacks
+        if node.name.endswith(" infer_meta"):  # once for each operator, forward and backward, in both stacks
+            count += 1
     return count
 
 
 def memory(scratch: str, size: str, device: str) -> None:
-    """The peak of a step by batch, with --chunk_size and without: on a GPU what tensors took at once, on a CPU the
-    process. Peaks only rise, so what takes more comes later."""
+    """Report the peak memory of a step by batch, with --chunk_size and without.
+
+    On a GPU it is that of the tensors, on a CPU that of the process. Peaks only rise, so what takes more comes later.
+    """
     import paddle
 
     chunk, tokens = CHUNK[device]
@@ -214,16 +241,20 @@ def memory(scratch: str, size: str, device: str) -> None:
     def measure(step: Callable, wait: Callable) -> None:
         for chunked in (chunk, None):
             for texts in BATCHES[device]:
-                what = f"{size}, batch {texts} x {tokens}" + f", --chunk_size {chunk}" * bool(chunked)
+                what = f"{size}, batch {texts} x {tokens}"
+                if chunked:
+                    what += f", --chunk_size {chunk}"
                 with unless_out_of_memory(what) as fits:
                     step(batch_of(texts, tokens), chunked)
                     wait()
                 if not fits:
                     break
-                peaks[chunked] = texts, peak()
+                peaks[chunked] = (texts, peak())
                 report(what, round(peak()), "MB")
-        less = peaks[chunk][0] == BATCHES[device][-1] and (peaks[None][0] < peaks[chunk][0] or
-                                                           peaks[chunk][1] < peaks[None][1])
+        chunked_texts, chunked_mb = peaks[chunk]
+        texts, mb = peaks[None]
+        all_fit = chunked_texts == BATCHES[device][-1]
+        less = all_fit and (texts < chunked_texts or chunked_mb < mb)
         report("--chunk_size takes less memory", "yes" if less else "no", "", "yes", less)
 
     with_run(scratch, size, device, "fp32", measure)
@@ -231,9 +262,10 @@ def memory(scratch: str, size: str, device: str) -> None:
 
 # ----------------------------------------------------------------------------------------------------------- all cards
 def rank_speed(scratch: str, size: str, device: str) -> None:
-    """Texts a second of this process, one of several or alone, which all take the same number of steps."""
+    """Report the texts a second of this process; all processes take the same number of steps."""
     texts, tokens = TRAINED[device][-1]
-    batch, count = batch_of(texts, tokens), 20 if device == "gpu" else 3
+    batch = batch_of(texts, tokens)
+    count = 20 if device == "gpu" else 3
 
     def measure(step: Callable, wait: Callable) -> None:
         def steps() -> None:
@@ -248,7 +280,7 @@ def rank_speed(scratch: str, size: str, device: str) -> None:
 
 
 def scaling(scratch: str, size: str, device: str, cards: int) -> None:
-    """Training on all cards against one."""
+    """Compare training on all cards with one."""
     if cards == 1:
         return
     job = [f"{HERE}/gpu_speed.py", "rank_speed", json.dumps({"scratch": scratch, "size": size, "device": device})]
@@ -260,9 +292,10 @@ def scaling(scratch: str, size: str, device: str, cards: int) -> None:
 
 
 def speed_of(printed: str) -> float:
-    """The figure of the only row."""
-    line, = (line for line in printed.splitlines() if line.startswith("ROW "))
-    return json.loads(line.removeprefix("ROW "))["figure"]
+    """Return the figure of the only row."""
+    rows = [line.removeprefix("ROW ") for line in printed.splitlines() if line.startswith("ROW ")]
+    (row,) = rows
+    return json.loads(row)["figure"]
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from paddlenlp.transformers import AutoModel, AutoTokenizer
 
 
 def batch_of(tokenizer, texts: list[str], length: int) -> list[paddle.Tensor]:
-    """Tokenize one by one in Python, pad to the longest."""
+    """Tokenize one by one in Python, pad to the longest, and return input_ids and token_type_ids."""
     ids = [tokenizer(text=text, max_length=length, truncation=True)["input_ids"] for text in texts]
     longest = max(map(len, ids))
     padded = paddle.to_tensor([row + [0] * (longest - len(row)) for row in ids])
@@ -26,7 +26,8 @@ def batch_of(tokenizer, texts: list[str], length: int) -> list[paddle.Tensor]:
 class Network(nn.Layer):
     def __init__(self, encoder: str) -> None:
         super().__init__()
-        self.ptm, self.dropout = AutoModel.from_pretrained(encoder), nn.Dropout(0.1)
+        self.ptm = AutoModel.from_pretrained(encoder)
+        self.dropout = nn.Dropout(0.1)
         self.fc = nn.Linear(self.ptm.config.hidden_size, 256)
 
     def forward(self, input_ids, token_type_ids):
@@ -34,8 +35,9 @@ class Network(nn.Layer):
 
 
 def tokenize(encoder: str, cases: dict[str, list[str]]) -> dict[str, float]:
-    """Texts/s, one by one."""
-    tokenizer, speeds = AutoTokenizer.from_pretrained(encoder), {}
+    """Return texts/s, one by one."""
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    speeds = {}
     for name, texts in cases.items():
         start = time.perf_counter()
         for text in texts:
@@ -45,8 +47,9 @@ def tokenize(encoder: str, cases: dict[str, list[str]]) -> dict[str, float]:
 
 
 def encode(encoder: str, cases: dict[str, list[str]]) -> Iterator[dict[str, float]]:
-    """Texts/s, a pass after another: dynamic graph, one thread, float32, in the order of the file, batches of 64."""
-    network, tokenizer = Network(encoder), AutoTokenizer.from_pretrained(encoder)
+    """Yield texts/s, a pass after another: dynamic graph, one thread, float32, in the file's order, batches of 64."""
+    network = Network(encoder)
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
     network.eval()
 
     @paddle.no_grad()
@@ -59,7 +62,7 @@ def encode(encoder: str, cases: dict[str, list[str]]) -> Iterator[dict[str, floa
 
 
 def export(encoder: str, folder: str) -> dict[str, float]:
-    """Nothing to return: run.py times the process."""
+    """Export the network as a static graph; run.py times the process."""
     network = Network(encoder)
     network.eval()
     spec = [paddle.static.InputSpec([None, None], "int64") for _ in range(2)]
@@ -68,7 +71,7 @@ def export(encoder: str, folder: str) -> dict[str, float]:
 
 
 def predictor_of(folder: str):
-    """Paddle Inference as deploy/python/predict.py set it by default: a function from a batch to its embeddings."""
+    """Return a function from a batch to its embeddings: Paddle Inference as the original sets it by default."""
     graph = f"{folder}/inference." + ("pdmodel" if paddle.__version__.startswith("2.") else "json")
     config = paddle.inference.Config(graph, f"{folder}/inference.pdiparams")
     config.disable_gpu()
@@ -88,15 +91,17 @@ def predictor_of(folder: str):
 
 
 def deployed(encoder: str, text: str, folder: str) -> dict[str, float]:
-    """Nothing to return: one text from the graph that `export` wrote."""
+    """Encode one text with the graph that `export` wrote; run.py times the process."""
     predictor_of(folder)(batch_of(AutoTokenizer.from_pretrained(encoder), [text], 128))
     return {}
 
 
 def latency(encoder: str, text: str, folder: str, runs: int) -> dict[str, float]:
-    """Milliseconds (median) of one text."""
+    """Return the milliseconds (median) of one text."""
     export(encoder, folder)
-    embed, tokenizer, seconds = predictor_of(folder), AutoTokenizer.from_pretrained(encoder), []
+    embed = predictor_of(folder)
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    seconds = []
     for _ in range(runs + 2):
         start = time.perf_counter()
         embed(batch_of(tokenizer, [text], 128))
@@ -105,15 +110,17 @@ def latency(encoder: str, text: str, folder: str, runs: int) -> dict[str, float]
 
 
 def train(encoder: str, texts: list[str], batch: int, length: int, steps: int) -> dict[str, float]:
-    """Samples/s: two passes a step, one thread, tokenized within the step."""
-    network, tokenizer = Network(encoder), AutoTokenizer.from_pretrained(encoder)
+    """Return samples/s: two passes a step, one thread, tokenized within the step."""
+    network = Network(encoder)
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
     network.train()
     optimizer = paddle.optimizer.AdamW(5e-5, parameters=network.parameters(), weight_decay=0.0)
     seconds = []
     for step in range(steps + 1):
         start = time.perf_counter()
         inputs = batch_of(tokenizer, texts[batch * step :][:batch], length)
-        query, title = network(*inputs), network(*inputs)
+        query = network(*inputs)
+        title = network(*inputs)
         loss = F.cross_entropy(20 * paddle.matmul(query, title, transpose_y=True), paddle.arange(batch))
         loss.backward()
         optimizer.step()
@@ -124,9 +131,12 @@ def train(encoder: str, texts: list[str], batch: int, length: int, steps: int) -
 
 
 def lines(path: str) -> dict[str, float]:
-    """Seconds from a file of training texts to its first batch, and peak memory in MB beyond that of the imports: all
-    texts in memory, as map-style datasets hold them."""
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    """Return the seconds from a file of training texts to its first batch, and the peak memory in MB.
+
+    All texts are in memory, as map-style datasets hold them. What the imports take does not count.
+    """
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
     with open(path, encoding="utf-8") as file:
         texts = [{"text_a": text, "text_b": text} for text in map(str.rstrip, file)]
     sampler = paddle.io.DistributedBatchSampler(texts, 64, shuffle=True)
@@ -136,7 +146,7 @@ def lines(path: str) -> dict[str, float]:
 
 
 def first_result(encoder: str, texts: list[str]) -> dict[str, float]:
-    """Nothing to return: run.py times the process, from its start to the first embeddings."""
+    """Compute the first embeddings; run.py times the process."""
     with paddle.no_grad():
         network = Network(encoder)
         network.eval()
@@ -145,7 +155,7 @@ def first_result(encoder: str, texts: list[str]) -> dict[str, float]:
 
 
 def before_training(encoder: str) -> dict[str, float]:
-    """Nothing to return: all that comes before the first step."""
+    """Do all that comes before the first step of training; run.py times the process."""
     network = Network(encoder)
     AutoTokenizer.from_pretrained(encoder)
     paddle.optimizer.AdamW(5e-5, parameters=network.parameters(), weight_decay=0.0)

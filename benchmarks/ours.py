@@ -1,4 +1,4 @@
-"""This project's way of doing each thing that a stage's command line does not time by itself; see original.py."""
+"""This project's side of what a script's command line does not time by itself; see original.py."""
 
 import os
 import resource
@@ -6,6 +6,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
 sys.path.insert(0, ROOT)
@@ -36,27 +37,34 @@ def prepare(folder: str, sizes: dict, vocab_folder: str) -> dict:
 
 
 def encoder_of(checkpoint: str, precision: str = "auto", texts: Sequence[str] = ()):
-    """The encoder of a checkpoint, as a stage has it; int8 is calibrated with the texts."""
+    """Return the encoder of a checkpoint, as the scripts load it; int8 is calibrated with the texts."""
     from model import load_encoder
 
     return load_encoder(checkpoint, precision=precision, max_seq_length=64, calibration_texts=texts)
 
 
-def best_of(times: int, work) -> float:
-    """Seconds: the median of some runs after one that does not count."""
-    return float(np.median([side.seconds_of(work) for _ in range(times + 1)][1:]))
+def median_seconds(times: int, work) -> float:
+    """Return the median of the seconds of some calls, after one that does not count."""
+    work()
+    return float(np.median([side.seconds_of(work) for _ in range(times)]))
 
 
 def tokenize(encoder: str, cases: dict[str, list[str]]) -> dict[str, float]:
-    """Texts/s."""
+    """Return texts/s of tokenizing."""
     tokenizer = wordpiece.load_tokenizer(encoder)
-    return {name: len(texts) / best_of(5, lambda texts=texts: tokenizer(texts, 64)) for name, texts in cases.items()}
+    speeds = {}
+    for name, texts in cases.items():
+        speeds[name] = len(texts) / median_seconds(5, partial(tokenizer, texts, 64))
+    return speeds
 
 
 def encode(checkpoint: str, cases: dict[str, list[str]], precision: str,
            paddle_inference: bool = False) -> Iterator[dict[str, float]]:
-    """Texts/s of `Encoder.encode`, tokenizing included, a pass after another, in what is fastest here or in Paddle
-    Inference."""
+    """Yield texts/s of `Encoder.encode`, tokenizing included, a pass after another.
+
+    Args:
+        paddle_inference: use Paddle Inference, not what is fastest here.
+    """
     from model import load_model
     from simcse.device import set_device
     from simcse.encoder.encoder import Encoder
@@ -99,18 +107,20 @@ def encode_openvino(checkpoint: str, cases: dict[str, list[str]], int8: bool) ->
 
 
 def shapes(checkpoint: str, precision: str, batches: list[int], lengths: list[int]) -> dict[str, float]:
-    """Texts/s of the engine by batch and length, without tokenizing."""
+    """Return texts/s of the engine by batch and length, without tokenizing."""
     engine = encoder_of(checkpoint, precision).engine
     speeds = {}
     for length in lengths:
         for batch in batches:
             ids = np.random.default_rng(0).integers(5, 10000, (batch, length))
-            speeds[f"batch {batch}, {length} tokens"] = batch / best_of(3, lambda ids=ids: engine.embed(ids, ids * 0))
+            token_types = np.zeros_like(ids)
+            seconds = median_seconds(3, partial(engine.embed, ids, token_types))
+            speeds[f"batch {batch}, {length} tokens"] = batch / seconds
     return speeds
 
 
 def lines(path: str) -> dict[str, float]:
-    """Seconds from a file of training texts to its first batch, and peak memory in MB."""
+    """Return the seconds from a file of training texts to its first batch, and the peak memory in MB."""
     start = time.perf_counter()
     texts = textfile.TextFile(path, "--train_set_file")
     [texts[row] for row in next(data.ShuffledBatches(len(texts), 64).epoch(0))]
@@ -118,8 +128,12 @@ def lines(path: str) -> dict[str, float]:
 
 
 def clustered(count: int, seed: int, centres: int = 1000, spread: float = 0.5) -> np.ndarray:
-    """Unit vectors of 256 around `centres` random ones; the cosine within a cluster is about 1 / (1 + spread^2)."""
-    random, means = np.random.default_rng(seed), np.random.default_rng(0).standard_normal((centres, 256), "float32")
+    """Return unit vectors of 256 numbers around `centres` random ones, float32 [count, 256].
+
+    The cosine within a cluster is about 1 / (1 + spread^2).
+    """
+    means = np.random.default_rng(0).standard_normal((centres, 256), "float32")
+    random = np.random.default_rng(seed)
     vectors = means[random.integers(0, centres, count)] + spread * random.standard_normal((count, 256), "float32")
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
@@ -141,7 +155,7 @@ def vectors(folder: str, count: int, checkpoint: str | None, texts: list[str], q
 
 
 def index(folder: str, m: int, ef: int, shards: int) -> dict[str, float]:
-    """See `graphs.measure`."""
+    """Measure this project's index; see `graphs.measure`."""
     from simcse.index.manifest import Manifest
     from simcse.index.shards import ShardedIndex
 
@@ -167,7 +181,7 @@ def index(folder: str, m: int, ef: int, shards: int) -> dict[str, float]:
 
 
 def index_alone(folder: str, m: int, ef: int) -> dict[str, float]:
-    """See `graphs.measure`; hnswlib alone."""
+    """Measure hnswlib alone; see `graphs.measure`."""
     import hnswlib
 
     vectors, queries, exact = graphs.load(folder)

@@ -1,4 +1,4 @@
-"""What other libraries make of the same task; run by run.py in the Python that --peer_python names."""
+"""Other libraries at the same tasks; run.py runs this file in the Python that --peer_python names."""
 
 import os
 import tempfile
@@ -10,8 +10,12 @@ import side
 
 
 def encode(vocab: str, sizes: dict, cases: dict[str, list[str]], kind: str) -> Iterator[dict[str, float]]:
-    """Texts/s of sentence-transformers on an encoder of the same dimensions, a pass after another: in "torch" bfloat16,
-    or in its OpenVINO backend, in "int8", calibrated with the corpus, by the calls that its documentation gives."""
+    """Yield texts/s of sentence-transformers on an encoder of the same dimensions, a pass after another.
+
+    Args:
+        kind: "torch" for bfloat16; "openvino" for its OpenVINO backend in int8, calibrated with the corpus as its
+            documentation says.
+    """
     import torch
     from sentence_transformers import SentenceTransformer, models
     from transformers import BertConfig, BertModel, BertTokenizerFast
@@ -35,7 +39,7 @@ def encode(vocab: str, sizes: dict, cases: dict[str, list[str]], kind: str) -> I
 
 
 def openvino_int8(model, folder: str, texts: list[str]):
-    """A SentenceTransformer in its OpenVINO backend, statically quantized with the texts."""
+    """Return a SentenceTransformer in its OpenVINO backend, statically quantized with the texts."""
     from sentence_transformers import SentenceTransformer, export_static_quantized_openvino_model
 
     os.mkdir(f"{folder}/texts")
@@ -53,14 +57,20 @@ def openvino_int8(model, folder: str, texts: list[str]):
 
 def train(vocab: str, sizes: dict, texts: list[str], batch: int, length: int,
           bf16: bool) -> Iterator[dict[str, float]]:
-    """Samples/s of SimCSE in torch, ten steps a pass: two passes of the encoder a step under dropout 0.1, batches
-    padded to their longest, AdamW; in float32, or where autocast takes bfloat16 in that."""
+    """Yield samples/s of SimCSE in torch, ten steps a pass.
+
+    A step encodes a batch twice under dropout 0.1, padded to its longest text; the optimizer is AdamW.
+
+    Args:
+        bf16: compute in bfloat16 where autocast does so, else in float32.
+    """
     import torch
     import torch.nn.functional as F
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     torch.set_num_threads(os.cpu_count())
-    encoder, tokenizer = BertModel(BertConfig(**sizes)), BertTokenizerFast(vocab_file=vocab)
+    encoder = BertModel(BertConfig(**sizes))
+    tokenizer = BertTokenizerFast(vocab_file=vocab)
     fc = torch.nn.Linear(sizes["hidden_size"], 256)
     optimizer = torch.optim.AdamW([*encoder.parameters(), *fc.parameters()], lr=5e-5, weight_decay=0.0)
 
@@ -74,7 +84,8 @@ def train(vocab: str, sizes: dict, texts: list[str], batch: int, length: int,
             inputs = tokenizer(texts[first : first + batch], max_length=length, truncation=True, padding=True,
                                return_tensors="pt")
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                query, title = embed(inputs), embed(inputs)
+                query = embed(inputs)
+                title = embed(inputs)
             F.cross_entropy(20 * query @ title.T, torch.arange(batch)).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -82,7 +93,7 @@ def train(vocab: str, sizes: dict, texts: list[str], batch: int, length: int,
 
 
 def index_usearch(folder: str, m: int, ef: int) -> dict[str, float]:
-    """See `graphs.measure`; float32, with M and ef_construction of the other sides."""
+    """Measure usearch in float32, with M and ef_construction of the other sides; see `graphs.measure`."""
     import graphs
     from usearch.index import Index
 
@@ -97,7 +108,11 @@ def index_usearch(folder: str, m: int, ef: int) -> dict[str, float]:
 
 
 def index_faiss(folder: str, m: int, ef: int, kind: str) -> dict[str, float]:
-    """See `graphs.measure`; "HNSW" with M and ef_construction of the other sides, or "IVF" with 4 sqrt(N) lists."""
+    """Measure faiss; see `graphs.measure`.
+
+    Args:
+        kind: "HNSW" with M and ef_construction of the other sides, or "IVF" with 4 sqrt(N) lists.
+    """
     import faiss
     import graphs
 

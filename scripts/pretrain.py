@@ -86,7 +86,10 @@ class MaskedBatches:
 
         jieba.setLogLevel(logging.WARNING)
         jieba.initialize()
-        self.texts, self.tokenizer, self.args, self.jieba = texts, tokenizer, args, jieba
+        self.texts = texts
+        self.tokenizer = tokenizer
+        self.args = args
+        self.jieba = jieba
         self.mask_id = tokenizer.vocab["[MASK]"]
         self.ordinary_ids = np.array([number for token, number in tokenizer.vocab.items()
                                       if not (token.startswith("[") and token.endswith("]"))])
@@ -155,7 +158,7 @@ def train(args: argparse.Namespace, texts: textfile.TextFile) -> None:
         Diverged: the loss, or weights, contain NaN or Inf.
         Stopped: a signal has stopped the run, which has saved a checkpoint.
     """
-    from simcse.encoder.encoder import check_length, check_texts
+    from simcse.encoder.encoder import check_length, tokenize_rows, warn_unusable
     from simcse.training.masked_lm import load_masked_lm
     from simcse.training.trainer import Trainer
 
@@ -163,7 +166,8 @@ def train(args: argparse.Namespace, texts: textfile.TextFile) -> None:
     model = load_masked_lm(name, args.dropout, args.precision)
     tokenizer = wordpiece.load_tokenizer(name)
     check_length(model, args.max_seq_length)
-    check_texts(texts.spread(tokens.WINDOW), tokenizer, args.max_seq_length)
+    sample = tokenize_rows(texts.spread(tokens.WINDOW), tokenizer, args.max_seq_length)
+    warn_unusable(sample, args.max_seq_length)
 
     make_batch = MaskedBatches(texts, tokenizer, args).make
     sampler = data.ShuffledBatches(len(texts), args.batch_size, RANK, RANKS)
@@ -175,39 +179,36 @@ def train(args: argparse.Namespace, texts: textfile.TextFile) -> None:
 
 
 def run_steps(args: argparse.Namespace, trainer: Any, batches: Iterable[MaskedBatch]) -> None:
-    """Take all steps that are left, and save: every --save_steps, when a signal stops the run, when the loss diverges
-    and the weights have not yet, and in the end.
+    """Take all steps that are left, and save a checkpoint every --save_steps and at the end.
 
     Args:
         args: the flags.
         trainer: the run.
         batches: one for each step.
+
+    Raises:
+        Diverged: the loss, or weights, contain NaN or Inf. If only the loss does, the weights are saved.
+        Stopped: a signal has stopped the run, after a checkpoint.
     """
-    from simcse.training.trainer import LOG_STEPS, Diverged, Stopped
+    from simcse.training.trainer import LOG_STEPS
 
-    try:
-        with console.progress("training", trainer.total_steps, "steps", lines=False, done=trainer.step) as advance:
-            for step, batch in enumerate(batches, start=trainer.step + 1):
-                saves = step % args.save_steps == 0 or step == trainer.total_steps
+    with console.progress("training", trainer.total_steps, "steps", lines=False, done=trainer.step) as advance:
+        for step, batch in enumerate(batches, start=trainer.step + 1):
+            saves = step % args.save_steps == 0
 
-                trainer.start_step()
-                loss = trainer.network(batch)
-                trainer.scale(loss).backward()
-                trainer.update(loss, batch, check_loss=saves)
-                advance()
-                if step % LOG_STEPS == 0:
-                    trainer.log_step(loss)
-                if saves:
-                    trainer.save()
-                stop_signal = trainer.stop_requested()
-                if stop_signal:
-                    trainer.save()
-                    raise Stopped(stop_signal)
-    except Diverged:
-        if trainer.weights_are_finite():  # they are those before the step whose loss is NaN or Inf
-            trainer.save()
-        raise
-    trainer.save()  # where there was no step to take: with --epochs 0, or resumed after the last one
+            trainer.start_step()
+            loss = trainer.network(batch)
+            trainer.scale_loss(loss).backward()
+            trainer.update(loss, batch, check_loss=saves)  # if the loss is NaN or Inf: saves, raises Diverged
+            advance()
+            if step % LOG_STEPS == 0:
+                trainer.log_step(loss)
+            if saves:
+                trainer.save()
+            if trainer.stop_requested():
+                break
+    trainer.save()  # the last step, whether a signal or --epochs has ended the loop
+    trainer.end_steps()
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The device that paddle computes on, and the number format of its matrix products there."""
+"""Set the device that paddle computes on, and the number format of its matrix products there."""
 
 import contextlib
 import importlib.util
@@ -11,14 +11,22 @@ from simcse.machine import CPU_THREADS, auto_precision, gpu_generation
 
 import paddle
 
-# Of PyPI's paddlepaddle-gpu, as the machine code in it says, by versions of paddle and CUDA; it has no PTX to speak of.
+# Compute capabilities (86 is 8.6) that PyPI's paddlepaddle-gpu has machine code for, by versions of paddle and CUDA, as
+# read off its libraries. It has next to no PTX, from which a driver could make code for others.
 BUILT_FOR = {("2.6.2", "11.8"): [61, 70, 75, 80, 86]}
-NEEDED = {"fp16": 7, "bf16": 8, "tf32": 8}  # compute capability, its major number
+NEEDED_GENERATION = {"fp16": 7, "bf16": 8, "tf32": 8}  # compute capability, its major number
 
 
 def set_device(device: str, cpu_threads: int = 0) -> None:
-    """Make `device` ("cpu", "gpu") the current one, with `cpu_threads` math threads (0: all cores) on a CPU; InputError
-    where this paddle, or this machine, has no such device, or cannot compute on it."""
+    """Have paddle compute on a device.
+
+    Args:
+        device: "cpu" or "gpu".
+        cpu_threads: math threads on a CPU; 0: all cores.
+
+    Raises:
+        InputError: this paddle, or this machine, has no such device, or cannot compute on it.
+    """
     if device == "gpu":
         visible_gpus()
         link_cuda_libraries()
@@ -29,8 +37,11 @@ def set_device(device: str, cpu_threads: int = 0) -> None:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES has for them, else by their numbers;
-    InputError where there is none."""
+    """Return the GPUs that this process may use: their names in CUDA_VISIBLE_DEVICES, else their numbers.
+
+    Raises:
+        InputError: there is none.
+    """
     count = paddle.device.cuda.device_count() if paddle.device.is_compiled_with_cuda() else 0
     if not count:
         raise InputError("--device gpu: no GPU that this paddlepaddle can use; run with --device cpu (DEVICE=cpu of "
@@ -38,13 +49,16 @@ def visible_gpus() -> list[str]:
     names = os.environ.get("CUDA_VISIBLE_DEVICES")
     if names is None:
         return [str(number) for number in range(count)]
-    return [name.strip() for name in names.split(",")][:count]  # CUDA takes those before the first that is not there
+    return [name.strip() for name in names.split(",")][:count]  # CUDA ignores those after the first missing one
 
 
 def link_cuda_libraries() -> None:
-    """Have paddle 2.6 find the CUDA libraries that requirements-gpu.txt installs: it opens them by names without a
-    version (libcudnn.so), which pip's packages do not have, and looks into its own folder, so links are made there.
-    Where they cannot be made, the libraries have to be in LD_LIBRARY_PATH, which is looked into before."""
+    """Let paddle 2.6 find the CUDA libraries that requirements-gpu.txt installs.
+
+    It opens them by names without a version (libcudnn.so), which pip's packages do not have, and looks into its own
+    folder, so links are made there. Where they cannot be made, LD_LIBRARY_PATH has to name the libraries; paddle looks
+    there first.
+    """
     packages = importlib.util.find_spec("nvidia")
     if not paddle.__version__.startswith("2.") or packages is None:
         return
@@ -52,54 +66,62 @@ def link_cuda_libraries() -> None:
     for root in packages.submodule_search_locations or ():
         for library in Path(root).glob("*/lib/*.so.*"):
             for name in (library.name, library.name.split(".so.")[0] + ".so"):
-                with contextlib.suppress(OSError):  # it is there, or the folder cannot be written
+                with contextlib.suppress(OSError):  # the link exists, or the folder cannot be written
                     (folder / name).symlink_to(os.path.relpath(library, folder))
 
 
 def check_gpu() -> None:
-    """InputError where paddle has no code for the current GPU, or where computing on it fails."""
+    """Raise InputError if paddle has no code for the current GPU, or if computing on it fails."""
     device = paddle.device.get_device()
     name = paddle.device.cuda.get_device_name(device)
     major, minor = paddle.device.cuda.get_device_capability(device)
-    built = compute_capabilities()
-    if built and not any(each // 10 == major and each % 10 <= minor for each in built):
-        known = ", ".join(f"{each // 10}.{each % 10}" for each in built)
+    built_for = compute_capabilities()
+    # Code runs on GPUs of the same major number and the same or a higher minor number.
+    if built_for and not any(built // 10 == major and built % 10 <= minor for built in built_for):
+        known = ", ".join(f"{built // 10}.{built % 10}" for built in built_for)
         raise InputError(f"--device gpu: {name} has compute capability {major}.{minor}, and this paddlepaddle-gpu "
                          f"{paddle.__version__} is built for {known}; docs/en/training.md says which one fits")
     try:
         square = paddle.ones([2, 2])
         paddle.nn.functional.softmax(square @ square).numpy()
     except (OSError, MemoryError, RuntimeError, SystemError) as error:
-        libraries = "; requirements-gpu.txt has the CUDA libraries" if "dynamic library" in str(error) else ""
-        raise InputError(f"--device gpu: {name} cannot be computed on: {summary(error)}{libraries}") from None
+        hint = "; requirements-gpu.txt has the CUDA libraries" if "dynamic library" in str(error) else ""
+        raise InputError(f"--device gpu: {name} cannot be computed on: {summary(error)}{hint}") from None
 
 
 def compute_capabilities() -> list[int]:
-    """What GPUs paddle holds code for, by compute capability (86 is 8.6), each for those of higher minor numbers too;
-    empty where that is not known."""
+    """Return the compute capabilities that paddle has code for, as 86 for 8.6; [] if that is not known."""
     if hasattr(paddle.version, "cuda_archs"):  # paddle 3
-        return [int(each) for each in paddle.version.cuda_archs() or ()]
+        return [int(capability) for capability in paddle.version.cuda_archs() or ()]
     return BUILT_FOR.get((paddle.__version__, paddle.version.cuda()), [])
 
 
 def gpu_precision(precision: str) -> str:
-    """What `--precision` is on the GPUs at hand, and from now on in this process; InputError where they do not have it.
+    """Set the number format of float32 products in this process, on a GPU, and return what `--precision` is there.
 
-    Products of float32 are rounded to TF32 (a significand of 11 bits) in "tf32" alone: by itself paddle 3 rounds none,
-    and paddle 2.6 rounds them on every GPU that can."""
+    Products of float32 are rounded to TF32 (a significand of 11 bits) only with "tf32". By itself paddle 3 rounds none,
+    and paddle 2.6 rounds them on every GPU that can.
+
+    Args:
+        precision: "auto", "fp32" or one of NEEDED_GENERATION.
+
+    Raises:
+        InputError: the GPUs do not have this precision.
+    """
     if precision == "auto":
         precision = auto_precision("gpu")
-    if precision != "fp32" and precision not in NEEDED:
-        raise InputError(f"--precision {precision}: a GPU computes in fp32, {', '.join(NEEDED)}")
-    if gpu_generation() < NEEDED.get(precision, 0):
+    if precision != "fp32" and precision not in NEEDED_GENERATION:
+        raise InputError(f"--precision {precision}: a GPU computes in fp32, {', '.join(NEEDED_GENERATION)}")
+    if gpu_generation() < NEEDED_GENERATION.get(precision, 0):
         raise InputError(f"--precision {precision}: this GPU does not have it")
-    core = paddle.base.core
-    for switch in (core.set_cublas_switch, core.set_cudnn_switch):
-        switch(precision == "tf32")
+    paddle.base.core.set_cublas_switch(precision == "tf32")
+    paddle.base.core.set_cudnn_switch(precision == "tf32")
     return precision
 
 
 def casting(precision: str) -> contextlib.AbstractContextManager[Any]:
-    """What has the matrix products within it computed in `precision`, where their operands have to be cast for it."""
+    """Return a context in which paddle casts the operands of matrix products to bf16 or fp16, for these precisions."""
     dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(precision)
-    return paddle.amp.auto_cast(level="O1", dtype=dtype) if dtype else contextlib.nullcontext()
+    if dtype is None:
+        return contextlib.nullcontext()
+    return paddle.amp.auto_cast(level="O1", dtype=dtype)

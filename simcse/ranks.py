@@ -1,6 +1,6 @@
 """The other processes that paddle's launcher started with this one: joining them, waiting, exchanging arrays.
 
-A rank is one of these processes. All ranks have to call a function that gathers together.
+A rank is one of these processes. A function that exchanges something waits until all ranks have called it.
 """
 
 import ctypes
@@ -43,14 +43,23 @@ def wait_for_ranks() -> None:
         paddle.distributed.barrier()
 
 
-def largest(number: int) -> int:
-    """Return the largest of the numbers of all ranks."""
-    arrays = gather_arrays(np.array([number], "int64"))
-    return max(int(array[0]) for array in arrays)
+def gather_numbers(number: int) -> list[int]:
+    """Return the numbers of all ranks, rank 0's first; all ranks call it together."""
+    return [int(array[0]) for array in gather_arrays(np.array([number], "int64"))]
+
+
+def any_rank(flag: bool) -> bool:
+    """Return whether the flag is set on any rank; all ranks call it together."""
+    return any(gather_numbers(int(flag)))
+
+
+def all_equal(number: int) -> bool:
+    """Return whether all ranks have the same number; all ranks call it together."""
+    return len(set(gather_numbers(number))) == 1
 
 
 def gather_arrays(array: np.ndarray) -> list[np.ndarray]:
-    """Return the arrays of all ranks, rank 0's first; they must have one shape and dtype."""
+    """Return the arrays of all ranks, rank 0's first; all ranks call it together, with one shape and dtype."""
     if RANKS == 1:
         return [array]
     rows = gather_rows(paddle.to_tensor(array)).numpy()
@@ -58,7 +67,10 @@ def gather_arrays(array: np.ndarray) -> list[np.ndarray]:
 
 
 def gather_rows(tensor: paddle.Tensor) -> paddle.Tensor:
-    """Return the rows of all ranks' tensors, rank 0's first; gradients flow to the rows of this rank."""
+    """Return the rows of all ranks' tensors, rank 0's first; gradients flow to the rows of this rank.
+
+    All ranks call it together.
+    """
     parts: list[paddle.Tensor] = []
     paddle.distributed.all_gather(parts, tensor.detach())
     parts[RANK] = tensor
@@ -66,7 +78,7 @@ def gather_rows(tensor: paddle.Tensor) -> paddle.Tensor:
 
 
 def encode_shares(encode: Callable[[Sequence], np.ndarray], texts: Sequence) -> np.ndarray:
-    """Encode texts, of which every rank takes a share.
+    """Encode texts, of which every rank takes a share; all ranks call it together.
 
     Args:
         encode: returns float32 [texts, size].

@@ -68,7 +68,7 @@ def gradients(ids: list[list[int]], dropout: float = 0.0, chunk: int | None = No
     paddle.seed(7)
     loss = backward(network, model, batch_of(ids, keys, columns), lambda loss: loss, chunk)
     named = {name: tensor.grad.numpy() for name, tensor in model.named_parameters() if tensor.grad is not None}
-    return {"loss": loss.numpy(), **named}
+    return {"loss": loss.value.numpy(), **named}
 
 
 def shares(count: int) -> np.ndarray:

@@ -178,7 +178,7 @@ def test_masks_are_eighty_ten_ten(tokenizer):
 def test_groups_of_like_length_take_the_fewest_tokens(lengths, cost):
     """Against all ways to cut the sorted lengths."""
     lengths = np.array(lengths)
-    groups = m.length_groups(lengths, cost)
+    groups = m.group_by_length(lengths, cost)
     assert sorted(np.concatenate(groups)) == list(range(len(lengths)))
     ascending, cuts = np.sort(lengths), range(1, len(lengths))
 

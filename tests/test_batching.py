@@ -3,7 +3,8 @@
 import asyncio
 import threading
 
-from deploy.serving.batching import Batcher, Job, OverloadedError
+from deploy.serving.batching import Batcher, OverloadedError
+from deploy.serving.jobs import EmbedJob
 
 import pytest
 
@@ -32,7 +33,7 @@ def batching(test, max_batch=4, max_waiting=100, **options):
         running = asyncio.create_task(batcher.run())
 
         async def ask(*texts):
-            asked = asyncio.create_task(batcher.ask(Job(texts)))
+            asked = asyncio.create_task(batcher.ask(EmbedJob(texts)))
             await asyncio.sleep(0)
             return asked
 
@@ -64,7 +65,7 @@ def test_what_waits_is_the_next_batch_in_its_order():
         assert await asyncio.gather(*later) == [list(texts) for texts in ("BC", "D", "E", "FG", "HIJKL", "M")]
         assert batcher.waiting == 0
 
-    batches = batching(test, batched=lambda jobs, texts: told.append((jobs, texts)))
+    batches = batching(test, on_batch=lambda jobs, texts: told.append((jobs, texts)))
     # At most 4 texts; the job of 5 is alone.
     assert batches == [[("a",)], [("b", "c"), ("d",), ("e",)], [("f", "g")], [("h", "i", "j", "k", "l")], [("m",)]]
     assert told == [(1, 1), (3, 4), (1, 2), (1, 5), (1, 1)]

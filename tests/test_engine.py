@@ -3,11 +3,16 @@
 import json
 import shutil
 
+import model as m
+from simcse.console import InputError
+from simcse.device import gpu_precision
+from simcse.encoder import kept_graph
+from simcse.encoder.engine import open_engine
 from simcse.encoder.weights import read_weights, write_weights
 
 import numpy as np
 import pytest
-from conftest import FP32, refuse, succeed
+from conftest import FP32, ROOT, refuse, succeed
 
 WEIGHTS, GRAPH = "model_state.pdparams", "model_state.graph"
 KEPT = f"/{GRAPH}, for quicker starts"
@@ -78,3 +83,37 @@ def test_an_originals_checkpoint(compat):
     assert start(compat, *flags, "--output_emb_size", 256) == (first, False)
     line = refuse("inference.py", "--device", "cpu", "--params_path", compat, *flags, "--output_emb_size", 128)
     assert "--output_emb_size 128" in line and "has 256" in line
+
+
+def test_all_code_that_shapes_the_graph_is_in_its_fingerprint():
+    encoder_room = {path.name for path in (ROOT / "simcse" / "encoder").iterdir() if path.suffix == ".py"}
+    assert {path.name for path in kept_graph.CODE} == encoder_room | {"model.py"}
+    assert all(path.is_file() for path in kept_graph.CODE)
+
+
+# --------------------------------------------------------------------------------------------------------- as a library
+def test_load_encoder_gives_what_the_scripts_do(trained_anew):
+    expected, _ = start(trained_anew)
+    encoder = m.load_encoder(str(trained_anew), precision="fp32")
+    assert (encoder.max_seq_length, encoder.embedding_size, encoder.precision) == (32, 128, "fp32")
+    np.testing.assert_array_equal(encoder.encode(["语义检索"])[0], np.array(expected, "float32"))
+    assert m.load_encoder(str(trained_anew / WEIGHTS), precision="fp32", max_seq_length=16).max_seq_length == 16
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"precision": "fp16"}, "--precision fp16: .* computes in fp32"),
+    ({"precision": "x"}, "--precision x: .* computes in fp32"),
+    ({"precision": "fp32", "output_emb_size": 7}, "--output_emb_size 7: .* has 128"),
+    ({"precision": "fp32", "max_seq_length": 600}, "--max_seq_length 600: the encoder has 513 positions")])
+def test_load_encoder_refuses_what_it_cannot_do(trained_anew, settings, message):
+    with pytest.raises(InputError, match=message):
+        m.load_encoder(str(trained_anew), **settings)
+
+
+def test_what_is_no_checkpoint_or_no_export_is_an_input_error(tmp_path):
+    with pytest.raises(InputError, match="model_state.pdparams: no such file"):
+        m.load_encoder(str(tmp_path))
+    with pytest.raises(InputError, match="no exported graph; it has none of table.npz, inference.xml, "):
+        open_engine(str(tmp_path))
+    with pytest.raises(InputError, match="--precision int8: a GPU computes in fp32, fp16, bf16, tf32"):
+        gpu_precision("int8")

@@ -9,7 +9,7 @@ from unittest.mock import Mock
 
 import ann_util
 import train
-from deploy.serving import searcher
+from deploy.serving import opening
 from scripts import pretrain
 from simcse import flags, machine, ranks
 from simcse.console import InputError
@@ -143,9 +143,9 @@ def test_tf32_is_on_where_it_is_asked_for_alone(gpus):
     ("cpu", "fp16", "fp32"), ("cpu", "bf16", "bf16")])
 def test_an_index_of_a_gpu_is_served_in_what_is_next_to_its_precision(monkeypatch, tmp_path, device, kept, used):
     """recall.py asks it in no other than its own, and not on a CPU where that has none such."""
-    monkeypatch.setattr(searcher.predictor, "load_predictor", lambda *args, **options: options["precision"])
+    monkeypatch.setattr(opening.predictor, "load_predictor", lambda *args, **options: options["precision"])
     args = argparse.Namespace(model_dir=str(tmp_path), device=device, cpu_threads=0, precision=None)
-    assert searcher._open_engine(args, kept, 9) == used
+    assert opening.open_engine(args, kept, 9) == used
     (tmp_path / "manifest.json").write_text(json.dumps({"precision": kept}))
     own = device == "gpu" or kept == "bf16"
     assert ann_util.kept_precision(str(tmp_path), device) == (kept if own else "auto")
@@ -155,7 +155,7 @@ def test_an_exported_graph_is_not_rounded_to_tf32(gpus, monkeypatch):
     switches, config = gpus(8), Mock()
     for name, found in (("is_compiled_with_cuda", True), ("cuda.device_count", 1)):
         monkeypatch.setattr(f"paddle.device.{name}", lambda found=found: found)
-    searcher.predictor.configure_gpu(config, searcher.predictor.Settings("gpu", "fp32", 1, 0, None))
+    opening.predictor.configure_gpu(config, opening.predictor.Settings("gpu", "fp32", 1, 0, None))
     assert switches == {"cublas": False, "cudnn": False} and config.enable_use_gpu.called
 
 

@@ -125,7 +125,7 @@ def test_openvino_in_fp32_is_the_network(checkpoint, exported, sample, tmp_path)
 
 def test_the_service_finds_what_recall_does(quantized, int8_export, exported, tmp_path):
     pytest.importorskip("fastapi_offline", reason="requirements-serving.txt is not installed")
-    from deploy.serving.searcher import open_searcher
+    from deploy.serving.opening import open_searcher
 
     model, index, result = quantized
     args = SimpleNamespace(model_dir=str(exported), index_path=str(index), milvus_uri=None, device="cpu", cpu_threads=0,

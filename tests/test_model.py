@@ -60,7 +60,7 @@ def test_embedding_is_first_token_pooler_fc_norm(with_pooler, size):
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     got = network.get_pooled_embedding(batch, with_pooler=with_pooler).numpy()
     np.testing.assert_allclose(got, expected, atol=1e-6)
-    network.infer_with_pooler = with_pooler
+    network.with_pooler = with_pooler
     np.testing.assert_allclose(network.embed(ids(), np.zeros_like(ids())), expected, atol=1e-6)
 
 
@@ -91,7 +91,7 @@ def test_one_pass_of_both_views_equals_two():
     for together in (True, False):
         network = tiny(loss_settings=settings)
         if together:
-            loss = network.loss(network(Batch(Inputs(batch), Inputs(batch))))
+            loss = network.loss(network(Batch(Inputs(batch), Inputs(batch)))).value
         else:
             query, title = network.get_pooled_embedding(batch), network.get_pooled_embedding(batch)
             loss = m.contrastive_loss(query, title, settings)
@@ -150,7 +150,7 @@ def test_padding_and_batching_change_nothing():
 @pytest.fixture
 def saved(tmp_path):
     network = tiny(loss_settings=m.LossSettings(margin=0.25, scale=7))
-    network.infer_with_pooler = False
+    network.with_pooler = False
     folder = tmp_path / "model_1"
     m.save_checkpoint(str(folder), network, load_tokenizer(str(ENCODER)),
                             m.make_record(network, "an encoder", 48))
@@ -162,7 +162,7 @@ def test_round_trip(saved):
     loaded, _, record = m.load_model(str(folder / weights.PARAMS_FILE))
     np.testing.assert_array_equal(loaded.embed(ids(), ids() * 0), network.embed(ids(), ids() * 0))
     assert loaded.loss_settings == m.LossSettings(margin=0.25, scale=7)
-    assert (loaded.infer_with_pooler, loaded.output_emb_size) == (False, 8)
+    assert (loaded.with_pooler, loaded.output_emb_size) == (False, 8)
     assert record["model_name_or_path"] == "an encoder" and record["max_seq_length"] == 48
     assert sorted(path.name for path in folder.iterdir()) == [
         "model_state.pdparams", "simcse_config.json", "tokenizer_config.json", "vocab.txt"]
@@ -273,7 +273,7 @@ def test_last_layer_of_first_token_changes_nothing():
     assert network.ptm(padded)[0].shape == [6, 1, 16] and whole.ptm(padded)[0].shape == [6, 12, 16]
     results = []
     for each in (network, whole):
-        loss = each.loss(each(Batch(Inputs(padded), Inputs(padded))))
+        loss = each.loss(each(Batch(Inputs(padded), Inputs(padded)))).value
         loss.backward()
         results.append((float(loss), {name: p.grad.numpy() for name, p in each.named_parameters()}))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
@@ -303,7 +303,7 @@ def test_fast_bias_gradients_are_the_same():
         if fast:
             paddle_patches.train_faster_on_cpu(network)
             assert sum("forward" in layer.__dict__ for layer in network.sublayers()) > 10
-        network.loss(network(Batch(Inputs(batch), Inputs(batch)))).backward()
+        network.loss(network(Batch(Inputs(batch), Inputs(batch)))).value.backward()
         gradients.append({name: p.grad.numpy() for name, p in network.named_parameters() if p.grad is not None})
     for name, gradient in gradients[0].items():
         np.testing.assert_allclose(gradient, gradients[1][name], atol=1e-5, err_msg=name)

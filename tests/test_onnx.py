@@ -76,7 +76,7 @@ def test_every_kind_of_embedding(checkpoint, tmp_path, with_pooler, with_fc):
     network, tokenizer, record = m.load_model(str(checkpoint / "model_state.pdparams"))
     if not with_fc:
         network = m.SimCSE(network.ptm)
-    network.infer_with_pooler = with_pooler
+    network.with_pooler = with_pooler
     export_onnx(network, str(tmp_path))
     weights.write_record(str(tmp_path), {**record, "embedding_size": network.embedding_size}, tokenizer)
     engine = load_predictor(str(tmp_path))
@@ -88,7 +88,7 @@ def test_every_kind_of_embedding(checkpoint, tmp_path, with_pooler, with_fc):
         ids[0, 1 + shape[1] // 2 :] = tokenizer.pad_token_id
         expected = np.asarray(network.embed(ids, np.zeros_like(ids)))
         np.testing.assert_allclose(engine.embed(ids, np.zeros_like(ids)), expected, atol=1e-5)
-    network.infer_with_pooler = not with_pooler
+    network.with_pooler = not with_pooler
     assert abs(np.asarray(network.embed(ids, np.zeros_like(ids))) - expected).max() > 1e-3, "it would be seen"
 
 
@@ -123,7 +123,7 @@ def test_a_missing_package_is_one_line_and_nothing_is_written(checkpoint, tmp_pa
 def test_an_operator_that_paddle2onnx_does_not_know_is_one_line(tmp_path):
     """It aborts the process that it runs in."""
     class Unknown(m.nn.Layer):
-        embedding_size, max_positions, infer_with_pooler = 4, 8, True
+        embedding_size, max_positions, with_pooler = 4, 8, True
 
         def get_pooled_embedding(self, input_ids, token_type_ids, with_pooler=True):
             return m.paddle.linalg.qr((input_ids + token_type_ids).astype("float32"))[0]

@@ -8,7 +8,7 @@ from simcse.encoder.engine import make_engine
 from simcse.index.documents import Documents
 from simcse.index.hits import best_rows, hits_of, search
 from simcse.index.protocols import SearchResult
-from simcse.text.passages import Passages, begins
+from simcse.text.passages import Passages, find_passages
 from simcse.text.textfile import Corpus, read_text_pairs
 from simcse.text.wordpiece import load_tokenizer
 
@@ -26,7 +26,7 @@ def tokenizer():
 
 
 def parts_of(text, tokenizer, length):
-    starts = begins([text], tokenizer, length)[0]
+    starts = find_passages([text], tokenizer, length)[0]
     return [text[start:end] for start, end in zip(starts, [*starts[1:], None])]
 
 

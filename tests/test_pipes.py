@@ -244,13 +244,13 @@ def test_embeddings_of_stdin_to_a_file(commands, tmp_path):
 
 
 @pytest.mark.parametrize("script, flags, message", [
-    ("inference.py", ["-", "--text", "x"], "--text and texts of stdin: one of them"),
+    ("inference.py", ["-", "--text", "x"], "--text and --input_file - are mutually exclusive"),
     ("inference.py", ["-", "--input_file", "-"], "argument --input_file: not allowed with argument FILE"),
     ("inference.py", ["nowhere"], "argument FILE: nowhere: no such file"),
-    ("inference.py", ["-", "--output_file", "v.npy", "--format", "tsv"], "--format is how embeddings are printed"),
+    ("inference.py", ["-", "--output_file", "v.npy", "--format", "tsv"], "--format is for printed embeddings"),
     ("inference.py", ["--format", "csv"], "argument --format: invalid choice: 'csv'"),
     ("predict.py", [], "one of the arguments --text_pair_file FILE is required"),
-    ("predict.py", ["-", "--scale", 5], "--margin and --scale are of the loss"),
+    ("predict.py", ["-", "--scale", 5], "--margin and --scale: the loss is computed of a file"),
     ("recall.py", ["--query", "--query", "x", "--corpus_file", "-"], "argument --corpus_file: -: no such file"),
     ("recall.py", ["--query", "--query", "x"], "--query TEXT and queries of stdin: one of them")])
 def test_refused(tmp_path, script, flags, message):

@@ -78,14 +78,14 @@ def test_pooling_is_its_definition(pooling, kind, tmp_path):
 @pytest.mark.parametrize("name", POOLINGS)
 def test_trained_saved_loaded_and_exported_it_is_the_same(name, raw, tmp_path):
     """The vectors after a step of training: of the network, the loaded checkpoint, the engine and every format."""
-    if raw and POOLINGS[name].pool_raw is None:
+    if raw and POOLINGS[name].pool_without_pooler is None:
         pytest.skip("it embeds as it is trained")
-    network = tiny(pooling=name, infer_with_pooler=not raw)
+    network = tiny(pooling=name, with_pooler=not raw)
     batch = pad(texts_of_3_to_9_tokens(), 0)
     before = network.embed(*batch).numpy()
     network.train()
     optimizer = paddle.optimizer.Adam(1e-2, parameters=network.parameters())
-    network.loss(network(Batch(Inputs(ids()), Inputs(ids(seed=1))))).backward()
+    network.loss(network(Batch(Inputs(ids()), Inputs(ids(seed=1))))).value.backward()
     optimizer.step()
     expected = network.embed(*batch).numpy()
     assert abs(expected - before).max() > 1e-3, "training changes it"
@@ -118,7 +118,7 @@ def test_an_entry_says_what_its_function_reads(name):
     network = tiny(pooling=name)
     batch = pad(texts_of_3_to_9_tokens(), 0)
     network.train()
-    network.loss(network(Batch(Inputs(ids()), Inputs(ids(seed=1))))).backward()
+    network.loss(network(Batch(Inputs(ids()), Inputs(ids(seed=1))))).value.backward()
     trained = {name for name, parameter in network.named_parameters() if parameter.grad is not None}
     assert any("pooler" in name for name in trained) == POOLINGS[name].uses_pooler
     assert len(trained) > (20 if len(network.ptm.encoder.layers) else 5)

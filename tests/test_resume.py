@@ -1,4 +1,4 @@
-"""Training that is broken off and gone on with."""
+"""Training that is interrupted and resumed."""
 
 import argparse
 import dataclasses
@@ -16,7 +16,7 @@ from simcse import flags as script_flags
 from simcse.console import InputError
 from simcse.encoder import weights as w
 from simcse.training import trainer
-from simcse.training.state import check_settings
+from simcse.training.state import RunSettings, check_settings
 
 import numpy as np
 import pytest
@@ -69,10 +69,13 @@ def test_resuming_another_run_is_refused(flags, sample, tmp_path):
     succeed("train.py", *flags("--epochs", 1), cwd=tmp_path)
     newest = tmp_path / "checkpoints" / "model_16"
     (tmp_path / "other.csv").write_text("另一句\n再一句\n" * 64, encoding="utf-8")
-    for more, message in ((["--batch_size", 4], "another batch_size 4 instead of 8, epochs 3 instead of 1"),
-                          (["--epochs", 1, "--train_set_file", tmp_path / "other.csv"], "another train_set_file;"),
-                          (["--epochs", 1, "--infer_with_fc_pooler"],
-                           "another infer_with_fc_pooler True instead of False;")):
+    for more, message in (
+            (["--batch_size", 4],
+             "--batch_size is 4, the checkpoint has 8; --epochs is 3, the checkpoint has 1. Give the same flags"),
+            (["--epochs", 1, "--train_set_file", tmp_path / "other.csv"],
+             "settings: --train_set_file is another file than the checkpoint's."),
+            (["--epochs", 1, "--infer_with_fc_pooler"],
+             "settings: --infer_with_fc_pooler is True, the checkpoint has False.")):
         line = refuse("train.py", *flags("--resume", newest, *more), cwd=tmp_path)
         assert message in line and "--init_from_ckpt" in line
     shutil.copytree(newest, tmp_path / "bare")
@@ -92,25 +95,27 @@ DEFAULTS = {"margin": 0.0, "pooling": None, "chunk_size": None}
 @pytest.mark.parametrize("recorded, changes", [
     ({"margin": 0.1, "pooling": "mean", "chunk_size": None}, None),
     ({"margin": 0.1, "pooling": "mean"}, None),  # older than --chunk_size
-    ({"margin": 0.1}, "pooling mean instead of None"),  # older than --pooling, too: the run had its default
-    ({"margin": 0.2, "pooling": "mean"}, "margin 0.1 instead of 0.2"),
+    # older than --pooling, too: the run had its default
+    ({"margin": 0.1}, "--pooling is mean, the checkpoint has None"),
+    ({"margin": 0.2, "pooling": "mean"}, "--margin is 0.1, the checkpoint has 0.2"),
     ({"margin": 0.1, "pooling": "mean", "objective": "contrastive", "dup_rate": 0.0}, None),
-    ({"margin": 0.1, "pooling": "mean", "objective": "mlm"}, "objective mlm, which this version does not have"),
-    ({"margin": 0.1, "pooling": "mean", "newer": 1}, "newer 1, which this version does not have")])
+    ({"margin": 0.1, "pooling": "mean", "objective": "mlm"},
+     "the checkpoint has --objective mlm, which this version does not have"),
+    ({"margin": 0.1, "pooling": "mean", "newer": 1}, "the checkpoint has --newer 1, which this version does not have")])
 def test_settings_of_older_and_of_other_versions(recorded, changes):
     """A record without a flag counts as the flag's default; one with a flag that is gone as a run of other settings."""
-    settings = {"margin": 0.1, "pooling": "mean", "chunk_size": None}
+    settings = RunSettings({"margin": 0.1, "pooling": "mean", "chunk_size": None}, DEFAULTS)
     if changes is None:
-        check_settings("model_1", settings, recorded, DEFAULTS)
+        check_settings("model_1", settings, recorded)
         return
     with pytest.raises(InputError) as raised:
-        check_settings("model_1", settings, recorded, DEFAULTS)
-    assert f"--resume model_1: its run had another {changes};" in str(raised.value)
+        check_settings("model_1", settings, recorded)
+    assert f"--resume model_1: different settings: {changes}. Give" in str(raised.value)
 
 
 def test_a_changed_training_file_is_named_without_its_digests():
-    with pytest.raises(InputError, match="another train_set_file;"):
-        check_settings("model_1", {"train_set_file": "a" * 64}, {"train_set_file": "b" * 64}, {})
+    with pytest.raises(InputError, match="different settings: --train_set_file is another file than"):
+        check_settings("model_1", RunSettings({"train_set_file": "a" * 64}, {}), {"train_set_file": "b" * 64})
 
 
 @pytest.mark.parametrize("script", [train, pretrain])

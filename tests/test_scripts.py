@@ -76,11 +76,6 @@ def test_both_readmes_have_the_same_commands():
         assert commands(chinese) == commands(english), chinese
 
 
-@pytest.mark.parametrize("name", ["README.md", "README_en.md"])
-def test_a_readme_stays_short(name):
-    assert (ROOT / name).stat().st_size <= 18_000
-
-
 @pytest.mark.parametrize("name", CHINESE + ENGLISH)
 def test_links_and_pictures_exist(name):
     page = ROOT / name

@@ -191,18 +191,19 @@ def test_onnx(checkpoint, kept_index, service, tmp_path):
 
 def test_errors_of_the_index_and_of_the_service_itself():
     """Milvus is gone: 503; anything else: 500; no detail of either is told, and the next request is answered."""
-    from deploy.serving.app import Limits, make_app
-    from deploy.serving.searcher import Facts
+    from deploy.serving.app import make_app
+    from deploy.serving.jobs import EMBEDDING, Embedded, Facts
+    from deploy.serving.schemas import Limits
     from simcse.console import InputError
 
     class Failing:
-        facts = Facts(3, 2, "fp32", False, 8, False)
+        facts = Facts(3, 2, "fp32", (EMBEDDING,), 8, False)
         raises = None
 
         def answer(self, jobs):
             if self.raises:
                 raise self.raises
-            return [np.zeros((len(job.texts), 2), "float32") for job in jobs]
+            return [Embedded(np.zeros((len(job.texts), 2), "float32"), np.array([3])) for job in jobs]
 
     searcher = Failing()
     app = make_app(searcher, Limits())
@@ -228,15 +229,18 @@ def test_errors_of_the_index_and_of_the_service_itself():
 
 def test_no_cosine_is_above_one():
     """Of float32 vectors of length 1 the sum of the products is now and then 1.0000001; whatever the index gives."""
-    from deploy.serving.app import Limits, make_app
-    from deploy.serving.batching import Job
-    from deploy.serving.searcher import Found, Searcher
+    from deploy.serving.app import make_app
+    from deploy.serving.jobs import EMBEDDING, SearchHit, SearchJob
+    from deploy.serving.schemas import Limits
+    from deploy.serving.searcher import Searcher
+    from deploy.serving.shapes import BatchShapes
     from simcse.encoder.encoder import EncoderInput
+    from simcse.index.protocols import Document, Line, SearchResult
 
     class Rounded:
         """An encoder, an index and a corpus in which all is a little too long."""
 
-        documents, embedding_size, texts, passages = 2, 2, ["甲", "乙"], None
+        line_count, embedding_size, texts, has_passages = 2, 2, ["甲", "乙"], False
         precision, max_seq_length = "fp32", 8
 
         def tokenize(self, texts):
@@ -246,18 +250,19 @@ def test_no_cosine_is_above_one():
             return np.full([len(inputs.ids), 2], 0.70710725, "float32")
 
         def search(self, queries, depth):
-            return np.array([[1, 0]] * len(queries)), np.array([[1.0000007, -1.0000002]] * len(queries), "float32")
+            return SearchResult(np.array([[1, 0]] * len(queries)),
+                                np.array([[1.0000007, -1.0000002]] * len(queries), "float32"))
 
-        def take(self, rows, most):
-            return [(self.texts[row], [(row + 1, "ab"[row])]) for row in rows]
+        def read(self, documents, max_lines):
+            return [Document(self.texts[row], [Line(row + 1, "ab"[row])]) for row in documents]
 
         def __len__(self):
             return 2
 
     one = Rounded()
-    searcher = Searcher(one, one, one, ([1, 2], [8]))
-    assert searcher.answer([Job(["a"], 2)]) == [[
-        [Found("乙", 2, "b", 1.0), Found("甲", 1, "a", -1.0)]]]
+    searcher = Searcher(one, one, one, BatchShapes([1, 2], [8]))
+    assert searcher.answer([SearchJob(["a"], 2, EMBEDDING)]) == [[
+        [SearchHit(1, "乙", 2, "b", 1.0, None, None, None), SearchHit(2, "甲", 1, "a", -1.0, None, None, None)]]]
     app = make_app(searcher, Limits())
 
     async def asked():

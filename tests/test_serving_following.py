@@ -263,11 +263,13 @@ def test_one_whose_app_cannot_be_made_changes_nothing(capsys):
 
 def test_figures_are_of_what_has_begun():
     """An app that was made, and does not take over, changes none."""
-    from deploy.serving.app import Limits, Metrics, make_app
-    from deploy.serving.searcher import Facts
+    from deploy.serving.app import make_app
+    from deploy.serving.jobs import EMBEDDING, Facts
+    from deploy.serving.metrics import Metrics
+    from deploy.serving.schemas import Limits
 
     metrics, searcher = Metrics(), Searcher("a")
-    searcher.facts, searcher.answer = Facts(7, 2, "fp32", False, 8, False), None
+    searcher.facts, searcher.answer = Facts(7, 2, "fp32", (EMBEDDING,), 8, False), None
     app = make_app(searcher, Limits(), metrics=metrics)
     assert metrics.registry.get_sample_value("simcse_documents") == 0
 
@@ -298,7 +300,7 @@ def test_what_nobody_waits_for_may_be_computed_when_it_is_closed(monkeypatch):
     """The server goes on: only a model that ends by itself ends it."""
     searcher, (ours, theirs) = object.__new__(remote.RemoteSearcher), multiprocessing.Pipe()
     searcher._connection, searcher._answering = ours, threading.Lock()
-    searcher._opened, searcher._closing, searcher.ended = True, False, False
+    searcher._is_open, searcher._closing, searcher.ended = True, False, False
     searcher._process = type("Process", (), {"kill": staticmethod(theirs.close)})
     killed, errors = [], []
     monkeypatch.setattr(remote.os, "kill", lambda *_: killed.append(1))

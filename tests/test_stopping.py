@@ -6,7 +6,7 @@ import subprocess
 
 import model
 from simcse.encoder import weights
-from simcse.training import stopping
+from simcse.training import stopping, trainer
 
 import pytest
 from conftest import command
@@ -43,12 +43,34 @@ def test_a_signal_that_comes_while_ranks_ask_each_other_is_kept(monkeypatch):
     """It has the ranks stop the next time that they ask."""
     stop_signal = stopping.StopSignal()
 
-    def largest(number):
+    def gather_numbers(number):
         stop_signal.number = signal.SIGTERM
-        return number
+        return [number]
 
     monkeypatch.setattr(stopping, "RANKS", 2)
-    monkeypatch.setattr(stopping, "largest", largest)
+    monkeypatch.setattr(stopping, "gather_numbers", gather_numbers)
     assert stop_signal.agreed(10) == 0
     assert stop_signal.agreed(15) == 0
     assert stop_signal.agreed(20) == signal.SIGTERM
+
+
+def test_after_the_last_step_signals_end_the_process_at_once():
+    usual = [signal.getsignal(number) for number in stopping.STOP_SIGNALS]
+    run = object.__new__(trainer.Trainer)
+    run.stop_signal = stopping.StopSignal()
+    run.stop_signal.listen()
+    assert not set(usual) & {signal.getsignal(number) for number in stopping.STOP_SIGNALS}
+    run.end_steps()
+    assert [signal.getsignal(number) for number in stopping.STOP_SIGNALS] == usual
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert run.stop_signal.number == 0
+
+
+def test_a_signal_that_comes_during_the_last_save_ends_the_run():
+    run = object.__new__(trainer.Trainer)
+    run.stop_signal = stopping.StopSignal()
+    run.stop_signal.number = signal.SIGINT
+    with pytest.raises(stopping.Stopped) as stopped:
+        run.end_steps()
+    assert stopped.value.signal == signal.SIGINT

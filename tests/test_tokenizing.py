@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 from deploy.python import encoder
-from deploy.serving import searcher
+from deploy.serving.shapes import BatchShapes, choose_shapes
 from simcse import console, files
 from simcse.text import tokens, wordpiece
 
@@ -112,7 +112,7 @@ def test_the_beginning_of_a_long_text_has_its_tokens(tokenizer, seed, tmp_path):
         assert tokenizer(texts, length) == deployed(texts, length) == [encoding.ids for encoding in whole]
         assert [each.offsets for each in tokenizer.encode(texts, length)] == [
             encoding.offsets for encoding in whole]
-    cut = [len(tokenizer._beginning(text, 1, offsets=False)) < len(text) for text in texts]
+    cut = [len(tokenizer._shorten(text, 1, keep_offsets=False)) < len(text) for text in texts]
     assert cut.count(True) > 5
 
 
@@ -137,10 +137,10 @@ def test_blocks_of_characters_change_nothing(tokenizer, monkeypatch, block):
 def test_pieces_that_are_known_are_forgotten_when_there_are_too_many(tokenizer, monkeypatch):
     texts = ["语义abc", "abc 检索", "x\u0301语\u0301", "a\x1cb", "一\u3000二\u2028三", "[SEP]", ""]
     expected = [tokenizer([text], 9)[0] for text in texts]
-    monkeypatch.setattr(tokenizer, "_KNOWN", 2)
+    monkeypatch.setattr(tokenizer, "_KNOWN_WORDS", 2)
     for _ in range(3):
         assert tokenizer(texts, 9) == expected and [tokenizer([text], 9)[0] for text in texts] == expected
-        assert len(tokenizer._known) < 20
+        assert len(tokenizer._word_ids) < 20
 
 
 @pytest.mark.parametrize("piece", ["word ", "aB3+/", "。", "x", " "])
@@ -174,7 +174,7 @@ def test_fixed_batches_have_few_shapes_and_every_text_once(seed):
     sizes, lengths = (1, 8, 32), [8, 16, 24, 60]
     ids = [list(rng.integers(1, 100, rng.integers(2, 61))) for _ in range(rng.integers(1, 150))]
     seen = {}
-    for rows, input_ids, token_type_ids in searcher.fixed_batches(ids, 0, sizes, lengths):
+    for rows, input_ids, token_type_ids in BatchShapes(sizes, lengths).make_batches(ids, 0):
         assert input_ids.shape[0] in sizes and input_ids.shape[1] in lengths and not token_type_ids.any()
         assert 3 * len(rows) >= 2 * len(input_ids), "two thirds full"
         assert input_ids.shape[1] == min(each for each in lengths if each >= len(ids[rows[0]]))
@@ -183,3 +183,11 @@ def test_fixed_batches_have_few_shapes_and_every_text_once(seed):
             assert row not in seen
             seen[row] = True
     assert len(seen) == len(ids)
+
+
+@pytest.mark.parametrize("weights, longest, shapes", [
+    (0, 8, ([1, 2, 4, 8, 16], [8])), (0, 9, ([1, 2, 4, 8, 16], [8, 9])),
+    (0, 64, ([1, 2, 4, 8, 16], [8, 12, 16, 24, 32, 48, 64])), (1 << 40, 60, ([1, 4, 16], [16, 32, 60])),
+    (1 << 40, 9, ([1, 4, 16], [9])), (1 << 40, 513, ([1, 4, 16], [16, 32, 64, 128, 256, 512, 513]))])
+def test_a_large_model_has_fewer_shapes(weights, longest, shapes):
+    assert choose_shapes(weights, longest) == shapes

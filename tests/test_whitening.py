@@ -3,7 +3,7 @@
 import argparse
 
 import model as m
-from deploy.serving import searcher
+from deploy.serving import opening
 from simcse import flags
 from simcse.encoder import whitening
 from simcse.encoder.encoder import Encoder
@@ -55,7 +55,9 @@ def test_fitted_on_documents_alone_it_recalls_for_queries(real_data):
     tokenizer = wordpiece.load_tokenizer(str(ENCODER))
     queries, documents = ([pair[side] for pair in pairs] for side in (0, 1))
     sample = documents + whitening.runs(documents, tokenizer, 48)
-    whitening.whiten(network, lambda: Encoder(network, tokenizer, 48).encode(sample), 256, 48)
+    with whitening.unnormalized(network):
+        embeddings_of_sample = Encoder(network, tokenizer, 48).encode(sample)
+    whitening.whiten(network, embeddings_of_sample, 256, 48)
     query, title = (Encoder(network, tokenizer, 48).encode(texts) for texts in (queries, documents))
     assert ((query @ title.T).argmax(axis=1) == np.arange(100)).mean() > 0.68
     assert np.linalg.norm(query.mean(axis=0)) < 0.35, "queries all lie to one side"
@@ -102,8 +104,8 @@ def test_a_whitened_checkpoint(texts, tmp_path, more):
     np.testing.assert_allclose(got[[rows[line] for line in lines]], white, atol=1e-4)
     succeed("export_model.py", "--params_path", folder, "--output_path", "exported", cwd=tmp_path)
     where = argparse.Namespace(model_dir=str(tmp_path / "exported"), device="cpu", cpu_threads=0, precision=None)
-    engine = searcher._open_engine(where, "fp32", 10)
-    assert type(engine).__name__ == ("TableEngine" if more[0] == "--pooling" else "Predictor")
+    engine = opening.open_engine(where, "fp32", 10)
+    assert type(engine).__name__ == ("TableEngine" if more[0] == "--pooling" else "PaddlePredictor")
     batch = tokens.pad(tokenizer(lines, 16), tokenizer.pad_token_id)
     np.testing.assert_allclose(engine.embed(*batch), white, atol=1e-4)
 

@@ -1,4 +1,4 @@
-"""The service follows what lies in its folders: what was opened again takes over between two requests."""
+"""Follow the folders that the service serves: an index that has been replaced takes over between two requests."""
 
 import argparse
 import asyncio
@@ -13,131 +13,177 @@ from simcse import console
 from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 
-CHANGED = "the index changed while it was being opened, and is opened again"
+
+class IndexChangedError(console.InputError):
+    """The index changed while it was being opened, so that what is open may be made of two."""
+
+    def __init__(self) -> None:
+        super().__init__("the index changed while it was being opened, and is opened again")
 
 
 def stamp_of(args: argparse.Namespace) -> tuple | None:
-    """What is another when something in the index folder has been replaced; None: there is no such folder now."""
+    """Return what changes when something in the index folder is replaced; None: there is no such folder now."""
     if not args.index_path:
         return None
+    stamp = []
     try:
         with os.scandir(args.index_path) as entries:
-            found = [(entry.name, entry.stat()) for entry in entries if not entry.name.startswith(".")]
+            for entry in entries:
+                if not entry.name.startswith("."):
+                    status = entry.stat()
+                    stamp.append((entry.name, status.st_ino, status.st_mtime_ns))
     except OSError:
         return None
-    return tuple(sorted((name, status.st_ino, status.st_mtime_ns) for name, status in found)) or None
+    return tuple(sorted(stamp)) or None
 
 
-class _Served:
+class Served:
     """A searcher, its app, and the requests that the app is answering."""
 
     def __init__(self, searcher: Any, app: FastAPI) -> None:
-        self.searcher, self.app, self.requests, self.idle = searcher, app, 0, asyncio.Event()
+        self.searcher = searcher
+        self.app = app
+        self._requests = 0
+        self._idle = asyncio.Event()
         self._lifespan = app.router.lifespan_context(app)
 
     async def begin(self) -> None:
         await self._lifespan.__aenter__()
 
-    async def _finish(self) -> None:
-        while self.requests:
-            self.idle.clear()
-            await self.idle.wait()
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._requests += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self._requests -= 1
+            self._idle.set()
 
     async def end(self, seconds: float) -> None:
-        """When all requests are answered, or so long after: a client may have stopped reading its answer."""
+        """End when all requests are answered, or after some seconds: a client may have stopped reading its answer."""
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._finish(), seconds)
+            await asyncio.wait_for(self._wait_until_idle(), seconds)
         await self._lifespan.__aexit__(None, None, None)
+
+    async def _wait_until_idle(self) -> None:
+        while self._requests:
+            self._idle.clear()
+            await self._idle.wait()
 
 
 class Following:
-    """An ASGI application: the app of the searcher that `new_searcher` gives, and, after SIGHUP or when `stamp` has
-    changed, that of another one. Requests are answered by what was served when they came, whatever takes over
-    meanwhile. Where the new one cannot be opened, the old one goes on, and one line says why; so it does where `stamp`
-    changes while the new one is opened, which may then be made of two.
+    """An ASGI application that serves a searcher, and another one after SIGHUP or when `stamp` has changed.
+
+    Requests are answered by what was served when they came, whatever takes over meanwhile. Where the next searcher
+    cannot be opened, or `stamp` changes while it is opened, one line says so and the old one goes on.
 
     Args:
-        new_searcher: gives one whose `open` waits until it is open, which `kill` ends; errors of the first are raised.
-        make_app: gives the app of a searcher.
-        stamp: gives what is compared, every `seconds`; None: nothing to compare now.
-        patience: seconds that requests to what was served before have.
+        new_searcher: returns a searcher that begins to open. Its `open` waits until it is open, `kill` ends it at once.
+        make_app: returns the app of a searcher.
+        stamp: returns what is compared; None: there is nothing to compare now.
+        patience: seconds that requests to the old searcher have to end.
+        seconds: between two comparisons.
+
+    Raises:
+        Exception: the first searcher cannot be opened.
     """
 
     def __init__(self, new_searcher: Callable[[], Any], make_app: Callable[[Any], FastAPI],
                  stamp: Callable[[], Any] = lambda: None, patience: float = 60.0, seconds: float = 1.0) -> None:
-        self._new, self._make_app, self._stamp, self._seconds = new_searcher, make_app, stamp, seconds
-        self._patience, self._hangup = patience, (hangup := asyncio.Event())
+        self._new_searcher = new_searcher
+        self._make_app = make_app
+        self._stamp = stamp
+        self._patience = patience
+        self._seconds = seconds
+        self._seen: Any = None  # the stamp of what is open
+        self._reopen = False
         with contextlib.suppress(ValueError):  # not the main thread
-            signal.signal(signal.SIGHUP, lambda *_: hangup.set())  # acted on when the first one is served
-        while True:
-            self._seen = stamp()
-            self.searcher = new_searcher()
-            self.searcher.open()
-            if stamp() == self._seen:
-                break
-            console.warn(CHANGED)
-            self.searcher.close()
+            signal.signal(signal.SIGHUP, self._on_hangup)
+        self.searcher = self._open_first()
 
+    def _on_hangup(self, *_: Any) -> None:
+        self._reopen = True  # `_follow` looks at it
+
+    # ------------------------------------------------------------------------------------------------------- opening
+    def _begin_opening(self) -> Any:
+        """Return a searcher that begins to open what there is now."""
+        self._seen = self._stamp()
+        return self._new_searcher()
+
+    def _wait_until_open(self, searcher: Any) -> None:
+        """Wait until a searcher is open.
+
+        Raises:
+            IndexChangedError: the stamp changed meanwhile.
+        """
+        searcher.open()
+        if self._stamp() != self._seen:
+            self._seen = None  # so that whatever is there next is opened
+            raise IndexChangedError
+
+    def _open_first(self) -> Any:
+        """Return an open searcher; it waits, since there is nothing to serve before."""
+        while True:
+            searcher = self._begin_opening()
+            try:
+                self._wait_until_open(searcher)
+                return searcher
+            except IndexChangedError as error:
+                console.warn(str(error))
+                searcher.close()
+
+    async def _open_next(self) -> Served:
+        """Return an open searcher with an app that has begun, while another one is served."""
+        searcher = self._begin_opening()
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, self._wait_until_open, searcher)
+            served = Served(searcher, self._make_app(searcher))
+            await served.begin()
+        except BaseException:  # also when the server ends
+            searcher.kill()
+            raise
+        return served
+
+    # ------------------------------------------------------------------------------------------------------- serving
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._live(receive, send)
-            return
-        served = self._served
-        served.requests += 1
-        try:
-            await served.app(scope, receive, send)
-        finally:
-            served.requests -= 1
-            served.idle.set()
+        else:
+            await self._served.answer(scope, receive, send)
 
     async def _live(self, receive: Receive, send: Send) -> None:
-        await receive()  # that it starts
-        self._served = _Served(self.searcher, self._make_app(self.searcher))
+        """Serve from the start of the application to its end."""
+        await receive()  # lifespan.startup
+        self._served = Served(self.searcher, self._make_app(self.searcher))
         await self._served.begin()
-        with contextlib.suppress(NotImplementedError, RuntimeError):  # no such signal, or not the main thread
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hangup.set)
         following = asyncio.create_task(self._follow())
         await send({"type": "lifespan.startup.complete"})
-        await receive()  # that it ends
+        await receive()  # lifespan.shutdown
         following.cancel()
         await asyncio.wait([following])
         await self._served.end(self._patience)
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _follow(self) -> None:
+        """Open again what has changed, until cancelled."""
         while True:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._hangup.wait(), self._seconds)
-            stamp = self._stamp()
-            if not self._hangup.is_set() and stamp in (None, self._seen):
+            await asyncio.sleep(self._seconds)
+            changed = self._stamp() not in (None, self._seen)
+            if not (changed or self._reopen):
                 continue
-            self._hangup.clear()
-            self._seen = stamp
+            self._reopen = False
             try:
-                served = await self._open()
+                served = await self._open_next()
             except Exception as error:
-                kind = "" if isinstance(error, (console.InputError, OSError)) else f"{type(error).__name__}: "
-                console.warn(f"{kind}{error}; what was served before goes on")
+                expected = isinstance(error, (console.InputError, OSError))
+                message = str(error) if expected else f"{type(error).__name__}: {error}"
+                console.warn(f"{message}; what was served before goes on")
                 continue
             await self._take_over(served)
 
-    async def _open(self) -> _Served:
-        """What can take over: opened anew, with an app that has begun."""
-        searcher = self._new()
-        try:
-            await asyncio.get_running_loop().run_in_executor(None, searcher.open)
-            if self._stamp() != self._seen:
-                self._seen = None  # whatever is there next, it is opened
-                raise console.InputError(CHANGED)
-            served = _Served(searcher, self._make_app(searcher))
-            await served.begin()
-        except BaseException:  # that the server ends, too
-            searcher.kill()
-            raise
-        return served
-
-    async def _take_over(self, served: _Served) -> None:
-        before, self._served, self.searcher = self._served, served, served.searcher
+    async def _take_over(self, served: Served) -> None:
+        before = self._served
+        self._served = served
+        self.searcher = served.searcher
         facts = self.searcher.facts
         console.log(f"{facts.documents:,} documents in {facts.precision} from now on")
         try:

@@ -1,10 +1,10 @@
-"""What surrounds every request: a bound on its body, figures, headers."""
+"""What surrounds every request: a limit of its body, counting, headers."""
 
 import asyncio
 import time
 from collections.abc import Callable
 
-from deploy.serving.openai_api import error_of
+from deploy.serving.openai_api import error_body
 
 from starlette.datastructures import MutableHeaders
 from starlette.responses import JSONResponse
@@ -12,29 +12,31 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 class BodyLimit:
-    """Reads a request's body before the application sees it, and refuses one that is too large or comes too slowly.
+    """Read a request's body before the application sees it; refuse one that is too large or comes too slowly.
 
-    A client that is still sending would not see the answer, but a connection reset: what is too large is read to its
-    end and thrown away, up to `_THROWN_AWAY` times the size.
+    A client that is still sending would see a connection reset instead of the answer. So a body that is too large is
+    read to its end and discarded, up to DISCARDED times the limit.
 
     Args:
-        size: bytes.
-        seconds: from the first to the last of them.
+        size: most bytes of a body.
+        seconds: time from its first to its last byte.
     """
 
-    _THROWN_AWAY = 32
+    DISCARDED = 32
 
     def __init__(self, app: ASGIApp, size: int, seconds: float) -> None:
-        self.app, self.size, self.seconds = app, size, seconds
+        self.app = app
+        self.size = size
+        self.seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        told = int(dict(scope["headers"]).get(b"content-length", b"0"))
+        announced_size = int(dict(scope["headers"]).get(b"content-length", b"0"))
         body = None
         try:
-            if told <= self.size * self._THROWN_AWAY:
+            if announced_size <= self.size * self.DISCARDED:
                 body = await asyncio.wait_for(self._read(receive), self.seconds)
         except asyncio.TimeoutError:
             await _refuse(408, f"the body did not come within {self.seconds:g} s", scope, receive, send)
@@ -50,49 +52,57 @@ class BodyLimit:
         await self.app(scope, replay, send)
 
     async def _read(self, receive: Receive) -> bytes | None:
-        """The body; None where it is too large."""
-        body, size, more = bytearray(), 0, True
-        while more and size <= self.size * self._THROWN_AWAY:
+        """Return the body; None where it is too large."""
+        body = bytearray()
+        size = 0
+        more = True
+        while more and size <= self.size * self.DISCARDED:
             message = await receive()
-            size += len(part := message.get("body", b""))
+            part = message.get("body", b"")
             more = message.get("more_body", False)
+            size += len(part)
             if size <= self.size:
                 body += part
         return bytes(body) if size <= self.size else None
 
 
 async def _refuse(status: int, message: str, scope: Scope, receive: Receive, send: Send) -> None:
-    # What is left of the body is not read: the connection ends.
-    await JSONResponse(error_of(scope["path"], status, message), status, {"Connection": "close"})(scope, receive, send)
+    """Answer without reading the rest of the body, and close the connection."""
+    response = JSONResponse(error_body(scope["path"], status, message), status, {"Connection": "close"})
+    await response(scope, receive, send)
 
 
 class Watch:
-    """Tells of every request its path, status and seconds, and gives every answer headers.
+    """Report every request, and add headers to every answer.
 
     Args:
-        tell: gets path, status and seconds; the path is a route's, or "other": clients could make up names without end.
-        headers: gives the headers of a path.
+        on_answer: is called with path, status and seconds. The path is a route's, or "other": paths that clients make
+            up would fill the memory.
+        headers_of: returns the headers of answers at a path.
     """
 
-    def __init__(self, app: ASGIApp, tell: Callable[[str, int, float], None],
-                 headers: Callable[[str], dict[str, str]]) -> None:
-        self.app, self.tell, self.headers = app, tell, headers
+    def __init__(self, app: ASGIApp, on_answer: Callable[[str, int, float], None],
+                 headers_of: Callable[[str], dict[str, str]]) -> None:
+        self.app = app
+        self.on_answer = on_answer
+        self.headers_of = headers_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, status = time.perf_counter(), 500
+        started = time.perf_counter()
+        status = 500
 
         async def answer(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message).update(self.headers(scope["path"]))
+                MutableHeaders(scope=message).update(self.headers_of(scope["path"]))
             await send(message)
 
         try:
             await self.app(scope, receive, answer)
         finally:
             path = getattr(scope.get("route"), "path", "other")
-            self.tell(path, status, time.perf_counter() - started)
+            self.on_answer(path, status, time.perf_counter() - started)

@@ -1,10 +1,9 @@
 """POST /v1/embeddings, as OpenAI's clients send it and read it."""
 
 import base64
-from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, Any, Literal
 
-from deploy.serving.searcher import Facts
+from deploy.serving.jobs import Embedded, Facts
 
 import numpy as np
 from fastapi import HTTPException
@@ -22,7 +21,7 @@ class Cause(BaseModel):
 
 
 class Error(BaseModel):
-    """What is wrong, in OpenAI's form."""
+    """An error in OpenAI's form."""
 
     error: Cause
 
@@ -45,48 +44,67 @@ class Embeddings(BaseModel):
     usage: Usage
 
 
-def error_of(path: str, status: int, message: str) -> dict[str, Any]:
-    """The body of an error: one line, for paths of OpenAI's in its form."""
+def error_body(path: str, status: int, message: str) -> dict[str, Any]:
+    """Return the body of an error: {"error": message}, for paths under PREFIX in OpenAI's form."""
     if not path.startswith(PREFIX):
         return {"error": message}
-    return {"error": {"message": message, "type": "server_error" if status >= 500 else "invalid_request_error",
-                      "param": None, "code": None}}
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
-def body_of(text: Any, most: int, facts: Facts) -> type[BaseModel]:
-    """The body of a request: of texts of the type `text`, up to so many. Embeddings of a checkpoint that is not
-    whitened have one size."""
+def request_body(text: Any, max_texts: int, facts: Facts) -> type[BaseModel]:
+    """Return the body of a request.
+
+    Args:
+        text: the type of a text.
+        max_texts: most texts of a request.
+        facts: say whether embeddings may be shortened: only those of a whitened checkpoint.
+    """
     class Input(BaseModel):
         model_config = ConfigDict(extra="forbid", strict=True)
 
-        input: Annotated[text | Annotated[list[text], Field(min_length=1, max_length=most)],
-                         Field(description="a text, or several; tokens of OpenAI's are not taken")]
+        input: Annotated[text | Annotated[list[text], Field(min_length=1, max_length=max_texts)],
+                         Field(description="a text, or several; not OpenAI's tokens")]
         model: Annotated[str, Field(max_length=256, description="any name; there is one model")] = "simcse"
         encoding_format: Literal["float", "base64"] = "float"
         dimensions: Annotated[int | None, Field(
             ge=1 if facts.whitened else facts.embedding_size, le=facts.embedding_size,
             description="the first so many numbers, L2-normalized; a whitened checkpoint has them in the order of "
-            "their variance, another is not shortened")] = None
-        user: Annotated[str | None, Field(max_length=256, description="not looked at")] = None
+            "their variance, embeddings of another cannot be shortened")] = None
+        user: Annotated[str | None, Field(max_length=256, description="ignored")] = None
 
     return Input
 
 
-async def answer(body: Any, facts: Facts, ask: Callable[[Sequence[str]], Awaitable[Any]]) -> JSONResponse:
-    """The embeddings of a body's texts; `ask` gives those of texts, and their numbers of tokens. HTTPException 400: a
-    text is too long."""
-    texts, dimensions = [body.input] if isinstance(body.input, str) else body.input, body.dimensions
-    embeddings, lengths = await ask(texts)
-    for number, length in enumerate(lengths):
-        if length > facts.max_seq_length:
+def texts_of(body: Any) -> list[str]:
+    """Return the texts of a request."""
+    return [body.input] if isinstance(body.input, str) else body.input
+
+
+def answer(body: Any, embedded: Embedded, facts: Facts) -> JSONResponse:
+    """Return the answer to a request, of whose texts these are the embeddings.
+
+    Raises:
+        HTTPException: 400, a text is too long.
+    """
+    for number, count in enumerate(embedded.token_counts):
+        if count > facts.max_seq_length:
             raise HTTPException(400, f"input {number}: has more than {facts.max_seq_length} tokens, which are the most "
                                      "that the model takes; send it in parts")
-    if dimensions:
-        embeddings = embeddings[:, :dimensions]
-        embeddings = embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
-    rows = ([base64.b64encode(row.astype("<f4").tobytes()).decode() for row in embeddings]
-            if body.encoding_format == "base64" else embeddings.tolist())
-    tokens = int(np.sum(lengths))
-    return JSONResponse({"object": "list", "model": body.model, "data": [
-        {"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)],
-        "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
+    embeddings = embedded.embeddings
+    if body.dimensions:
+        embeddings = shorten(embeddings, body.dimensions)
+    if body.encoding_format == "base64":
+        values = [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in embeddings]
+    else:
+        values = embeddings.tolist()
+    data = [{"object": "embedding", "index": index, "embedding": value} for index, value in enumerate(values)]
+    tokens = int(embedded.token_counts.sum())
+    return JSONResponse({"object": "list", "model": body.model, "data": data,
+                         "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
+
+
+def shorten(embeddings: np.ndarray, dimensions: int) -> np.ndarray:
+    """Return the first numbers of embeddings, L2-normalized."""
+    first = embeddings[:, :dimensions]
+    return first / np.maximum(np.linalg.norm(first, axis=1, keepdims=True), 1e-12)

@@ -1,5 +1,5 @@
-"""The searcher in a process of its own: paddle holds Python's interpreter while it computes, and the server has to go
-on answering then."""
+"""A searcher in a process of its own: paddle holds Python's interpreter while it computes, and the server has to go on.
+"""
 
 import argparse
 import contextlib
@@ -7,21 +7,24 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from deploy.serving.batching import Job
+from deploy.serving.jobs import Facts, Job
 from simcse import console
 
-OF_THE_SERVER = (signal.SIGINT, signal.SIGHUP)  # a terminal sends them to both processes, and the server acts on them
+# A terminal sends these to both processes; the server acts on them, the process of the model does not.
+SIGNALS_OF_SERVER = (signal.SIGINT, signal.SIGHUP)
+ENDED = "the process of the model has ended"
 
 
-def _answer(connection: Connection, args: argparse.Namespace) -> None:
-    """The other process: opens what the flags name, tells of it, and answers batches until nobody asks any more."""
-    for number in OF_THE_SERVER:
+def run_searcher(connection: Connection, args: argparse.Namespace) -> None:
+    """Open a searcher, send its facts, and answer batches of jobs until the connection closes: the other process."""
+    for number in SIGNALS_OF_SERVER:
         signal.signal(number, signal.SIG_IGN)
     console.settings.quiet = args.quiet
-    from deploy.serving.searcher import open_searcher
+    from deploy.serving.opening import open_searcher
 
     try:
         searcher = open_searcher(args)
@@ -33,77 +36,92 @@ def _answer(connection: Connection, args: argparse.Namespace) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the server ends this process when all is answered
         connection.send(searcher.facts)
         while True:
-            jobs = connection.recv()
-            try:
-                connection.send(searcher.answer(jobs))
-            except console.InputError as error:
-                connection.send(error)
-            except Exception as error:
-                connection.send(RuntimeError(f"{type(error).__name__}: {error}"))
-    except (EOFError, OSError):  # of the connection
+            connection.send(answer_or_error(searcher, connection.recv()))
+    except (EOFError, OSError):  # the connection is closed
         searcher.close()
 
 
+def answer_or_error(searcher: Any, jobs: Sequence[Job]) -> list[Any] | Exception:
+    """Return the answers of a searcher, or its error as one that can be sent."""
+    try:
+        return searcher.answer(jobs)
+    except console.InputError as error:
+        return error
+    except Exception as error:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+
+
 class RemoteSearcher:
-    """A `Searcher` of server.py's flags, in another process, which begins at once to open what they name."""
+    """A `Searcher` in another process, which begins at once to open what the flags of server.py name.
+
+    Attributes:
+        facts: those of the searcher, once it is open.
+        ended: whether the other process has ended by itself.
+    """
+
+    facts: Facts
 
     def __init__(self, args: argparse.Namespace) -> None:
+        self.ended = False
+        self._is_open = False
+        self._closing = False
+        self._answering = threading.Lock()
         context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_answer, args=(theirs, args), daemon=True)
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_SERVER)  # which it has until it ignores them
+        self._connection, connection_of_process = context.Pipe()
+        self._process = context.Process(target=run_searcher, args=(connection_of_process, args), daemon=True)
+        # The process inherits the mask, and keeps it until it ignores these signals.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_OF_SERVER)
         try:
             self._process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        theirs.close()
-        self._answering, self._closing = threading.Lock(), False
-        self._opened = self.ended = False  # by itself
+        connection_of_process.close()
 
     def open(self) -> None:
-        """Wait until all is open; then there are its `facts`, and it answers.
+        """Wait until the searcher is open.
 
         Raises:
-            InputError, ModuleNotFoundError, OSError: see `open_searcher`; the first where `kill` ends it meanwhile.
+            InputError: see `open_searcher`; or `kill` has ended the process meanwhile.
+            ModuleNotFoundError, OSError: see `open_searcher`.
         """
         try:
             self.facts = self._receive()
-            self._opened = True
-        except BaseException:  # Ctrl-C and SIGTERM, too
+            self._is_open = True
+        except BaseException:  # also Ctrl-C and SIGTERM
             self.kill()
             raise
 
-    def kill(self) -> None:
-        """End the other process at once, whatever it does."""
-        self._closing = True
-        self._process.kill()  # not SIGTERM, which paddle answers with a stack on stdout
-
-    def _receive(self) -> Any:
-        try:
-            received = self._connection.recv()
-        except (EOFError, OSError):
-            said = "the process of the model has ended"
-            if not self._opened:
-                raise console.InputError(f"{said} while it opened the index; is there enough memory?") from None
-            if not self._closing:
-                self.ended = True
-                os.kill(os.getpid(), signal.SIGTERM)  # without it there is nothing to serve
-            raise RuntimeError(said) from None
-        if isinstance(received, Exception):
-            raise received
-        return received
-
-    def answer(self, jobs: list[Job]) -> list[Any]:
+    def answer(self, jobs: Sequence[Job]) -> list[Any]:
         """See `Searcher.answer`."""
         with self._answering:
-            with contextlib.suppress(OSError):  # of which `_receive` tells
+            with contextlib.suppress(OSError):  # `_receive` reports it
                 self._connection.send(jobs)
             return self._receive()
 
     def close(self) -> None:
-        """End the other process; it may still compute what nobody waits for any more."""
+        """End the process; it may still compute what nobody waits for any more."""
         self._closing = True
         if self._answering.acquire(timeout=1):
             self._connection.close()
             self._process.join(10)
         self._process.kill()
+
+    def kill(self) -> None:
+        """End the process at once, whatever it does."""
+        self._closing = True
+        self._process.kill()  # not SIGTERM, which paddle answers with a stack on stdout
+
+    def _receive(self) -> Any:
+        """Return what the process sends; raise it if it is an error."""
+        try:
+            received = self._connection.recv()
+        except (EOFError, OSError):
+            if not self._is_open:
+                raise console.InputError(f"{ENDED} while it opened the index; is there enough memory?") from None
+            if not self._closing:
+                self.ended = True
+                os.kill(os.getpid(), signal.SIGTERM)  # without the model there is nothing to serve
+            raise RuntimeError(ENDED) from None
+        if isinstance(received, Exception):
+            raise received
+        return received

@@ -6,61 +6,66 @@
 
 POST /embed, /similarity, /search, and /v1/embeddings as OpenAI's clients send it; GET /healthz and /metrics; / is the
 search page and /docs describes all of it. With SIMCSE_TOKEN in the environment, clients have to send it as bearer
-token. Ctrl-C and SIGTERM stop it after what is being answered; an index folder that has been replaced, and after SIGHUP
-the model as well, is opened again and takes over.
+token. Ctrl-C and SIGTERM stop it after requests under way are answered. It opens an index folder again that has been
+replaced, and after SIGHUP the model as well.
 """
 
 import argparse
 import asyncio
-import functools
 import logging
 import os
 import signal
 import socket
 import sys
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
 from simcse import console, flags
+from simcse.machine import CPU_THREADS
+
+if TYPE_CHECKING:
+    from deploy.serving.following import Following
 
 
 def parse_args() -> argparse.Namespace:
     parser = flags.ArgumentParser(description=__doc__.splitlines()[0])
     group = parser.add_argument_group("model and index")
-    group.add_argument("--model_dir", type=flags.folder, default="./output", help="what export_model.py wrote")
-    group.add_argument("--index_path", type=flags.folder, default=None, help="what recall.py --index_path kept")
+    group.add_argument("--model_dir", type=flags.folder, default="./output", help="folder that export_model.py wrote")
+    group.add_argument("--index_path", type=flags.folder, default=None, help="folder that recall.py --index_path wrote")
     group.add_argument("--milvus_uri", type=flags.milvus_uri, default=None,
-                       help="instead of --index_path: http://host:port of Milvus, its token in the environment as "
-                       "MILVUS_TOKEN; or the .db file of Milvus Lite")
+                       help="instead of --index_path: http://host:port of Milvus (MILVUS_TOKEN in the environment is "
+                       "its token), or the .db file of Milvus Lite")
     group.add_argument("--milvus_collection", type=flags.nonempty_text, default=None,
-                       help=f"collection that recall.py filled; None: {flags.COLLECTION}")
+                       help=f"collection that recall.py filled; by default {flags.COLLECTION}")
     group.add_argument("--distinct", action="store_true",
-                       help="each text once, however many lines of the corpus have it")
+                       help="give each text once, not once for every line of the corpus that has it")
     flags.add_device_arguments(group)
     group.add_argument("--precision", choices=("fp32", "bf16", "fp16", "int8"), default=None,
-                       help="number format of the matrix products; None: that of the index")
+                       help="number format of the matrix products; by default that of the index")
     group = parser.add_argument_group("server")
     group.add_argument("--host", type=flags.nonempty_text, default="127.0.0.1",
-                       help="address to listen on; 0.0.0.0: all of this machine's")
-    group.add_argument("--port", type=flags.port, default=8000, help="port to listen on; 0: any that is free")
+                       help="address to listen on; 0.0.0.0: all addresses of this machine")
+    group.add_argument("--port", type=flags.port, default=8000, help="port to listen on; 0: any free one")
     group = parser.add_argument_group("limits")
-    group.add_argument("--max_texts", type=flags.positive_int, default=64, help="texts, pairs or queries of a request")
-    group.add_argument("--max_text_length", type=flags.positive_int, default=2000, help="characters of a text")
-    group.add_argument("--max_top_k", type=flags.positive_int, default=100, help="documents recalled for a query")
-    group.add_argument("--max_body", type=flags.positive_int, default=1 << 20, help="bytes of a request's body")
+    group.add_argument("--max_texts", type=flags.positive_int, default=64,
+                       help="most texts, pairs or queries of a request")
+    group.add_argument("--max_text_length", type=flags.positive_int, default=2000, help="most characters of a text")
+    group.add_argument("--max_top_k", type=flags.positive_int, default=100, help="most documents for a query")
+    group.add_argument("--max_body", type=flags.positive_int, default=1 << 20, help="most bytes of a request's body")
     group.add_argument("--max_seconds", type=flags.positive_float, default=30.0,
-                       help="seconds to read a body, to answer it, and to finish when stopped")
+                       help="most seconds to read a body, to answer it, and to finish when stopped")
     group.add_argument("--max_batch", type=flags.positive_int, default=64,
-                       help="texts of concurrent requests that are computed together")
+                       help="most texts of concurrent requests that are computed together")
     group.add_argument("--max_waiting", type=flags.positive_int, default=1024,
-                       help="texts that may wait; what comes then is answered 503")
+                       help="most texts that may wait; further requests are answered 503")
     args = parser.parse_args()
     check(parser, args)
     return args
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse flags that say too little, or two things."""
+    """Refuse flags that contradict each other, or name no index."""
     if bool(args.index_path) == bool(args.milvus_uri):
         parser.error("one of --index_path and --milvus_uri is needed" + (", not both" if args.index_path else ""))
     if args.milvus_collection and not args.milvus_uri:
@@ -73,49 +78,82 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 
 def listen(args: argparse.Namespace) -> socket.socket:
-    """A socket that listens where the flags say; opened before anything that takes time."""
+    """Return a socket that listens at --host and --port; opened before anything that takes time."""
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((args.host, args.port))
-    except (OSError, TypeError) as error:  # the latter of a name that cannot be one
+    except (OSError, TypeError) as error:  # TypeError: no name of a host is like that
         reason = (getattr(error, "strerror", None) or str(error)).lower()
         raise console.InputError(f"--host {args.host} --port {args.port}: {reason}") from None
     listener.listen(1024)
     return listener
 
 
-def serve(args: argparse.Namespace, listener: socket.socket) -> None:
-    """Answer until SIGINT or SIGTERM."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nothing is open yet
-    from deploy.serving.app import Limits, Metrics, make_app
+def announce(args: argparse.Namespace) -> None:
+    """Log what is about to be opened."""
+    device = args.device
+    if device == "cpu":
+        device = f"cpu, {console.count(args.cpu_threads or CPU_THREADS, 'thread')}"
+    precision = args.precision or "precision of the index"
+    console.log(f"{console.PROGRAM}: {device}, {precision}; {args.model_dir} with {args.index_path or args.milvus_uri}")
+
+
+def open_service(args: argparse.Namespace) -> "Following":
+    """Open the model and the index, and return the application that serves them."""
+    from deploy.serving.app import make_app
     from deploy.serving.following import Following, stamp_of
+    from deploy.serving.metrics import Metrics
     from deploy.serving.remote import RemoteSearcher
+    from deploy.serving.schemas import Limits
 
-    import uvicorn
+    limits = Limits(texts=args.max_texts, text_length=args.max_text_length, top_k=args.max_top_k, body=args.max_body,
+                    seconds=args.max_seconds, batch=args.max_batch, waiting=args.max_waiting)
+    metrics = Metrics()
+    return Following(
+        new_searcher=lambda: RemoteSearcher(args),
+        make_app=lambda searcher: make_app(searcher, limits, os.environ.get("SIMCSE_TOKEN"), metrics),
+        stamp=lambda: stamp_of(args),
+        patience=2 * args.max_seconds + 1)
 
-    limits = Limits(args.max_texts, args.max_text_length, args.max_top_k, args.max_body, args.max_seconds,
-                    args.max_batch, args.max_waiting)
-    token, metrics = os.environ.get("SIMCSE_TOKEN"), Metrics()
-    # Also of what is opened; and uvicorn raises what stopped it again when all is answered.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    app = Following(lambda: RemoteSearcher(args), lambda searcher: make_app(searcher, limits, token, metrics),
-                    functools.partial(stamp_of, args), 2 * args.max_seconds + 1)
+
+def report(args: argparse.Namespace, app: "Following", listener: socket.socket) -> None:
+    """Log what is served, and where; warn where anybody can use it."""
+    token = os.environ.get("SIMCSE_TOKEN")
     host, port = listener.getsockname()[:2]
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     facts = app.searcher.facts
-    console.log(f"{facts.documents:,} documents in {facts.precision} at {address}, API at {address}/docs"
-                + (", with the token of SIMCSE_TOKEN" if token else ""))
+    message = f"{facts.documents:,} documents in {facts.precision} at {address}, API at {address}/docs"
+    if token:
+        message += ", with the token of SIMCSE_TOKEN"
+    console.log(message)
     if not token and host not in ("127.0.0.1", "::1"):
         console.warn(f"--host {args.host}: whoever reaches this machine can use it; SIMCSE_TOKEN in the environment "
                      "asks for a token")
-    # h11 bounds the size of headers; httptools, which uvicorn takes where it is installed, does not.
+
+
+def is_no_cancellation(record: logging.LogRecord) -> bool:
+    """Tell whether a log record is anything but a request that was cut off.
+
+    uvicorn says how many requests it cuts off when it stops, and would log a traceback for each.
+    """
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+
+
+def serve(args: argparse.Namespace, listener: socket.socket) -> None:
+    """Answer until SIGINT or SIGTERM."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # there is nothing to open again yet
+    # While the index is opened; and uvicorn, which has its own handler, raises the signal again in the end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    import uvicorn
+
+    app = open_service(args)
+    report(args, app, listener)
+    # h11 limits the size of headers; httptools, which uvicorn takes where it is installed, does not.
     config = uvicorn.Config(app, http="h11", log_config=None, access_log=False, server_header=False, lifespan="on",
                             timeout_graceful_shutdown=1 + round(args.max_seconds))
-    # Of requests that are cut off then it says how many, and would add a traceback each.
-    logging.getLogger("uvicorn.error").addFilter(
-        lambda record: not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError)))
+    logging.getLogger("uvicorn.error").addFilter(is_no_cancellation)
     try:
         uvicorn.Server(config).run(sockets=[listener])
     finally:
@@ -129,8 +167,7 @@ def main() -> None:
     args = parse_args()
     listener = listen(args)
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.ERROR)
-    flags.announce(argparse.Namespace(**{**vars(args), "precision": args.precision or "precision of the index"}),
-                 f"{args.model_dir} with {args.index_path or args.milvus_uri}")
+    announce(args)
     try:
         serve(args, listener)
     except ModuleNotFoundError as error:

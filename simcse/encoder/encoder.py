@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from simcse import console
 from simcse.console import InputError, progress
-from simcse.encoder.engine import Engine
+from simcse.encoder.engine import Engine, ParallelEngine
 from simcse.files import prefetch
 from simcse.machine import RANK
 from simcse.ranks import gather_arrays
@@ -99,12 +99,12 @@ class TextWarnings:
         if self.truncated:
             console.warn_data(
                 f"{self.truncated:,} of {self.total:,} texts are longer than {self.max_seq_length} tokens and are cut; "
-                "a higher --max_seq_length, in training too, reads on: "
+                "raise --max_seq_length, in training too, to encode more of them: "
                 f"{self._name_places(self.first_truncated, place_of)}")
         if self.unknown:
             console.warn_data(
-                f"{self.unknown:,} of {self.total:,} texts are all [UNK] to the encoder, so that their cosine with any "
-                "text is 0; another encoder may have their words in its vocabulary: "
+                f"{self.unknown:,} of {self.total:,} texts are all [UNK] to the encoder, so their cosine with any text "
+                "is 0; use an encoder whose vocabulary has their words: "
                 f"{self._name_places(self.first_unknown, place_of)}")
 
     @staticmethod
@@ -139,16 +139,33 @@ def places_of(texts: Sequence[str], places: Sequence[str] | None = None) -> Call
     return lambda row: repr(texts[row][:20])
 
 
-def check_texts(rows: Sequence[tuple[str, str | Sequence[str]]], tokenizer: Any, max_seq_length: int) -> list[Ids]:
-    """Return the token ids of the texts of training rows, and warn on rank 0 of texts that training cannot use.
+class TokenizedRows(NamedTuple):
+    """The texts of training rows, row after row.
 
-    These are truncated texts, texts that are all [UNK], and different texts that are the same after truncation.
+    Attributes:
+        places: the place of each text, as file:line.
+        texts: the texts.
+        inputs: the same, as the encoder reads them.
+    """
+
+    places: list[str]
+    texts: list[str]
+    inputs: EncoderInput
+
+    def known_ids(self) -> list[Ids | None]:
+        """Return the token ids of each text; None for a text that is all [UNK]."""
+        all_ids: list[Ids | None] = list(self.inputs.ids)
+        for row in self.inputs.unknown:
+            all_ids[row] = None
+        return all_ids
+
+
+def tokenize_rows(rows: Sequence[tuple[str, str | Sequence[str]]], tokenizer: Any,
+                  max_seq_length: int) -> TokenizedRows:
+    """Tokenize the texts of training rows.
 
     Args:
         rows: the place of each row, as file:line, and its text or texts.
-
-    Returns:
-        The ids of all texts, row after row; [] for a text that is all [UNK].
     """
     places = []
     texts = []
@@ -156,29 +173,33 @@ def check_texts(rows: Sequence[tuple[str, str | Sequence[str]]], tokenizer: Any,
         for text in [row] if isinstance(row, str) else row:
             places.append(place)
             texts.append(text)
-    inputs = tokenize(tokenizer, texts, max_seq_length)
-    all_ids = list(inputs.ids)
-    if not RANK:
-        warnings = TextWarnings(max_seq_length)
-        warnings.add(inputs, range(len(texts)))
-        warnings.report(places.__getitem__)
-        _warn_same_after_truncation(places, texts, all_ids, max_seq_length)
-    for row in inputs.unknown:
-        all_ids[row] = []
-    return all_ids
+    return TokenizedRows(places, texts, tokenize(tokenizer, texts, max_seq_length))
 
 
-def _warn_same_after_truncation(places: Sequence[str], texts: Sequence[str], all_ids: Sequence[Ids],
-                                max_seq_length: int) -> None:
+def warn_unusable(rows: TokenizedRows, max_seq_length: int) -> None:
+    """Warn on rank 0 of texts that training cannot use.
+
+    These are truncated texts, texts that are all [UNK], and different texts that are the same after truncation.
+    """
+    if RANK:
+        return
+    warnings = TextWarnings(max_seq_length)
+    warnings.add(rows.inputs, range(len(rows.texts)))
+    warnings.report(rows.places.__getitem__)
+    _warn_same_after_truncation(rows, max_seq_length)
+
+
+def _warn_same_after_truncation(rows: TokenizedRows, max_seq_length: int) -> None:
     """Warn of different texts whose ids are the same once they are cut to `max_seq_length`."""
     first_text: dict[tuple, str] = {}
     same = []
-    for place, text, ids in zip(places, texts, all_ids):
+    for place, text, ids in zip(rows.places, rows.texts, rows.inputs.ids):
         if len(ids) == max_seq_length and first_text.setdefault(tuple(ids), text) != text:
             same.append(place)
     if same:
-        console.warn_data(f"{len(same):,} of {len(texts):,} texts, cut to {max_seq_length} tokens, are one with "
-                          f"another text; a higher --max_seq_length tells them apart: {', '.join(same[:EXAMPLES])}")
+        console.warn_data(f"{len(same):,} of {len(rows.texts):,} texts are the same as another text once they are cut "
+                          f"to {max_seq_length} tokens; raise --max_seq_length to tell them apart: "
+                          f"{', '.join(same[:EXAMPLES])}")
 
 
 # -------------------------------------------------------------------------------------------------------------- encoder
@@ -221,10 +242,9 @@ class Encoder:
             places: where each text stands, as file:line, for warnings; see `places_of`.
             warn: warn of texts that are truncated or all [UNK].
         """
-        warnings = None if warn else TextWarnings(self.max_seq_length)
         embeddings = np.empty((len(texts), self.embedding_size), "float32")
         row = 0
-        for block in self.stream(texts, places=places, warnings=warnings):
+        for block in self.stream(texts, places=places, warn=warn):
             embeddings[row : row + len(block)] = block
             row += len(block)
         return embeddings
@@ -241,7 +261,7 @@ class Encoder:
         return embeddings[: len(pairs)], embeddings[len(pairs) :]
 
     def stream(self, texts: Sequence[str], *, places: Sequence[str] | None = None,
-               windows: Sequence[range | np.ndarray] | None = None,
+               windows: Sequence[range | np.ndarray] | None = None, warn: bool = True,
                warnings: TextWarnings | None = None) -> Iterator[np.ndarray]:
         """Yield the embeddings of texts block by block, float32 [texts of the block, embedding_size].
 
@@ -249,27 +269,26 @@ class Encoder:
             texts: may be a `TextFile`, of which a window at a time is read.
             places: where each text stands, as file:line, for warnings; see `places_of`.
             windows: the rows of each block, in which batches are formed; None: all rows, WINDOW at a time.
-            warnings: counts truncated and unknown texts, for the caller to report; None: they are reported at the end,
-                and with --strict_data as soon as there is one.
+            warn: warn of truncated and unknown texts at the end, and with --strict_data as soon as there is one.
+            warnings: counts truncated and unknown texts, for a caller that reports them itself, without `warn`.
 
         Raises:
             InputError: an embedding is not finite.
         """
         if windows is None:
             windows = [range(start, min(start + WINDOW, len(texts))) for start in range(0, len(texts), WINDOW)]
-        reports = warnings is None
-        if reports:
+        if warnings is None:
             warnings = TextWarnings(self.max_seq_length)
         place_of = places_of(texts, places)
         # A thread tokenizes the next window while the engine computes this one.
-        inputs_of_windows = prefetch(self.tokenize(_take(texts, rows)) for rows in windows)
+        inputs_of_windows = prefetch(self.tokenize(_select(texts, rows)) for rows in windows)
         with progress("encoding", sum(map(len, windows)), "texts") as advance:
             for inputs, rows in zip(inputs_of_windows, windows):
                 warnings.add(inputs, rows)
-                if reports and console.settings.strict_data:
+                if warn and console.settings.strict_data:
                     warnings.report(place_of)
                 yield self.embed(inputs, advance)
-        if reports:
+        if warn:
             warnings.report(place_of)
 
     def tokenize(self, texts: Sequence[str]) -> EncoderInput:
@@ -288,24 +307,23 @@ class Encoder:
             InputError: an embedding is not finite.
         """
         embeddings = np.empty((len(inputs.ids), self.embedding_size), "float32")
-        running = None  # rows and batch that the engine computes
+        previous = None
         for rows, input_ids, token_type_ids in self.make_batches(inputs.ids, self.tokenizer.pad_token_id):
-            started = self._start(input_ids, token_type_ids)
-            if running is not None:  # read a batch when the next one has been started: OpenVINO computes two at a time
-                _store(embeddings, *running)
-            running = rows, started
+            batch = _StartedBatch(rows, self._start(input_ids, token_type_ids))
+            if previous is not None:  # read when the next one has been started: OpenVINO computes two at a time
+                previous.store(embeddings)
+            previous = batch
             advance(len(rows))
-        if running is not None:
-            _store(embeddings, *running)
+        if previous is not None:
+            previous.store(embeddings)
         embeddings[inputs.unknown] = 0
         if not np.isfinite(embeddings).all():
             raise InputError("embeddings contain NaN or Inf; training diverged or the checkpoint is damaged")
         return embeddings
 
-
     def _start(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> Any:
         """Start a batch, and return an object whose `result()` waits for the embeddings."""
-        if hasattr(self.engine, "start"):
+        if isinstance(self.engine, ParallelEngine):
             return self.engine.start(input_ids, token_type_ids)
         return _ComputedBatch(self.engine.embed(input_ids, token_type_ids))
 
@@ -321,11 +339,24 @@ class _ComputedBatch:
         return np.asarray(self._embeddings)
 
 
-def _store(embeddings: np.ndarray, rows: Sequence[int], batch: Any) -> None:
-    """Put the embeddings of a batch in their rows; the service's batches may be filled up with more texts."""
-    embeddings[rows] = batch.result()[: len(rows)]
+@dataclass(frozen=True)
+class _StartedBatch:
+    """A batch that an engine computes.
+
+    Attributes:
+        rows: which texts it has.
+        running: an object whose `result()` waits for the embeddings.
+    """
+
+    rows: Sequence[int]
+    running: Any
+
+    def store(self, embeddings: np.ndarray) -> None:
+        """Wait for the batch, and put its embeddings in their rows."""
+        # The service's batches may be filled up with more texts.
+        embeddings[self.rows] = self.running.result()[: len(self.rows)]
 
 
-def _take(texts: Sequence[str], rows: range | np.ndarray) -> Sequence[str]:
-    """Return some texts: a slice, if the rows are neighbours, which a list has as well."""
+def _select(texts: Sequence[str], rows: range | np.ndarray) -> Sequence[str]:
+    """Return the texts of some rows. A range selects by a slice, as a list can; an array needs a `TextFile`."""
     return texts[rows.start : rows.stop] if isinstance(rows, range) else texts[rows]

@@ -8,7 +8,7 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from simcse.console import InputError, log
 from simcse.device import gpu_precision
@@ -24,10 +24,7 @@ from paddle import nn
 
 
 class Engine(Protocol):
-    """Compute embeddings of token ids.
-
-    An engine that computes several batches side by side has a method `start` as well: it takes the arguments of
-    `embed`, and returns at once an object whose `result()` waits for the embeddings.
+    """Compute embeddings of token ids; an engine that computes several batches at a time is a `ParallelEngine` too.
 
     Attributes:
         embedding_size: numbers of an embedding.
@@ -45,6 +42,18 @@ class Engine(Protocol):
         """Return L2-normalized embeddings, float32 [batch, embedding_size], of two int64 [batch, length].
 
         They are an array or, on a GPU, a tensor: `numpy.asarray` waits for that.
+        """
+        ...
+
+
+@runtime_checkable
+class ParallelEngine(Protocol):
+    """An `Engine` that computes several batches at a time."""
+
+    def start(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> Any:
+        """Start to compute a batch, and return at once an object whose `result()` waits for the embeddings.
+
+        Arguments and embeddings are those of `Engine.embed`.
         """
         ...
 

@@ -23,7 +23,7 @@ class _EmbeddingGraph(nn.Layer):
         self.model = model
 
     def forward(self, input_ids: paddle.Tensor, token_type_ids: paddle.Tensor) -> paddle.Tensor:
-        return self.model.get_pooled_embedding(input_ids, token_type_ids, with_pooler=self.model.infer_with_pooler)
+        return self.model.get_pooled_embedding(input_ids, token_type_ids, with_pooler=self.model.with_pooler)
 
 
 def export_graph(model: nn.Layer, folder: str) -> None:
@@ -74,7 +74,8 @@ class PaddleEngine:
         return self._output.copy_to_cpu().astype("float32", copy=False)
 
     def _configure(self, folder: str, threads: int) -> paddle.inference.Config:
-        graph = next(path for name in GRAPH_FILES if os.path.isfile(path := os.path.join(folder, name)))
+        graphs = [os.path.join(folder, name) for name in GRAPH_FILES]
+        graph = next(path for path in graphs if os.path.isfile(path))
         config = paddle.inference.Config(graph, os.path.splitext(graph)[0] + ".pdiparams")
         config.disable_glog_info()
         config.disable_gpu()

@@ -1,7 +1,8 @@
 """Pool the states of a text's tokens into one vector.
 
 To add a pooling write a function and an entry of POOLINGS. Training, checkpoints, all later stages, the exported
-graphs, the choices and help of --pooling, and tests/test_pooling.py read it off the entry.
+graphs, the choices and help of --pooling, and tests/test_pooling.py read it off the entry. docs/zh/better-recall.md and
+docs/en/better-recall.md have it in the row of --pooling.
 """
 
 from collections.abc import Callable
@@ -51,7 +52,7 @@ class Pooling:
         all_layers: it reads `EncoderOutputs.layers`, which are not kept otherwise.
         first_token_only: it reads no other token of the last layer, so that layer computes no other.
         uses_pooler: it reads `EncoderOutputs.pooler`; otherwise the encoder's pooler is frozen in training.
-        pool_raw: what embeds instead of `pool` without --infer_with_fc_pooler; None: `pool`.
+        pool_without_pooler: pools instead of `pool` without --infer_with_fc_pooler; None: `pool` does.
         removes_layers: it reads what goes into the first layer, so the encoder has no layers.
     """
 
@@ -60,7 +61,7 @@ class Pooling:
     all_layers: bool = False
     first_token_only: bool = False
     uses_pooler: bool = False
-    pool_raw: Callable[[EncoderOutputs], Tensor] | None = None
+    pool_without_pooler: Callable[[EncoderOutputs], Tensor] | None = None
     removes_layers: bool = False
 
 
@@ -98,7 +99,7 @@ def average_tokens(encoded: EncoderOutputs, tokens: Tensor) -> Tensor:
 
 POOLINGS: dict[str, Pooling] = {
     "pooler": Pooling(take_pooler, "the first token through a linear layer and tanh", first_token_only=True,
-                      uses_pooler=True, pool_raw=take_first_token),
+                      uses_pooler=True, pool_without_pooler=take_first_token),
     "mean": Pooling(average_last, "the mean over the text's tokens"),
     "first_last_avg": Pooling(average_first_and_last, "the mean over the text's tokens, of the average of the first "
                               "layer's input and the last layer's output", all_layers=True),

@@ -1,62 +1,92 @@
-"""Whitening of embeddings (Su et al. 2021, arXiv:2103.15316), folded into the fc: later stages see an ordinary one."""
+"""Whiten embeddings (Su et al. 2021, arXiv:2103.15316), by an fc: for later stages it is an ordinary one."""
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from paddle import nn
 
-SAMPLE = 16384  # rows of the training file that mean and covariance are taken of
-RUNS, SHORTEST, LENGTHS = 2048, 8, 8  # and of runs of their text, from SHORTEST tokens to --max_seq_length
+SAMPLE = 16384  # rows of the training file for mean and covariance
+RUNS = 2048  # and as many runs of their text
+SHORTEST = 8  # tokens of the shortest runs
+LENGTHS = 8  # different lengths of runs
 RIDGE = 0.01
 
 
-def runs(texts: Sequence[str], tokenizer: Callable[[Sequence[str], int], list], longest: int) -> list[str]:
-    """Runs of characters from all over the texts, one after the other, as many as these and RUNS at most, of LENGTHS
-    lengths, evenly spaced by their logarithm: SHORTEST tokens to about `longest`, with [CLS] and [SEP], never more.
+def runs(texts: Sequence[str], tokenizer: Callable[[Sequence[str], int], Any], longest: int) -> list[str]:
+    """Return runs of characters from all over the texts, of LENGTHS lengths in turn.
+
+    The lengths are evenly spaced by their logarithm, from SHORTEST tokens to about `longest`, with [CLS] and [SEP],
+    and never more. There are as many runs as texts, and at most RUNS.
 
     The mean of short texts is not that of long ones, which also lie closer together (Zhou et al. 2024,
-    arXiv:2410.24200). Where a fit has but one kind, whitening blows up the directions in which that kind hardly varies,
-    and the others lie far off in them: fitted on documents alone it puts all queries, which are short, to one side, and
-    most of them recall the same documents. With texts of all lengths in the fit these directions have their variance.
+    arXiv:2410.24200). Where a fit has only one kind, whitening magnifies the directions in which that kind hardly
+    varies, and the others lie far off in them. Fitted on documents only, it puts all queries, which are short, to one
+    side, and most of them recall the same documents. With texts of all lengths in the fit these directions have their
+    variance.
     """
-    text, heads = " ".join(texts), [text[:longest] for text in texts]  # no more tokens than characters
-    characters = sum(map(len, heads)) / max(1, sum(len(ids) - 2 for ids in tokenizer(heads, longest + 2)))
-    count = min(RUNS, len(texts))
-    lengths = (characters * np.geomspace(min(SHORTEST, longest - 2), longest - 2, LENGTHS)).astype(int)
-    starts = np.linspace(0, max(0, len(text) - lengths[-1]), count).astype(int)
-    found = [text[start : start + length] for start, length in zip(starts, itertools.cycle(lengths))]
-    return [run for run, ids in zip(found, tokenizer(found, longest + 1)) if 2 < len(ids) <= longest]
+    joined = " ".join(texts)
+    heads = [text[:longest] for text in texts]  # no more tokens than characters
+    tokens = sum(len(ids) - 2 for ids in tokenizer(heads, longest + 2))  # [CLS] and [SEP] left out
+    characters_per_token = sum(map(len, heads)) / max(1, tokens)
+    token_counts = np.geomspace(min(SHORTEST, longest - 2), longest - 2, LENGTHS)
+    lengths = (characters_per_token * token_counts).astype(int)  # in characters
+    starts = np.linspace(0, max(0, len(joined) - lengths[-1]), min(RUNS, len(texts))).astype(int)
+    candidates = [joined[start : start + length] for start, length in zip(starts, itertools.cycle(lengths))]
+    all_ids = tokenizer(candidates, longest + 1)
+    return [run for run, ids in zip(candidates, all_ids) if 2 < len(ids) <= longest]
 
 
 def whitening(vectors: np.ndarray, dim: int, ridge: float = RIDGE) -> tuple[np.ndarray, np.ndarray]:
-    """The affine map of vectors, float [texts, size], to `dim` uncorrelated numbers of equal variance, those of largest
-    variance first: x -> x W + b, W float64 [size, dim], b float64 [dim].
+    """Return the affine map x -> x W + b of vectors to uncorrelated numbers of equal variance.
 
-    With U S U' the covariance, W = U (S + ridge * mean(S))^-1/2 (there without a ridge), b = -mean W. The ridge keeps
-    directions of next to no variance, which are noise, from being blown up.
+    With U S U' the covariance, W = U (S + ridge * mean(S))^-1/2 and b = -mean W. The ridge keeps directions of next to
+    no variance, which are noise, from being magnified; without it variances are exactly equal.
+
+    Args:
+        vectors: float [texts, size].
+        dim: how many numbers, those of largest variance first.
+
+    Returns:
+        W, float64 [size, dim], and b, float64 [dim].
     """
     vectors = vectors.astype("float64")
     mean = vectors.mean(axis=0)
     centred = vectors - mean
-    values, directions = np.linalg.eigh(centred.T @ centred / len(vectors))
-    values, directions = np.maximum(values[::-1], 0), directions[:, ::-1]
+    rising_values, rising_directions = np.linalg.eigh(centred.T @ centred / len(vectors))
+    values = np.maximum(rising_values[::-1], 0)
+    directions = rising_directions[:, ::-1]
     weight = (directions / np.sqrt(values + ridge * values.mean() + 1e-12))[:, :dim]
     return weight, -mean @ weight
 
 
-def whiten(model: nn.Layer, encode: Callable[[], np.ndarray], dim: int, longest: int) -> None:
-    """Whiten the network's embeddings, of which `encode` gives some, float32 [texts, embedding_size], of texts of up to
-    `longest` tokens; the network gets an fc of `dim`."""
-    model.normalizes = False  # the fc comes before the norm
+@contextlib.contextmanager
+def unnormalized(model: nn.Layer) -> Iterator[None]:
+    """Have the network, and engines that are made of it meanwhile, give embeddings without L2 norm."""
+    model.normalizes = False
     try:
-        weight, bias = whitening(encode(), dim)
+        yield
     finally:
         model.normalizes = True
+
+
+def whiten(model: nn.Layer, embeddings: np.ndarray, dim: int, longest: int) -> None:
+    """Whiten the network's embeddings: it gets an fc of `dim`, into which the one that it has is multiplied.
+
+    Args:
+        embeddings: of the texts to fit, made within `unnormalized(model)`, float32 [texts, embedding_size].
+        dim: numbers of a whitened embedding.
+        longest: tokens of the longest of these texts.
+    """
+    weight, bias = whitening(embeddings, dim)
     if model.output_emb_size:
-        before = model.emb_reduce_linear
-        weight, bias = before.weight.numpy() @ weight, before.bias.numpy() @ weight + bias
-    model.output_emb_size = model.embedding_size = dim
+        fc = model.emb_reduce_linear
+        bias = fc.bias.numpy() @ weight + bias
+        weight = fc.weight.numpy() @ weight
+    model.output_emb_size = dim
+    model.embedding_size = dim
     model.whitened_at = longest
     model.emb_reduce_linear = nn.Linear(*weight.shape)
     model.emb_reduce_linear.weight.set_value(weight.astype("float32"))

@@ -87,6 +87,7 @@ def _lowest_best(cosines: np.ndarray, candidates: np.ndarray, k: int) -> np.ndar
 class ExactIndex(VectorIndex):
     """All vectors in one array, searched by `exact_search`."""
 
+    description = "a matrix product, for up to some 100,000 documents"
     query_block = QUERY_BLOCK
 
     def __init__(self, dimension: int, capacity: int, settings: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ class HnswIndex(VectorIndex):
     Memory and recall grow with "hnsw_m", time and recall with "hnsw_ef".
     """
 
+    description = "an approximate graph"
     build_settings = (HNSW_M, HNSW_MAX_ELEMENTS)
     search_settings = (HNSW_EF,)
     approximate = True

@@ -68,6 +68,7 @@ class MilvusIndex:
         InputError: see `Collection.read_record`.
     """
 
+    description = "a collection of Milvus (requirements-milvus.txt)"
     build_settings = (HNSW_M,)
     search_settings = (HNSW_EF,)
     max_k = 16384  # a limit of Milvus

@@ -41,6 +41,7 @@ class VectorIndex(ABC):
     that a user can correct into `InputError`.
 
     Attributes:
+        description: what --help says of the engine.
         build_settings: what the vectors are indexed with. A kept index has them for good.
         search_settings: what a search may change. They are never compared with those of a kept index.
         approximate: whether `search` may miss some of the nearest. Then recall.py measures how many.
@@ -49,6 +50,7 @@ class VectorIndex(ABC):
             that the shards of an index are searched at the same time instead, by one thread each.
     """
 
+    description: str
     build_settings: Sequence[Setting] = ()
     search_settings: Sequence[Setting] = ()
     approximate: bool = False

@@ -107,36 +107,40 @@ class ShardedIndex:
         """
         from simcse.ranks import gather_arrays
 
-        results = self._search_shards(queries, k, exact)
-        own = merge([_nothing_found(len(queries), k), *results], k)
+        own = merge([_nothing_found(len(queries), k), *self._search_own(queries, k, exact)], k)
         results = map(SearchResult, gather_arrays(own.rows), gather_arrays(own.scores))
         return merge(results, k)
 
-    def _search_shards(self, queries: np.ndarray, k: int, exact: bool) -> list[SearchResult]:
+    def _search_own(self, queries: np.ndarray, k: int, exact: bool) -> list[SearchResult]:
         """Return what each shard of this rank finds."""
         shards = list(self._shards)
         query_block = QUERY_BLOCK if exact else self._engine.query_block
         results = []
         with progress(f"searching {len(queries):,} queries", len(shards), "shards") as advance:
             if len(queries) <= self._threads * query_block:
-                # Too few to share out among the threads: each thread searches other shards.
-                running = [self._workers.submit(self._search_shard, shard, queries, k, exact, 1) for shard in shards]
-                for search in running:
-                    results.append(search.result())
-                    advance(1)
+                # Too few to share out among the threads: each thread searches a share of the shards instead.
+                shares = [shards[thread :: self._threads] for thread in range(min(self._threads, len(shards)))]
+                running = [self._workers.submit(self._search_shards, share, queries, k, exact, 1) for share in shares]
+                for share, search in zip(shares, running):
+                    results += search.result()
+                    advance(len(share))
             else:
                 for shard in shards:
-                    results.append(self._search_shard(shard, queries, k, exact, self._threads))
+                    results += self._search_shards([shard], queries, k, exact, self._threads)
                     advance(1)
         return results
 
-    def _search_shard(self, shard: int, queries: np.ndarray, k: int, exact: bool, threads: int) -> SearchResult:
-        """Return the k best rows of one shard, as rows of the whole index."""
-        engine = self._shards[shard].engine
-        result = exact_search(queries, engine, k, threads) if exact else engine.search(queries, k, threads)
-        piece_of_shard, place = np.divmod(result.rows, self._piece_size)
-        piece = shard + piece_of_shard * self.manifest.index_shards
-        return SearchResult(piece * self._piece_size + place, result.scores)
+    def _search_shards(self, shards: Sequence[int], queries: np.ndarray, k: int, exact: bool,
+                       threads: int) -> list[SearchResult]:
+        """Return the k best rows of each of some shards, as rows of the whole index."""
+        results = []
+        for shard in shards:
+            engine = self._shards[shard].engine
+            result = exact_search(queries, engine, k, threads) if exact else engine.search(queries, k, threads)
+            piece_of_shard, place = np.divmod(result.rows, self._piece_size)
+            piece = shard + piece_of_shard * self.manifest.index_shards
+            results.append(SearchResult(piece * self._piece_size + place, result.scores))
+        return results
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """Return the vectors of some rows, float32 [rows, dim]; zeros for rows of other ranks and NOT_FOUND."""

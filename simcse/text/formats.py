@@ -36,6 +36,7 @@ class BinaryFormat(NamedTuple):
 
 
 def _starts_with(*signatures: bytes) -> Callable[[bytes], bool]:
+    """Return a function that tells whether bytes start with any of these."""
     return lambda head: head.startswith(signatures)
 
 
@@ -81,9 +82,9 @@ def _decode_head(head: bytes, encoding: str) -> str | None:
 
 def name_binary_format(head: bytes) -> str | None:
     """Return what a file is by its first bytes, and how to convert it; None: it may be lines of text."""
-    for name, format in BINARY_FORMATS.items():
-        if format.matches(head):
-            return f"{name}; {format.remedy}"
+    for name, binary_format in BINARY_FORMATS.items():
+        if binary_format.matches(head):
+            return f"{name}; {binary_format.remedy}"
     return None
 
 
@@ -107,8 +108,10 @@ def explain_not_utf8(path: str, line: bytes, error: UnicodeDecodeError) -> str:
             return CUT_OFF
         return _name_encoding(line)
     with open(path, "rb") as file:
-        total = utf8 = 0  # lines; those with other characters than ASCII
-        wrong, wrong_content = [], bytearray()  # numbers of lines that are not UTF-8, and the text of the first
+        total = 0  # lines
+        utf8 = 0  # lines of UTF-8 that are not ASCII
+        wrong = []  # numbers of the lines that are not UTF-8
+        wrong_content = bytearray()  # the first of these
         for content in (part for chunk in file for part in chunk.splitlines()):
             total += 1
             if not _is_utf8(content):
@@ -127,6 +130,7 @@ def explain_not_utf8(path: str, line: bytes, error: UnicodeDecodeError) -> str:
 
 
 def _is_utf8(content: bytes) -> bool:
+    """Return whether bytes are whole characters of UTF-8."""
     try:
         content.decode("utf-8")
     except UnicodeDecodeError:
@@ -142,7 +146,7 @@ def guess_encodings(content: bytes) -> dict[str, float]:
     from charset_normalizer import from_bytes
 
     control_characters = re.findall(rb"[\0-\x08\x0e-\x1b]", content)
-    if not content or len(control_characters) > len(content) / 50:
+    if not content or len(control_characters) > len(content) / 50:  # a text has hardly any
         return {}
     names = list(ENCODINGS)
     matches = from_bytes(content, cp_isolation=names) or from_bytes(content, cp_isolation=names, threshold=0.6)

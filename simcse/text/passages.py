@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from simcse.console import progress
 from simcse.text.keys import text_keys
@@ -14,157 +14,213 @@ import numpy as np
 NAME = "passages.npy"
 BLOCK = 4096  # documents that are split at a time
 # A sentence ends at such marks, with the brackets and quotes behind them; at a full stop only before white space.
-_END = re.compile(r"(?:[。！？；…!?;]+|\.(?=\s))[”’」』）》】)\]\"']*\s*|\n\s*")
-_UNIT = re.compile(r"[^\W\u3400-\u9fff]+\s*|.\s*", re.DOTALL)  # a word, a han character or a mark
+SENTENCE_END = re.compile(r"(?:[。！？；…!?;]+|\.(?=\s))[”’」』）》】)\]\"']*\s*|\n\s*")
+WORD = re.compile(r"[^\W\u3400-\u9fff]+\s*|.\s*", re.DOTALL)  # or a han character, or a mark
 
 
 class Passages(Sequence):
-    """The passages of documents, one after the other; each is a row of an index. A passage is as many whole sentences
-    as have room, or as many words of a sentence that has none; together they are all of the document.
+    """The passages of documents, one after the other; each is a row of an index.
 
-    The passages of document d are rows starts[d] to starts[d + 1], int32; row r begins at character offsets[r], int32,
-    of its document. `first`, int32, are the first rows of the same text, by which equal ones are encoded once.
+    A passage is as many whole sentences as have room, or as many words of a sentence that has none. The passages of a
+    document are all of its text.
 
     Args:
-        documents: sequence of texts, which takes an array of rows as well: `ann_util.Entries`.
+        documents: sequence of texts, which takes an array of rows as well: `documents.Entries`.
+        starts: int32 [documents + 1], the first row of each document; its last row stands before the next one's first.
+        offsets: int32 [rows], the character of its document at which each passage begins.
+        first: int32 [rows], the first row with the same text, by which equal passages are encoded once; None: it is
+            not known, and `windows` and `in_context` cannot be called.
     """
 
     def __init__(self, documents: Any, starts: np.ndarray, offsets: np.ndarray,
                  first: np.ndarray | None = None) -> None:
-        self.documents, self.starts, self.offsets, self.first = documents, starts, offsets, first
+        self.documents = documents
+        self.starts = starts
+        self.offsets = offsets
+        self.first = first
 
     @classmethod
     def split(cls, documents: Any, tokenizer: Any, max_seq_length: int) -> "Passages":
-        """The passages of at most so many tokens, [CLS] and [SEP] included."""
-        counts, offsets, keys = np.empty(len(documents), "int32"), [], []
+        """Split documents into passages of at most `max_seq_length` tokens, [CLS] and [SEP] included."""
+        counts = np.zeros(len(documents), "int32")
+        offsets, keys = [], []  # an array for each block of documents
         with progress("splitting", len(documents), "documents") as advance:
             for start in range(0, len(documents), BLOCK):
                 texts = documents[start : start + BLOCK]
-                parts = begins(texts, tokenizer, max_seq_length)
-                counts[start : start + len(texts)] = [*map(len, parts)]
-                offsets.append(np.concatenate(parts).astype("int32"))
-                keys.append(text_keys(text[begin:end].strip() for text, each in zip(texts, parts)
-                                      for begin, end in zip(each, [*each[1:], None])))
+                begins_of = find_passages(texts, tokenizer, max_seq_length)
+                counts[start : start + len(texts)] = [len(begins) for begins in begins_of]
+                offsets.append(np.concatenate(begins_of).astype("int32"))
+                passages = []
+                for text, begins in zip(texts, begins_of):
+                    passages += _cut_at(text, begins)
+                keys.append(text_keys(passage.strip() for passage in passages))
                 advance(len(texts))
-        _, first, entry = np.unique(np.concatenate(keys), return_index=True, return_inverse=True)
+        _, first_of_key, key_of_row = np.unique(np.concatenate(keys), return_index=True, return_inverse=True)
+        first = first_of_key.astype("int32")[key_of_row]
         starts = np.append(0, np.cumsum(counts)).astype("int32")
-        return cls(documents, starts, np.concatenate(offsets), first.astype("int32")[entry])
+        return cls(documents, starts, np.concatenate(offsets), first)
 
     @classmethod
     def load(cls, documents: Any, folder: str) -> "Passages":
-        """What `save` has written."""
-        both = np.load(os.path.join(folder, NAME), mmap_mode="r")
-        return cls(documents, *np.split(both, [len(documents) + 1]))
+        """Return what `save` has written; it is mapped instead of read."""
+        saved = np.load(os.path.join(folder, NAME), mmap_mode="r")
+        starts, offsets = np.split(saved, [len(documents) + 1])
+        return cls(documents, starts, offsets)
 
     def save(self, folder: str) -> None:
+        """Write where passages begin to a folder."""
         np.save(os.path.join(folder, NAME), np.append(self.starts, self.offsets))
 
     def __len__(self) -> int:
         return len(self.offsets)
 
     def __getitem__(self, row):
-        """The text of a row, or those of a slice or of an array of rows."""
+        """Return the text of a row, or the list of those of a slice or of an array of rows."""
         if isinstance(row, slice):
             row = np.arange(len(self))[row]
         rows = np.atleast_1d(row)
-        documents, place = np.unique(self.documents_of(rows), return_inverse=True)
-        texts, ends = self.documents[documents], self.starts[documents + 1]
-        found = [texts[at][self.offsets[each] : self.offsets[each + 1] if each + 1 < ends[at] else None].strip()
-                 for each, at in zip(rows.tolist(), place.tolist())]
-        return found if np.ndim(row) else found[0]
+        documents, text_of_row = np.unique(self.documents_of(rows), return_inverse=True)
+        texts = self.documents[documents]
+        next_starts = self.starts[documents + 1]
+        passages = []
+        for passage, place in zip(rows.tolist(), text_of_row.tolist()):
+            is_last = passage + 1 == next_starts[place]
+            end = None if is_last else self.offsets[passage + 1]
+            passages.append(texts[place][self.offsets[passage] : end].strip())
+        return passages if np.ndim(row) else passages[0]
 
     def documents_of(self, rows: np.ndarray) -> np.ndarray:
-        """Which document has each row, int64."""
+        """Return the document that each row is of, int64 [rows]."""
         return np.searchsorted(self.starts, rows, side="right") - 1
 
     def rows_of(self, document: int) -> np.ndarray:
-        """The rows of a document."""
-        return np.arange(*self.starts[document : document + 2])
+        """Return the rows of a document, int64."""
+        return np.arange(self.starts[document], self.starts[document + 1])
 
     def place(self, row: int) -> str:
-        """Where its document stands, as file:line."""
+        """Return where a row's document stands, as file:line."""
         return self.documents.place(int(self.documents_of(row)))
 
-    def _whole(self, rows: Sequence[int]) -> np.ndarray:
-        """All rows of the documents that have any of these, which rise."""
+    def _rows_of_documents(self, rows: Sequence[int]) -> np.ndarray:
+        """Return all rows, rising, of the documents that have any of these rows."""
         documents = np.unique(self.documents_of(np.asarray(rows)))
-        counts = self.starts[documents + 1] - self.starts[documents]
-        places = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        return np.repeat(self.starts[documents], counts) + places
+        begins = self.starts[documents].astype("int64")
+        counts = self.starts[documents + 1] - begins
+        # np.arange of each document's rows, one after the other
+        before = np.cumsum(counts) - counts
+        return np.arange(counts.sum()) + np.repeat(begins - before, counts)
 
     def windows(self, pieces: Iterable[Sequence[int]]) -> list[np.ndarray]:
-        """The rows that have to be encoded for some pieces of the rows: the different texts of their documents."""
-        return [np.unique(self.first[self._whole(rows)]) for rows in pieces]
+        """Return which rows have to be encoded for each piece of the rows: the different texts of their documents."""
+        return [np.unique(self.first[self._rows_of_documents(rows)]) for rows in pieces]
 
     def in_context(self, pieces: Iterable[Sequence[int]], encoded: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Yield the embeddings of the rows of each piece, float32 [rows, dim]. `encoded` are those of its `windows`.
+        """Yield the embeddings of the rows of each piece, which are those of passages in their documents.
 
-        A passage's embedding is (p + m) / |p + m|, p that of its text, and m the mean of its document's passages,
-        normalized: a query finds a document by what one passage says, and by what all of it is about. A document of one
-        passage has its embedding; a passage that the encoder sees nothing of has zeros.
+        A query finds a document by what one passage says, and by what the whole of it is about. So a passage's
+        embedding is (p + m) / |p + m|: p is that of its text, m the mean of those of its document, normalized. The only
+        passage of a document keeps its own embedding; a passage that the encoder has no word of keeps zeros.
+
+        Args:
+            pieces: rows of each piece.
+            encoded: for each piece the embeddings of its `windows`, float32 [rows, dim].
+
+        Yields:
+            float32 [rows, dim].
         """
         for rows, embeddings in zip(pieces, encoded):
-            whole = self._whole(rows)
-            own = embeddings[np.unique(self.first[whole], return_inverse=True)[1]]
+            whole = self._rows_of_documents(rows)
+            _, place_of_text = np.unique(self.first[whole], return_inverse=True)
+            own = embeddings[place_of_text]
             documents = self.documents_of(whole)
-            begins = np.flatnonzero(np.diff(documents, prepend=-1))
+            begins = np.flatnonzero(np.diff(documents, prepend=-1))  # of each document in `whole`
             counts = np.diff(begins, append=len(whole))
-            mean = _normalized(np.add.reduceat(own, begins))
-            blended = _normalized(own + np.repeat(mean, counts, axis=0))
+            means = _normalize(np.add.reduceat(own, begins))  # the direction of the mean is that of the sum
+            blended = _normalize(own + np.repeat(means, counts, axis=0))
             blended[~own.any(axis=1)] = 0
-            alone = np.repeat(counts == 1, counts)
-            blended[alone] = own[alone]
+            is_only = np.repeat(counts == 1, counts)
+            blended[is_only] = own[is_only]
             yield blended[np.searchsorted(whole, np.asarray(rows))]
 
 
-def _normalized(vectors: np.ndarray) -> np.ndarray:
+def _normalize(vectors: np.ndarray) -> np.ndarray:
+    """Return vectors of length 1; zeros stay."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.where(lengths > 0, lengths, 1)
 
 
-def begins(texts: Sequence[str], tokenizer: Any, max_seq_length: int) -> list[list[int]]:
-    """The characters at which the passages of each text begin, the first at 0."""
+class Part(NamedTuple):
+    """A sentence or a word, which a passage is not split within, and how many tokens it has."""
+
+    text: str
+    tokens: int
+
+
+def find_passages(texts: Sequence[str], tokenizer: Any, max_seq_length: int) -> list[list[int]]:
+    """Return the characters at which the passages of each text begin, the first at 0.
+
+    Args:
+        texts: one or more documents; those that are one passage are not split into sentences.
+        tokenizer: gives the tokens of each of some texts.
+        max_seq_length: tokens of a passage, [CLS] and [SEP] included.
+    """
     room = max(1, max_seq_length - 2)
-
-    def count(parts: list[str]) -> list[int]:
-        return (Tokens.of(tokenizer(parts, room + 3)).lengths - 2).tolist() if parts else []
-
-    found = [[0] for _ in texts]
-    longer = [row for row, tokens in enumerate(count(texts)) if tokens > room]
-    sentences = [_cut(texts[row], _END) for row in longer]
-    sizes = iter(count([sentence for each in sentences for sentence in each]))
-    for row, each in zip(longer, sentences):
+    begins = [[0] for _ in texts]
+    longer = [row for row, tokens in enumerate(_count_tokens(texts, tokenizer, room)) if tokens > room]
+    sentences_of = [_split_sentences(texts[row]) for row in longer]
+    counts = iter(_count_tokens([sentence for sentences in sentences_of for sentence in sentences], tokenizer, room))
+    for row, sentences in zip(longer, sentences_of):
         parts = []
-        for sentence in each:
-            size = next(sizes)
-            parts += [(sentence, size)] if size <= room else _words(sentence, count, room)
-        found[row] = _pack(parts, room)
-    return found
+        for sentence in sentences:
+            tokens = next(counts)
+            if tokens <= room:
+                parts.append(Part(sentence, tokens))
+            else:
+                parts += _split_words(sentence, tokenizer, room)
+        begins[row] = _fill_passages(parts, room)
+    return begins
 
 
-def _cut(text: str, end: re.Pattern) -> list[str]:
-    """The parts of a text, each with its end; together they are the text."""
-    bounds = [0, *(match.end() for match in end.finditer(text))]
-    return [part for part in (text[begin:end] for begin, end in zip(bounds, [*bounds[1:], len(text)])) if part]
+def _count_tokens(texts: Sequence[str], tokenizer: Any, room: int) -> list[int]:
+    """Return how many tokens each text has, [CLS] and [SEP] excluded; `room` + 1 for all that have more."""
+    if not texts:
+        return []
+    lengths = Tokens.of(tokenizer(texts, room + 3)).lengths
+    return (lengths - 2).tolist()
 
 
-def _words(sentence: str, count: Any, room: int) -> list[tuple[str, int]]:
-    """The words of a sentence, and how many tokens each has; one that has no room in a passage is taken by its
-    characters."""
-    units = _UNIT.findall(sentence)
+def _cut_at(text: str, begins: Sequence[int]) -> list[str]:
+    """Return the parts of a text that begin at these characters."""
+    ends = [*begins[1:], len(text)]
+    return [text[begin:end] for begin, end in zip(begins, ends)]
+
+
+def _split_sentences(text: str) -> list[str]:
+    """Return the sentences of a text, each with the marks and white space at its end; together they are the text."""
+    begins = [0] + [match.end() for match in SENTENCE_END.finditer(text)]
+    return [sentence for sentence in _cut_at(text, begins) if sentence]
+
+
+def _split_words(sentence: str, tokenizer: Any, room: int) -> list[Part]:
+    """Return the words of a sentence; the characters of a word that has no room in a passage."""
+    words = WORD.findall(sentence)
     parts = []
-    for unit, size in zip(units, count(units)):
-        parts += [(unit, size)] if size <= room else [(character, 1) for character in unit]
+    for word, tokens in zip(words, _count_tokens(words, tokenizer, room)):
+        if tokens <= room:
+            parts.append(Part(word, tokens))
+        else:
+            parts += [Part(character, 1) for character in word]
     return parts
 
 
-def _pack(parts: list[tuple[str, int]], room: int) -> list[int]:
-    """Where the passages begin whose parts, of so many tokens each, fill the room."""
-    found, offset, used = [0], 0, 0
-    for part, size in parts:
-        if used and used + size > room:
-            found.append(offset)
+def _fill_passages(parts: Sequence[Part], room: int) -> list[int]:
+    """Return the characters at which passages begin, each of as many parts as have room in it."""
+    begins = [0]
+    offset = used = 0  # characters of the text, tokens of the passage
+    for part in parts:
+        if used > 0 and used + part.tokens > room:
+            begins.append(offset)
             used = 0
-        used += size
-        offset += len(part)
-    return found
+        used += part.tokens
+        offset += len(part.text)
+    return begins

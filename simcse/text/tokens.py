@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,72 +12,112 @@ LENGTH_MULTIPLE = 4  # batches are padded to a multiple of so many tokens, so th
 
 
 class Tokens(Sequence):
-    """The token ids of texts, [CLS] and [SEP] included, one after the other in `flat`, int32, and how many each text
-    has, `lengths`, int64; as a sequence the `Ids` of each text."""
+    """The token ids of texts, [CLS] and [SEP] included, one text after the other. As a sequence: the `Ids` of each.
+
+    Attributes:
+        flat: int32 [tokens], the ids of all texts.
+        lengths: int64 [texts], how many ids each text has.
+        starts, ends: int64 [texts], where the ids of each text begin and end in `flat`.
+    """
 
     def __init__(self, flat: np.ndarray, lengths: np.ndarray) -> None:
-        self.flat, self.lengths, self.ends = flat, lengths, np.cumsum(lengths)
+        self.flat = flat
+        self.lengths = lengths
+        self.ends = np.cumsum(lengths)
         self.starts = self.ends - lengths
 
     @classmethod
     def of(cls, sequences: Iterable[Sequence[int]]) -> "Tokens":
-        """The same of `Ids`, or of what already is `Tokens`."""
+        """Return the ids of texts, lists or `Tokens`, as `Tokens`."""
         if isinstance(sequences, cls):
             return sequences
         lengths = np.fromiter(map(len, sequences), "int64")
-        return cls(np.fromiter(itertools.chain.from_iterable(sequences), "int32", lengths.sum()), lengths)
+        flat = np.fromiter(itertools.chain.from_iterable(sequences), "int32", lengths.sum())
+        return cls(flat, lengths)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, row):
         if isinstance(row, slice):
-            return [self[each] for each in range(len(self))[row]]
+            return [self[one] for one in range(len(self))[row]]
         return self.flat[self.starts[row] : self.ends[row]].tolist()
 
     def __iter__(self) -> Iterator[Ids]:
-        flat = self.flat.tolist()
-        return (flat[start:end] for start, end in zip(self.starts.tolist(), self.ends.tolist()))
+        flat = self.flat.tolist()  # at once: slices of a list are faster than slices of an array
+        for start, end in zip(self.starts.tolist(), self.ends.tolist()):
+            yield flat[start:end]
 
     def __eq__(self, other: object) -> bool:
-        return list(self) == list(other) if isinstance(other, (Tokens, list)) else NotImplemented
+        if not isinstance(other, (Tokens, list)):
+            return NotImplemented
+        return list(self) == list(other)
 
     def cut(self, length: int) -> "Tokens":
-        """With no more than `length` tokens of each text: its first ones, and its [SEP]."""
+        """Return the texts with `length` tokens at most: the first ones of a longer text, and its [SEP]."""
         longer = np.flatnonzero(self.lengths > length)
         if not len(longer):
             return self
-        kept = np.ones(len(self.flat), bool)
-        for start, end in zip((self.starts[longer] + length - 1).tolist(), (self.ends[longer] - 1).tolist()):
-            kept[start:end] = False
-        return Tokens(self.flat[kept], np.minimum(self.lengths, length))
+        is_kept = np.ones(len(self.flat), bool)
+        first_cut = self.starts[longer] + length - 1
+        separators = self.ends[longer] - 1
+        for start, end in zip(first_cut.tolist(), separators.tolist()):
+            is_kept[start:end] = False
+        return Tokens(self.flat[is_kept], np.minimum(self.lengths, length))
 
-    def padded(self, rows: Sequence[int], pad_id: int, length: int) -> np.ndarray:
-        """Of some texts int64 [rows, length], filled up with `pad_id`."""
-        places = np.arange(length)
-        inside = places < self.lengths[rows][:, None]
-        input_ids = np.full(inside.shape, pad_id, "int64")
-        input_ids[inside] = self.flat[(self.starts[rows][:, None] + places)[inside]]
+    def padded(self, rows: Sequence[int] | slice, pad_id: int, length: int) -> np.ndarray:
+        """Return the ids of some texts, filled up with `pad_id`: int64 [rows, length]."""
+        positions = np.arange(length)
+        is_token = positions < self.lengths[rows][:, None]  # [rows, length]
+        places = self.starts[rows][:, None] + positions  # in `flat`
+        input_ids = np.full(is_token.shape, pad_id, "int64")
+        input_ids[is_token] = self.flat[places[is_token]]
         return input_ids
 
 
 def pad(sequences: Sequence[Ids], pad_id: int, length: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Pad token ids to `length`, or to the longest: input_ids and token_type_ids (all zero), int64 [batch, length]."""
+    """Pad the token ids of texts to `length`, or, if it is 0, to the longest.
+
+    Returns:
+        input_ids and token_type_ids, which are all zero: int64 [texts, length].
+    """
     ids = Tokens.of(sequences)
     input_ids = ids.padded(slice(None), pad_id, length or ids.lengths.max())
     return input_ids, np.zeros_like(input_ids)
 
 
+class TokenBatch(NamedTuple):
+    """Texts that are encoded together.
+
+    Attributes:
+        rows: which texts they are.
+        input_ids: int64 [texts, length].
+        token_type_ids: int64 [texts, length], all zero.
+    """
+
+    rows: list[int]
+    input_ids: np.ndarray
+    token_type_ids: np.ndarray
+
+
 def make_batches(ids: Sequence[Ids], pad_id: int, batch_size: int | None = None,
-                 batch_tokens: int = 2048) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-    """Batch token ids of like length, longest first, each batch padded to a multiple of LENGTH_MULTIPLE, `batch_size`
-    texts at a time or, None, as many as fill `batch_tokens`, padding included. Yields the positions of the batch's
-    texts in `ids`, its input_ids and its token_type_ids, int64 [texts, length]."""
+                 batch_tokens: int = 2048) -> Iterator[TokenBatch]:
+    """Yield batches of texts of like length, the longest first, each padded to a multiple of LENGTH_MULTIPLE.
+
+    Args:
+        ids: the token ids of each text.
+        pad_id: the id that batches are filled up with.
+        batch_size: texts per batch; None: as many as have `batch_tokens` tokens together.
+        batch_tokens: padding included; a text that has more is a batch.
+    """
     ids = Tokens.of(ids)
-    order, longest = np.argsort(-ids.lengths, kind="stable"), ids.lengths.max(initial=0)
-    while len(order):
-        length = int(min(longest, -(-ids.lengths[order[0]] // LENGTH_MULTIPLE) * LENGTH_MULTIPLE))
+    remaining = np.argsort(-ids.lengths, kind="stable")
+    longest = ids.lengths.max(initial=0)
+    while len(remaining):
+        multiples = -(-ids.lengths[remaining[0]] // LENGTH_MULTIPLE)  # rounded up
+        length = int(min(longest, multiples * LENGTH_MULTIPLE))
         size = batch_size or max(1, batch_tokens // length)
-        rows, order = order[:size], order[size:]
+        rows = remaining[:size]
+        remaining = remaining[size:]
         input_ids = ids.padded(rows, pad_id, length)
-        yield rows.tolist(), input_ids, np.zeros_like(input_ids)
+        yield TokenBatch(rows.tolist(), input_ids, np.zeros_like(input_ids))

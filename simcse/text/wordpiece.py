@@ -6,7 +6,7 @@ import os
 import re
 import string
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from simcse.console import reported
@@ -15,116 +15,169 @@ from simcse.text.tokens import Ids, Tokens
 
 import numpy as np
 
-WASTE = re.compile("([0-9A-Za-z]{101})[0-9A-Za-z]+|( ) +")  # what a long text has more of than makes a difference
+# What a long text can have much of without other tokens: characters of a word that is [UNK] anyway, and blanks.
+IRRELEVANT = re.compile("([0-9A-Za-z]{101})[0-9A-Za-z]+|( ) +")
 WORDPIECE_CLASSES = ("ErnieTokenizer", "BertTokenizer")  # of PaddleNLP
+MOST_CHARACTERS = 100  # of a word; a longer one is [UNK]
+# BertPreTokenizer splits at punctuation alone, PaddleNLP at symbols and at some more code points. The last range are
+# han characters that the Rust normalizer leaves out by a typo in its table.
+SYMBOL = r"[\p{S}\x{AD}\x{B2}\x{B5}\x{BA}\x{D8}\x{14B}\x{1B1}\x{3007}\x{2B820}-\x{2B91F}]"
+# Characters that are a token each: han characters and common marks.
+SINGLES = [*map(chr, range(0x4E00, 0xA000)), *string.punctuation, *"，。、；：？！“”‘’（）《》〈〉【】—…·～"]
+BLANKS = " \t\r\n"
+# What stands in a table of all characters for those that are not a token by themselves; ids are >= 0.
+IN_WORD, IS_BLANK = -1, -2
+CODE_POINTS = 0x110000
 
 
 class WordPiece:
-    """BERT WordPiece in Rust, token for token what PaddleNLP's ErnieTokenizer and BertTokenizer give, text being text:
-    a literal "[SEP]" in it is no separator. `lowercase` also strips accents; `kind` is PaddleNLP's class name.
+    """BERT WordPiece by the tokenizers library, token for token what PaddleNLP's tokenizers give.
 
-    Texts are taken many at a time as an array of their characters. A han character or a common mark is a token by
-    itself, whose id a table gives. What is between these and blanks is words, of which there are few: their ids, which
-    Rust gives, are kept."""
+    One difference is meant: "[SEP]" in a text is text.
 
-    # PaddleNLP splits at symbols and at some more code points; BertPreTokenizer only at punctuation.
-    # The last range is missing from the Rust normalizer's han (a typo in its table).
-    _SPLIT = r"[\p{S}\x{AD}\x{B2}\x{B5}\x{BA}\x{D8}\x{14B}\x{1B1}\x{3007}\x{2B820}-\x{2B91F}]"
-    _ALONE = [*map(chr, range(0x4E00, 0xA000)), *string.punctuation, *"，。、；：？！“”‘’（）《》〈〉【】—…·～"]
-    _WORD, _BLANK = -1, -2  # of a character that is no token by itself
-    _KNOWN = 1 << 18  # words whose ids are kept
-    _BLOCK = 1 << 16  # characters that are taken at a time
+    Texts are tokenized many at a time, as an array of their characters. A table gives the id of every character that is
+    a token by itself. The words between these, of which a corpus has few different ones, are tokenized by the library
+    once; their ids are kept.
+
+    Args:
+        vocab: token -> id.
+        lowercase: make texts lower case, and strip accents.
+        kind: the class of PaddleNLP that it stands for.
+
+    Attributes:
+        cls, sep, pad_token_id, unk_token_id: ids of special tokens.
+        wordless: ids of tokens without a letter or digit, and of [UNK].
+    """
+
+    _KNOWN_WORDS = 1 << 18  # words whose ids are kept
+    _BLOCK = 1 << 16  # characters that are tokenized at a time
 
     def __init__(self, vocab: dict[str, int], lowercase: bool = True, kind: str = "ErnieTokenizer") -> None:
         from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-        self.vocab, self.lowercase, self.kind = vocab, lowercase, kind
+        self.vocab = vocab
+        self.lowercase = lowercase
+        self.kind = kind
+        self.cls = vocab["[CLS]"]
+        self.sep = vocab["[SEP]"]
+        self.pad_token_id = vocab["[PAD]"]
         self.unk_token_id = vocab.get("[UNK]")
-        self.wordless = {self.unk_token_id, *(number for token, number in vocab.items()
-                                              if not any(map(str.isalnum, token)))}
-        self.cls, self.sep, self.pad_token_id = (vocab[token] for token in ("[CLS]", "[SEP]", "[PAD]"))
-        self._rust = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
+        self.wordless = {self.unk_token_id}
+        for token, number in vocab.items():
+            if not any(character.isalnum() for character in token):
+                self.wordless.add(number)
+
+        self._rust = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=MOST_CHARACTERS))
         self._rust.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
         self._rust.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Split(Regex(self._SPLIT), "isolated")])
+            [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Split(Regex(SYMBOL), "isolated")])
         self._rust.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]", special_tokens=[("[CLS]", self.cls), ("[SEP]", self.sep)])
-        self._known, self._lock = dict[str, Ids](), threading.Lock()
-        self._kinds = np.full(0x110000, self._WORD, "int32")  # ids of the characters that are alone
-        self._kinds[[*map(ord, self._ALONE)]] = [vocab.get(each, vocab.get("[UNK]", self._WORD))
-                                                 for each in self._ALONE]
-        self._kinds[[*map(ord, " \t\r\n")]] = self._BLANK
+
+        self._word_ids: dict[str, Ids] = {}
+        self._lock = threading.Lock()  # evaluation runs while a thread makes batches
+        # int32 [code points]: the id of a character that is a token by itself, IN_WORD or IS_BLANK
+        self._table = np.full(CODE_POINTS, IN_WORD, "int32")
+        for character in SINGLES:
+            self._table[ord(character)] = vocab.get(character, vocab.get("[UNK]", IN_WORD))
+        for character in BLANKS:
+            self._table[ord(character)] = IS_BLANK
 
     def __call__(self, texts: Sequence[str], max_seq_length: int) -> Tokens:
-        """Token ids of each text, [CLS] and [SEP] included, cut to `max_seq_length`."""
-        with self._lock:  # evaluation runs beside the making of batches
-            heads = self._heads(texts, max_seq_length)
+        """Return the token ids of each text, [CLS] and [SEP] included, cut to `max_seq_length`."""
+        with self._lock:
+            beginnings = self._beginnings(texts, max_seq_length)
             self._rust.no_truncation()
-            ends = np.cumsum([*map(len, heads)])
-            blocks = np.searchsorted(ends, np.arange(self._BLOCK, ends[-1] if heads else 0, self._BLOCK))
-            bounds = [*dict.fromkeys([0, *blocks.tolist(), len(heads)])]
-            parts = [self._block(heads[start:end]) for start, end in itertools.pairwise(bounds)]
-        flat, lengths = map(np.concatenate, zip((np.empty(0, "int32"), np.empty(0, "int64")), *parts))
-        return Tokens(flat, lengths).cut(max_seq_length)
+            all_flat, all_lengths = [np.empty(0, "int32")], [np.empty(0, "int64")]
+            for block in _blocks(beginnings, self._BLOCK):
+                tokens = self._tokenize_block(block)
+                all_flat.append(tokens.flat)
+                all_lengths.append(tokens.lengths)
+        return Tokens(np.concatenate(all_flat), np.concatenate(all_lengths)).cut(max_seq_length)
 
-    def _block(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The token ids of texts, one after the other, int32, and how many each has, int64."""
-        lengths = np.fromiter(map(len, texts), "int64") + 2  # each between two line feeds, in [CLS]'s and [SEP]'s place
+    def _tokenize_block(self, texts: Sequence[str]) -> Tokens:
+        """Return the token ids of some texts.
+
+        The texts are joined, each between two line feeds, which are no part of a word. `ids` has a number for each
+        character: its id, IN_WORD or IS_BLANK. [CLS] and [SEP] take the places of the line feeds. Then each character
+        is repeated as often as it has tokens: once if it is one, not at all if it is a blank, and the first character
+        of a word as often as the word has tokens, the others not at all.
+        """
+        lengths = np.fromiter(map(len, texts), "int64") + 2
         ends = np.cumsum(lengths)
+        starts = ends - lengths
         joined = "\n" + "\n\n".join(texts) + "\n"
-        kinds = self._kinds[np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), "uint32")]
-        is_word = kinds == self._WORD
-        kinds[ends - lengths], kinds[ends - 1] = self.cls, self.sep
-        changes = np.flatnonzero(is_word[1:] != is_word[:-1]) + 1
-        words = [joined[start:end] for start, end in changes.reshape(-1, 2).tolist()]
-        ids = self._ids_of(words)
-        counts = (kinds >= 0).astype("int64")  # tokens at a character, those of a word at its first
-        counts[changes[::2]] = np.fromiter(map(len, ids), "int64", len(ids))
-        flat = np.repeat(kinds, counts)
-        flat[flat == self._WORD] = np.fromiter(itertools.chain.from_iterable(ids), "int32")
-        return flat, np.add.reduceat(counts, ends - lengths)
+        characters = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), "uint32")
+        ids = self._table[characters]
+        in_word = ids == IN_WORD
+        ids[starts] = self.cls
+        ids[ends - 1] = self.sep
 
-    def _ids_of(self, words: Sequence[str]) -> list[Ids]:
-        """The ids of words, kept or new."""
-        if len(self._known) > self._KNOWN:
-            self._known = {}
-        found = [*map(self._known.get, words)]
-        if None in found:
-            new = list(set(words).difference(self._known))
-            self._known.update(zip(new, (encoding.ids[1:-1] for encoding in self._rust.encode_batch_fast(new))))
-            found = [*map(self._known.__getitem__, words)]
-        return found
+        changes = np.flatnonzero(in_word[1:] != in_word[:-1]) + 1  # beginnings and ends of words in turn
+        words = [joined[start:end] for start, end in changes.reshape(-1, 2).tolist()]
+        ids_of_words = self._tokenize_words(words)
+        counts = (ids >= 0).astype("int64")  # tokens of each character
+        counts[changes[::2]] = np.fromiter(map(len, ids_of_words), "int64", len(words))
+        flat = np.repeat(ids, counts)
+        flat[flat == IN_WORD] = np.fromiter(itertools.chain.from_iterable(ids_of_words), "int32")
+        return Tokens(flat, np.add.reduceat(counts, starts))
+
+    def _tokenize_words(self, words: Sequence[str]) -> list[Ids]:
+        """Return the ids of each word, [CLS] and [SEP] excluded."""
+        if len(self._word_ids) > self._KNOWN_WORDS:
+            self._word_ids = {}
+        new = list(set(words).difference(self._word_ids))
+        if new:
+            for word, encoding in zip(new, self._rust.encode_batch_fast(new)):
+                self._word_ids[word] = encoding.ids[1:-1]
+        return [self._word_ids[word] for word in words]
 
     def encode(self, texts: Sequence[str], max_seq_length: int) -> list:
-        """What the tokenizers library gives of each text: ids, and where in it each token stands."""
-        return self._rust.encode_batch(self._heads(texts, max_seq_length, offsets=True))
+        """Return the tokenizers library's encoding of each text: ids, and where in the text each token stands."""
+        return self._rust.encode_batch(self._beginnings(texts, max_seq_length, keep_offsets=True))
 
-    def _heads(self, texts: Sequence[str], max_seq_length: int, offsets: bool = False) -> list[str]:
-        """Of each text a beginning with the same first tokens."""
+    def _beginnings(self, texts: Sequence[str], max_seq_length: int, *, keep_offsets: bool = False) -> list[str]:
+        """Return a beginning of each text that has the same first tokens, so that less is tokenized.
+
+        Args:
+            texts: of any length.
+            max_seq_length: tokens that are wanted, [CLS] and [SEP] included.
+            keep_offsets: leave out nothing within a text, so that tokens stand where they do in the whole text.
+        """
         self._rust.enable_truncation(max_seq_length)
         room = max_seq_length - 2
         # A han character is a token and ends the one before it, so what follows the last that has room is cut anyway.
-        enough = re.compile(f"(?:[^\u4e00-\u9fff]*[\u4e00-\u9fff]){{{room}}}").match
-        return [found[0] if len(text) > room and (found := enough(text)) else text
-                for text in (self._beginning(text, room, offsets) for text in texts)]
+        enough = re.compile(f"(?:[^\u4e00-\u9fff]*[\u4e00-\u9fff]){{{room}}}")
+        beginnings = []
+        for text in texts:
+            if len(text) > room:
+                text = self._shorten(text, room, keep_offsets=keep_offsets)
+                match = enough.match(text)
+                if match:
+                    text = match[0]
+            beginnings.append(text)
+        return beginnings
 
-    def _beginning(self, text: str, room: int, offsets: bool) -> str:
-        """A text, of a very long one a beginning with the same first `room` tokens, and unless `offsets` with less of
-        [UNK]s and blanks. A word has 100 tokens at most, and [UNK] alone if it is longer than that: where there are 100
-        tokens more than `room`, the word that the cut falls into is behind them."""
-        size = 16 * (room + 100)
+    def _shorten(self, text: str, room: int, *, keep_offsets: bool) -> str:
+        """Return a text; of a very long one a beginning with the same first `room` tokens.
+
+        A word has no more tokens than MOST_CHARACTERS, and one, [UNK], if it is longer. So where a beginning has
+        MOST_CHARACTERS tokens more than `room`, the word that is cut at its end is behind the tokens that are wanted.
+        """
+        size = 16 * (room + MOST_CHARACTERS)
         if len(text) <= 4 * size:
             return text
-        text = text if offsets else WASTE.sub(r"\1\2", text)
+        if not keep_offsets:
+            text = IRRELEVANT.sub(r"\1\2", text)
         while size < len(text):
             encoding, = self._rust.encode_batch_fast([text[:size]])
-            if room * len(encoding.overflowing) >= room + 100:
+            if room * len(encoding.overflowing) >= room + MOST_CHARACTERS:  # each overflowing part has `room` tokens
                 return text[:size]
             size *= 4
         return text
 
     def save_rust(self, folder: str) -> None:
-        """Write tokenizer.json: this tokenizer for the tokenizers library alone."""
+        """Write tokenizer.json, with which the tokenizers library alone gives the same ids."""
         self._rust.no_truncation()
         self._rust.save(os.path.join(folder, "tokenizer.json"), pretty=False)
 
@@ -137,23 +190,49 @@ class WordPiece:
             json.dump({"do_lower_case": self.lowercase, **names, "tokenizer_class": self.kind}, file)
 
 
+def _blocks(texts: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    """Yield texts in blocks of about `size` characters."""
+    start = characters = 0
+    for row, text in enumerate(texts):
+        characters += len(text)
+        if characters >= size:
+            yield texts[start : row + 1]
+            start = row + 1
+            characters = 0
+    if start < len(texts):
+        yield texts[start:]
+
+
 class AnyTokenizer:
-    """Any other tokenizer of PaddleNLP behind the interface of `WordPiece`; slower."""
+    """Any other tokenizer of PaddleNLP behind the interface of `WordPiece`; it is slower."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._python, self.pad_token_id = tokenizer, tokenizer.pad_token_id
-        self.unk_token_id, self.wordless = tokenizer.unk_token_id, {tokenizer.unk_token_id}
-        self.save_pretrained = tokenizer.save_pretrained
+        self._tokenizer = tokenizer
+        self.pad_token_id = tokenizer.pad_token_id
+        self.unk_token_id = tokenizer.unk_token_id
+        self.wordless = {tokenizer.unk_token_id}
 
     def __call__(self, texts: Sequence[str], max_seq_length: int) -> Tokens:
-        return Tokens.of(self._python(list(texts), max_length=max_seq_length, truncation=True,
-                                      return_token_type_ids=False, return_attention_mask=False)["input_ids"])
+        """Return the token ids of each text, special tokens included, cut to `max_seq_length`."""
+        encoded = self._tokenizer(list(texts), max_length=max_seq_length, truncation=True,
+                                  return_token_type_ids=False, return_attention_mask=False)
+        return Tokens.of(encoded["input_ids"])
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write the tokenizer's files as PaddleNLP does."""
+        self._tokenizer.save_pretrained(folder)
 
 
 def load_tokenizer(name_or_path: str) -> WordPiece | AnyTokenizer:
-    """The tokenizer of an encoder or of a checkpoint folder, by hub name or path; InputError where there is none. A
-    folder with a vocab.txt is read without importing paddlenlp."""
-    if tokenizer := _read_wordpiece(name_or_path):
+    """Load the tokenizer of an encoder or of a checkpoint, by hub name or by folder.
+
+    A folder with a vocab.txt is read without importing paddlenlp, which takes seconds.
+
+    Raises:
+        InputError: there is no tokenizer.
+    """
+    tokenizer = _read_wordpiece(name_or_path)
+    if tokenizer:
         return tokenizer
     from paddlenlp.transformers import AutoTokenizer
 
@@ -166,7 +245,7 @@ def load_tokenizer(name_or_path: str) -> WordPiece | AnyTokenizer:
 
 
 def _read_wordpiece(folder: str) -> WordPiece | None:
-    """A folder's tokenizer; None where it is of another kind."""
+    """Return the WordPiece tokenizer in a folder; None: there is none, or one of another kind."""
     vocabulary = os.path.join(folder, "vocab.txt")
     config = read_json(os.path.join(folder, "tokenizer_config.json"))
     kind = config.get("tokenizer_class")
@@ -179,10 +258,20 @@ def _read_wordpiece(folder: str) -> WordPiece | None:
 
 
 def find_unknown(tokenizer: WordPiece | AnyTokenizer, ids: Sequence[Ids]) -> list[int]:
-    """Return the rows of the texts that the vocabulary has no word of: they have no token, or only [UNK] and
-    punctuation. The encoder cannot tell such texts apart, so that each would match every other one perfectly."""
+    """Return the rows of the texts of which the vocabulary has no word: no token at all, or [UNK] and punctuation.
+
+    The encoder cannot tell such texts apart, so that each would match every other one perfectly.
+    """
     ids = Tokens.of(ids)
-    words = np.isin(ids.flat, [*tokenizer.wordless], invert=True)
-    words[ids.starts] = words[ids.ends - 1] = False  # [CLS] and [SEP]
-    wordless = np.flatnonzero(~np.logical_or.reduceat(words, ids.starts)) if len(ids) else ()
-    return [row for row in map(int, wordless) if ids.lengths[row] == 2 or tokenizer.unk_token_id in ids[row]]
+    if not len(ids):
+        return []
+    is_word = ~np.isin(ids.flat, list(tokenizer.wordless))
+    is_word[ids.starts] = False  # [CLS]
+    is_word[ids.ends - 1] = False  # [SEP]
+    has_word = np.logical_or.reduceat(is_word, ids.starts)
+    unknown = []
+    for row in np.flatnonzero(~has_word).tolist():
+        is_empty = ids.lengths[row] == 2
+        if is_empty or tokenizer.unk_token_id in ids[row]:
+            unknown.append(row)
+    return unknown

@@ -1,7 +1,7 @@
-"""The gradients of a batch: of all its texts at once, or of a chunk of them at a time; on one rank or on several."""
+"""Compute the gradients of a batch: of all its texts at once, or chunk by chunk; on one rank or on several."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from simcse.machine import RANKS
@@ -22,19 +22,41 @@ class Embeddings(NamedTuple):  # a tuple, since DataParallel looks for the tenso
     title: paddle.Tensor
     negative: paddle.Tensor | None = None
 
+    @classmethod
+    def of_sides(cls, sides: Sequence[paddle.Tensor]) -> "Embeddings":
+        """Return the embeddings of two or three sides, in the order of `sides`."""
+        if len(sides) == 2:
+            return cls(query=sides[0], title=sides[1])
+        return cls(query=sides[0], title=sides[1], negative=sides[2])
+
     @property
     def sides(self) -> list[paddle.Tensor]:
-        """Those that there are."""
-        return [side for side in self if side is not None]
+        """Queries, titles and, if there are some, negatives."""
+        return [self.query, self.title] if self.negative is None else [self.query, self.title, self.negative]
 
     def map(self, function: Callable[[paddle.Tensor], paddle.Tensor]) -> "Embeddings":
-        """Return the embeddings with `function` applied to each side that there is."""
-        return Embeddings(*[None if side is None else function(side) for side in self])
+        """Return the embeddings with `function` applied to each side."""
+        return Embeddings.of_sides([function(side) for side in self.sides])
+
+
+class BatchLoss(NamedTuple):
+    """The loss of a batch, and what it compares; with cross-device negatives of the batches of all ranks.
+
+    Attributes:
+        value: a scalar.
+        embeddings: those compared, without gradients.
+        duplicate_keys: a `data.DuplicateKeys` of int64 tensors, of the same rows; None: the same text twice is its
+            own negative.
+    """
+
+    value: paddle.Tensor
+    embeddings: Embeddings
+    duplicate_keys: Any = None
 
 
 def backward(network: nn.Layer, model: Any, batch: Any, scale_loss: Callable[[paddle.Tensor], paddle.Tensor],
-             chunk_size: int | None = None) -> paddle.Tensor:
-    """Add the gradients of a batch's loss to those of the parameters, and return the loss, a scalar.
+             chunk_size: int | None = None) -> BatchLoss:
+    """Add the gradients of a batch's loss to those of the parameters, and return the loss.
 
     Args:
         network: `model`, or the DataParallel that holds it.
@@ -45,33 +67,38 @@ def backward(network: nn.Layer, model: Any, batch: Any, scale_loss: Callable[[pa
     """
     if chunk_size is None or batch.size <= chunk_size:
         loss = model.loss(network(batch), batch.duplicate_keys)
-        scale_loss(loss * _ranks_in_loss(model)).backward()
+        scale_loss(loss.value * _rank_factor(model)).backward()
         return loss
     return _backward_by_chunks(network, model, batch, scale_loss, chunk_size)
 
 
-def _ranks_in_loss(model: Any) -> int:
-    """Return how many ranks the loss is over. DataParallel takes the mean of the ranks' gradients; of a loss over all
-    ranks' embeddings each rank has only the part of its own, so that their sum is wanted."""
+def _rank_factor(model: Any) -> int:
+    """Return the factor on the loss that turns DataParallel's mean of gradients into their sum, else 1.
+
+    With cross-device negatives every rank computes the same loss, but only its own rows carry gradients.
+    """
     return RANKS if model.loss_settings.cross_device_negatives else 1
 
 
 def _backward_by_chunks(network: nn.Layer, model: Any, batch: Any, scale_loss: Callable, chunk_size: int,
-                        ) -> paddle.Tensor:
-    """Do what `backward` does in the memory of a chunk (Gao et al. 2021, GradCache, arXiv:2101.06983): encode all
-    chunks without a graph, take the gradients of the embeddings, then encode each chunk again, under the same dropout,
-    and pass these gradients on to the parameters."""
+                        ) -> BatchLoss:
+    """Do what `backward` does in the memory of a chunk (Gao et al. 2021, GradCache, arXiv:2101.06983).
+
+    Encode all chunks without a graph, take the gradients of the embeddings, then encode each chunk again, under the
+    same dropout, and pass these gradients on to the parameters.
+    """
     chunks = batch.chunks(chunk_size)
-    random_states, parts = [], []
+    random_states = []
+    parts = []  # for each chunk, the embeddings of its sides
     with paddle.no_grad():
         for chunk in chunks:
             random_states.append(paddle.get_rng_state())
             parts.append(network(chunk).sides)
-    embeddings = Embeddings(*[paddle.concat(side) for side in zip(*parts)])
+    embeddings = Embeddings.of_sides([paddle.concat(parts_of_side) for parts_of_side in zip(*parts)])
     for side in embeddings.sides:
         side.stop_gradient = False
     loss = model.loss(embeddings, batch.duplicate_keys)
-    scale_loss(loss * _ranks_in_loss(model)).backward()
+    scale_loss(loss.value * _rank_factor(model)).backward()
 
     start = 0
     for chunk, random_state in zip(chunks, random_states):

@@ -1,4 +1,4 @@
-"""What a run tells: log lines on stderr, measures on stdout, and all of it in VisualDL."""
+"""Log a training run: lines on stderr, measures on stdout, and both in VisualDL."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -7,6 +7,7 @@ from typing import Any
 from simcse import console
 from simcse.console import log
 from simcse.machine import RANK
+from simcse.training.gradients import BatchLoss
 
 import numpy as np
 from tqdm import tqdm
@@ -27,42 +28,48 @@ class TrainingLog:
     def __init__(self, folder: str, *, step: int, total_steps: int, steps_per_epoch: int) -> None:
         from visualdl import LogWriter
 
-        self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
+        self.total_steps = total_steps
+        self.steps_per_epoch = steps_per_epoch
         self.logged_step = step
         self.logged_at = time.time()
         self.tags: list[str] = []  # of the scalars, in the order of their first appearance
         self.writer = None if RANK else LogWriter(logdir=folder)
 
-    def log_step(self, step: int, loss: Any, learning_rate: float, compared: Any = None) -> None:
+    def log_step(self, step: int, loss: Any, learning_rate: float, batch_loss: BatchLoss | None = None) -> None:
         """Log a step, and how similar its positives and its negatives were.
 
         Args:
             step: its number, from 1.
             loss: a scalar; on a GPU it is waited for.
             learning_rate: of the step.
-            compared: what a contrastive loss was of, a `model.Compared`; None: the loss is another.
+            batch_loss: what a contrastive loss compares; None: the loss is another.
         """
         if self.writer is None:
             return
-        epoch, batch = (number + 1 for number in divmod(step - 1, self.steps_per_epoch))
+        epoch = 1 + (step - 1) // self.steps_per_epoch
+        batch = 1 + (step - 1) % self.steps_per_epoch
         speed = (step - self.logged_step) / (time.time() - self.logged_at)
         left = tqdm.format_interval((self.total_steps - step) / speed)
         log(f"global step {step}, epoch: {epoch}, batch: {batch}, loss: {float(loss):.5f}, speed: {speed:.2f} step/s, "
             f"{left} left")
         self._add_scalars("train", step, {"loss": float(loss), "learning_rate": learning_rate, "speed": speed})
-        if compared is not None:
-            self._add_cosines(step, compared)
+        if batch_loss is not None:
+            self._add_cosines(step, batch_loss)
         self.writer.flush()
         self.logged_step = step
         self.logged_at = time.time()
 
-    def _add_cosines(self, step: int, compared: Any) -> None:
-        """Add alignment, uniformity and the cosines that they are of, under the dropout of training."""
-        query = compared.embeddings.query.numpy()
-        title = compared.embeddings.title.numpy()
+    def _add_cosines(self, step: int, batch_loss: BatchLoss) -> None:
+        """Add alignment, uniformity, and histograms of cosines, under the dropout of training.
+
+        Positives are the cosines of each query with its title. Negatives are those of each query with the titles of
+        all queries that differ from it; hard negatives are not in the histogram.
+        """
+        query = batch_loss.embeddings.query.numpy()
+        title = batch_loss.embeddings.title.numpy()
         keys = np.arange(len(query))
-        if compared.duplicate_keys is not None:
-            keys = compared.duplicate_keys.query.numpy()
+        if batch_loss.duplicate_keys is not None:
+            keys = batch_loss.duplicate_keys.query.numpy()
         positives = (query * title).sum(axis=1)
         self._add_scalars("train", step, {"alignment": alignment(positives)})
         self.writer.add_histogram("train/positive_cosines", positives, step, buckets=BINS)
@@ -97,10 +104,13 @@ class TrainingLog:
 
     def add_embeddings(self, texts: Sequence[str], embeddings: np.ndarray) -> None:
         """Add embeddings, float32 [texts, embedding_size], and their texts."""
+        if self.writer is None:
+            return
         self.writer.add_embeddings("texts", mat=embeddings.tolist(), metadata=list(texts))
 
     def close(self, hyper_parameters: Mapping[str, Any]) -> None:
-        """Add the hyper-parameters, which stand beside the last loss and the last measures, and close the log."""
+        """Add the hyper-parameters, which VisualDL lists with the last loss and the last measures, and close the log.
+        """
         if self.writer is None:
             return
         tags = [tag for tag in self.tags if tag == "train/loss" or not tag.startswith("train/")]

@@ -1,4 +1,4 @@
-"""The network and loss of masked language modelling, which scripts/pretrain.py trains encoders by."""
+"""Masked language modelling, which scripts/pretrain.py trains encoders by: the network and its loss."""
 
 from typing import Any
 
@@ -33,8 +33,10 @@ class MaskedLM(nn.Layer):
         Args:
             batch: a `MaskedBatch`.
         """
-        input_ids, token_type_ids = paddle.to_tensor(batch.input_ids), paddle.to_tensor(batch.token_type_ids)
-        positions, labels = paddle.to_tensor(batch.positions), paddle.to_tensor(batch.labels)
+        input_ids = paddle.to_tensor(batch.input_ids)
+        token_type_ids = paddle.to_tensor(batch.token_type_ids)
+        positions = paddle.to_tensor(batch.positions)
+        labels = paddle.to_tensor(batch.labels)
         with casting(self.precision):
             encoder = getattr(self.network, self.encoder_name)
             hidden = encoder(input_ids, token_type_ids=token_type_ids)[0]

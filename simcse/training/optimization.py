@@ -1,4 +1,4 @@
-"""How a step changes the weights: AdamW, the schedule of its learning rate, and the loss scaling of fp16."""
+"""Change the weights by their gradients: AdamW, its learning rate schedule, and the loss scaling of fp16."""
 
 import argparse
 import contextlib
@@ -19,7 +19,7 @@ class Optimization:
     Args:
         args: the flags of `flags.add_optimization_arguments`, and --device.
         model: the network whose parameters are trained.
-        total_steps: after so many the learning rate is 0.
+        total_steps: steps of the run; the learning rate falls to 0 by its end.
 
     Attributes:
         scaler: scales the loss in fp16; in other precisions it is off.
@@ -36,7 +36,7 @@ class Optimization:
         self.learning_rate = self.optimizer.get_lr()
 
     def step(self) -> None:
-        """Change the weights by their gradients, which are 0 afterwards, and move on in the schedule."""
+        """Change the weights by their gradients, clear the gradients, and advance the learning rate schedule."""
         self.learning_rate = self.optimizer.get_lr()
         take_step(self.optimizer, self.scaler)
         self.schedule.step()
@@ -44,8 +44,15 @@ class Optimization:
 
 
 def make_optimizer(args: argparse.Namespace, model: nn.Layer, schedule: Any) -> paddle.optimizer.Optimizer:
-    """Return AdamW, which does not decay biases and norms. Without --weight_decay that is Adam, which updates all
-    parameters by one operator."""
+    """Return AdamW, which decays all weights but biases and norms.
+
+    Without --weight_decay it is Adam, which is the same then, and updates all parameters by one operator.
+
+    Args:
+        args: has --weight_decay and --max_grad_norm.
+        model: the network whose parameters are trained.
+        schedule: the learning rate, or its schedule.
+    """
     clip = nn.ClipGradByGlobalNorm(args.max_grad_norm) if args.max_grad_norm else None
     if not args.weight_decay:
         return paddle.optimizer.Adam(schedule, parameters=model.parameters(), grad_clip=clip, use_multi_tensor=True)
@@ -56,17 +63,20 @@ def make_optimizer(args: argparse.Namespace, model: nn.Layer, schedule: Any) -> 
 
 
 def take_step(optimizer: paddle.optimizer.Optimizer, scaler: paddle.amp.GradScaler) -> None:
-    """Change the weights by scaled gradients; where these are beyond the range of fp16, lower the scale instead."""
+    """Change the weights by the gradients of a scaled loss.
+
+    Where gradients are beyond the range of fp16, the weights stay as they are, and the loss scale is lowered.
+    """
     scaler.step(optimizer)
     with contextlib.redirect_stdout(io.StringIO()) as printed:  # paddle prints there that it leaves a step out
         scaler.update()
     if printed.getvalue() and not RANK:
-        scale = scaler_record(scaler)["scale"]
-        log(f"gradients are beyond the range of fp16: step left out, loss scale lowered to {scale:g}")
+        loss_scale = scaler_record(scaler)["scale"]
+        log(f"gradients are beyond the range of fp16: step left out, loss scale lowered to {loss_scale:g}")
 
 
 def scaler_record(scaler: paddle.amp.GradScaler) -> dict[str, float]:
-    """Return the state of a loss scaler as JSON has it; {} where it is off."""
+    """Return the state of a loss scaler as numbers that JSON can hold; {} if the scaler is off."""
     record = {}
     for name, value in scaler.state_dict().items():
         is_tensor = not isinstance(value, (bool, int))
@@ -75,5 +85,5 @@ def scaler_record(scaler: paddle.amp.GradScaler) -> dict[str, float]:
 
 
 def restore_scaler(scaler: paddle.amp.GradScaler, record: dict[str, float]) -> None:
-    """Give a loss scaler the state of a `scaler_record`."""
+    """Restore the state of a loss scaler from its `scaler_record`."""
     scaler.load_state_dict({**record, "scale": np.array([record["scale"]], "float32")})

@@ -1,9 +1,10 @@
-"""What a run leaves in its folder of checkpoints besides the network, so that --resume can go on from there."""
+"""Save and restore the state of a run, so that --resume continues it, and look after its folder of checkpoints."""
 
 import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,25 @@ from paddle import nn
 REMOVED_FLAGS = {"objective": "contrastive", "mlm_probability": None, "dup_rate": 0.0, "matryoshka_dims": None,
                  "distill_from": None, "distill_weight": None, "gradient_accumulation_steps": 1,
                  "gradient_cache": False, "use_recompute": False}
+PROCESSES = "number of processes"  # a setting that is no flag
+TRAINING_FILE = "train_set_file"  # a setting whose value is the digest of the file
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a resumed run has to share with the run that left its checkpoint.
+
+    Attributes:
+        values: by the names of the flags, and PROCESSES.
+        defaults: what they were in runs that are too old to have recorded them.
+    """
+
+    values: Mapping[str, Any]
+    defaults: Mapping[str, Any]
 
 
 def write_state(folder: str, model: nn.Layer, optimization: Optimization, *, step: int,
-                settings: Mapping[str, Any]) -> None:
+                settings: RunSettings) -> None:
     """Write the state of a run: the optimizer's moments, by the names of the model's parameters, and a record of its
     step, schedule, loss scaler and settings."""
     state = optimization.optimizer.state_dict()
@@ -34,26 +50,27 @@ def write_state(folder: str, model: nn.Layer, optimization: Optimization, *, ste
                 moments[f"{name}|{key.removeprefix(prefix)}"] = tensor
     write_weights(os.path.join(folder, STATE_FILE), moments)
     write_json(os.path.join(folder, STATE_RECORD), {
-        "step": step, "run": dict(settings), "scaler": scaler_record(optimization.scaler),
+        "step": step, "run": dict(settings.values), "scaler": scaler_record(optimization.scaler),
         "schedule": state["LR_Scheduler"]})
 
 
-def read_state(folder: str, model: nn.Layer, optimization: Optimization, *, settings: Mapping[str, Any],
-               defaults: Mapping[str, Any]) -> int:
-    """Give optimizer, schedule and loss scaler the state that `write_state` wrote, and return its step.
+def restore_state(folder: str, model: nn.Layer, optimization: Optimization, settings: RunSettings) -> int:
+    """Restore the state that `write_state` wrote: of optimizer, schedule and loss scaler.
 
     Args:
         folder: a checkpoint's.
         model: the network, which has that checkpoint's weights.
-        optimization: gets the state.
-        settings: see `check_settings`.
-        defaults: the same.
+        optimization: is changed.
+        settings: of this run.
+
+    Returns:
+        The step after which the checkpoint was saved.
 
     Raises:
         InputError: the state is of a run with other settings.
     """
     record = read_json(os.path.join(folder, STATE_RECORD))
-    check_settings(folder, settings, record["run"], defaults)
+    check_settings(folder, settings, record["run"])
     names = {name: parameter.name for name, parameter in model.named_parameters()}
     state = {"LR_Scheduler": record["schedule"]}
     for key, array in read_weights(os.path.join(folder, STATE_FILE), "--resume").items():
@@ -65,30 +82,34 @@ def read_state(folder: str, model: nn.Layer, optimization: Optimization, *, sett
     return record["step"]
 
 
-def check_settings(folder: str, settings: Mapping[str, Any], recorded: Mapping[str, Any],
-                   defaults: Mapping[str, Any]) -> None:
-    """Raise InputError where a run cannot go on from a checkpoint, since its settings are not those of the run that
-    left it.
+def check_settings(folder: str, settings: RunSettings, recorded: Mapping[str, Any]) -> None:
+    """Raise InputError where the run that left a checkpoint had other settings, so that it cannot be resumed.
 
     Args:
         folder: the checkpoint's, for the message.
-        settings: those of this run, by name.
-        recorded: those of the run that left the checkpoint.
-        defaults: what settings were in runs that are too old to have recorded them.
+        settings: of this run.
+        recorded: settings of the run that left the checkpoint, by name.
     """
-    changes = []
-    for name, value in settings.items():
-        before = recorded.get(name, defaults.get(name))
-        if value == before:
-            continue
-        is_digest = name == "train_set_file"
-        changes.append(name if is_digest else f"{name} {value} instead of {before}")
+    differences = []
+    for name, value in settings.values.items():
+        before = recorded.get(name, settings.defaults.get(name))
+        if value != before:
+            differences.append(_describe_difference(name, value, before))
     for name, before in recorded.items():
-        if name not in settings and (name not in REMOVED_FLAGS or before != REMOVED_FLAGS[name]):
-            changes.append(f"{name} {before}, which this version does not have")
-    if changes:
-        raise InputError(f"--resume {folder}: its run had another {', '.join(changes)}; give the same flags, or start "
-                         "a new run from its weights with --init_from_ckpt")
+        is_known = name in settings.values
+        changed_nothing = name in REMOVED_FLAGS and before == REMOVED_FLAGS[name]
+        if not is_known and not changed_nothing:
+            differences.append(f"the checkpoint has --{name} {before}, which this version does not have")
+    if differences:
+        raise InputError(f"--resume {folder}: different settings: {'; '.join(differences)}. Give the same flags, or "
+                         "start a new run from its weights with --init_from_ckpt")
+
+
+def _describe_difference(name: str, value: Any, before: Any) -> str:
+    if name == TRAINING_FILE:  # digests tell a user nothing
+        return f"--{name} is another file than the checkpoint's"
+    setting = f"the {name}" if name == PROCESSES else f"--{name}"
+    return f"{setting} is {value}, the checkpoint has {before}"
 
 
 def prepare_save_dir(save_dir: str, needed: int) -> None:
@@ -123,12 +144,11 @@ def remove_old(save_dir: str, step: int, keep: int) -> None:
         keep: how many stay; 0: all.
     """
     steps = [saved for saved in saved_steps(save_dir) if saved <= step]
-    kept = steps[-keep:]  # all of them where `keep` is 0
-    for old in steps[:-1]:
+    kept = steps[-keep:] if keep else steps
+    for old in kept[:-1]:
+        for name in (STATE_RECORD, STATE_FILE):
+            Path(save_dir, f"model_{old}", name).unlink(missing_ok=True)
+    for old in steps[: len(steps) - len(kept)]:
+        # Renamed first, so that a kill leaves no half of it under its name.
         folder = Path(save_dir, f"model_{old}")
-        if old in kept:
-            for name in (STATE_RECORD, STATE_FILE):
-                (folder / name).unlink(missing_ok=True)
-        else:
-            # Renamed first, so that a kill leaves no half of it under its name.
-            shutil.rmtree(folder.rename(folder.with_name(f".model_{old}.tmp")))
+        shutil.rmtree(folder.rename(folder.with_name(f".model_{old}.tmp")))

@@ -2,12 +2,14 @@
 
 import os
 import signal
+from typing import Any
 
 from simcse.console import log_from_handler
 from simcse.machine import RANKS
-from simcse.ranks import LAUNCHER_GONE, largest
+from simcse.ranks import LAUNCHER_GONE, gather_numbers
 
 AGREE_STEPS = 10  # ranks ask each other whether to stop every so many steps
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, LAUNCHER_GONE)
 
 
 class Stopped(Exception):
@@ -31,11 +33,18 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.number = 0
+        self._usual_handlers: dict[int, Any] = {}
 
     def listen(self) -> None:
-        """Receive signals from now on instead of ending at once."""
-        for number in (signal.SIGINT, signal.SIGTERM, LAUNCHER_GONE):
-            signal.signal(number, self._receive)
+        """Record the signals that come from now on, which would end the process at once otherwise."""
+        for number in STOP_SIGNALS:
+            self._usual_handlers[number] = signal.signal(number, self._receive)
+
+    def stop_listening(self) -> None:
+        """Let signals end the process at once again."""
+        for number, handler in self._usual_handlers.items():
+            signal.signal(number, handler)
+        self._usual_handlers.clear()
 
     def _receive(self, number: int, _) -> None:
         if "PADDLE_TRAINER_ID" in os.environ:  # a launcher sends SIGTERM several times before it kills
@@ -47,12 +56,14 @@ class StopSignal:
         log_from_handler(f"{signal.Signals(number).name}: saving after this step; once more stops without saving")
 
     def agreed(self, step: int) -> int:
-        """Return the number of the signal to stop for after a step, 0: go on.
+        """Return the number of the signal to stop for after a step, 0: go on; all ranks call it after every step.
 
         Ranks have to stop after the same step, so they ask each other, every AGREE_STEPS steps.
         """
-        if RANKS == 1:
-            return self.number
-        if step % AGREE_STEPS:
+        if RANKS > 1 and step % AGREE_STEPS:
             return 0
-        return largest(self.number)
+        return self.received()
+
+    def received(self) -> int:
+        """Return the number of a signal that has come to any rank, 0: none; all ranks call it together."""
+        return max(gather_numbers(self.number))

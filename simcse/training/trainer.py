@@ -1,6 +1,6 @@
-"""A training run between its loop and its machine: device, ranks, weights, checkpoints, log and stop signals.
+"""Run a training: set up device and ranks, update weights, save and resume checkpoints, log, and stop on signals.
 
-The loop itself stands in train.py and in scripts/pretrain.py.
+The loop over the steps is in train.py and in scripts/pretrain.py.
 """
 
 import argparse
@@ -17,10 +17,19 @@ from simcse.device import gpu_precision, set_device
 from simcse.encoder.paddle_patches import train_faster_on_cpu
 from simcse.files import file_digest, new_folder
 from simcse.machine import RANK, RANKS, TRAIN_PRECISIONS
-from simcse.ranks import join_ranks, largest, wait_for_ranks
+from simcse.ranks import all_equal, any_rank, join_ranks, wait_for_ranks
+from simcse.training.gradients import BatchLoss
 from simcse.training.log import TrainingLog
 from simcse.training.optimization import Optimization
-from simcse.training.state import prepare_save_dir, read_state, remove_old, write_state
+from simcse.training.state import (
+    PROCESSES,
+    TRAINING_FILE,
+    RunSettings,
+    prepare_save_dir,
+    remove_old,
+    restore_state,
+    write_state,
+)
 from simcse.training.stopping import Stopped, StopSignal
 
 import numpy as np
@@ -28,7 +37,7 @@ import paddle
 from paddle import nn
 
 LOG_STEPS = 10  # steps between log lines
-CHECK_STEPS = 10  # steps after which the loss is looked at where that costs a wait
+CHECK_STEPS = 10  # steps between checks of the loss where a check has to wait for it
 REMEDY = "A lower --learning_rate, --max_grad_norm 1 or --warmup_proportion 0.1 may help"
 
 
@@ -51,17 +60,18 @@ def run_training(args: argparse.Namespace, train: Callable[[], None]) -> None:
         train()
     except Diverged:
         code = 1
+        if not RANK:
+            warn(REMEDY)
     except Stopped as stopped:
         code = 128 + stopped.signal
     if not RANK:
-        log(f"totally cost {time.time() - started:.1f} s")
+        log(f"training took {time.time() - started:.1f} s")
     raise SystemExit(code)
 
 
 def check_one_precision(precision: str) -> None:
     """Raise InputError where ranks train in different precisions; their gradients could not be added up."""
-    number = TRAIN_PRECISIONS.index(precision)
-    if largest(number) != -largest(-number):
+    if not all_equal(TRAIN_PRECISIONS.index(precision)):
         raise InputError(f"--precision: this process trains in {precision} and another one does not; give the same "
                          "--precision to all")
 
@@ -80,7 +90,7 @@ class Trainer:
         network: the model, or the DataParallel that holds it, which exchanges gradients between ranks.
         step: steps that are done.
         total_steps: steps of the run.
-        log: what the run tells.
+        log: writes the log of the run.
     """
 
     def __init__(self, args: argparse.Namespace, model: nn.Layer, texts: Any, steps_per_epoch: int,
@@ -93,19 +103,26 @@ class Trainer:
         wait_for_ranks()
         if args.device == "cpu":
             train_faster_on_cpu(model)
-        self.args, self.model, self.texts, self.write_model = args, model, texts, write_model
+        self.args = args
+        self.model = model
+        self.texts = texts
+        self.write_model = write_model
         self.network = paddle.DataParallel(model) if RANKS > 1 else model  # gives all ranks the weights of rank 0
         self.step = 0
         self.total_steps = steps_per_epoch * args.epochs
         self.optimization = Optimization(args, model, self.total_steps)
-        self.settings = {"train_set_file": file_digest(texts.path), "number of processes": RANKS,
-                         **{name: getattr(args, name) for name in args.shared_defaults}}
+        values = {TRAINING_FILE: file_digest(texts.path), PROCESSES: RANKS}
+        for name in args.shared_defaults:
+            values[name] = getattr(args, name)
+        self.settings = RunSettings(values, defaults=args.shared_defaults)
         if args.resume:
-            self.step = read_state(args.resume, model, self.optimization, settings=self.settings,
-                                   defaults=args.shared_defaults)
+            self.step = restore_state(args.resume, model, self.optimization, self.settings)
             log(f"resuming from {args.resume}")
         self.saved_step: int | None = None
-        self.finite_step: int | None = None  # the last one after which all weights were found to be finite
+        self.checked_step = self.step  # the last one whose loss was checked
+        # The last step after which all weights were found to be finite: a step that is both evaluated and saved is
+        # checked once.
+        self.finite_step: int | None = None
         self.stop_signal = StopSignal()
         self.stop_signal.listen()
         self.log = TrainingLog(args.visualdl_dir, step=self.step, total_steps=self.total_steps,
@@ -117,8 +134,8 @@ class Trainer:
         self.model.train()
         paddle.seed(((self.args.seed + RANK) * 1_000_003 + self.step) % 2**31)
 
-    def scale(self, loss: paddle.Tensor) -> paddle.Tensor:
-        """Return the loss as its gradients are to be taken: in fp16 it is scaled."""
+    def scale_loss(self, loss: paddle.Tensor) -> paddle.Tensor:
+        """Return the loss that gradients are taken of: in fp16 it is scaled, else it is as it was."""
         return self.optimization.scaler.scale(loss)
 
     def update(self, loss: paddle.Tensor, batch: Any, check_loss: bool) -> None:
@@ -127,51 +144,71 @@ class Trainer:
         Args:
             loss: a scalar.
             batch: has the `rows` of its texts, for the error message.
-            check_loss: look at the loss in any case. On a CPU it is looked at in every step; on a GPU or on several
-                ranks, where that means to wait for it, else every CHECK_STEPS steps.
+            check_loss: check the loss in any case. On a CPU it is checked in every step; on a GPU or on several
+                ranks, where a check has to wait for it, else every CHECK_STEPS steps and in the last one.
 
         Raises:
-            Diverged: the loss is not finite on some rank; the weights are left as they were.
+            Diverged: the loss is not finite on some rank. The weights are left as they were, and have been saved, if
+                they are finite.
         """
         waits = self.args.device != "cpu" or RANKS > 1
-        if check_loss or not waits or (self.step + 1) % CHECK_STEPS == 0:
+        step = self.step + 1
+        if check_loss or not waits or step % CHECK_STEPS == 0 or step == self.total_steps:
             self._check_loss(float(loss), batch)
         self.optimization.step()
-        self.step += 1
+        self.step = step
 
     def _check_loss(self, loss: float, batch: Any) -> None:
+        """Save the weights, if they are finite, and raise Diverged, where the loss is not finite on some rank."""
         is_finite = math.isfinite(loss)
         if not is_finite:
-            lines = sorted(self.texts.line_number(row) for row in batch.rows)
-            warn(f"{console.PROGRAM}: error: the loss of step {self.step + 1} is {loss}; its batch is lines "
-                 f"{', '.join(map(str, lines[:100]))} of --train_set_file. {REMEDY}")
-        if largest(not is_finite):
+            warn(self._describe_loss(loss, batch))
+        if any_rank(not is_finite):
+            self.save()
             raise Diverged
+        self.checked_step = self.step + 1
+
+    def _describe_loss(self, loss: float, batch: Any) -> str:
+        lines = sorted(self.texts.line_number(row) for row in batch.rows)
+        message = (f"{console.PROGRAM}: error: the loss of step {self.step + 1} is {loss}; its batch is lines "
+                   f"{', '.join(map(str, lines[:100]))} of --train_set_file")
+        if self.checked_step < self.step:
+            message += (f"; losses from step {self.checked_step + 1} on were not checked, so that an earlier batch may "
+                        "be the cause")
+        return message
 
     def weights_are_finite(self) -> bool:
-        """Return whether no weight is NaN or Inf, on any rank."""
+        """Return whether no weight is NaN or Inf, on any rank; all ranks call it together."""
         if self.finite_step != self.step:
             is_finite = all(bool(paddle.isfinite(parameter).all()) for parameter in self.model.parameters())
-            if largest(not is_finite):
+            if any_rank(not is_finite):
                 return False
             self.finite_step = self.step
         return True
 
-    def check_weights(self) -> None:
-        """Raise Diverged where weights are NaN or Inf, before they are evaluated or saved."""
+    def check_weights(self, skipped: str) -> None:
+        """Report weights that are NaN or Inf, and raise Diverged; all ranks call it together.
+
+        Args:
+            skipped: what is not done with such weights, for the message.
+        """
         if self.weights_are_finite():
             return
         if not RANK:
-            warn(f"{console.PROGRAM}: error: after step {self.step} weights contain NaN or Inf; checkpoint not saved. "
-                 f"{REMEDY}")
+            warn(f"{console.PROGRAM}: error: after step {self.step} weights contain NaN or Inf; {skipped}")
         raise Diverged
 
     def save(self) -> None:
-        """Write the checkpoint of this step, unless there is one: on rank 0, while the others wait. Raises Diverged
-        where weights are NaN or Inf."""
+        """Write the checkpoint of this step, unless it is written: on rank 0, while the others wait.
+
+        All ranks call it together.
+
+        Raises:
+            Diverged: weights are NaN or Inf; there is no checkpoint of them.
+        """
         if self.saved_step == self.step:
             return
-        self.check_weights()
+        self.check_weights("checkpoint not saved")
         if not RANK:
             folder = os.path.join(self.args.save_dir, f"model_{self.step}")
             with new_folder(folder) as temporary:
@@ -183,12 +220,23 @@ class Trainer:
         wait_for_ranks()
 
     def stop_requested(self) -> int:
-        """Return the number of the signal to stop for now, 0: go on; all ranks have the same answer."""
+        """Return the number of the signal to stop for after this step, 0: go on; all ranks get the same."""
         return self.stop_signal.agreed(self.step)
 
-    def log_step(self, loss: paddle.Tensor, compared: Any = None) -> None:
+    def end_steps(self) -> None:
+        """Let signals end the process at once again, since the last checkpoint is saved; all ranks call it together.
+
+        Raises:
+            Stopped: a signal has come before, for which the run ends now.
+        """
+        number = self.stop_signal.received()
+        if number:  # the handlers stay: a launcher repeats its signal
+            raise Stopped(number)
+        self.stop_signal.stop_listening()
+
+    def log_step(self, loss: paddle.Tensor, batch_loss: BatchLoss | None = None) -> None:
         """Log the step that was taken last; see `TrainingLog.log_step`."""
-        self.log.log_step(self.step, loss, self.optimization.learning_rate, compared)
+        self.log.log_step(self.step, loss, self.optimization.learning_rate, batch_loss)
 
     def log_measures(self, group: str, measures: Mapping[str, float]) -> None:
         """Log an evaluation of the weights as they are now; see `TrainingLog.log_measures`."""

@@ -1,0 +1,106 @@
+"""Open what the flags of server.py name: the exported model, the index and its BM25."""
+
+import argparse
+import os
+from typing import Any
+
+import ann_util
+from deploy.python import predictor
+from deploy.serving.searcher import Searcher
+from deploy.serving.shapes import BatchShapes, choose_shapes
+from simcse.console import InputError
+from simcse.encoder.encoder import Encoder
+from simcse.encoder.weights import CONFIG_FILE, read_record
+from simcse.index.manifest import Manifest
+from simcse.index.protocols import DocumentStore, Index
+from simcse.text.wordpiece import load_tokenizer
+
+
+def open_searcher(args: argparse.Namespace) -> Searcher:
+    """Open the model and the index.
+
+    Raises:
+        InputError: there is no exported model or no index, or the index is of another model.
+    """
+    record = read_record(args.model_dir)
+    if not record.get("model"):
+        raise InputError(f"--model_dir {args.model_dir}: {CONFIG_FILE} does not name the checkpoint; export it again")
+    wanted = Manifest(model=record["model"])
+    if args.index_path:
+        manifest = ann_util.read_manifest(args.index_path, wanted)
+        encoder, shapes = open_encoder(args, manifest)
+        index, documents = ann_util.load_index(args.index_path, manifest, threads=args.cpu_threads)
+        bm25 = open_bm25(args.index_path, documents, manifest.corpus)
+    else:
+        index, documents = open_collection(args, wanted)
+        encoder, shapes = open_encoder(args, index.manifest)
+        bm25 = None
+    searcher = Searcher(encoder, index, documents, shapes, distinct=args.distinct, bm25=bm25,
+                        whitened=record.get("whitened_at") is not None)
+    searcher.warm_up()
+    return searcher
+
+
+def open_collection(args: argparse.Namespace, wanted: Manifest) -> tuple[Index, DocumentStore]:
+    """Open the collection of Milvus."""
+    from simcse.index.milvus import MilvusIndex
+
+    if args.max_top_k > MilvusIndex.max_k:
+        raise InputError(f"--max_top_k {args.max_top_k}: Milvus gives at most {MilvusIndex.max_k}")
+    return ann_util.open_collection(args.milvus_uri, args.milvus_collection, wanted)
+
+
+def open_bm25(index_path: str, documents: DocumentStore, corpus: str | None) -> Any:
+    """Open the index of words in an index folder; None: recall.py was not run with --hybrid_bm25.
+
+    Args:
+        corpus: SHA-256 of the file of the documents.
+    """
+    if not os.path.isdir(os.path.join(index_path, ann_util.BM25_FOLDER)):
+        return None
+    bm25 = ann_util.open_bm25(documents, corpus, index_path)
+    bm25.search(["语义检索"], 1)  # so that no request waits while jieba reads its dictionary
+    return bm25
+
+
+def open_encoder(args: argparse.Namespace, manifest: Manifest) -> tuple[Encoder, BatchShapes]:
+    """Load the exported model, for texts as long as those of the index; return it with the shapes of its batches."""
+    weights = sum(file.stat().st_size for file in os.scandir(args.model_dir) if file.name.startswith("inference."))
+    shapes = choose_shapes(weights, manifest.max_seq_length)
+    engine = open_engine(args, manifest.precision, len(shapes.all()))
+    return Encoder(engine, load_tokenizer(args.model_dir), manifest.max_seq_length), shapes
+
+
+def open_engine(args: argparse.Namespace, precision_of_index: str, shapes: int) -> Any:
+    """Load what runs the exported model: on a CPU its table, where it has one, else the runtime of its graph.
+
+    Args:
+        precision_of_index: the default of --precision, or the nearest to it that the model can run in.
+        shapes: number of batch shapes for which oneDNN keeps kernels.
+    """
+    precision = args.precision or choose_precision(args, precision_of_index)
+    has_table = predictor.read_record(args.model_dir).get("table")
+    if has_table and args.device == "cpu" and precision == "fp32":
+        from simcse.encoder.table import TableEngine
+
+        return TableEngine(args.model_dir)
+    try:
+        return predictor.load_predictor(args.model_dir, device=args.device, precision=precision,
+                                        cpu_threads=args.cpu_threads, onednn_shapes=shapes)
+    except predictor.InputError as error:
+        message = str(error)
+        if not args.precision and message.startswith("--precision"):
+            message += "; the index was made in this precision, --precision names another"
+        raise InputError(message) from None
+
+
+def choose_precision(args: argparse.Namespace, precision_of_index: str) -> str:
+    """Return the precision of the index, or fp32 where the model cannot run in it but gives much the same vectors."""
+    graph = predictor.find_graph(args.model_dir)
+    if precision_of_index == "tf32":
+        return "fp32"
+    if precision_of_index == "fp16" and args.device == "cpu":
+        return "fp32"
+    if precision_of_index != "int8" and graph == predictor.ONNX_FILE:
+        return "fp32"
+    return precision_of_index
