@@ -197,8 +197,8 @@ def _warn_same_after_truncation(rows: TokenizedRows, max_seq_length: int) -> Non
         if len(ids) == max_seq_length and first_text.setdefault(tuple(ids), text) != text:
             same.append(place)
     if same:
-        console.warn_data(f"{len(same):,} of {len(rows.texts):,} texts are the same as another text once they are cut to "
-                          f"{max_seq_length} tokens; raise --max_seq_length to tell them apart: "
+        console.warn_data(f"{len(same):,} of {len(rows.texts):,} texts are the same as another text once they are cut "
+                          f"to {max_seq_length} tokens; raise --max_seq_length to tell them apart: "
                           f"{', '.join(same[:EXAMPLES])}")
 
 
