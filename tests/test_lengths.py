@@ -234,10 +234,10 @@ def test_targets_that_the_corpus_lacks(tmp_path, capsys):
     def check(*targets):
         args = SimpleNamespace(similar_text_pair="dev.csv", targets="text")
         pairs = [textfile.Row(number, ["问", target]) for number, target in enumerate(targets, 1)]
-        recall.check_targets(args, pairs, corpus)
+        recall.warn_missing_targets(args, pairs, corpus)
         return capsys.readouterr().err
 
     assert check("丁", "乙 丙", "甲？") == ""
     assert check("丁", "\u200b丁", "乙丙", "甲?", "戊", "戊") == (
-        f"--similar_text_pair: 4 of 5 targets are not in {corpus.path}, and count as missed; 3 of them are but for "
-        "white space, width or invisible characters: dev.csv:2, dev.csv:3, dev.csv:4\n")
+        f"--similar_text_pair: 4 of 5 targets are not in {corpus.path}, and count as missed; 3 of them match a "
+        "document after Unicode and white-space normalization: dev.csv:2, dev.csv:3, dev.csv:4\n")
