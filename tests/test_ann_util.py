@@ -155,7 +155,7 @@ class Trained(LOCAL_ENGINES["exact"]):
         super().add(vectors)
 
 
-@pytest.mark.parametrize("documents, trained_with", [(700, 100), (150, 75)])
+@pytest.mark.parametrize("documents, trained_with", [(700, [100, 100]), (150, [80, 70])])
 def test_an_engine_is_trained_before_vectors_are_added(vectors, documents, trained_with, monkeypatch):
     """With the first vectors of its shard, or with all if there are fewer."""
     monkeypatch.setattr(shards, "WINDOW", 40)
@@ -163,8 +163,8 @@ def test_an_engine_is_trained_before_vectors_are_added(vectors, documents, train
     monkeypatch.setitem(ann_util.ENGINES, "trained", Trained)
     index = ShardedIndex(manifest_of("trained", documents, 32, 2), 2)
     fill(index, vectors[:documents])
-    for shard in index._shards.values():
-        assert shard.engine.trained_with.tolist() == shard.engine.vectors(slice(trained_with)).tolist()
+    for shard, count in zip(index._shards.values(), trained_with, strict=True):
+        assert shard.engine.trained_with.tolist() == shard.engine.vectors(slice(count)).tolist()
     assert index.search(vectors[:documents], 1).rows[:, 0].tolist() == list(range(documents))
     assert index.vectors(np.array([3, -1, 149])).tolist() == [vectors[3].tolist(), [0] * 32, vectors[149].tolist()]
 

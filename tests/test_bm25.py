@@ -163,9 +163,9 @@ def test_fusion_is_the_formula():
     for number, (row, each) in enumerate(zip(rows.tolist(), points)):
         assert found_by[number].tolist() == [
             document + 1000 if document in dense.documents[number] else -1 for document in row]
-        dense, lexical = ({document: score for document, score in zip(side[0][number].tolist(), side[1][number])
-                           if document >= 0} for side in found)
-        expected = fused(dense, lexical, 20)[:12]
+        cosine_of, score_of = ({document: score for document, score in zip(side[0][number].tolist(), side[1][number])
+                                if document >= 0} for side in found)
+        expected = fused(cosine_of, score_of, 20)[:12]
         assert row == [document for document, _ in expected]
         np.testing.assert_allclose(each, [score for _, score in expected], rtol=1e-12)
 

@@ -15,9 +15,13 @@ def write(path, texts):
 
 @pytest.fixture
 def changed(sample, tmp_path):
-    """The sample's corpus in two states: with copies, lines gone, new ones at the beginning and in between."""
+    """The sample's corpus in two states: with copies, lines gone, new ones at the beginning and in between.
+
+    New ones have a multiple of LENGTH_MULTIPLE tokens, [CLS] and [SEP] included: the longest text of a window is not
+    padded further, and on some processors the last bits of an embedding depend on the padding.
+    """
     before = read_texts(sample / "corpus.csv")
-    after = ["全新的文本", *before[3:60], "另一条新的文本", *before[60:], before[10], "末尾的文本"]
+    after = ["全新的文本啊", *before[3:60], "另一条也是新的文本啊", *before[60:], before[10], "末尾的文本啊"]
     write(tmp_path / "before.csv", [*before, before[0]])
     write(tmp_path / "after.csv", after)
     return tmp_path

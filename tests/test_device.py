@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 from deploy.python import predictor
-from simcse import console, flags, ranks
+from simcse import console, device, flags
 
 import paddle
 import pytest
@@ -142,7 +142,7 @@ OLD = {"built": None, "version": "2.6.2", "cuda": "11.8"}  # what pip finds
 def test_a_gpu_that_the_build_is_for(card, capability, build):
     """Of a major number the code of a lower minor one runs; of a build that is not known nothing is said."""
     card(capability, **build)
-    ranks.check_gpu()
+    device.check_gpu()
 
 
 @pytest.mark.parametrize("capability, build, known", [
@@ -152,7 +152,7 @@ def test_a_gpu_that_the_build_is_for(card, capability, build):
 def test_a_gpu_that_the_build_has_no_code_for_is_one_line(card, capability, build, known):
     card(capability, **build)
     with pytest.raises(console.InputError) as said:
-        ranks.check_gpu()
+        device.check_gpu()
     message, (major, minor) = str(said.value), capability
     assert message.startswith(f"--device gpu: NVIDIA X1 has compute capability {major}.{minor}, and this ")
     assert known in message and "says which one fits" in message and "\n" not in message
@@ -198,7 +198,7 @@ def test_the_first_tensor_says_in_one_line_what_is_wrong(card, monkeypatch, erro
     card((8, 0), [80])
     monkeypatch.setattr(paddle, "ones", ones)
     with pytest.raises(console.InputError) as said:
-        ranks.check_gpu()
+        device.check_gpu()
     assert str(said.value) == line
 
 
@@ -248,7 +248,7 @@ def test_memory_that_paddle_does_not_get_is_one_line(capsys):
     assert code == 2 and re.search(r"error: out of memory: Fail to alloc memory of \d+ size, error code is 12", printed)
 
 
-@pytest.mark.parametrize("module", [ranks, predictor])
+@pytest.mark.parametrize("module", [device, predictor])
 @pytest.mark.parametrize("version, linked", [("2.6.2", True), ("3.3.1", False)])
 def test_cuda_libraries_of_pip_are_linked_as_paddle_names_them(tmp_path, monkeypatch, version, linked, module):
     for name in ("nvidia/cudnn/lib/libcudnn.so.8", "nvidia/cublas/lib/libcublas.so.11", "paddle/libs/libcublas.so",
@@ -272,7 +272,7 @@ def test_paddle_opens_the_cuda_libraries_of_pip(library):
     """By paddle's own functions, in the GPU build of paddle 2.6, for which no driver is needed."""
     if not (paddle.device.is_compiled_with_cuda() and paddle.__version__.startswith("2.")):
         pytest.skip("this paddle is not the GPU build of requirements-gpu.txt")
-    ranks.link_cuda_libraries()
+    device.link_cuda_libraries()
     code = ("import ctypes, os, simcse, paddle\n"
             "phi = ctypes.CDLL(os.path.join(os.path.dirname(paddle.__file__), 'libs', 'libphi.so'))\n"
             f"find = phi._ZN3phi7dynload{library}DsoHandleEv\nfind.restype = ctypes.c_void_p\nos._exit(not find())\n")
@@ -303,8 +303,8 @@ def test_shell_scripts_leave_the_gpus_to_launch(tmp_path, script, gpus):
             assert code == 0, said
             assert words[2:5] == ["scripts/launch.py", "--gpus", asked.get("GPUS", gpus)]
             assert words[words.index("--device") + 1] == "gpu"
-    for flag, device in (("--quiet", "cpu"), ("--help", "gpu")):
-        code, words, said = words_of(script, stub, flag, PYTHON=str(stub), DEVICE=device, GPUS="1")
+    for flag, device_name in (("--quiet", "cpu"), ("--help", "gpu")):
+        code, words, said = words_of(script, stub, flag, PYTHON=str(stub), DEVICE=device_name, GPUS="1")
         assert code == 0 and flag in words and "scripts/launch.py" not in words, said
 
 
