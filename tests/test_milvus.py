@@ -111,6 +111,10 @@ def test_one_query_without_the_corpus(checkpoint, sample, filled):
     hit = json.loads(succeed("recall.py", *ask, "--format", "jsonl", cwd=filled).stdout)["results"][0]
     assert hit["document"] == expected[0][1] and hit["line"] is None  # it stands in the corpus alone
     assert "was built with max_seq_length 32, not 9;" in refuse("recall.py", *ask, "--max_seq_length", 9, cwd=filled)
+    (filled / "queries.csv").write_text(query, encoding="utf-8")
+    ask[ask.index("--query") : ask.index("--top_k")] = ["--query_file", "queries.csv", "--format", "trec"]
+    assert "--format trec: a document has no id in the collection, and its line is not known" in refuse(
+        "recall.py", *ask, cwd=filled)
 
 
 def test_refusals(flags, checkpoint, filled, tmp_path):
