@@ -1,4 +1,4 @@
-"""Batches: from rows of the training file to the token ids that a training step is made of."""
+"""Make the batches of training: from rows of the training file to token ids."""
 
 import argparse
 import math
@@ -34,12 +34,12 @@ class ShuffledBatches:
         self.batch_size = batch_size
         self.rank = rank
         self.ranks = ranks
-        self.rank_count = math.ceil(count / ranks)  # texts of each rank
+        self.rows_per_rank = math.ceil(count / ranks)
 
     def __len__(self) -> int:
         """Return how many batches an epoch has."""
-        batches = math.ceil(self.rank_count / self.batch_size)
-        last_is_single = self.rank_count % self.batch_size == 1
+        batches = math.ceil(self.rows_per_rank / self.batch_size)
+        last_is_single = self.rows_per_rank % self.batch_size == 1
         if last_is_single and batches > 1 and self.batch_size > 1:
             return batches - 1
         return batches
@@ -51,16 +51,18 @@ class ShuffledBatches:
             number: the epoch, from 0.
             first: batches to leave out.
         """
-        order = np.resize(np.arange(self.count, dtype="int32"), self.rank_count * self.ranks)
+        # All texts, then the first ones again: np.resize repeats an array until it has the size.
+        order = np.resize(np.arange(self.count, dtype="int32"), self.rows_per_rank * self.ranks)
         np.random.RandomState(number).shuffle(order)
-        size = self.batch_size * self.ranks
+        size = self.batch_size * self.ranks  # texts of a batch of all ranks together
         for batch in range(first, len(self)):
             is_last = batch == len(self) - 1
             rows = order[batch * size :] if is_last else order[batch * size : (batch + 1) * size]
-            yield np.split(rows, self.ranks)[self.rank]
+            share = len(rows) // self.ranks
+            yield rows[self.rank * share : (self.rank + 1) * share]
 
 
-def text_keys(ids: Sequence[Ids]) -> np.ndarray:
+def hash_token_ids(ids: Sequence[Ids]) -> np.ndarray:
     """Return a number for each text, int64 [texts]: the same for the same token ids, in every process."""
     return np.array([hash(tuple(text_ids)) for text_ids in ids])  # Python salts the hashes of strings, not of numbers
 
@@ -79,7 +81,8 @@ class Inputs(NamedTuple):
     @classmethod
     def of(cls, ids: Sequence[Ids], pad_id: int) -> "Inputs":
         """Return the inputs of texts by their token ids."""
-        return cls(*pad(ids, pad_id))
+        input_ids, token_type_ids = pad(ids, pad_id)
+        return cls(input_ids, token_type_ids)
 
     def part(self, start: int, end: int) -> "Inputs":
         """Return the inputs of the texts from `start` up to, not including, `end`."""
@@ -101,7 +104,8 @@ class DuplicateKeys(NamedTuple):
 
     def map(self, function: Callable[[Any], Any]) -> "DuplicateKeys":
         """Return the keys with `function` applied to each side that there is."""
-        return DuplicateKeys(*[None if keys is None else function(keys) for keys in self])
+        negative = None if self.negative is None else function(self.negative)
+        return DuplicateKeys(query=function(self.query), title=function(self.title), negative=negative)
 
 
 @dataclass(frozen=True)
@@ -160,9 +164,6 @@ def make_batch(texts: Sequence[Any], tokenizer: Any, args: argparse.Namespace, r
                epoch: int) -> Batch:
     """Return the batch of some rows of the training file.
 
-    Crops are a function of seed, epoch, row and side, so that a resumed run, or one of several processes, sees what an
-    unbroken one does.
-
     Args:
         texts: the training file: of one column a text a row; of two a query and its title; of three a hard negative
             too.
@@ -171,28 +172,64 @@ def make_batch(texts: Sequence[Any], tokenizer: Any, args: argparse.Namespace, r
         rows: the numbers of the rows.
         epoch: from 0.
     """
-    fields = [texts[row] for row in rows]
-    columns = [fields] if isinstance(fields[0], str) else list(zip(*fields))
-    length = args.max_seq_length
-    if args.crop_rate:
-        length = max(length, UNCROPPED_LENGTH)
-    sides = [tokenizer(column, length) for column in columns]
-    if len(sides) == 1:
-        sides = [sides[0], sides[0]]  # a text is its own title
+    contents = [texts[row] for row in rows]
+    if isinstance(contents[0], str):
+        return make_text_batch(contents, tokenizer, args, rows=rows, epoch=epoch)
+    query_ids = tokenizer([fields[0] for fields in contents], args.max_seq_length)
+    title_ids = tokenizer([fields[1] for fields in contents], args.max_seq_length)
+    negative_ids = None
+    if len(contents[0]) == 3:
+        negative_ids = tokenizer([fields[2] for fields in contents], args.max_seq_length)
     duplicate_keys = None
     if not args.keep_duplicate_negatives:
-        duplicate_keys = DuplicateKeys(*[text_keys(ids) for ids in sides])
+        duplicate_keys = DuplicateKeys(query=hash_token_ids(query_ids), title=hash_token_ids(title_ids),
+                                       negative=None if negative_ids is None else hash_token_ids(negative_ids))
+    pad_id = tokenizer.pad_token_id
+    return Batch(query=Inputs.of(query_ids, pad_id), title=Inputs.of(title_ids, pad_id),
+                 negative=None if negative_ids is None else Inputs.of(negative_ids, pad_id),
+                 duplicate_keys=duplicate_keys, rows=rows)
+
+
+def make_text_batch(texts: Sequence[str], tokenizer: Any, args: argparse.Namespace, *, rows: Sequence[int],
+                    epoch: int) -> Batch:
+    """Return the batch of texts without titles: the title of a text is the text itself, or another crop of it.
+
+    Args:
+        texts: those of the batch.
+        rows: their numbers in the training file; the others as in `make_batch`.
+    """
+    length = max(args.max_seq_length, UNCROPPED_LENGTH) if args.crop_rate else args.max_seq_length
+    ids = tokenizer(texts, length)
+    duplicate_keys = None
+    if not args.keep_duplicate_negatives:
+        keys = hash_token_ids(ids)
+        duplicate_keys = DuplicateKeys(query=keys, title=keys)
+    query_ids = ids
+    title_ids = ids
     if args.crop_rate:
-        sides = [crop_side(ids, side, args, rows, epoch) for side, ids in enumerate(sides)]
-    inputs = [Inputs.of(ids, tokenizer.pad_token_id) for ids in sides]
-    return Batch(*inputs, duplicate_keys=duplicate_keys, rows=rows)
+        query_ids = crop_view(ids, 0, args, rows=rows, epoch=epoch)
+        title_ids = crop_view(ids, 1, args, rows=rows, epoch=epoch)
+    pad_id = tokenizer.pad_token_id
+    return Batch(query=Inputs.of(query_ids, pad_id), title=Inputs.of(title_ids, pad_id),
+                 duplicate_keys=duplicate_keys, rows=rows)
 
 
-def crop_side(ids: Sequence[Ids], side: int, args: argparse.Namespace, rows: Sequence[int], epoch: int) -> list[Ids]:
-    """Return the crops of one side of a batch; arguments as in `make_batch`, `side` is 0 for queries, 1 for titles."""
+def crop_view(ids: Sequence[Ids], view: int, args: argparse.Namespace, *, rows: Sequence[int],
+              epoch: int) -> list[Ids]:
+    """Return a crop of each text.
+
+    It is a function of seed, epoch, row and view, so that a resumed run, or one of several processes, sees what an
+    unbroken one does.
+
+    Args:
+        ids: the texts' token ids.
+        view: 0 for the queries, 1 for the titles.
+        rows: the texts' rows in the training file.
+        epoch: from 0.
+    """
     cropped = []
     for row, text_ids in zip(rows, ids):
-        random = np.random.default_rng([args.seed, epoch, row, side])
+        random = np.random.default_rng([args.seed, epoch, row, view])
         cropped.append(crop(text_ids, args.crop_rate, random, args.max_seq_length))
     return cropped
 

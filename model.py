@@ -506,6 +506,7 @@ def load_encoder_for(args: argparse.Namespace, texts: Sequence[Any] = ()) -> Enc
 
 
 def _open_encoder(options: EncoderOptions, texts: Sequence[Any]) -> Encoder:
+    """Load a checkpoint on its device; `texts` as in `load_encoder_for`."""
     set_device(options.device, options.cpu_threads)
     if options.device == "cpu":
         engine, tokenizer = _load_on_cpu(options, texts)

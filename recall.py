@@ -436,11 +436,15 @@ def format_trec(query: Query, hits: Sequence[Hit], score_name: str) -> str:
     """Return a line of a TREC run for each hit.
 
     Raises:
-        InputError: an id has white space, which separates the columns.
+        InputError: an id has white space, which separates the columns; or a document has no id and, in a collection
+            that was opened without its corpus, no line either.
     """
     query_id = query.id or query.place.rsplit(":", 1)[-1]
     lines = []
     for rank, hit in enumerate(hits, 1):
+        if hit.id is None and hit.line is None:
+            raise console.InputError("--format trec: a document has no id in the collection, and its line is not known "
+                                     "without the corpus; add --corpus_file")
         fields = [query_id, "Q0", hit.id or str(hit.line), str(rank), str(hit.score), "simcse"]
         if any(len(field.split()) != 1 for field in fields):
             raise console.InputError(f"--format trec: white space separates its columns, and is in an id: {fields[:3]}")

@@ -17,7 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 from bench import MINI, ROOT, describe_machine  # first: it makes the project importable
-from data import Batch, DuplicateKeys, Inputs, text_keys
+from data import Batch, DuplicateKeys, Inputs, hash_token_ids
 from deploy.python import encoder, predictor
 from simcse import console, files
 from simcse.encoder.weights import PARAMS_FILE, load_state, read_weights, saved_steps
@@ -181,7 +181,7 @@ def rank_gradients(scratch: str, device: str, ranks: int) -> None:
     share = slice(0, 16 * ranks) if RANKS == 1 else slice(16 * RANK, 16 * RANK + 16)
     ids = tokenizer(texts[share], LENGTH)
     inputs = Inputs.of(ids, tokenizer.pad_token_id)
-    keys = text_keys(ids)
+    keys = hash_token_ids(ids)
     batch = Batch(inputs, inputs, duplicate_keys=DuplicateKeys(keys, keys))
     if RANKS > 1:
         name = str(RANK)

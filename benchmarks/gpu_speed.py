@@ -11,7 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 from bench import HERE  # first: it makes the project importable
-from data import Batch, DuplicateKeys, Inputs, text_keys
+from data import Batch, DuplicateKeys, Inputs, hash_token_ids
 from simcse import console, flags
 from simcse.text.textfile import TextFile
 
@@ -44,7 +44,7 @@ def batch_of(texts: int, tokens: int) -> Batch:
     """Return a batch of random texts, all of so many tokens, each of which is encoded under two dropouts."""
     ids = np.random.default_rng(0).integers(1000, 17_000, (texts, tokens))
     inputs = Inputs(ids, np.zeros_like(ids))
-    keys = text_keys(ids.tolist())
+    keys = hash_token_ids(ids.tolist())
     return Batch(inputs, inputs, duplicate_keys=DuplicateKeys(keys, keys), rows=range(texts))
 
 

@@ -47,8 +47,12 @@ def batch_of(ids: list[list[int]], keys: bool = True, columns: int = 1) -> data.
     that as its hard negative."""
     texts = [rotated(ids, by) for by in range(columns)]
     sides = texts if columns > 1 else texts * 2
-    duplicate_keys = data.DuplicateKeys(*map(data.text_keys, sides)) if keys else None
-    return data.Batch(*[data.Inputs.of(side, 0) for side in sides], duplicate_keys=duplicate_keys)
+    names = ("query", "title", "negative")
+    duplicate_keys = None
+    if keys:
+        duplicate_keys = data.DuplicateKeys(**{name: data.hash_token_ids(side) for name, side in zip(names, sides)})
+    inputs = {name: data.Inputs.of(side, 0) for name, side in zip(names, sides)}
+    return data.Batch(**inputs, duplicate_keys=duplicate_keys)
 
 
 def tiny(dropout: float = 0.0, **loss_settings) -> m.SimCSE:

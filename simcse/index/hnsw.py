@@ -47,6 +47,8 @@ class HnswIndex(VectorIndex):
         return {"hnsw_ef": DEEPER * max(settings["hnsw_ef"], 2 * k)}
 
     def __len__(self) -> int:
+        if not self._has_memory:  # hnswlib crashes if it is asked before
+            return 0
         return self._index.get_current_count()
 
     def add(self, vectors: np.ndarray) -> None:

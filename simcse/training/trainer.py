@@ -219,9 +219,9 @@ class Trainer:
         self.saved_step = self.step
         wait_for_ranks()
 
-    def stop_requested(self) -> int:
-        """Return the number of the signal to stop for after this step, 0: go on; all ranks get the same."""
-        return self.stop_signal.agreed(self.step)
+    def stop_requested(self) -> bool:
+        """Return whether a signal asks to stop after this step; all ranks call it, and get the same answer."""
+        return self.stop_signal.agreed(self.step) > 0
 
     def end_steps(self) -> None:
         """Let signals end the process at once again, since the last checkpoint is saved; all ranks call it together.
