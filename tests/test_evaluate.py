@@ -77,7 +77,7 @@ def test_a_million_lines(tmp_path):
 
 @pytest.mark.parametrize("name, content, message", [
     ("dev.csv", "", "the file is empty"), ("result.txt", "", "the file is empty"),
-    ("result.txt", "a\tA\n", "malformed"), ("dev.csv", "a b\n", "one column"),
+    ("result.txt", "a\tA\n", "malformed"), ("dev.csv", "a b\n", "columns: 1 instead of 2"),
     ("result.txt", '{"query": "a", "results": [{"rank": 1, "cosine": 0.5}]}\n',
      "result.txt:1: no line of recall.py --format jsonl")])
 def test_malformed_files(tmp_path, name, content, message):

@@ -76,8 +76,9 @@ def test_cut_texts_are_counted(tokenizer, tmp_path, capsys):
     (tmp_path / "t.csv").write_text("六个汉字的长\n\n七个汉字的长短\n短\nabc " + "长" * 900 + "\n", encoding="utf-8")
     texts = textfile.TextFile(str(tmp_path / "t.csv"), "--flag")
     assert encoder_of(tokenizer).encode(texts).shape == (4, 4)
-    assert capsys.readouterr().err == (f"2 of 4 texts are longer than 8 tokens and are cut; a higher --max_seq_length, "
-                                       f"in training too, reads on: {tmp_path}/t.csv:3, {tmp_path}/t.csv:5\n")
+    assert capsys.readouterr().err == (f"2 of 4 texts are longer than 8 tokens and are cut; raise --max_seq_length, "
+                                       "in training too, to encode more of them: "
+                                       f"{tmp_path}/t.csv:3, {tmp_path}/t.csv:5\n")
     assert encoder_of(tokenizer).encode(texts, warn=False).all() and not capsys.readouterr().err
 
 
@@ -116,7 +117,7 @@ def test_nor_are_they_to_a_service_or_a_server(tokenizer, tmp_path, capsys):
     assert not capsys.readouterr().err
     for _ in range(2):
         assert searcher.encode(["长" * 9, "长" * 5])[1].tolist() == [9, 7]  # one more than are seen
-    assert capsys.readouterr().err == "texts longer than 8 tokens are cut; this is said once\n"
+    assert capsys.readouterr().err == "texts longer than 8 tokens are cut; further ones are not reported\n"
     tokenizer.save_rust(str(tmp_path))
     encoded = deployed.encode(Ones(), deployed.Tokenizer(str(tmp_path)), ["语义", *UNSEEN, "长" * 9], 8)
     assert encoded.embeddings.any(axis=1).tolist() == [True, *[False] * 5, True]
@@ -150,12 +151,12 @@ def test_training_texts_that_are_one_after_cutting(tokenizer, tmp_path, capsys):
     check_texts(textfile.TextFile(str(path), "--flag").spread(9), tokenizer, 8)
     cut, alike = capsys.readouterr().err.splitlines()
     assert cut.startswith("5 of 7 texts are longer than 8 tokens")
-    assert alike == ("4 of 7 texts, cut to 8 tokens, are one with another text; a higher --max_seq_length tells them "
-                     f"apart: {path}:2, {path}:3, {path}:4")
+    assert alike == ("4 of 7 texts are the same as another text once they are cut to 8 tokens; raise "
+                     f"--max_seq_length to tell them apart: {path}:2, {path}:3, {path}:4")
     path.write_text("".join(f"问题{row}\t承担单位见附件{row}\n" for row in "甲乙"), encoding="utf-8")
     check_texts(textfile.TextFile(str(path), "--flag", columns=2).spread(9), tokenizer, 8)
     said = capsys.readouterr().err.splitlines()[1]
-    assert said.startswith("1 of 4 texts, cut to 8 tokens, are one with another") and said.endswith(f" {path}:2")
+    assert said.startswith("1 of 4 texts are the same as another text") and said.endswith(f" {path}:2")
 
 
 def test_texts_that_are_one_to_the_encoder_are_no_training(tokenizer, tmp_path, capsys):
@@ -170,7 +171,7 @@ def test_texts_that_are_one_to_the_encoder_are_no_training(tokenizer, tmp_path, 
     path.write_text("承担单位见附件一\n承担单位见附件二\n", encoding="utf-8")  # they are but cut, which is warned of
     texts = textfile.TextFile(str(path), "--flag")
     train.check_encoder_sees(arguments(path, epochs=1, whiten=None), texts, [], tokenizer)
-    assert "1 of 2 texts, cut to 8 tokens, are one with another text" in capsys.readouterr().err
+    assert "1 of 2 texts are the same as another text" in capsys.readouterr().err
 
 
 def test_embeddings_that_are_no_numbers_are_refused(tokenizer):

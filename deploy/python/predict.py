@@ -263,9 +263,9 @@ def encode_rows(args: argparse.Namespace, predictor: Predictor, tokenizer: Token
     texts = [text for row in good for text in row.fields]
     places = [row.place for row in good for _ in row.fields]
     encoded = encode(predictor, tokenizer, texts, args.max_seq_length, args.batch_size)
-    warn_texts(args, f"are longer than {args.max_seq_length} tokens and are cut; a higher --max_seq_length, in "
-               "training too, keeps more of them", encoded.truncated, places)
-    warn_texts(args, "are all [UNK] to the encoder, so that their cosine with any text is 0", encoded.unknown, places)
+    warn_texts(args, f"are longer than {args.max_seq_length} tokens and are cut; raise --max_seq_length, in "
+               "training too, to encode more of them", encoded.truncated, places)
+    warn_texts(args, "are all [UNK] to the encoder, so their cosine with any text is 0", encoded.unknown, places)
     found = encoded.embeddings.reshape(len(good), -1, predictor.embedding_size)
     if len(good) == len(rows):
         return found

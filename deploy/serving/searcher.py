@@ -86,8 +86,9 @@ class Searcher:
     def encode(self, texts: Sequence[str]) -> Embedded:
         """Encode texts; warn once in the life of the service of those that are cut."""
         inputs = self.encoder.tokenize(texts)
-        if inputs.lengths.max() > self.encoder.max_seq_length and not self._warned_truncated:
-            console.warn(f"texts longer than {self.encoder.max_seq_length} tokens are cut; this is said once")
+        most = self.encoder.max_seq_length
+        if inputs.lengths.max() > most and not self._warned_truncated:
+            console.warn(f"texts longer than {most} tokens are cut; further ones are not reported")
             self._warned_truncated = True
         return Embedded(self.encoder.embed(inputs), inputs.lengths)
 

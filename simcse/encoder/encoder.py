@@ -99,12 +99,12 @@ class TextWarnings:
         if self.truncated:
             console.warn_data(
                 f"{self.truncated:,} of {self.total:,} texts are longer than {self.max_seq_length} tokens and are cut; "
-                "a higher --max_seq_length, in training too, reads on: "
+                "raise --max_seq_length, in training too, to encode more of them: "
                 f"{self._name_places(self.first_truncated, place_of)}")
         if self.unknown:
             console.warn_data(
-                f"{self.unknown:,} of {self.total:,} texts are all [UNK] to the encoder, so that their cosine with any "
-                "text is 0; another encoder may have their words in its vocabulary: "
+                f"{self.unknown:,} of {self.total:,} texts are all [UNK] to the encoder, so their cosine with any text "
+                "is 0; use an encoder whose vocabulary has their words: "
                 f"{self._name_places(self.first_unknown, place_of)}")
 
     @staticmethod
@@ -177,8 +177,9 @@ def _warn_same_after_truncation(places: Sequence[str], texts: Sequence[str], all
         if len(ids) == max_seq_length and first_text.setdefault(tuple(ids), text) != text:
             same.append(place)
     if same:
-        console.warn_data(f"{len(same):,} of {len(texts):,} texts, cut to {max_seq_length} tokens, are one with "
-                          f"another text; a higher --max_seq_length tells them apart: {', '.join(same[:EXAMPLES])}")
+        console.warn_data(f"{len(same):,} of {len(texts):,} texts are the same as another text once they are cut to "
+                          f"{max_seq_length} tokens; raise --max_seq_length to tell them apart: "
+                          f"{', '.join(same[:EXAMPLES])}")
 
 
 # -------------------------------------------------------------------------------------------------------------- encoder

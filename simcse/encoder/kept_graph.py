@@ -55,13 +55,13 @@ class KeptGraph:
             output_emb_size: what its embeddings must have; None: any.
         """
         try:
-            kept = read_json(os.path.join(self.folder, FINGERPRINT_FILE))
-            digests = {name: file_digest(os.path.join(self.folder, name)) for name in kept["files"]}
+            fingerprint = read_json(os.path.join(self.folder, FINGERPRINT_FILE))
+            digests = {name: file_digest(os.path.join(self.folder, name)) for name in fingerprint["files"]}
             kept_size = read_record(self.folder)["output_emb_size"]
         except (OSError, LookupError, TypeError, InputError):  # there is none, or a damaged one
             return False
-        is_same = all(kept.get(name) == value for name, value in self.fingerprint.items())
-        return is_same and kept["files"] == digests and output_emb_size in (None, kept_size)
+        is_same = all(fingerprint.get(name) == value for name, value in self.fingerprint.items())
+        return is_same and fingerprint["files"] == digests and output_emb_size in (None, kept_size)
 
     def keep(self, exported: str, record: dict) -> None:
         """Move an exported graph to the folder, which appears whole or, where it cannot be written, not at all.

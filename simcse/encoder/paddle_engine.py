@@ -74,7 +74,8 @@ class PaddleEngine:
         return self._output.copy_to_cpu().astype("float32", copy=False)
 
     def _configure(self, folder: str, threads: int) -> paddle.inference.Config:
-        graph = next(path for name in GRAPH_FILES if os.path.isfile(path := os.path.join(folder, name)))
+        graphs = [os.path.join(folder, name) for name in GRAPH_FILES]
+        graph = next(path for path in graphs if os.path.isfile(path))
         config = paddle.inference.Config(graph, os.path.splitext(graph)[0] + ".pdiparams")
         config.disable_glog_info()
         config.disable_gpu()

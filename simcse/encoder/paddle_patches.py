@@ -136,7 +136,8 @@ def train_faster_on_cpu(model: nn.Layer) -> None:
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        m_mmap_threshold, m_trim_threshold = -3, -1
+        m_mmap_threshold = -3  # constants of malloc.h
+        m_trim_threshold = -1
         libc.mallopt(m_mmap_threshold, 1 << 30)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
     paddle.set_flags({"FLAGS_use_stride_kernel": False})

@@ -1,7 +1,8 @@
 """Pool the states of a text's tokens into one vector.
 
 To add a pooling write a function and an entry of POOLINGS. Training, checkpoints, all later stages, the exported
-graphs, the choices and help of --pooling, and tests/test_pooling.py read it off the entry.
+graphs, the choices and help of --pooling, and tests/test_pooling.py read it off the entry. docs/zh/better-recall.md and
+docs/en/better-recall.md have it in the row of --pooling.
 """
 
 from collections.abc import Callable

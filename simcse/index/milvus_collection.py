@@ -35,6 +35,9 @@ CHANGING = "changing"
 
 _RECORD = "simcse"  # the property of a collection that has its record
 _KEY_END = 2**63
+# Every 10 seconds pymilvus pings a server that is busy with a request. Milvus Lite 3.2.2 takes the third ping for an
+# attack and drops the connection, so that a search of more than half a minute would begin again and again.
+_WITHOUT_PINGS = {"grpc.keepalive_time_ms": 2**31 - 1}
 _LOGGERS = ("pymilvus", "milvus_lite", "grpc", "faiss")
 
 
@@ -87,9 +90,11 @@ class Collection:
     def _connect(self) -> Any:
         from pymilvus import MilvusClient, MilvusException
 
+        options = _WITHOUT_PINGS if self.is_lite else {}
         with self._errors():
             try:
-                return MilvusClient(uri=self.uri, token=os.environ.get("MILVUS_TOKEN", ""), timeout=30)
+                return MilvusClient(uri=self.uri, token=os.environ.get("MILVUS_TOKEN", ""), timeout=30,
+                                    grpc_options=options)
             except MilvusException:
                 self._check_file()
                 raise
