@@ -295,7 +295,8 @@ def test_csl_by_approximate_engines_against_exact(csl):
             assert ann_recall(index.search(queries, 50).scores, exact.scores) >= 0.99
 
 
-def test_csl_in_milvus_against_exact(csl, tmp_path, monkeypatch):
+@pytest.mark.parametrize("index_type", ["FLAT", "HNSW"])
+def test_csl_in_milvus_against_exact(csl, index_type, tmp_path, monkeypatch):
     pytest.importorskip("pymilvus", reason="requirements-milvus.txt is not installed")
     from simcse.index.milvus import MilvusIndex
 
@@ -303,6 +304,7 @@ def test_csl_in_milvus_against_exact(csl, tmp_path, monkeypatch):
     documents, vectors, queries = csl
     exact = exact_search(queries, vectors, 50)
     index = MilvusIndex("csl.db", "csl")
+    index._collection.index_type = index_type
     manifest = ann_util.manifest_to_build(Manifest(ann_engine="milvus"))
     index.follow(documents, dataclasses.replace(manifest, dimension=vectors.shape[1], lines=documents.line_count,
                                                 documents=len(documents), rows=len(documents)))

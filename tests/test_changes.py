@@ -4,7 +4,17 @@ import os
 import signal
 import subprocess
 import sys
+import zlib
 
+import ann_util
+from simcse.files import file_digest
+from simcse.index import shards
+from simcse.index.engines import LOCAL_ENGINES
+from simcse.index.hits import hits_of, search
+from simcse.index.manifest import Manifest
+from simcse.text.textfile import Corpus
+
+import numpy as np
 import pytest
 from conftest import FP32, ROOT, contents, read_texts, refuse, succeed, succeed_on
 
@@ -83,3 +93,66 @@ def test_killed_while_it_follows_the_old_index_stays(checkpoint, sample, changed
     said = succeed(*flags, "--corpus_file", "after.csv", cwd=changed).stderr
     assert "3 new, 3 gone" in said
     assert [path.name for path in changed.iterdir() if "kept" in path.name] == ["kept"]
+
+
+class StandInEncoder:
+    """Gives each text a vector of its own, and notes the texts that it was asked for."""
+
+    embedding_size = 16
+    max_seq_length = 8
+    precision = "fp32"
+
+    def __init__(self):
+        self.encoded = []
+
+    def encode(self, texts, warn=True):
+        vectors = np.array([np.random.default_rng(zlib.crc32(text.encode())).standard_normal(16) for text in texts])
+        return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype("float32")
+
+    def stream(self, texts, windows, warnings):
+        for rows in windows:
+            block = [texts[int(row)] for row in rows]
+            self.encoded += block
+            yield self.encode(block) if block else np.empty((0, 16), "float32")
+
+
+def build(folder, name, engine, texts, previous=False):
+    """Build the index of some texts and keep it in a folder; returns the texts that were encoded."""
+    write(folder / f"{name}.csv", texts)
+    corpus = Corpus(str(folder / f"{name}.csv"), "--corpus_file")
+    path, encoder = str(folder / name), StandInEncoder()
+    kept = ann_util.read_manifest(path, Manifest(ann_engine=engine)) if previous else None
+    manifest = ann_util.manifest_to_build(Manifest(ann_engine=engine, index_shards=3), kept)
+    manifest.corpus = file_digest(corpus.path)
+    manifest.corpus_columns = corpus.columns
+    index, documents = ann_util.build_index(corpus, encoder, manifest, threads=2,
+                                            previous_path=path if previous else None)
+    ann_util.save_index(path, index, documents)
+    return encoder.encoded
+
+
+@pytest.mark.parametrize("engine", LOCAL_ENGINES)
+def test_every_engine_is_built_kept_opened_searched_and_follows(engine, tmp_path, monkeypatch, capfd):
+    """In small pieces, with copies; a changed corpus gives the files of an index that is built from nothing."""
+    monkeypatch.setattr(shards, "WINDOW", 16)
+    before = [f"文本 {number}" for number in range(200)]
+    after = ["新 1", *before[30:150], "新 2", *before[150:], before[40], "新 3"]
+    assert build(tmp_path, "kept", engine, [*before, before[7]]) == before
+    assert build(tmp_path, "kept", engine, after, previous=True) == ["新 1", "新 2", "新 3"]
+    assert "174 documents: 3 new, 30 gone, encoded 3" in capfd.readouterr().err
+    assert len(build(tmp_path, "new", engine, after)) == 173
+    assert contents(tmp_path / "kept") == contents(tmp_path / "new")
+
+    manifest = ann_util.read_manifest(str(tmp_path / "kept"), Manifest())
+    assert (manifest.ann_engine, manifest.lines, manifest.documents, manifest.rows) == (engine, 174, 173, 173)
+    index, documents = ann_util.load_index(str(tmp_path / "kept"), manifest, threads=2)
+    vectors = StandInEncoder().encode(documents[:])
+    np.testing.assert_allclose(index.vectors(np.arange(173)), vectors, atol=1e-6)
+    assert documents[:] == list(dict.fromkeys(after))
+    ranking = search(index, documents, vectors, 5)
+    assert ranking.documents[:, 0].tolist() == list(range(173))
+    first, = hits_of(search(index, documents, vectors[documents[:].index(before[40])][None], 1), documents, [9])
+    assert [(hit.document, hit.line) for hit in first] == [(before[40], 12), (before[40], 173)]
+    said = [line for line in capfd.readouterr().err.splitlines() if not line.startswith((
+        "encoding and indexing", "using the index", "kept the index", "ANN recall")) and " documents/s" not in line]
+    assert said == []
