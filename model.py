@@ -366,7 +366,7 @@ def load_model(params_path: str, model_name_or_path: str | None = None, output_e
 
     Raises:
         InputError: the file cannot be read; a tensor is missing, unexpected or wrongly shaped; `output_emb_size`
-            contradicts the checkpoint; it records an unknown pooling.
+            contradicts the checkpoint; it records an unknown pooling, or has no layers, and `pooling` needs them.
     """
     state = read_weights(params_path, flag)
     if not any(name.startswith("ptm.") for name in state):
@@ -379,7 +379,12 @@ def load_model(params_path: str, model_name_or_path: str | None = None, output_e
     record = read_record(os.path.dirname(params_path))  # the original implementation writes none
     recorded_pooling = record.get("pooling", "pooler")
     with reported(f"{flag} {params_path}: {CONFIG_FILE}", ValueError):
-        find_pooling(recorded_pooling)
+        has_layers = not find_pooling(recorded_pooling).removes_layers
+    if pooling is None:
+        pooling = recorded_pooling
+    if not has_layers and not find_pooling(pooling).removes_layers:
+        raise InputError(f"{flag} {params_path}: was trained with --pooling {recorded_pooling} and has no layers, "
+                         f"which --pooling {pooling} needs; start from another checkpoint")
 
     name = model_name_or_path or record.get("model_name_or_path", DEFAULT_MODEL)
     if record and not model_name_or_path:
@@ -392,7 +397,7 @@ def load_model(params_path: str, model_name_or_path: str | None = None, output_e
     if loss_settings is None:
         loss_settings = LossSettings(margin=record.get("margin", LossSettings.margin),
                                      scale=record.get("scale", LossSettings.scale))
-    model = SimCSE(encoder, dropout=output_dropout, output_emb_size=size, pooling=pooling or recorded_pooling,
+    model = SimCSE(encoder, dropout=output_dropout, output_emb_size=size, pooling=pooling,
                    with_pooler=with_pooler, precision=precision, loss_settings=loss_settings,
                    whitened_at=record.get("whitened_at"))
     if find_pooling(model.pooling).removes_layers:  # the checkpoint may be of another pooling

@@ -269,7 +269,7 @@ def build_model(args: argparse.Namespace) -> Any:
     from simcse.encoder.encoder import check_length
     from simcse.encoder.pretrained import load_pretrained
 
-    # Each setting has a flag of its name: a new one is a field of LossSettings and a flag.
+    # Each field of LossSettings has a flag of its name, which flags.SHARED_FLAGS lists for --resume.
     loss_settings = LossSettings(**{field.name: getattr(args, field.name) for field in fields(LossSettings)})
     if args.resume or args.init_from_ckpt:
         flag = "--resume" if args.resume else "--init_from_ckpt"

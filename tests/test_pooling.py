@@ -28,11 +28,17 @@ def texts_of_3_to_9_tokens():
 
 
 # ------------------------------------------------------------------------------------------------------- by definition
-DEFINITIONS = {  # of one text: its pooler's output, and of its tokens the last layer's output and the first one's input
-    "pooler": lambda pooler, last, first: pooler,
-    "mean": lambda pooler, last, first: last[1:-1].mean(axis=0),
-    "first_last_avg": lambda pooler, last, first: ((first + last) / 2)[1:-1].mean(axis=0),
-    "first_avg": lambda pooler, last, first: first[1:-1].mean(axis=0)}
+# Of one text: its pooler's output, [hidden], and of its tokens the first layer's input and all layers' outputs,
+# [length, hidden] each.
+DEFINITIONS = {
+    "pooler": lambda pooler, layers: pooler,
+    "mean": lambda pooler, layers: layers[-1][1:-1].mean(axis=0),
+    "first_last_avg": lambda pooler, layers: ((layers[0] + layers[-1]) / 2)[1:-1].mean(axis=0),
+    "first_avg": lambda pooler, layers: layers[0][1:-1].mean(axis=0)}
+
+
+def test_every_pooling_has_a_definition():
+    assert DEFINITIONS.keys() == POOLINGS.keys()
 
 
 def expected_embeddings(network, pooling, texts):
@@ -42,7 +48,7 @@ def expected_embeddings(network, pooling, texts):
     rows = []
     for text in texts:
         outputs = network.ptm(paddle.to_tensor([text]), output_hidden_states=True)
-        rows.append(DEFINITIONS[pooling](outputs[1].numpy()[0], outputs[0].numpy()[0], outputs[2][0].numpy()[0]))
+        rows.append(DEFINITIONS[pooling](outputs[1].numpy()[0], [layer.numpy()[0] for layer in outputs[2]]))
     for layer, forward in patched:
         layer.forward = forward
     rows = np.stack(rows) @ network.emb_reduce_linear.weight.numpy() + network.emb_reduce_linear.bias.numpy()
@@ -141,14 +147,22 @@ def test_a_text_of_no_token_is_a_number(name):
 
 def test_an_unknown_pooling_is_an_error(tmp_path):
     """In the network, and in the record of a checkpoint."""
-    with pytest.raises(ValueError, match="pooling 'cls' is none of pooler, mean, "):
+    with pytest.raises(ValueError, match=f"pooling 'cls' is none of {', '.join(POOLINGS)}"):
         tiny(pooling="cls")
     network, folder = tiny(), tmp_path / "model_1"
     m.save_checkpoint(str(folder), network, load_tokenizer(str(ENCODER)), m.make_record(network, "an encoder", 16))
     path = folder / weights.CONFIG_FILE
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "pooling": "cls"}))
-    with pytest.raises(InputError, match=r"--params_path .*simcse_config.json: pooling 'cls' is none of pooler, mean"):
+    with pytest.raises(InputError, match=r"--params_path .*simcse_config.json: pooling 'cls' is none of pooler"):
         m.load_model(str(folder / weights.PARAMS_FILE))
+
+
+def test_a_checkpoint_without_layers_is_not_trained_on_with_a_pooling_that_needs_them(tmp_path):
+    network = tiny(pooling="first_avg")
+    folder = str(tmp_path / "model_1")
+    m.save_checkpoint(folder, network, load_tokenizer(str(ENCODER)), m.make_record(network, "an encoder", 16))
+    with pytest.raises(InputError, match="--pooling first_avg and has no layers, which --pooling mean needs"):
+        m.load_model(f"{folder}/{weights.PARAMS_FILE}", pooling="mean")
 
 
 @pytest.mark.parametrize("language", ["zh", "en"])

@@ -1,8 +1,10 @@
 """Pool the states of a text's tokens into one vector.
 
 To add a pooling write a function and an entry of POOLINGS. Training, checkpoints, all later stages, the exported
-graphs, the choices and help of --pooling, and tests/test_pooling.py read it off the entry. docs/zh/better-recall.md and
-docs/en/better-recall.md have it in the row of --pooling.
+graphs, and the choices and help of --pooling read it off the entry. Then write its definition once more, by numpy, in
+DEFINITIONS of tests/test_pooling.py, and name it in docs/zh and docs/en: better-recall.md and training.md, --pooling.
+
+Whoever changes a function builds kept indexes again: an index knows its checkpoint, not this code.
 """
 
 from collections.abc import Callable
@@ -38,7 +40,15 @@ class EncoderOutputs:
 
     @property
     def layers(self) -> tuple:
-        """Return the input of the first layer, and the output of each layer, like `tokens`; needs `all_layers`."""
+        """Return the input of the first layer, then the output of each layer, float [batch, length, hidden] each.
+
+        The last one is `tokens`, with `first_token_only` [batch, 1, hidden].
+
+        Raises:
+            ValueError: the entry of the pooling does not say `all_layers`.
+        """
+        if len(self.outputs) < 3:
+            raise ValueError("a pooling that reads layers needs all_layers=True in its entry of POOLINGS")
         return self.outputs[2]
 
 
@@ -53,7 +63,7 @@ class Pooling:
         first_token_only: it reads no other token of the last layer, so that layer computes no other.
         uses_pooler: it reads `EncoderOutputs.pooler`; otherwise the encoder's pooler is frozen in training.
         pool_without_pooler: pools instead of `pool` without --infer_with_fc_pooler; None: `pool` does.
-        removes_layers: it reads what goes into the first layer, so the encoder has no layers.
+        removes_layers: the encoder's layers are deleted, so that `tokens` is what would go into the first one.
     """
 
     pool: Callable[[EncoderOutputs], Tensor]
@@ -103,6 +113,7 @@ POOLINGS: dict[str, Pooling] = {
     "mean": Pooling(average_last, "the mean over the text's tokens"),
     "first_last_avg": Pooling(average_first_and_last, "the mean over the text's tokens, of the average of the first "
                               "layer's input and the last layer's output", all_layers=True),
+    # Without layers the last layer's output is the first layer's input.
     "first_avg": Pooling(average_last, "the mean over the text's tokens, of the first layer's input, without layers",
                          removes_layers=True),
 }
