@@ -109,7 +109,7 @@ class StandInEncoder:
         vectors = np.array([np.random.default_rng(zlib.crc32(text.encode())).standard_normal(16) for text in texts])
         return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype("float32")
 
-    def stream(self, texts, windows, warnings):
+    def stream(self, texts, windows, warn=True, warnings=None):
         for rows in windows:
             block = [texts[int(row)] for row in rows]
             self.encoded += block

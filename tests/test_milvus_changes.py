@@ -301,7 +301,7 @@ def test_killed_before_its_end(checkpoint, sample, tmp_path):
     """The commands: the collection answers with what it had, the same command ends it, and the result is that of a new
     one."""
     before = read_texts(sample / "corpus.csv")
-    after = ["全新的文本", *before[3:60], "另一条", *before[60:]]
+    after = ["全新的文本啊", *before[3:60], "另一条文本啊", *before[60:]]
     for name, texts in (("before.csv", before), ("after.csv", after)):
         (tmp_path / name).write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
     flags = ["--device", "cpu", "--params_path", checkpoint, "--ann_engine", "milvus", *FP32, "--batch_size", 1]
@@ -326,5 +326,5 @@ def test_killed_before_its_end(checkpoint, sample, tmp_path):
     assert [hit[:2] for hit in hits] == [hit[:2] for hit in new_hits]
     # How Milvus Lite lays out its rows changes the last bit of a cosine.
     np.testing.assert_allclose([float(hit[2]) for hit in hits], [float(hit[2]) for hit in new_hits], atol=1e-6)
-    assert "was built with precision fp32, not bf16; name another collection" in refuse(
-        "recall.py", *words, "--precision", "bf16", cwd=tmp_path)
+    assert "was built with max_seq_length 32, not 9; name another collection" in refuse(
+        "recall.py", *words, "--max_seq_length", 9, cwd=tmp_path)

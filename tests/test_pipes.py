@@ -252,7 +252,7 @@ def test_embeddings_of_stdin_to_a_file(commands, tmp_path):
     ("predict.py", [], "one of the arguments --text_pair_file FILE is required"),
     ("predict.py", ["-", "--scale", 5], "--margin and --scale: the loss is computed of a file"),
     ("recall.py", ["--query", "--query", "x", "--corpus_file", "-"], "argument --corpus_file: -: no such file"),
-    ("recall.py", ["--query", "--query", "x"], "--query TEXT and queries of stdin: one of them")])
+    ("recall.py", ["--query", "--query", "x"], "--query TEXT and queries from stdin are mutually exclusive")])
 def test_refused(tmp_path, script, flags, message):
     (tmp_path / "model_state.pdparams").write_bytes(b"")
     assert message in refuse(script, "--params_path", ".", *flags, cwd=tmp_path)
@@ -262,4 +262,4 @@ def test_queries_of_stdin_are_for_one_process(tmp_path):
     (tmp_path / "model_state.pdparams").write_bytes(b"")
     line = refuse("recall.py", "--params_path", ".", "--query", cwd=tmp_path,
                   env={"PADDLE_TRAINERS_NUM": "2", "PADDLE_TRAINER_ID": "0"})
-    assert "--query of stdin is for one process" in line
+    assert "queries from stdin need a single process" in line

@@ -40,7 +40,7 @@ def test_an_address_that_is_not_of_this_machine(tmp_path, host):
     (["--model_dir", ".", "--index_path", ".", "--host", ""], "argument --host: an empty text"),
     (["--model_dir", ".", "--index_path", ".", "--port", 65536], "expected a port in [0, 65535], got '65536'"),
     (["--max_bach", 3], "no such flag: --max_bach; did you mean --max_batch?"),
-    *((["--model_dir", ".", "--index_path", ".", flag, 0], f"argument {flag}: '0' is not ") for flag in
+    *((["--model_dir", ".", "--index_path", ".", flag, 0], f"argument {flag}: expected ") for flag in
       ("--max_texts", "--max_text_length", "--max_top_k", "--max_body", "--max_seconds", "--max_batch",
        "--max_waiting"))], ids=lambda value: value if isinstance(value, str) else "")
 def test_flags(tmp_path, flags, complaint):
@@ -70,7 +70,7 @@ def test_a_folder_that_does_not_say_what_it_is(exported, kept_index, tmp_path):
     (old / "simcse_config.json").write_text(json.dumps(record), encoding="utf-8")
     for folder in (old, tmp_path):
         line = refuse(*SERVER, "--model_dir", folder, "--index_path", kept_index, "--port", 0)
-        assert f"--model_dir {folder}: its simcse_config.json does not say of which checkpoint it is" in line
+        assert f"--model_dir {folder}: simcse_config.json does not name the checkpoint" in line
     (old / "simcse_config.json").write_text("{", encoding="utf-8")
     assert "simcse_config.json: not valid JSON" in refuse(*SERVER, "--model_dir", old, "--index_path", kept_index,
                                                           "--port", 0)

@@ -128,7 +128,7 @@ class Passages(Sequence):
         Yields:
             float32 [rows, dim].
         """
-        for rows, embeddings in zip(pieces, encoded):
+        for embeddings, rows in zip(encoded, pieces):  # `encoded` first: asked for more it ends, and reports
             whole = self._rows_of_documents(rows)
             _, place_of_text = np.unique(self.first[whole], return_inverse=True)
             own = embeddings[place_of_text]
