@@ -27,7 +27,7 @@ paddle2.6)
     make_venv "$venv" "$venv.requirements.tmp" requirements-serving.txt requirements-test.txt
     tests=
     for name in compat lengths train gradients recall pipeline pipes engine precision losses objectives whitening \
-        pretrain mining deploy device gpu resume stopping checkpoint distributed serving; do
+        pooling pretrain mining deploy device gpu resume stopping checkpoint distributed serving; do
         tests="$tests tests/test_$name.py"
     done
     ;;
