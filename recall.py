@@ -360,7 +360,7 @@ class Retriever:
             self.depth = max(args.recall_num, FUSION_DEPTH)
         if args.hybrid_bm25 and not RANK:
             self.bm25 = ann_util.open_bm25(documents, index.manifest.corpus, args.index_path)
-        self._is_measured = bool(args.query)  # single queries measure nothing
+        self._has_to_measure = not args.query  # single queries measure nothing
 
     def search(self, texts: Sequence[str], places: Sequence[str]) -> Ranking:
         """Return the best documents for each query.
@@ -371,10 +371,10 @@ class Retriever:
         """
         embeddings = self.encoder.encode(texts, places=places)
         ranking = search(self.index, self.documents, embeddings, self.depth)
-        if not self._is_measured:
+        if self._has_to_measure:
             k = ranking.documents.shape[1]
             report_ann_recall(self.index.measure(sample(embeddings), k, "queries"))
-            self._is_measured = True
+            self._has_to_measure = False
         if self.bm25 is None:
             return ranking
         from simcse.index.bm25 import fuse

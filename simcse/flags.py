@@ -94,7 +94,6 @@ def _number(expected: str, convert: type, accepts: Callable[[Any], bool]) -> Cal
 
 positive_int = _number("an integer >= 1", int, lambda value: value >= 1)
 natural_int = _number("an integer >= 0", int, lambda value: value >= 0)
-hnsw_links = _number("an integer >= 2", int, lambda value: value >= 2)
 sequence_length = _number("an integer >= 3 ([CLS], a token, [SEP])", int, lambda value: value >= 3)
 port = _number("a port in [0, 65535]", int, lambda value: 0 <= value <= 65535)
 positive_float = _number("a number > 0", float, lambda value: 0 < value < math.inf)
