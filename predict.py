@@ -32,7 +32,7 @@ def parse_args() -> argparse.Namespace:
     flags.add_target_texts_arguments(parser, "--text_pair_file")
     flags.add_model_arguments(parser)
     flags.add_encode_arguments(parser)
-    parser.add_argument("--margin", type=flags.natural_float, default=0.0, help="margin of the loss, in cosine")
+    parser.add_argument("--margin", type=flags.non_negative_float, default=0.0, help="margin of the loss, in cosine")
     parser.add_argument("--scale", type=flags.positive_float, default=20, help="factor on the cosines in the loss")
     args = flags.check_arguments(parser, parser.parse_args())
     flags.check_target_texts(parser, args)

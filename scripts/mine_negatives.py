@@ -49,10 +49,10 @@ def parse_args() -> argparse.Namespace:
                        help="most negatives of a pair")
     group.add_argument("--negative_depth", type=flags.positive_int, nargs=2, metavar=("FIRST", "LAST"),
                        default=(10, 50), help="first and last rank of the candidates, counted from 1")
-    group.add_argument("--negative_max_score", type=flags.proportion, default=0.95,
+    group.add_argument("--negative_max_score", type=flags.fraction, default=0.95,
                        help="highest cosine of query and negative, as a fraction of the cosine of query and positive "
                        "(Moreira et al. 2024)")
-    group.add_argument("--negative_max_overlap", type=flags.proportion, default=0.8,
+    group.add_argument("--negative_max_overlap", type=flags.fraction, default=0.8,
                        help="highest Jaccard similarity of a negative's letter pairs with those of the query or of any "
                        "of its positives; 1: no filter")
     args = parser.parse_args()

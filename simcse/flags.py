@@ -93,13 +93,13 @@ def _number(expected: str, convert: type, accepts: Callable[[Any], bool]) -> Cal
 
 
 positive_int = _number("an integer >= 1", int, lambda value: value >= 1)
-natural_int = _number("an integer >= 0", int, lambda value: value >= 0)
+non_negative_int = _number("an integer >= 0", int, lambda value: value >= 0)
 sequence_length = _number("an integer >= 3 ([CLS], a token, [SEP])", int, lambda value: value >= 3)
 port = _number("a port in [0, 65535]", int, lambda value: 0 <= value <= 65535)
 positive_float = _number("a number > 0", float, lambda value: 0 < value < math.inf)
-natural_float = _number("a number >= 0", float, lambda value: 0 <= value < math.inf)
-probability = _number("a number in [0, 1)", float, lambda value: 0 <= value < 1)
-proportion = _number("a number in [0, 1]", float, lambda value: 0 <= value <= 1)
+non_negative_float = _number("a number >= 0", float, lambda value: 0 <= value < math.inf)
+fraction_below_one = _number("a number in [0, 1)", float, lambda value: 0 <= value < 1)
+fraction = _number("a number in [0, 1]", float, lambda value: 0 <= value <= 1)
 
 
 def folder(path: str) -> str:
@@ -207,7 +207,7 @@ def add_model_arguments(parser: argparse._ActionsContainer, params_path: str | N
         help="checkpoint to load: model_state.pdparams, model_state.safetensors or the folder that holds it")
     add("--model_name_or_path", type=model_name, help="encoder (hub name or folder) of a checkpoint without "
         f"simcse_config.json (default: the one that the checkpoint records, or {DEFAULT_MODEL})")
-    add("--output_emb_size", type=natural_int,
+    add("--output_emb_size", type=non_negative_int,
         help="size of the embedding; it must agree with the checkpoint (default: as in the checkpoint)")
 
 
@@ -235,7 +235,7 @@ def add_calibration_argument(parser: argparse._ActionsContainer) -> None:
 
 def add_device_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--device", choices=("cpu", "gpu"), default="gpu", help="device to run on")
-    parser.add_argument("--cpu_threads", type=natural_int, default=0, help="math threads on a CPU; 0: all cores")
+    parser.add_argument("--cpu_threads", type=non_negative_int, default=0, help="math threads on a CPU; 0: all cores")
 
 
 def add_strict_argument(parser: argparse._ActionsContainer) -> None:
@@ -391,17 +391,17 @@ def add_optimization_arguments(group: argparse._ActionsContainer) -> None:
     add = group.add_argument
     add("--batch_size", type=positive_int, default=32, help="texts per batch and device")
     add("--learning_rate", type=positive_float, default=5e-5, help="highest learning rate of AdamW")
-    add("--weight_decay", type=natural_float, default=0.0, help="weight decay of AdamW; biases and norms do not decay")
-    add("--epochs", type=natural_int, default=1,
+    add("--weight_decay", type=non_negative_float, default=0.0, help="weight decay of AdamW; biases and norms do not decay")
+    add("--epochs", type=non_negative_int, default=1,
         help="passes over the training texts; 0: save and evaluate the untrained network")
-    add("--warmup_proportion", type=proportion, default=0.0,
+    add("--warmup_proportion", type=fraction, default=0.0,
         help="fraction of the steps over which the learning rate rises, before it falls linearly to 0")
-    add("--warmup_proption", dest="warmup_proportion", type=proportion, help=argparse.SUPPRESS)
+    add("--warmup_proption", dest="warmup_proportion", type=fraction, help=argparse.SUPPRESS)
     add("--max_grad_norm", type=positive_float, help="clip gradients to this norm (default: no clipping)")
-    add("--dropout", type=probability, default=0.1, help="hidden and attention dropout rate")
+    add("--dropout", type=fraction_below_one, default=0.1, help="hidden and attention dropout rate")
     add("--max_seq_length", type=sequence_length, help="tokens per text, with [CLS] and [SEP]; longer texts are cut "
         f"(default: the length of the checkpoint that training starts from, or {TRAIN_LENGTH})")
-    add("--seed", type=natural_int, default=1000, help="random seed")
+    add("--seed", type=non_negative_int, default=1000, help="random seed")
     add("--precision", choices=TRAIN_PRECISIONS, default="auto",
         help=f"number format of the matrix products; auto: {AUTO_ON_GPU}, else fp32; with --resume the format of the "
         "resumed run. tf32, bf16 and fp16 (with loss scaling) need --device gpu")
@@ -414,7 +414,7 @@ def add_run_arguments(device: argparse._ActionsContainer, output: argparse._Acti
     add("--resume", nargs="?", const="auto", help="resume the run that left this checkpoint folder, with its "
         "optimizer, schedule and place in the data, as if it had not been interrupted; auto (or no value): the newest "
         "checkpoint in --save_dir, or a new run if there is none")
-    add("--keep_checkpoints", type=natural_int, default=0,
+    add("--keep_checkpoints", type=non_negative_int, default=0,
         help="how many of the newest checkpoints to keep; 0: all. Only the newest can be resumed")
     add("--save_dir", default="./checkpoints", help="folder of the checkpoints")
     add("--save_steps", type=positive_int, default=10000, help="steps between checkpoints")
