@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from data import Batch, DuplicateKeys, Inputs
 from simcse import console
-from simcse.console import InputError, reported
+from simcse.console import InputError, as_input_error
 from simcse.device import casting, gpu_precision, set_device
 from simcse.encoder.encoder import Encoder
 from simcse.encoder.engine import Engine, export_fastest, open_engine
@@ -378,7 +378,7 @@ def load_model(params_path: str, model_name_or_path: str | None = None, output_e
         raise InputError(f"--output_emb_size {output_emb_size}: {params_path} has {has}")
     record = read_record(os.path.dirname(params_path))  # the original implementation writes none
     recorded_pooling = record.get("pooling", "pooler")
-    with reported(f"{flag} {params_path}: {CONFIG_FILE}", ValueError):
+    with as_input_error(f"{flag} {params_path}: {CONFIG_FILE}", ValueError):
         has_layers = not find_pooling(recorded_pooling).removes_layers
     if pooling is None:
         pooling = recorded_pooling
@@ -488,7 +488,7 @@ def load_encoder(checkpoint: str, *, device: str = "cpu", precision: str = "auto
     Raises:
         InputError: the checkpoint cannot be loaded, or the device does not have this precision.
     """
-    with reported("checkpoint", argparse.ArgumentTypeError):
+    with as_input_error("checkpoint", argparse.ArgumentTypeError):
         params_path = checkpoint_file(checkpoint)
     if max_seq_length is None:
         max_seq_length = read_record(os.path.dirname(params_path)).get("max_seq_length") or ENCODE_LENGTH

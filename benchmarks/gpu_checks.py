@@ -246,7 +246,7 @@ def deployed(scratch: str, device: str, size: str, precision: str, tensorrt: boo
         if device == "gpu":
             gpu_precision(precision)
         if tensorrt:
-            with console.reported("--use_tensorrt", OSError):
+            with console.as_input_error("--use_tensorrt", OSError):
                 ctypes.CDLL("libnvinfer.so")  # which paddle opens by this name
         graph = predictor.load_predictor(f"{scratch}/exported", device=device, precision=precision,
                                          tensorrt=predictor.TensorRtShape(64, LENGTH) if tensorrt else None)

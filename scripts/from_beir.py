@@ -74,7 +74,7 @@ def read_texts(path: str) -> dict[str, str]:
     texts = {}
     empty = []
     count = 0
-    with open(path, encoding="utf-8") as file, console.reported(path, UnicodeDecodeError):
+    with open(path, encoding="utf-8") as file, console.as_input_error(path, UnicodeDecodeError):
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from simcse.console import InputError, summary
+from simcse.console import InputError, summarize_error
 from simcse.machine import CPU_THREADS, auto_precision, gpu_generation
 
 import paddle
@@ -86,7 +86,7 @@ def check_gpu() -> None:
         paddle.nn.functional.softmax(square @ square).numpy()
     except (OSError, MemoryError, RuntimeError, SystemError) as error:
         hint = "; requirements-gpu.txt has the CUDA libraries" if "dynamic library" in str(error) else ""
-        raise InputError(f"--device gpu: {name} cannot be computed on: {summary(error)}{hint}") from None
+        raise InputError(f"--device gpu: {name} cannot be computed on: {summarize_error(error)}{hint}") from None
 
 
 def compute_capabilities() -> list[int]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, NamedTuple, TypeVar
 
-from simcse.console import progress, reported, settings
+from simcse.console import as_input_error, progress, settings
 
 Item = TypeVar("Item")
 BLOCK = 16384  # most lines of stdin that are answered at a time
@@ -165,7 +165,7 @@ def read_json(path: str) -> dict:
     """
     if not os.path.isfile(path):
         return {}
-    with reported(f"{path}: not valid JSON", TypeError, ValueError), open(path, encoding="utf-8") as file:
+    with as_input_error(f"{path}: not valid JSON", TypeError, ValueError), open(path, encoding="utf-8") as file:
         return dict(json.load(file))
 
 

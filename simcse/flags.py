@@ -391,7 +391,8 @@ def add_optimization_arguments(group: argparse._ActionsContainer) -> None:
     add = group.add_argument
     add("--batch_size", type=positive_int, default=32, help="texts per batch and device")
     add("--learning_rate", type=positive_float, default=5e-5, help="highest learning rate of AdamW")
-    add("--weight_decay", type=non_negative_float, default=0.0, help="weight decay of AdamW; biases and norms do not decay")
+    add("--weight_decay", type=non_negative_float, default=0.0,
+        help="weight decay of AdamW; biases and norms do not decay")
     add("--epochs", type=non_negative_int, default=1,
         help="passes over the training texts; 0: save and evaluate the untrained network")
     add("--warmup_proportion", type=fraction, default=0.0,

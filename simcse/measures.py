@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import repeat
 
-from simcse.console import InputError, reported
+from simcse.console import InputError, as_input_error
 
 import numpy as np
 
@@ -224,7 +224,7 @@ def read_run(path: str, flag: str) -> dict[str, dict[str, float]]:
 
 def _read_lines(path: str, flag: str) -> Iterator[tuple[int, str]]:
     """Yield the lines of a file with their numbers, from 1."""
-    with reported(f"{flag} {path}: not UTF-8", UnicodeDecodeError), open(path, encoding="utf-8-sig") as file:
+    with as_input_error(f"{flag} {path}: not UTF-8", UnicodeDecodeError), open(path, encoding="utf-8-sig") as file:
         yield from enumerate(file, 1)
 
 
