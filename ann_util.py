@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from simcse import console
 from simcse.console import InputError, accept_all_lines, as_input_error, log
-from simcse.files import file_digest, new_folder, read_json, temporary_name
+from simcse.files import file_digest, hidden_path, new_folder, read_json
 from simcse.index.documents import Documents, find_keys, report_changes
 from simcse.index.engines import DEFAULT_ENGINE, ENGINES, LOCAL_ENGINES
 from simcse.index.manifest import MANIFEST_FILE, Manifest
@@ -343,8 +343,8 @@ def save_index(path: str, index: ShardedIndex, documents: Documents, hybrid: boo
     replaced = os.path.exists(path)
     obsolete = _files_of_index(path) if replaced else []
     process_of_rank_0 = gather_arrays(np.array([os.getpid()]))[0].item()
-    folder_of_rank_0 = temporary_name(path, process_of_rank_0)
-    with contextlib.nullcontext(folder_of_rank_0) if RANK else new_folder(path, gone=obsolete) as folder:
+    folder_of_rank_0 = hidden_path(path, process_of_rank_0)
+    with contextlib.nullcontext(folder_of_rank_0) if RANK else new_folder(path, obsolete=obsolete) as folder:
         wait_for_ranks()
         index.save(folder)
         wait_for_ranks()

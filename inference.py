@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from simcse import console, flags
-from simcse.files import STDIN, new_file, read_ahead
+from simcse.files import STDIN, new_file, stream_blocks
 from simcse.text import formats, textfile
 
 import numpy as np
@@ -75,7 +75,7 @@ def embed_stdin(args: argparse.Namespace) -> None:
     from model import load_encoder_for
 
     encoder = load_encoder_for(args)
-    for block in read_ahead(texts):
+    for block in stream_blocks(texts):
         print_lines(block, encode(encoder, block), args.format or "tsv")
 
 

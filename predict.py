@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from simcse import console, flags
-from simcse.files import STDIN, read_ahead
+from simcse.files import STDIN, stream_blocks
 from simcse.text import textfile
 from simcse.text.textfile import Row
 
@@ -57,7 +57,7 @@ def score_stdin(args: argparse.Namespace, rows: Iterator[Row]) -> None:
     from model import load_encoder_for
 
     encoder = load_encoder_for(args)
-    for block in read_ahead(rows):
+    for block in stream_blocks(rows):
         first, second = encode_rows(encoder, block, "stdin")
         print_cosines(block, first, second, args.format)
 
