@@ -51,7 +51,9 @@ def parse_args() -> argparse.Namespace:
         "tsv)")
     flags.add_model_arguments(parser, params_path=flags.DEFAULT_PARAMS)
     flags.add_encode_arguments(parser)
-    args = flags.check_arguments(parser, parser.parse_args())
+    args = parser.parse_args()
+    flags.set_max_seq_length(args)
+    flags.check_arguments(parser, args)
     if args.text and args.input_file == STDIN:
         parser.error("--text and --input_file - are mutually exclusive")
     if args.output_file and args.format:

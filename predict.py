@@ -34,7 +34,9 @@ def parse_args() -> argparse.Namespace:
     flags.add_encode_arguments(parser)
     parser.add_argument("--margin", type=flags.non_negative_float, default=0.0, help="margin of the loss, in cosine")
     parser.add_argument("--scale", type=flags.positive_float, default=20, help="factor on the cosines in the loss")
-    args = flags.check_arguments(parser, parser.parse_args())
+    args = parser.parse_args()
+    flags.set_max_seq_length(args)
+    flags.check_arguments(parser, args)
     flags.check_target_texts(parser, args)
     if args.text_pair_file == STDIN and (args.margin, args.scale) != (0, 20):
         parser.error("--margin and --scale: the loss is computed of a file, not of stdin; remove them")
