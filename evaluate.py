@@ -31,9 +31,9 @@ from simcse.measures import (
     JUDGED_METRICS,
     METRICS,
     RECALL_KS,
+    mean_percent,
+    measure_queries,
     paired_bootstrap,
-    per_query,
-    percent,
     rank_documents,
     read_judgements,
     read_run,
@@ -283,7 +283,7 @@ def evaluate_by_pairs(args: argparse.Namespace) -> Evaluation:
         result = rank_targets(read_hits(path, args.targets), pairs)
         warn_incomplete(args, path, result, pairs)
         ranks = [ranks.values() for ranks in result.ranks.values()]
-        evaluation.values.append(per_query(ranks, metrics_to_compute(args), depth=args.recall_num))
+        evaluation.values.append(measure_queries(ranks, metrics_to_compute(args), depth=args.recall_num))
         if args.show_errors:
             evaluation.errors = describe_errors(result, args.show_errors)
     return evaluation
@@ -313,7 +313,7 @@ def evaluate_by_judgements(args: argparse.Namespace) -> Evaluation:
             console.warn(f"{len(unknown)} queries of {path} are not judged in {args.qrels}")
         values = {}
         for metric in metrics_to_compute(args):
-            values.update(per_query(rank_relevant(relevant, run, metric), [metric], depth=args.recall_num,
+            values.update(measure_queries(rank_relevant(relevant, run, metric), [metric], depth=args.recall_num,
                                     grades=[grades.values() for grades in relevant.values()], table=JUDGED_METRICS))
         evaluation.values.append(values)
     return evaluation
@@ -358,7 +358,7 @@ def describe_errors(result: RankedResult, most: int) -> str:
 def compare(names: list[str], results: list[Values]) -> str:
     """Return a table of the results, and of the difference of each one to the first, in percentage points."""
     header = ["", *names]
-    rows = [[metric, *(f"{percent(values[metric]):.3f}" for values in results)] for metric in results[0]]
+    rows = [[metric, *(f"{mean_percent(values[metric]):.3f}" for values in results)] for metric in results[0]]
     first = np.stack(list(results[0].values()), axis=1)  # float64 [Q, M]
     for name, values in zip(names[1:], results[1:]):
         header += [f"{name} - {names[0]}", "95 % interval  "]
@@ -476,7 +476,7 @@ def print_values(paths: Sequence[str], results: Sequence[Values]) -> None:
         if len(results) > 1:
             print(path)
         for name, of_queries in values.items():
-            print(f"{name}={percent(of_queries)}")
+            print(f"{name}={mean_percent(of_queries)}")
 
 
 def select(values: Values, metrics: Iterable[str], args: argparse.Namespace) -> Values:
@@ -497,7 +497,7 @@ def main() -> None:
         print("\n" + evaluation.errors)
     recalls = []
     for values in evaluation.values:
-        recalls.append([percent(of_queries) for of_queries in select(values, ["recall"], args).values()])
+        recalls.append([mean_percent(of_queries) for of_queries in select(values, ["recall"], args).values()])
     with open("result.tsv", "a", encoding="utf-8") as file:
         for recall in recalls:
             file.write("\t".join(map(str, recall)) + "\n")

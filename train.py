@@ -30,7 +30,7 @@ from simcse import console, flags
 from simcse.encoder.pooling import POOLINGS, describe_poolings
 from simcse.index.exact import exact_search
 from simcse.machine import RANK, RANKS
-from simcse.measures import RECALL_KS, first_hits, per_query, percent
+from simcse.measures import RECALL_KS, mean_percent, measure_queries, percent, rank_first_targets
 from simcse.text import textfile, tokens, wordpiece
 
 FEWEST_TOKENS = 8192  # of a batch of an evaluation on a GPU, which has room for so many beside any training
@@ -231,8 +231,8 @@ def measure_recall(encode: Callable, test_set: Sequence[Sequence[str]]) -> dict[
     if RANK:
         return {}
     found_rows, _ = exact_search(query_embeddings, target_embeddings, max(RECALL_KS))
-    ranks = first_hits(found_rows, list(targets.values()))
-    return {name: percent(hits) for name, hits in per_query(ranks[:, None], ["recall"]).items()}
+    ranks = rank_first_targets(found_rows, list(targets.values()))
+    return {name: mean_percent(hits) for name, hits in measure_queries(ranks[:, None], ["recall"]).items()}
 
 
 def evaluation_tokens(args: argparse.Namespace) -> int:
