@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from data import Batch, DuplicateKeys, Inputs
 from simcse import console
 from simcse.console import InputError, as_input_error
-from simcse.device import casting, gpu_precision, set_device
+from simcse.device import cast_products, set_device, set_gpu_precision
 from simcse.encoder.encoder import Encoder
 from simcse.encoder.engine import Engine, export_fastest, open_engine
 from simcse.encoder.kept_graph import KeptGraph
@@ -83,7 +83,7 @@ class SimCSE(nn.Layer):
         pooling: a name in pooling.POOLINGS.
         with_pooler: embed and export by the pooling as it is trained; False: by its `pool_without_pooler`, if it has
             one.
-        precision: of matrix products: fp32, or on a GPU tf32, bf16 or fp16; see `device.gpu_precision`.
+        precision: of matrix products: fp32, or on a GPU tf32, bf16 or fp16; see `device.set_gpu_precision`.
         loss_settings: None: those of `LossSettings()`.
         whitened_at: tokens of the longest texts that `whitening.whiten` was fitted on; None: it was not.
     """
@@ -142,7 +142,7 @@ class SimCSE(nn.Layer):
             with_pooler: False: by the pooling's `pool_without_pooler`, if it has one; "pooler" then takes the raw first
                 token.
         """
-        with casting(self.precision):
+        with cast_products(self.precision):
             embedding = self.pool(input_ids, token_type_ids, with_pooler)
             if self.output_emb_size:
                 embedding = self.emb_reduce_linear(embedding)
@@ -517,7 +517,7 @@ def _open_encoder(options: EncoderOptions, texts: Sequence[Any]) -> Encoder:
         engine, tokenizer = _load_on_cpu(options, texts)
     else:
         loaded = load_model(options.params_path, options.model_name_or_path, options.output_emb_size,
-                            precision=gpu_precision(options.precision))
+                            precision=set_gpu_precision(options.precision))
         engine = loaded.model
         tokenizer = loaded.tokenizer
     return Encoder(engine, tokenizer, options.max_seq_length, options.batch_size)
