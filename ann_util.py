@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from simcse import console
-from simcse.console import InputError, accepting_all_lines, log, reported
-from simcse.files import file_digest, new_folder, read_json, temporary_name
+from simcse.console import InputError, accept_all_lines, as_input_error, log
+from simcse.files import file_digest, hidden_path, new_folder, read_json
 from simcse.index.documents import Documents, find_keys, report_changes
 from simcse.index.engines import DEFAULT_ENGINE, ENGINES, LOCAL_ENGINES
 from simcse.index.manifest import MANIFEST_FILE, Manifest
@@ -144,7 +144,7 @@ def load_index(path: str, manifest: Manifest, *, threads: int = 0, corpus: Corpu
         InputError: a file is damaged, or the memory does not suffice.
     """
     index = ShardedIndex(manifest, threads)
-    with reported(f"--index_path {path}: damaged", *DAMAGE):
+    with as_input_error(f"--index_path {path}: damaged", *DAMAGE):
         documents = _load_documents(path, manifest, corpus)
         index.load(path)
     index.set_search_settings(search_settings or {})
@@ -159,7 +159,7 @@ def _load_documents(path: str, manifest: Manifest, corpus: Corpus | None) -> Doc
     if corpus is None:
         corpus_path = os.path.join(path, CORPUS_FILE)
         _check_digest(corpus_path, manifest.corpus)
-        with accepting_all_lines():
+        with accept_all_lines():
             corpus = Corpus(corpus_path, "--index_path", manifest.corpus_columns)
     documents = Documents(corpus, path)
     if manifest.passages:
@@ -257,7 +257,7 @@ def read_reused_vectors(path: str, documents: Documents, pieces: Sequence[range]
     where = f"--index_path {path}"
     damaged = f"{where}: damaged"
     previous = Manifest.load(path, where, REBUILD)
-    with reported(damaged, *DAMAGE):
+    with as_input_error(damaged, *DAMAGE):
         _check_digests(path, previous)
         document_keys = Documents.load_keys(path)
         row_keys = Documents.load_row_keys(path, previous.passages)
@@ -271,7 +271,7 @@ def read_reused_vectors(path: str, documents: Documents, pieces: Sequence[range]
         reused.append(ReusedVectors(rows, vectors, rows.start + np.flatnonzero(is_missing)))
     for shard in range(previous.index_shards):  # as if each were on a rank of its own, so that one is in memory
         index = ShardedIndex(previous, threads=1, rank=shard, ranks=previous.index_shards)
-        with reported(damaged, *DAMAGE):
+        with as_input_error(damaged, *DAMAGE):
             index.load(path)
         for piece in reused:
             index.copy_vectors(previous_rows[piece.rows.start : piece.rows.stop], piece.vectors)
@@ -392,10 +392,10 @@ def save_index(path: str, index: ShardedIndex, documents: Documents, hybrid: boo
 
     process_of_rank_0 = gather_arrays(np.array([os.getpid()]))[0].item()
     if RANK:
-        _save_shards(index, temporary_name(path, process_of_rank_0))
+        _save_shards(index, hidden_path(path, process_of_rank_0))
         return
     obsolete = _files_of_index(path) if os.path.exists(path) else []
-    with new_folder(path, gone=obsolete) as folder:
+    with new_folder(path, obsolete=obsolete) as folder:
         _save_shards(index, folder)
         _write_documents(folder, index.manifest, documents, hybrid)
     if BM25_FOLDER in obsolete and not hybrid:
