@@ -145,14 +145,14 @@ def encode(encoder, texts: Sequence[Text]) -> np.ndarray:
     return embeddings
 
 
-def print_lines(texts: Sequence[Text], embeddings: np.ndarray, format: str) -> None:
-    """Print a line for each text, in the --format `format`."""
+def print_lines(texts: Sequence[Text], embeddings: np.ndarray, kind: str) -> None:
+    """Print a line of a `kind`, a --format, for each text."""
     for text, vector in zip(texts, embeddings):
         fields = {"text": text.text}
-        if text.id and format == "jsonl":
+        if text.id and kind == "jsonl":
             fields["id"] = text.id
         fields["embedding"] = vector.tolist() if text.is_valid else None
-        print(console.line(format, **fields), end="")
+        print(console.line(kind, **fields), end="")
     sys.stdout.flush()
 
 

@@ -58,8 +58,10 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument_group("model").add_argument
     add("--pooling", choices=tuple(POOLINGS), help="how tokens become a vector, here and in all later stages. "
         f"{describe_poolings()} (default: the pooling of --init_from_ckpt, or pooler)")
-    add("--infer_with_fc_pooler", action="store_true", help="evaluation and later stages use pooler and fc; without "
-        "it they pass the raw first token through the fc. It changes nothing with another --pooling")
+    with_choice = " or ".join(name for name, pooling in POOLINGS.items() if pooling.pool_without_pooler)
+    add("--infer_with_fc_pooler", action="store_true", help=f"for --pooling {with_choice}: evaluation and later stages "
+        "use the pooler and the fc, as training does; without this flag they leave out the pooler, and pass the raw "
+        "first token through the fc. The other poolings use no pooler and ignore this flag")
     add("--output_dropout", type=flags.fraction_below_one, default=0.1, help="dropout rate of the output vector")
     add("--margin", type=flags.non_negative_float, default=0.0,
         help="how much more similar than a negative a positive has to be, in cosine")
@@ -267,6 +269,7 @@ def build_model(args: argparse.Namespace) -> Any:
     """Return the `model.LoadedModel` to train, with the record of its checkpoints."""
     from model import LoadedModel, LossSettings, SimCSE, load_model, make_record
     from simcse.encoder.encoder import check_length
+    from simcse.encoder.pooling import find_pooling
     from simcse.encoder.pretrained import load_pretrained
 
     # Each field of LossSettings has a flag of its name, which flags.SHARED_FLAGS lists for --resume.
@@ -282,9 +285,10 @@ def build_model(args: argparse.Namespace) -> Any:
         encoder_name = record["model_name_or_path"]
     else:
         encoder_name = args.model_name_or_path or flags.DEFAULT_MODEL
-        encoder = load_pretrained(encoder_name, args.dropout)
+        pooling = args.pooling or "pooler"
+        encoder = load_pretrained(encoder_name, args.dropout, uses_pooler=find_pooling(pooling).uses_pooler)
         model = SimCSE(encoder, dropout=args.output_dropout, output_emb_size=args.output_emb_size,
-                       pooling=args.pooling or "pooler", with_pooler=args.infer_with_fc_pooler,
+                       pooling=pooling, with_pooler=args.infer_with_fc_pooler,
                        precision=args.precision, loss_settings=loss_settings)
         tokenizer = wordpiece.load_tokenizer(encoder_name)
     check_length(model, args.max_seq_length)
@@ -330,7 +334,11 @@ def train(args: argparse.Namespace, texts: textfile.TextFile, test_set: Sequence
 
 def run_steps(args: argparse.Namespace, trainer: Any, batches: Iterable[data.Batch],
               evaluate_model: Callable[[], dict[str, float]]) -> None:
-    """Take all steps that are left, and save a checkpoint every --save_steps and at the end.
+    """Take all steps that are left: each computes the gradients of a batch, then updates the weights.
+
+    The gradients are those of `gradients.backward`. It is decided here when a checkpoint is saved: every --save_steps,
+    and after the last step, which is that of --epochs or of a signal. There is one exception: where the loss is NaN or
+    Inf, `Trainer.update` saves the weights as they are and raises Diverged.
 
     Args:
         args: the flags.
@@ -355,7 +363,7 @@ def run_steps(args: argparse.Namespace, trainer: Any, batches: Iterable[data.Bat
             loss = backward(trainer.network, model, batch, trainer.scale_loss, args.chunk_size)
             trainer.update(loss.value, batch, check_loss=saves or evaluates)  # if the loss is NaN or Inf: saves, raises
             advance()
-            if step % LOG_STEPS == 0:
+            if step % LOG_STEPS == 0 or step == trainer.total_steps:
                 trainer.log_step(loss.value, loss)
             if evaluates:
                 trainer.check_weights("not evaluated")
@@ -370,15 +378,15 @@ def run_steps(args: argparse.Namespace, trainer: Any, batches: Iterable[data.Bat
 
 def whiten_model(args: argparse.Namespace, model: Any, tokenizer: Any, texts: textfile.TextFile) -> None:
     """Whiten the network's embeddings, by a sample of the training texts."""
-    from simcse.encoder.whitening import SAMPLE, runs, unnormalized, whiten
+    from simcse.encoder.whitening import SAMPLE, cut_runs, unnormalized, whiten_network
 
     sample = texts.sample(SAMPLE)
-    sample += runs(sample, tokenizer, args.max_seq_length)
+    sample += cut_runs(sample, tokenizer, args.max_seq_length)
     unknown = set(wordpiece.find_unknown(tokenizer, tokenizer(sample, args.max_seq_length)))
     known = [text for row, text in enumerate(sample) if row not in unknown]  # embeddings of the others are zeros
     with unnormalized(model):  # the fc that whitens comes before the norm
         embeddings = make_encode(args, model, tokenizer, "fp32")(known)
-    whiten(model, embeddings, args.whiten or model.embedding_size, args.max_seq_length)
+    whiten_network(model, embeddings, args.whiten or model.embedding_size, args.max_seq_length)
 
 
 def save_whitened(args: argparse.Namespace, trainer: Any, tokenizer: Any, encoder_name: str) -> None:

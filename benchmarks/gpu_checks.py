@@ -20,10 +20,11 @@ from bench import MINI, ROOT, describe_machine  # first: it makes the project im
 from data import Batch, DuplicateKeys, Inputs, hash_token_ids
 from deploy.python import encoder, predictor
 from simcse import console, files
-from simcse.encoder.weights import PARAMS_FILE, load_state, read_weights, saved_steps
+from simcse.encoder.weights import PARAMS_FILE, load_state, read_weights
 from simcse.machine import RANK, RANKS
 from simcse.text.textfile import TextFile
 from simcse.text.wordpiece import load_tokenizer
+from simcse.training.checkpoints import saved_steps
 
 import numpy as np
 from gpu_jobs import (

@@ -179,7 +179,7 @@ def train(args: argparse.Namespace, texts: textfile.TextFile) -> None:
 
 
 def run_steps(args: argparse.Namespace, trainer: Any, batches: Iterable[MaskedBatch]) -> None:
-    """Take all steps that are left, and save a checkpoint every --save_steps and at the end.
+    """Take all steps that are left, and save a checkpoint every --save_steps and after the last step.
 
     Args:
         args: the flags.
@@ -201,7 +201,7 @@ def run_steps(args: argparse.Namespace, trainer: Any, batches: Iterable[MaskedBa
             trainer.scale_loss(loss).backward()
             trainer.update(loss, batch, check_loss=saves)  # if the loss is NaN or Inf: saves, raises Diverged
             advance()
-            if step % LOG_STEPS == 0:
+            if step % LOG_STEPS == 0 or step == trainer.total_steps:
                 trainer.log_step(loss)
             if saves:
                 trainer.save()

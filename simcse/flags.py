@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from simcse import console
-from simcse.encoder.weights import CONFIG_FILE, DEFAULT_MODEL, STATE_RECORD, newest_resumable, read_record
+from simcse.encoder.weights import CONFIG_FILE, DEFAULT_MODEL, read_record
 from simcse.files import STDIN, read_json
 from simcse.machine import CPU_THREADS, RANK, RANKS, TRAIN_PRECISIONS, auto_precision
+from simcse.training.checkpoints import STATE_RECORD, newest_resumable
 
 # --max_seq_length where neither the flag nor the checkpoint says it.
 ENCODE_LENGTH = 64
@@ -487,7 +488,8 @@ def announce_training(args: argparse.Namespace, start: str, texts: str) -> None:
         start: the encoder or checkpoint that a new run starts from.
         texts: how many training texts there are, in words.
     """
-    announce(args, args.resume or start, texts, f"{args.epochs} epochs in batches of {args.batch_size}")
+    epochs = console.count(args.epochs, "epoch")
+    announce(args, args.resume or start, texts, f"{epochs} in batches of {args.batch_size}")
 
 
 def hyper_parameters(args: argparse.Namespace) -> dict[str, Any]:

@@ -8,7 +8,8 @@ import time
 
 import model as m
 from data import ShuffledBatches
-from simcse.encoder.weights import read_weights, saved_steps
+from simcse.encoder.weights import read_weights
+from simcse.training.checkpoints import saved_steps
 from simcse.training.gradients import Embeddings, backward
 
 import gradients

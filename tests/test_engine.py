@@ -69,9 +69,13 @@ def test_it_is_made_again_where_it_is_another_versions_or_damaged(trained_anew):
     assert not [path.name for path in trained_anew.iterdir() if path.name.startswith(".")]
 
 
-def test_where_it_cannot_be_kept_it_goes_without(trained_anew):
+def test_where_it_cannot_be_kept_it_warns_and_goes_without(trained_anew, capsys):
     (trained_anew / GRAPH).write_text("a file is in the way")
     first, made = start(trained_anew)
+    np.testing.assert_array_equal(m.load_encoder(str(trained_anew), precision="fp32").encode(["语义检索"])[0],
+                                  np.array(first, "float32"))
+    warning = f"{trained_anew / GRAPH}: the exported graph cannot be kept there (not a directory), and every start "
+    assert capsys.readouterr().err.count(warning) == 1
     assert not made and np.isfinite(first).all() and (trained_anew / GRAPH).read_text() == "a file is in the way"
     assert not [path.name for path in trained_anew.iterdir() if path.name.startswith(".")]
 

@@ -71,7 +71,8 @@ def open_encoder(args: argparse.Namespace, manifest: Manifest) -> tuple[Encoder,
     weights = sum(file.stat().st_size for file in os.scandir(args.model_dir) if file.name.startswith("inference."))
     shapes = choose_shapes(weights, manifest.max_seq_length)
     engine = open_engine(args, manifest.precision, len(shapes.all()))
-    return Encoder(engine, load_tokenizer(args.model_dir), manifest.max_seq_length), shapes
+    tokenizer = load_tokenizer(args.model_dir)
+    return Encoder(engine, tokenizer, manifest.max_seq_length, make_batches=shapes.make_batches), shapes
 
 
 def open_engine(args: argparse.Namespace, precision_of_index: str, shapes: int) -> Any:

@@ -26,7 +26,7 @@ class Searcher:
     """Answer batches of jobs.
 
     Args:
-        encoder: the exported model.
+        encoder: the exported model, with the batches of `shapes`.
         index: its embeddings of the corpus.
         documents: maps rows of the index to documents.
         shapes: those that batches of the encoder may have.
@@ -47,7 +47,6 @@ class Searcher:
         self._search_in_mode = {EMBEDDING: self.search_by_embedding}
         if bm25 is not None:
             self._search_in_mode[HYBRID] = self.search_hybrid
-        encoder.make_batches = shapes.make_batches
         self.facts = Facts(documents.line_count, encoder.embedding_size, encoder.precision,
                            tuple(self._search_in_mode), encoder.max_seq_length, whitened)
 

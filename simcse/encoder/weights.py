@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import pickle
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,9 +24,6 @@ OPENVINO_FILE = "inference.xml"  # and its weights, inference.bin
 ONNX_FILE = "inference.onnx"
 OPSET = 17  # of ONNX, the first with LayerNormalization as one operator
 TABLE_FILE = "table.npz"
-# What training goes on from
-STATE_FILE = "training_state.safetensors"
-STATE_RECORD = "training_state.json"
 # What paddle.save's pickles name: numpy arrays, in dicts and tuples. Anything else could run code while it is read.
 ALLOWED_IN_PICKLES = {
     ("collections", "OrderedDict"), ("builtins", "tuple"), ("_codecs", "encode"), ("numpy", "ndarray"),
@@ -158,21 +154,3 @@ def model_digest(params_path: str, model_name_or_path: str | None) -> str:
         if os.path.isfile(path):
             digest.update(file_digest(path).encode())
     return digest.hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------- checkpoints
-def saved_steps(save_dir: str) -> list[int]:
-    """Return the steps of the checkpoints model_<step> in a folder, rising."""
-    if not os.path.isdir(save_dir):
-        return []
-    matches = [re.fullmatch(r"model_(\d+)", name) for name in os.listdir(save_dir)]
-    return sorted(int(match[1]) for match in matches if match)
-
-
-def newest_resumable(save_dir: str) -> str | None:
-    """Return the newest checkpoint in a folder that training can be resumed from; None if there is none."""
-    for step in reversed(saved_steps(save_dir)):
-        folder = os.path.join(save_dir, f"model_{step}")
-        if os.path.isfile(os.path.join(folder, STATE_RECORD)):
-            return folder
-    return None
