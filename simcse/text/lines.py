@@ -42,17 +42,17 @@ def read_lines(path: str, flag: str, name: str) -> Iterator[tuple[int, str]]:
                 try:
                     text = line.decode("utf-8")
                 except UnicodeDecodeError as error:
-                    advice = formats.fill_in_names(formats.explain_not_utf8(path, line, error), name)
+                    reason = formats.explain_not_utf8(path, name, line, error)
                     raise InputError(f"{flag} {name}:{number}: not UTF-8 at byte {error.start + 1} of the line; "
-                                     f"{advice}") from None
+                                     f"{reason}") from None
                 yield number, text.replace(BOM, "")
 
 
 def refuse_binary(head: bytes, flag: str, name: str) -> None:
     """Raise InputError if a file's first bytes are those of a binary format, or of text in UTF-16 or UTF-32."""
-    binary = formats.name_binary_format(head)
-    if binary:
-        raise InputError(f"{flag} {name}:1: not UTF-8 text, but {formats.fill_in_names(binary, name)}")
+    binary_format = formats.name_binary_format(head, name)
+    if binary_format:
+        raise InputError(f"{flag} {name}:1: not UTF-8 text, but {binary_format}")
 
 
 class LineScan(NamedTuple):

@@ -200,7 +200,7 @@ class TextFile(Sequence):
             if not len(self):
                 raise InputError(f"{flag} {self.name}: the file is empty")
             if check_format:
-                formats.check_format(self[: formats.SAMPLE], self.name, flag, (1,))
+                formats.check_format(self[: formats.SAMPLE_LINES], self.name, flag, (1,))
         else:
             rows = read_rows(self.path, self.columns, flag, name=self.name, check_format=check_format)
             self._row_lines = np.fromiter((row.line_number - 1 for row in rows), "int32")
