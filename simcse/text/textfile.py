@@ -224,17 +224,17 @@ class TextFile(Sequence):
     def __getitem__(self, row):
         """Return a row, or the list of rows of a slice."""
         if isinstance(row, slice):
-            return self.take(range(len(self))[row])
-        return self.take([range(len(self))[row]])[0]
+            return self.read(range(len(self))[row])
+        return self.read([range(len(self))[row]])[0]
 
     def __iter__(self):
         """Yield all rows, which are read in blocks."""
         for start in range(0, len(self), self.BLOCK_ROWS):
             yield from self[start : start + self.BLOCK_ROWS]
 
-    def take(self, rows: Sequence[int]) -> list:
+    def read(self, rows: Sequence[int]) -> list:
         """Return some rows, given by their numbers from 0, in this order."""
-        return [self._parse(line) for line in self._read(rows)]
+        return [self._parse(line) for line in self._read_lines(rows)]
 
     def line_number(self, row: int) -> int:
         """Return the number, from 1, of a row's line in the file."""
@@ -245,22 +245,22 @@ class TextFile(Sequence):
         """Return where a row stands, as file:line."""
         return f"{self.name}:{self.line_number(row)}"
 
-    def spread(self, count: int) -> list[tuple[str, Any]]:
+    def sample_rows(self, count: int) -> list[tuple[str, Any]]:
         """Return `count` rows at even distances in the file, in its order, each as (place, row)."""
         rows = np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)
         return [(self.place(row), self[row]) for row in rows]
 
-    def sample(self, count: int) -> list[str]:
+    def sample_texts(self, count: int) -> list[str]:
         """Return the different texts of `count` rows at even distances in the file, in its order."""
         texts: list[str] = []
-        for _, row in self.spread(count):
+        for _, row in self.sample_rows(count):
             if self.columns == 1:
                 texts.append(row)
             else:
                 texts += row
         return distinct(texts)
 
-    def _read(self, rows: Sequence[int]) -> list[bytes]:
+    def _read_lines(self, rows: Sequence[int]) -> list[bytes]:
         """Return the bytes of the lines of some rows.
 
         Rows close together, such as those of a block, are read at once; rows far apart are read one by one.
@@ -346,7 +346,7 @@ class Corpus(TextFile):
         """Return the ids of some rows, given by their numbers; None for each if the corpus has no ids."""
         if not self.has_ids:
             return [None] * len(rows)
-        return [super(Corpus, self)._parse(line)[0] for line in self._read(rows)]
+        return [super(Corpus, self)._parse(line)[0] for line in self._read_lines(rows)]
 
     def all_ids(self) -> Iterator[str | None]:
         """Yield the ids of all rows, which are read in blocks."""
