@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -33,11 +34,12 @@ def read_rows(path: str, columns: int, *, strict: bool) -> list[Row]:
         strict: raise at the first blank or malformed row instead.
 
     Raises:
-        InputError: the file is not UTF-8, is empty, or has more malformed rows than good ones.
-        OSError: the file cannot be read.
+        InputError: the file cannot be read, is not UTF-8, is empty, or has more malformed rows than good ones.
     """
-    with open(path, "rb") as file:
-        lines = file.read().splitlines()  # of bytes: at \n, \r\n and \r, nowhere else
+    try:
+        lines = Path(path).read_bytes().splitlines()  # of bytes: at \n, \r\n and \r, nowhere else
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror.lower()}") from None
     rows = []
     for number, line in enumerate(lines, 1):
         row = parse_row(line, f"{path}:{number}", columns)
