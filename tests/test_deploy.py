@@ -279,7 +279,8 @@ def test_a_library_that_paddle_misses_when_it_runs_is_one_line(exported, monkeyp
     (["--precision", "bf16", "--enable_mkldnn", "no"], "--precision bf16 with --device cpu needs oneDNN"),
     (["--precision", "int8"], "was exported in fp32; export_model.py --format openvino --precision int8 exports in"),
     (["--precision", "fp16"], "which runs in fp32 or bf16 with --device cpu"),
-    (["--text", os.fsdecode(b"a\xff"), *FP32], "'utf-8' codec can't encode character '\\udcff'")])
+    (["--text", os.fsdecode(b"a\xff"), *FP32], "argument --text: not UTF-8: 'a\\udcff'"),
+    (["--text", " "], "argument --text: an empty text")])
 def test_what_the_folder_cannot_do_is_one_line(exported, flags, message):
     assert message in refuse("deploy/python/predict.py", "--model_dir", exported, "--device", "cpu", *flags)
 

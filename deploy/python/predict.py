@@ -60,11 +60,22 @@ def boolean(value: str) -> bool:
     raise argparse.ArgumentTypeError(f"{value!r} is neither true nor false")
 
 
+def nonempty_text(value: str) -> str:
+    text = one_line(value)
+    if not text:
+        raise argparse.ArgumentTypeError("an empty text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes of the shell's that are not UTF-8
+        raise argparse.ArgumentTypeError(f"not UTF-8: {value!a}") from None
+    return text
+
+
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--quiet", action="store_true", help="print only warnings and errors on stderr, no log lines")
     group = parser.add_argument_group("texts")
-    group.add_argument("--text", action="append", type=one_line, default=[],
+    group.add_argument("--text", action="append", type=nonempty_text, default=[],
                        help="a text; may be given several times")
     group.add_argument("--input_file", help="file of texts, one a line")
     group.add_argument("--output_file",
@@ -307,7 +318,7 @@ def main() -> int:
     except KeyboardInterrupt:
         warn("predict.py: interrupted")
         return 130
-    except (InputError, OSError, UnicodeEncodeError) as error:  # the last: bytes on the command line that are not UTF-8
+    except (InputError, OSError) as error:
         message = first_line(error)
     except MemoryError as error:
         message = f"out of memory: {first_line(error)}; a lower --batch_size or --max_seq_length takes less"
