@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from simcse import console
-from simcse.console import InputError, accepting_all_lines, log, reported
-from simcse.files import file_digest, new_folder, read_json, temporary_name
+from simcse.console import InputError, accept_all_lines, as_input_error, log
+from simcse.files import file_digest, hidden_path, new_folder, read_json
 from simcse.index.documents import Documents, find_keys, report_changes
 from simcse.index.engines import DEFAULT_ENGINE, ENGINES, LOCAL_ENGINES
 from simcse.index.manifest import MANIFEST_FILE, Manifest
@@ -116,7 +116,7 @@ def load_index(path: str, manifest: Manifest, *, threads: int = 0, corpus: Corpu
     Raises:
         InputError: a file is damaged.
     """
-    with reported(f"--index_path {path}: damaged", *DAMAGE):
+    with as_input_error(f"--index_path {path}: damaged", *DAMAGE):
         documents = _load_documents(path, manifest, corpus)
         index = ShardedIndex(manifest, threads, path)
     index.set_search_settings(search_settings or {})
@@ -131,7 +131,7 @@ def _load_documents(path: str, manifest: Manifest, corpus: Corpus | None) -> Doc
     if corpus is None:
         corpus_path = os.path.join(path, CORPUS_FILE)
         _check_digest(corpus_path, manifest.corpus)
-        with accepting_all_lines():
+        with accept_all_lines():
             corpus = Corpus(corpus_path, "--index_path", manifest.corpus_columns)
     documents = Documents(corpus, path)
     if manifest.passages:
@@ -174,7 +174,7 @@ def build_index(corpus: Corpus, encoder: "Encoder", manifest: Manifest, *, threa
     index = ShardedIndex(manifest, threads)
     reused = None
     if previous_path:
-        with reported(f"--index_path {previous_path}: damaged", *DAMAGE):
+        with as_input_error(f"--index_path {previous_path}: damaged", *DAMAGE):
             reused = read_reused_vectors(previous_path, documents, index.missing)
     add_missing(index, documents, encoder, reused)
     if engine.approximate:  # measured on documents, which unlike queries are always there
@@ -343,8 +343,8 @@ def save_index(path: str, index: ShardedIndex, documents: Documents, hybrid: boo
     replaced = os.path.exists(path)
     obsolete = _files_of_index(path) if replaced else []
     process_of_rank_0 = gather_arrays(np.array([os.getpid()]))[0].item()
-    folder_of_rank_0 = temporary_name(path, process_of_rank_0)
-    with contextlib.nullcontext(folder_of_rank_0) if RANK else new_folder(path, gone=obsolete) as folder:
+    folder_of_rank_0 = hidden_path(path, process_of_rank_0)
+    with contextlib.nullcontext(folder_of_rank_0) if RANK else new_folder(path, obsolete=obsolete) as folder:
         wait_for_ranks()
         index.save(folder)
         wait_for_ranks()

@@ -63,7 +63,9 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.precision == "int8" and args.format != "openvino":
         parser.error("--precision int8 needs --format openvino")
-    return flags.check_arguments(parser, args)
+    flags.set_max_seq_length(args)
+    flags.check_arguments(parser, args)
+    return args
 
 
 def check_output(args: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from simcse import console, flags
-from simcse.files import STDIN, new_file, read_ahead
+from simcse.files import STDIN, new_file, stream_blocks
 from simcse.text import formats, textfile
 
 import numpy as np
@@ -51,7 +51,9 @@ def parse_args() -> argparse.Namespace:
         "tsv)")
     flags.add_model_arguments(parser, params_path=flags.DEFAULT_PARAMS)
     flags.add_encode_arguments(parser)
-    args = flags.check_arguments(parser, parser.parse_args())
+    args = parser.parse_args()
+    flags.set_max_seq_length(args)
+    flags.check_arguments(parser, args)
     if args.text and args.input_file == STDIN:
         parser.error("--text and --input_file - are mutually exclusive")
     if args.output_file and args.format:
@@ -75,7 +77,7 @@ def embed_stdin(args: argparse.Namespace) -> None:
     from model import load_encoder_for
 
     encoder = load_encoder_for(args)
-    for block in read_ahead(texts):
+    for block in stream_blocks(texts):
         print_lines(block, encode(encoder, block), args.format or "tsv")
 
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from data import Batch, DuplicateKeys, Inputs
 from simcse import console
-from simcse.console import InputError, reported
-from simcse.device import casting, gpu_precision, set_device
+from simcse.console import InputError, as_input_error
+from simcse.device import cast_products, set_device, set_gpu_precision
 from simcse.encoder.encoder import Encoder
 from simcse.encoder.engine import Engine, export_fastest, open_engine
 from simcse.encoder.kept_graph import KeptGraph
@@ -83,7 +83,7 @@ class SimCSE(nn.Layer):
         pooling: a name in pooling.POOLINGS.
         with_pooler: embed and export by the pooling as it is trained; False: by its `pool_without_pooler`, if it has
             one.
-        precision: of matrix products: fp32, or on a GPU tf32, bf16 or fp16; see `device.gpu_precision`.
+        precision: of matrix products: fp32, or on a GPU tf32, bf16 or fp16; see `device.set_gpu_precision`.
         loss_settings: None: those of `LossSettings()`.
         whitened_at: tokens of the longest texts that `whitening.whiten` was fitted on; None: it was not.
     """
@@ -142,7 +142,7 @@ class SimCSE(nn.Layer):
             with_pooler: False: by the pooling's `pool_without_pooler`, if it has one; "pooler" then takes the raw first
                 token.
         """
-        with casting(self.precision):
+        with cast_products(self.precision):
             embedding = self.pool(input_ids, token_type_ids, with_pooler)
             if self.output_emb_size:
                 embedding = self.emb_reduce_linear(embedding)
@@ -378,7 +378,7 @@ def load_model(params_path: str, model_name_or_path: str | None = None, output_e
         raise InputError(f"--output_emb_size {output_emb_size}: {params_path} has {has}")
     record = read_record(os.path.dirname(params_path))  # the original implementation writes none
     recorded_pooling = record.get("pooling", "pooler")
-    with reported(f"{flag} {params_path}: {CONFIG_FILE}", ValueError):
+    with as_input_error(f"{flag} {params_path}: {CONFIG_FILE}", ValueError):
         has_layers = not find_pooling(recorded_pooling).removes_layers
     if pooling is None:
         pooling = recorded_pooling
@@ -488,7 +488,7 @@ def load_encoder(checkpoint: str, *, device: str = "cpu", precision: str = "auto
     Raises:
         InputError: the checkpoint cannot be loaded, or the device does not have this precision.
     """
-    with reported("checkpoint", argparse.ArgumentTypeError):
+    with as_input_error("checkpoint", argparse.ArgumentTypeError):
         params_path = checkpoint_file(checkpoint)
     if max_seq_length is None:
         max_seq_length = read_record(os.path.dirname(params_path)).get("max_seq_length") or ENCODE_LENGTH
@@ -517,7 +517,7 @@ def _open_encoder(options: EncoderOptions, texts: Sequence[Any]) -> Encoder:
         engine, tokenizer = _load_on_cpu(options, texts)
     else:
         loaded = load_model(options.params_path, options.model_name_or_path, options.output_emb_size,
-                            precision=gpu_precision(options.precision))
+                            precision=set_gpu_precision(options.precision))
         engine = loaded.model
         tokenizer = loaded.tokenizer
     return Encoder(engine, tokenizer, options.max_seq_length, options.batch_size)

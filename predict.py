@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from simcse import console, flags
-from simcse.files import STDIN, read_ahead
+from simcse.files import STDIN, stream_blocks
 from simcse.text import textfile
 from simcse.text.textfile import Row
 
@@ -32,9 +32,11 @@ def parse_args() -> argparse.Namespace:
     flags.add_target_texts_arguments(parser, "--text_pair_file")
     flags.add_model_arguments(parser)
     flags.add_encode_arguments(parser)
-    parser.add_argument("--margin", type=flags.natural_float, default=0.0, help="margin of the loss, in cosine")
+    parser.add_argument("--margin", type=flags.non_negative_float, default=0.0, help="margin of the loss, in cosine")
     parser.add_argument("--scale", type=flags.positive_float, default=20, help="factor on the cosines in the loss")
-    args = flags.check_arguments(parser, parser.parse_args())
+    args = parser.parse_args()
+    flags.set_max_seq_length(args)
+    flags.check_arguments(parser, args)
     flags.check_target_texts(parser, args)
     if args.text_pair_file == STDIN and (args.margin, args.scale) != (0, 20):
         parser.error("--margin and --scale: the loss is computed of a file, not of stdin; remove them")
@@ -57,7 +59,7 @@ def score_stdin(args: argparse.Namespace, rows: Iterator[Row]) -> None:
     from model import load_encoder_for
 
     encoder = load_encoder_for(args)
-    for block in read_ahead(rows):
+    for block in stream_blocks(rows):
         first, second = encode_rows(encoder, block, "stdin")
         print_cosines(block, first, second, args.format)
 

@@ -24,7 +24,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 import ann_util
 from simcse import console, flags
 from simcse.encoder.weights import model_digest
-from simcse.files import STDIN, file_digest, new_file, read_ahead
+from simcse.files import STDIN, file_digest, new_file, stream_blocks
 from simcse.index.engines import DEFAULT_ENGINE, ENGINES
 from simcse.index.hits import FUSION_DEPTH, Hit, Ranking, hits_of, search
 from simcse.index.lock import lock_folder
@@ -67,7 +67,9 @@ def parse_args() -> argparse.Namespace:
     flags.add_model_arguments(group)
     flags.add_encode_arguments(group)
     add_index_arguments(parser)
-    args = flags.check_arguments(parser, parser.parse_args())
+    args = parser.parse_args()
+    flags.set_max_seq_length(args)
+    flags.check_arguments(parser, args)
     check_queries(parser, args)
     check_engine(parser, args)
     check_corpus(parser, args)
@@ -268,7 +270,7 @@ def read_blocks(args: argparse.Namespace, queries: list[Query]) -> Iterator[list
         for start in range(0, len(queries), WINDOW):
             yield queries[start : start + WINDOW]
         return
-    for rows in read_ahead(textfile.read_rows(STDIN, 1, "--query", keep_malformed=True)):
+    for rows in stream_blocks(textfile.read_rows(STDIN, 1, "--query", keep_malformed=True)):
         yield [Query("\t".join(row.fields), f"stdin:{row.line_number}", is_malformed=row.problem is not None)
                for row in rows]
 

@@ -30,7 +30,7 @@ from simcse import console, flags
 from simcse.encoder.pooling import POOLINGS, describe_poolings
 from simcse.index.exact import exact_search
 from simcse.machine import RANK, RANKS
-from simcse.measures import RECALL_KS, first_hits, per_query, percent
+from simcse.measures import RECALL_KS, mean_percent, measure_queries, percent, rank_first_targets
 from simcse.text import textfile, tokens, wordpiece
 
 FEWEST_TOKENS = 8192  # of a batch of an evaluation on a GPU, which has room for so many beside any training
@@ -52,7 +52,7 @@ def parse_args() -> argparse.Namespace:
         f"{flags.DEFAULT_MODEL})")
     add("--init_from_ckpt", type=flags.checkpoint_file,
         help="checkpoint whose weights a new run starts from: model_state.pdparams or the folder that holds it")
-    add("--output_emb_size", type=flags.natural_int,
+    add("--output_emb_size", type=flags.non_negative_int,
         help="size of the embedding; 0: the encoder's hidden size, without fc (default: the size of --init_from_ckpt, "
         "or 0)")
     add = parser.add_argument_group("model").add_argument
@@ -60,15 +60,15 @@ def parse_args() -> argparse.Namespace:
         f"{describe_poolings()} (default: the pooling of --init_from_ckpt, or pooler)")
     add("--infer_with_fc_pooler", action="store_true", help="evaluation and later stages use pooler and fc; without "
         "it they pass the raw first token through the fc. It changes nothing with another --pooling")
-    add("--output_dropout", type=flags.probability, default=0.1, help="dropout rate of the output vector")
-    add("--margin", type=flags.natural_float, default=0.0,
+    add("--output_dropout", type=flags.fraction_below_one, default=0.1, help="dropout rate of the output vector")
+    add("--margin", type=flags.non_negative_float, default=0.0,
         help="how much more similar than a negative a positive has to be, in cosine")
     add("--scale", type=flags.positive_float, default=20,
         help="factor on the cosines before the softmax, the inverse of the temperature")
     optimization = parser.add_argument_group("optimization")
     flags.add_optimization_arguments(optimization)
     add = optimization.add_argument
-    add("--crop_rate", type=flags.probability, default=0.0,
+    add("--crop_rate", type=flags.fraction_below_one, default=0.0,
         help="crop up to this fraction of the tokens from each view of a text (0: no cropping)")
     add("--cross_device_negatives", action="store_true",
         help="take negatives from the batches of all ranks, not only from the rank's own")
@@ -80,10 +80,10 @@ def parse_args() -> argparse.Namespace:
     flags.add_run_arguments(parser.add_argument_group("device"), output)
     add = output.add_argument
     add("--eval_steps", type=flags.positive_int, default=10000, help="steps between evaluations")
-    add("--whiten", nargs="?", type=flags.natural_int, const=0, metavar="SIZE",
+    add("--whiten", nargs="?", type=flags.non_negative_int, const=0, metavar="SIZE",
         help="after training, make embeddings of SIZE uncorrelated numbers of equal variance, in a checkpoint "
         "model_<step>_whitened of its own; 0 (or no value): as many as they have (default: no whitening)")
-    add("--visualdl_embeddings", type=flags.natural_int, default=0,
+    add("--visualdl_embeddings", type=flags.non_negative_int, default=0,
         help="training texts whose embeddings VisualDL shows after training; 0: none")
     return flags.parse_training_arguments(parser)
 
@@ -231,8 +231,8 @@ def measure_recall(encode: Callable, test_set: Sequence[Sequence[str]]) -> dict[
     if RANK:
         return {}
     found_rows, _ = exact_search(query_embeddings, target_embeddings, max(RECALL_KS))
-    ranks = first_hits(found_rows, list(targets.values()))
-    return {name: percent(hits) for name, hits in per_query(ranks[:, None], ["recall"]).items()}
+    ranks = rank_first_targets(found_rows, list(targets.values()))
+    return {name: mean_percent(hits) for name, hits in measure_queries(ranks[:, None], ["recall"]).items()}
 
 
 def evaluation_tokens(args: argparse.Namespace) -> int:

@@ -233,7 +233,7 @@ def exported(scratch: str, device: str, size: str) -> None:
 def deployed(scratch: str, device: str, size: str, precision: str, tensorrt: bool) -> None:
     """Compare the exported graph in Paddle Inference, by deploy/python, with the dynamic graph in fp32."""
     from model import load_model
-    from simcse.device import gpu_precision, set_device
+    from simcse.device import set_device, set_gpu_precision
     from simcse.encoder.encoder import Encoder
 
     set_device(device)
@@ -244,9 +244,9 @@ def deployed(scratch: str, device: str, size: str, precision: str, tensorrt: boo
 
     with unless_refused(name):
         if device == "gpu":
-            gpu_precision(precision)
+            set_gpu_precision(precision)
         if tensorrt:
-            with console.reported("--use_tensorrt", OSError):
+            with console.as_input_error("--use_tensorrt", OSError):
                 ctypes.CDLL("libnvinfer.so")  # which paddle opens by this name
         graph = predictor.load_predictor(f"{scratch}/exported", device=device, precision=precision,
                                          tensorrt=predictor.TensorRtShape(64, LENGTH) if tensorrt else None)

@@ -39,7 +39,7 @@ def parse_args() -> argparse.Namespace:
     start.add_argument("--model_name_or_path", type=flags.model_name, default=flags.DEFAULT_MODEL,
                        help="pretrained encoder, hub name or folder")
     optimization = parser.add_argument_group("optimization")
-    optimization.add_argument("--mlm_probability", type=flags.proportion, default=0.15,
+    optimization.add_argument("--mlm_probability", type=flags.fraction, default=0.15,
                               help="fraction of the tokens that are predicted, whole words at a time")
     flags.add_optimization_arguments(optimization)
     flags.add_run_arguments(parser.add_argument_group("device"), parser.add_argument_group("output"))

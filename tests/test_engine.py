@@ -5,7 +5,7 @@ import shutil
 
 import model as m
 from simcse.console import InputError
-from simcse.device import gpu_precision
+from simcse.device import set_gpu_precision
 from simcse.encoder import kept_graph
 from simcse.encoder.engine import open_engine
 from simcse.encoder.weights import read_weights, write_weights
@@ -116,4 +116,4 @@ def test_what_is_no_checkpoint_or_no_export_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match="no exported graph; it has none of table.npz, inference.xml, "):
         open_engine(str(tmp_path))
     with pytest.raises(InputError, match="--precision int8: a GPU computes in fp32, fp16, bf16, tf32"):
-        gpu_precision("int8")
+        set_gpu_precision("int8")

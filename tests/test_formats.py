@@ -131,7 +131,7 @@ def test_both_readers_refuse_and_a_flag_reads_all_the_same(tmp_path, monkeypatch
         with pytest.raises(InputError, match=r"--flag .*corpus.jsonl: the file has JSON objects .*corpus.tsv; "):
             read(str(path), "--flag")
     lines = JSONL.splitlines()
-    with console.accepting_all_lines():
+    with console.accept_all_lines():
         assert read_texts(path) == list(textfile.TextFile(str(path), "--flag")) == lines
         assert textfile.count_columns(str(path), "--flag", TRAINING) == 1
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--plain_text"])

@@ -11,7 +11,7 @@ from simcse.index import shards
 from simcse.index.engines import LOCAL_ENGINES
 from simcse.index.exact import exact_search, merge
 from simcse.index.shards import ShardedIndex
-from simcse.measures import percent
+from simcse.measures import mean_percent
 from simcse.text import lines as line_reading
 from simcse.text import textfile, wordpiece
 from simcse.text.tokens import make_batches
@@ -136,8 +136,8 @@ def test_recall_by_counting(path, pairs, result, depth):
     queries = {query for query, _ in pairs}
     targets = {query: Counter(target for other, target in pairs if other == query) for query in queries}
     ranked = evaluate.rank_targets(evaluate.read_hits(path, "text"), targets)
-    values = measures.per_query([ranks.values() for ranks in ranked.ranks.values()], ["recall"], depth)
-    recall = {k: percent(values[f"recall@{k}"]) for k in measures.RECALL_KS}
+    values = measures.measure_queries([ranks.values() for ranks in ranked.ranks.values()], ["recall"], depth)
+    recall = {k: mean_percent(values[f"recall@{k}"]) for k in measures.RECALL_KS}
     for k, value in recall.items():
         hits = sum(any((query, document) in pairs for document in [d for q, d in result if q == query][: min(k, depth)])
                    for query in queries)

@@ -233,7 +233,7 @@ def test_a_missing_package_is_one_line(checkpoint, sample, tmp_path, package):
 
 def test_recall_of_real_text_stays(real_data, tmp_path):
     """Recall@k of 300 titles among 1,500 abstracts, whitened, within 1 of fp32's."""
-    from simcse.measures import first_hits
+    from simcse.measures import rank_first_targets
 
     folder, recall = real_data / "csl" / "recall", {}
     texts = read_texts(folder / "corpus.csv")[:1500]
@@ -249,7 +249,7 @@ def test_recall_of_real_text_stays(real_data, tmp_path):
         documents, queries = (vectors(STAGE, checkpoint, tmp_path / name, tmp_path / "v.npy", *flags)[0]
                               for name in ("texts", "queries"))
         best = np.argsort(-queries @ documents.T, axis=1)[:, :50]
-        ranks = first_hits(best, [{texts.index(target)} for _, target in pairs])
+        ranks = rank_first_targets(best, [{texts.index(target)} for _, target in pairs])
         recall[precision] = np.array([(ranks < k).mean() for k in (1, 5, 10, 20, 50)])
     assert abs(recall["int8"] - recall["fp32"]).max() <= 0.01
     assert recall["fp32"][0] > 0.5

@@ -49,7 +49,10 @@ def test_the_recorded_length_is_the_default_and_another_is_said(tmp_path, capsys
     parser = flags.ArgumentParser("A stage.")
     flags.add_model_arguments(parser)
     flags.add_encode_arguments(parser)
-    assert flags.check_arguments(parser, parser.parse_args(words)).max_seq_length == length
+    args = parser.parse_args(words)
+    flags.set_max_seq_length(args)
+    flags.check_arguments(parser, args)
+    assert args.max_seq_length == length
     assert capsys.readouterr().err == said * (
         f"--max_seq_length {given}: {tmp_path} was trained with {recorded}; embeddings of texts that are cut differ\n")
 

@@ -35,9 +35,9 @@ def indexes(checkpoint, sample, tmp_path_factory):
 
 def replace(source, index):
     """As recall.py does it: the new folder takes the old one's place in one step."""
-    from simcse.files import new_folder
+    from simcse.files import new_cache_folder
 
-    with new_folder(str(index), cache=True) as folder:
+    with new_cache_folder(str(index)) as folder:
         shutil.copytree(source, folder, dirs_exist_ok=True)
 
 

@@ -8,7 +8,7 @@ import model as m
 from simcse.encoder.encoder import Encoder
 from simcse.encoder.engine import make_engine
 from simcse.index.exact import exact_search
-from simcse.measures import first_hits
+from simcse.measures import rank_first_targets
 from simcse.text.textfile import read_text_pairs
 
 import numpy as np
@@ -60,7 +60,7 @@ def test_the_last_evaluation_is_what_the_checkpoint_gives(trained, sample):
     queries, corpus = [list(dict.fromkeys(side)) for side in zip(*pairs)]
     rows, _ = exact_search(*[embed_as_stages_do(checkpoint, texts, 32) for texts in (queries, corpus)], 50)
     targets = [{corpus.index(target) for query, target in pairs if query == wanted} for wanted in queries]
-    ranks = first_hits(rows, targets)
+    ranks = rank_first_targets(rows, targets)
     assert trained[1].stdout.splitlines()[-1] == "global step 12, " + ", ".join(
         f"recall@{k}={round(100 * float(np.mean(ranks < k)), 3)}" for k in (1, 5, 10, 20, 50))
 

@@ -71,6 +71,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.milvus_collection and not args.milvus_uri:
         parser.error("--milvus_collection needs --milvus_uri")
     args.milvus_collection = args.milvus_collection or flags.COLLECTION
+    flags.set_max_seq_length(args)
     flags.check_arguments(parser, args)
     token = os.environ.get("SIMCSE_TOKEN", "")
     if token != token.strip():

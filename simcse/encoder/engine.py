@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from simcse.console import InputError, log
-from simcse.device import gpu_precision
+from simcse.device import set_gpu_precision
 from simcse.encoder.openvino import IdArrays, OpenVinoEngine, export_openvino
 from simcse.encoder.paddle_engine import GRAPH_FILES, PaddleEngine, export_graph
 from simcse.encoder.table import TableEngine, write_table
@@ -90,7 +90,7 @@ def make_engine(model: nn.Layer, precision: str = "auto", cpu_threads: int = 0) 
     """
     if paddle.device.get_device() != "cpu":
         network = copy.copy(model)
-        network.precision = gpu_precision(model.precision if precision == "auto" else precision)
+        network.precision = set_gpu_precision(model.precision if precision == "auto" else precision)
         return network
     with tempfile.TemporaryDirectory() as folder:
         if not write_table(model, folder):

@@ -9,7 +9,7 @@ from pathlib import Path
 from simcse.console import InputError, log
 from simcse.encoder.engine import openvino_is_faster
 from simcse.encoder.weights import CONFIG_FILE, model_digest, read_record
-from simcse.files import file_digest, new_folder, read_json, write_json
+from simcse.files import file_digest, new_cache_folder, read_json, write_json
 
 import paddle
 
@@ -74,7 +74,7 @@ class KeptGraph:
         files = {name: file_digest(os.path.join(exported, name)) for name in sorted(os.listdir(exported))}
         write_json(os.path.join(exported, FINGERPRINT_FILE), {**self.fingerprint, "files": files})
         with contextlib.suppress(OSError):
-            with new_folder(self.folder, cache=True) as folder:
+            with new_cache_folder(self.folder) as folder:
                 for name in os.listdir(exported):
                     shutil.move(os.path.join(exported, name), folder)
             log(f"kept the graph in {self.folder}, for quicker starts")

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from simcse.console import InputError, log, reported
+from simcse.console import InputError, as_input_error, log
 from simcse.encoder.onnx import export_onnx
 from simcse.encoder.paddle_patches import quiet_nncf
 from simcse.encoder.weights import CONFIG_FILE, ONNX_FILE, OPENVINO_FILE, read_record
@@ -136,7 +136,7 @@ def _quantize(graph: Any, calibration: Sequence[IdArrays], has_fc: bool) -> Any:
     in_float = [node for node in products if node.input_value(1).get_node().get_type_name() != "Constant"]
     if has_fc:
         in_float.append(products[-1])
-    with quiet_nncf(), reported("--precision int8: NNCF cannot quantize the network", Exception):
+    with quiet_nncf(), as_input_error("--precision int8: NNCF cannot quantize the network", Exception):
         import nncf
 
         inputs = nncf.Dataset([{"input_ids": ids, "token_type_ids": types} for ids, types in calibration])

@@ -3,7 +3,7 @@
 import os
 import re
 
-from simcse.console import InputError, reported, some, warn
+from simcse.console import InputError, as_input_error, some, warn
 from simcse.encoder.paddle_patches import captured_paddlenlp_log, quiet_paddlenlp, zero_initial_weights
 from simcse.encoder.weights import read_weights
 
@@ -31,7 +31,7 @@ def load_pretrained(model_name_or_path: str, dropout: float | None = None, kind:
     what = (f"--model_name_or_path {model_name_or_path}: neither a folder with an encoder nor one that can be fetched "
             "by that name")
     # paddlenlp raises OSError, ValueError, KeyError or RuntimeError, and only logs which layers it left at random.
-    with reported(what, Exception), captured_paddlenlp_log() as messages:
+    with as_input_error(what, Exception), captured_paddlenlp_log() as messages:
         encoder = getattr(paddlenlp.transformers, kind).from_pretrained(model_name_or_path, **rates)
     random_layers = _random_layers(messages)
     missing = [name for name in random_layers if may_start_at_random not in name and "pooler" not in name]

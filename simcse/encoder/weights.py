@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from simcse.console import InputError, reported, some
+from simcse.console import InputError, as_input_error, some
 from simcse.files import file_digest, read_json, write_json
 
 import numpy as np
@@ -54,7 +54,7 @@ def read_weights(path: str, flag: str) -> dict[str, np.ndarray]:
     Raises:
         InputError: the file is damaged, of another kind, or a pickle of more than tensors, of which nothing is run.
     """
-    with reported(f"{flag} {path}: not a paddle checkpoint", Exception):  # damaged files raise anything
+    with as_input_error(f"{flag} {path}: not a paddle checkpoint", Exception):  # damaged files raise anything
         if path.endswith(".safetensors"):
             from safetensors.numpy import load_file
 

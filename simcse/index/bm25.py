@@ -115,7 +115,7 @@ def _read(folder: str, documents: int, corpus: str | None) -> bm25s.BM25:
         documents: how many it must have.
         corpus: SHA-256 of the file that they must be of.
     """
-    with console.reported(f"{folder}: damaged", OSError, EOFError, KeyError, ValueError,
+    with console.as_input_error(f"{folder}: damaged", OSError, EOFError, KeyError, ValueError,
                           remedy="; remove this folder to build it again"):
         index = bm25s.BM25.load(folder, mmap=True, show_progress=False)
         kept_documents = index.scores["num_docs"]

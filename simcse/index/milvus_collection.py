@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from simcse.console import InputError, check_installed, progress, reported
+from simcse.console import InputError, as_input_error, check_installed, progress
 from simcse.index.manifest import Manifest
 from simcse.machine import RANKS
 
@@ -115,7 +115,7 @@ class Collection:
         import grpc
         from pymilvus import MilvusException
 
-        return reported(f"--milvus_uri {self.uri}", MilvusException, grpc.RpcError, ValueError)
+        return as_input_error(f"--milvus_uri {self.uri}", MilvusException, grpc.RpcError, ValueError)
 
     def close(self) -> None:
         """Release the file, or the connection."""

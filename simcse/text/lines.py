@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from simcse.console import InputError
-from simcse.files import STDIN, reading
+from simcse.files import STDIN, show_reading
 from simcse.text import formats
 
 import numpy as np
@@ -33,7 +33,7 @@ def read_lines(path: str, flag: str, name: str) -> Iterator[tuple[int, str]]:
     """
     number = 0
     stdin = path == STDIN
-    with open(0 if stdin else path, "rb", formats.HEAD_BYTES, closefd=not stdin) as file, reading(path) as advance:
+    with open(0 if stdin else path, "rb", formats.HEAD_BYTES, closefd=not stdin) as file, show_reading(path) as advance:
         refuse_binary(file.peek(), flag, name)
         for chunk in file:  # up to a \n; other bytes that end lines are in it
             advance(len(chunk))

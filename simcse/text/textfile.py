@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 from simcse.console import InputError, settings, warn, warn_data
-from simcse.files import STDIN, reading
+from simcse.files import STDIN, show_reading
 from simcse.text import formats
 from simcse.text.lines import BOM, REPLACEMENT, read_lines, refuse_binary, scan_lines
 
@@ -189,7 +189,7 @@ class TextFile(Sequence):
         refuse_binary(os.pread(self._file.fileno(), formats.HEAD_BYTES, 0), flag, self.name)
         check_format = isinstance(columns, int)
         self.columns = columns if check_format else count_columns(self.path, flag, columns, self.name)
-        with reading(self.path) as advance:
+        with show_reading(self.path) as advance:
             scan = scan_lines(self._file, advance)
         self._offsets = scan.offsets
         self._row_lines: np.ndarray | None = None  # int32 [rows], the line, from 0, of each row; None: all are rows

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from simcse.console import reported
+from simcse.console import as_input_error
 from simcse.files import read_json
 from simcse.text.tokens import Ids, Tokens
 
@@ -236,7 +236,8 @@ def load_tokenizer(name_or_path: str) -> WordPiece | AnyTokenizer:
         return tokenizer
     from paddlenlp.transformers import AutoTokenizer
 
-    with reported(f"no tokenizer in {name_or_path}", Exception):  # OSError, ValueError, KeyError or paddlenlp's own
+    # paddlenlp raises OSError, ValueError, KeyError or errors of its own.
+    with as_input_error(f"no tokenizer in {name_or_path}", Exception):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)  # nosec B615  the user names what is fetched
     kind = type(tokenizer).__name__
     if kind in WORDPIECE_CLASSES:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from simcse.console import InputError
-from simcse.device import casting
+from simcse.device import cast_products
 from simcse.encoder.pretrained import freeze_pooler, load_pretrained
 
 import paddle
@@ -37,7 +37,7 @@ class MaskedLM(nn.Layer):
         token_type_ids = paddle.to_tensor(batch.token_type_ids)
         positions = paddle.to_tensor(batch.positions)
         labels = paddle.to_tensor(batch.labels)
-        with casting(self.precision):
+        with cast_products(self.precision):
             encoder = getattr(self.network, self.encoder_name)
             hidden = encoder(input_ids, token_type_ids=token_type_ids)[0]
             logits = self.network.cls(hidden.reshape([-1, hidden.shape[-1]]).index_select(positions))

@@ -13,7 +13,7 @@ from typing import Any
 
 from simcse import console
 from simcse.console import InputError, log, warn
-from simcse.device import gpu_precision, set_device
+from simcse.device import set_device, set_gpu_precision
 from simcse.encoder.paddle_patches import train_faster_on_cpu
 from simcse.files import file_digest, new_folder
 from simcse.machine import RANK, RANKS, TRAIN_PRECISIONS
@@ -50,7 +50,7 @@ def run_training(args: argparse.Namespace, train: Callable[[], None]) -> None:
     diverged; 128 + the signal that has stopped it."""
     set_device(args.device, args.cpu_threads)
     if args.device == "gpu":
-        gpu_precision(args.precision)  # refuses a precision that the GPU does not have before anything takes time
+        set_gpu_precision(args.precision)  # refuses a precision that the GPU does not have before anything takes time
     started = time.time()
     random.seed(args.seed)
     np.random.seed(args.seed)
