@@ -124,6 +124,8 @@ def test_what_is_damaged_is_one_line(exported, tmp_path, name, message):
     ("甲\n".encode("utf-16"), "texts:1: not UTF-8 at byte 1 of the line; convert it from its"),
     (b"a\n\xff\xfa\x81\n", "texts:2: not UTF-8 at byte 1 of the line; convert it from its encoding: iconv -f"),
     (b"\n", "the file is empty"),
+    (b'{"text": "a"}\n', "texts:1: looks like JSON or CSV; write one text a line"),
+    (b'"a","b"\n', "texts:1: looks like JSON or CSV; write one text a line"),
     ("甲\na\tb\n\n".encode(), "2 of 3 lines are blank or malformed: texts:2 (columns: 2 instead of 1), "
                                "texts:3 (blank)"),
     (b"a\tb\nc\td\ne\n", "2 of 3 lines are blank or malformed")])

@@ -265,8 +265,10 @@ def write_embeddings(args: argparse.Namespace, rows: list[Row], embeddings: np.n
     """Write embeddings, float32 [rows, embedding_size], to --output_file, or print them."""
     if args.output_file:
         os.makedirs(os.path.dirname(args.output_file) or ".", exist_ok=True)
-        with open(args.output_file, "wb") as file:
+        temporary = f"{args.output_file}.{os.getpid()}.tmp"  # so that Ctrl-C leaves the file before, or the new one
+        with open(temporary, "wb") as file:
             np.save(file, embeddings)
+        os.replace(temporary, args.output_file)
         log(args, f"wrote {len(embeddings)} x {embeddings.shape[1]} float32 to {args.output_file}")
     elif args.format:
         print_results(args.format, ("text", "embedding"), rows, embeddings.tolist())

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from predictor import InputError
 
+OTHER_FORMAT = re.compile(rb'\s*(\{".*\}|"[^"]*"(,"[^"]*")+)\s*')  # a line of JSON or of quoted CSV
 LINE_BREAKS = re.compile(r"[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+")  # what any program ends a line or a field at
 
 
@@ -34,12 +35,15 @@ def read_rows(path: str, columns: int, *, strict: bool) -> list[Row]:
         strict: raise at the first blank or malformed row instead.
 
     Raises:
-        InputError: the file cannot be read, is not UTF-8, is empty, or has more malformed rows than good ones.
+        InputError: the file cannot be read, is not UTF-8, is JSON or CSV, is empty, or has more malformed rows than
+            good ones.
     """
     try:
         lines = Path(path).read_bytes().splitlines()  # of bytes: at \n, \r\n and \r, nowhere else
     except OSError as error:
         raise InputError(f"{path}: {error.strerror.lower()}") from None
+    if lines and OTHER_FORMAT.fullmatch(lines[0]):
+        raise InputError(f"{path}:1: looks like JSON or CSV; write one text a line, with a tab between two texts")
     rows = []
     for number, line in enumerate(lines, 1):
         row = parse_row(line, f"{path}:{number}", columns)
