@@ -338,8 +338,9 @@ def _encode_rows(encoder: "Encoder", documents: Documents, pieces: Sequence[Sequ
     passages = documents.passages
     if passages is None:
         return encoder.stream(documents, windows=pieces, warn=warnings is None, warnings=warnings)
-    encoded = encoder.stream(passages, windows=passages.windows(pieces), warn=warnings is None, warnings=warnings)
-    return passages.in_context(pieces, encoded)
+    windows = passages.rows_to_encode(pieces)
+    encoded = encoder.stream(passages, windows=windows, warn=warnings is None, warnings=warnings)
+    return passages.blend_with_documents(pieces, encoded)
 
 
 def open_collection(uri: str, collection: str, wanted: Manifest, *, corpus: Corpus | None = None,

@@ -162,7 +162,7 @@ def check_texts_as_encoded(args: argparse.Namespace, texts: textfile.TextFile, t
     """
     from simcse.encoder.encoder import tokenize_rows, warn_unusable
 
-    training = tokenize_rows(texts.spread(tokens.WINDOW), tokenizer, args.max_seq_length)
+    training = tokenize_rows(texts.sample_rows(tokens.WINDOW), tokenizer, args.max_seq_length)
     warn_unusable(training, args.max_seq_length)
     test_rows = [(f"{args.test_set_file}:{row.line_number}", row.fields[:2]) for row in test_set]
     warn_unusable(tokenize_rows(test_rows, tokenizer, args.max_seq_length), args.max_seq_length)
@@ -326,7 +326,7 @@ def train(args: argparse.Namespace, texts: textfile.TextFile, test_set: Sequence
             encode = make_encode(args, model, tokenizer)
             trainer.log_measures("whitened", evaluate(encode, [row.fields for row in test_set]))
     if args.visualdl_embeddings and not RANK:
-        sample = texts.sample(args.visualdl_embeddings)
+        sample = texts.sample_texts(args.visualdl_embeddings)
         encode = make_encode(args, model, tokenizer)
         trainer.log.add_embeddings(sample, encode(sample))
     trainer.finish(flags.hyper_parameters(args))
@@ -380,7 +380,7 @@ def whiten_model(args: argparse.Namespace, model: Any, tokenizer: Any, texts: te
     """Whiten the network's embeddings, by a sample of the training texts."""
     from simcse.encoder.whitening import SAMPLE, cut_runs, unnormalized, whiten_network
 
-    sample = texts.sample(SAMPLE)
+    sample = texts.sample_texts(SAMPLE)
     sample += cut_runs(sample, tokenizer, args.max_seq_length)
     unknown = set(wordpiece.find_unknown(tokenizer, tokenizer(sample, args.max_seq_length)))
     known = [text for row, text in enumerate(sample) if row not in unknown]  # embeddings of the others are zeros

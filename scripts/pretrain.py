@@ -166,7 +166,7 @@ def train(args: argparse.Namespace, texts: textfile.TextFile) -> None:
     model = load_masked_lm(name, args.dropout, args.precision)
     tokenizer = wordpiece.load_tokenizer(name)
     check_length(model, args.max_seq_length)
-    sample = tokenize_rows(texts.spread(tokens.WINDOW), tokenizer, args.max_seq_length)
+    sample = tokenize_rows(texts.sample_rows(tokens.WINDOW), tokenizer, args.max_seq_length)
     warn_unusable(sample, args.max_seq_length)
 
     make_batch = MaskedBatches(texts, tokenizer, args).make

@@ -284,7 +284,7 @@ def test_another_corpus_and_an_alias(filled):
 
 
 def test_different_texts_of_one_key_are_noticed(monkeypatch):
-    monkeypatch.setattr(keys, "KEY_BITS", 0)
+    monkeypatch.setattr(keys, "KEY_MASK", 0)
     with pytest.raises(InputError, match=r"corpus.csv:3: has the same 64-bit key as another text, corpus.csv:1;"):
         run(["甲", "甲", "乙"])
     assert not Path("x.db").exists()

@@ -63,7 +63,7 @@ def test_the_embedding_of_a_passage_is_in_its_document(tokenizer, tmp_path):
     vectors = np.random.default_rng(0).standard_normal((8, 4)).astype("float32")
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     vectors[1] = 0
-    vectors = vectors[passages.first]
+    vectors = vectors[passages.first_rows]
     wanted = []
     for rows in ([0, 1, 2], [3], [4, 5, 6, 7]):
         mean = vectors[rows].sum(axis=0)
@@ -78,11 +78,11 @@ def test_the_embedding_of_a_passage_is_in_its_document(tokenizer, tmp_path):
         ended.append(True)
 
     for pieces in ([range(8)], [range(2), range(2, 5), range(5, 8)], [np.array([1, 3]), np.array([7])]):
-        windows = passages.windows(pieces)
-        got = np.concatenate(list(passages.in_context(pieces, encode(windows))))
+        windows = passages.rows_to_encode(pieces)
+        got = np.concatenate(list(passages.blend_with_documents(pieces, encode(windows))))
         assert ended.pop()
         np.testing.assert_allclose(got, [wanted[row] for rows in pieces for row in rows], atol=1e-6)
-    assert [rows.tolist() for rows in passages.windows([range(8)])] == [[0, 1, 2, 3, 6]]
+    assert [rows.tolist() for rows in passages.rows_to_encode([range(8)])] == [[0, 1, 2, 3, 6]]
 
 
 def test_the_best_rows_of_each_document_are_found():
@@ -173,7 +173,7 @@ def test_the_cosine_is_that_of_the_best_passage(checkpoint, sample, long, tmp_pa
     assert len(passages) > 2 * len(documents)
     encoder = Encoder(make_engine(network, "fp32"), tokenizer, 32, 1)
     own, asked = (encoder.encode(texts) for texts in (passages[:], queries))
-    vectors, = passages.in_context([range(len(passages))], [own[np.unique(passages.first)]])
+    vectors, = passages.blend_with_documents([range(len(passages))], [own[np.unique(passages.first_rows)]])
     cosines = asked @ vectors.T
     for line, each in zip(lines, cosines):
         best = np.maximum.reduceat(each, passages.starts[:-1])

@@ -16,7 +16,7 @@ from conftest import FP32, read_texts, run_script
 
 pytest.importorskip("fastapi_offline", reason="requirements-serving.txt is not installed")
 from deploy.serving import remote
-from deploy.serving.following import Following
+from deploy.serving.reloading import ReloadingApp
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_requests_under_way_are_answered_by_what_they_began_with():
         return opened[-1]
 
     async def main():
-        following = Following(new_searcher, Searcher.app, lambda: stamps[0], seconds=0.01)
+        following = ReloadingApp(new_searcher, Searcher.app, lambda: stamps[0], seconds=0.01)
         async with living(following):
             waiting = asyncio.create_task(get(following))
             await asyncio.sleep(0.02)
@@ -202,7 +202,7 @@ def test_its_end_waits_for_nothing_that_is_being_opened():
         return opened[-1]
 
     async def main():
-        async with living(Following(new_searcher, Searcher.app, lambda: stamps[0], seconds=0.01)):
+        async with living(ReloadingApp(new_searcher, Searcher.app, lambda: stamps[0], seconds=0.01)):
             stamps[0] = "b"
             await until(lambda: len(opened) == 2 and opened[1].opening.is_set())
         assert opened[1].killed.is_set() and not opened[0].killed.is_set()
@@ -223,7 +223,7 @@ def test_what_changed_while_it_was_opened_is_opened_again(capsys):
         return opened[-1]
 
     async def main():
-        following = Following(new_searcher, Searcher.app, lambda: stamps[0], seconds=0.01)
+        following = ReloadingApp(new_searcher, Searcher.app, lambda: stamps[0], seconds=0.01)
         assert following.searcher is opened[1] and opened[0].closed
         async with living(following):
             stamps[0] = "c"
@@ -249,7 +249,7 @@ def test_one_whose_app_cannot_be_made_changes_nothing(capsys):
         return searcher.app()
 
     async def main():
-        following = Following(new_searcher, make_app, lambda: stamps[0], seconds=0.01)
+        following = ReloadingApp(new_searcher, make_app, lambda: stamps[0], seconds=0.01)
         async with living(following):
             stamps[0] = "broken"
             await until(lambda: len(opened) == 2 and opened[1].killed.is_set())

@@ -67,7 +67,7 @@ class Searcher:
         encoded = self.encode(texts)
         hits_in_mode = {}
         for mode, search_in_mode in self._search_in_mode.items():
-            depth_of = deepest([job for job in jobs if isinstance(job, SearchJob) and job.mode == mode])
+            depth_of = collect_depths([job for job in jobs if isinstance(job, SearchJob) and job.mode == mode])
             if depth_of:
                 rows = [row_of[text] for text in depth_of]
                 hits_in_mode[mode] = search_in_mode(depth_of, encoded.embeddings[rows])
@@ -163,7 +163,7 @@ class Searcher:
         return best_rows
 
 
-def deepest(jobs: Sequence[SearchJob]) -> dict[str, int]:
+def collect_depths(jobs: Sequence[SearchJob]) -> dict[str, int]:
     """Return the texts of jobs, each with the highest `top_k` that is asked for it."""
     depth_of: dict[str, int] = {}
     for job in jobs:

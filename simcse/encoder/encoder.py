@@ -38,7 +38,7 @@ class EncoderInput(NamedTuple):
 def tokenize(tokenizer: Any, texts: Sequence[str], max_seq_length: int) -> EncoderInput:
     """Return the token ids of texts, cut to `max_seq_length`, and what is lost by that."""
     whole = Tokens.of(tokenizer(texts, max_seq_length + 1))
-    ids = whole.cut(max_seq_length)
+    ids = whole.truncate(max_seq_length)
     return EncoderInput(ids, whole.lengths, find_unknown(tokenizer, ids))
 
 

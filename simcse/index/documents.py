@@ -100,7 +100,7 @@ class Documents(Sequence):
         """Return the text of a document, or those of a slice or an array of documents."""
         first_lines = self._lines[self._starts[:-1][document]]
         if first_lines.ndim:
-            return self.corpus.take(first_lines)
+            return self.corpus.read(first_lines)
         return self.corpus[int(first_lines)]
 
     def place(self, document: int) -> str:
@@ -181,8 +181,8 @@ def _check_copies(corpus: Corpus, first_line: np.ndarray) -> None:
     copies = np.flatnonzero(first_line != np.arange(len(corpus)))
     for start in range(0, len(copies), WINDOW):
         rows = copies[start : start + WINDOW]
-        texts = corpus.take(rows)
-        first_texts = corpus.take(first_line[rows])
+        texts = corpus.read(rows)
+        first_texts = corpus.read(first_line[rows])
         for row, text, first_text in zip(rows, texts, first_texts):
             if text != first_text:
                 raise InputError(f"{corpus.place(row)}: has the same 64-bit key as another text, "
