@@ -33,6 +33,10 @@ class InputError(Exception):
     """A mistake in a flag or an input file: reported in one line, exit code 2, no traceback."""
 
 
+class NotFiniteError(InputError):
+    """The model gives NaN or Inf: a mistake in the checkpoint, whatever the text is."""
+
+
 @dataclass
 class Settings:
     """What the flags of the running script say about its output and about the lines that it reads.

@@ -148,7 +148,7 @@ def test_an_index_of_a_gpu_is_served_in_what_is_next_to_its_precision(monkeypatc
     assert opening.open_engine(args, kept, 9) == used
     (tmp_path / "manifest.json").write_text(json.dumps({"precision": kept}))
     own = device == "gpu" or kept == "bf16"
-    assert ann_util.kept_precision(str(tmp_path), device) == (kept if own else "auto")
+    assert ann_util.query_precision(str(tmp_path), device) == (kept if own else "auto")
 
 
 def test_an_exported_graph_is_not_rounded_to_tf32(gpus, monkeypatch):

@@ -29,7 +29,7 @@ from deploy.serving.schemas import (
     similarity_body,
     text_type,
 )
-from simcse.console import InputError
+from simcse.console import InputError, NotFiniteError
 
 from fastapi import Depends, FastAPI, HTTPException, Response
 from fastapi.responses import FileResponse, JSONResponse
@@ -106,6 +106,9 @@ class Service:
             raise HTTPException(503, "too many texts wait already; try again", RETRY_AFTER) from None
         except asyncio.TimeoutError:
             raise HTTPException(504, f"no answer within {self.limits.seconds:g} s") from None
+        except NotFiniteError as error:
+            log.error("%s", error)
+            raise HTTPException(500, str(error)) from None
         except InputError as error:  # Milvus does not answer, for instance
             log.error("%s", error)
             raise HTTPException(503, "the index does not answer; try again", RETRY_AFTER) from None

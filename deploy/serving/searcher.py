@@ -31,7 +31,7 @@ class Searcher:
         documents: maps rows of the index to documents.
         shapes: those that batches of the encoder may have.
         distinct: give each text once, not once for every line that has it.
-        bm25: the index of words, a `Bm25` of the documents; None: there is none, and no hybrid search.
+        bm25: the BM25 index of the documents, a `Bm25`; None: there is none, and no hybrid search.
         whitened: whether the model's embeddings are.
     """
 

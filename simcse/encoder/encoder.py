@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from simcse import console
-from simcse.console import InputError, progress
+from simcse.console import InputError, NotFiniteError, progress
 from simcse.encoder.engine import Engine
 from simcse.files import prefetch
 from simcse.machine import RANK
@@ -277,7 +277,7 @@ class Encoder:
             warnings: counts truncated and unknown texts, for a caller that reports them itself, without `warn`.
 
         Raises:
-            InputError: an embedding is not finite.
+            NotFiniteError: an embedding is not finite.
         """
         if windows is None:
             windows = [range(start, min(start + WINDOW, len(texts))) for start in range(0, len(texts), WINDOW)]
@@ -308,7 +308,7 @@ class Encoder:
             advance: is told, for a progress bar, how many texts more are being computed.
 
         Raises:
-            InputError: an embedding is not finite.
+            NotFiniteError: an embedding is not finite.
         """
         embeddings = np.empty((len(inputs.ids), self.embedding_size), "float32")
         previous = None
@@ -322,7 +322,7 @@ class Encoder:
             previous.store_in(embeddings)
         embeddings[inputs.unknown] = 0
         if not np.isfinite(embeddings).all():
-            raise InputError("embeddings contain NaN or Inf; training diverged or the checkpoint is damaged")
+            raise NotFiniteError("embeddings contain NaN or Inf; training diverged or the checkpoint is damaged")
         return embeddings
 
 

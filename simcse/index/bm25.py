@@ -121,12 +121,8 @@ def _read(folder: str, documents: int, corpus: str | None) -> bm25s.BM25:
         kept_documents = index.scores["num_docs"]
         if kept_documents != documents:
             raise ValueError(f"of {kept_documents} documents instead of {documents}")
-        kept_corpus = read_json(os.path.join(folder, CORPUS_FILE)).get("corpus", corpus)  # earlier versions kept none
-        if kept_corpus != corpus:
+        if read_json(os.path.join(folder, CORPUS_FILE)).get("corpus") != corpus:
             raise ValueError("of another corpus")
-        vocabulary = " ".join(index.vocab_dict)
-        if fold(vocabulary) != vocabulary:
-            raise ValueError("its words differ in width or case, as an earlier version made them")
     console.log(f"using BM25 in {folder}")
     return index
 
