@@ -4,7 +4,6 @@ An index folder has a file a shard, the corpus (corpus.csv), its documents (docu
 manifest.json, which says what the index is made of. With --hybrid_bm25 it has a folder bm25, too.
 """
 
-import contextlib
 import dataclasses
 import os
 import shutil
@@ -14,13 +13,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from simcse import console
-from simcse.console import InputError, accepting_all_lines, log, reported
-from simcse.files import file_digest, new_folder, read_json, temporary_name
+from simcse.console import InputError, accept_all_lines, as_input_error, log
+from simcse.files import file_digest, hidden_path, new_folder, read_json
 from simcse.index.documents import Documents, find_keys, report_changes
 from simcse.index.engines import DEFAULT_ENGINE, ENGINES, LOCAL_ENGINES
 from simcse.index.manifest import MANIFEST_FILE, Manifest
+from simcse.index.milvus import MilvusIndex
 from simcse.index.protocols import NOT_FOUND, DocumentStore, Index
-from simcse.index.shards import MEASURED_K, ShardedIndex, report_ann_recall, sample
+from simcse.index.settings import Setting
+from simcse.index.shards import MEASURED_K, ShardedIndex, pick_evenly, report_ann_recall
 from simcse.machine import RANK, RANKS
 from simcse.text.passages import Passages
 from simcse.text.textfile import Corpus
@@ -29,6 +30,7 @@ import numpy as np
 
 if TYPE_CHECKING:  # what encodes imports paddle, which opening an index does without
     from simcse.encoder.encoder import Encoder, TextWarnings
+    from simcse.index.bm25 import Bm25
 
 SHARDS = 8  # parts of an index, if --index_shards is not given
 CORPUS_FILE = "corpus.csv"
@@ -45,21 +47,34 @@ def manifest_to_build(wanted: Manifest, previous: Manifest | None = None) -> Man
         wanted: what the flags ask for.
         previous: that of the index of another state of the corpus, which this one replaces.
     """
-    settings = previous or Manifest()
-    engine = ENGINES[wanted.ann_engine or settings.ann_engine or DEFAULT_ENGINE]
-    build_settings = {}
-    for setting in engine.build_settings:
-        build_settings[setting.name] = setting.default
-        if setting.default is not None:  # otherwise it depends on the corpus, as it is now
-            build_settings[setting.name] = settings.build_settings.get(setting.name, setting.default)
-    defaults = Manifest(
-        ann_engine=wanted.ann_engine or settings.ann_engine or DEFAULT_ENGINE,
-        index_shards=settings.index_shards or SHARDS,
-        passages=bool(settings.passages),
-        build_settings=build_settings,
-        search_settings={setting.name: setting.default for setting in engine.search_settings}
-        | settings.search_settings)
-    return wanted.completed_by(defaults)
+    previous = previous or Manifest()
+    ann_engine = wanted.ann_engine or previous.ann_engine or DEFAULT_ENGINE
+    engine = ENGINES[ann_engine]
+    return dataclasses.replace(
+        wanted,
+        ann_engine=ann_engine,
+        index_shards=wanted.index_shards or previous.index_shards or SHARDS,
+        passages=bool(previous.passages if wanted.passages is None else wanted.passages),
+        build_settings=choose_settings(engine.build_settings, wanted.build_settings, previous.build_settings),
+        search_settings=choose_settings(engine.search_settings, wanted.search_settings, previous.search_settings))
+
+
+def choose_settings(settings: Sequence[Setting], wanted: dict[str, Any], previous: dict[str, Any]) -> dict[str, Any]:
+    """Return a value for each setting: the wanted one, else that of the previous index, else the default.
+
+    Args:
+        settings: those that an engine declares.
+        wanted, previous: values by name; some or all may be missing.
+    """
+    values = {}
+    for setting in settings:
+        if setting.name in wanted:
+            values[setting.name] = wanted[setting.name]
+        elif setting.default is None:  # it depends on the corpus, which is another now than in the previous index
+            values[setting.name] = None
+        else:
+            values[setting.name] = previous.get(setting.name, setting.default)
+    return values
 
 
 def read_manifest(path: str, wanted: Manifest) -> Manifest:
@@ -82,12 +97,24 @@ def read_manifest(path: str, wanted: Manifest) -> Manifest:
     return manifest
 
 
-def kept_precision(path: str, device: str) -> str:
-    """Return what --precision auto means for queries to a kept index: its own precision, if the device has it."""
-    content = {}
-    with contextlib.suppress(InputError):  # `read_manifest` reports it
-        content = read_json(os.path.join(path, MANIFEST_FILE))
-    precision = content.get("precision") or "auto"
+def peek_manifest(path: str) -> dict[str, Any]:
+    """Return the fields of the manifest in a folder as they stand there, without a check; {}: there is none.
+
+    With it a command finds out early what its flags mean; `read_manifest` refuses later what is wrong with the index.
+    """
+    try:
+        return read_json(os.path.join(path, MANIFEST_FILE))
+    except InputError:  # not JSON
+        return {}
+
+
+def query_precision(path: str, device: str) -> str:
+    """Return the --precision in which queries to a kept index are encoded, where the flag says auto.
+
+    Returns:
+        the precision of the index; "auto" if there is no index, or the device does not compute in its precision.
+    """
+    precision = peek_manifest(path).get("precision") or "auto"
     needed_device = {"int8": "cpu", "fp16": "gpu", "tf32": "gpu"}.get(precision, device)
     return precision if needed_device == device else "auto"
 
@@ -114,11 +141,12 @@ def load_index(path: str, manifest: Manifest, *, threads: int = 0, corpus: Corpu
         search_settings: those that are other than when it was built.
 
     Raises:
-        InputError: a file is damaged.
+        InputError: a file is damaged, or the memory does not suffice.
     """
-    with reported(f"--index_path {path}: damaged", *DAMAGE):
+    index = ShardedIndex(manifest, threads)
+    with as_input_error(f"--index_path {path}: damaged", *DAMAGE):
         documents = _load_documents(path, manifest, corpus)
-        index = ShardedIndex(manifest, threads, path)
+        index.load(path)
     index.set_search_settings(search_settings or {})
     log(f"using the index in {path}")
     report_ann_recall(manifest.ann_recall, index.search_settings)
@@ -131,7 +159,7 @@ def _load_documents(path: str, manifest: Manifest, corpus: Corpus | None) -> Doc
     if corpus is None:
         corpus_path = os.path.join(path, CORPUS_FILE)
         _check_digest(corpus_path, manifest.corpus)
-        with accepting_all_lines():
+        with accept_all_lines():
             corpus = Corpus(corpus_path, "--index_path", manifest.corpus_columns)
     documents = Documents(corpus, path)
     if manifest.passages:
@@ -164,21 +192,18 @@ def build_index(corpus: Corpus, encoder: "Encoder", manifest: Manifest, *, threa
         previous_path: the folder of an index of another state of the corpus, whose vectors are used again.
 
     Raises:
-        InputError: the settings do not suit the corpus, the memory does not suffice, or the previous index has no text
-            of this corpus.
+        InputError: the settings do not suit the corpus, the memory does not suffice, or the previous index is damaged
+            or has no text of this corpus.
     """
     documents = read_documents(corpus, encoder, manifest)
     manifest = describe(manifest, documents, encoder)
     engine = LOCAL_ENGINES[manifest.ann_engine]
     manifest.build_settings = engine.complete_settings(manifest.build_settings, manifest.rows)
     index = ShardedIndex(manifest, threads)
-    reused = None
-    if previous_path:
-        with reported(f"--index_path {previous_path}: damaged", *DAMAGE):
-            reused = read_reused_vectors(previous_path, documents, index.missing)
+    reused = read_reused_vectors(previous_path, documents, index.missing_rows) if previous_path else None
     add_missing(index, documents, encoder, reused)
     if engine.approximate:  # measured on documents, which unlike queries are always there
-        vectors = encoder.encode(sample(documents), warn=False)
+        vectors = encoder.encode(pick_evenly(documents), warn=False)
         manifest.ann_recall = index.measure(vectors, min(MEASURED_K, len(documents)), "documents")
         report_ann_recall(manifest.ann_recall)
     return index, documents
@@ -200,19 +225,26 @@ def describe(manifest: Manifest, documents: Documents, encoder: "Encoder") -> Ma
 
 @dataclass
 class ReusedVectors:
-    """Vectors of a previous index, for each piece of the rows that this rank adds.
+    """What a previous index has of a piece of the rows.
 
     Attributes:
-        vectors: float32 [rows of the piece, dim]; undefined for missing rows.
-        missing: the rows of the piece that the previous index has not, int64.
+        rows: the piece.
+        vectors: float32 [rows, dim]; undefined for missing rows.
+        missing: those of the rows that the previous index has not, int64.
     """
 
-    vectors: list[np.ndarray]
-    missing: list[np.ndarray]
+    rows: range
+    vectors: np.ndarray
+    missing: np.ndarray
+
+    def completed_with(self, encoded: np.ndarray) -> np.ndarray:
+        """Return the vectors of all rows, float32 [rows, dim]; `encoded` are those of the missing ones."""
+        self.vectors[self.missing - self.rows.start] = encoded
+        return self.vectors
 
 
-def read_reused_vectors(path: str, documents: Documents, pieces: Sequence[range]) -> ReusedVectors:
-    """Return the vectors that the index in a folder has of some rows, and log what of the corpus is new, and gone.
+def read_reused_vectors(path: str, documents: Documents, pieces: Sequence[range]) -> list[ReusedVectors]:
+    """Return the vectors that the index in a folder has of each piece; log what of the corpus is new, and gone.
 
     Args:
         path: the folder of an index of another state of the corpus.
@@ -220,58 +252,74 @@ def read_reused_vectors(path: str, documents: Documents, pieces: Sequence[range]
         pieces: its rows that this rank needs.
 
     Raises:
-        InputError: the index has none of the documents.
-        OSError, RuntimeError, ValueError: a file is damaged.
+        InputError: the index is damaged, or has none of the documents.
     """
     where = f"--index_path {path}"
+    damaged = f"{where}: damaged"
     previous = Manifest.load(path, where, REBUILD)
-    _check_digests(path, previous)
-    document_keys = Documents.load_keys(path)
+    with as_input_error(damaged, *DAMAGE):
+        _check_digests(path, previous)
+        document_keys = Documents.load_keys(path)
+        row_keys = Documents.load_row_keys(path, previous.passages)
     report_changes(documents, document_keys, where)
-    row_of = find_keys(documents.row_keys(), Documents.load_row_keys(path, previous.passages))
-    rows_of_pieces = [row_of[piece.start : piece.stop] for piece in pieces]
-    rows = np.concatenate(rows_of_pieces) if pieces else np.empty(0, "int64")
-    vectors = np.empty((len(rows), previous.dimension), "float32")
+
+    previous_rows = find_keys(documents.row_keys(), row_keys)
+    reused = []
+    for rows in pieces:
+        vectors = np.empty((len(rows), previous.dimension), "float32")
+        is_missing = previous_rows[rows.start : rows.stop] == NOT_FOUND
+        reused.append(ReusedVectors(rows, vectors, rows.start + np.flatnonzero(is_missing)))
     for shard in range(previous.index_shards):  # as if each were on a rank of its own, so that one is in memory
-        ShardedIndex(previous, 1, path, shard, previous.index_shards).copy_vectors(rows, vectors)
-    ends = np.cumsum([len(piece) for piece in pieces])
-    missing = [piece.start + np.flatnonzero(own == NOT_FOUND) for piece, own in zip(pieces, rows_of_pieces)]
-    return ReusedVectors(np.split(vectors, ends)[:-1], missing)
+        index = ShardedIndex(previous, threads=1, rank=shard, ranks=previous.index_shards)
+        with as_input_error(damaged, *DAMAGE):
+            index.load(path)
+        for piece in reused:
+            index.copy_vectors(previous_rows[piece.rows.start : piece.rows.stop], piece.vectors)
+    return reused
 
 
-def add_missing(index: Index, documents: Documents, encoder: "Encoder", reused: ReusedVectors | None = None) -> None:
+def add_missing(index: Index, documents: Documents, encoder: "Encoder",
+                reused: Sequence[ReusedVectors] | None = None) -> None:
     """Encode the rows that an index lacks and add them; one piece is added while the next is encoded.
 
     Args:
         index: lacks some rows.
         documents: have their texts.
         encoder: turns them into vectors.
-        reused: vectors that are not encoded again; None: there are none, and the rate is logged.
+        reused: for each piece of the missing rows the vectors that are not encoded again; None: there are none, and
+            the rate is logged.
     """
     from simcse.encoder.encoder import TextWarnings, places_of
 
-    pieces = list(index.missing)
-    to_encode = pieces if reused is None else reused.missing
-    started = time.time()
-    if pieces and reused is None:
-        _log_start(documents, encoder, sum(map(len, pieces)))
-    # What a rank has to say of its texts is said once for all ranks.
+    pieces = list(index.missing_rows)
+    # With several ranks they are counted here, so that rank 0 reports them for all.
     warnings = TextWarnings(encoder.max_seq_length) if RANKS > 1 else None
-    for number, encoded in enumerate(_encode_rows(encoder, documents, to_encode, warnings)):
-        rows = pieces[number]
-        vectors = encoded
-        if reused is not None:
-            vectors = reused.vectors[number]
-            vectors[reused.missing[number] - rows.start] = encoded
-        index.add(rows, vectors)
-    index.finish()
-    if pieces and reused is None:
-        unit = "passages" if documents.has_passages else "documents"
-        log(f"{sum(map(len, pieces)) / (time.time() - started):.1f} {unit}/s")
+    if reused is None:
+        _encode_and_add(index, documents, encoder, pieces, warnings)
+    else:
+        encoded = _encode_rows(encoder, documents, [piece.missing for piece in reused], warnings)
+        for vectors, piece in zip(encoded, reused):  # `encoded` first: asked for more it ends, and reports
+            index.add(piece.rows, piece.completed_with(vectors))
+        index.finish()
     if warnings is not None:
         warnings = warnings.gather()
         if not RANK or console.settings.strict_data:  # then it is an error, which ends all ranks
             warnings.report(places_of(documents.row_texts))
+
+
+def _encode_and_add(index: Index, documents: Documents, encoder: "Encoder", pieces: Sequence[Sequence[int]],
+                    warnings: "TextWarnings | None") -> None:
+    """Encode all rows of some pieces and add them; log the beginning and the rate."""
+    started = time.time()
+    count = sum(len(rows) for rows in pieces)
+    if count:
+        _log_start(documents, encoder, count)
+    for vectors, rows in zip(_encode_rows(encoder, documents, pieces, warnings), pieces):  # as in `add_missing`
+        index.add(rows, vectors)
+    index.finish()
+    if count:
+        unit = "passages" if documents.has_passages else "documents"
+        log(f"{count / (time.time() - started):.1f} {unit}/s")
 
 
 def _log_start(documents: Documents, encoder: "Encoder", rows: int) -> None:
@@ -290,8 +338,9 @@ def _encode_rows(encoder: "Encoder", documents: Documents, pieces: Sequence[Sequ
     passages = documents.passages
     if passages is None:
         return encoder.stream(documents, windows=pieces, warn=warnings is None, warnings=warnings)
-    encoded = encoder.stream(passages, windows=passages.windows(pieces), warn=warnings is None, warnings=warnings)
-    return passages.in_context(pieces, encoded)
+    windows = passages.rows_to_encode(pieces)
+    encoded = encoder.stream(passages, windows=windows, warn=warnings is None, warnings=warnings)
+    return passages.blend_with_documents(pieces, encoded)
 
 
 def open_collection(uri: str, collection: str, wanted: Manifest, *, corpus: Corpus | None = None,
@@ -308,7 +357,6 @@ def open_collection(uri: str, collection: str, wanted: Manifest, *, corpus: Corp
     Raises:
         InputError: there is no such server or collection, it is not as wanted, or lacks documents.
     """
-    from simcse.index.milvus import MilvusIndex
     from simcse.ranks import wait_for_ranks
 
     index = MilvusIndex(uri, collection)
@@ -336,24 +384,33 @@ def save_index(path: str, index: ShardedIndex, documents: Documents, hybrid: boo
         path: the folder.
         index: all of its rows have been added.
         documents: those of its rows.
-        hybrid: keep the index of words, too.
-    """
-    from simcse.ranks import gather_arrays, wait_for_ranks
+        hybrid: keep their BM25 index, too.
 
-    replaced = os.path.exists(path)
-    obsolete = _files_of_index(path) if replaced else []
+    Raises:
+        OSError, RuntimeError: a file cannot be written.
+    """
+    from simcse.ranks import gather_arrays
+
     process_of_rank_0 = gather_arrays(np.array([os.getpid()]))[0].item()
-    folder_of_rank_0 = temporary_name(path, process_of_rank_0)
-    with contextlib.nullcontext(folder_of_rank_0) if RANK else new_folder(path, gone=obsolete) as folder:
-        wait_for_ranks()
-        index.save(folder)
-        wait_for_ranks()
-        if not RANK:
-            _write_documents(folder, index.manifest, documents, hybrid)
-            if BM25_FOLDER in obsolete and not hybrid:
-                log("BM25 of the corpus before is gone; --hybrid_bm25 builds it again")
-    if not RANK:
-        log(f"kept the index in {path}")
+    if RANK:
+        _save_shards(index, hidden_path(path, process_of_rank_0))
+        return
+    obsolete = _files_of_index(path) if os.path.exists(path) else []
+    with new_folder(path, obsolete=obsolete) as folder:
+        _save_shards(index, folder)
+        _write_documents(folder, index.manifest, documents, hybrid)
+    if BM25_FOLDER in obsolete and not hybrid:
+        log("BM25 of the corpus before is gone; --hybrid_bm25 builds it again")
+    log(f"kept the index in {path}")
+
+
+def _save_shards(index: ShardedIndex, folder: str) -> None:
+    """Write the shards of each rank to a folder that rank 0 has made; return when all ranks have written theirs."""
+    from simcse.ranks import wait_for_ranks
+
+    wait_for_ranks()  # until there is the folder
+    index.save(folder)
+    wait_for_ranks()
 
 
 def _files_of_index(path: str) -> list[str]:
@@ -365,7 +422,7 @@ def _files_of_index(path: str) -> list[str]:
 
 
 def _write_documents(folder: str, manifest: Manifest, documents: Documents, hybrid: bool) -> None:
-    """Write what is beside the shards in a folder: the documents, the corpus, the manifest and the index of words."""
+    """Write what is beside the shards in a folder: the documents, the corpus, the manifest and the BM25 index."""
     documents.save(folder)
     manifest.files = {name: file_digest(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
     shutil.copyfile(documents.corpus.path, os.path.join(folder, CORPUS_FILE))
@@ -374,13 +431,13 @@ def _write_documents(folder: str, manifest: Manifest, documents: Documents, hybr
         open_bm25(documents, manifest.corpus, folder)
 
 
-def open_bm25(documents: DocumentStore, corpus: str | None, folder: str | None) -> Any:
-    """Return the index of words of some documents, kept in an index folder; None: it is not kept.
+def open_bm25(documents: Documents, corpus: str | None, folder: str | None) -> "Bm25":
+    """Return the BM25 index of some documents.
 
     Args:
         documents: their texts.
         corpus: SHA-256 of the file that they are of.
-        folder: that of the index.
+        folder: the index folder in which it is kept; None: it is not kept.
     """
     from simcse.index.bm25 import Bm25
 

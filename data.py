@@ -112,6 +112,8 @@ class DuplicateKeys(NamedTuple):
 class Batch:
     """The texts of one step. Row i of `title` is the positive of query i, row i of `negative` its hard negative.
 
+    `gradients.backward` takes it from here, through the network to the loss and back.
+
     Attributes:
         query: in SimCSE the texts.
         title: in SimCSE the same texts, which dropout or cropping makes a second view of.

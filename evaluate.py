@@ -31,9 +31,10 @@ from simcse.measures import (
     JUDGED_METRICS,
     METRICS,
     RECALL_KS,
+    Formula,
+    mean_percent,
+    measure_queries,
     paired_bootstrap,
-    per_query,
-    percent,
     rank_documents,
     read_judgements,
     read_run,
@@ -80,19 +81,26 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if isinstance(args.recall_result_file, str):  # argparse checks a default only where it is no list
         args.recall_result_file = [args.recall_result_file]
+    set_default_pairs(parser, args)
+    args.metrics = textfile.distinct(name.strip() for name in args.metrics.split(","))
     check_files(parser, args)
     check_metrics(parser, args)
     check_plot(parser, args)
     return args
 
 
+def set_default_pairs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Set --similar_text_pair to PAIRS, which has to exist, where neither it nor --qrels is given."""
+    if args.similar_text_pair or args.qrels:
+        return
+    try:
+        args.similar_text_pair = flags.readable_file(PAIRS)
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"argument --similar_text_pair: {error}")
+
+
 def check_files(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Set the default of --similar_text_pair, and refuse flags that do not suit the files."""
-    if not args.similar_text_pair and not args.qrels:
-        try:
-            args.similar_text_pair = flags.readable_file(PAIRS)
-        except argparse.ArgumentTypeError as error:
-            parser.error(f"argument --similar_text_pair: {error}")
+    """Refuse flags that do not suit the number or the kind of the files."""
     if args.compare and len(args.recall_result_file) < 2:
         parser.error("--compare needs at least two files after --recall_result_file")
     if args.show_errors and len(args.recall_result_file) > 1:
@@ -102,14 +110,15 @@ def check_files(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 
 
 def check_metrics(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Split --metrics into names, and refuse unknown ones."""
-    args.metrics = textfile.distinct(name.strip() for name in args.metrics.split(","))
+    """Refuse unknown names in --metrics."""
+    table = metrics_table(args)
     for name in args.metrics:
-        if name not in metrics_table(args):
-            parser.error(f"argument --metrics: {name!r} is not one of {', '.join(metrics_table(args))}")
+        if name not in table:
+            parser.error(f"argument --metrics: {name!r} is not one of {', '.join(table)}")
 
 
-def metrics_table(args: argparse.Namespace) -> dict:
+def metrics_table(args: argparse.Namespace) -> dict[str, dict[str, Formula]]:
+    """Return the table of the metrics that --metrics can name."""
     return JUDGED_METRICS if args.qrels else METRICS
 
 
@@ -179,19 +188,21 @@ def read_jsonl_hits(path: str, targets: str) -> Iterator[Hit]:
 class RankedResult:
     """Where a recall result has the targets.
 
+    A query with several lines in --similar_text_pair may have its documents several times in the result: recall.py
+    writes all of them for each of these lines.
+
     Attributes:
         ranks: by query and target the rank, from 0; infinite: not recalled.
-        hit_counts: by query, how many documents the result has.
-        unknown: documents of queries that have no target.
-        repeated: the targets recalled for each query with several lines in --similar_text_pair; recall.py writes the
-            documents of such a query for each of its lines.
-        wrong: of each query whose first document is no target, the first documents.
+        hit_counts: by query, how many lines the result has.
+        unknown: how many lines belong to queries that have no target.
+        hits_of_repeated: by query that has several lines in --similar_text_pair, `Hit.target` of all its lines.
+        wrong: by query whose first document is no target, its first documents.
     """
 
     ranks: dict[str, dict[str, float]]
     hit_counts: dict[str, int]
     unknown: int = 0
-    repeated: dict[str, list[str]] = field(default_factory=dict)
+    hits_of_repeated: dict[str, list[str]] = field(default_factory=dict)
     wrong: dict[str, list[Hit]] = field(default_factory=dict)
 
 
@@ -202,20 +213,21 @@ def rank_targets(hits: Iterable[Hit], pairs: Mapping[str, Counter]) -> RankedRes
         hits: of each query the best first.
         pairs: by query, its targets, and how many lines of --similar_text_pair have the pair.
     """
-    result = RankedResult(ranks={query: dict.fromkeys(targets, math.inf) for query, targets in pairs.items()},
-                          hit_counts=dict.fromkeys(pairs, 0))
-    result.repeated = {query: [] for query, targets in pairs.items() if targets.total() > 1}
+    result = RankedResult(
+        ranks={query: dict.fromkeys(targets, math.inf) for query, targets in pairs.items()},
+        hit_counts=dict.fromkeys(pairs, 0),
+        hits_of_repeated={query: [] for query, targets in pairs.items() if targets.total() > 1})
     for hit in hits:
         if hit.query not in pairs:
             result.unknown += 1
             continue
         rank = result.hit_counts[hit.query]
         result.hit_counts[hit.query] += 1
-        if hit.query in result.repeated:
-            result.repeated[hit.query].append(hit.target)
+        if hit.query in result.hits_of_repeated:
+            result.hits_of_repeated[hit.query].append(hit.target)
         ranks = result.ranks[hit.query]
         if hit.target in ranks:
-            # A document that is there twice counts where it is first; so does a query that recall.py wrote twice.
+            # A document that is there twice counts where it is first, also where recall.py wrote a query twice.
             ranks[hit.target] = min(ranks[hit.target], rank)
         if rank == 0 and hit.target not in ranks:
             result.wrong[hit.query] = []
@@ -224,37 +236,37 @@ def rank_targets(hits: Iterable[Hit], pairs: Mapping[str, Counter]) -> RankedRes
     return result
 
 
-def count_repeats(documents: list[str], lines: int) -> int:
-    """Return how often a result has the documents of a query with so many lines: once, or for each of the lines."""
-    size = len(documents) // lines
-    if size and documents == documents[:size] * lines:
-        return lines
-    return 1
+def count_documents(result: RankedResult, query: str, line_count: int) -> int:
+    """Return how many documents a query has in a result, each once if recall.py wrote them for each of its lines.
 
-
-def find_depth(result: RankedResult, pairs: Mapping[str, Counter]) -> int:
-    """Return how many documents a query has in a result, at most."""
-    depth = 0
-    for query, count in result.hit_counts.items():
-        repeats = count_repeats(result.repeated.get(query, []), pairs[query].total())
-        depth = max(depth, count // repeats)
-    return depth
+    Args:
+        line_count: how many lines the query has in --similar_text_pair.
+    """
+    count = result.hit_counts[query]
+    hits = result.hits_of_repeated.get(query, [])
+    once = hits[: count // line_count]
+    if once and hits == once * line_count:
+        return len(once)
+    return count
 
 
 def warn_incomplete(args: argparse.Namespace, path: str, result: RankedResult, pairs: Mapping[str, Counter]) -> None:
     """Warn of what makes the values other than they seem: queries without a line, unknown queries, too few documents.
     """
-    missing = [query for query, count in result.hit_counts.items() if not count]
-    if missing:
-        shown = ", ".join(missing[:3])
-        more = " ..." if len(missing) > 3 else ""
-        console.warn(f"{len(missing)} queries have no line in {path} and count as missed: {shown}{more}")
+    warn_missing(path, [query for query, count in result.hit_counts.items() if not count])
     if result.unknown:
         console.warn(f"{result.unknown} lines of {path} belong to no query of {args.similar_text_pair}")
-    depth = min(args.recall_num, find_depth(result, pairs))
+    counts = [count_documents(result, query, targets.total()) for query, targets in pairs.items()]
+    depth = min(args.recall_num, max(counts, default=0))
     if depth < max(RECALL_KS):
         console.warn(f"only {depth} documents a query were looked at in {path}: recall@k is recall@{depth} for every "
                      "larger k")
+
+
+def warn_missing(path: str, queries: Sequence[str]) -> None:
+    """Warn of queries that a result lacks, if there are any."""
+    if queries:
+        console.warn(f"{len(queries)} queries have no line in {path} and count as missed: {console.some(queries, 3)}")
 
 
 # --------------------------------------------------------------------------------------------------------- evaluation
@@ -264,7 +276,7 @@ class Evaluation:
 
     Attributes:
         query_count: how many queries there are.
-        values: of each result.
+        values: of each result; those of "recall" first, and those of --metrics.
         errors: what --show_errors lists.
     """
 
@@ -283,7 +295,7 @@ def evaluate_by_pairs(args: argparse.Namespace) -> Evaluation:
         result = rank_targets(read_hits(path, args.targets), pairs)
         warn_incomplete(args, path, result, pairs)
         ranks = [ranks.values() for ranks in result.ranks.values()]
-        evaluation.values.append(per_query(ranks, metrics_to_compute(args), depth=args.recall_num))
+        evaluation.values.append(measure_queries(ranks, metrics_to_compute(args), depth=args.recall_num))
         if args.show_errors:
             evaluation.errors = describe_errors(result, args.show_errors)
     return evaluation
@@ -304,17 +316,15 @@ def evaluate_by_judgements(args: argparse.Namespace) -> Evaluation:
     evaluation = Evaluation(query_count=len(relevant), values=[])
     for path in args.recall_result_file:
         run = read_run(path, "--recall_result_file")
-        missing = [query for query in relevant if query not in run]
-        if missing:
-            console.warn(f"{len(missing)} queries have no line in {path} and count as missed: "
-                         f"{console.some(missing, 3)}")
+        warn_missing(path, [query for query in relevant if query not in run])
         unknown = run.keys() - relevant.keys()
         if unknown:
             console.warn(f"{len(unknown)} queries of {path} are not judged in {args.qrels}")
         values = {}
         for metric in metrics_to_compute(args):
-            values.update(per_query(rank_relevant(relevant, run, metric), [metric], depth=args.recall_num,
-                                    grades=[grades.values() for grades in relevant.values()], table=JUDGED_METRICS))
+            ranks = rank_relevant(relevant, run, metric)  # each metric orders documents of equal scores in its way
+            grades = [grades.values() for grades in relevant.values()]
+            values.update(measure_queries(ranks, [metric], args.recall_num, grades, JUDGED_METRICS))
         evaluation.values.append(values)
     return evaluation
 
@@ -337,7 +347,8 @@ def describe_errors(result: RankedResult, most: int) -> str:
     The worst are those without a target in the result, then those whose first target is deepest.
     """
     first_ranks = {query: min(ranks.values()) for query, ranks in result.ranks.items()}
-    missed = sorted((query for query, rank in first_ranks.items() if rank), key=first_ranks.get, reverse=True)
+    missed = [query for query, rank in first_ranks.items() if rank > 0]
+    missed.sort(key=first_ranks.get, reverse=True)
     head = f"{len(missed)} of {len(first_ranks)} queries have another document than a target first"
     if most < len(missed):
         head += f"; the worst {most}:"
@@ -358,14 +369,18 @@ def describe_errors(result: RankedResult, most: int) -> str:
 def compare(names: list[str], results: list[Values]) -> str:
     """Return a table of the results, and of the difference of each one to the first, in percentage points."""
     header = ["", *names]
-    rows = [[metric, *(f"{percent(values[metric]):.3f}" for values in results)] for metric in results[0]]
+    rows = []
+    for metric in results[0]:
+        means = [f"{mean_percent(values[metric]):.3f}" for values in results]
+        rows.append([metric, *means])
     first = np.stack(list(results[0].values()), axis=1)  # float64 [Q, M]
     for name, values in zip(names[1:], results[1:]):
         header += [f"{name} - {names[0]}", "95 % interval  "]
         differences = 100 * (np.stack(list(values.values()), axis=1) - first)
-        low, high = paired_bootstrap(differences)
-        for row, column in zip(rows, np.stack([differences.mean(axis=0), low, high], axis=1)):
-            row += format_difference(*column)
+        means = differences.mean(axis=0)
+        intervals = paired_bootstrap(differences).T
+        for row, mean, (low, high) in zip(rows, means, intervals):
+            row += format_difference(mean, low, high)
     return (f"{format_table([header, *rows])}\n\n{len(first):,} queries, in percent. Interval: of the difference, by "
             "paired bootstrap (10,000 resamples of the queries, percentiles). *: it excludes 0.")
 
@@ -379,15 +394,15 @@ def format_difference(mean: float, low: float, high: float) -> list[str]:
 
 
 def name_results(paths: Sequence[str]) -> list[str]:
-    """Return short names that tell the paths apart: without the first and last parts that all of them have.
+    """Return short names that tell the paths apart: without the folders and names that all of them have.
 
-    before/recall.txt and after/recall.txt become before and after; a path alone its file name. A name that is there
-    again gets a number.
+    before/recall.txt and after/recall.txt become before and after; a single path becomes its file name. The second path
+    of the same name gets " (2)" after it, and so on.
     """
-    parts = [PurePath(os.path.normpath(path)).parts for path in paths]
-    parts = drop_common_start(parts)
-    backwards = drop_common_start([each[::-1] for each in parts])
-    names = ["/".join(each[::-1]) for each in backwards]
+    split_paths = [PurePath(os.path.normpath(path)).parts for path in paths]
+    split_paths = drop_common_start(split_paths)
+    reversed_paths = drop_common_start([parts[::-1] for parts in split_paths])
+    names = ["/".join(parts[::-1]) for parts in reversed_paths]
     numbered = []
     for place, name in enumerate(names):
         earlier = names[:place].count(name)
@@ -395,25 +410,26 @@ def name_results(paths: Sequence[str]) -> list[str]:
     return numbered
 
 
-def drop_common_start(parts: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+def drop_common_start(split_paths: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """Drop the parts that all paths begin with, but leave each path one part."""
-    common = len(os.path.commonprefix(parts))
-    shortest = min(len(each) for each in parts)
-    common = min(common, shortest - 1)
-    return [each[common:] for each in parts]
+    shortest = min(len(parts) for parts in split_paths)
+    common = 0
+    while common < shortest - 1 and len({parts[common] for parts in split_paths}) == 1:
+        common += 1
+    return [parts[common:] for parts in split_paths]
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
     """Return the rows in columns, the first column to the left, the others to the right."""
-    widths = [max(count_columns(cell) for cell in column) for column in zip(*rows)]
-    lines = []
-    for row in rows:
-        cells = []
-        for place, (cell, width) in enumerate(zip(row, widths)):
-            padding = " " * (width - count_columns(cell))
-            cells.append(padding + cell if place else cell + padding)
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    padded_columns = []
+    for place, column in enumerate(zip(*rows)):
+        widths = [count_columns(cell) for cell in column]
+        padded = []
+        for cell, width in zip(column, widths):
+            padding = " " * (max(widths) - width)
+            padded.append(padding + cell if place else cell + padding)
+        padded_columns.append(padded)
+    return "\n".join("  ".join(cells).rstrip() for cells in zip(*padded_columns))
 
 
 def count_columns(text: str) -> int:
@@ -471,12 +487,12 @@ def draw_bars(figure, results: Mapping[str, Sequence[float]], query_count: int) 
 def print_values(paths: Sequence[str], results: Sequence[Values]) -> None:
     """Print name=value lines in percent, of several results below their paths."""
     for number, (path, values) in enumerate(zip(paths, results)):
-        if number:
+        if number > 0:
             print()
         if len(results) > 1:
             print(path)
-        for name, of_queries in values.items():
-            print(f"{name}={percent(of_queries)}")
+        for name, values_of_queries in values.items():
+            print(f"{name}={mean_percent(values_of_queries)}")
 
 
 def select(values: Values, metrics: Iterable[str], args: argparse.Namespace) -> Values:
@@ -495,9 +511,10 @@ def main() -> None:
         print_values(args.recall_result_file, results)
     if evaluation.errors:
         print("\n" + evaluation.errors)
-    recalls = []
+    recalls = []  # of each result, Recall@k for every k of RECALL_KS
     for values in evaluation.values:
-        recalls.append([percent(of_queries) for of_queries in select(values, ["recall"], args).values()])
+        recall_values = select(values, ["recall"], args)
+        recalls.append([mean_percent(values_of_queries) for values_of_queries in recall_values.values()])
     with open("result.tsv", "a", encoding="utf-8") as file:
         for recall in recalls:
             file.write("\t".join(map(str, recall)) + "\n")

@@ -22,6 +22,8 @@ from simcse.encoder.weights import ONNX_FILE, OPENVINO_FILE, OPSET
 from simcse.text.tokens import make_batches
 from simcse.text.wordpiece import WordPiece
 
+import numpy as np
+
 # Short, long, more than one batch and more than one length: the graph has to bear all of them.
 CHECK_TEXTS = ["语义索引", flags.README_TEXT, "SimCSE", flags.README_TEXT * 3, "中西方语言与文化的差异"]
 TOLERANCE = 1e-5
@@ -63,7 +65,9 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.precision == "int8" and args.format != "openvino":
         parser.error("--precision int8 needs --format openvino")
-    return flags.check_arguments(parser, args)
+    flags.set_max_seq_length(args)
+    flags.check_arguments(parser, args)
+    return args
 
 
 def check_output(args: argparse.Namespace) -> None:
@@ -83,32 +87,52 @@ def check_output(args: argparse.Namespace) -> None:
                             *FORMATS[args.format].packages)
 
 
-def write_graph(args: argparse.Namespace, model, folder: str) -> Callable[..., Any]:
-    """Write the graph that is asked for to a folder, and return it as a function of input_ids and token_type_ids."""
+def write_graph(args: argparse.Namespace, model, folder: str) -> None:
+    """Write the graph that --format and --precision ask for to a folder."""
     if args.format == "paddle":
-        from simcse.encoder.paddle_engine import PaddleEngine, export_graph
+        from simcse.encoder.paddle_engine import export_graph
 
         export_graph(model, folder)
-        return PaddleEngine(folder).embed
-    if args.format == "onnx":
-        from simcse.encoder.onnx import export_onnx, onnx_graph
+    elif args.format == "onnx":
+        from simcse.encoder.onnx import export_onnx
 
         export_onnx(model, folder)
-        return onnx_graph(folder)
-    from simcse.encoder.openvino import OpenVinoEngine, export_openvino
+    elif args.precision == "int8":
+        write_int8_graph(args, folder)
+    elif args.format == "openvino":
+        from simcse.encoder.openvino import export_openvino
 
-    if args.precision == "int8":
-        copy_int8_graph(args, folder)
-    else:
         export_openvino(model, folder)
-    return OpenVinoEngine(folder, args.precision).embed
+    else:
+        raise ValueError(args.format)
 
 
-def copy_int8_graph(args: argparse.Namespace, folder: str) -> None:
-    """Copy the int8 graph beside the checkpoint, which is made if there is none."""
+def open_graph(args: argparse.Namespace, folder: str) -> Callable[..., Any]:
+    """Open the graph in a folder, in fp32, as a function: input_ids, token_type_ids -> embeddings."""
+    if args.format == "paddle":
+        from simcse.encoder.paddle_engine import PaddleEngine
+
+        return PaddleEngine(folder, "fp32").embed
+    if args.format == "onnx":
+        from simcse.encoder.onnx import onnx_graph
+
+        return onnx_graph(folder)
+    if args.format == "openvino":
+        from simcse.encoder.openvino import OpenVinoEngine
+
+        return OpenVinoEngine(folder, "fp32").embed
+    raise ValueError(args.format)
+
+
+def write_int8_graph(args: argparse.Namespace, folder: str) -> None:
+    """Write the int8 graph that is kept beside the checkpoint to a folder.
+
+    Where there is none yet, the network is quantized first, which takes a minute or two, and the graph is kept there.
+    """
     from model import load_encoder
     from simcse.encoder.kept_graph import FINGERPRINT_FILE, KeptGraph
 
+    # Loading it makes it where it is not there.
     load_encoder(args.params_path, precision="int8", model_name_or_path=args.model_name_or_path,
                  output_emb_size=args.output_emb_size, calibration_file=args.calibration_file)
     kept = KeptGraph(args.params_path, "int8", args.model_name_or_path, args.calibration_file)
@@ -123,7 +147,7 @@ def check_graph(model, tokenizer, graph: Callable[..., Any]) -> float:
     """
     largest = 0.0
     for _, *batch in make_batches(tokenizer(CHECK_TEXTS, 64), tokenizer.pad_token_id, batch_size=2):
-        difference = float(abs(model.embed(*batch).numpy() - graph(*batch)).max())
+        difference = float(abs(model.embed(*batch).numpy() - np.asarray(graph(*batch))).max())
         if not difference <= TOLERANCE:  # NaN neither
             raise console.InputError(f"the exported graph differs from the dynamic one by {difference:.2g}, more than "
                                      f"{TOLERANCE:g}; nothing was written")
@@ -156,7 +180,7 @@ def main() -> None:
     # A server compares the digest with that of an index, to know that both are of the same model.
     record["model"] = model_digest(args.params_path, args.model_name_or_path)
     with new_folder(args.output_path) as folder:
-        graph = write_graph(args, model, folder)
+        write_graph(args, model, folder)
         record.update(read_record(folder))
         if args.format == "paddle":
             record["table"] = write_table(model, folder)
@@ -166,7 +190,8 @@ def main() -> None:
             cosines = record["int8_cosines"]
             result = f"cosine of int8 to fp32 {cosines['mean']:.4f} on the mean, {cosines['lowest']:.4f} at lowest"
         else:
-            result = f"largest difference to the dynamic graph {check_graph(model, tokenizer, graph):.2g}"
+            difference = check_graph(model, tokenizer, open_graph(args, folder))
+            result = f"largest difference to the dynamic graph {difference:.2g}"
     console.log(f"exported {args.params_path} to {args.output_path}; {result}")
 
 

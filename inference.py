@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from simcse import console, flags
-from simcse.files import STDIN, new_file, read_ahead
+from simcse.files import STDIN, new_file, stream_blocks
 from simcse.text import formats, textfile
 
 import numpy as np
@@ -51,7 +51,9 @@ def parse_args() -> argparse.Namespace:
         "tsv)")
     flags.add_model_arguments(parser, params_path=flags.DEFAULT_PARAMS)
     flags.add_encode_arguments(parser)
-    args = flags.check_arguments(parser, parser.parse_args())
+    args = parser.parse_args()
+    flags.set_max_seq_length(args)
+    flags.check_arguments(parser, args)
     if args.text and args.input_file == STDIN:
         parser.error("--text and --input_file - are mutually exclusive")
     if args.output_file and args.format:
@@ -75,7 +77,7 @@ def embed_stdin(args: argparse.Namespace) -> None:
     from model import load_encoder_for
 
     encoder = load_encoder_for(args)
-    for block in read_ahead(texts):
+    for block in stream_blocks(texts):
         print_lines(block, encode(encoder, block), args.format or "tsv")
 
 
@@ -143,14 +145,14 @@ def encode(encoder, texts: Sequence[Text]) -> np.ndarray:
     return embeddings
 
 
-def print_lines(texts: Sequence[Text], embeddings: np.ndarray, format: str) -> None:
-    """Print a line for each text, in the --format `format`."""
+def print_lines(texts: Sequence[Text], embeddings: np.ndarray, kind: str) -> None:
+    """Print a line of a `kind`, a --format, for each text."""
     for text, vector in zip(texts, embeddings):
         fields = {"text": text.text}
-        if text.id and format == "jsonl":
+        if text.id and kind == "jsonl":
             fields["id"] = text.id
         fields["embedding"] = vector.tolist() if text.is_valid else None
-        print(console.line(format, **fields), end="")
+        print(console.line(kind, **fields), end="")
     sys.stdout.flush()
 
 

@@ -4,19 +4,19 @@ import argparse
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
 from data import Batch, DuplicateKeys, Inputs
 from simcse import console
-from simcse.console import InputError, reported
-from simcse.device import casting, gpu_precision, set_device
+from simcse.console import InputError, as_input_error
+from simcse.device import cast_products, set_device, set_gpu_precision
 from simcse.encoder.encoder import Encoder
 from simcse.encoder.engine import Engine, export_fastest, open_engine
 from simcse.encoder.kept_graph import KeptGraph
 from simcse.encoder.openvino import CALIBRATION_TEXTS, FEWEST_TEXTS
-from simcse.encoder.paddle_patches import compute_first_token_only
+from simcse.encoder.paddle_patches import compute_first_token_only, cross_entropy
 from simcse.encoder.pooling import EncoderOutputs, find_pooling
 from simcse.encoder.pretrained import (
     encoder_from_record,
@@ -61,6 +61,8 @@ GROUP_TOKENS = {"cpu": 256, "fp32": 256, "tf32": 512, "fp16": 256, "bf16": 1000}
 class LossSettings:
     """Settings of the training loss; train.py reads each off the flag of its name.
 
+    A checkpoint records all of them. Where it is older than one, it counts as trained with the default.
+
     Attributes:
         margin: how much more similar than a negative a positive has to be, in cosine.
         scale: factor on the cosines, the inverse of the temperature.
@@ -83,15 +85,17 @@ class SimCSE(nn.Layer):
         pooling: a name in pooling.POOLINGS.
         with_pooler: embed and export by the pooling as it is trained; False: by its `pool_without_pooler`, if it has
             one.
-        precision: of matrix products: fp32, or on a GPU tf32, bf16 or fp16; see `device.gpu_precision`.
+        precision: of matrix products: fp32, or on a GPU tf32, bf16 or fp16; see `device.set_gpu_precision`.
         loss_settings: None: those of `LossSettings()`.
-        whitened_at: tokens of the longest texts that `whitening.whiten` was fitted on; None: it was not.
+
+    Attributes:
+        whitened_at: most tokens that were read of the texts that `whitening.whiten_network` was fitted on; None: the
+            network is not whitened.
     """
 
     def __init__(self, pretrained_model: nn.Layer, dropout: float | None = None,
                  output_emb_size: int | None = None, pooling: str = "pooler", with_pooler: bool = True,
-                 precision: str = "fp32", loss_settings: LossSettings | None = None,
-                 whitened_at: int | None = None) -> None:
+                 precision: str = "fp32", loss_settings: LossSettings | None = None) -> None:
         super().__init__()
         needs = find_pooling(pooling)
         if needs.removes_layers:
@@ -106,7 +110,7 @@ class SimCSE(nn.Layer):
         self.pooling = pooling
         self.precision = precision
         self.with_pooler = with_pooler
-        self.whitened_at = whitened_at
+        self.whitened_at: int | None = None
         self.normalizes = True  # L2-normalize embeddings; `whitening.unnormalized` switches it off
         hidden_size = pretrained_model.config.hidden_size
         self.output_emb_size = output_emb_size or 0
@@ -142,7 +146,7 @@ class SimCSE(nn.Layer):
             with_pooler: False: by the pooling's `pool_without_pooler`, if it has one; "pooler" then takes the raw first
                 token.
         """
-        with casting(self.precision):
+        with cast_products(self.precision):
             embedding = self.pool(input_ids, token_type_ids, with_pooler)
             if self.output_emb_size:
                 embedding = self.emb_reduce_linear(embedding)
@@ -204,7 +208,7 @@ class SimCSE(nn.Layer):
         return Embeddings.of_sides(self._encode(sides))
 
     def loss(self, embeddings: Embeddings, duplicate_keys: DuplicateKeys | None = None) -> BatchLoss:
-        """Return the `contrastive_loss` of a batch, and what it compares.
+        """Return the `contrastive_loss` of a batch, and what it compares. Gradients pass through all of `embeddings`.
 
         With `cross_device_negatives` it is the loss of all ranks' batches together, on each rank the same; all ranks
         call it together.
@@ -322,8 +326,7 @@ def contrastive_loss(query: paddle.Tensor, title: paddle.Tensor, settings: LossS
         positive = paddle.eye(batch, logits.shape[1], dtype=logits.dtype)
         duplicates = same_texts(duplicate_keys).astype(logits.dtype) - positive
         logits = logits - 1e9 * duplicates
-    # F.cross_entropy does the same, and in paddle 2.6 waits for the device to look for labels that are ignored.
-    loss = F.softmax_with_cross_entropy(logits, paddle.arange(batch, dtype="int64").unsqueeze(-1)).mean()
+    loss = cross_entropy(logits, paddle.arange(batch, dtype="int64")).mean()
     # On a CPU paddle's softmax makes ln(batch) of NaN: a diverged run would look like one that learns nothing.
     return loss + 0 * logits.detach().sum()
 
@@ -368,43 +371,81 @@ def load_model(params_path: str, model_name_or_path: str | None = None, output_e
         InputError: the file cannot be read; a tensor is missing, unexpected or wrongly shaped; `output_emb_size`
             contradicts the checkpoint; it records an unknown pooling, or has no layers, and `pooling` needs them.
     """
+    source = f"{flag} {params_path}"
     state = read_weights(params_path, flag)
-    if not any(name.startswith("ptm.") for name in state):
-        raise InputError(f"{flag} {params_path}: not a SimCSE checkpoint (no ptm.* tensors); "
-                         "an encoder without SimCSE training is given by --model_name_or_path")
-    size = state["emb_reduce_linear.weight"].shape[-1] if "emb_reduce_linear.weight" in state else 0
-    if output_emb_size not in (None, size):
-        has = str(size) if size else "no fc; give 0, or leave the flag out"
-        raise InputError(f"--output_emb_size {output_emb_size}: {params_path} has {has}")
-    record = read_record(os.path.dirname(params_path))  # the original implementation writes none
-    recorded_pooling = record.get("pooling", "pooler")
-    with reported(f"{flag} {params_path}: {CONFIG_FILE}", ValueError):
-        has_layers = not find_pooling(recorded_pooling).removes_layers
-    if pooling is None:
-        pooling = recorded_pooling
-    if not has_layers and not find_pooling(pooling).removes_layers:
-        raise InputError(f"{flag} {params_path}: was trained with --pooling {recorded_pooling} and has no layers, "
-                         f"which --pooling {pooling} needs; start from another checkpoint")
+    check_simcse(state, source)
+    size = read_output_size(state, params_path, output_emb_size)
+    record = read_record(os.path.dirname(params_path))  # {}: the original implementation writes none
+    pooling = choose_pooling(record, pooling, source)
+    if with_pooler is None:
+        with_pooler = record.get("with_pooler", True)
 
     name = model_name_or_path or record.get("model_name_or_path", DEFAULT_MODEL)
     if record and not model_name_or_path:
         encoder = encoder_from_record(record, encoder_dropout)
     else:
-        encoder = load_pretrained(name, encoder_dropout)
-    tokenizer = checkpoint_tokenizer(params_path, name)
-    if with_pooler is None:
-        with_pooler = record.get("with_pooler", True)
-    if loss_settings is None:
-        loss_settings = LossSettings(margin=record.get("margin", LossSettings.margin),
-                                     scale=record.get("scale", LossSettings.scale))
-    model = SimCSE(encoder, dropout=output_dropout, output_emb_size=size, pooling=pooling,
-                   with_pooler=with_pooler, precision=precision, loss_settings=loss_settings,
-                   whitened_at=record.get("whitened_at"))
-    if find_pooling(model.pooling).removes_layers:  # the checkpoint may be of another pooling
+        encoder = load_pretrained(name, encoder_dropout, uses_pooler=False)  # it gets the checkpoint's
+    model = SimCSE(encoder, dropout=output_dropout, output_emb_size=size, pooling=pooling, with_pooler=with_pooler,
+                   precision=precision, loss_settings=loss_settings or recorded_loss_settings(record))
+    model.whitened_at = record.get("whitened_at")
+
+    if find_pooling(pooling).removes_layers:  # the checkpoint may be of another pooling
         state = weights_without_layers(state)
-    load_state(model, state, f"{flag} {params_path}")
+    load_state(model, state, source)
     model.eval()
+    tokenizer = checkpoint_tokenizer(params_path, name)
     return LoadedModel(model, tokenizer, make_record(model, name, record.get("max_seq_length")))
+
+
+def check_simcse(state: Mapping[str, np.ndarray], source: str) -> None:
+    """Raise InputError if weights are not those of a `SimCSE`; `source` names their file."""
+    if not any(name.startswith("ptm.") for name in state):
+        raise InputError(f"{source}: not a SimCSE checkpoint (no ptm.* tensors); an encoder without SimCSE training is "
+                         "given by --model_name_or_path")
+
+
+def read_output_size(state: Mapping[str, np.ndarray], params_path: str, wanted: int | None) -> int:
+    """Return the size of a checkpoint's fc, 0 where it has none.
+
+    Args:
+        state: the checkpoint's weights.
+        params_path: their file, for the message.
+        wanted: the size that it must have; None: any.
+
+    Raises:
+        InputError: it has another.
+    """
+    size = state["emb_reduce_linear.weight"].shape[-1] if "emb_reduce_linear.weight" in state else 0
+    if wanted not in (None, size):
+        has = str(size) if size else "no fc; give 0, or leave the flag out"
+        raise InputError(f"--output_emb_size {wanted}: {params_path} has {has}")
+    return size
+
+
+def choose_pooling(record: Mapping[str, Any], wanted: str | None, source: str) -> str:
+    """Return the pooling of a loaded checkpoint: `wanted`, else what its record says, else "pooler".
+
+    Args:
+        record: the checkpoint's.
+        wanted: the pooling that is asked for; None: none is.
+        source: names the checkpoint in messages.
+
+    Raises:
+        InputError: the record has an unknown pooling, or one without layers, and `wanted` needs them.
+    """
+    recorded = record.get("pooling", "pooler")
+    with as_input_error(f"{source}: {CONFIG_FILE}", ValueError):
+        has_layers = not find_pooling(recorded).removes_layers
+    pooling = wanted or recorded
+    if not has_layers and not find_pooling(pooling).removes_layers:
+        raise InputError(f"{source}: was trained with --pooling {recorded} and has no layers, which --pooling "
+                         f"{pooling} needs; start from another checkpoint")
+    return pooling
+
+
+def recorded_loss_settings(record: Mapping[str, Any]) -> LossSettings:
+    """Return the settings of the loss in a checkpoint's record; those that it lacks have their defaults."""
+    return LossSettings(**{field.name: record[field.name] for field in fields(LossSettings) if field.name in record})
 
 
 def checkpoint_tokenizer(params_path: str, model_name_or_path: str | None = None) -> Any:
@@ -421,8 +462,7 @@ def make_record(model: SimCSE, model_name_or_path: str, max_seq_length: int | No
 
     record = {"model_name_or_path": model_name_or_path, "output_emb_size": model.output_emb_size,
               "embedding_size": model.embedding_size, "max_positions": model.max_positions, "pooling": model.pooling,
-              "scale": model.loss_settings.scale, "margin": model.loss_settings.margin,
-              "max_seq_length": max_seq_length, "whitened_at": model.whitened_at,
+              **asdict(model.loss_settings), "max_seq_length": max_seq_length, "whitened_at": model.whitened_at,
               "encoder_class": type(model.ptm).__name__, "encoder_config": portable(model.ptm.config.to_dict()),
               "versions": {"paddlepaddle": paddle.__version__, "paddlenlp": paddlenlp.__version__}}
     if find_pooling(model.pooling).pool_without_pooler:
@@ -445,27 +485,31 @@ def write_checkpoint(folder: str, model: SimCSE, tokenizer: Any, record: dict) -
 # -------------------------------------------------------------------------------------------------------------- encoder
 @dataclass(frozen=True)
 class EncoderOptions:
-    """How a checkpoint is loaded for encoding; the arguments of `load_encoder`, and flags of every stage that encodes.
+    """How a checkpoint is loaded for encoding: options of `load_encoder`, and flags of every stage that encodes.
 
     Attributes:
-        params_path: the file of weights.
+        device: "cpu" or "gpu".
+        precision: "auto", "fp32" or "bf16"; on a GPU also "tf32" or "fp16", on a CPU also "int8".
+        max_seq_length: tokens that are read of a text; None: as many as the checkpoint was trained with, else
+            ENCODE_LENGTH.
+        batch_size: texts of a batch; None: as many as fill the engine's `batch_tokens`.
+        cpu_threads: math threads on a CPU; 0: all cores.
+        model_name_or_path: the encoder of a checkpoint without a simcse_config.json.
+        output_emb_size: size that the embedding must have; None: any.
+        calibration_file: texts, one a line, for the first time that a checkpoint is used in int8.
     """
 
-    params_path: str
-    model_name_or_path: str | None
-    output_emb_size: int | None
-    device: str
-    precision: str
-    max_seq_length: int
-    batch_size: int | None
-    cpu_threads: int
-    calibration_file: str | None
+    device: str = "cpu"
+    precision: str = "auto"
+    max_seq_length: int | None = None
+    batch_size: int | None = None
+    cpu_threads: int = 0
+    model_name_or_path: str | None = None
+    output_emb_size: int | None = None
+    calibration_file: str | None = None
 
 
-def load_encoder(checkpoint: str, *, device: str = "cpu", precision: str = "auto", max_seq_length: int | None = None,
-                 batch_size: int | None = None, cpu_threads: int = 0, model_name_or_path: str | None = None,
-                 output_emb_size: int | None = None, calibration_file: str | None = None,
-                 calibration_texts: Sequence[Any] = ()) -> Encoder:
+def load_encoder(checkpoint: str, *, calibration_texts: Sequence[Any] = (), **options: Any) -> Encoder:
     """Load a trained checkpoint for encoding.
 
         encoder = load_encoder("checkpoints/model_900")
@@ -475,68 +519,57 @@ def load_encoder(checkpoint: str, *, device: str = "cpu", precision: str = "auto
 
     Args:
         checkpoint: model_state.pdparams, model_state.safetensors or the folder that holds it.
-        device: "cpu" or "gpu".
-        precision: "auto", "fp32" or "bf16"; on a GPU also "tf32" or "fp16", on a CPU also "int8".
-        max_seq_length: tokens that are read of a text; None: as many as the checkpoint was trained with, else 64.
-        batch_size: texts of a batch; None: as many as fill the engine's `batch_tokens`.
-        cpu_threads: math threads on a CPU; 0: all cores.
-        model_name_or_path: the encoder of a checkpoint without a simcse_config.json.
-        output_emb_size: size that the embedding must have; None: any.
-        calibration_file: texts, one a line, for the first time that a checkpoint is used in int8.
-        calibration_texts: texts, or rows of them, for the same, where there is no file.
+        calibration_texts: texts, or rows of them, that int8 is calibrated with where no file is given for it.
+        options: those of `EncoderOptions`, by name: device="gpu", precision="fp16", max_seq_length=128.
 
     Raises:
         InputError: the checkpoint cannot be loaded, or the device does not have this precision.
     """
-    with reported("checkpoint", argparse.ArgumentTypeError):
+    with as_input_error("checkpoint", argparse.ArgumentTypeError):
         params_path = checkpoint_file(checkpoint)
-    if max_seq_length is None:
-        max_seq_length = read_record(os.path.dirname(params_path)).get("max_seq_length") or ENCODE_LENGTH
-    options = EncoderOptions(
-        params_path=params_path, model_name_or_path=model_name_or_path, output_emb_size=output_emb_size, device=device,
-        precision=precision, max_seq_length=max_seq_length, batch_size=batch_size, cpu_threads=cpu_threads,
-        calibration_file=calibration_file)
-    return _open_encoder(options, calibration_texts)
+    return _open_encoder(params_path, EncoderOptions(**options), calibration_texts)
 
 
 def load_encoder_for(args: argparse.Namespace, texts: Sequence[Any] = ()) -> Encoder:
-    """Load the encoder that a script's flags ask for; see `load_encoder`.
+    """Load the encoder that a script's flags ask for.
 
     Args:
         args: of a script with `flags.add_model_arguments` and `flags.add_encode_arguments`.
-        texts: texts, or rows of them, that int8 is calibrated with where no file is given for it.
+        texts: the `calibration_texts` of `load_encoder`.
     """
     options = EncoderOptions(**{field.name: getattr(args, field.name) for field in fields(EncoderOptions)})
-    return _open_encoder(options, texts)
+    return _open_encoder(args.params_path, options, texts)
 
 
-def _open_encoder(options: EncoderOptions, texts: Sequence[Any]) -> Encoder:
-    """Load a checkpoint on its device; `texts` as in `load_encoder_for`."""
+def _open_encoder(params_path: str, options: EncoderOptions, calibration_texts: Sequence[Any]) -> Encoder:
+    """Load a file of weights on the device that is asked for, as an `Encoder`."""
+    if options.max_seq_length is None:
+        recorded = read_record(os.path.dirname(params_path)).get("max_seq_length")
+        options = replace(options, max_seq_length=recorded or ENCODE_LENGTH)
     set_device(options.device, options.cpu_threads)
     if options.device == "cpu":
-        engine, tokenizer = _load_on_cpu(options, texts)
+        engine, tokenizer = _load_on_cpu(params_path, options, calibration_texts)
     else:
-        loaded = load_model(options.params_path, options.model_name_or_path, options.output_emb_size,
-                            precision=gpu_precision(options.precision))
-        engine = loaded.model
-        tokenizer = loaded.tokenizer
+        engine, tokenizer, _ = load_model(params_path, options.model_name_or_path, options.output_emb_size,
+                                          precision=set_gpu_precision(options.precision))
     return Encoder(engine, tokenizer, options.max_seq_length, options.batch_size)
 
 
-def _load_on_cpu(options: EncoderOptions, texts: Sequence[Any]) -> tuple[Engine, Any]:
+def _load_on_cpu(params_path: str, options: EncoderOptions, calibration_texts: Sequence[Any]) -> tuple[Engine, Any]:
     """Return the engine of a checkpoint's graph, which is exported if there is none to use, and the tokenizer."""
     if options.precision == "int8":
         console.check_installed("--precision int8", INT8_REQUIREMENTS, "openvino")
-    kept = KeptGraph(options.params_path, options.precision, options.model_name_or_path, options.calibration_file)
+    kept = KeptGraph(params_path, options.precision, options.model_name_or_path, options.calibration_file)
     if kept.is_current(options.output_emb_size):
-        tokenizer = checkpoint_tokenizer(options.params_path, options.model_name_or_path)
+        tokenizer = checkpoint_tokenizer(params_path, options.model_name_or_path)
         return open_engine(kept.folder, options.precision, options.cpu_threads), tokenizer
 
-    model, tokenizer, record = load_model(options.params_path, options.model_name_or_path, options.output_emb_size)
+    model, tokenizer, record = load_model(params_path, options.model_name_or_path, options.output_emb_size)
     calibration = []
     if options.precision == "int8":
         console.check_installed("--precision int8", INT8_REQUIREMENTS, "nncf", "paddle2onnx")
-        calibration = make_calibration(options, texts, tokenizer)
+        texts = choose_calibration_texts(params_path, options.calibration_file, calibration_texts)
+        calibration = make_calibration(texts, tokenizer, options.max_seq_length)
     with tempfile.TemporaryDirectory() as folder:
         export_fastest(model, folder, calibration)
         engine = open_engine(folder, options.precision, options.cpu_threads)
@@ -545,22 +578,27 @@ def _load_on_cpu(options: EncoderOptions, texts: Sequence[Any]) -> tuple[Engine,
     return engine, tokenizer
 
 
-def make_calibration(options: EncoderOptions, texts: Sequence[Any],
-                     tokenizer: Any) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return the batches that int8 is calibrated with: input_ids and token_type_ids, int64 [1, length], of one text.
+def choose_calibration_texts(params_path: str, calibration_file: str | None, texts: Sequence[Any]) -> list[str]:
+    """Return what int8 is calibrated with: CALIBRATION_TEXTS rows from all over a file or, without one, `texts`.
 
-    They are of CALIBRATION_TEXTS rows from all over --calibration_file or, without it, `texts`.
+    Raises:
+        InputError: there are too few.
     """
-    if options.calibration_file:
-        texts = TextFile(options.calibration_file, "--calibration_file")
-    if len(texts) < FEWEST_TEXTS:
-        raise InputError(f"--precision int8: {options.params_path} has no int8 graph beside it yet, and {len(texts)} "
-                         "texts are too few to make it with; name a file of some hundred by --calibration_file")
-    step = math.ceil(len(texts) / CALIBRATION_TEXTS)
+    rows = TextFile(calibration_file, "--calibration_file") if calibration_file else texts
+    if len(rows) < FEWEST_TEXTS:
+        raise InputError(f"--precision int8: {params_path} has no int8 graph beside it yet, and {len(rows)} texts are "
+                         "too few to make it with; name a file of some hundred by --calibration_file")
+    step = math.ceil(len(rows) / CALIBRATION_TEXTS)
     chosen = []
-    for row in texts[::step]:
+    for row in rows[::step]:
         chosen += [row] if isinstance(row, str) else row
-    batches = make_batches(tokenizer(chosen, options.max_seq_length), tokenizer.pad_token_id, batch_size=1)
+    return chosen
+
+
+def make_calibration(texts: Sequence[str], tokenizer: Any,
+                     max_seq_length: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the batches that int8 is calibrated with: input_ids and token_type_ids, int64 [1, length], of one text."""
+    batches = make_batches(tokenizer(texts, max_seq_length), tokenizer.pad_token_id, batch_size=1)
     return [(input_ids, token_type_ids) for _, input_ids, token_type_ids in batches]
 
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from simcse import console, flags
-from simcse.files import STDIN, read_ahead
+from simcse.files import STDIN, stream_blocks
 from simcse.text import textfile
 from simcse.text.textfile import Row
 
@@ -32,11 +32,17 @@ def parse_args() -> argparse.Namespace:
     flags.add_target_texts_arguments(parser, "--text_pair_file")
     flags.add_model_arguments(parser)
     flags.add_encode_arguments(parser)
-    parser.add_argument("--margin", type=flags.natural_float, default=0.0, help="margin of the loss, in cosine")
-    parser.add_argument("--scale", type=flags.positive_float, default=20, help="factor on the cosines in the loss")
-    args = flags.check_arguments(parser, parser.parse_args())
+    # The loss compares checkpoints, so that its settings do not follow the checkpoint's.
+    parser.add_argument("--margin", type=flags.non_negative_float, default=0.0,
+                        help="margin of the loss, in cosine, whatever the checkpoint was trained with")
+    parser.add_argument("--scale", type=flags.positive_float, default=20,
+                        help="factor on the cosines in the loss, whatever the checkpoint was trained with")
+    args = parser.parse_args()
+    flags.set_max_seq_length(args)
+    flags.check_arguments(parser, args)
     flags.check_target_texts(parser, args)
-    if args.text_pair_file == STDIN and (args.margin, args.scale) != (0, 20):
+    changes_loss = any(getattr(args, name) != parser.get_default(name) for name in ("margin", "scale"))
+    if args.text_pair_file == STDIN and changes_loss:
         parser.error("--margin and --scale: the loss is computed of a file, not of stdin; remove them")
     return args
 
@@ -57,7 +63,7 @@ def score_stdin(args: argparse.Namespace, rows: Iterator[Row]) -> None:
     from model import load_encoder_for
 
     encoder = load_encoder_for(args)
-    for block in read_ahead(rows):
+    for block in stream_blocks(rows):
         first, second = encode_rows(encoder, block, "stdin")
         print_cosines(block, first, second, args.format)
 
@@ -89,17 +95,18 @@ def encode_rows(encoder, rows: Sequence[Row], name: str) -> tuple[np.ndarray, np
     return encoder.encode_pairs([row.fields for row in complete], places=places)
 
 
-def print_cosines(rows: Sequence[Row], first: np.ndarray, second: np.ndarray, format: str | None) -> None:
-    """Print a line for every row: its cosine, or what --format names.
+def print_cosines(rows: Sequence[Row], first: np.ndarray, second: np.ndarray, kind: str | None) -> None:
+    """Print a line for every row.
 
     Args:
         first, second: embeddings of the rows without a problem; the others have no cosine.
+        kind: of line, a --format; None: its cosine only.
     """
     cosines = iter((first * second).sum(axis=1).clip(-1, 1).tolist())  # rounding may go beyond 1
     for row in rows:
         cosine = next(cosines) if row.problem is None else None
-        if format:
-            line = console.line(format, query=row.fields[0], title="\t".join(row.fields[1:]), cosine=cosine)
+        if kind:
+            line = console.line(kind, query=row.fields[0], title="\t".join(row.fields[1:]), cosine=cosine)
         else:
             line = f"{math.nan if cosine is None else cosine}\n"
         print(line, end="")

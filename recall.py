@@ -24,14 +24,14 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 import ann_util
 from simcse import console, flags
 from simcse.encoder.weights import model_digest
-from simcse.files import STDIN, file_digest, new_file, read_ahead
-from simcse.index.engines import DEFAULT_ENGINE, ENGINES
+from simcse.files import STDIN, file_digest, new_file, stream_blocks
+from simcse.index.engines import DEFAULT_ENGINE, ENGINES, check_installed
 from simcse.index.hits import FUSION_DEPTH, Hit, Ranking, hits_of, search
 from simcse.index.lock import lock_folder
 from simcse.index.manifest import Manifest
 from simcse.index.protocols import DocumentStore, Index
 from simcse.index.settings import Setting
-from simcse.index.shards import report_ann_recall, sample
+from simcse.index.shards import pick_evenly, report_ann_recall
 from simcse.machine import RANK, RANKS
 from simcse.text import formats, textfile
 from simcse.text.tokens import WINDOW
@@ -67,9 +67,13 @@ def parse_args() -> argparse.Namespace:
     flags.add_model_arguments(group)
     flags.add_encode_arguments(group)
     add_index_arguments(parser)
-    args = flags.check_arguments(parser, parser.parse_args())
+    args = parser.parse_args()
+    flags.set_max_seq_length(args)
+    flags.check_arguments(parser, args)
     check_queries(parser, args)
-    check_engine(parser, args)
+    check_engine_settings(parser, args)
+    set_engine_defaults(args)
+    check_milvus(parser, args)
     check_corpus(parser, args)
     return args
 
@@ -168,27 +172,55 @@ def query_sources(args: argparse.Namespace) -> list[str]:
     return [flag for flag in ("--similar_text_pair", "--query_file", "--query") if getattr(args, flag[2:])]
 
 
-def check_engine(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse flags of another engine; set --ann_engine and --milvus_uri if they follow from the others."""
-    given = [setting for setting in engine_settings() if getattr(args, setting.name) is not None]
-    if given and args.ann_engine is None:
-        args.ann_engine = engines_with(given[0])[0]
-    for setting in given:
-        if args.ann_engine not in engines_with(setting):
-            parser.error(f"--{setting.name} needs --ann_engine {' or '.join(engines_with(setting))}")
+def given_engine_settings(args: argparse.Namespace) -> list[Setting]:
+    """Return the settings of engines that the command line has."""
+    return [setting for setting in engine_settings() if getattr(args, setting.name) is not None]
+
+
+def kept_engine(args: argparse.Namespace) -> str | None:
+    """Return the engine of the index in --index_path; None: there is no index."""
+    return ann_util.peek_manifest(args.index_path).get("ann_engine") if args.index_path else None
+
+
+def engine_in_use(args: argparse.Namespace) -> str:
+    """Return the engine of --ann_engine, else of the kept index, else the first with the settings that are given."""
+    engine = args.ann_engine or kept_engine(args)
+    if engine:
+        return engine
+    given = given_engine_settings(args)
+    return engines_with(given[0])[0] if given else DEFAULT_ENGINE
+
+
+def check_engine_settings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse settings that the engine in use does not have."""
+    engine = engine_in_use(args)
+    for setting in given_engine_settings(args):
+        if engine in engines_with(setting):
+            continue
+        message = f"--{setting.name} needs --ann_engine {' or '.join(engines_with(setting))}"
+        if args.ann_engine is None and kept_engine(args):
+            message += f"; the index in {args.index_path} has ann_engine {engine}"
+        parser.error(message)
+
+
+def set_engine_defaults(args: argparse.Namespace) -> None:
+    """Set --ann_engine if a setting of an engine is given, and the address of Milvus if that is used."""
+    if given_engine_settings(args):
+        args.ann_engine = engine_in_use(args)
     if args.ann_engine == "milvus":
-        check_milvus(parser, args, bool(given))
-    elif args.milvus_uri or args.milvus_collection:
-        parser.error("--milvus_uri and --milvus_collection need --ann_engine milvus")
+        args.milvus_uri = args.milvus_uri or MILVUS_URI
+        args.milvus_collection = args.milvus_collection or flags.COLLECTION
 
 
-def check_milvus(parser: argparse.ArgumentParser, args: argparse.Namespace, has_settings: bool) -> None:
-    """Refuse flags that do not suit Milvus; set --milvus_uri if it is not given."""
-    args.milvus_uri = args.milvus_uri or MILVUS_URI
-    args.milvus_collection = args.milvus_collection or flags.COLLECTION
+def check_milvus(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse flags that do not suit Milvus, and flags of Milvus without it."""
+    if args.ann_engine != "milvus":
+        if args.milvus_uri or args.milvus_collection:
+            parser.error("--milvus_uri and --milvus_collection need --ann_engine milvus")
+        return
     if args.index_path or args.index_shards:
         parser.error("--index_path and --index_shards are not for --ann_engine milvus")
-    if has_settings and not args.milvus_uri.startswith("http"):
+    if given_engine_settings(args) and not args.milvus_uri.startswith("http"):
         parser.error("--hnsw_m and --hnsw_ef are not for Milvus Lite, which searches exactly")
     if args.hybrid_bm25 and not args.corpus_file:
         parser.error("--hybrid_bm25 with --ann_engine milvus needs --corpus_file")
@@ -268,7 +300,7 @@ def read_blocks(args: argparse.Namespace, queries: list[Query]) -> Iterator[list
         for start in range(0, len(queries), WINDOW):
             yield queries[start : start + WINDOW]
         return
-    for rows in read_ahead(textfile.read_rows(STDIN, 1, "--query", keep_malformed=True)):
+    for rows in stream_blocks(textfile.read_rows(STDIN, 1, "--query", keep_malformed=True)):
         yield [Query("\t".join(row.fields), f"stdin:{row.line_number}", is_malformed=row.problem is not None)
                for row in rows]
 
@@ -289,20 +321,27 @@ def open_or_build_index(args: argparse.Namespace, corpus: textfile.Corpus | None
     if args.ann_engine == "milvus":
         return ann_util.open_collection(args.milvus_uri, args.milvus_collection, wanted, corpus=corpus,
                                         encoder=encoder)
-    path = args.index_path
-    if not path:
+    if not args.index_path:
         manifest = ann_util.manifest_to_build(wanted)
         return ann_util.build_index(corpus, encoder, manifest, threads=args.cpu_threads)
-    with lock_unless_current(path, wanted):
+    with lock_unless_current(args.index_path, wanted):
         wait_for_ranks()  # for rank 0, which may have waited for another process to build the index
-        manifest = ann_util.read_manifest(path, wanted) if os.path.exists(path) else None
-        if manifest is not None and manifest.has_corpus_of(wanted):
-            return ann_util.load_index(path, manifest, threads=args.cpu_threads, corpus=corpus,
-                                       search_settings=wanted.search_settings)
-        index, documents = ann_util.build_index(
-            corpus, encoder, ann_util.manifest_to_build(wanted, manifest), threads=args.cpu_threads,
-            previous_path=path if manifest is not None else None)
-        ann_util.save_index(path, index, documents, args.hybrid_bm25)
+        return open_or_keep_index(args, wanted, corpus, encoder)
+
+
+def open_or_keep_index(args: argparse.Namespace, wanted: Manifest, corpus: textfile.Corpus | None,
+                       encoder: "Encoder") -> tuple[Index, DocumentStore]:
+    """Open the index in --index_path; if there is none, or one of another state of the corpus, build it and keep it."""
+    path = args.index_path
+    previous = ann_util.read_manifest(path, wanted) if os.path.exists(path) else None
+    if previous is not None and previous.has_corpus_of(wanted):
+        return ann_util.load_index(path, previous, threads=args.cpu_threads, corpus=corpus,
+                                   search_settings=wanted.search_settings)
+    manifest = ann_util.manifest_to_build(wanted, previous)
+    previous_path = None if previous is None else path
+    index, documents = ann_util.build_index(corpus, encoder, manifest, threads=args.cpu_threads,
+                                            previous_path=previous_path)
+    ann_util.save_index(path, index, documents, args.hybrid_bm25)
     return index, documents
 
 
@@ -373,7 +412,7 @@ class Retriever:
         ranking = search(self.index, self.documents, embeddings, self.depth)
         if self._has_to_measure:
             k = ranking.documents.shape[1]
-            report_ann_recall(self.index.measure(sample(embeddings), k, "queries"))
+            report_ann_recall(self.index.measure(pick_evenly(embeddings), k, "queries"))
             self._has_to_measure = False
         if self.bm25 is None:
             return ranking
@@ -484,14 +523,25 @@ def result_path(args: argparse.Namespace) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
-def prepare(args: argparse.Namespace) -> None:
-    """Find out before anything takes time what cannot work; decide what --precision auto means."""
+def check_packages(args: argparse.Namespace) -> None:
+    """Raise an error if a package that the flags, or the kept index, need is missing."""
+    engine = engine_in_use(args)
+    if engine in ENGINES:  # a damaged manifest is reported when the index is opened
+        check_installed(engine)
+    if args.hybrid_bm25:
+        import simcse.index.bm25  # noqa: F401  it imports packages, one of which may be missing
+
+
+def set_precision(args: argparse.Namespace) -> None:
+    """Replace --precision auto by the precision of the kept index, if there is one."""
+    if args.precision == "auto" and args.index_path:
+        args.precision = ann_util.query_precision(args.index_path, args.device)
+
+
+def make_result_folder(args: argparse.Namespace) -> None:
+    """Make the folder of the result, before anything takes time; the answers to --query go to stdout."""
     if not args.query:
         os.makedirs(os.path.dirname(result_path(args)) or ".", exist_ok=True)
-    if args.hybrid_bm25:
-        import simcse.index.bm25  # noqa: F401  a package may be missing
-    if args.precision == "auto" and args.index_path and os.path.exists(args.index_path):
-        args.precision = ann_util.kept_precision(args.index_path, args.device)
 
 
 def announce(args: argparse.Namespace, corpus: textfile.Corpus | None, queries: list[Query]) -> None:
@@ -511,7 +561,9 @@ def main() -> None:
     args = parse_args()
     corpus = read_corpus(args)
     queries = read_queries(args, corpus)
-    prepare(args)
+    make_result_folder(args)
+    check_packages(args)
+    set_precision(args)
     announce(args, corpus, queries)
 
     import model

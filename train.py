@@ -30,7 +30,7 @@ from simcse import console, flags
 from simcse.encoder.pooling import POOLINGS, describe_poolings
 from simcse.index.exact import exact_search
 from simcse.machine import RANK, RANKS
-from simcse.measures import RECALL_KS, first_hits, per_query, percent
+from simcse.measures import RECALL_KS, mean_percent, measure_queries, percent, rank_first_targets
 from simcse.text import textfile, tokens, wordpiece
 
 FEWEST_TOKENS = 8192  # of a batch of an evaluation on a GPU, which has room for so many beside any training
@@ -52,23 +52,25 @@ def parse_args() -> argparse.Namespace:
         f"{flags.DEFAULT_MODEL})")
     add("--init_from_ckpt", type=flags.checkpoint_file,
         help="checkpoint whose weights a new run starts from: model_state.pdparams or the folder that holds it")
-    add("--output_emb_size", type=flags.natural_int,
+    add("--output_emb_size", type=flags.non_negative_int,
         help="size of the embedding; 0: the encoder's hidden size, without fc (default: the size of --init_from_ckpt, "
         "or 0)")
     add = parser.add_argument_group("model").add_argument
     add("--pooling", choices=tuple(POOLINGS), help="how tokens become a vector, here and in all later stages. "
         f"{describe_poolings()} (default: the pooling of --init_from_ckpt, or pooler)")
-    add("--infer_with_fc_pooler", action="store_true", help="evaluation and later stages use pooler and fc; without "
-        "it they pass the raw first token through the fc. It changes nothing with another --pooling")
-    add("--output_dropout", type=flags.probability, default=0.1, help="dropout rate of the output vector")
-    add("--margin", type=flags.natural_float, default=0.0,
+    with_choice = " or ".join(name for name, pooling in POOLINGS.items() if pooling.pool_without_pooler)
+    add("--infer_with_fc_pooler", action="store_true", help=f"for --pooling {with_choice}: evaluation and later stages "
+        "use the pooler and the fc, as training does; without this flag they leave out the pooler, and pass the raw "
+        "first token through the fc. The other poolings use no pooler and ignore this flag")
+    add("--output_dropout", type=flags.fraction_below_one, default=0.1, help="dropout rate of the output vector")
+    add("--margin", type=flags.non_negative_float, default=0.0,
         help="how much more similar than a negative a positive has to be, in cosine")
     add("--scale", type=flags.positive_float, default=20,
         help="factor on the cosines before the softmax, the inverse of the temperature")
     optimization = parser.add_argument_group("optimization")
     flags.add_optimization_arguments(optimization)
     add = optimization.add_argument
-    add("--crop_rate", type=flags.probability, default=0.0,
+    add("--crop_rate", type=flags.fraction_below_one, default=0.0,
         help="crop up to this fraction of the tokens from each view of a text (0: no cropping)")
     add("--cross_device_negatives", action="store_true",
         help="take negatives from the batches of all ranks, not only from the rank's own")
@@ -80,10 +82,10 @@ def parse_args() -> argparse.Namespace:
     flags.add_run_arguments(parser.add_argument_group("device"), output)
     add = output.add_argument
     add("--eval_steps", type=flags.positive_int, default=10000, help="steps between evaluations")
-    add("--whiten", nargs="?", type=flags.natural_int, const=0, metavar="SIZE",
+    add("--whiten", nargs="?", type=flags.non_negative_int, const=0, metavar="SIZE",
         help="after training, make embeddings of SIZE uncorrelated numbers of equal variance, in a checkpoint "
         "model_<step>_whitened of its own; 0 (or no value): as many as they have (default: no whitening)")
-    add("--visualdl_embeddings", type=flags.natural_int, default=0,
+    add("--visualdl_embeddings", type=flags.non_negative_int, default=0,
         help="training texts whose embeddings VisualDL shows after training; 0: none")
     return flags.parse_training_arguments(parser)
 
@@ -160,7 +162,7 @@ def check_texts_as_encoded(args: argparse.Namespace, texts: textfile.TextFile, t
     """
     from simcse.encoder.encoder import tokenize_rows, warn_unusable
 
-    training = tokenize_rows(texts.spread(tokens.WINDOW), tokenizer, args.max_seq_length)
+    training = tokenize_rows(texts.sample_rows(tokens.WINDOW), tokenizer, args.max_seq_length)
     warn_unusable(training, args.max_seq_length)
     test_rows = [(f"{args.test_set_file}:{row.line_number}", row.fields[:2]) for row in test_set]
     warn_unusable(tokenize_rows(test_rows, tokenizer, args.max_seq_length), args.max_seq_length)
@@ -231,8 +233,8 @@ def measure_recall(encode: Callable, test_set: Sequence[Sequence[str]]) -> dict[
     if RANK:
         return {}
     found_rows, _ = exact_search(query_embeddings, target_embeddings, max(RECALL_KS))
-    ranks = first_hits(found_rows, list(targets.values()))
-    return {name: percent(hits) for name, hits in per_query(ranks[:, None], ["recall"]).items()}
+    ranks = rank_first_targets(found_rows, list(targets.values()))
+    return {name: mean_percent(hits) for name, hits in measure_queries(ranks[:, None], ["recall"]).items()}
 
 
 def evaluation_tokens(args: argparse.Namespace) -> int:
@@ -267,6 +269,7 @@ def build_model(args: argparse.Namespace) -> Any:
     """Return the `model.LoadedModel` to train, with the record of its checkpoints."""
     from model import LoadedModel, LossSettings, SimCSE, load_model, make_record
     from simcse.encoder.encoder import check_length
+    from simcse.encoder.pooling import find_pooling
     from simcse.encoder.pretrained import load_pretrained
 
     # Each field of LossSettings has a flag of its name, which flags.SHARED_FLAGS lists for --resume.
@@ -282,9 +285,10 @@ def build_model(args: argparse.Namespace) -> Any:
         encoder_name = record["model_name_or_path"]
     else:
         encoder_name = args.model_name_or_path or flags.DEFAULT_MODEL
-        encoder = load_pretrained(encoder_name, args.dropout)
+        pooling = args.pooling or "pooler"
+        encoder = load_pretrained(encoder_name, args.dropout, uses_pooler=find_pooling(pooling).uses_pooler)
         model = SimCSE(encoder, dropout=args.output_dropout, output_emb_size=args.output_emb_size,
-                       pooling=args.pooling or "pooler", with_pooler=args.infer_with_fc_pooler,
+                       pooling=pooling, with_pooler=args.infer_with_fc_pooler,
                        precision=args.precision, loss_settings=loss_settings)
         tokenizer = wordpiece.load_tokenizer(encoder_name)
     check_length(model, args.max_seq_length)
@@ -322,7 +326,7 @@ def train(args: argparse.Namespace, texts: textfile.TextFile, test_set: Sequence
             encode = make_encode(args, model, tokenizer)
             trainer.log_measures("whitened", evaluate(encode, [row.fields for row in test_set]))
     if args.visualdl_embeddings and not RANK:
-        sample = texts.sample(args.visualdl_embeddings)
+        sample = texts.sample_texts(args.visualdl_embeddings)
         encode = make_encode(args, model, tokenizer)
         trainer.log.add_embeddings(sample, encode(sample))
     trainer.finish(flags.hyper_parameters(args))
@@ -330,7 +334,11 @@ def train(args: argparse.Namespace, texts: textfile.TextFile, test_set: Sequence
 
 def run_steps(args: argparse.Namespace, trainer: Any, batches: Iterable[data.Batch],
               evaluate_model: Callable[[], dict[str, float]]) -> None:
-    """Take all steps that are left, and save a checkpoint every --save_steps and at the end.
+    """Take all steps that are left: each computes the gradients of a batch, then updates the weights.
+
+    The gradients are those of `gradients.backward`. It is decided here when a checkpoint is saved: every --save_steps,
+    and after the last step, which is that of --epochs or of a signal. There is one exception: where the loss is NaN or
+    Inf, `Trainer.update` saves the weights as they are and raises Diverged.
 
     Args:
         args: the flags.
@@ -355,7 +363,7 @@ def run_steps(args: argparse.Namespace, trainer: Any, batches: Iterable[data.Bat
             loss = backward(trainer.network, model, batch, trainer.scale_loss, args.chunk_size)
             trainer.update(loss.value, batch, check_loss=saves or evaluates)  # if the loss is NaN or Inf: saves, raises
             advance()
-            if step % LOG_STEPS == 0:
+            if step % LOG_STEPS == 0 or step == trainer.total_steps:
                 trainer.log_step(loss.value, loss)
             if evaluates:
                 trainer.check_weights("not evaluated")
@@ -370,15 +378,15 @@ def run_steps(args: argparse.Namespace, trainer: Any, batches: Iterable[data.Bat
 
 def whiten_model(args: argparse.Namespace, model: Any, tokenizer: Any, texts: textfile.TextFile) -> None:
     """Whiten the network's embeddings, by a sample of the training texts."""
-    from simcse.encoder.whitening import SAMPLE, runs, unnormalized, whiten
+    from simcse.encoder.whitening import SAMPLE, cut_runs, unnormalized, whiten_network
 
-    sample = texts.sample(SAMPLE)
-    sample += runs(sample, tokenizer, args.max_seq_length)
+    sample = texts.sample_texts(SAMPLE)
+    sample += cut_runs(sample, tokenizer, args.max_seq_length)
     unknown = set(wordpiece.find_unknown(tokenizer, tokenizer(sample, args.max_seq_length)))
     known = [text for row, text in enumerate(sample) if row not in unknown]  # embeddings of the others are zeros
     with unnormalized(model):  # the fc that whitens comes before the norm
         embeddings = make_encode(args, model, tokenizer, "fp32")(known)
-    whiten(model, embeddings, args.whiten or model.embedding_size, args.max_seq_length)
+    whiten_network(model, embeddings, args.whiten or model.embedding_size, args.max_seq_length)
 
 
 def save_whitened(args: argparse.Namespace, trainer: Any, tokenizer: Any, encoder_name: str) -> None:

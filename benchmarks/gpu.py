@@ -200,7 +200,7 @@ def main() -> None:
         wanted = {name: jobs for name, jobs in sections(device, cards).items() if name in args.only}
     wanted = {"prepare": [prepare_job([job for jobs in wanted.values() for job in jobs])], **wanted}
     rows = []
-    console.result(f"{'section':8} {'what':58} {'figure':22} {'expected':20} ok")
+    console.print_result(f"{'section':8} {'what':58} {'figure':22} {'expected':20} ok")
     with tempfile.TemporaryDirectory() as scratch:
         write_texts(scratch)
         if not args.record:
@@ -210,7 +210,7 @@ def main() -> None:
             for job in jobs:
                 for row in run_job(job, scratch, device, min(SECONDS[device], end - time.monotonic())):
                     rows.append({"section": section, **row})
-                    console.result(format_row(section, row))
+                    console.print_result(format_row(section, row))
             console.log(f"{section}: {time.monotonic() - started:.0f} s")
         if args.record:
             shutil.copy(f"{scratch}/figures.json", args.figures)

@@ -20,10 +20,11 @@ from bench import MINI, ROOT, describe_machine  # first: it makes the project im
 from data import Batch, DuplicateKeys, Inputs, hash_token_ids
 from deploy.python import encoder, predictor
 from simcse import console, files
-from simcse.encoder.weights import PARAMS_FILE, load_state, read_weights, saved_steps
+from simcse.encoder.weights import PARAMS_FILE, load_state, read_weights
 from simcse.machine import RANK, RANKS
 from simcse.text.textfile import TextFile
 from simcse.text.wordpiece import load_tokenizer
+from simcse.training.checkpoints import saved_steps
 
 import numpy as np
 from gpu_jobs import (
@@ -233,7 +234,7 @@ def exported(scratch: str, device: str, size: str) -> None:
 def deployed(scratch: str, device: str, size: str, precision: str, tensorrt: bool) -> None:
     """Compare the exported graph in Paddle Inference, by deploy/python, with the dynamic graph in fp32."""
     from model import load_model
-    from simcse.device import gpu_precision, set_device
+    from simcse.device import set_device, set_gpu_precision
     from simcse.encoder.encoder import Encoder
 
     set_device(device)
@@ -244,9 +245,9 @@ def deployed(scratch: str, device: str, size: str, precision: str, tensorrt: boo
 
     with unless_refused(name):
         if device == "gpu":
-            gpu_precision(precision)
+            set_gpu_precision(precision)
         if tensorrt:
-            with console.reported("--use_tensorrt", OSError):
+            with console.as_input_error("--use_tensorrt", OSError):
                 ctypes.CDLL("libnvinfer.so")  # which paddle opens by this name
         graph = predictor.load_predictor(f"{scratch}/exported", device=device, precision=precision,
                                          tensorrt=predictor.TensorRtShape(64, LENGTH) if tensorrt else None)

@@ -88,7 +88,7 @@ def unless_out_of_memory(what: str) -> Iterator[list[bool]]:
     try:
         yield fits
     except (MemoryError, RuntimeError, SystemError) as error:
-        if not (console.explain(error) or "").startswith("out of memory"):
+        if not (console.describe_machine_error(error) or "").startswith("out of memory"):
             raise
         report(what, "out of memory")
         fits.clear()

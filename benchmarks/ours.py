@@ -169,7 +169,7 @@ def index(folder: str, m: int, ef: int, shards: int) -> dict[str, float]:
         return index.search(queries, graphs.K).rows
 
     def fill() -> None:
-        for rows in index.missing:
+        for rows in index.missing_rows:
             index.add(rows, vectors[rows.start : rows.stop])
         index.finish()
 

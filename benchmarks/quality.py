@@ -98,8 +98,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data_dir", type=flags.folder, required=True, help="folder of csl/recall and lcqmc/recall")
     parser.add_argument("--data_sets", nargs="+", choices=TRAINING_FILES, default=list(TRAINING_FILES),
                         help="which of them")
-    parser.add_argument("--seeds", nargs="+", type=flags.natural_int, default=[1000, 1001, 1002], help="random seeds")
-    parser.add_argument("--lines", type=flags.natural_int, default=0, help="training lines to take; 0: all")
+    parser.add_argument("--seeds", nargs="+", type=flags.non_negative_int, default=[1000, 1001, 1002],
+                        help="random seeds")
+    parser.add_argument("--lines", type=flags.non_negative_int, default=0, help="training lines to take; 0: all")
     parser.add_argument("--json", default="quality.json", help="results, read and added to")
     parser.add_argument("--show", action="store_true", help="print the commands and run nothing")
     args = parser.parse_args()

@@ -31,10 +31,12 @@ from simcse.console import InputError
 from simcse.files import new_file
 from simcse.measures import read_judgements
 
-SPLITS = ("test", "dev", "validation")  # without --split the first of them that is there is taken
+SPLITS = ("test", "dev", "validation")  # without --split the first one that exists
 
 
 class Judgement(NamedTuple):
+    """How relevant a document is for a query: not at all (0 or less), or the more the higher the grade is."""
+
     query_id: str
     document_id: str
     grade: int
@@ -51,22 +53,28 @@ def parse_args() -> argparse.Namespace:
     for name in ("corpus.jsonl", "queries.jsonl"):
         if not os.path.isfile(os.path.join(args.folder, name)):
             parser.error(f"argument folder: {args.folder} has no {name}")
-    splits = [args.split] if args.split else SPLITS
-    existing = [split for split in splits if os.path.isfile(qrels_path(args, split))]
-    if not existing:
-        parser.error(f"{qrels_path(args, splits[0])}: no such file; --split names another")
-    args.split = existing[0]
+    args.split = find_split(parser, args)
     return args
 
 
+def find_split(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    """Return --split, or the first of SPLITS that exists."""
+    splits = [args.split] if args.split else SPLITS
+    for split in splits:
+        if os.path.isfile(qrels_path(args, split)):
+            return split
+    parser.error(f"{qrels_path(args, splits[0])}: no such file; --split names another")
+
+
 def qrels_path(args: argparse.Namespace, split: str) -> str:
+    """Return the path of the judgements of a split."""
     return os.path.join(args.folder, "qrels", f"{split}.tsv")
 
 
 def read_texts(path: str) -> dict[str, str]:
     """Return the texts of a file of JSON lines by id, a title before its text.
 
-    Objects without a text are counted and left out.
+    Objects without a text are left out, with a warning.
 
     Raises:
         InputError: a line is no such object, or an id has white space.
@@ -74,7 +82,7 @@ def read_texts(path: str) -> dict[str, str]:
     texts = {}
     empty = []
     count = 0
-    with open(path, encoding="utf-8") as file, console.reported(path, UnicodeDecodeError):
+    with open(path, encoding="utf-8") as file, console.as_input_error(path, UnicodeDecodeError):
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -124,7 +132,7 @@ def read_known_judgements(path: str, queries: dict[str, str], documents: dict[st
     return judgements
 
 
-def write(args: argparse.Namespace, name: str, rows: Iterable[Iterable[str]], noun: str) -> None:
+def write_rows(args: argparse.Namespace, name: str, rows: Iterable[Iterable[str]], noun: str) -> None:
     """Write tab-separated rows to a file of the output folder, and log how many there are."""
     path = os.path.join(args.output_dir, name)
     count = 0
@@ -138,21 +146,23 @@ def write(args: argparse.Namespace, name: str, rows: Iterable[Iterable[str]], no
 def write_split(args: argparse.Namespace, queries: dict[str, str], judgements: list[Judgement]) -> None:
     """Write the files of the queries that --split judges."""
     judged = dict.fromkeys(judgement.query_id for judgement in judgements)
-    write(args, "queries.csv", ((id, queries[id]) for id in judged), f"queries of {args.split}")
-    write(args, "qrels.tsv", ((query, document, str(grade)) for query, document, grade in judgements), "judgements")
-    write(args, "dev.csv", ((queries[query], document) for query, document, grade in judgements if grade > 0),
-          "queries and ids of relevant documents")
+    judged_queries = [(id, queries[id]) for id in judged]
+    judgement_rows = [(query, document, str(grade)) for query, document, grade in judgements]
+    relevant = [(queries[query], document) for query, document, grade in judgements if grade > 0]
+    write_rows(args, "queries.csv", judged_queries, f"queries of {args.split}")
+    write_rows(args, "qrels.tsv", judgement_rows, "judgements")
+    write_rows(args, "dev.csv", relevant, "queries and ids of relevant documents")
 
 
 def write_training_pairs(args: argparse.Namespace, queries: dict[str, str], documents: dict[str, str]) -> None:
-    """Write the pairs of the split "train", if it has any."""
+    """Write the pairs of the split "train", unless it is missing, has no pair or is the split that --split judges."""
     path = qrels_path(args, "train")
     if args.split == "train" or not os.path.isfile(path):
         return
-    with contextlib.suppress(InputError):  # without training pairs the folder is as good
+    with contextlib.suppress(InputError):  # training pairs are optional
         judgements = read_known_judgements(path, queries, documents)
         pairs = [(queries[query], documents[document]) for query, document, grade in judgements if grade > 0]
-        write(args, "train.csv", pairs, "queries and texts of relevant documents, of train")
+        write_rows(args, "train.csv", pairs, "queries and texts of relevant documents, of train")
 
 
 def main() -> None:
@@ -161,9 +171,9 @@ def main() -> None:
     queries = read_texts(os.path.join(args.folder, "queries.jsonl"))
     judgements = read_known_judgements(qrels_path(args, args.split), queries, documents)
     os.makedirs(args.output_dir, exist_ok=True)
-    write(args, "corpus.csv", documents.items(), "documents")
+    write_rows(args, "corpus.csv", documents.items(), "documents")
     write_split(args, queries, judgements)
-    write(args, "train_unsupervised.csv", ([text] for text in documents.values()), "texts")
+    write_rows(args, "train_unsupervised.csv", ([text] for text in documents.values()), "texts")
     write_training_pairs(args, queries, documents)
 
 

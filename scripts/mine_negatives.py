@@ -25,7 +25,7 @@ from simcse import console, flags
 from simcse.files import new_file
 from simcse.text import textfile
 
-# Why a candidate is skipped.
+# Why a candidate is skipped, as the report says it.
 KNOWN = "the query or a positive"
 SCORE = "--negative_max_score"
 OVERLAP = "--negative_max_overlap"
@@ -49,30 +49,33 @@ def parse_args() -> argparse.Namespace:
                        help="most negatives of a pair")
     group.add_argument("--negative_depth", type=flags.positive_int, nargs=2, metavar=("FIRST", "LAST"),
                        default=(10, 50), help="first and last rank of the candidates, counted from 1")
-    group.add_argument("--negative_max_score", type=flags.proportion, default=0.95,
+    group.add_argument("--negative_max_score", type=flags.fraction, default=0.95,
                        help="highest cosine of query and negative, as a fraction of the cosine of query and positive "
                        "(Moreira et al. 2024)")
-    group.add_argument("--negative_max_overlap", type=flags.proportion, default=0.8,
+    group.add_argument("--negative_max_overlap", type=flags.fraction, default=0.8,
                        help="highest Jaccard similarity of a negative's letter pairs with those of the query or of any "
                        "of its positives; 1: no filter")
     args = parser.parse_args()
     flags.check_target_texts(parser, args)
     first, last = args.negative_depth
-    ranks = last - first + 1
-    if ranks < 1:
+    rank_count = last - first + 1
+    if rank_count < 1:
         parser.error(f"--negative_depth {first} {last}: the first rank is larger than the last")
-    if args.negatives_per_pair > ranks:
+    if args.negatives_per_pair > rank_count:
         parser.error(f"--negatives_per_pair {args.negatives_per_pair}: --negative_depth {first} {last} has only "
-                     f"{console.count(ranks, 'rank')}")
+                     f"{console.count(rank_count, 'rank')}")
     if os.path.isdir(args.output_file):
         parser.error(f"argument --output_file: {args.output_file}: is a directory")
     return args
 
 
 def read_pairs(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Return the positives of every query with their cosines.
+    """Read the positives of every query, and the cosine of each pair.
 
     Blank and malformed lines, for which predict.py prints nan, are left out.
+
+    Returns:
+        Cosines by query and positive.
 
     Raises:
         InputError: the two files do not have as many lines, or a score is no number.
@@ -119,31 +122,37 @@ def find_wrong_cosine(fields: list[str]) -> str | None:
 
 
 def read_candidates(args: argparse.Namespace, queries: Mapping) -> dict[str, dict[str, float]]:
-    """Return the documents of every query at the ranks of --negative_depth with their cosines, best first.
+    """Read the documents that were recalled for every query at the ranks of --negative_depth.
 
-    A text that is there twice is a candidate once.
+    recall.py writes the documents of a query for each of its pairs, best first; only the first time counts. A text that
+    is there twice is a candidate once.
+
+    Args:
+        queries: those of the pairs; other ones in the file are ignored.
+
+    Returns:
+        Cosines by query and document, best first.
 
     Raises:
         InputError: no query has as many documents as --negative_depth begins with.
     """
     first, last = args.negative_depth
-    ranks: Counter[str] = Counter()
     candidates: dict[str, dict[str, float]] = {query: {} for query in queries}
-    lowest: dict[str, float] = {}
+    document_counts: Counter[str] = Counter()  # by query, how many of its lines were read
+    lowest: dict[str, float] = {}  # by query, the cosine of the last of these lines
     rows = textfile.read_rows(args.recall_result_file, 3, "--recall_result_file", find_wrong_cosine, check_format=False)
     for row in rows:
-        query, document, text = row.fields
-        cosine = float(text)
-        if cosine > lowest.get(query, math.inf):
-            # The order begins again: recall.py writes the documents of a query for each of its pairs.
-            lowest[query] = -math.inf
+        query, document, cosine_text = row.fields
+        cosine = float(cosine_text)
+        if cosine > lowest.get(query, math.inf):  # the documents of this query begin again
+            lowest[query] = -math.inf  # ignore all further lines of the query
             continue
         lowest[query] = cosine
-        ranks[query] += 1
-        if query in candidates and first <= ranks[query] <= last:
+        document_counts[query] += 1
+        if query in candidates and first <= document_counts[query] <= last:
             candidates[query].setdefault(document, cosine)
-    check_depth(args, max((ranks[query] for query in queries), default=0))
-    missing = [query for query in queries if not ranks[query]]
+    check_depth(args, max((document_counts[query] for query in queries), default=0))
+    missing = [query for query in queries if not document_counts[query]]
     if missing:
         console.warn(f"{len(missing)} queries have no line in {args.recall_result_file}: {console.some(missing, 3)}")
     return candidates
@@ -151,6 +160,9 @@ def read_candidates(args: argparse.Namespace, queries: Mapping) -> dict[str, dic
 
 def check_depth(args: argparse.Namespace, deepest: int) -> None:
     """Warn if the recall result is not as deep as --negative_depth.
+
+    Args:
+        deepest: the most documents that a query has.
 
     Raises:
         InputError: it does not even have the first rank.
@@ -164,7 +176,7 @@ def check_depth(args: argparse.Namespace, deepest: int) -> None:
 
 
 def bigrams(text: str) -> set[str]:
-    """Return the pairs of neighbouring letters and digits of a text in lower case; of a single letter that letter."""
+    """Return the pairs of neighbouring letters and digits of a text, in lower case; if it has only one, that one."""
     letters = "".join(filter(str.isalnum, text.lower()))
     return {letters[start : start + 2] for start in range(max(1, len(letters) - 1))}
 
@@ -175,7 +187,7 @@ def overlap(one: set[str], other: set[str]) -> float:
 
 
 class Miner:
-    """Picks the negatives for pairs of query and positive: the nearest candidates that pass the filters.
+    """Pick the negatives for pairs of query and positive: the nearest candidates that pass the filters.
 
     A candidate is skipped, and counted under the first reason that holds, if it
 
@@ -219,19 +231,19 @@ class Miner:
     def _filter(self, query: str, positives: Mapping[str, float], candidates: Mapping[str, float],
                 max_cosine: float) -> Iterator[str]:
         """Yield the candidates that pass, in their order."""
-        known = {text: bigrams(text) for text in (query, *positives)}
+        bigrams_of = {text: bigrams(text) for text in (query, *positives)}
         for document, cosine in candidates.items():
-            if document in known:
+            if document in bigrams_of:
                 self.skipped[KNOWN] += 1
             elif cosine > max_cosine:
                 self.skipped[SCORE] += 1
-            elif any(overlap(bigrams(document), pairs) > self.max_overlap for pairs in known.values()):
+            elif any(overlap(bigrams(document), known) > self.max_overlap for known in bigrams_of.values()):
                 self.skipped[OVERLAP] += 1
             else:
                 yield document
 
     def report(self) -> None:
-        """Log how many pairs got how many negatives, and how many candidates were skipped before that."""
+        """Log how many pairs got how many negatives, and how many candidates each reason skipped."""
         pairs = ", ".join(f"{self.mined[count]} with {count}" for count in sorted(self.mined, reverse=True))
         console.log(f"negatives for {self.mined.total()} pairs: {pairs}; candidates skipped: "
                     f"{self.skipped[KNOWN]} as {KNOWN}, {self.skipped[SCORE]} by {SCORE}, "

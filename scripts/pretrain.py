@@ -39,7 +39,7 @@ def parse_args() -> argparse.Namespace:
     start.add_argument("--model_name_or_path", type=flags.model_name, default=flags.DEFAULT_MODEL,
                        help="pretrained encoder, hub name or folder")
     optimization = parser.add_argument_group("optimization")
-    optimization.add_argument("--mlm_probability", type=flags.proportion, default=0.15,
+    optimization.add_argument("--mlm_probability", type=flags.fraction, default=0.15,
                               help="fraction of the tokens that are predicted, whole words at a time")
     flags.add_optimization_arguments(optimization)
     flags.add_run_arguments(parser.add_argument_group("device"), parser.add_argument_group("output"))
@@ -166,7 +166,7 @@ def train(args: argparse.Namespace, texts: textfile.TextFile) -> None:
     model = load_masked_lm(name, args.dropout, args.precision)
     tokenizer = wordpiece.load_tokenizer(name)
     check_length(model, args.max_seq_length)
-    sample = tokenize_rows(texts.spread(tokens.WINDOW), tokenizer, args.max_seq_length)
+    sample = tokenize_rows(texts.sample_rows(tokens.WINDOW), tokenizer, args.max_seq_length)
     warn_unusable(sample, args.max_seq_length)
 
     make_batch = MaskedBatches(texts, tokenizer, args).make
@@ -179,7 +179,7 @@ def train(args: argparse.Namespace, texts: textfile.TextFile) -> None:
 
 
 def run_steps(args: argparse.Namespace, trainer: Any, batches: Iterable[MaskedBatch]) -> None:
-    """Take all steps that are left, and save a checkpoint every --save_steps and at the end.
+    """Take all steps that are left, and save a checkpoint every --save_steps and after the last step.
 
     Args:
         args: the flags.
@@ -201,7 +201,7 @@ def run_steps(args: argparse.Namespace, trainer: Any, batches: Iterable[MaskedBa
             trainer.scale_loss(loss).backward()
             trainer.update(loss, batch, check_loss=saves)  # if the loss is NaN or Inf: saves, raises Diverged
             advance()
-            if step % LOG_STEPS == 0:
+            if step % LOG_STEPS == 0 or step == trainer.total_steps:
                 trainer.log_step(loss)
             if saves:
                 trainer.save()

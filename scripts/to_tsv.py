@@ -18,6 +18,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TextIO
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
@@ -29,10 +30,27 @@ from simcse.text.formats import LABELS
 from simcse.text.lines import read_lines
 from simcse.text.textfile import Row, RowReport
 
-DELIMITERS = {"csv": ",", "quoted_tsv": "\t"}
-CELL_CHARACTERS = 1 << 24  # of a cell at most, so that a quote that is never closed does not take all of a large file
+# How the csv module reads each format of cells.
+DIALECTS = {
+    "csv": {"delimiter": ","},
+    "quoted_tsv": {"delimiter": "\t"},
+    "tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
+}
+CELL_CHARACTERS = 1 << 24  # in one cell at most: a quote that is never closed does not take all of a large file
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, which JSON can have, and UTF-8 cannot
-Lines = Iterable[tuple[int, str]]  # numbers, from 1, and lines
+Line = tuple[int, str]  # its number, from 1, and its text
+
+
+class Columns(NamedTuple):
+    """The columns to write.
+
+    Attributes:
+        names: names or numbers from 1; keys of JSON objects.
+        rows: the rows with these fields, some of them with a problem.
+    """
+
+    names: list[str]
+    rows: Iterator[Row]
 
 
 def parse_args() -> argparse.Namespace:
@@ -41,7 +59,7 @@ def parse_args() -> argparse.Namespace:
                         required=True, help="file to convert; -: stdin")
     parser.add_argument("--output_file", type=flags.nonempty_text, default=STDIN,
                         help="file to write, with tabs between columns; -: stdout (default: %(default)s)")
-    parser.add_argument("--format", choices=("csv", "quoted_tsv", "tsv", "jsonl"),
+    parser.add_argument("--format", choices=(*DIALECTS, "jsonl"),
                         help="csv: commas between cells; quoted_tsv: tabs between cells, with quotes as in CSV; tsv: "
                         "tabs between fields; jsonl: a JSON object a line (default: by the first lines)")
     parser.add_argument("--header", choices=("yes", "no"),
@@ -58,11 +76,33 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"argument --output_file: {args.output_file}: is a directory")
     if args.format == "jsonl" and args.header:
         parser.error("--header is for csv and tsv")
-    args.name = "stdin" if args.input_file == STDIN else args.input_file  # in messages
+    args.input_name = "stdin" if args.input_file == STDIN else args.input_file
+    args.output_name = "stdout" if args.output_file == STDIN else args.output_file
     return args
 
 
 # ------------------------------------------------------------------------------------------------------------- formats
+def read_columns(args: argparse.Namespace) -> Columns:
+    """Return the columns of the input, whose format the first lines show where --format does not say it.
+
+    Raises:
+        InputError: the file has no text, or a column of --fields is missing.
+    """
+    lines = iter(read_lines(args.input_file, "--input_file", args.input_name))
+    first_lines = list(itertools.islice(lines, formats.SAMPLE_LINES))
+    sample = [line.strip(" \r\n") for _, line in first_lines if line.strip()]
+    if not sample:
+        raise InputError(f"--input_file {args.input_name}: the file is empty")
+    format = args.format
+    if format is None:
+        format = guess_format(sample)
+        console.log(f"{args.input_name}: read as {format}")
+    lines = itertools.chain(first_lines, lines)
+    if format == "jsonl":
+        return read_objects(args, lines)
+    return read_cells(args, split_lines(lines, format, f"--input_file {args.input_name}"))
+
+
 def guess_format(sample: Sequence[str]) -> str:
     """Return the format of a file by its first lines."""
     for name in ("jsonl", "csv", "quoted_tsv"):
@@ -71,24 +111,14 @@ def guess_format(sample: Sequence[str]) -> str:
     return "tsv"
 
 
-def read_cells(lines: Lines, format: str, where: str) -> Iterator[tuple[int, list[str]]]:
+def split_lines(lines: Iterable[Line], format: str, where: str) -> Iterator[Row]:
     """Yield the rows of csv, quoted_tsv or tsv that are not blank, each with the number of its first line.
 
     Raises:
         InputError: the quotes of a row are not those of CSV.
     """
-    if format == "tsv":
-        rows = ((number, line.split("\t")) for number, line in lines)
-    else:
-        rows = read_quoted_cells(lines, DELIMITERS[format], where)
-    for number, cells in rows:
-        if any(cell.strip() for cell in cells):
-            yield number, cells
-
-
-def read_quoted_cells(lines: Lines, delimiter: str, where: str) -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit(CELL_CHARACTERS)
-    reader = csv.reader((f"{line}\n" for _, line in lines), delimiter=delimiter, strict=True)
+    reader = csv.reader((f"{line}\n" for _, line in lines), strict=True, **DIALECTS[format])
     while True:
         first_line = reader.line_num + 1
         try:
@@ -98,10 +128,37 @@ def read_quoted_cells(lines: Lines, delimiter: str, where: str) -> Iterator[tupl
                              "or read quotes as text with --format tsv") from None
         if cells is None:
             return
-        yield first_line, cells
+        if any(cell.strip() for cell in cells):
+            yield Row(first_line, cells)
 
 
-def find_columns(fields: Sequence[str], names: Sequence[str], name: str) -> list[int]:
+def read_cells(args: argparse.Namespace, rows: Iterator[Row]) -> Columns:
+    """Return the columns that --fields chooses of rows of cells, of which the first may be a header."""
+    sample = list(itertools.islice(rows, formats.SAMPLE_LINES))
+    header = [cell.strip() for cell in sample[0].fields]
+    if has_header(args, sample):
+        names = header
+        rows = itertools.chain(sample[1:], rows)
+    else:
+        names = [str(number) for number in range(1, len(header) + 1)]
+        rows = itertools.chain(sample, rows)
+    places = find_columns(args.fields or names, names, args.input_name)
+    return Columns([names[place] for place in places], select_cells(rows, len(names), places))
+
+
+def has_header(args: argparse.Namespace, sample: Sequence[Row]) -> bool:
+    """Return whether the first row names the columns: as --header says, or --fields by names, or as it looks."""
+    if args.header:
+        return args.header == "yes"
+    are_named = any(not field.isdecimal() for field in args.fields or [])
+    header = are_named or formats.is_header([row.fields for row in sample])
+    first = [cell.strip() for cell in sample[0].fields]
+    console.log(f"{args.input_name}: the first row is {'a' if header else 'no'} header, --header "
+                f"{'no' if header else 'yes'} if that is wrong: {console.some(first)[:60]}")
+    return header
+
+
+def find_columns(fields: Sequence[str], names: Sequence[str], input_name: str) -> list[int]:
     """Return the places of the columns that --fields gives by name or by number.
 
     Raises:
@@ -114,65 +171,52 @@ def find_columns(fields: Sequence[str], names: Sequence[str], name: str) -> list
         elif field.isdecimal() and 1 <= int(field) <= len(names):
             places.append(int(field) - 1)
         else:
-            raise InputError(f"--fields {field}: no such column in {name}; there are {', '.join(names)}")
+            raise InputError(f"--fields {field}: no such column in {input_name}; there are {', '.join(names)}")
     return places
 
 
-def read_columns(args: argparse.Namespace, lines: Lines) -> tuple[list[str], Iterator[Row]]:
-    """Return the names of the columns to write of csv or tsv, and an iterator over their rows."""
-    records = read_cells(lines, args.format, f"--input_file {args.name}")
-    sample = list(itertools.islice(records, formats.SAMPLE))
-    first = [cell.strip() for cell in sample[0][1]]
-    if args.header:
-        header = args.header == "yes"
-    else:
-        by_name = any(not field.isdecimal() for field in args.fields or [])
-        header = by_name or formats.is_header([cells for _, cells in sample])
-        console.log(f"{args.name}: the first row is {'a' if header else 'no'} header, --header "
-                    f"{'no' if header else 'yes'} if that is wrong: {console.some(first)[:60]}")
-    names = first if header else [str(number) for number in range(1, len(first) + 1)]
-    places = find_columns(args.fields or names, names, args.name)
-
-    def select(record: tuple[int, list[str]]) -> Row:
-        number, cells = record
-        if len(cells) != len(names):
-            return Row(number, cells, f"columns: {len(cells)} instead of {len(names)}")
-        return clean(number, [cells[place] for place in places])
-
-    rows = map(select, itertools.chain(sample[header:], records))
-    return [names[place] for place in places], rows
+def select_cells(rows: Iterable[Row], width: int, places: Sequence[int]) -> Iterator[Row]:
+    """Yield the cells of each row at these places; a row that has not `width` cells has a problem."""
+    for number, cells, _ in rows:
+        if len(cells) == width:
+            yield clean(number, [cells[place] for place in places])
+        else:
+            yield Row(number, cells, f"columns: {len(cells)} instead of {width}")
 
 
-def read_objects(args: argparse.Namespace, lines: Lines) -> tuple[list[str], Iterator[Row]]:
-    """Return the keys to write of JSON objects, and an iterator over their rows, several for one with lists."""
+def read_objects(args: argparse.Namespace, lines: Iterable[Line]) -> Columns:
+    """Return the values of the keys that --fields chooses of JSON objects."""
     lines = ((number, line) for number, line in lines if line.strip())
-    sample = list(itertools.islice(lines, formats.SAMPLE))
-    table = formats.find_json_objects([line.strip() for _, line in sample], (1,))
-    keys = args.fields or (table.names if table else [])
-
-    def rows() -> Iterator[Row]:
-        for number, line in itertools.chain(sample, lines):
-            try:
-                found = json.loads(line)
-                members = [members_of(found, key) for key in keys]
-            except (ValueError, RecursionError) as error:
-                yield Row(number, [line], str(error))
-                continue
-            for fields in itertools.product(*members):
-                yield clean(number, fields)
-
-    return list(keys), rows()
+    sample = list(itertools.islice(lines, formats.SAMPLE_LINES))
+    keys = args.fields
+    if not keys:
+        table = formats.find_json_objects([line.strip() for _, line in sample], (1,))
+        keys = table.names if table else []
+    return Columns(keys, select_values(itertools.chain(sample, lines), keys))
 
 
-def members_of(found: object, key: str) -> list[str]:
+def select_values(lines: Iterable[Line], keys: Sequence[str]) -> Iterator[Row]:
+    """Yield the values that the JSON object on each line has of some keys; a list gives a row for each member."""
+    for number, line in lines:
+        try:
+            content = json.loads(line)
+            members = [members_of(content, key) for key in keys]
+        except (ValueError, RecursionError) as error:
+            yield Row(number, [line], str(error))
+            continue
+        for fields in itertools.product(*members):
+            yield clean(number, fields)
+
+
+def members_of(content: object, key: str) -> list[str]:
     """Return the text of a JSON object's key, or of each member of its list.
 
     Raises:
         ValueError: it has none.
     """
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ValueError("JSON, but no object")
-    value = found.get(key)
+    value = content.get(key)
     members = value if isinstance(value, list) else [value]
     if value is None or not members:
         raise ValueError(f"no {key}")
@@ -193,6 +237,14 @@ def clean(number: int, fields: Sequence[str]) -> Row:
 
 
 # -------------------------------------------------------------------------------------------------------------- labels
+def check_labels(rows: Iterable[Row]) -> Iterator[Row]:
+    """Yield rows of text, text and label; a row whose label is neither 0 nor 1 has a problem."""
+    for row in rows:
+        if row.problem is None and row.fields[2] not in LABELS:
+            row = row._replace(problem=f"label {row.fields[2]!r} is neither 0 nor 1")
+        yield row
+
+
 def keep_positives(rows: Iterable[Sequence[str]]) -> Iterator[list[str]]:
     """Yield text and text of the rows of text, text and label whose label is 1."""
     for query, text, label in rows:
@@ -222,47 +274,50 @@ def combine_negatives(rows: Iterable[Sequence[str]]) -> Iterator[list[str]]:
                     "label 0")
 
 
+# What makes the fields to write of those of all rows, by --labels.
 SELECTIONS: dict[str | None, Callable[[Iterable[Sequence[str]]], Iterable[Sequence[str]]]] = {
-    None: lambda rows: rows, "positives": keep_positives, "negatives": combine_negatives}
+    None: lambda rows: rows,
+    "positives": keep_positives,
+    "negatives": combine_negatives,
+}
+
+
+# -------------------------------------------------------------------------------------------------------------- output
+def skip_malformed(rows: Iterable[Row], report: RowReport) -> Iterator[list[str]]:
+    """Yield the fields of the rows that have no problem; the report warns of the others at the end."""
+    for row in rows:
+        report.add(row)
+        if row.problem is None:
+            yield row.fields
+    report.finish()
+
+
+def open_output(path: str) -> contextlib.AbstractContextManager[TextIO]:
+    """Return stdout for "-", else a new file that takes its place when all is written."""
+    if path == STDIN:
+        sys.stdout.reconfigure(encoding="utf-8", newline="\n")
+        return contextlib.nullcontext(sys.stdout)
+    return new_file(path)
 
 
 def main() -> None:
     args = parse_args()
-    lines = iter(read_lines(args.input_file, "--input_file", args.name))
-    ahead = list(itertools.islice(lines, formats.SAMPLE))
-    sample = [line.strip(" \r\n") for _, line in ahead if line.strip()]
-    if not sample:
-        raise InputError(f"--input_file {args.name}: the file is empty")
-    if args.format is None:
-        args.format = guess_format(sample)
-        console.log(f"{args.name}: read as {args.format}")
-    read = read_objects if args.format == "jsonl" else read_columns
-    names, rows = read(args, itertools.chain(ahead, lines))
-    if args.labels and len(names) != 3:
-        raise InputError(f"--labels needs text, text and label, not {', '.join(names)}; choose three columns with "
-                         "--fields")
-    report = RowReport("--input_file", args.name, keep_malformed=False)
-
-    def good_rows() -> Iterator[list[str]]:
-        for row in rows:
-            if args.labels and row.problem is None and row.fields[2] not in LABELS:
-                row = row._replace(problem=f"label {row.fields[2]!r} is neither 0 nor 1")
-            report.add(row)
-            if row.problem is None:
-                yield row.fields
-
+    names, rows = read_columns(args)
+    if args.labels:
+        if len(names) != 3:
+            raise InputError(f"--labels needs text, text and label, not {', '.join(names)}; choose three columns with "
+                             "--fields")
+        rows = check_labels(rows)
+    report = RowReport("--input_file", args.input_name, keep_malformed=False)
     written = 0
-    sys.stdout.reconfigure(encoding="utf-8", newline="\n")
-    with contextlib.nullcontext(sys.stdout) if args.output_file == STDIN else new_file(args.output_file) as file:
-        for fields in SELECTIONS[args.labels](good_rows()):
+    with open_output(args.output_file) as file:
+        for fields in SELECTIONS[args.labels](skip_malformed(rows, report)):
             file.write("\t".join(fields) + "\n")
             written += 1
-        report.finish()
         if not written:
-            raise InputError(f"--input_file {args.name}: --labels {args.labels} leaves no pair")
-    target = "stdout" if args.output_file == STDIN else args.output_file
+            raise InputError(f"--input_file {args.input_name}: --labels {args.labels} leaves no pair")
     columns = "" if args.labels else f" of {', '.join(names)}"
-    console.log(f"wrote {console.count(written, 'line')}{columns} to {target}")
+    console.log(f"wrote {console.count(written, 'line')}{columns} to {args.output_name}")
 
 
 if __name__ == "__main__":

@@ -23,5 +23,8 @@ if "AuthenticAMD" in PROCESSOR and " avx2" in PROCESSOR:
 os.environ.setdefault("GLOG_minloglevel", "2")  # a user can do nothing about paddle's C++ notes and warnings
 # Without this, tokenizers warns about every process that a package starts; none of them tokenizes.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-# The last warning is of a GPU build without a GPU: --device cpu does not mind, and --device gpu ends with an error.
-warnings.filterwarnings("ignore", message="No ccache found|Setuptools is replacing distutils|You are using GPU version")
+# What paddle and paddlenlp warn of, and no user can do anything about. You are using GPU version: a GPU build without a
+# GPU; --device cpu does not mind, and --device gpu ends with an error. Tensor do not have 'place': BERT's code, when
+# paddle 3.3 exports its graph.
+warnings.filterwarnings("ignore", message="No ccache found|Setuptools is replacing distutils|You are using GPU version|"
+                                          "Tensor do not have 'place' interface")

@@ -33,6 +33,10 @@ class InputError(Exception):
     """A mistake in a flag or an input file: reported in one line, exit code 2, no traceback."""
 
 
+class NotFiniteError(InputError):
+    """The model gives NaN or Inf: a mistake in the checkpoint, whatever the text is."""
+
+
 @dataclass
 class Settings:
     """What the flags of the running script say about its output and about the lines that it reads.
@@ -60,7 +64,7 @@ _open_bars = 0  # progress bars that are on the terminal now
 def log(message: str) -> None:
     """Print one line to stderr, unless --quiet."""
     if not settings.quiet:
-        warn(message)
+        _print_line(message, sys.stderr)
 
 
 def log_from_handler(message: str) -> None:
@@ -76,15 +80,9 @@ def log_from_handler(message: str) -> None:
     os.write(2, line.encode())
 
 
-def warn(message: str, file: TextIO | None = None) -> None:
-    """Print one line to stderr, or to `file`, above the progress bar if there is one."""
-    file = file or sys.stderr
-    if _open_bars:
-        from tqdm import tqdm
-
-        tqdm.write(message, file=file)
-    else:
-        print(message, file=file, flush=True)
+def warn(message: str) -> None:
+    """Print one line to stderr, with --quiet, too."""
+    _print_line(message, sys.stderr)
 
 
 def warn_data(message: str) -> None:
@@ -98,14 +96,28 @@ def warn_data(message: str) -> None:
     warn(message)
 
 
-def result(message: str) -> None:
-    """Print one line to stdout, above the progress bar if there is one."""
-    warn(message, sys.stdout)
+def print_result(message: str) -> None:
+    """Print one line to stdout."""
+    _print_line(message, sys.stdout)
+
+
+def _print_line(message: str, file: TextIO) -> None:
+    """Print one line to stdout or stderr, above the progress bar if there is one."""
+    if _open_bars:
+        from tqdm import tqdm
+
+        tqdm.write(message, file=file)
+    else:
+        print(message, file=file, flush=True)
 
 
 @contextlib.contextmanager
-def accepting_all_lines() -> Iterator[None]:
-    """Read files without --strict_data and with --plain_text: for a file that was accepted when it was first read."""
+def accept_all_lines() -> Iterator[None]:
+    """Read files as if --plain_text were set and --strict_data were not.
+
+    An index keeps a copy of its corpus. That file was accepted when the index was built, and has to be accepted again,
+    whatever the flags are now.
+    """
     strict_data = settings.strict_data
     plain_text = settings.plain_text
     settings.strict_data = False
@@ -160,7 +172,7 @@ def _tsv_cell(value: Any) -> str:
 
 # ---------------------------------------------------------------------------------------------------------- progress
 class _ProgressLines:
-    """Progress for a stderr that is no terminal: a log line every SECONDS_PER_LINE."""
+    """Log a line every SECONDS_PER_LINE: the progress on a stderr that is no terminal."""
 
     def __init__(self, what: str, meter: dict[str, Any]) -> None:
         self.what = what
@@ -186,7 +198,7 @@ class _ProgressLines:
 
 @contextlib.contextmanager
 def _progress_bar(what: str, meter: dict[str, Any]) -> Iterator[Callable]:
-    """Show a bar on the terminal, for what takes more than a second."""
+    """Show a bar on the terminal once a second has passed, and yield the function that advances it."""
     global _open_bars
     from tqdm import tqdm
 
@@ -235,13 +247,13 @@ def check_installed(flag: str, requirements: str, *packages: str) -> None:
 
 
 @contextlib.contextmanager
-def reported(what: str, *kinds: type[Exception], remedy: str = "") -> Iterator[None]:
-    """Turn errors of some kinds into an InputError of one line.
+def as_input_error(what: str, *kinds: type[Exception], remedy: str = "") -> Iterator[None]:
+    """Raise an InputError instead of an error of some kinds: "`what`: first line of the error's message`remedy`".
 
     Args:
-        what: the flag or file, and what is wrong with it; the first line of the error's message follows.
-        kinds: the exceptions to turn.
-        remedy: the end of the line.
+        what: the flag or file, and what is wrong with it.
+        kinds: exceptions that the user can correct; all others pass.
+        remedy: what to do, with the "; " before it.
     """
     try:
         yield
@@ -252,29 +264,34 @@ def reported(what: str, *kinds: type[Exception], remedy: str = "") -> Iterator[N
         raise InputError(f"{what}: {message}{remedy}") from None
 
 
-def summary(error: BaseException) -> str:
-    """Return an error's message in one line; of paddle's without the C++ traceback, kind, hints and source line."""
+def summarize_error(error: BaseException) -> str:
+    """Return the first line of an error's message.
+
+    Of paddle's messages that is the one line that tells what is wrong. They have a C++ traceback, a summary that begins
+    with the kind of the error and ends with a place in the source, and hints.
+    """
     _, traceback, text = str(error).rpartition("Error Message Summary:")
     text = text.lstrip("-\n ") if traceback else text.strip()
-    text = re.sub(r"^(\(\w+\)|\w+Error:)\s*", "", text)
+    text = re.sub(r"^(\(\w+\)|\w+Error:)\s*", "", text)  # the kind: "(External)" or "OSError:"
     if not text:
         return type(error).__name__
-    return re.sub(r" *\(at /.*", "", text.splitlines()[0]).strip()
+    first_line = text.splitlines()[0]
+    return re.sub(r" *\(at /.*", "", first_line).strip()  # the place: "(at /paddle/...cc:37)"
 
 
-def explain(error: Exception) -> str | None:
-    """Return the line for an error of the machine: no memory left, or CUDA or one of its libraries fails.
+def describe_machine_error(error: Exception) -> str | None:
+    """Return one line about an error of the machine: no memory left, or CUDA or one of its libraries fails.
 
     Returns:
-        None for any other error, which is a mistake of the program.
+        None for any other error.
     """
     if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
-        message = f"out of memory: {summary(error)}"
+        message = f"out of memory: {summarize_error(error)}"
         if settings.memory_flags:
             message += f"; a lower {' or '.join(settings.memory_flags)} takes less"
         return message
-    if GPU_TROUBLE.search(summary(error)):
-        return f"the GPU cannot be used: {summary(error)}"
+    if GPU_TROUBLE.search(summarize_error(error)):
+        return f"the GPU cannot be used: {summarize_error(error)}"
     return None
 
 
@@ -297,9 +314,9 @@ def run(main: Callable[[], None]) -> None:
         _print_error(str(error))
         code = USAGE_ERROR
     except (OSError, MemoryError, RuntimeError, SystemError) as error:  # paddle raises the last three
-        message = explain(error)
+        message = describe_machine_error(error)
         if message is None and not isinstance(error, OSError):
-            raise
+            raise  # a mistake of the program, which needs its traceback
         _print_error(message or str(error))
         code = USAGE_ERROR
     except ModuleNotFoundError as error:

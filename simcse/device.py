@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from simcse.console import InputError, summary
+from simcse.console import InputError, summarize_error
 from simcse.machine import CPU_THREADS, auto_precision, gpu_generation
 
 import paddle
@@ -86,7 +86,7 @@ def check_gpu() -> None:
         paddle.nn.functional.softmax(square @ square).numpy()
     except (OSError, MemoryError, RuntimeError, SystemError) as error:
         hint = "; requirements-gpu.txt has the CUDA libraries" if "dynamic library" in str(error) else ""
-        raise InputError(f"--device gpu: {name} cannot be computed on: {summary(error)}{hint}") from None
+        raise InputError(f"--device gpu: {name} cannot be computed on: {summarize_error(error)}{hint}") from None
 
 
 def compute_capabilities() -> list[int]:
@@ -96,14 +96,17 @@ def compute_capabilities() -> list[int]:
     return BUILT_FOR.get((paddle.__version__, paddle.version.cuda()), [])
 
 
-def gpu_precision(precision: str) -> str:
-    """Set the number format of float32 products in this process, on a GPU, and return what `--precision` is there.
+def set_gpu_precision(precision: str) -> str:
+    """Set whether a GPU rounds float32 products to TF32 in this process, and return the number format that is used.
 
     Products of float32 are rounded to TF32 (a significand of 11 bits) only with "tf32". By itself paddle 3 rounds none,
     and paddle 2.6 rounds them on every GPU that can.
 
     Args:
         precision: "auto", "fp32" or one of NEEDED_GENERATION.
+
+    Returns:
+        "fp32" or one of NEEDED_GENERATION: what "auto" means here, or `precision` itself.
 
     Raises:
         InputError: the GPUs do not have this precision.
@@ -119,8 +122,11 @@ def gpu_precision(precision: str) -> str:
     return precision
 
 
-def casting(precision: str) -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which paddle casts the operands of matrix products to bf16 or fp16, for these precisions."""
+def cast_products(precision: str) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which paddle casts the operands of matrix products to bf16 or fp16.
+
+    For other precisions the context does nothing.
+    """
     dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(precision)
     if dtype is None:
         return contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""Files and folders that are written completely or not at all, their SHA-256, and lines that are read ahead."""
+"""Files and folders that are written completely or not at all, JSON and SHA-256 of files, and work done ahead."""
 
 import contextlib
 import ctypes
@@ -13,25 +13,33 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, NamedTuple, TypeVar
 
-from simcse.console import progress, reported, settings
+from simcse.console import as_input_error, progress, settings
 
 Item = TypeVar("Item")
-BLOCK = 16384  # most lines of stdin that are answered at a time
+MAX_BLOCK = 16384  # most lines of stdin that are answered at a time
 STDIN = "-"  # the path that means stdin
 
 
-def temporary_name(path: str, owner: int | str) -> str:
-    """Return the hidden path beside `path` that belongs to `owner`: a process id, or "lock"."""
+def hidden_path(path: str, owner: int | str) -> str:
+    """Return the path of the hidden file or folder .NAME.OWNER.tmp beside `path`, whose name is NAME.
+
+    Args:
+        path: what is going to be written.
+        owner: id of the process that writes it, or "lock" for the file that locks `path` against other processes.
+    """
     parent, name = os.path.split(os.path.abspath(path))
     return os.path.join(parent, f".{name}.{owner}.tmp")
 
 
 @contextlib.contextmanager
 def _temporary_path(path: str) -> Iterator[str]:
-    """Yield a path beside `path` for what takes its place, and remove what is left there in the end."""
+    """Yield this process's hidden path beside `path`, and remove what is there in the end.
+
+    Its folder is made, and what processes that have been killed left there is removed before.
+    """
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     _remove_leftovers(path)
-    temporary = temporary_name(path, os.getpid())
+    temporary = hidden_path(path, os.getpid())
     try:
         yield temporary
     finally:
@@ -39,7 +47,7 @@ def _temporary_path(path: str) -> Iterator[str]:
 
 
 def _remove_leftovers(path: str) -> None:
-    """Remove the temporary files and folders beside `path` of processes that have been killed."""
+    """Remove the hidden files and folders beside `path` of processes that have been killed."""
     parent, name = os.path.split(os.path.abspath(path))
     for other in os.listdir(parent):
         match = re.fullmatch(rf"\.{re.escape(name)}\.(\d{{1,9}})\.tmp", other)
@@ -63,45 +71,56 @@ def _remove(path: str) -> None:
 @contextlib.contextmanager
 def new_file(path: str, mode: str = "w") -> Iterator[IO]:
     """Open a temporary file that takes the place of `path` when all is written; on an error `path` stays as it was."""
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    text_options = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     with _temporary_path(path) as temporary:
-        with open(temporary, mode, **text) as file:
+        with open(temporary, mode, **text_options) as file:
             yield file
         os.replace(temporary, path)
 
 
 @contextlib.contextmanager
-def new_folder(path: str, cache: bool = False, gone: Collection[str] = ()) -> Iterator[str]:
+def new_folder(path: str, obsolete: Collection[str] = ()) -> Iterator[str]:
     """Make a folder that takes the place of `path` when all is written: `with new_folder(path) as temporary:`.
 
-    Where `path` exists, the two are exchanged in one step. On an error `path` stays as it was.
+    The files are on the disk before the folder gets its name. Where `path` exists, the two are exchanged in one step.
+    On an error `path` stays as it was.
 
     Args:
-        path: the folder.
-        cache: it can be made again, and is checked before it is used: do not wait for the disk, keep no older file.
-        gone: names that are not kept; all others that are only in the older folder are copied to the new one.
+        path: the folder. What only the older one has is copied to the new one: the user may keep files there.
+        obsolete: names in the older folder that are not copied.
     """
     path = os.path.abspath(path)
     with _temporary_path(path) as temporary:
         os.mkdir(temporary)
         yield temporary
-        if not cache:
-            if os.path.isdir(path):
-                _copy_older(path, temporary, gone)
-            sync(temporary)
+        if os.path.isdir(path):
+            _copy_missing(path, temporary, obsolete)
+        sync(temporary)
         _put_in_place(temporary, path)
-        if not cache:
-            sync(os.path.dirname(path), files=False)
+        sync(os.path.dirname(path), files=False)
 
 
-def _copy_older(source: str, target: str, gone: Collection[str]) -> None:
-    """Copy what only the folder `source` has to the folder `target`, except the names in `gone`."""
-    for name in set(os.listdir(source)) - set(os.listdir(target)) - set(gone):
-        older = os.path.join(source, name)
-        if os.path.isdir(older):
-            shutil.copytree(older, os.path.join(target, name))
+@contextlib.contextmanager
+def new_cache_folder(path: str) -> Iterator[str]:
+    """Make a folder like `new_folder`, without waiting for the disk and without a file of an older folder.
+
+    It is for what can be made again, and is checked before it is used.
+    """
+    path = os.path.abspath(path)
+    with _temporary_path(path) as temporary:
+        os.mkdir(temporary)
+        yield temporary
+        _put_in_place(temporary, path)
+
+
+def _copy_missing(source: str, target: str, obsolete: Collection[str]) -> None:
+    """Copy what only the folder `source` has to the folder `target`, except the names in `obsolete`."""
+    for name in set(os.listdir(source)) - set(os.listdir(target)) - set(obsolete):
+        path = os.path.join(source, name)
+        if os.path.isdir(path):
+            shutil.copytree(path, os.path.join(target, name))
         else:
-            shutil.copy2(older, os.path.join(target, name))
+            shutil.copy2(path, os.path.join(target, name))
 
 
 def _put_in_place(temporary: str, path: str) -> None:
@@ -139,8 +158,8 @@ def sync(folder: str, files: bool = True) -> None:
         os.close(descriptor)
 
 
-def reading(path: str) -> contextlib.AbstractContextManager[Callable]:
-    """Show the progress of reading a file, in bytes; see `console.progress`."""
+def show_reading(path: str) -> contextlib.AbstractContextManager[Callable]:
+    """Show how many bytes of a file are read: `with show_reading(path) as advance:`, as `console.progress`."""
     if path == STDIN:  # how long that takes is up to who writes it
         return contextlib.nullcontext(lambda count: None)
     size = os.path.getsize(path) if os.path.isfile(path) else None
@@ -150,7 +169,7 @@ def reading(path: str) -> contextlib.AbstractContextManager[Callable]:
 def file_digest(path: str) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file, reading(path) as advance:
+    with open(path, "rb") as file, show_reading(path) as advance:
         while block := file.read(1 << 24):
             digest.update(block)
             advance(len(block))
@@ -165,7 +184,7 @@ def read_json(path: str) -> dict:
     """
     if not os.path.isfile(path):
         return {}
-    with reported(f"{path}: not valid JSON", TypeError, ValueError), open(path, encoding="utf-8") as file:
+    with as_input_error(f"{path}: not valid JSON", TypeError, ValueError), open(path, encoding="utf-8") as file:
         return dict(json.load(file))
 
 
@@ -175,7 +194,10 @@ def write_json(path: str, content: dict) -> None:
 
 
 def prefetch(items: Iterator[Item]) -> Iterator[Item]:
-    """Yield `items`; while the caller works on one, a thread makes the next."""
+    """Yield `items`; while the caller works on one, a thread makes the next.
+
+    It is for items that take time to compute. `stream_blocks` is for those that take time to arrive.
+    """
     end = object()
     with ThreadPoolExecutor(1) as worker:
         upcoming = worker.submit(next, items, end)
@@ -185,20 +207,24 @@ def prefetch(items: Iterator[Item]) -> Iterator[Item]:
 
 
 class _End(NamedTuple):
-    """The last thing in the queue of `read_ahead`."""
+    """The last thing in the queue of `stream_blocks`: there are no more items.
+
+    Attributes:
+        error: what `items` raised; None: they ended.
+    """
 
     error: Exception | None
 
 
-def read_ahead(items: Iterator[Item]) -> Iterator[list[Item]]:
-    """Yield blocks of what has arrived of `items`, as soon as there is one item, at most BLOCK.
+def stream_blocks(items: Iterator[Item]) -> Iterator[list[Item]]:
+    """Yield the lines of stdin, or what is made of them, in blocks of all that have arrived: 1 to MAX_BLOCK.
 
-    A line that is typed is answered at once, and a long file is encoded in large batches. A thread reads on meanwhile;
-    an error of `items` is raised after the items before it. The answers show how far it is, so progress is off from now
-    on.
+    So a line that is typed is answered at once, and a long file is encoded in large batches. A thread reads on while
+    the caller works; an error of `items` is raised after the items before it. The answers show how far the work is, so
+    progress is off from now on.
     """
     settings.streaming = True
-    arrived: queue.Queue[Item | _End] = queue.Queue(BLOCK)
+    arrived: queue.Queue[Item | _End] = queue.Queue(MAX_BLOCK)
 
     def read() -> None:
         try:
@@ -211,7 +237,7 @@ def read_ahead(items: Iterator[Item]) -> Iterator[list[Item]]:
     threading.Thread(target=read, daemon=True).start()  # daemon: it may wait for a line when all else has ended
     while True:
         block = [arrived.get()]
-        while len(block) < BLOCK and not arrived.empty():
+        while len(block) < MAX_BLOCK and not arrived.empty():
             block.append(arrived.get())
         end = block.pop() if isinstance(block[-1], _End) else None
         if block:

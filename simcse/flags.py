@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from simcse import console
-from simcse.encoder.weights import CONFIG_FILE, DEFAULT_MODEL, STATE_RECORD, newest_resumable, read_record
+from simcse.encoder.weights import CONFIG_FILE, DEFAULT_MODEL, read_record
 from simcse.files import STDIN, read_json
 from simcse.machine import CPU_THREADS, RANK, RANKS, TRAIN_PRECISIONS, auto_precision
+from simcse.training.checkpoints import STATE_RECORD, newest_resumable
 
 # --max_seq_length where neither the flag nor the checkpoint says it.
 ENCODE_LENGTH = 64
@@ -72,13 +73,15 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 # ---------------------------------------------------------------------------------------------------- types of values
+# The functions for type= of a flag. Each takes the text that the user gave and returns the value, or raises
+# ArgumentTypeError, whose message argparse prints after "argument --flag:".
 def _number(expected: str, convert: type, accepts: Callable[[Any], bool]) -> Callable[[str], Any]:
-    """Return the type of a flag that takes a number.
+    """Return the type of a flag that takes a number of some range.
 
     Args:
-        expected: what the error message says that it expected.
+        expected: the range, for the error message.
         convert: int or float.
-        accepts: whether the number is in the range.
+        accepts: returns whether a number is in the range.
     """
     def parse(text: str) -> Any:
         try:
@@ -93,31 +96,31 @@ def _number(expected: str, convert: type, accepts: Callable[[Any], bool]) -> Cal
 
 
 positive_int = _number("an integer >= 1", int, lambda value: value >= 1)
-natural_int = _number("an integer >= 0", int, lambda value: value >= 0)
+non_negative_int = _number("an integer >= 0", int, lambda value: value >= 0)
 sequence_length = _number("an integer >= 3 ([CLS], a token, [SEP])", int, lambda value: value >= 3)
 port = _number("a port in [0, 65535]", int, lambda value: 0 <= value <= 65535)
 positive_float = _number("a number > 0", float, lambda value: 0 < value < math.inf)
-natural_float = _number("a number >= 0", float, lambda value: 0 <= value < math.inf)
-probability = _number("a number in [0, 1)", float, lambda value: 0 <= value < 1)
-proportion = _number("a number in [0, 1]", float, lambda value: 0 <= value <= 1)
+non_negative_float = _number("a number >= 0", float, lambda value: 0 <= value < math.inf)
+fraction_below_one = _number("a number in [0, 1)", float, lambda value: 0 <= value < 1)
+fraction = _number("a number in [0, 1]", float, lambda value: 0 <= value <= 1)
 
 
 def folder(path: str) -> str:
-    """Return `path`, the type of a flag that takes a folder that exists."""
+    """Return `path` if it is a folder."""
     if not os.path.isdir(path):
         raise argparse.ArgumentTypeError(f"{path}: no such folder")
     return path
 
 
 def npy_file(path: str) -> str:
-    """Return `path`, the type of a flag that takes the name of a .npy file to write."""
+    """Return `path` if its name ends in .npy, as that of a file to write has to."""
     if not path.endswith(".npy"):
         raise argparse.ArgumentTypeError(f"{path}: the name has to end in .npy")
     return path
 
 
 def readable_file(path: str) -> str:
-    """Return `path`, the type of a flag that takes a file; it is opened before anything heavy is imported."""
+    """Return `path` if the file can be opened: a mistyped name is an error before anything heavy is imported."""
     try:
         with open(path, "rb"):
             return path
@@ -127,12 +130,12 @@ def readable_file(path: str) -> str:
 
 
 def readable_file_or_stdin(path: str) -> str:
-    """Return `path`, the type of a flag that takes a file, or - for stdin."""
+    """Return `path` if it is -, which means stdin, or a file that can be opened."""
     return path if path == STDIN else readable_file(path)
 
 
 def model_name(text: str) -> str:
-    """Return `text`, the type of a flag that takes an encoder: a name on the hub, or a folder.
+    """Return `text` if it can be an encoder: a name on the hub, or a folder.
 
     What looks like a folder has to exist, so that a mistyped folder is not looked up on the hub.
     """
@@ -144,7 +147,7 @@ def model_name(text: str) -> str:
 
 
 def checkpoint_file(path: str) -> str:
-    """Return the file of weights that `path` is, or that the folder `path` has."""
+    """Return `path` if it is a file that can be opened; if it is a folder, the file of weights in it."""
     if not os.path.isdir(path):
         return readable_file(path)
     for name in WEIGHT_FILES:
@@ -155,7 +158,7 @@ def checkpoint_file(path: str) -> str:
 
 
 def milvus_uri(text: str) -> str:
-    """Return `text`, the type of a flag that takes a Milvus server's address or a file of Milvus Lite."""
+    """Return `text` if it is the address of a Milvus server, or a file of Milvus Lite in a folder that exists."""
     if text.startswith(("http://", "https://")):
         return text
     if not text.endswith(".db") or "://" in text:
@@ -165,7 +168,7 @@ def milvus_uri(text: str) -> str:
 
 
 def nonempty_text(text: str) -> str:
-    """Return `text`, the type of a flag that takes a text, which must not be blank."""
+    """Return `text` if it is UTF-8 and not blank."""
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise argparse.ArgumentTypeError(f"not UTF-8: {ascii(text)}")
     if not text.strip():
@@ -174,13 +177,16 @@ def nonempty_text(text: str) -> str:
 
 
 def given_text(text: str) -> str:
-    """Return a text given on the command line on one line, as the texts of files are."""
+    """Return a text that is not blank, on one line, as the texts of files are."""
     return console.one_line(nonempty_text(text))
 
 
 # ------------------------------------------------------------------------------------------- flags that scripts share
-class _SetIfGiven(argparse.Action):
-    """A positional argument that sets the value of a flag, and leaves it alone where it is not given."""
+class _StoreIfGiven(argparse.Action):
+    """Store the value of an optional positional argument only where there is one.
+
+    argparse's own "store" also stores None for a positional that is not given, over the value of the flag of that name.
+    """
 
     def __call__(self, parser, namespace, values, option_string=None):
         if values is not None:
@@ -193,7 +199,7 @@ def add_lines_argument(parser: argparse.ArgumentParser, flag: str, description: 
     group.add_argument(flag, type=readable_file_or_stdin,
                        help=f"{description}; -: stdin, streamed: each line is answered when it arrives")
     group.add_argument(flag.removeprefix("--"), nargs="?", metavar="FILE", type=readable_file_or_stdin,
-                       action=_SetIfGiven, help=f"the same as {flag} FILE")
+                       action=_StoreIfGiven, help=f"the same as {flag} FILE")
 
 
 def add_model_arguments(parser: argparse._ActionsContainer, params_path: str | None = None) -> None:
@@ -207,7 +213,7 @@ def add_model_arguments(parser: argparse._ActionsContainer, params_path: str | N
         help="checkpoint to load: model_state.pdparams, model_state.safetensors or the folder that holds it")
     add("--model_name_or_path", type=model_name, help="encoder (hub name or folder) of a checkpoint without "
         f"simcse_config.json (default: the one that the checkpoint records, or {DEFAULT_MODEL})")
-    add("--output_emb_size", type=natural_int,
+    add("--output_emb_size", type=non_negative_int,
         help="size of the embedding; it must agree with the checkpoint (default: as in the checkpoint)")
 
 
@@ -235,7 +241,7 @@ def add_calibration_argument(parser: argparse._ActionsContainer) -> None:
 
 def add_device_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--device", choices=("cpu", "gpu"), default="gpu", help="device to run on")
-    parser.add_argument("--cpu_threads", type=natural_int, default=0, help="math threads on a CPU; 0: all cores")
+    parser.add_argument("--cpu_threads", type=non_negative_int, default=0, help="math threads on a CPU; 0: all cores")
 
 
 def add_strict_argument(parser: argparse._ActionsContainer) -> None:
@@ -264,27 +270,26 @@ def add_target_texts_arguments(parser: argparse._ActionsContainer, flag: str) ->
 
 # ------------------------------------------------------------------------------------------------------------- checks
 def check_target_texts(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse ids without a corpus, and a corpus without ids."""
+    """Refuse --targets id without --corpus_file, and the reverse."""
     if (args.targets == "id") != bool(args.corpus_file):
         parser.error("--targets id and --corpus_file go together")
 
 
-def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace,
-                    length: int = ENCODE_LENGTH) -> argparse.Namespace:
-    """Refuse flags that contradict the device or the encoder, and set --max_seq_length where it is not given.
+def set_max_seq_length(args: argparse.Namespace, default: int = ENCODE_LENGTH) -> None:
+    """Set `args.max_seq_length`, where the flag is not given, to what the checkpoint records, or to `default`."""
+    given = getattr(args, "max_seq_length", None)  # export_model.py has no such flag
+    args.max_seq_length = given or read_checkpoint_record(args).get("max_seq_length") or default
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse flags that contradict the device or the encoder, and warn of a length that does not suit the checkpoint.
 
     Args:
-        args: of a script with `add_device_arguments` and a --precision.
-        length: tokens per text where neither the flag nor the checkpoint says it.
-
-    Returns:
-        `args`, with a `max_seq_length`.
+        args: of a script with `add_device_arguments` and a --precision; `max_seq_length` is set.
     """
     check_device(parser, args)
-    checkpoint = checkpoint_folder(args)
-    set_max_seq_length(args, checkpoint, length)
-    check_positions(parser, args, checkpoint)
-    return args
+    warn_of_other_length(args)
+    check_length(parser, args)
 
 
 def check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -309,36 +314,45 @@ def checkpoint_folder(args: argparse.Namespace) -> str | None:
     return None if resume == "auto" else resume
 
 
-def set_max_seq_length(args: argparse.Namespace, checkpoint: str | None, length: int) -> None:
-    """Set `args.max_seq_length` to the flag, else to what the checkpoint records, else to `length`.
+def read_checkpoint_record(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the checkpoint that a flag names records of itself; {} where there is none."""
+    checkpoint = checkpoint_folder(args)
+    return read_record(checkpoint) if checkpoint else {}
 
-    Warn where it differs from the length for which the checkpoint was made.
-    """
-    record = read_record(checkpoint) if checkpoint else {}
-    recorded = record.get("max_seq_length")
-    whitened_at = record.get("whitened_at")
-    args.max_seq_length = getattr(args, "max_seq_length", None) or recorded or length
+
+def warn_of_other_length(args: argparse.Namespace) -> None:
+    """Warn where --max_seq_length is another than that for which the checkpoint was made."""
     if RANK:
         return
+    checkpoint = checkpoint_folder(args)
+    record = read_checkpoint_record(args)
+    trained_at = record.get("max_seq_length")
+    whitened_at = record.get("whitened_at")
     if whitened_at and args.max_seq_length > whitened_at:
         console.warn(f"--max_seq_length {args.max_seq_length}: {checkpoint} was whitened at {whitened_at} tokens, and "
                      "does not suit longer texts; whiten it (train.py --whiten) at the length that you use")
-    elif recorded and args.max_seq_length != recorded:
-        console.warn(f"--max_seq_length {args.max_seq_length}: {checkpoint} was trained with {recorded}; embeddings of "
-                     "texts that are cut differ")
+    elif trained_at and args.max_seq_length != trained_at:
+        console.warn(f"--max_seq_length {args.max_seq_length}: {checkpoint} was trained with {trained_at}; embeddings "
+                     "of texts that are cut differ")
 
 
-def check_positions(parser: argparse.ArgumentParser, args: argparse.Namespace, checkpoint: str | None) -> None:
-    """Refuse texts longer than the encoder's positions, where a flag names a folder that describes the encoder."""
-    for path in (getattr(args, "model_name_or_path", None), checkpoint):
+def check_length(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse a --max_seq_length that is more than the encoder's positions, as far as they are known."""
+    positions = find_positions(args)
+    if positions and args.max_seq_length > positions:
+        parser.error(f"--max_seq_length {args.max_seq_length}: the encoder has {positions} positions")
+
+
+def find_positions(args: argparse.Namespace) -> int | None:
+    """Return how many positions the encoder has; None where no flag names a folder that tells."""
+    for path in (getattr(args, "model_name_or_path", None), checkpoint_folder(args)):
         if not path:
             continue
         config = read_record(path).get("encoder_config") or read_json(os.path.join(path, "config.json"))
         positions = config.get("max_position_embeddings")
         if positions:
-            if args.max_seq_length > positions:
-                parser.error(f"--max_seq_length {args.max_seq_length}: the encoder has {positions} positions")
-            return
+            return positions
+    return None
 
 
 def announce(args: argparse.Namespace, *parts: str) -> None:
@@ -361,9 +375,9 @@ def announce(args: argparse.Namespace, *parts: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- training
-# What a run that goes on by --resume does with each flag of train.py and scripts/pretrain.py. Every flag is in one of
-# these; `check_resume_tables` raises where one is not.
-# A new run starts from these weights; a resumed one has those of its checkpoint.
+# Three tables say what a run that goes on by --resume does with each flag of train.py and scripts/pretrain.py. Every
+# flag is in one of them; `check_resume_tables` raises where one is not.
+# They choose the weights from which a new run starts; a resumed run has those of its checkpoint.
 START_FLAGS = ("model_name_or_path", "init_from_ckpt", "output_emb_size")
 # The checkpoint records these, and a resumed run has to share them. Where a checkpoint is older than a flag, its run
 # counts as one with the flag's default.
@@ -391,17 +405,18 @@ def add_optimization_arguments(group: argparse._ActionsContainer) -> None:
     add = group.add_argument
     add("--batch_size", type=positive_int, default=32, help="texts per batch and device")
     add("--learning_rate", type=positive_float, default=5e-5, help="highest learning rate of AdamW")
-    add("--weight_decay", type=natural_float, default=0.0, help="weight decay of AdamW; biases and norms do not decay")
-    add("--epochs", type=natural_int, default=1,
+    add("--weight_decay", type=non_negative_float, default=0.0,
+        help="weight decay of AdamW; biases and norms do not decay")
+    add("--epochs", type=non_negative_int, default=1,
         help="passes over the training texts; 0: save and evaluate the untrained network")
-    add("--warmup_proportion", type=proportion, default=0.0,
+    add("--warmup_proportion", type=fraction, default=0.0,
         help="fraction of the steps over which the learning rate rises, before it falls linearly to 0")
-    add("--warmup_proption", dest="warmup_proportion", type=proportion, help=argparse.SUPPRESS)
+    add("--warmup_proption", dest="warmup_proportion", type=fraction, help=argparse.SUPPRESS)
     add("--max_grad_norm", type=positive_float, help="clip gradients to this norm (default: no clipping)")
-    add("--dropout", type=probability, default=0.1, help="hidden and attention dropout rate")
+    add("--dropout", type=fraction_below_one, default=0.1, help="hidden and attention dropout rate")
     add("--max_seq_length", type=sequence_length, help="tokens per text, with [CLS] and [SEP]; longer texts are cut "
         f"(default: the length of the checkpoint that training starts from, or {TRAIN_LENGTH})")
-    add("--seed", type=natural_int, default=1000, help="random seed")
+    add("--seed", type=non_negative_int, default=1000, help="random seed")
     add("--precision", choices=TRAIN_PRECISIONS, default="auto",
         help=f"number format of the matrix products; auto: {AUTO_ON_GPU}, else fp32; with --resume the format of the "
         "resumed run. tf32, bf16 and fp16 (with loss scaling) need --device gpu")
@@ -414,7 +429,7 @@ def add_run_arguments(device: argparse._ActionsContainer, output: argparse._Acti
     add("--resume", nargs="?", const="auto", help="resume the run that left this checkpoint folder, with its "
         "optimizer, schedule and place in the data, as if it had not been interrupted; auto (or no value): the newest "
         "checkpoint in --save_dir, or a new run if there is none")
-    add("--keep_checkpoints", type=natural_int, default=0,
+    add("--keep_checkpoints", type=non_negative_int, default=0,
         help="how many of the newest checkpoints to keep; 0: all. Only the newest can be resumed")
     add("--save_dir", default="./checkpoints", help="folder of the checkpoints")
     add("--save_steps", type=positive_int, default=10000, help="steps between checkpoints")
@@ -422,9 +437,10 @@ def add_run_arguments(device: argparse._ActionsContainer, output: argparse._Acti
 
 
 def parse_training_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Return the flags of a training script. `shared_defaults` in them are the defaults of its SHARED_FLAGS, by name.
+    """Return the flags of a training script, checked.
 
-    Flags that contradict the device, the encoder or each other end the program.
+    Returns:
+        The flags, and as `shared_defaults` the defaults of its SHARED_FLAGS, by name.
     """
     args = parser.parse_args()
     check_resume_tables(vars(args))
@@ -433,22 +449,26 @@ def parse_training_arguments(parser: argparse.ArgumentParser) -> argparse.Namesp
     if args.resume not in (None, "auto") and not os.path.isfile(os.path.join(args.resume, STATE_RECORD)):
         parser.error(f"argument --resume: {args.resume}: no checkpoint folder that training can go on from (it has no "
                      f"{STATE_RECORD}); --init_from_ckpt starts a new run from a checkpoint's weights")
-    args = check_arguments(parser, args, TRAIN_LENGTH)
+    set_max_seq_length(args, TRAIN_LENGTH)
+    check_arguments(parser, args)
     shared_defaults = {name: parser.get_default(name) for name in SHARED_FLAGS if name in args}
     return argparse.Namespace(**vars(args), shared_defaults=shared_defaults)
 
 
 def resolve_training(args: argparse.Namespace) -> argparse.Namespace:
-    """Return the flags with `auto` replaced by what it means here: in --resume by a checkpoint folder or None, in
-    --precision by a number format."""
+    """Return the flags with each "auto" replaced.
+
+    In --resume a checkpoint folder replaces it, or None where there is none; in --precision a number format.
+    """
     resume = newest_resumable(args.save_dir) if args.resume == "auto" else args.resume
     precision = training_precision(args.device, resume) if args.precision == "auto" else args.precision
     return argparse.Namespace(**{**vars(args), "resume": resume, "precision": precision})
 
 
 def training_precision(device: str, resumed: str | None) -> str:
-    """Return what `--precision auto` means in training: on a CPU fp32, since paddle has no other; on a GPU that of the
-    run that is resumed, if there is one.
+    """Return the number format that `--precision auto` means in training.
+
+    On a CPU that is fp32, since paddle has no other. On a GPU it is that of the run that is resumed, if there is one.
 
     Args:
         device: "cpu" or "gpu".
@@ -468,9 +488,10 @@ def announce_training(args: argparse.Namespace, start: str, texts: str) -> None:
         start: the encoder or checkpoint that a new run starts from.
         texts: how many training texts there are, in words.
     """
-    announce(args, args.resume or start, texts, f"{args.epochs} epochs in batches of {args.batch_size}")
+    epochs = console.count(args.epochs, "epoch")
+    announce(args, args.resume or start, texts, f"{epochs} in batches of {args.batch_size}")
 
 
 def hyper_parameters(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what a run learned with, by the names of the flags."""
+    """Return the flags that have an effect on what a run learns, by name."""
     return {name: value for name, value in vars(args).items() if name in START_FLAGS or name in SHARED_FLAGS}

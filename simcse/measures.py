@@ -1,7 +1,8 @@
 """How good a recall result is, query by query and on average, and whether two results differ by more than chance.
 
 A metric is a name in METRICS or JUDGED_METRICS, such as "recall"; its formulas are named "recall@1", "recall@5" and so
-on. Ranks count from 0 everywhere; the rank of a target that was not recalled is infinite.
+on. A target is a document that answers a query. Ranks count from 0 everywhere; the rank of a target that was not
+recalled is infinite.
 
 To add a metric, write its formula and an entry in METRICS, in JUDGED_METRICS or in both: evaluate.py reads --metrics,
 its help text, the printed values and the comparison off them.
@@ -11,8 +12,9 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import repeat
+from typing import NamedTuple
 
-from simcse.console import InputError, reported
+from simcse.console import InputError, as_input_error
 
 import numpy as np
 
@@ -24,7 +26,10 @@ Formula = Callable[[Targets], float]
 
 # ----------------------------------------------------------------------------------------------------------- formulas
 def success(targets: Targets, k: int) -> float:
-    """Return 1 if any target is among the first k documents, else 0; the mean is Recall@k as PaddleNLP counts it."""
+    """Return 1 if any target is among the first k documents, else 0.
+
+    The mean is success@k. PaddleNLP calls it Recall@k.
+    """
     return float(any(rank < k for rank, _ in targets))
 
 
@@ -57,13 +62,14 @@ def ndcg(targets: Targets, k: int = 10) -> float:
     return sum(grade / math.log2(2 + rank) for rank, grade in targets if rank < k) / best
 
 
-# What --metrics takes, with targets of grade 1. "recall" is success@k, which PaddleNLP calls Recall@k.
+# What --metrics takes without --qrels: all targets have grade 1.
 METRICS: dict[str, dict[str, Formula]] = {
+    # Not the formula `recall`: PaddleNLP calls success@k Recall@k, and the results stay comparable.
     "recall": {f"recall@{k}": partial(success, k=k) for k in RECALL_KS},
     "mrr": {"mrr": reciprocal_rank},
     "ndcg": {"ndcg@10": ndcg},
 }
-# What --metrics takes with --qrels. "recall" is the fraction of the relevant documents, as in trec_eval.
+# What --metrics takes with --qrels: names and formulas are those of trec_eval.
 JUDGED_METRICS: dict[str, dict[str, Formula]] = {
     "recall": {f"recall@{k}": partial(recall, k=k) for k in RECALL_KS},
     "success": {f"success@{k}": partial(success, k=k) for k in RECALL_KS},
@@ -73,9 +79,9 @@ JUDGED_METRICS: dict[str, dict[str, Formula]] = {
 
 
 # -------------------------------------------------------------------------------------------------- values of queries
-def per_query(ranks: Iterable[Iterable[float]], metrics: Iterable[str], depth: float = math.inf,
-              grades: Iterable[Iterable[float]] | None = None,
-              table: dict[str, dict[str, Formula]] = METRICS) -> dict[str, np.ndarray]:
+def measure_queries(ranks: Iterable[Iterable[float]], metrics: Iterable[str], depth: float = math.inf,
+                    grades: Iterable[Iterable[float]] | None = None,
+                    table: dict[str, dict[str, Formula]] = METRICS) -> dict[str, np.ndarray]:
     """Compute metrics of every query.
 
     Args:
@@ -101,12 +107,17 @@ def per_query(ranks: Iterable[Iterable[float]], metrics: Iterable[str], depth: f
     return values
 
 
-def percent(values: np.ndarray) -> float:
-    """Return the mean in percent, rounded to three digits."""
-    return round(100 * float(np.mean(values)), 3)
+def mean_percent(values: np.ndarray) -> float:
+    """Return the mean of values of queries, as a percentage with three decimals."""
+    return percent(np.mean(values))
 
 
-def first_hits(rows: np.ndarray, targets: Sequence[set[int]]) -> np.ndarray:
+def percent(value: float) -> float:
+    """Return a value as a percentage with three decimals."""
+    return round(100 * float(value), 3)
+
+
+def rank_first_targets(rows: np.ndarray, targets: Sequence[set[int]]) -> np.ndarray:
     """Return the rank of each query's first target.
 
     Args:
@@ -137,15 +148,17 @@ def paired_bootstrap(differences: np.ndarray, resamples: int = 10_000) -> np.nda
     Returns:
         float64 [2, M], lower and upper ends.
     """
-    # Many queries have the same differences. How often each kind of them is drawn is a multinomial.
-    kinds, counts = np.unique(differences, axis=0, return_counts=True)
+    # Many queries have equal differences, so a resample only has to say how often it has each distinct row of them.
+    # These counts have a multinomial distribution, which is drawn from at once.
+    distinct_rows, row_counts = np.unique(differences, axis=0, return_counts=True)
     random = np.random.default_rng(0)
     queries = len(differences)
-    block = max(1, 1_000_000 // len(kinds))  # resamples at a time, for the sake of memory
+    block = max(1, 1_000_000 // len(distinct_rows))  # resamples at a time, for the sake of memory
     means = []
     for start in range(0, resamples, block):
-        drawn = random.multinomial(queries, counts / queries, size=min(block, resamples - start))
-        means.append(drawn @ kinds / queries)
+        size = min(block, resamples - start)
+        drawn_counts = random.multinomial(queries, row_counts / queries, size=size)  # int64 [size, distinct rows]
+        means.append(drawn_counts @ distinct_rows / queries)
     return np.quantile(np.concatenate(means), [0.025, 0.975], axis=0)
 
 
@@ -166,22 +179,17 @@ def read_judgements(path: str, flag: str) -> dict[str, dict[str, int]]:
         InputError: a line is neither of the two, or contradicts an earlier one.
     """
     grades: dict[str, dict[str, int]] = {}
-    for number, line in _read_lines(path, flag):
-        fields = line.split()
-        is_header = number == 1 and fields[-1:] == ["score"]
-        if not fields or is_header:
+    for line in _read_lines(path, flag):
+        if line.number == 1 and line.fields[-1] == "score":  # BEIR's header
             continue
         try:
-            query, *_, document, text = fields
-            grade = int(text)
-            if len(fields) not in (3, 4):
-                raise ValueError
+            query, document, grade = _parse_judgement(line.fields)
         except ValueError:
-            raise InputError(f"{flag} {path}:{number}: expected query id, 0, document id and an integer (TREC), or the "
-                             "same without the 0 (BEIR)") from None
-        if grades.setdefault(query, {}).setdefault(document, grade) != grade:
-            raise InputError(f"{flag} {path}:{number}: document {document} of query {query} has another grade on an "
-                             "earlier line")
+            raise InputError(f"{line.place}: expected query id, 0, document id and an integer (TREC), or the same "
+                             "without the 0 (BEIR)") from None
+        grades_of_query = grades.setdefault(query, {})
+        if grades_of_query.setdefault(document, grade) != grade:
+            raise InputError(f"{line.place}: document {document} of query {query} has another grade on an earlier line")
     if not grades:
         raise InputError(f"{flag} {path}: no judgement in the file")
     return grades
@@ -201,38 +209,73 @@ def read_run(path: str, flag: str) -> dict[str, dict[str, float]]:
         InputError: a line has other fields, or a query has a document twice.
     """
     run: dict[str, dict[str, float]] = {}
-    for number, line in _read_lines(path, flag):
-        fields = line.split()
-        if not fields:
-            continue
+    for line in _read_lines(path, flag):
         try:
-            query, _, document, _, text, _ = fields
-            score = float(text)
-            if not math.isfinite(score):
-                raise ValueError
+            query, document, score = _parse_scored(line.fields)
         except ValueError:
-            raise InputError(f"{flag} {path}:{number}: expected query id, Q0, document id, rank, score and tag, as "
-                             "recall.py --format trec writes them") from None
+            raise InputError(f"{line.place}: expected query id, Q0, document id, rank, score and tag, as recall.py "
+                             "--format trec writes them") from None
         scores = run.setdefault(query, {})
         if document in scores:
-            raise InputError(f"{flag} {path}:{number}: query {query} has document {document} twice")
+            raise InputError(f"{line.place}: query {query} has document {document} twice")
         scores[document] = score
     if not run:
         raise InputError(f"{flag} {path}: the file is empty")
     return run
 
 
-def _read_lines(path: str, flag: str) -> Iterator[tuple[int, str]]:
-    """Yield the lines of a file with their numbers, from 1."""
-    with reported(f"{flag} {path}: not UTF-8", UnicodeDecodeError), open(path, encoding="utf-8-sig") as file:
-        yield from enumerate(file, 1)
+class _Line(NamedTuple):
+    """A line of judgements or of a run.
+
+    Attributes:
+        number: from 1.
+        place: flag, path and number, for error messages.
+        fields: the words between white space, at least one.
+    """
+
+    number: int
+    place: str
+    fields: list[str]
+
+
+def _read_lines(path: str, flag: str) -> Iterator[_Line]:
+    """Yield the lines of a file that are not blank."""
+    with as_input_error(f"{flag} {path}: not UTF-8", UnicodeDecodeError), open(path, encoding="utf-8-sig") as file:
+        for number, text in enumerate(file, 1):
+            fields = text.split()
+            if fields:
+                yield _Line(number, f"{flag} {path}:{number}", fields)
+
+
+def _parse_judgement(fields: list[str]) -> tuple[str, str, int]:
+    """Return query id, document id and grade of a line of TREC or BEIR.
+
+    Raises:
+        ValueError: there are other fields.
+    """
+    if len(fields) not in (3, 4):
+        raise ValueError(fields)
+    return fields[0], fields[-2], int(fields[-1])
+
+
+def _parse_scored(fields: list[str]) -> tuple[str, str, float]:
+    """Return query id, document id and score of a line of a run.
+
+    Raises:
+        ValueError: there are other fields, or the score is NaN or Inf.
+    """
+    query, _, document, _, text, _ = fields  # raises ValueError unless there are six
+    score = float(text)
+    if not math.isfinite(score):
+        raise ValueError(text)
+    return query, document, score
 
 
 def rank_documents(scores: dict[str, float], metric: str) -> list[str]:
-    """Return document ids, best first, in the order of the tool that others take for a metric.
+    """Return document ids in the order of their scores, best first; the ranks that a run states do not count.
 
-    The ranks that a run has are not looked at. Equal scores make the difference: MS MARCO's tool, for "mrr", has the
-    first id first; trec_eval, for the rest, compares scores as float32 and has the last id first.
+    Equal scores are ordered as by the usual tool for the metric. For "mrr" that is MS MARCO's: the alphabetically first
+    id comes first. For the others it is trec_eval: it compares scores as float32, and the last id comes first.
     """
     if metric == "mrr":
         return sorted(scores, key=lambda document: (-scores[document], document))

@@ -1,10 +1,26 @@
 """Small indexes for tests, without an encoder."""
 
+import importlib.util
+
 from ann_util import manifest_to_build
 from simcse.index.documents import Documents
 from simcse.index.engines import LOCAL_ENGINES
 from simcse.index.manifest import Manifest
 from simcse.text.textfile import Corpus
+
+import pytest
+
+INSTALLED_ENGINES = [name for name, engine in LOCAL_ENGINES.items()
+                     if all(importlib.util.find_spec(package) for package in engine.packages)]
+
+
+def for_engines(names=tuple(LOCAL_ENGINES)):
+    """Values for a test over local engines; of those that lack a package it is skipped."""
+    values = []
+    for name in names:
+        reason = f"{LOCAL_ENGINES[name].requirements} is not installed"
+        values.append(pytest.param(name, marks=pytest.mark.skipif(name not in INSTALLED_ENGINES, reason=reason)))
+    return values
 
 
 def manifest_of(engine, rows, dimension, shards, **settings):
@@ -20,7 +36,7 @@ def manifest_of(engine, rows, dimension, shards, **settings):
 
 def fill(index, vectors):
     """Add the vectors, float32 [rows, dim], of the rows that an index lacks."""
-    for rows in list(index.missing):
+    for rows in list(index.missing_rows):
         index.add(rows, vectors[rows.start : rows.stop])
     index.finish()
 
@@ -52,7 +68,7 @@ def fill_collection(documents, vectors, collection="texts", **values):
 
     index = MilvusIndex("x.db", collection)
     index.follow(documents, milvus_manifest(documents, **values))
-    for rows in index.missing:
+    for rows in index.missing_rows:
         index.add(rows, vectors[rows])
     index.finish()
     return index

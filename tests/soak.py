@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from simcse.encoder import weights  # noqa: E402
 from simcse.text import wordpiece  # noqa: E402
+from simcse.training import checkpoints  # noqa: E402
 
 MARK = "SIMCSE_SOAK"
 
@@ -66,7 +67,7 @@ class Soak:
     def check_checkpoints(self, save_dir: str) -> None:
         """Every folder under its final name has all its files, and they can be read."""
         folder = self.folder / save_dir
-        for step in weights.saved_steps(str(folder)):
+        for step in checkpoints.saved_steps(str(folder)):
             path = folder / f"model_{step}"
             assert len(weights.read_weights(str(path / "model_state.pdparams"), "--flag")) > 50
             json.loads((path / "simcse_config.json").read_text(encoding="utf-8"))

@@ -8,7 +8,7 @@ from simcse import machine
 from simcse.console import InputError
 from simcse.encoder.engine import make_engine
 from simcse.files import file_digest
-from simcse.index import exact, hnsw, shards
+from simcse.index import exact, shards
 from simcse.index.documents import Documents
 from simcse.index.engines import LOCAL_ENGINES
 from simcse.index.exact import exact_search, merge
@@ -21,7 +21,7 @@ from simcse.text.wordpiece import load_tokenizer
 import numpy as np
 import pytest
 from conftest import ENCODER, FP32, refuse
-from indexes import engine_of, fill, manifest_of
+from indexes import documents_of, engine_of, fill, for_engines, manifest_of
 
 
 @pytest.fixture(scope="module")
@@ -62,21 +62,31 @@ def reference(queries, corpus, k):
     return rows, np.take_along_axis(cosines, rows, axis=1)
 
 
+@pytest.mark.parametrize("engine", for_engines())
 @pytest.mark.parametrize("seed", range(12))
-def test_ties_at_the_cut_go_to_the_lower_row(seed, monkeypatch):
-    """Small integers, whose cosines are exact: most are equal to others, within a block and across blocks."""
+def test_of_equal_scores_the_lower_row_comes_first(seed, engine, monkeypatch):
+    """Small integers, whose cosines are exact: most are equal to others, within a block and across blocks. At the cut,
+    too, where the engine is exact.
+    """
     random = np.random.default_rng(seed)
     monkeypatch.setattr(exact, "QUERY_BLOCK", 3)
     monkeypatch.setattr(exact, "CORPUS_BLOCK", int(random.integers(1, 40)))
     corpus = random.integers(-1, 2, (60, 3)).astype("float32")
     queries = random.integers(-1, 2, (10, 3)).astype("float32")
+    index = engine_of(engine, 3, 60)
+    if index.training_size:
+        index.train(corpus[: index.training_size])
+    index.add(corpus)
     for k in (1, 2, 7, 30, 59, 60, 80):
-        result = exact_search(queries, corpus, k, threads=2)
-        rows, cosines = reference(queries, corpus, k)
-        assert result.rows.tolist() == rows.tolist() and result.scores.tolist() == cosines.tolist()
+        result = index.search(queries, k, threads=2)
+        order = np.lexsort((result.rows, -result.scores), axis=1)
+        assert (order == np.arange(min(k, 60))).all()
+        if not index.approximate:
+            rows, cosines = reference(queries, corpus, k)
+            assert result.rows.tolist() == rows.tolist() and result.scores.tolist() == cosines.tolist()
 
 
-@pytest.mark.parametrize("engine", LOCAL_ENGINES)
+@pytest.mark.parametrize("engine", for_engines())
 @pytest.mark.parametrize("documents", [1, 3, 700])
 def test_shards_find_the_same_on_any_number_of_ranks(vectors, documents, engine, tmp_path, monkeypatch):
     """Rows, cosines and what is on the disk; against one exact index, too, where the shards are."""
@@ -93,9 +103,10 @@ def test_shards_find_the_same_on_any_number_of_ranks(vectors, documents, engine,
             fill(built, corpus)
             built.save(str(folder))
             manifest.files = {path.name: file_digest(str(path)) for path in folder.iterdir()}
-            kept = ShardedIndex(manifest, threads, str(folder), rank, ranks)
+            kept = ShardedIndex(manifest, threads, rank=rank, ranks=ranks)
+            kept.load(str(folder))
             one, again = (index.search(queries, 9) for index in (built, kept))
-            assert not kept.missing and all((a == b).all() for a, b in zip(one, again))
+            assert not kept.missing_rows and all((a == b).all() for a, b in zip(one, again))
             found.append((one, built.search(queries, 9, exact=True)))
         k = min(9, documents)
         results.append([merge(part, k) for part in zip(*found)])
@@ -109,7 +120,7 @@ def test_shards_find_the_same_on_any_number_of_ranks(vectors, documents, engine,
         assert path.read_bytes() == (tmp_path / "3_2" / path.name).read_bytes()
 
 
-@pytest.mark.parametrize("engine", LOCAL_ENGINES)
+@pytest.mark.parametrize("engine", for_engines())
 def test_an_engine_keeps_its_promises(vectors, engine, tmp_path, capfd):
     """Any engine of the table: vectors come back, a search finds them, on the disk as in memory, and says nothing."""
     index = engine_of(engine, 32, 700)
@@ -174,6 +185,23 @@ def test_an_index_in_another_precision_is_refused_with_advice(tmp_path):
     with pytest.raises(InputError, match="was built with precision int8, not fp16; --precision int8 with --device cpu "
                        "takes it as it is; or name another folder"):
         ann_util.read_manifest(str(tmp_path), Manifest(precision="fp16"))
+
+
+def test_what_is_no_damage_is_not_called_that(tmp_path, monkeypatch):
+    """An error of an engine before it reads anything."""
+    def refuse_settings(self, *arguments):
+        raise RuntimeError("no such GPU")
+
+    documents = documents_of(tmp_path, "甲")
+    index = ShardedIndex(manifest_of("exact", 1, 4, 1))
+    fill(index, np.ones((1, 4), "float32"))
+    ann_util.save_index(str(tmp_path / "index"), index, documents)
+    manifest = ann_util.read_manifest(str(tmp_path / "index"), Manifest())
+    monkeypatch.setattr(LOCAL_ENGINES["exact"], "__init__", refuse_settings)
+    with pytest.raises(RuntimeError, match="^no such GPU$"):
+        ann_util.load_index(str(tmp_path / "index"), manifest)
+    with pytest.raises(RuntimeError, match="^no such GPU$"):
+        ann_util.read_reused_vectors(str(tmp_path / "index"), documents, [range(1)])
 
 
 @pytest.mark.parametrize("name, content", [
@@ -262,9 +290,18 @@ def test_an_unreachable_graph_is_an_input_error():
 
 
 def test_too_little_memory_says_how_much(monkeypatch):
-    monkeypatch.setattr(hnsw, "available_memory", lambda: 10**9)
-    with pytest.raises(InputError, match=r"the graph of 10,000,000 documents of 256 needs 13\.4 GB .* 1\.0 are free"):
-        engine_of("hnswlib", 256, 10**7)
+    """All shards of the process together, before any is made; of several ranks each has a part of them."""
+    monkeypatch.setattr(shards, "available_memory", lambda: 10**9)
+    made = []
+    monkeypatch.setattr(LOCAL_ENGINES["hnswlib"], "__init__", lambda self, *arguments: made.append(arguments))
+    manifest = manifest_of("hnswlib", 10**6, 256, 8)  # 0.17 GB a shard
+    with pytest.raises(InputError, match=r"the index of 1,000,000 vectors of 256 needs 1\.3 GB .* 1\.0 are free"):
+        ShardedIndex(manifest)
+    assert not made
+    ShardedIndex(manifest, rank=1, ranks=2)
+    assert len(made) == 4
+    with pytest.raises(InputError, match=r"the index of 10,000,000 vectors of 256 needs 10\.2 GB .* 1\.0 are free"):
+        ShardedIndex(manifest_of("exact", 10**7, 256, 8))
     monkeypatch.undo()
     assert 10**8 < machine.available_memory() < 10**13
 
@@ -284,15 +321,14 @@ def csl(real_data):
     return documents, encoder.encode(documents[:]), encoder.encode(queries)
 
 
-def test_csl_by_approximate_engines_against_exact(csl):
+@pytest.mark.parametrize("engine", for_engines(name for name, kind in LOCAL_ENGINES.items() if kind.approximate))
+def test_csl_by_approximate_engines_against_exact(csl, engine):
     """All find at least 0.99 of the exact 50 with their defaults."""
     documents, vectors, queries = csl
     exact = exact_search(queries, vectors, 50)
-    for engine, kind in LOCAL_ENGINES.items():
-        if kind.approximate:
-            index = ShardedIndex(manifest_of(engine, len(documents), vectors.shape[1], ann_util.SHARDS))
-            fill(index, vectors)
-            assert ann_recall(index.search(queries, 50).scores, exact.scores) >= 0.99
+    index = ShardedIndex(manifest_of(engine, len(documents), vectors.shape[1], ann_util.SHARDS))
+    fill(index, vectors)
+    assert ann_recall(index.search(queries, 50).scores, exact.scores) >= 0.99
 
 
 @pytest.mark.parametrize("index_type", ["FLAT", "HNSW"])
@@ -308,7 +344,7 @@ def test_csl_in_milvus_against_exact(csl, index_type, tmp_path, monkeypatch):
     manifest = ann_util.manifest_to_build(Manifest(ann_engine="milvus"))
     index.follow(documents, dataclasses.replace(manifest, dimension=vectors.shape[1], lines=documents.line_count,
                                                 documents=len(documents), rows=len(documents)))
-    for rows in list(index.missing):
+    for rows in list(index.missing_rows):
         index.add(rows, vectors[np.asarray(rows)])
     index.finish()
     assert ann_recall(index.search(queries, 50).scores, exact.scores) >= 0.99

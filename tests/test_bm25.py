@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections import Counter
 
-import simcse.index.bm25
 from ann_util import save_index
 from simcse import files
 from simcse.console import InputError
@@ -21,7 +20,7 @@ from simcse.text.textfile import distinct, read_text_pairs
 import numpy as np
 import pytest
 from conftest import ROOT, command, read_texts, refuse, succeed
-from indexes import documents_of, fill, manifest_of
+from indexes import documents_of, fill, for_engines, manifest_of
 
 CORPUS = ["语义索引与语义检索", "向量检索的近似算法", "。。。", "BM25 检索 模型", "中文分词与语义",
           "语义 语义 语义 bm25", "检索 模型 BM25"]
@@ -52,14 +51,6 @@ def test_width_and_case_are_folded():
     assert Bm25(["型号Ａ１", "型号b2"]).search(["a1"], 1)[0].tolist() == [[0]]
 
 
-def test_a_kept_index_of_words_that_are_not_folded_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(simcse.index.bm25, "fold", str.lower)  # as it once was
-    Bm25(["型号Ａ１", "型号b2"], str(tmp_path / "bm25"))
-    monkeypatch.undo()
-    with pytest.raises(InputError, match="its words differ in width or case.*; remove this folder"):
-        Bm25(["型号Ａ１", "型号b2"], str(tmp_path / "bm25"))
-
-
 def test_bm25_is_the_formula():
     """Repeated words, words that are nowhere, equal scores, fewer documents than asked for, and none."""
     queries = ["语义检索", "语义语义bm25", "BM25模型", "不在", "？"]
@@ -87,8 +78,9 @@ def test_kept_and_read_again(tmp_path, capsys):
         Bm25(CORPUS[1:], str(folder))
     with pytest.raises(InputError, match="damaged: of another corpus; remove this folder"):
         Bm25(CORPUS[::-1], str(folder), "its digest")
-    (folder / "corpus.json").unlink()  # as in one of an earlier version
-    Bm25(CORPUS, str(folder), "its digest")
+    (folder / "corpus.json").unlink()
+    with pytest.raises(InputError, match="damaged: of another corpus; remove this folder"):
+        Bm25(CORPUS, str(folder), "its digest")
     (folder / "vocab.index.json").write_text("{")
     with pytest.raises(InputError, match="bm25: damaged: .*; remove this folder"):
         Bm25(CORPUS, str(folder))
@@ -193,7 +185,7 @@ def read_result(path):
     return found
 
 
-@pytest.mark.parametrize("engine", ["exact", "hnswlib"])
+@pytest.mark.parametrize("engine", for_engines())
 def test_recall_writes_the_fused_ranking(checkpoint, sample, tmp_path, engine):
     """Against the rankings of 100 that recall.py writes and that `Bm25` gives; --query says the same."""
     corpus = read_texts(sample / "corpus.csv")

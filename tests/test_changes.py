@@ -9,7 +9,7 @@ import zlib
 import ann_util
 from simcse.files import file_digest
 from simcse.index import shards
-from simcse.index.engines import LOCAL_ENGINES
+from simcse.index.engines import DEFAULT_ENGINE
 from simcse.index.hits import hits_of, search
 from simcse.index.manifest import Manifest
 from simcse.text.textfile import Corpus
@@ -17,6 +17,7 @@ from simcse.text.textfile import Corpus
 import numpy as np
 import pytest
 from conftest import FP32, ROOT, contents, read_texts, refuse, succeed, succeed_on
+from indexes import for_engines
 
 
 def write(path, texts):
@@ -43,20 +44,29 @@ def recall(checkpoint, sample, *flags):
             *FP32, "--batch_size", 1, *flags]
 
 
-@pytest.mark.parametrize("engine, ranks", [("hnswlib", 1), ("exact", 1), ("hnswlib", 2)])
-def test_the_result_is_that_of_an_index_built_from_nothing(checkpoint, sample, changed, engine, ranks):
+def check_following(checkpoint, sample, changed, engine, ranks):
+    """The result is that of an index built from nothing."""
     flags = recall(checkpoint, sample, "--ann_engine", engine)
     succeed(*flags, "--corpus_file", "before.csv", "--index_path", "kept", cwd=changed)
     (changed / "kept" / "bm25").mkdir()  # of the corpus of before
     (changed / "kept" / "notes.txt").write_text("the user's own")
     said = succeed_on(ranks, *flags, "--corpus_file", "after.csv", "--index_path", "kept", cwd=changed)
-    assert "121 documents: 3 new, 3 gone, encoded 3" in said
+    assert "121 documents: 3 new, 3 gone, encoding 3" in said
     assert "BM25 of the corpus before is gone; --hybrid_bm25 builds it again" in said
     result = (changed / "recall_result_dir" / "recall_result.txt").read_bytes()
     succeed(*flags, "--corpus_file", "after.csv", "--index_path", "new", cwd=changed)
     assert (changed / "recall_result_dir" / "recall_result.txt").read_bytes() == result
     kept = contents(changed / "kept")
     assert kept.pop("notes.txt") and kept == contents(changed / "new") and not (changed / "kept" / "bm25").exists()
+
+
+@pytest.mark.parametrize("engine", for_engines())
+def test_the_result_is_that_of_an_index_built_from_nothing(checkpoint, sample, changed, engine):
+    check_following(checkpoint, sample, changed, engine, ranks=1)
+
+
+def test_the_result_of_two_ranks_is_that_of_an_index_built_from_nothing(checkpoint, sample, changed):
+    check_following(checkpoint, sample, changed, DEFAULT_ENGINE, ranks=2)
 
 
 def test_what_is_refused_and_what_is_nothing_new(checkpoint, sample, changed):
@@ -71,7 +81,7 @@ def test_what_is_refused_and_what_is_nothing_new(checkpoint, sample, changed):
     assert contents(changed / "kept") == before
     write(changed / "numbered.csv", [f"d{row}\t{text}" for row, text in enumerate(read_texts(changed / "before.csv"))])
     said = succeed(*flags, "--corpus_file", "numbered.csv", cwd=changed).stderr
-    assert "121 documents: 0 new, 0 gone, encoded 0" in said
+    assert "121 documents: 0 new, 0 gone, encoding 0" in said
     assert "d0" in succeed(*flags[:5], "--index_path", "kept", "--query", "甲", "--format", "jsonl", "--top_k", 121,
                            cwd=changed).stdout
     (changed / "kept" / "shard_1.bin").write_bytes(b"damaged")
@@ -131,7 +141,7 @@ def build(folder, name, engine, texts, previous=False):
     return encoder.encoded
 
 
-@pytest.mark.parametrize("engine", LOCAL_ENGINES)
+@pytest.mark.parametrize("engine", for_engines())
 def test_every_engine_is_built_kept_opened_searched_and_follows(engine, tmp_path, monkeypatch, capfd):
     """In small pieces, with copies; a changed corpus gives the files of an index that is built from nothing."""
     monkeypatch.setattr(shards, "WINDOW", 16)
@@ -139,7 +149,7 @@ def test_every_engine_is_built_kept_opened_searched_and_follows(engine, tmp_path
     after = ["新 1", *before[30:150], "新 2", *before[150:], before[40], "新 3"]
     assert build(tmp_path, "kept", engine, [*before, before[7]]) == before
     assert build(tmp_path, "kept", engine, after, previous=True) == ["新 1", "新 2", "新 3"]
-    assert "174 documents: 3 new, 30 gone, encoded 3" in capfd.readouterr().err
+    assert "174 documents: 3 new, 30 gone, encoding 3" in capfd.readouterr().err
     assert len(build(tmp_path, "new", engine, after)) == 173
     assert contents(tmp_path / "kept") == contents(tmp_path / "new")
 

@@ -11,7 +11,7 @@ from simcse.console import InputError
 from simcse.encoder import weights as w
 from simcse.text import lines as line_reading
 from simcse.text.textfile import TextFile
-from simcse.training import state as training_state
+from simcse.training import checkpoints
 
 import numpy as np
 import pytest
@@ -29,8 +29,8 @@ def test_how_many_are_kept(tmp_path, keep):
     """After each save the newest `keep`, however few there are by then; 0: all."""
     for number in range(1, 6):
         (tmp_path / f"model_{number}").mkdir()
-        training_state.remove_old(str(tmp_path), number, keep)
-        assert w.saved_steps(str(tmp_path)) == list(range(1, number + 1))[-keep if keep else 0 :]
+        checkpoints.remove_old(str(tmp_path), number, keep)
+        assert checkpoints.saved_steps(str(tmp_path)) == list(range(1, number + 1))[-keep if keep else 0 :]
 
 
 def test_safetensors_is_the_same_checkpoint(flags, sample, tmp_path):
@@ -164,7 +164,7 @@ def test_a_save_dir_that_cannot_be_used(flags, tmp_path, monkeypatch):
     assert "--save_dir file: file exists" in refuse("train.py", *flags("--save_dir", "file"), cwd=tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 100))
     with pytest.raises(InputError, match="--save_dir .*: 0.0 GB are free, and a checkpoint takes 2.0 GB"):
-        training_state.prepare_save_dir(str(tmp_path / "new"), 2 * 10**9)
+        checkpoints.prepare_save_dir(str(tmp_path / "new"), 2 * 10**9)
 
 
 def test_record_of_the_state_is_plain_json(flags, tmp_path):

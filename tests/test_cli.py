@@ -1,7 +1,10 @@
 """Help and usage errors: one line, exit code 2, before anything heavy is imported."""
 
+import json
 import subprocess
 import sys
+
+from simcse.index.engines import ENGINES, LOCAL_ENGINES
 
 import pytest
 from conftest import ROOT, refuse, succeed
@@ -47,18 +50,13 @@ def test_nothing_heavy_is_imported_for_them(script, flags):
     ("train.py", ["--model_name_or_path", "./nowhere"], "argument --model_name_or_path: ./nowhere: no such folder"),
     ("recall.py", ["--params_path", "."], "argument --params_path: ./model_state.pdparams: no such file"),
     ("recall.py", ["--hnsw_m", 1], "argument --hnsw_m: expected an integer >= 2, got '1'"),
-    ("deploy/python/predict.py", ["--model_dir", ".", "--device", "cpu", "--precision", "bf16",
-                                  "--enable_mkldnn", "no"],
-     "--precision bf16 needs --device gpu, or --device cpu with oneDNN"),
-    ("deploy/python/predict.py", ["--model_dir", ".", "--device", "cpu", "--precision", "int8"],
-     "--precision int8: --model_dir . was exported in fp32; export_model.py --format openvino --precision int8"),
-    ("deploy/python/predict.py", ["--model_dir", "nowhere"], "argument --model_dir: nowhere: no such folder"),
+    ("deploy/python/predict.py", ["--model_dir", "nowhere"], "--model_dir nowhere: no exported graph"),
+    ("deploy/python/predict.py", ["--model_dir", ".", "--max_seq_length", 2],
+     "--max_seq_length: expected an integer >= 3, got 2"),
     ("deploy/python/predict.py", ["--model_dir", ".", "--benchmark", "maybe"],
      "argument --benchmark: 'maybe' is neither true nor false"),
     ("deploy/python/predict.py", ["--model_dir", ".", "--enable_mkldnn", "__import__('os').getcwd()"],
      "neither true nor false"),
-    ("deploy/python/predict.py", ["--model_dir", ".", "--device", "cpu", "--precision", "fp16"],
-     "--precision fp16 needs --device gpu"),
     ("deploy/python/predict.py", ["--model_dir", ".", "--device", "cpu", "--use_tensorrt", "True"],
      "--use_tensorrt needs --device gpu")])
 def test_usage_errors(tmp_path, script, flags, message):
@@ -68,7 +66,7 @@ def test_usage_errors(tmp_path, script, flags, message):
 
 @pytest.mark.parametrize("script, flags, message", [
     ("recall.py", ["--device", "cpu", "--precision", "fp16"], "--precision fp16 needs --device gpu"),
-    ("recall.py", ["--ann_engine", "exact", "--hnsw_ef", 9], "--hnsw_ef needs --ann_engine hnswlib"),
+    ("recall.py", ["--ann_engine", "exact", "--hnsw_ef", 9], "--hnsw_ef needs --ann_engine hnswlib or milvus"),
     ("recall.py", ["--query", "x"], "--similar_text_pair and --query are mutually exclusive"),
     ("recall.py", ["--milvus_uri", "x.db"], "--milvus_uri and --milvus_collection need --ann_engine milvus"),
     ("recall.py", ["--ann_engine", "milvus", "--index_path", "x"], "are not for --ann_engine milvus"),
@@ -95,6 +93,33 @@ def test_a_missing_package_is_one_line(tmp_path):
     line = refuse("predict.py", "--params_path", ".", "--text_pair_file", "pairs.csv", cwd=tmp_path,
                   env={"PYTHONPATH": str(tmp_path)})
     assert "paddle is not installed" in line and "requirements.txt" in line
+
+
+@pytest.mark.parametrize("engine, package, is_kept", [
+    (name, package, is_kept) for name, engine in ENGINES.items() for package in engine.packages
+    for is_kept in ([False, True] if name in LOCAL_ENGINES else [False])])
+def test_a_missing_package_of_an_engine_is_found_before_the_model_is_loaded(tmp_path, engine, package, is_kept):
+    """Whether --ann_engine names the engine or the kept index has it."""
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules['{package}'] = None\n")
+    (tmp_path / "file").write_text("a\n")
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "manifest.json").write_text(json.dumps({"ann_engine": engine}))
+    flags = ["--index_path", "index"] if is_kept else ["--ann_engine", engine, "--corpus_file", "file"]
+    line = refuse("recall.py", "--params_path", "file", "--query", "x", *flags, cwd=tmp_path,
+                  env={"PYTHONPATH": str(tmp_path)})
+    assert line == (f"recall.py: error: --ann_engine {engine}: {package} is not installed; "
+                    f"pip install -r {ENGINES[engine].requirements}")
+
+
+def test_a_setting_that_the_kept_index_does_not_have(tmp_path):
+    """The line names what was given: the setting, not --ann_engine."""
+    (tmp_path / "file").write_text("a\n")
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "manifest.json").write_text('{"ann_engine": "exact"}')
+    line = refuse("recall.py", "--params_path", "file", "--query", "x", "--index_path", "index", "--hnsw_ef", 9,
+                  cwd=tmp_path)
+    assert line.startswith("recall.py: error: --hnsw_ef needs --ann_engine hnswlib or milvus; the index in index has "
+                           "ann_engine exact (")
 
 
 def test_folder_without_a_graph(tmp_path):

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import simcse.encoder.paddle_engine
 from deploy.python import encoder, predictor
@@ -118,11 +119,13 @@ def test_what_is_damaged_is_one_line(exported, tmp_path, name, message):
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"\x1f\x8b\x08\0\n", "the file is compressed, or a workbook: unpack it, or save it as text"),
+    (b"\x1f\x8b\x08\0\n", "texts:1: not UTF-8 at byte 2 of the line; convert it from its encoding: iconv -f"),
     ("甲\n".encode("gbk"), "texts:1: not UTF-8 at byte 1 of the line; convert it from its encoding: iconv -f"),
-    ("甲\n".encode("utf-16"), "texts:1: not UTF-8 at byte 1 of the line; it looks like UTF-16"),
+    ("甲\n".encode("utf-16"), "texts:1: not UTF-8 at byte 1 of the line; convert it from its"),
     (b"a\n\xff\xfa\x81\n", "texts:2: not UTF-8 at byte 1 of the line; convert it from its encoding: iconv -f"),
     (b"\n", "the file is empty"),
+    (b'{"text": "a"}\n', "texts:1: looks like JSON or CSV; write one text a line"),
+    (b'"a","b"\n', "texts:1: looks like JSON or CSV; write one text a line"),
     ("甲\na\tb\n\n".encode(), "2 of 3 lines are blank or malformed: texts:2 (columns: 2 instead of 1), "
                                "texts:3 (blank)"),
     (b"a\tb\nc\td\ne\n", "2 of 3 lines are blank or malformed")])
@@ -248,9 +251,7 @@ def test_batches_of_tensorrt_are_no_larger_than_it_was_built_for(exported, monke
     (MemoryError("(ResourceExhausted)\n\nOut of memory error on GPU 0.\n\nPlease check"), "out of memory: Out of "
      "memory error on GPU 0.; a lower --batch_size or --max_seq_length takes less"),
     (OSError("\n---\nC++ Traceback\n---\n0 x()\n\n---\nError Message Summary:\n---\nExternalError: CUDA error(209), no "
-             "kernel image is available\n [Hint"), "ExternalError: CUDA error(209), no kernel image is available"),
-    (RuntimeError("(PreconditionNotMet) The third-party dynamic library (libcudnn.so) that\n x"),
-     "The third-party dynamic library (libcudnn.so) that")])
+             "kernel image is available\n [Hint"), "ExternalError: CUDA error(209), no kernel image is available")])
 def test_trouble_on_a_gpu_is_one_line(monkeypatch, capsys, error, line):
     def stop(args):
         raise error
@@ -262,6 +263,36 @@ def test_trouble_on_a_gpu_is_one_line(monkeypatch, capsys, error, line):
     monkeypatch.setattr(script, "predict", lambda args: [].remove(1))
     with pytest.raises(ValueError, match="x not in list"):
         script.main()
+
+
+def test_a_library_that_paddle_misses_when_it_runs_is_one_line(exported, monkeypatch):
+    def run():
+        raise RuntimeError("(PreconditionNotMet) The third-party dynamic library (libcudnn.so) that\n x")
+
+    graph = predictor.load_predictor(str(exported), precision="fp32")
+    monkeypatch.setattr(graph, "_predictor", SimpleNamespace(run=run))
+    ids = np.ones([1, 3], "int64")
+    message = r"inference\.\w+ cannot be run: The third-party dynamic library \(libcudnn.so\) that$"
+    with pytest.raises(predictor.InputError, match=message):
+        graph.embed(ids, np.zeros_like(ids))
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--precision", "bf16", "--enable_mkldnn", "no"], "--precision bf16 with --device cpu needs oneDNN"),
+    (["--precision", "int8"], "was exported in fp32; export_model.py --format openvino --precision int8 exports in"),
+    (["--precision", "fp16"], "which runs in fp32 or bf16 with --device cpu"),
+    (["--text", os.fsdecode(b"a\xff"), *FP32], "argument --text: not UTF-8: 'a\\udcff'"),
+    (["--text", " "], "argument --text: an empty text")])
+def test_what_the_folder_cannot_do_is_one_line(exported, flags, message):
+    assert message in refuse("deploy/python/predict.py", "--model_dir", exported, "--device", "cpu", *flags)
+
+
+def test_a_folder_without_record_is_refused(exported, tmp_path):
+    for each in os.listdir(exported):
+        if each != "simcse_config.json":
+            (tmp_path / each).symlink_to(exported / each)
+    line = refuse("deploy/python/predict.py", "--model_dir", tmp_path, "--device", "cpu")
+    assert "no record (simcse_config.json) of the graph; export the checkpoint again" in line
 
 
 def test_deployed_at_the_recorded_length(exported, tmp_path):

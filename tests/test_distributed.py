@@ -8,7 +8,8 @@ import time
 
 import model as m
 from data import ShuffledBatches
-from simcse.encoder.weights import read_weights, saved_steps
+from simcse.encoder.weights import read_weights
+from simcse.training.checkpoints import saved_steps
 from simcse.training.gradients import Embeddings, backward
 
 import gradients
@@ -17,6 +18,7 @@ import paddle
 import pytest
 from conftest import ENCODER, ROOT, launch, succeed
 from gradients import CASES, batch_of, texts, tiny
+from indexes import for_engines
 from training import train_flags
 
 
@@ -139,10 +141,11 @@ def test_ranks_encode_their_shares_and_have_all(of_ranks):
             assert numbers.tolist() == list(range(count)) and by.sum() == count // 2 and (np.diff(by) >= 0).all()
 
 
-@pytest.mark.parametrize("flags", [[], ["--ann_engine", "exact"]])
-def test_recall_on_two_ranks_is_the_same_file(checkpoint, sample, tmp_path, flags):
+@pytest.mark.parametrize("engine", for_engines())
+def test_recall_on_two_ranks_is_the_same_file(checkpoint, sample, tmp_path, engine):
     flags = ["--device", "cpu", "--params_path", checkpoint, "--corpus_file", sample / "corpus.csv",
-             "--similar_text_pair", sample / "dev.csv", "--recall_num", 20, "--index_path", "index", *flags]
+             "--similar_text_pair", sample / "dev.csv", "--recall_num", 20, "--index_path", "index",
+             "--ann_engine", engine]
     results = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

@@ -5,7 +5,7 @@ import shutil
 
 import model as m
 from simcse.console import InputError
-from simcse.device import gpu_precision
+from simcse.device import set_gpu_precision
 from simcse.encoder import kept_graph
 from simcse.encoder.engine import open_engine
 from simcse.encoder.weights import read_weights, write_weights
@@ -69,9 +69,13 @@ def test_it_is_made_again_where_it_is_another_versions_or_damaged(trained_anew):
     assert not [path.name for path in trained_anew.iterdir() if path.name.startswith(".")]
 
 
-def test_where_it_cannot_be_kept_it_goes_without(trained_anew):
+def test_where_it_cannot_be_kept_it_warns_and_goes_without(trained_anew, capsys):
     (trained_anew / GRAPH).write_text("a file is in the way")
     first, made = start(trained_anew)
+    np.testing.assert_array_equal(m.load_encoder(str(trained_anew), precision="fp32").encode(["语义检索"])[0],
+                                  np.array(first, "float32"))
+    warning = f"{trained_anew / GRAPH}: the exported graph cannot be kept there (not a directory), and every start "
+    assert capsys.readouterr().err.count(warning) == 1
     assert not made and np.isfinite(first).all() and (trained_anew / GRAPH).read_text() == "a file is in the way"
     assert not [path.name for path in trained_anew.iterdir() if path.name.startswith(".")]
 
@@ -116,4 +120,4 @@ def test_what_is_no_checkpoint_or_no_export_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match="no exported graph; it has none of table.npz, inference.xml, "):
         open_engine(str(tmp_path))
     with pytest.raises(InputError, match="--precision int8: a GPU computes in fp32, fp16, bf16, tf32"):
-        gpu_precision("int8")
+        set_gpu_precision("int8")

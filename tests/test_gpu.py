@@ -13,7 +13,7 @@ from deploy.serving import opening
 from scripts import pretrain
 from simcse import flags, machine, ranks
 from simcse.console import InputError
-from simcse.device import gpu_precision
+from simcse.device import set_gpu_precision
 from simcse.encoder import engine
 from simcse.training import masked_lm, optimization, trainer
 from simcse.training.gradients import backward
@@ -128,14 +128,14 @@ def gpus(monkeypatch):
     ([9], "bf16"), ([8, 9], "bf16"), ([7], "fp16"), ([8, 7], "fp16"), ([6], "fp32"), ([], "fp32")])
 def test_auto_is_what_all_the_gpus_have(gpus, majors, precision):
     switches = gpus(*majors)
-    assert machine.auto_precision("gpu") == precision == gpu_precision("auto")
+    assert machine.auto_precision("gpu") == precision == set_gpu_precision("auto")
     assert switches == {"cublas": False, "cudnn": False}
 
 
 def test_tf32_is_on_where_it_is_asked_for_alone(gpus):
     switches = gpus(8)
     for precision, on in (("tf32", True), ("fp32", False), ("tf32", True), ("bf16", False)):
-        assert gpu_precision(precision) == precision and set(switches.values()) == {on}
+        assert set_gpu_precision(precision) == precision and set(switches.values()) == {on}
 
 
 @pytest.mark.parametrize("device, kept, used", [
@@ -148,7 +148,7 @@ def test_an_index_of_a_gpu_is_served_in_what_is_next_to_its_precision(monkeypatc
     assert opening.open_engine(args, kept, 9) == used
     (tmp_path / "manifest.json").write_text(json.dumps({"precision": kept}))
     own = device == "gpu" or kept == "bf16"
-    assert ann_util.kept_precision(str(tmp_path), device) == (kept if own else "auto")
+    assert ann_util.query_precision(str(tmp_path), device) == (kept if own else "auto")
 
 
 def test_an_exported_graph_is_not_rounded_to_tf32(gpus, monkeypatch):

@@ -177,12 +177,13 @@ def test_what_openvino_cannot_run_paddle_does(arguments, monkeypatch, capsys):
 
 def test_batches_under_way_keep_their_results(quantized):
     """Four of different lengths, the last read first."""
-    running = engine.OpenVinoEngine(str(quantized[0] / "model_state.int8"), "int8")
+    opened = engine.OpenVinoEngine(str(quantized[0] / "model_state.int8"), "int8")
     batches = [np.random.default_rng(length).integers(5, 1000, (3, length)) for length in (9, 5, 7, 6)]
-    alone = [running.embed(ids, ids * 0) for ids in batches]
-    started = [running.start(ids, ids * 0) for ids in batches]
-    for expected, batch in reversed([*zip(alone, started)]):
-        np.testing.assert_array_equal(batch.result(), expected)
+    alone = [np.asarray(opened.embed(ids, ids * 0)) for ids in batches]
+    pending = [opened.embed(ids, ids * 0) for ids in batches]
+    for expected, embeddings in reversed([*zip(alone, pending)]):
+        assert isinstance(embeddings, int8.PendingEmbeddings)
+        np.testing.assert_array_equal(np.asarray(embeddings), expected)
 
 
 def test_it_is_made_anew_for_another_calibration_file_alone(quantized, sample, tmp_path):
@@ -233,7 +234,7 @@ def test_a_missing_package_is_one_line(checkpoint, sample, tmp_path, package):
 
 def test_recall_of_real_text_stays(real_data, tmp_path):
     """Recall@k of 300 titles among 1,500 abstracts, whitened, within 1 of fp32's."""
-    from simcse.measures import first_hits
+    from simcse.measures import rank_first_targets
 
     folder, recall = real_data / "csl" / "recall", {}
     texts = read_texts(folder / "corpus.csv")[:1500]
@@ -249,7 +250,7 @@ def test_recall_of_real_text_stays(real_data, tmp_path):
         documents, queries = (vectors(STAGE, checkpoint, tmp_path / name, tmp_path / "v.npy", *flags)[0]
                               for name in ("texts", "queries"))
         best = np.argsort(-queries @ documents.T, axis=1)[:, :50]
-        ranks = first_hits(best, [{texts.index(target)} for _, target in pairs])
+        ranks = rank_first_targets(best, [{texts.index(target)} for _, target in pairs])
         recall[precision] = np.array([(ranks < k).mean() for k in (1, 5, 10, 20, 50)])
     assert abs(recall["int8"] - recall["fp32"]).max() <= 0.01
     assert recall["fp32"][0] > 0.5

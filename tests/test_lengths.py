@@ -49,7 +49,10 @@ def test_the_recorded_length_is_the_default_and_another_is_said(tmp_path, capsys
     parser = flags.ArgumentParser("A stage.")
     flags.add_model_arguments(parser)
     flags.add_encode_arguments(parser)
-    assert flags.check_arguments(parser, parser.parse_args(words)).max_seq_length == length
+    args = parser.parse_args(words)
+    flags.set_max_seq_length(args)
+    flags.check_arguments(parser, args)
+    assert args.max_seq_length == length
     assert capsys.readouterr().err == said * (
         f"--max_seq_length {given}: {tmp_path} was trained with {recorded}; embeddings of texts that are cut differ\n")
 
@@ -148,13 +151,13 @@ def test_training_texts_that_are_one_after_cutting(tokenizer, tmp_path, capsys):
     """Of pairs a line is said where either of its texts is such a one."""
     path = tmp_path / "train.csv"
     path.write_text("".join(f"承担单位见附件{row}\n" for row in range(5)) + "别的\n别的\n", encoding="utf-8")
-    warn_unusable(tokenize_rows(textfile.TextFile(str(path), "--flag").spread(9), tokenizer, 8), 8)
+    warn_unusable(tokenize_rows(textfile.TextFile(str(path), "--flag").sample_rows(9), tokenizer, 8), 8)
     cut, alike = capsys.readouterr().err.splitlines()
     assert cut.startswith("5 of 7 texts are longer than 8 tokens")
     assert alike == ("4 of 7 texts are the same as another text once they are cut to 8 tokens; raise "
                      f"--max_seq_length to tell them apart: {path}:2, {path}:3, {path}:4")
     path.write_text("".join(f"问题{row}\t承担单位见附件{row}\n" for row in "甲乙"), encoding="utf-8")
-    warn_unusable(tokenize_rows(textfile.TextFile(str(path), "--flag", columns=2).spread(9), tokenizer, 8), 8)
+    warn_unusable(tokenize_rows(textfile.TextFile(str(path), "--flag", columns=2).sample_rows(9), tokenizer, 8), 8)
     said = capsys.readouterr().err.splitlines()[1]
     assert said.startswith("1 of 4 texts are the same as another text") and said.endswith(f" {path}:2")
 

@@ -5,12 +5,12 @@ import math
 
 from simcse.measures import (
     JUDGED_METRICS,
-    first_hits,
+    mean_percent,
+    measure_queries,
     ndcg,
     paired_bootstrap,
-    per_query,
-    percent,
     rank_documents,
+    rank_first_targets,
     read_judgements,
     read_run,
 )
@@ -41,12 +41,12 @@ def test_ndcg_is_scikit_learns(ranks):
 @given(RANKS)
 def test_reciprocal_rank_by_walking_down_the_result(ranks):
     first = next((1 / looked_at for looked_at in range(1, DEPTH + 1) if looked_at - 1 in ranks), 0)
-    assert per_query([ranks], ["mrr"])["mrr"] == [first]
+    assert measure_queries([ranks], ["mrr"])["mrr"] == [first]
 
 
 def test_measures_worked_out_by_hand():
     """Järvelin and Kekäläinen's gains 1 at ranks 1 and 3 of three targets: (1 + 1/2) / (1 + 1/log2(3) + 1/2)."""
-    found = per_query([[2, math.inf, 0], [4, 1], [math.inf]], ["recall", "mrr", "ndcg"])
+    found = measure_queries([[2, math.inf, 0], [4, 1], [math.inf]], ["recall", "mrr", "ndcg"])
     assert found["ndcg@10"][0] == pytest.approx(1.5 / (1.5 + 1 / math.log2(3)))
     assert found["mrr"].tolist() == [1, 0.5, 0]
     assert found["recall@1"].tolist() == [1, 0, 0] and found["recall@5"].tolist() == [1, 1, 0]
@@ -73,7 +73,7 @@ def test_judged_measures_are_those_of_ir_measures(tmp_path, seed):
         ranked = {query: rank_documents(run.get(query, {}), metric) for query in grades}
         ranks = [[ranked[query].index(document) if document in ranked[query] else math.inf for document in each]
                  for query, each in grades.items()]
-        found.update(per_query(ranks, [metric], grades=[[*each.values()] for each in grades.values()],
+        found.update(measure_queries(ranks, [metric], grades=[[*each.values()] for each in grades.values()],
                                table=JUDGED_METRICS))
     theirs = {"mrr@10": RR @ 10, "ndcg@10": nDCG @ 10, **{
         f"{name}@{k}": measure @ k for name, measure in (("recall", R), ("success", Success))
@@ -89,9 +89,10 @@ def test_judged_measures_are_those_of_ir_measures(tmp_path, seed):
 
 
 def test_recall_of_first_hits():
-    ranks = first_hits(np.array([[3, 1, 2], [0, 1, 2], [2, 1, 0]]), [{1, 2}, {9}, {2}])
+    ranks = rank_first_targets(np.array([[3, 1, 2], [0, 1, 2], [2, 1, 0]]), [{1, 2}, {9}, {2}])
     assert ranks.tolist() == [1, np.inf, 0]
-    recall = {name: percent(hits) for name, hits in per_query([[rank] for rank in ranks], ["recall"]).items()}
+    values = measure_queries([[rank] for rank in ranks], ["recall"])
+    recall = {name: mean_percent(hits) for name, hits in values.items()}
     assert recall["recall@1"] == 33.333 and recall["recall@5"] == 66.667
 
 

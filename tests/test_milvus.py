@@ -171,7 +171,7 @@ def test_a_row_is_a_document_with_the_corpus_and_a_key_without_it(in_a_folder):
     index.close()
     again = opened()
     keys = text_keys(["甲", whole, "乙"])
-    assert again.search(vectors, 3).rows[:, 0].tolist() == keys.tolist() and not again.missing
+    assert again.search(vectors, 3).rows[:, 0].tolist() == keys.tolist() and not again.missing_rows
     assert again.read(keys[[1, 0]], 9) == [
         Document(whole, [Line(None, None)]), Document("甲", [Line(None, None)] * 3)]
     assert again.vectors(keys).tolist() == vectors.tolist()
@@ -224,6 +224,8 @@ def test_passages_are_rows_of_their_document(in_a_folder):
     alone = hits_of(search(again, again, queries, 2), again, [3, 3])
     assert alone == [[hit._replace(line=None) for hit in of_query] for of_query in hits]
     assert again.documents_of(np.array([[NOT_FOUND]])).tolist() == [[NOT_FOUND]]
+    for document, key in enumerate(documents.keys):
+        assert sorted(again.rows_of(key)) == sorted(documents.row_keys()[documents.rows_of(document)])
     again.close()
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+from dataclasses import asdict
 
 import model as m
 from data import Batch, Inputs
@@ -162,11 +163,17 @@ def test_round_trip(saved):
     loaded, _, record = m.load_model(str(folder / weights.PARAMS_FILE))
     np.testing.assert_array_equal(loaded.embed(ids(), ids() * 0), network.embed(ids(), ids() * 0))
     assert loaded.loss_settings == m.LossSettings(margin=0.25, scale=7)
+    assert asdict(loaded.loss_settings).items() <= record.items(), "a checkpoint records every setting of the loss"
     assert (loaded.with_pooler, loaded.output_emb_size) == (False, 8)
     assert record["model_name_or_path"] == "an encoder" and record["max_seq_length"] == 48
     assert sorted(path.name for path in folder.iterdir()) == [
         "model_state.pdparams", "simcse_config.json", "tokenizer_config.json", "vocab.txt"]
     assert [path.name for path in folder.parent.iterdir()] == ["model_1"], "no temporary folder is left"
+
+
+def test_a_record_older_than_a_setting_of_the_loss_counts_as_its_default():
+    assert m.recorded_loss_settings({"scale": 7, "pooling": "mean"}) == m.LossSettings(scale=7)
+    assert m.recorded_loss_settings({}) == m.LossSettings()
 
 
 @pytest.mark.parametrize("change, message", [
@@ -238,9 +245,12 @@ def test_an_encoder_with_missing_layers_is_an_error(tmp_path, capsys):
     paddle.save(no_pooler, path)
     pretrained.load_pretrained(str(tmp_path))
     assert "has no trained pooler" in capsys.readouterr().err
+    pretrained.load_pretrained(str(tmp_path), uses_pooler=False)
+    assert capsys.readouterr().err == "", "nobody reads it"
     paddle.save({name: value for name, value in no_pooler.items() if "layers.1.linear1" not in name}, path)
-    with pytest.raises(InputError, match=r"lack .*layers\.1\.linear1"):
-        pretrained.load_pretrained(str(tmp_path))
+    for uses_pooler in (True, False):
+        with pytest.raises(InputError, match=r"lack .*layers\.1\.linear1"):
+            pretrained.load_pretrained(str(tmp_path), uses_pooler=uses_pooler)
 
 
 def test_record_is_plain_json(saved):

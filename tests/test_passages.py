@@ -6,6 +6,7 @@ import model as m
 from simcse.encoder.encoder import Encoder
 from simcse.encoder.engine import make_engine
 from simcse.index.documents import Documents
+from simcse.index.engines import DEFAULT_ENGINE
 from simcse.index.hits import best_rows, hits_of, search
 from simcse.index.protocols import SearchResult
 from simcse.text.passages import Passages, find_passages
@@ -17,7 +18,7 @@ import pytest
 from conftest import ENCODER, FP32, Service, contents, read_texts, succeed, succeed_on
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from indexes import documents_of
+from indexes import documents_of, for_engines
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def test_the_embedding_of_a_passage_is_in_its_document(tokenizer, tmp_path):
     vectors = np.random.default_rng(0).standard_normal((8, 4)).astype("float32")
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     vectors[1] = 0
-    vectors = vectors[passages.first]
+    vectors = vectors[passages.first_rows]
     wanted = []
     for rows in ([0, 1, 2], [3], [4, 5, 6, 7]):
         mean = vectors[rows].sum(axis=0)
@@ -77,11 +78,11 @@ def test_the_embedding_of_a_passage_is_in_its_document(tokenizer, tmp_path):
         ended.append(True)
 
     for pieces in ([range(8)], [range(2), range(2, 5), range(5, 8)], [np.array([1, 3]), np.array([7])]):
-        windows = passages.windows(pieces)
-        got = np.concatenate(list(passages.in_context(pieces, encode(windows))))
+        windows = passages.rows_to_encode(pieces)
+        got = np.concatenate(list(passages.blend_with_documents(pieces, encode(windows))))
         assert ended.pop()
         np.testing.assert_allclose(got, [wanted[row] for rows in pieces for row in rows], atol=1e-6)
-    assert [rows.tolist() for rows in passages.windows([range(8)])] == [[0, 1, 2, 3, 6]]
+    assert [rows.tolist() for rows in passages.rows_to_encode([range(8)])] == [[0, 1, 2, 3, 6]]
 
 
 def test_the_best_rows_of_each_document_are_found():
@@ -144,13 +145,14 @@ def recall(checkpoint, *flags):
             "--passages", "--format", "jsonl", *FP32, *flags]
 
 
-@pytest.mark.parametrize("engine, ranks", [("hnswlib", 2), ("exact", 1)])
-def test_an_index_of_passages_follows_its_corpus(checkpoint, sample, long, tmp_path, engine, ranks):
+@pytest.mark.parametrize("engine", for_engines())
+def test_an_index_of_passages_follows_its_corpus(checkpoint, sample, long, tmp_path, engine):
     """To the byte as one built from nothing, on whatever ranks; the documents found are those of the best passage."""
     flags = recall(checkpoint, "--ann_engine", engine, "--similar_text_pair", sample / "dev.csv", "--recall_num", 30)
     succeed(*flags, "--corpus_file", long / "before.csv", "--index_path", "kept", cwd=tmp_path)
+    ranks = 2 if engine == DEFAULT_ENGINE else 1
     said = succeed_on(ranks, *flags, "--corpus_file", long / "after.csv", "--index_path", "kept", cwd=tmp_path)
-    assert "19 documents: 1 new, 3 gone, encoded 1" in said
+    assert "19 documents: 1 new, 3 gone, encoding 1" in said
     found = (tmp_path / "recall_result_dir" / "recall_result.txt").read_text("utf-8")
     succeed(*flags, "--corpus_file", long / "after.csv", "--index_path", "new", cwd=tmp_path)
     assert (tmp_path / "recall_result_dir" / "recall_result.txt").read_text("utf-8") == found
@@ -171,7 +173,7 @@ def test_the_cosine_is_that_of_the_best_passage(checkpoint, sample, long, tmp_pa
     assert len(passages) > 2 * len(documents)
     encoder = Encoder(make_engine(network, "fp32"), tokenizer, 32, 1)
     own, asked = (encoder.encode(texts) for texts in (passages[:], queries))
-    vectors, = passages.in_context([range(len(passages))], [own[np.unique(passages.first)]])
+    vectors, = passages.blend_with_documents([range(len(passages))], [own[np.unique(passages.first_rows)]])
     cosines = asked @ vectors.T
     for line, each in zip(lines, cosines):
         best = np.maximum.reduceat(each, passages.starts[:-1])

@@ -4,12 +4,13 @@ import importlib.util
 import json
 
 import model as m
+import train
 from data import Batch, Inputs
 from simcse.console import InputError
 from simcse.encoder import weights
 from simcse.encoder.engine import make_engine
 from simcse.encoder.paddle_engine import PaddleEngine, export_graph
-from simcse.encoder.pooling import POOLINGS
+from simcse.encoder.pooling import POOLINGS, describe_poolings
 from simcse.encoder.table import TableEngine
 from simcse.text.tokens import pad
 from simcse.text.wordpiece import load_tokenizer
@@ -74,7 +75,7 @@ def test_pooling_is_its_definition(pooling, kind, tmp_path):
     if pooling == "first_avg":  # the graph is what is deployed
         assert isinstance(engine, TableEngine)
         export_graph(network, str(tmp_path))
-        np.testing.assert_allclose(PaddleEngine(str(tmp_path)).embed(*batch), expected, atol=1e-5)
+        np.testing.assert_allclose(PaddleEngine(str(tmp_path), "fp32").embed(*batch), expected, atol=1e-5)
         with pytest.raises(InputError, match="--precision bf16: pooling first_avg is computed in fp32"):
             make_engine(network, "bf16")
 
@@ -103,7 +104,7 @@ def test_trained_saved_loaded_and_exported_it_is_the_same(name, raw, tmp_path):
     np.testing.assert_array_equal(loaded.embed(*batch).numpy(), expected)
     np.testing.assert_allclose(make_engine(loaded, "fp32").embed(*batch), expected, atol=1e-5)
     export_graph(loaded, str(tmp_path))
-    np.testing.assert_allclose(PaddleEngine(str(tmp_path)).embed(*batch), expected, atol=1e-5)
+    np.testing.assert_allclose(PaddleEngine(str(tmp_path), "fp32").embed(*batch), expected, atol=1e-5)
     can_export = importlib.util.find_spec("paddle2onnx") and not paddle.__version__.startswith("2.")
     if can_export and importlib.util.find_spec("onnxruntime"):
         from simcse.encoder.onnx import export_onnx, onnx_graph
@@ -166,7 +167,17 @@ def test_a_checkpoint_without_layers_is_not_trained_on_with_a_pooling_that_needs
 
 
 @pytest.mark.parametrize("language", ["zh", "en"])
-def test_every_pooling_is_documented(language):
-    text = (ROOT / "docs" / language / "better-recall.md").read_text(encoding="utf-8")
-    line, = (line for line in text.splitlines() if line.startswith("| `--pooling` |"))
+@pytest.mark.parametrize("page, start", [("better-recall.md", "| `--pooling` |"), ("training.md", "* `--pooling`")])
+def test_every_pooling_is_documented(language, page, start):
+    text = (ROOT / "docs" / language / page).read_text(encoding="utf-8")
+    line, = (line for line in text.splitlines() if line.startswith(start))
     assert [name for name in POOLINGS if f"`{name}`" not in line] == []
+
+
+def test_the_help_of_training_describes_every_pooling_and_names_those_with_a_choice(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", "--help"])
+    with pytest.raises(SystemExit):
+        train.parse_args()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert describe_poolings() in shown
+    assert "for --pooling pooler: evaluation and later stages use the pooler and the fc" in shown

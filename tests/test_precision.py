@@ -5,7 +5,7 @@ from simcse import machine
 from simcse.encoder.encoder import Encoder
 from simcse.encoder.engine import make_engine
 from simcse.index.exact import exact_search
-from simcse.measures import first_hits, per_query, percent
+from simcse.measures import mean_percent, measure_queries, rank_first_targets
 from simcse.text.textfile import distinct, read_text_pairs
 
 import numpy as np
@@ -41,8 +41,9 @@ def test_bfloat16_recalls_what_float32_does(real_data, half_trained, name):
         encoder = Encoder(make_engine(network, precision), tokenizer, 32)
         embeddings = [encoder.encode(texts) for texts in (queries, corpus)]
         vectors.append(np.concatenate(embeddings))
-        ranks = first_hits(exact_search(*embeddings, 50)[0], targets)
-        recalls.append([percent(hits) for hits in per_query([[rank] for rank in ranks], ["recall"]).values()])
+        ranks = rank_first_targets(exact_search(*embeddings, 50)[0], targets)
+        values = measure_queries([[rank] for rank in ranks], ["recall"])
+        recalls.append([mean_percent(hits) for hits in values.values()])
     assert (vectors[0] * vectors[1]).sum(axis=1).min() > 0.999
     lower = [value - other for value, other in zip(*recalls)]
     assert abs(np.mean(lower)) < 0.3 and max(lower) < 0.6 and recalls[0][0] > 10, recalls

@@ -10,12 +10,12 @@ import subprocess
 import sys
 
 import model
+import predict
 import train
 from scripts import pretrain
 from simcse import flags as script_flags
 from simcse.console import InputError
-from simcse.encoder import weights as w
-from simcse.training import trainer
+from simcse.training import checkpoints, trainer
 from simcse.training.state import RunSettings, check_settings
 
 import numpy as np
@@ -46,15 +46,21 @@ def test_broken_by_kill_9_and_resumed_is_unbroken_to_the_bit(flags, tmp_path, mo
     assert any("saved broken/model_4" in line for line in process.stderr)
     process.send_signal(signal.SIGKILL)
     process.wait(30)
-    left = w.saved_steps(str(tmp_path / "broken"))
+    left = checkpoints.saved_steps(str(tmp_path / "broken"))
     assert left and 4 <= left[-1] < steps
     (tmp_path / "broken" / ".model_99.abc.tmp").mkdir()  # as a kill in the middle of a save leaves one
     result = succeed("train.py", *going_on, cwd=tmp_path)
     assert f"resuming from broken/model_{left[-1]}" in result.stderr and "saved broken/model_4\n" not in result.stderr
     assert_equal(weights(tmp_path / "whole" / f"model_{steps}"), weights(tmp_path / "broken" / f"model_{steps}"))
     assert not [name for name in os.listdir(tmp_path / "broken") if name.startswith(".")]
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "broken").rglob("*")}
     again = succeed("train.py", *going_on, cwd=tmp_path)  # nothing is left to do
-    assert f"resuming from broken/model_{steps}" in again.stderr and "global step" not in again.stderr
+    assert f"resuming from broken/model_{steps}: all {steps} steps of the run are done\n" in again.stderr
+    assert "global step" not in again.stderr and "saved" not in again.stderr
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "broken").rglob("*")}
+    finished = tmp_path / "broken" / f"model_{steps}"
+    elsewhere = succeed("train.py", *flags("--save_dir", "new", "--resume", finished, *more), cwd=tmp_path)
+    assert f"saved new/model_{steps}\n" in elsewhere.stderr
 
 
 def test_only_the_newest_has_training_state_and_old_ones_go(flags, tmp_path):
@@ -62,7 +68,7 @@ def test_only_the_newest_has_training_state_and_old_ones_go(flags, tmp_path):
     folder = tmp_path / "checkpoints"
     assert sorted(os.listdir(folder)) == ["model_12", "model_16", "model_8"]
     assert [name for name in os.listdir(folder) if "training_state.json" in os.listdir(folder / name)] == ["model_16"]
-    assert w.newest_resumable(str(folder)) == str(folder / "model_16")
+    assert checkpoints.newest_resumable(str(folder)) == str(folder / "model_16")
 
 
 def test_resuming_another_run_is_refused(flags, sample, tmp_path):
@@ -71,11 +77,11 @@ def test_resuming_another_run_is_refused(flags, sample, tmp_path):
     (tmp_path / "other.csv").write_text("另一句\n再一句\n" * 64, encoding="utf-8")
     for more, message in (
             (["--batch_size", 4],
-             "--batch_size is 4, the checkpoint has 8; --epochs is 3, the checkpoint has 1. Give the same flags"),
+             "--batch_size is 4, the checkpoint has 8; --epochs is 3, the checkpoint has 1 (default). Give the same"),
             (["--epochs", 1, "--train_set_file", tmp_path / "other.csv"],
              "settings: --train_set_file is another file than the checkpoint's."),
             (["--epochs", 1, "--infer_with_fc_pooler"],
-             "settings: --infer_with_fc_pooler is True, the checkpoint has False.")):
+             "settings: --infer_with_fc_pooler is True, the checkpoint has False (default).")):
         line = refuse("train.py", *flags("--resume", newest, *more), cwd=tmp_path)
         assert message in line and "--init_from_ckpt" in line
     shutil.copytree(newest, tmp_path / "bare")
@@ -96,8 +102,9 @@ DEFAULTS = {"margin": 0.0, "pooling": None, "chunk_size": None}
     ({"margin": 0.1, "pooling": "mean", "chunk_size": None}, None),
     ({"margin": 0.1, "pooling": "mean"}, None),  # older than --chunk_size
     # older than --pooling, too: the run had its default
-    ({"margin": 0.1}, "--pooling is mean, the checkpoint has None"),
+    ({"margin": 0.1}, "--pooling is mean, the checkpoint has None (default)"),
     ({"margin": 0.2, "pooling": "mean"}, "--margin is 0.1, the checkpoint has 0.2"),
+    ({"margin": 0.1, "pooling": "mean", "chunk_size": 4}, "--chunk_size is None (default), the checkpoint has 4"),
     ({"margin": 0.1, "pooling": "mean", "objective": "contrastive", "dup_rate": 0.0}, None),
     ({"margin": 0.1, "pooling": "mean", "objective": "mlm"},
      "the checkpoint has --objective mlm, which this version does not have"),
@@ -125,9 +132,14 @@ def test_every_flag_is_in_one_table_of_what_resume_does_with_it(monkeypatch, sam
     args = script.parse_args()
     assert args.shared_defaults["learning_rate"] == 5e-5 and args.shared_defaults["precision"] == "auto"
     assert not set(args.shared_defaults) & {*script_flags.START_FLAGS, *script_flags.FREE_FLAGS}
-    monkeypatch.setattr(script_flags, "SHARED_FLAGS", script_flags.SHARED_FLAGS[:-2])
+    where = "has to be in one of START_FLAGS, SHARED_FLAGS and FREE_FLAGS"
+    with monkeypatch.context() as missing:
+        others = tuple(name for name in script_flags.SHARED_FLAGS if name != "learning_rate")
+        missing.setattr(script_flags, "SHARED_FLAGS", others)
+        with pytest.raises(ValueError, match=f"--learning_rate {where} .* it is in 0"):
+            script.parse_args()
     monkeypatch.setattr(script_flags, "FREE_FLAGS", (*script_flags.FREE_FLAGS, "batch_size"))
-    with pytest.raises(ValueError, match="--batch_size has to be in one of START_FLAGS, SHARED_FLAGS and FREE_FLAGS"):
+    with pytest.raises(ValueError, match=f"--batch_size {where} .* it is in 2"):
         script.parse_args()
 
 
@@ -139,8 +151,17 @@ def test_the_tables_name_no_flag_that_there_is_not(monkeypatch, sample):
         "shared_defaults"}
 
 
-def test_settings_of_the_loss_are_flags_that_a_resumed_run_shares():
-    assert {field.name for field in dataclasses.fields(model.LossSettings)} <= set(script_flags.SHARED_FLAGS)
+def test_settings_of_the_loss_are_flags_that_a_resumed_run_shares(monkeypatch, sample):
+    """With one default each, in LossSettings, train.py and predict.py."""
+    defaults = dataclasses.asdict(model.LossSettings())
+    assert defaults.keys() <= set(script_flags.SHARED_FLAGS)
+    monkeypatch.setattr(sys, "argv", ["script", "--device", "cpu", "--train_set_file",
+                                      str(sample / "train_unsupervised.csv")])
+    assert defaults.items() <= vars(train.parse_args()).items()
+    monkeypatch.setattr(sys, "argv", ["script", "--device", "cpu", "--params_path",
+                                      str(sample / "train_unsupervised.csv"), str(sample / "test.csv")])
+    args = predict.parse_args()
+    assert (args.margin, args.scale) == (defaults["margin"], defaults["scale"])
 
 
 # ----------------------------------------------------------------------------------------------------- how a run ends

@@ -28,9 +28,8 @@ def test_bandit_finds_nothing():
     assert result.returncode == 0, result.stdout
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-gpu.txt", "requirements-gpu3.txt",
-                                  "requirements-milvus.txt", "requirements-onnx.txt", "requirements-serving.txt",
-                                  "requirements-test.txt", "requirements-dev.txt", "deploy/python/requirements.txt"])
+@pytest.mark.parametrize("name", sorted(path.relative_to(ROOT).as_posix() for folder in (".", "deploy/python")
+                                        for path in (ROOT / folder).glob("requirements*.txt")))
 def test_pins_are_exact_and_installed(name):
     """Every package at one version, except where the file may say less; and, of this stack, that version is here."""
     loose = {"scipy", "setuptools", "pip"}

@@ -191,11 +191,12 @@ def test_onnx(checkpoint, kept_index, service, tmp_path):
 
 
 def test_errors_of_the_index_and_of_the_service_itself():
-    """Milvus is gone: 503; anything else: 500; no detail of either is told, and the next request is answered."""
+    """Milvus is gone: 503; the model gives NaN: 500 and the reason; anything else: 500. No other detail is told, and
+    the next request is answered."""
     from deploy.serving.app import make_app
     from deploy.serving.jobs import EMBEDDING, Embedded, Facts
     from deploy.serving.schemas import Limits
-    from simcse.console import InputError
+    from simcse.console import InputError, NotFiniteError
 
     class Failing:
         facts = Facts(3, 2, "fp32", (EMBEDDING,), 8, False)
@@ -212,15 +213,16 @@ def test_errors_of_the_index_and_of_the_service_itself():
     async def ask_all():
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with app.lifespan(), httpx.AsyncClient(transport=transport, base_url="http://a") as web:
-            for searcher.raises in (InputError("--milvus_uri secret: gone"), RuntimeError("secret"), KeyError("secret"),
-                                    None):
+            for searcher.raises in (InputError("--milvus_uri secret: gone"), NotFiniteError("embeddings contain NaN"),
+                                    RuntimeError("secret"), KeyError("secret"), None):
                 yield await web.post("/embed", json={"texts": ["a"]})
 
     async def answers():
         return [answer async for answer in ask_all()]
 
-    gone, *failed, good = asyncio.run(answers())
+    gone, not_finite, *failed, good = asyncio.run(answers())
     assert gone.status_code == 503 and gone.headers["Retry-After"] == "1"
+    assert (not_finite.status_code, not_finite.json()) == (500, {"error": "embeddings contain NaN"})
     assert [answer.status_code for answer in failed] == [500, 500]
     assert [answer.json() for answer in failed] == [{"error": f"internal error: {name}"} for name in
                                                     ("RuntimeError", "KeyError")]

@@ -20,7 +20,7 @@ from conftest import FP32, read_texts, run_script
 
 pytest.importorskip("fastapi_offline", reason="requirements-serving.txt is not installed")
 from deploy.serving import remote
-from deploy.serving.following import Following
+from deploy.serving.reloading import ReloadingApp
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +39,9 @@ def indexes(checkpoint, sample, tmp_path_factory):
 
 def replace(source, index):
     """As recall.py does it: the new folder takes the old one's place in one step."""
-    from simcse.files import new_folder
+    from simcse.files import new_cache_folder
 
-    with new_folder(str(index), cache=True) as folder:
+    with new_cache_folder(str(index)) as folder:
         shutil.copytree(source, folder, dirs_exist_ok=True)
 
 
@@ -181,7 +181,7 @@ def test_requests_under_way_are_answered_by_what_they_began_with():
         return opened[-1]
 
     async def main():
-        following = Following(new_searcher, Searcher.app, lambda: stamps[0], seconds=0.01)
+        following = ReloadingApp(new_searcher, Searcher.app, lambda: stamps[0], seconds=0.01)
         async with living(following):
             waiting = asyncio.create_task(get(following))
             await asyncio.sleep(0.02)
@@ -210,7 +210,7 @@ def test_its_end_waits_for_nothing_that_is_being_opened():
         return opened[-1]
 
     async def main():
-        async with living(Following(new_searcher, Searcher.app, lambda: stamps[0], seconds=0.01)):
+        async with living(ReloadingApp(new_searcher, Searcher.app, lambda: stamps[0], seconds=0.01)):
             stamps[0] = "b"
             await until(lambda: len(opened) == 2 and opened[1].opening.is_set())
         assert opened[1].killed.is_set() and not opened[0].killed.is_set()
@@ -231,7 +231,7 @@ def test_what_changed_while_it_was_opened_is_opened_again(capsys):
         return opened[-1]
 
     async def main():
-        following = Following(new_searcher, Searcher.app, lambda: stamps[0], seconds=0.01)
+        following = ReloadingApp(new_searcher, Searcher.app, lambda: stamps[0], seconds=0.01)
         assert following.searcher is opened[1] and opened[0].closed
         async with living(following):
             stamps[0] = "c"
@@ -257,7 +257,7 @@ def test_one_whose_app_cannot_be_made_changes_nothing(capsys):
         return searcher.app()
 
     async def main():
-        following = Following(new_searcher, make_app, lambda: stamps[0], seconds=0.01)
+        following = ReloadingApp(new_searcher, make_app, lambda: stamps[0], seconds=0.01)
         async with living(following):
             stamps[0] = "broken"
             await until(lambda: len(opened) == 2 and opened[1].killed.is_set())
@@ -307,7 +307,7 @@ def test_a_thousand_take_overs_leave_nothing_behind():
         return searcher
 
     async def main():
-        following = Following(new_searcher, lambda searcher: make_app(searcher, Limits(), metrics=metrics), seconds=0)
+        following = ReloadingApp(new_searcher, lambda searcher: make_app(searcher, Limits(), metrics=metrics), seconds=0)
         transport = httpx.ASGITransport(following)
         async with living(following), httpx.AsyncClient(transport=transport, base_url="http://a") as web:
             for number in range(2, 1001):
@@ -335,7 +335,7 @@ def test_an_index_that_cannot_be_opened_is_told_until_another_takes_over():
         return opened[-1]
 
     async def main():
-        following = Following(new_searcher, Searcher.app, lambda: stamps[0], seconds=0.01, on_outdated=told.append)
+        following = ReloadingApp(new_searcher, Searcher.app, lambda: stamps[0], seconds=0.01, on_outdated=told.append)
         async with living(following):
             await asyncio.sleep(0.05)
             assert told == []
@@ -351,7 +351,7 @@ def test_an_index_that_cannot_be_opened_is_told_until_another_takes_over():
 
 
 def test_what_could_not_be_opened_is_tried_again(monkeypatch):
-    monkeypatch.setattr("deploy.serving.following.RETRY_SECONDS", 0.05)
+    monkeypatch.setattr("deploy.serving.reloading.RETRY_SECONDS", 0.05)
     opened, stamps, failures = [], ["a"], [OSError("too many open files")]
 
     def new_searcher():
@@ -361,7 +361,7 @@ def test_what_could_not_be_opened_is_tried_again(monkeypatch):
         return opened[-1]
 
     async def main():
-        following = Following(new_searcher, Searcher.app, lambda: stamps[0], seconds=0.01)
+        following = ReloadingApp(new_searcher, Searcher.app, lambda: stamps[0], seconds=0.01)
         async with living(following):
             stamps[0] = "b"
             await until(lambda: following.searcher.name == "b")

@@ -5,8 +5,7 @@ import signal
 import subprocess
 
 import model
-from simcse.encoder import weights
-from simcse.training import stopping, trainer
+from simcse.training import checkpoints, stopping, trainer
 
 import pytest
 from conftest import command
@@ -32,11 +31,11 @@ def test_signals_save_and_a_second_ends_at_once(flags, tmp_path, signals, code):
     rest = process.stderr.read()
     assert process.wait(60) == code and "Traceback" not in rest, rest
     if len(signals) == 1:
-        (step,) = weights.saved_steps(str(tmp_path / "checkpoints"))
+        (step,) = checkpoints.saved_steps(str(tmp_path / "checkpoints"))
         assert f"saved ./checkpoints/model_{step}" in rest
         model.load_model(str(tmp_path / "checkpoints" / f"model_{step}" / "model_state.pdparams"))
     else:
-        assert "saved" not in rest and not weights.saved_steps(str(tmp_path / "checkpoints"))
+        assert "saved" not in rest and not checkpoints.saved_steps(str(tmp_path / "checkpoints"))
 
 
 def test_a_signal_that_comes_while_ranks_ask_each_other_is_kept(monkeypatch):

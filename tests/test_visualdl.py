@@ -45,7 +45,7 @@ def values(log, kind, tag):
 def test_scalars(log):
     assert {"train/loss", "train/learning_rate", "train/speed", "train/alignment", "train/uniformity",
             *(f"eval/recall@{k}" for k in (1, 5, 10, 20, 50))} == set(log.get_tags()["scalar"])
-    assert list(values(log, "scalar", "train/loss")) == [10]
+    assert list(values(log, "scalar", "train/loss")) == [10, 16]
     assert list(values(log, "scalar", "eval/recall@1")) == [8, 16]
 
 

@@ -24,11 +24,11 @@ def texts(sample):
 def test_whitened_vectors_are_uncorrelated_and_of_one_variance():
     random = np.random.default_rng(0)
     vectors = random.standard_normal((2000, 6)) @ random.standard_normal((6, 6)) + random.standard_normal(6)
-    weight, bias = whitening.whitening(vectors, 6, 0.0)
+    weight, bias = whitening.fit_whitening(vectors, 6, 0.0)
     white = vectors @ weight + bias
     np.testing.assert_allclose(white.mean(axis=0), 0, atol=1e-9)
     np.testing.assert_allclose(white.T @ white / 2000, np.eye(6), atol=1e-9)
-    fewer = whitening.whitening(vectors, 2, 0.0)
+    fewer = whitening.fit_whitening(vectors, 2, 0.0)
     np.testing.assert_allclose(fewer[0], weight[:, :2])
     np.testing.assert_allclose(fewer[1], bias[:2])
     variance = ((vectors - vectors.mean(axis=0)) @ np.linalg.pinv(weight).T).var(axis=0)
@@ -40,7 +40,7 @@ def test_whitened_vectors_are_uncorrelated_and_of_one_variance():
 def test_runs_are_of_all_lengths_and_none_is_cut(texts):
     """Of long texts and of short ones, of few letters a token and of many; as many lengths are short as are long."""
     tokenizer = wordpiece.load_tokenizer(str(ENCODER))
-    found = whitening.runs([f"{row}{text}" for row, text in enumerate(texts)], tokenizer, 64)
+    found = whitening.cut_runs([f"{row}{text}" for row, text in enumerate(texts)], tokenizer, 64)
     lengths = np.array([len(ids) for ids in tokenizer(found, 512)])
     assert lengths.max() <= 64
     if len(texts) > 1:
@@ -54,10 +54,10 @@ def test_fitted_on_documents_alone_it_recalls_for_queries(real_data):
     network = m.SimCSE(load_pretrained(str(ENCODER), 0.1), pooling="first_last_avg")
     tokenizer = wordpiece.load_tokenizer(str(ENCODER))
     queries, documents = ([pair[side] for pair in pairs] for side in (0, 1))
-    sample = documents + whitening.runs(documents, tokenizer, 48)
+    sample = documents + whitening.cut_runs(documents, tokenizer, 48)
     with whitening.unnormalized(network):
         embeddings_of_sample = Encoder(network, tokenizer, 48).encode(sample)
-    whitening.whiten(network, embeddings_of_sample, 256, 48)
+    whitening.whiten_network(network, embeddings_of_sample, 256, 48)
     query, title = (Encoder(network, tokenizer, 48).encode(texts) for texts in (queries, documents))
     assert ((query @ title.T).argmax(axis=1) == np.arange(100)).mean() > 0.68
     assert np.linalg.norm(query.mean(axis=0)) < 0.35, "queries all lie to one side"
@@ -92,7 +92,7 @@ def test_a_whitened_checkpoint(texts, tmp_path, more):
     assert record["whitened_at"] == 16
     lines = list(dict.fromkeys(texts.read_text(encoding="utf-8").split("\n")[:-1]))
     model.normalizes = False
-    white = Encoder(model, tokenizer, 16).encode(lines + whitening.runs(lines, tokenizer, 16))
+    white = Encoder(model, tokenizer, 16).encode(lines + whitening.cut_runs(lines, tokenizer, 16))
     np.testing.assert_allclose(white.mean(axis=0), 0, atol=1e-4)
     covariance = white.T @ white / len(white)
     np.testing.assert_allclose(covariance - np.diag(np.diag(covariance)), 0, atol=1e-3)

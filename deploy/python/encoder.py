@@ -7,17 +7,15 @@ This file imports nothing of the project. It needs numpy and tokenizers.
 """
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import tokenizers
 
-WINDOW = 16384  # texts that are tokenized and sorted by length at a time: even batches, and little memory
+WINDOW = 16384  # texts that are sorted by length at a time, for batches with little padding
+TOKENIZED_TEXTS = 256  # at a time: the tokenizer holds all tokens of long texts, also those that are cut off
 LENGTH_MULTIPLE = 4  # batches are padded to a multiple of this, so that kernels are made for few shapes
-MAX_WORD = 100  # characters: the tokenizer makes [UNK] of a longer word
-LONG_WORD = re.compile(f"([0-9A-Za-z]{{{MAX_WORD + 1}}})[0-9A-Za-z]+")
-BLANKS = re.compile(" +")
 
 
 class Tokenizer:
@@ -28,28 +26,29 @@ class Tokenizer:
     """
 
     def __init__(self, model_dir: str) -> None:
-        import tokenizers
-
         path = os.path.join(model_dir, "tokenizer.json")
         if not os.path.isfile(path):
             raise FileNotFoundError(f"--model_dir {model_dir}: no tokenizer.json; export the checkpoint again with "
                                     "export_model.py")
         try:
-            self._rust = tokenizers.Tokenizer.from_file(path)
+            self._tokenizer = tokenizers.Tokenizer.from_file(path)
         except Exception as error:  # tokenizers raises nothing narrower
             raise OSError(f"{path}: not a tokenizer: {error}") from None
-        self.pad_token_id = self._rust.token_to_id("[PAD]")
-        self.unk_token_id = self._rust.token_to_id("[UNK]")
+        self.pad_token_id = self._tokenizer.token_to_id("[PAD]")
+        self.unk_token_id = self._tokenizer.token_to_id("[UNK]")
         self._without_word = {self.unk_token_id}  # [UNK] and punctuation
-        for token, token_id in self._rust.get_vocab().items():
+        for token, token_id in self._tokenizer.get_vocab().items():
             if not any(character.isalnum() for character in token):
                 self._without_word.add(token_id)
 
     def __call__(self, texts: Sequence[str], max_seq_length: int) -> list[list[int]]:
         """Return the token ids of each text, [CLS] and [SEP] included, cut to `max_seq_length`."""
-        self._rust.enable_truncation(max_seq_length)
-        beginnings = [self._beginning(text, max_seq_length) for text in texts]
-        return [encoding.ids for encoding in self._rust.encode_batch_fast(beginnings)]
+        self._tokenizer.enable_truncation(max_seq_length)
+        token_ids = []
+        for start in range(0, len(texts), TOKENIZED_TEXTS):
+            encodings = self._tokenizer.encode_batch_fast(texts[start : start + TOKENIZED_TEXTS])
+            token_ids += [encoding.ids for encoding in encodings]
+        return token_ids
 
     def is_unknown(self, token_ids: list[int]) -> bool:
         """Tell whether a text is nothing to the encoder: no token, or [UNK] and at most punctuation beside it."""
@@ -57,25 +56,6 @@ class Tokenizer:
         if not tokens:
             return True
         return self.unk_token_id in tokens and self._without_word.issuperset(tokens)
-
-    def _beginning(self, text: str, max_seq_length: int) -> str:
-        """Return as much of a very long text as has the same first tokens, since all of it would take much memory.
-
-        A cut may fall into a word, which then has other tokens, MAX_WORD of them at most: where there are MAX_WORD
-        tokens more than needed, that word is behind the needed ones.
-        """
-        needed = max_seq_length - 2
-        size = 16 * (needed + MAX_WORD)
-        if len(text) <= 4 * size:
-            return text
-        text = BLANKS.sub(" ", LONG_WORD.sub(r"\1", text))
-        while size < len(text):
-            encoding = self._rust.encode_batch_fast([text[:size]])[0]
-            overflow = len(encoding.overflowing) * needed  # tokens beyond the cut, in pieces of `needed` each
-            if overflow >= needed + MAX_WORD:
-                return text[:size]
-            size *= 4
-        return text
 
 
 class Encoded(NamedTuple):

@@ -1,4 +1,4 @@
-"""Run an exported graph by Paddle Inference, onnxruntime or OpenVINO, chosen by the file that the folder holds.
+"""Run an exported graph by Paddle Inference, ONNX Runtime or OpenVINO, chosen by the file that the folder holds.
 
     predictor = load_predictor("./output", device="cpu")
     embeddings = predictor.embed(input_ids, token_type_ids)
@@ -7,38 +7,32 @@ This file imports nothing of the project. It needs numpy, and the one runtime th
 """
 
 import contextlib
-import glob
 import importlib.util
 import json
 import os
 import re
+import sys
 import warnings
 import zlib  # noqa: F401  paddlepaddle 2.6 crashes in inflateReset2 if it loads its own zlib before Python's
 from collections.abc import Iterator
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 ONNX_FILE = "inference.onnx"
 OPENVINO_FILE = "inference.xml"
+BATCH_TOKENS = {"cpu": 2048, "gpu": 65536}  # tokens of a batch, padding included, that keep the device busy
+
 CPU_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def read_cpu_flags() -> str:
-    """Return what Linux reports of the first processor; "" elsewhere."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return file.read(4096)
-    except OSError:
-        return ""
-
-
-CPU_FLAGS = read_cpu_flags()
+CPU_FLAGS = ""  # Linux' description of the first processor
+with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as cpuinfo:
+    CPU_FLAGS = cpuinfo.read(4096)
 CPU_IS_AMD = "AuthenticAMD" in CPU_FLAGS
 CPU_HAS_AMX = " amx_bf16" in CPU_FLAGS
 CPU_HAS_BF16 = CPU_HAS_AMX or " avx512_bf16" in CPU_FLAGS
 CPU_HAS_AVX512 = all(f" {name}" in CPU_FLAGS for name in ("avx512f", "avx512bw", "avx512dq", "avx512vl"))
+
 if CPU_IS_AMD and " avx2" in CPU_FLAGS:  # without it paddle's MKL uses only SSE on AMD; 5 is AVX2, 7 AVX-512
     os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "7" if CPU_HAS_AVX512 else "5")
 os.environ.setdefault("GLOG_minloglevel", "2")  # a user cannot act on paddle's C++ notes and warnings
@@ -75,12 +69,11 @@ class TensorRtShape(NamedTuple):
     max_seq_length: int
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """How a graph runs.
 
-    Args:
-        device: "cpu", "gpu" or "xpu".
+    Attributes:
+        device: "cpu" or "gpu".
         precision: "fp32", "bf16", "fp16" (GPU) or "int8" (a folder exported in int8).
         cpu_threads: math threads on a CPU.
         onednn_shapes: number of batch shapes for which oneDNN keeps kernels on a CPU, each with a copy of the weights
@@ -99,7 +92,7 @@ class Predictor:
     """An exported graph that is ready to run. A runtime is a subclass and an entry of PREDICTORS.
 
     Attributes:
-        DEVICES, PRECISIONS: what the runtime supports.
+        PRECISIONS: device -> number formats that the runtime computes in there.
         precision: the number format that the graph runs in.
         embedding_size: numbers of an embedding.
         max_positions: most tokens of a text, [CLS] and [SEP] included.
@@ -107,23 +100,22 @@ class Predictor:
         max_batch_size: most texts of a batch; None: any number.
     """
 
-    DEVICES: tuple[str, ...] = ("cpu",)
-    PRECISIONS: tuple[str, ...] = ()
+    PRECISIONS: dict[str, tuple[str, ...]] = {}
 
-    def __init__(self, graph: str, settings: Settings) -> None:
+    def __init__(self, graph: str, record: dict, settings: Settings) -> None:
         self.precision = settings.precision
-        self.batch_tokens = 2048 if settings.device == "cpu" else 65536
+        self.embedding_size = record["embedding_size"]
+        self.max_positions = record["max_positions"]
+        self.batch_tokens = BATCH_TOKENS[settings.device]
         self.max_batch_size = settings.tensorrt.batch_size if settings.tensorrt else None
         self.open(graph, settings)
-        record = read_record(os.path.dirname(graph))
-        self.max_positions = record["max_positions"]
-        self.embedding_size = record.get("embedding_size") or self._measure_embedding_size()
 
     def open(self, graph: str, settings: Settings) -> None:
         """Load the graph of this path.
 
         Raises:
-            InputError: the runtime is not installed, the graph is damaged, or the device or precision is not there.
+            InputError: the graph is damaged, or the device or the precision is not there.
+            ModuleNotFoundError: the runtime is not installed.
         """
         raise NotImplementedError
 
@@ -138,26 +130,19 @@ class Predictor:
         """
         raise NotImplementedError
 
-    def _measure_embedding_size(self) -> int:
-        input_ids = np.ones([1, 3], "int64")
-        return self.embed(input_ids, np.zeros_like(input_ids)).shape[1]
-
 
 class OnnxPredictor(Predictor):
-    """Run inference.onnx by onnxruntime."""
+    """Run inference.onnx by ONNX Runtime."""
 
-    PRECISIONS = ("fp32",)
+    PRECISIONS = {"cpu": ("fp32",)}
 
     def open(self, graph: str, settings: Settings) -> None:
-        try:
-            import onnxruntime
-        except ModuleNotFoundError as error:
-            raise InputError(f"ONNX: {error.name} is not installed; pip install onnxruntime") from None
+        import onnxruntime
+
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = settings.cpu_threads
         options.log_severity_level = 3  # errors
-        # onnxruntime's errors have no base class but Exception.
-        with reported(f"{graph} cannot be run", Exception):
+        with reported(f"{graph} cannot be run", Exception):  # onnxruntime's errors have no narrower base class
             self._session = onnxruntime.InferenceSession(graph, options, ["CPUExecutionProvider"])
 
     def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
@@ -168,16 +153,17 @@ class OnnxPredictor(Predictor):
 class OpenVinoPredictor(Predictor):
     """Run inference.xml by OpenVINO. What is not int8 in an int8 graph is bf16 where the processor is faster in it."""
 
-    PRECISIONS = ("fp32", "bf16", "int8")
+    PRECISIONS = {"cpu": ("fp32", "bf16", "int8")}
 
     def open(self, graph: str, settings: Settings) -> None:
-        try:
-            import openvino
-        except ModuleNotFoundError as error:
-            raise InputError(f"OpenVINO: {error.name} is not installed; pip install openvino") from None
+        import openvino
+
         float_precision = auto_precision("cpu") if settings.precision == "int8" else settings.precision
-        options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": settings.cpu_threads,
-                   "INFERENCE_PRECISION_HINT": "bf16" if float_precision == "bf16" else "f32"}
+        options = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": settings.cpu_threads,
+            "INFERENCE_PRECISION_HINT": "bf16" if float_precision == "bf16" else "f32",
+        }
         with reported(f"{graph} cannot be run", RuntimeError):
             self._request = openvino.Core().compile_model(graph, "CPU", options).create_infer_request()
 
@@ -189,23 +175,26 @@ class OpenVinoPredictor(Predictor):
 class PaddlePredictor(Predictor):
     """Run a graph of `paddle.jit.save` by Paddle Inference."""
 
-    DEVICES = ("cpu", "gpu", "xpu")
-    PRECISIONS = ("fp32", "bf16", "fp16")
+    PRECISIONS = {"cpu": ("fp32", "bf16"), "gpu": ("fp32", "bf16", "fp16")}
 
     def open(self, graph: str, settings: Settings) -> None:
         import paddle
 
+        self._graph = graph
         params = os.path.splitext(graph)[0] + ".pdiparams"
-        if not os.path.isfile(params):
+        if not os.path.isfile(params):  # paddle 3 would run the graph with any numbers
             raise InputError(f"{params}: no such file; export the checkpoint again with export_model.py")
-        if graph.endswith(".json") and paddle.__version__.startswith("2."):
+        if graph.endswith(".json") and paddle.__version__.startswith("2."):  # which would crash
             raise InputError(f"{graph} was exported by paddle 3; paddle {paddle.__version__} cannot run it: export the "
                              "checkpoint again here")
         if settings.tensorrt:
             check_tensorrt(graph, settings.precision, paddle.inference.get_trt_compile_version())
         config = paddle.inference.Config(graph, params)
         config.disable_glog_info()
-        CONFIGURE[settings.device](config, settings)
+        if settings.device == "cpu":
+            configure_cpu(config, settings)
+        else:
+            configure_gpu(config, settings)
         with reported(f"{graph} cannot be run", OSError, RuntimeError, ValueError):
             self._predictor = paddle.inference.create_predictor(config)
         input_ids, token_type_ids = self._predictor.get_input_names()
@@ -216,18 +205,18 @@ class PaddlePredictor(Predictor):
     def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
         self._input_ids.copy_from_cpu(input_ids)
         self._token_type_ids.copy_from_cpu(token_type_ids)
-        self._predictor.run()
+        with reported(f"{self._graph} cannot be run", RuntimeError):  # a library of CUDA that paddle opens only now
+            self._predictor.run()
         return self._output.copy_to_cpu().astype("float32", copy=False)
 
 
 # Graph file -> what runs it; a folder that holds several is run by the first. `paddle.jit.save` writes .json in
-# paddle 3 and .pdmodel in paddle 2; the last name is that of the original implementation's export.
+# paddle 3 and .pdmodel in paddle 2.
 PREDICTORS: dict[str, type[Predictor]] = {
     ONNX_FILE: OnnxPredictor,
     OPENVINO_FILE: OpenVinoPredictor,
     "inference.json": PaddlePredictor,
     "inference.pdmodel": PaddlePredictor,
-    "inference.get_pooled_embedding.pdmodel": PaddlePredictor,
 }
 
 
@@ -240,52 +229,12 @@ def find_graph(model_dir: str) -> str | None:
 
 
 def read_record(model_dir: str) -> dict:
-    """Return what export_model.py recorded of a folder, {} where it has no record, with `max_positions` in any case."""
+    """Return what export_model.py recorded of a folder; {} where it has no record."""
     path = os.path.join(model_dir, "simcse_config.json")
-    record = {}
-    if os.path.exists(path):
-        with reported(f"{path}: not valid JSON", ValueError), open(path, encoding="utf-8") as file:
-            record = json.load(file)
-    record.setdefault("max_positions", record.get("encoder_config", {}).get("max_position_embeddings", 512))
-    return record
-
-
-def auto_precision(device: str, onednn: bool = True) -> str:
-    """Return what precision "auto" means: bf16 on a CPU that is faster in it (AMX, or AMD's AVX-512 BF16), else fp32.
-    """
-    faster = device == "cpu" and onednn and CPU_HAS_BF16 and (CPU_HAS_AMX or CPU_IS_AMD)
-    return "bf16" if faster else "fp32"
-
-
-def choose_precision(model_dir: str, device: str, precision: str, onednn: bool = True) -> str:
-    """Return the precision that a folder runs in.
-
-    Args:
-        precision: the one that is asked for, or "auto".
-        onednn: whether Paddle Inference uses oneDNN on a CPU.
-
-    Raises:
-        InputError: the folder cannot run on the device, or in the precision.
-    """
-    graph = find_graph(model_dir)
-    runtime = PREDICTORS.get(graph, PaddlePredictor)
-    exported_in = read_record(model_dir).get("precision", "fp32")
-    if device not in runtime.DEVICES:
-        raise InputError(f"--device {device}: --model_dir {model_dir} holds {graph}, which runs with --device "
-                         f"{' or '.join(runtime.DEVICES)}")
-    if precision == "auto":
-        if exported_in == "int8":
-            return "int8"
-        if "bf16" not in runtime.PRECISIONS:
-            return "fp32"
-        return auto_precision(device, onednn or runtime is not PaddlePredictor)
-    if (precision == "int8") != (exported_in == "int8"):
-        raise InputError(f"--precision {precision}: --model_dir {model_dir} was exported in {exported_in}; "
-                         "export_model.py --format openvino --precision int8 exports in int8")
-    if precision not in runtime.PRECISIONS:
-        raise InputError(f"--precision {precision}: --model_dir {model_dir} holds {graph}, which runs in "
-                         f"{' or '.join(runtime.PRECISIONS)}")
-    return precision
+    if not os.path.exists(path):
+        return {}
+    with reported(f"{path}: not valid JSON", ValueError), open(path, encoding="utf-8") as file:
+        return json.load(file)
 
 
 def load_predictor(model_dir: str, *, device: str = "cpu", precision: str = "auto", cpu_threads: int = 0,
@@ -293,24 +242,55 @@ def load_predictor(model_dir: str, *, device: str = "cpu", precision: str = "aut
     """Load an exported folder by the runtime that its graph is for.
 
     Args:
-        precision: see `choose_precision`.
+        precision: a number format, or "auto": int8 if the folder was exported in it, bf16 on a CPU that is faster in
+            it, else fp32.
         cpu_threads: math threads on a CPU; 0: all cores.
         The others: see `Settings`.
 
     Raises:
         InputError: the folder holds no graph, or one that cannot run like this.
     """
-    precision = choose_precision(model_dir, device, precision, onednn=onednn_shapes > 0)
     graph = find_graph(model_dir)
     if graph is None:
         raise InputError(f"--model_dir {model_dir}: no exported graph ({', '.join(PREDICTORS)}); make one with "
                          "export_model.py")
+    runtime = PREDICTORS[graph]
+    if device not in runtime.PRECISIONS:
+        raise InputError(f"--device {device}: --model_dir {model_dir} holds {graph}, which runs with --device "
+                         f"{' or '.join(runtime.PRECISIONS)}")
+    record = read_record(model_dir)
+    exported_in = record.get("precision", "fp32")
+    if precision == "auto":
+        precision = "int8" if exported_in == "int8" else auto_precision(device, onednn=onednn_shapes > 0)
+        if precision not in runtime.PRECISIONS[device]:
+            precision = "fp32"
+    if (precision == "int8") != (exported_in == "int8"):
+        raise InputError(f"--precision {precision}: --model_dir {model_dir} was exported in {exported_in}; "
+                         "export_model.py --format openvino --precision int8 exports in int8")
+    if precision not in runtime.PRECISIONS[device]:
+        raise InputError(f"--precision {precision}: --model_dir {model_dir} holds {graph}, which runs in "
+                         f"{' or '.join(runtime.PRECISIONS[device])} with --device {device}")
+    if "embedding_size" not in record:
+        raise InputError(f"--model_dir {model_dir}: no record (simcse_config.json) of the graph; export the checkpoint "
+                         "again with export_model.py")
     settings = Settings(device, precision, cpu_threads or CPU_CORES, onednn_shapes, tensorrt)
-    return PREDICTORS[graph](os.path.join(model_dir, graph), settings)
+    try:
+        return runtime(os.path.join(model_dir, graph), record, settings)
+    except ModuleNotFoundError as error:
+        raise InputError(f"{error.name} is not installed for {sys.executable}; requirements.txt of deploy/python names "
+                         f"what {graph} needs") from None
+
+
+def auto_precision(device: str, onednn: bool = True) -> str:
+    """Return "bf16" for a CPU that is faster in it by oneDNN (AMX, or AMD's AVX-512 BF16), else "fp32"."""
+    faster = device == "cpu" and onednn and CPU_HAS_BF16 and (CPU_HAS_AMX or CPU_IS_AMD)
+    return "bf16" if faster else "fp32"
 
 
 def configure_cpu(config: Any, settings: Settings) -> None:
     """Set a paddle.inference.Config for a CPU, with oneDNN or without it."""
+    if settings.precision == "bf16" and not settings.onednn_shapes:
+        raise InputError("--precision bf16 with --device cpu needs oneDNN (--enable_mkldnn True)")
     if settings.precision == "bf16" and not CPU_HAS_BF16:
         raise InputError("--precision bf16: this processor has neither AVX-512 BF16 nor AMX")
     config.disable_gpu()
@@ -349,18 +329,6 @@ def configure_gpu(config: Any, settings: Settings) -> None:
     config.set_trt_dynamic_shape_info(smallest, largest, largest)
 
 
-def configure_xpu(config: Any, settings: Settings) -> None:
-    """Set a paddle.inference.Config for an XPU."""
-    import paddle
-
-    if not paddle.device.is_compiled_with_xpu():
-        raise InputError("--device xpu: this paddlepaddle has no XPU support")
-    config.enable_xpu()
-
-
-CONFIGURE = {"cpu": configure_cpu, "gpu": configure_gpu, "xpu": configure_xpu}
-
-
 def check_tensorrt(graph: str, precision: str, built_with: tuple[int, int, int]) -> None:
     """Raise InputError where Paddle Inference cannot run a graph on TensorRT.
 
@@ -387,11 +355,10 @@ def link_cuda_libraries() -> None:
     packages = importlib.util.find_spec("nvidia")
     if not paddle.__version__.startswith("2.") or packages is None:
         return
-    folder = os.path.join(os.path.dirname(paddle.__file__), "libs")
+    folder = Path(paddle.__file__).parent / "libs"
     for root in packages.submodule_search_locations or ():
-        for library in glob.glob(os.path.join(root, "*", "lib", "*.so.*")):
-            name = os.path.basename(library)
-            without_version = name.split(".so.")[0] + ".so"
-            for link in (name, without_version):
+        for library in Path(root).glob("*/lib/*.so.*"):
+            without_version = library.name.split(".so.")[0] + ".so"
+            for name in (library.name, without_version):
                 with contextlib.suppress(OSError):  # the link exists, or the folder cannot be written
-                    os.symlink(os.path.relpath(library, folder), os.path.join(folder, link))
+                    (folder / name).symlink_to(os.path.relpath(library, folder))

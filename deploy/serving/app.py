@@ -28,7 +28,7 @@ from deploy.serving.schemas import (
     search_body,
     similarity_body,
 )
-from simcse.console import InputError
+from simcse.console import InputError, NotFiniteError
 
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
@@ -107,6 +107,9 @@ class SearcherApp:
             raise HTTPException(503, "too many texts wait already; try again", RETRY_AFTER) from None
         except asyncio.TimeoutError:
             raise HTTPException(504, f"no answer within {self.limits.seconds:g} s") from None
+        except NotFiniteError as error:
+            log.error("%s", error)
+            raise HTTPException(500, str(error)) from None
         except InputError as error:  # Milvus does not answer, for instance
             log.error("%s", error)
             raise HTTPException(503, "the index does not answer; try again", RETRY_AFTER) from None

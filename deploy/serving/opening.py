@@ -11,7 +11,10 @@ from deploy.serving.shapes import BatchShapes, choose_shapes
 from simcse.console import InputError
 from simcse.encoder.encoder import Encoder
 from simcse.encoder.weights import CONFIG_FILE, read_record
+from simcse.index.documents import Documents
+from simcse.index.engines import check_installed
 from simcse.index.manifest import Manifest
+from simcse.index.milvus import MilvusIndex
 from simcse.index.protocols import DocumentStore, Index
 from simcse.text.wordpiece import load_tokenizer
 
@@ -28,6 +31,7 @@ def open_searcher(args: argparse.Namespace) -> Searcher:
     wanted = Manifest(model=record["model"])
     if args.index_path:
         manifest = ann_util.read_manifest(args.index_path, wanted)
+        check_installed(manifest.ann_engine)
         encoder, shapes = open_encoder(args, manifest)
         index, documents = ann_util.load_index(args.index_path, manifest, threads=args.cpu_threads)
         bm25 = open_bm25(args.index_path, documents, manifest.corpus)
@@ -43,15 +47,14 @@ def open_searcher(args: argparse.Namespace) -> Searcher:
 
 def open_collection(args: argparse.Namespace, wanted: Manifest) -> tuple[Index, DocumentStore]:
     """Open the collection of Milvus."""
-    from simcse.index.milvus import MilvusIndex
-
+    check_installed("milvus")
     if args.max_top_k > MilvusIndex.max_k:
         raise InputError(f"--max_top_k {args.max_top_k}: Milvus gives at most {MilvusIndex.max_k}")
     return ann_util.open_collection(args.milvus_uri, args.milvus_collection, wanted)
 
 
-def open_bm25(index_path: str, documents: DocumentStore, corpus: str | None) -> Any:
-    """Open the index of words in an index folder; None: recall.py was not run with --hybrid_bm25.
+def open_bm25(index_path: str, documents: Documents, corpus: str | None) -> Any:
+    """Open the BM25 index in an index folder; None: recall.py was not run with --hybrid_bm25.
 
     Args:
         corpus: SHA-256 of the file of the documents.
@@ -68,7 +71,8 @@ def open_encoder(args: argparse.Namespace, manifest: Manifest) -> tuple[Encoder,
     weights = sum(file.stat().st_size for file in os.scandir(args.model_dir) if file.name.startswith("inference."))
     shapes = choose_shapes(weights, manifest.max_seq_length)
     engine = open_engine(args, manifest.precision, len(shapes.all()))
-    return Encoder(engine, load_tokenizer(args.model_dir), manifest.max_seq_length), shapes
+    tokenizer = load_tokenizer(args.model_dir)
+    return Encoder(engine, tokenizer, manifest.max_seq_length, make_batches=shapes.make_batches), shapes
 
 
 def open_engine(args: argparse.Namespace, precision_of_index: str, shapes: int) -> Any:

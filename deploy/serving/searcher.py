@@ -26,12 +26,12 @@ class Searcher:
     """Answer batches of jobs.
 
     Args:
-        encoder: the exported model.
+        encoder: the exported model, with the batches of `shapes`.
         index: its embeddings of the corpus.
         documents: maps rows of the index to documents.
         shapes: those that batches of the encoder may have.
         distinct: give each text once, not once for every line that has it.
-        bm25: the index of words, a `Bm25` of the documents; None: there is none, and no hybrid search.
+        bm25: the BM25 index of the documents, a `Bm25`; None: there is none, and no hybrid search.
         whitened: whether the model's embeddings are.
     """
 
@@ -47,7 +47,6 @@ class Searcher:
         self._search_in_mode = {EMBEDDING: self.search_by_embedding}
         if bm25 is not None:
             self._search_in_mode[HYBRID] = self.search_hybrid
-        encoder.make_batches = shapes.make_batches
         self.facts = Facts(documents.line_count, encoder.embedding_size, encoder.precision,
                            tuple(self._search_in_mode), encoder.max_seq_length, whitened)
 
@@ -68,7 +67,7 @@ class Searcher:
         encoded = self.encode(texts)
         hits_in_mode = {}
         for mode, search_in_mode in self._search_in_mode.items():
-            depth_of = deepest([job for job in jobs if isinstance(job, SearchJob) and job.mode == mode])
+            depth_of = collect_depths([job for job in jobs if isinstance(job, SearchJob) and job.mode == mode])
             if depth_of:
                 rows = [row_of[text] for text in depth_of]
                 hits_in_mode[mode] = search_in_mode(depth_of, encoded.embeddings[rows])
@@ -164,7 +163,7 @@ class Searcher:
         return best_rows
 
 
-def deepest(jobs: Sequence[SearchJob]) -> dict[str, int]:
+def collect_depths(jobs: Sequence[SearchJob]) -> dict[str, int]:
     """Return the texts of jobs, each with the highest `top_k` that is asked for it."""
     depth_of: dict[str, int] = {}
     for job in jobs:

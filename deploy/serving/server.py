@@ -27,7 +27,7 @@ from simcse.machine import CPU_THREADS
 KEEP_ALIVE = 75  # seconds that an idle connection stays open: longer than proxies keep theirs (60 s), as nginx does
 
 if TYPE_CHECKING:
-    from deploy.serving.following import Following
+    from deploy.serving.reloading import ReloadingApp
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,12 +39,12 @@ def parse_args() -> argparse.Namespace:
                        help="instead of --index_path: http://host:port of Milvus (MILVUS_TOKEN in the environment is "
                        "its token), or the .db file of Milvus Lite")
     group.add_argument("--milvus_collection", type=flags.nonempty_text, default=None,
-                       help=f"collection that recall.py filled; by default {flags.COLLECTION}")
+                       help=f"collection that recall.py filled (default: {flags.COLLECTION})")
     group.add_argument("--distinct", action="store_true",
                        help="give each text once, not once for every line of the corpus that has it")
     flags.add_device_arguments(group)
     group.add_argument("--precision", choices=("fp32", "bf16", "fp16", "int8"), default=None,
-                       help="number format of the matrix products; by default that of the index")
+                       help="number format of the matrix products (default: the one that the index records)")
     group = parser.add_argument_group("server")
     group.add_argument("--host", type=flags.nonempty_text, default="127.0.0.1",
                        help="address to listen on; 0.0.0.0: all addresses of this machine")
@@ -73,6 +73,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.milvus_collection and not args.milvus_uri:
         parser.error("--milvus_collection needs --milvus_uri")
     args.milvus_collection = args.milvus_collection or flags.COLLECTION
+    flags.set_max_seq_length(args)
     flags.check_arguments(parser, args)
     token = os.environ.get("SIMCSE_TOKEN", "")
     if token != token.strip():
@@ -102,26 +103,26 @@ def announce(args: argparse.Namespace) -> None:
     console.log(f"{console.PROGRAM}: {device}, {precision}; {args.model_dir} with {args.index_path or args.milvus_uri}")
 
 
-def open_service(args: argparse.Namespace) -> "Following":
+def open_service(args: argparse.Namespace) -> "ReloadingApp":
     """Open the model and the index, and return the application that serves them."""
     from deploy.serving.app import make_app
-    from deploy.serving.following import Following, stamp_of
     from deploy.serving.metrics import Metrics
+    from deploy.serving.reloading import ReloadingApp, index_stamp
     from deploy.serving.remote import RemoteSearcher
     from deploy.serving.schemas import Limits
 
     limits = Limits(texts=args.max_texts, text_length=args.max_text_length, top_k=args.max_top_k, body=args.max_body,
                     seconds=args.max_seconds, batch=args.max_batch, waiting=args.max_waiting)
     metrics = Metrics()
-    return Following(
+    return ReloadingApp(
         new_searcher=lambda: RemoteSearcher(args),
         make_app=lambda searcher: make_app(searcher, limits, os.environ.get("SIMCSE_TOKEN"), metrics),
-        stamp=lambda: stamp_of(args),
+        stamp=lambda: index_stamp(args),
         patience=2 * args.max_seconds + 1,
         on_outdated=metrics.set_outdated)
 
 
-def report(args: argparse.Namespace, app: "Following", listener: socket.socket) -> None:
+def report(args: argparse.Namespace, app: "ReloadingApp", listener: socket.socket) -> None:
     """Log what is served, and where; warn where anybody can use it."""
     token = os.environ.get("SIMCSE_TOKEN")
     host, port = listener.getsockname()[:2]
@@ -136,12 +137,13 @@ def report(args: argparse.Namespace, app: "Following", listener: socket.socket) 
                      "asks for a token")
 
 
-def is_no_cancellation(record: logging.LogRecord) -> bool:
-    """Tell whether a log record is anything but a request that was cut off.
+def drop_cancelled_requests(record: logging.LogRecord) -> bool:
+    """Return False, which drops a log record, for the traceback of a request that was cut off.
 
     uvicorn says how many requests it cuts off when it stops, and would log a traceback for each.
     """
-    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+    is_cancelled = bool(record.exc_info) and isinstance(record.exc_info[1], asyncio.CancelledError)
+    return not is_cancelled
 
 
 def serve(args: argparse.Namespace, listener: socket.socket) -> None:
@@ -157,7 +159,7 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     config = uvicorn.Config(app, http="h11", log_config=None, access_log=False, server_header=False, lifespan="on",
                             timeout_keep_alive=KEEP_ALIVE,
                             timeout_graceful_shutdown=1 + round(args.max_seconds))
-    logging.getLogger("uvicorn.error").addFilter(is_no_cancellation)
+    logging.getLogger("uvicorn.error").addFilter(drop_cancelled_requests)
     try:
         uvicorn.Server(config).run(sockets=[listener])
     finally:

@@ -44,7 +44,7 @@ class BatchShapes(NamedTuple):
             rows = order[start : start + size]
             length = min(length for length in self.lengths if length >= ids.lengths[rows[0]])
             filled = rows + [rows[-1]] * (size - len(rows))
-            input_ids = ids.padded(filled, pad_id, length)
+            input_ids = ids.pad(filled, pad_id, length)
             yield rows, input_ids, np.zeros_like(input_ids)
             start += size
 

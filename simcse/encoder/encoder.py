@@ -6,17 +6,19 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from simcse import console
-from simcse.console import InputError, progress
-from simcse.encoder.engine import Engine, ParallelEngine
+from simcse.console import InputError, NotFiniteError, progress
+from simcse.encoder.engine import Engine
 from simcse.files import prefetch
 from simcse.machine import RANK
 from simcse.ranks import gather_arrays
-from simcse.text.tokens import WINDOW, Ids, Tokens, make_batches
+from simcse.text import tokens
+from simcse.text.tokens import WINDOW, Ids, TokenBatch, Tokens
 from simcse.text.wordpiece import find_unknown
 
 import numpy as np
 
 EXAMPLES = 3  # places that a warning names
+BatchMaker = Callable[[Sequence[Ids], int], Iterator[TokenBatch]]  # token ids of texts, pad id -> batches
 
 
 class EncoderInput(NamedTuple):
@@ -36,7 +38,7 @@ class EncoderInput(NamedTuple):
 def tokenize(tokenizer: Any, texts: Sequence[str], max_seq_length: int) -> EncoderInput:
     """Return the token ids of texts, cut to `max_seq_length`, and what is lost by that."""
     whole = Tokens.of(tokenizer(texts, max_seq_length + 1))
-    ids = whole.cut(max_seq_length)
+    ids = whole.truncate(max_seq_length)
     return EncoderInput(ids, whole.lengths, find_unknown(tokenizer, ids))
 
 
@@ -87,7 +89,7 @@ class TextWarnings:
         """Return the sum of what all ranks have counted; all ranks call it together."""
         merged = TextWarnings(self.max_seq_length)
         for numbers in gather_arrays(self._to_array()):
-            merged.merge(self._from_array(numbers))
+            merged.merge(TextWarnings._of_array(numbers, self.max_seq_length))
         return merged
 
     def report(self, place_of: Callable[[int], str]) -> None:
@@ -119,11 +121,13 @@ class TextWarnings:
             numbers += rows + [-1] * (EXAMPLES - len(rows))
         return np.array(numbers, "int64")
 
-    def _from_array(self, array: np.ndarray) -> "TextWarnings":
+    @classmethod
+    def _of_array(cls, array: np.ndarray, max_seq_length: int) -> "TextWarnings":
+        """Return the counts and rows that `_to_array` has written."""
         total, truncated, unknown, *rows = array.tolist()
         first_truncated = [row for row in rows[:EXAMPLES] if row >= 0]
         first_unknown = [row for row in rows[EXAMPLES:] if row >= 0]
-        return TextWarnings(self.max_seq_length, total, truncated, unknown, first_truncated, first_unknown)
+        return cls(max_seq_length, total, truncated, unknown, first_truncated, first_unknown)
 
 
 def places_of(texts: Sequence[str], places: Sequence[str] | None = None) -> Callable[[int], str]:
@@ -213,18 +217,18 @@ class Encoder:
         tokenizer: see `wordpiece.load_tokenizer`.
         max_seq_length: tokens that are read of a text, [CLS] and [SEP] included.
         batch_size: texts of a batch; None: as many as fill the engine's `batch_tokens`.
-
-    Attributes:
-        make_batches: forms the batches: `make_batches(ids, pad_id)` yields the rows of some texts, and their input_ids
-            and token_type_ids, int64 [rows or more, length]. It may be replaced.
+        make_batches: forms the batches instead of `tokens.make_batches`; its arrays may have more rows than the batch
+            has texts.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Any, max_seq_length: int, batch_size: int | None = None) -> None:
+    def __init__(self, engine: Engine, tokenizer: Any, max_seq_length: int, batch_size: int | None = None,
+                 make_batches: BatchMaker | None = None) -> None:
         check_length(engine, max_seq_length)
         self.engine = engine
         self.tokenizer = tokenizer
         self.max_seq_length = max_seq_length
-        self.make_batches = functools.partial(make_batches, batch_size=batch_size, batch_tokens=engine.batch_tokens)
+        self._make_batches = make_batches or functools.partial(
+            tokens.make_batches, batch_size=batch_size, batch_tokens=engine.batch_tokens)
 
     @property
     def embedding_size(self) -> int:
@@ -273,7 +277,7 @@ class Encoder:
             warnings: counts truncated and unknown texts, for a caller that reports them itself, without `warn`.
 
         Raises:
-            InputError: an embedding is not finite.
+            NotFiniteError: an embedding is not finite.
         """
         if windows is None:
             windows = [range(start, min(start + WINDOW, len(texts))) for start in range(0, len(texts), WINDOW)]
@@ -304,57 +308,39 @@ class Encoder:
             advance: is told, for a progress bar, how many texts more are being computed.
 
         Raises:
-            InputError: an embedding is not finite.
+            NotFiniteError: an embedding is not finite.
         """
         embeddings = np.empty((len(inputs.ids), self.embedding_size), "float32")
         previous = None
-        for rows, input_ids, token_type_ids in self.make_batches(inputs.ids, self.tokenizer.pad_token_id):
-            batch = _StartedBatch(rows, self._start(input_ids, token_type_ids))
-            if previous is not None:  # read when the next one has been started: OpenVINO computes two at a time
-                previous.store(embeddings)
-            previous = batch
+        for rows, input_ids, token_type_ids in self._make_batches(inputs.ids, self.tokenizer.pad_token_id):
+            started = _StartedBatch(rows, self.engine.embed(input_ids, token_type_ids))
+            if previous is not None:  # read after the next one has been started; see `Engine.embed`
+                previous.store_in(embeddings)
+            previous = started
             advance(len(rows))
         if previous is not None:
-            previous.store(embeddings)
+            previous.store_in(embeddings)
         embeddings[inputs.unknown] = 0
         if not np.isfinite(embeddings).all():
-            raise InputError("embeddings contain NaN or Inf; training diverged or the checkpoint is damaged")
+            raise NotFiniteError("embeddings contain NaN or Inf; training diverged or the checkpoint is damaged")
         return embeddings
 
-    def _start(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> Any:
-        """Start a batch, and return an object whose `result()` waits for the embeddings."""
-        if isinstance(self.engine, ParallelEngine):
-            return self.engine.start(input_ids, token_type_ids)
-        return _ComputedBatch(self.engine.embed(input_ids, token_type_ids))
 
-
-class _ComputedBatch:
-    """The embeddings of an engine that computes one batch at a time; on a GPU a tensor that is being computed."""
-
-    def __init__(self, embeddings: Any) -> None:
-        self._embeddings = embeddings
-
-    def result(self) -> np.ndarray:
-        """Wait for the embeddings and return them, float32 [batch, embedding_size]."""
-        return np.asarray(self._embeddings)
-
-
-@dataclass(frozen=True)
-class _StartedBatch:
-    """A batch that an engine computes.
+class _StartedBatch(NamedTuple):
+    """A batch that the engine has started to compute.
 
     Attributes:
         rows: which texts it has.
-        running: an object whose `result()` waits for the embeddings.
+        result: what `Engine.embed` has returned.
     """
 
     rows: Sequence[int]
-    running: Any
+    result: Any
 
-    def store(self, embeddings: np.ndarray) -> None:
-        """Wait for the batch, and put its embeddings in their rows."""
-        # The service's batches may be filled up with more texts.
-        embeddings[self.rows] = self.running.result()[: len(self.rows)]
+    def store_in(self, embeddings: np.ndarray) -> None:
+        """Wait for the batch, and write its embeddings into their rows of `embeddings`."""
+        computed = np.asarray(self.result)
+        embeddings[self.rows] = computed[: len(self.rows)]  # a `make_batches` may have filled it up with more rows
 
 
 def _select(texts: Sequence[str], rows: range | np.ndarray) -> Sequence[str]:

@@ -8,10 +8,10 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from simcse.console import InputError, log
-from simcse.device import gpu_precision
+from simcse.device import set_gpu_precision
 from simcse.encoder.openvino import IdArrays, OpenVinoEngine, export_openvino
 from simcse.encoder.paddle_engine import GRAPH_FILES, PaddleEngine, export_graph
 from simcse.encoder.table import TableEngine, write_table
@@ -24,7 +24,7 @@ from paddle import nn
 
 
 class Engine(Protocol):
-    """Compute embeddings of token ids; an engine that computes several batches at a time is a `ParallelEngine` too.
+    """Compute embeddings of token ids.
 
     Attributes:
         embedding_size: numbers of an embedding.
@@ -41,19 +41,9 @@ class Engine(Protocol):
     def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> Any:
         """Return L2-normalized embeddings, float32 [batch, embedding_size], of two int64 [batch, length].
 
-        They are an array or, on a GPU, a tensor: `numpy.asarray` waits for that.
-        """
-        ...
-
-
-@runtime_checkable
-class ParallelEngine(Protocol):
-    """An `Engine` that computes several batches at a time."""
-
-    def start(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> Any:
-        """Start to compute a batch, and return at once an object whose `result()` waits for the embeddings.
-
-        Arguments and embeddings are those of `Engine.embed`.
+        An engine may return at once, with what `numpy.asarray` waits for and makes an array of: a tensor on a GPU, an
+        `openvino.PendingEmbeddings`. `Encoder.embed` therefore calls this for the next batch before it reads the last
+        one: a GPU has work to go on with, and OpenVINO computes two batches at a time.
         """
         ...
 
@@ -66,7 +56,7 @@ ENCODER_ENGINES: dict[str, type] = {
 }
 
 
-def open_engine(folder: str, precision: str = "fp32", cpu_threads: int = 0) -> Engine:
+def open_engine(folder: str, precision: str = "auto", cpu_threads: int = 0) -> Engine:
     """Open an exported folder on a CPU.
 
     Args:
@@ -90,7 +80,7 @@ def make_engine(model: nn.Layer, precision: str = "auto", cpu_threads: int = 0) 
     """
     if paddle.device.get_device() != "cpu":
         network = copy.copy(model)
-        network.precision = gpu_precision(model.precision if precision == "auto" else precision)
+        network.precision = set_gpu_precision(model.precision if precision == "auto" else precision)
         return network
     with tempfile.TemporaryDirectory() as folder:
         if not write_table(model, folder):

@@ -6,10 +6,10 @@ import os
 import shutil
 from pathlib import Path
 
-from simcse.console import InputError, log
+from simcse.console import InputError, log, warn
 from simcse.encoder.engine import openvino_is_faster
 from simcse.encoder.weights import CONFIG_FILE, model_digest, read_record
-from simcse.files import file_digest, new_folder, read_json, write_json
+from simcse.files import file_digest, new_cache_folder, read_json, write_json
 
 import paddle
 
@@ -32,7 +32,8 @@ class KeptGraph:
 
     Attributes:
         folder: its path; it may not exist.
-        fingerprint: what a graph that is made now is made of.
+        fingerprint: digests and versions of all that a graph exported now depends on; `keep` writes them into the
+            folder, and `is_current` compares them.
     """
 
     def __init__(self, params_path: str, precision: str, model_name_or_path: str | None = None,
@@ -66,6 +67,8 @@ class KeptGraph:
     def keep(self, exported: str, record: dict) -> None:
         """Move an exported graph to the folder, which appears whole or, where it cannot be written, not at all.
 
+        A folder that cannot be written is a warning: the graph can be made again.
+
         Args:
             exported: the folder that `export_fastest` has filled.
             record: the checkpoint's, to which that of the graph is joined.
@@ -73,11 +76,16 @@ class KeptGraph:
         write_json(os.path.join(exported, CONFIG_FILE), {**record, **read_record(exported)})
         files = {name: file_digest(os.path.join(exported, name)) for name in sorted(os.listdir(exported))}
         write_json(os.path.join(exported, FINGERPRINT_FILE), {**self.fingerprint, "files": files})
-        with contextlib.suppress(OSError):
-            with new_folder(self.folder, cache=True) as folder:
+        try:
+            with new_cache_folder(self.folder) as folder:
                 for name in os.listdir(exported):
                     shutil.move(os.path.join(exported, name), folder)
-            log(f"kept the graph in {self.folder}, for quicker starts")
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            warn(f"{self.folder}: the exported graph cannot be kept there ({reason}), and every start exports it "
+                 "again; make this path writable for quicker starts")
+            return
+        log(f"kept the graph in {self.folder}, for quicker starts")
 
 
 def _installed_versions(names: list[str]) -> dict[str, str]:

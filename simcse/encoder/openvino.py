@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from simcse.console import InputError, log, reported
+from simcse.console import InputError, as_input_error, log
 from simcse.encoder.onnx import export_onnx
 from simcse.encoder.paddle_patches import quiet_nncf
 from simcse.encoder.weights import CONFIG_FILE, ONNX_FILE, OPENVINO_FILE, read_record
@@ -21,11 +21,11 @@ LOWEST_COSINE = 0.98  # mean cosine of int8 to float32: below, results are no lo
 IdArrays = tuple[np.ndarray, np.ndarray]  # input_ids and token_type_ids of a batch, int64 [texts, length]
 
 
-class RunningBatch:
-    """A batch that OpenVINO is computing.
+class PendingEmbeddings:
+    """The embeddings of a batch that OpenVINO is computing; `numpy.asarray` waits for them.
 
     Args:
-        request: an idle `openvino.InferRequest`; it is busy until `result` has returned.
+        request: an idle `openvino.InferRequest`; it is busy until `wait` has returned.
     """
 
     def __init__(self, request: Any, input_ids: np.ndarray, token_type_ids: np.ndarray) -> None:
@@ -34,7 +34,11 @@ class RunningBatch:
         self._embeddings: np.ndarray | None = None
         request.start_async(self._inputs, share_inputs=True)
 
-    def result(self) -> np.ndarray:
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Return what `wait` does, for `numpy.asarray`."""
+        return np.asarray(self.wait(), dtype)
+
+    def wait(self) -> np.ndarray:
         """Wait for the embeddings and return them, float32 [batch, embedding_size]."""
         if self._embeddings is None:
             self._request.wait()
@@ -70,22 +74,25 @@ class OpenVinoEngine:
             "NUM_STREAMS": str(self.AT_A_TIME), "INFERENCE_NUM_THREADS": cpu_threads or CPU_THREADS,
             "INFERENCE_PRECISION_HINT": "bf16" if in_bf16 else "f32"})
         self._requests = [graph.create_infer_request() for _ in range(self.AT_A_TIME)]
-        self._running: list[RunningBatch | None] = [None] * self.AT_A_TIME  # what each request computes
+        self._pending: list[PendingEmbeddings | None] = [None] * self.AT_A_TIME  # what each request computes
         self._next = 0  # the request to use next
 
-    def start(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> RunningBatch:
-        """Start to compute a batch; its `result` waits for the embeddings. See `embed`."""
-        earlier = self._running[self._next]
-        if earlier is not None:
-            earlier.result()  # read before its request is used again
-        batch = RunningBatch(self._requests[self._next], input_ids, token_type_ids)
-        self._running[self._next] = batch
-        self._next = (self._next + 1) % self.AT_A_TIME
-        return batch
+    def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> PendingEmbeddings:
+        """Start to compute a batch, and return at once; `numpy.asarray` of the result waits for it.
 
-    def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
-        """Return L2-normalized embeddings, float32 [batch, embedding_size], of two int64 [batch, length]."""
-        return self.start(input_ids, token_type_ids).result()
+        Args:
+            input_ids, token_type_ids: int64 [batch, length].
+
+        Returns:
+            L2-normalized embeddings, float32 [batch, embedding_size].
+        """
+        earlier = self._pending[self._next]
+        if earlier is not None:
+            earlier.wait()  # read before its request is used again
+        embeddings = PendingEmbeddings(self._requests[self._next], input_ids, token_type_ids)
+        self._pending[self._next] = embeddings
+        self._next = (self._next + 1) % self.AT_A_TIME
+        return embeddings
 
 
 def export_openvino(model: nn.Layer, folder: str, calibration: Sequence[IdArrays] = ()) -> None:
@@ -116,7 +123,9 @@ def _write_graph(model: nn.Layer, folder: str, calibration: Sequence[IdArrays]) 
     with tempfile.TemporaryDirectory() as temporary:
         export_onnx(model, temporary)
         graph = openvino.Core().read_model(os.path.join(temporary, ONNX_FILE))
-        folding = Manager()  # of the table of tokens times a mask for [PAD], a product as large as the table
+        # The network multiplies its whole table of tokens by a mask that zeroes [PAD]. Both are constants: fold them
+        # here, once, instead of multiplying them again in every batch.
+        folding = Manager()
         folding.register_pass(ConstantFolding())
         folding.run_passes(graph)
         if calibration:
@@ -136,7 +145,7 @@ def _quantize(graph: Any, calibration: Sequence[IdArrays], has_fc: bool) -> Any:
     in_float = [node for node in products if node.input_value(1).get_node().get_type_name() != "Constant"]
     if has_fc:
         in_float.append(products[-1])
-    with quiet_nncf(), reported("--precision int8: NNCF cannot quantize the network", Exception):
+    with quiet_nncf(), as_input_error("--precision int8: NNCF cannot quantize the network", Exception):
         import nncf
 
         inputs = nncf.Dataset([{"input_ids": ids, "token_type_ids": types} for ids, types in calibration])
@@ -150,8 +159,11 @@ def compare_with_network(engine: Any, model: nn.Layer, batches: Sequence[IdArray
     Raises:
         InputError: the mean is below LOWEST_COSINE.
     """
-    cosines = np.concatenate([(engine.embed(*batch) * np.asarray(model.embed(*batch))).sum(axis=1)
-                              for batch in batches])
+    cosines_of_batches = []
+    for batch in batches:
+        products = np.asarray(engine.embed(*batch)) * np.asarray(model.embed(*batch))
+        cosines_of_batches.append(products.sum(axis=1))
+    cosines = np.concatenate(cosines_of_batches)
     mean = float(cosines.mean())
     lowest = float(cosines.min())
     result = f"cosine of int8 to fp32 on {len(cosines)} texts: {mean:.4f} on the mean, {lowest:.4f} at lowest"

@@ -53,7 +53,7 @@ class PaddleEngine:
     batch_tokens = BATCH_TOKENS["cpu"]
     SHAPES = 10  # of batches that oneDNN keeps kernels for, each with a copy of the weights
 
-    def __init__(self, folder: str, precision: str = "fp32", cpu_threads: int = 0) -> None:
+    def __init__(self, folder: str, precision: str = "auto", cpu_threads: int = 0) -> None:
         record = read_record(folder)
         self.embedding_size = record["embedding_size"]
         self.max_positions = record["max_positions"]

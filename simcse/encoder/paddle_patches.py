@@ -1,4 +1,4 @@
-"""All places where the encoder room changes what paddle, PaddleNLP or NNCF do, each with its reason and version.
+"""All places where simcse/encoder changes what paddle, PaddleNLP or NNCF do, each with its reason and version.
 
 Contexts restore what they replace. `compute_first_token_only` and `train_faster_on_cpu` replace `forward` of a
 network's layers for good.
@@ -7,6 +7,7 @@ network's layers for good.
 import contextlib
 import ctypes
 import functools
+import inspect
 import io
 import logging
 import os
@@ -85,6 +86,24 @@ def quiet_nncf() -> Iterator[None]:
     nncf.set_log_level(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()):  # of its progress bars
         yield
+
+
+# --------------------------------------------------------------------------------------------------------------- losses
+def cross_entropy(logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:
+    """Return the cross-entropy of each row by paddle's `softmax_with_cross_entropy`, without its deprecation warning.
+
+    Paddle (2.6 and 3.3) prints the warning in colours on stderr and recommends `F.cross_entropy`. That computes the
+    same, but in paddle 2.6 it waits for the device, to look for labels that are ignored.
+
+    Args:
+        logits: float32 [rows, classes].
+        labels: int64 [rows].
+
+    Returns:
+        float32 [rows, 1].
+    """
+    without_warning = inspect.unwrap(F.softmax_with_cross_entropy)  # the warning is a decorator around the function
+    return without_warning(logits, labels.unsqueeze(-1))
 
 
 # ---------------------------------------------------------------------------------------------------------- for exports

@@ -3,7 +3,7 @@
 import os
 import re
 
-from simcse.console import InputError, reported, some, warn
+from simcse.console import InputError, as_input_error, some, warn
 from simcse.encoder.paddle_patches import captured_paddlenlp_log, quiet_paddlenlp, zero_initial_weights
 from simcse.encoder.weights import read_weights
 
@@ -11,14 +11,16 @@ from paddle import nn
 
 
 def load_pretrained(model_name_or_path: str, dropout: float | None = None, kind: str = "AutoModel",
-                    may_start_at_random: str = "pooler") -> nn.Layer:
+                    may_start_at_random: str = "pooler", uses_pooler: bool = True) -> nn.Layer:
     """Load a pretrained encoder by hub name or folder, all its layers, in float32.
 
     Args:
         dropout: rate of hidden and attention dropout; None: the encoder's own.
         kind: paddlenlp's class that loads it.
-        may_start_at_random: part of the names of layers that the weights may lack, beside the pooler's: some encoders
-            were pretrained without them. They start at random, with a warning.
+        may_start_at_random: part of the names of the layers that the weights may lack: some encoders were pretrained
+            without them. They start at random, with a warning.
+        uses_pooler: False: the weights may lack the pooler, too, and there is no warning, since nobody reads its
+            output, or its weights are loaded afterwards.
 
     Raises:
         InputError: there is no such encoder, or its weights lack other layers.
@@ -31,10 +33,12 @@ def load_pretrained(model_name_or_path: str, dropout: float | None = None, kind:
     what = (f"--model_name_or_path {model_name_or_path}: neither a folder with an encoder nor one that can be fetched "
             "by that name")
     # paddlenlp raises OSError, ValueError, KeyError or RuntimeError, and only logs which layers it left at random.
-    with reported(what, Exception), captured_paddlenlp_log() as messages:
+    with as_input_error(what, Exception), captured_paddlenlp_log() as messages:
         encoder = getattr(paddlenlp.transformers, kind).from_pretrained(model_name_or_path, **rates)
     random_layers = _random_layers(messages)
-    missing = [name for name in random_layers if may_start_at_random not in name and "pooler" not in name]
+    if not uses_pooler:
+        random_layers = [name for name in random_layers if "pooler" not in name]
+    missing = [name for name in random_layers if may_start_at_random not in name]
     if missing:
         raise InputError(f"--model_name_or_path {model_name_or_path}: its weights lack {some(missing)}")
     if random_layers:

@@ -43,7 +43,9 @@ def _make_tables(model: nn.Layer) -> dict[str, np.ndarray] | None:
         return None
     model.eval()
     words = embeddings.word_embeddings.weight.numpy()
-    token = 1  # any: a position's embedding, with all that is added to it, is what this token has more than its own
+    # A text that repeats one token, any, shows the positions: less the token's own embedding, its inputs to the layer
+    # norm are the embeddings of the positions, with that of token type 0.
+    token = 1
     with paddle.no_grad(), without_norm(embeddings):
         ids = paddle.full([1, len(embeddings.position_embeddings.weight)], token, "int64")
         positions = embeddings(ids, token_type_ids=paddle.zeros_like(ids)).numpy()[0] - words[token]
@@ -91,7 +93,7 @@ class TableEngine:
     precision = "fp32"
     STEP = 64  # positions that the products of tokens and positions, t p, are made for at a time
 
-    def __init__(self, folder: str, precision: str = "fp32", cpu_threads: int = 0) -> None:
+    def __init__(self, folder: str, precision: str = "auto", cpu_threads: int = 0) -> None:
         record = read_record(folder)
         if precision not in ("auto", "fp32"):
             raise InputError(f"--precision {precision}: pooling {record['pooling']} is computed in fp32")

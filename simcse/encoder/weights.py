@@ -5,11 +5,10 @@ import hashlib
 import json
 import os
 import pickle
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from simcse.console import InputError, reported, some
+from simcse.console import InputError, as_input_error, some
 from simcse.files import file_digest, read_json, write_json
 
 import numpy as np
@@ -25,9 +24,6 @@ OPENVINO_FILE = "inference.xml"  # and its weights, inference.bin
 ONNX_FILE = "inference.onnx"
 OPSET = 17  # of ONNX, the first with LayerNormalization as one operator
 TABLE_FILE = "table.npz"
-# What training goes on from
-STATE_FILE = "training_state.safetensors"
-STATE_RECORD = "training_state.json"
 # What paddle.save's pickles name: numpy arrays, in dicts and tuples. Anything else could run code while it is read.
 ALLOWED_IN_PICKLES = {
     ("collections", "OrderedDict"), ("builtins", "tuple"), ("_codecs", "encode"), ("numpy", "ndarray"),
@@ -54,7 +50,7 @@ def read_weights(path: str, flag: str) -> dict[str, np.ndarray]:
     Raises:
         InputError: the file is damaged, of another kind, or a pickle of more than tensors, of which nothing is run.
     """
-    with reported(f"{flag} {path}: not a paddle checkpoint", Exception):  # damaged files raise anything
+    with as_input_error(f"{flag} {path}: not a paddle checkpoint", Exception):  # damaged files raise anything
         if path.endswith(".safetensors"):
             from safetensors.numpy import load_file
 
@@ -158,21 +154,3 @@ def model_digest(params_path: str, model_name_or_path: str | None) -> str:
         if os.path.isfile(path):
             digest.update(file_digest(path).encode())
     return digest.hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------- checkpoints
-def saved_steps(save_dir: str) -> list[int]:
-    """Return the steps of the checkpoints model_<step> in a folder, rising."""
-    if not os.path.isdir(save_dir):
-        return []
-    matches = [re.fullmatch(r"model_(\d+)", name) for name in os.listdir(save_dir)]
-    return sorted(int(match[1]) for match in matches if match)
-
-
-def newest_resumable(save_dir: str) -> str | None:
-    """Return the newest checkpoint in a folder that training can be resumed from; None if there is none."""
-    for step in reversed(saved_steps(save_dir)):
-        folder = os.path.join(save_dir, f"model_{step}")
-        if os.path.isfile(os.path.join(folder, STATE_RECORD)):
-            return folder
-    return None

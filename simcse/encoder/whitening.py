@@ -9,17 +9,17 @@ import numpy as np
 from paddle import nn
 
 SAMPLE = 16384  # rows of the training file for mean and covariance
-RUNS = 2048  # and as many runs of their text
-SHORTEST = 8  # tokens of the shortest runs
-LENGTHS = 8  # different lengths of runs
+MAX_RUNS = 2048  # runs of the sample's text, which are in the fit besides
+SHORTEST_RUN = 8  # tokens
+RUN_LENGTHS = 8  # different lengths of runs
 RIDGE = 0.01
 
 
-def runs(texts: Sequence[str], tokenizer: Callable[[Sequence[str], int], Any], longest: int) -> list[str]:
-    """Return runs of characters from all over the texts, of LENGTHS lengths in turn.
+def cut_runs(texts: Sequence[str], tokenizer: Callable[[Sequence[str], int], Any], max_seq_length: int) -> list[str]:
+    """Return runs of characters cut from all over the texts, of RUN_LENGTHS lengths in turn.
 
-    The lengths are evenly spaced by their logarithm, from SHORTEST tokens to about `longest`, with [CLS] and [SEP],
-    and never more. There are as many runs as texts, and at most RUNS.
+    The lengths are evenly spaced by their logarithm, from SHORTEST_RUN tokens to about `max_seq_length`, with [CLS]
+    and [SEP], and never more. There are as many runs as texts, and at most MAX_RUNS.
 
     The mean of short texts is not that of long ones, which also lie closer together (Zhou et al. 2024,
     arXiv:2410.24200). Where a fit has only one kind, whitening magnifies the directions in which that kind hardly
@@ -28,18 +28,19 @@ def runs(texts: Sequence[str], tokenizer: Callable[[Sequence[str], int], Any], l
     variance.
     """
     joined = " ".join(texts)
-    heads = [text[:longest] for text in texts]  # no more tokens than characters
-    tokens = sum(len(ids) - 2 for ids in tokenizer(heads, longest + 2))  # [CLS] and [SEP] left out
+    heads = [text[:max_seq_length] for text in texts]  # no more tokens than characters
+    tokens = sum(len(ids) - 2 for ids in tokenizer(heads, max_seq_length + 2))  # [CLS] and [SEP] left out
     characters_per_token = sum(map(len, heads)) / max(1, tokens)
-    token_counts = np.geomspace(min(SHORTEST, longest - 2), longest - 2, LENGTHS)
+    most_tokens = max_seq_length - 2
+    token_counts = np.geomspace(min(SHORTEST_RUN, most_tokens), most_tokens, RUN_LENGTHS)
     lengths = (characters_per_token * token_counts).astype(int)  # in characters
-    starts = np.linspace(0, max(0, len(joined) - lengths[-1]), min(RUNS, len(texts))).astype(int)
+    starts = np.linspace(0, max(0, len(joined) - lengths[-1]), min(MAX_RUNS, len(texts))).astype(int)
     candidates = [joined[start : start + length] for start, length in zip(starts, itertools.cycle(lengths))]
-    all_ids = tokenizer(candidates, longest + 1)
-    return [run for run, ids in zip(candidates, all_ids) if 2 < len(ids) <= longest]
+    all_ids = tokenizer(candidates, max_seq_length + 1)
+    return [run for run, ids in zip(candidates, all_ids) if 2 < len(ids) <= max_seq_length]
 
 
-def whitening(vectors: np.ndarray, dim: int, ridge: float = RIDGE) -> tuple[np.ndarray, np.ndarray]:
+def fit_whitening(vectors: np.ndarray, dim: int, ridge: float = RIDGE) -> tuple[np.ndarray, np.ndarray]:
     """Return the affine map x -> x W + b of vectors to uncorrelated numbers of equal variance.
 
     With U S U' the covariance, W = U (S + ridge * mean(S))^-1/2 and b = -mean W. The ridge keeps directions of next to
@@ -72,22 +73,22 @@ def unnormalized(model: nn.Layer) -> Iterator[None]:
         model.normalizes = True
 
 
-def whiten(model: nn.Layer, embeddings: np.ndarray, dim: int, longest: int) -> None:
+def whiten_network(model: nn.Layer, embeddings: np.ndarray, dim: int, max_seq_length: int) -> None:
     """Whiten the network's embeddings: it gets an fc of `dim`, into which the one that it has is multiplied.
 
     Args:
         embeddings: of the texts to fit, made within `unnormalized(model)`, float32 [texts, embedding_size].
         dim: numbers of a whitened embedding.
-        longest: tokens of the longest of these texts.
+        max_seq_length: tokens that were read of these texts at most; the checkpoint records them.
     """
-    weight, bias = whitening(embeddings, dim)
+    weight, bias = fit_whitening(embeddings, dim)
     if model.output_emb_size:
         fc = model.emb_reduce_linear
         bias = fc.bias.numpy() @ weight + bias
         weight = fc.weight.numpy() @ weight
     model.output_emb_size = dim
     model.embedding_size = dim
-    model.whitened_at = longest
+    model.whitened_at = max_seq_length
     model.emb_reduce_linear = nn.Linear(*weight.shape)
     model.emb_reduce_linear.weight.set_value(weight.astype("float32"))
     model.emb_reduce_linear.bias.set_value(bias.astype("float32"))

@@ -115,18 +115,14 @@ def _read(folder: str, documents: int, corpus: str | None) -> bm25s.BM25:
         documents: how many it must have.
         corpus: SHA-256 of the file that they must be of.
     """
-    with console.reported(f"{folder}: damaged", OSError, EOFError, KeyError, ValueError,
+    with console.as_input_error(f"{folder}: damaged", OSError, EOFError, KeyError, ValueError,
                           remedy="; remove this folder to build it again"):
         index = bm25s.BM25.load(folder, mmap=True, show_progress=False)
         kept_documents = index.scores["num_docs"]
         if kept_documents != documents:
             raise ValueError(f"of {kept_documents} documents instead of {documents}")
-        kept_corpus = read_json(os.path.join(folder, CORPUS_FILE)).get("corpus", corpus)  # earlier versions kept none
-        if kept_corpus != corpus:
+        if read_json(os.path.join(folder, CORPUS_FILE)).get("corpus") != corpus:
             raise ValueError("of another corpus")
-        vocabulary = " ".join(index.vocab_dict)
-        if fold(vocabulary) != vocabulary:
-            raise ValueError("its words differ in width or case, as an earlier version made them")
     console.log(f"using BM25 in {folder}")
     return index
 

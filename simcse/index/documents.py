@@ -22,8 +22,8 @@ KEYS_FILE = "keys.npy"
 class Documents(Sequence):
     """The distinct texts of a corpus, in the order of their first lines. As a sequence, the texts.
 
-    Copies of a text are one document. In an index of lines they would break the graph: they are each other's nearest
-    neighbours, so that no link leads out of them.
+    Copies of a text are one document. A row of the index for every copy would break an HNSW graph: the nearest
+    neighbours of a copy are the other copies, so a search that comes to one of them finds no links to other texts.
 
     An index has a row for each document, or, after `split`, for each passage of one; see `DocumentStore`. Texts are
     told apart by their keys (`text_keys`).
@@ -55,13 +55,17 @@ class Documents(Sequence):
 
     def _group_lines(self, keys: np.ndarray) -> None:
         """Find the documents and their lines by the key of each line, int64 [lines]."""
-        _, first, group, counts = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
-        first_line = first[group]
-        _check_copies(self.corpus, first_line)
-        self._lines = np.argsort(first_line, kind="stable").astype("int32")
-        counts = counts[np.argsort(first)]
-        self._starts = np.append(0, np.cumsum(counts)).astype("int32")
-        self.keys = keys[np.sort(first)]
+        # A document is a key; np.unique has them in the order of the keys.
+        _, first_line_of_document, document_of_line, line_count_of_document = np.unique(
+            keys, return_index=True, return_inverse=True, return_counts=True)
+        first_line_of_line = first_line_of_document[document_of_line]
+        _check_copies(self.corpus, first_line_of_line)
+
+        by_first_line = np.argsort(first_line_of_document)
+        self.keys = keys[first_line_of_document[by_first_line]]
+        self._starts = np.append(0, np.cumsum(line_count_of_document[by_first_line])).astype("int32")
+        # Stable: the lines of a document stay in their order.
+        self._lines = np.argsort(first_line_of_line, kind="stable").astype("int32")
 
     def split(self, tokenizer: Any, max_seq_length: int) -> None:
         """Split all documents into passages of at most so many tokens; each is a row of the index."""
@@ -96,7 +100,7 @@ class Documents(Sequence):
         """Return the text of a document, or those of a slice or an array of documents."""
         first_lines = self._lines[self._starts[:-1][document]]
         if first_lines.ndim:
-            return self.corpus.take(first_lines)
+            return self.corpus.read(first_lines)
         return self.corpus[int(first_lines)]
 
     def place(self, document: int) -> str:
@@ -177,8 +181,8 @@ def _check_copies(corpus: Corpus, first_line: np.ndarray) -> None:
     copies = np.flatnonzero(first_line != np.arange(len(corpus)))
     for start in range(0, len(copies), WINDOW):
         rows = copies[start : start + WINDOW]
-        texts = corpus.take(rows)
-        first_texts = corpus.take(first_line[rows])
+        texts = corpus.read(rows)
+        first_texts = corpus.read(first_line[rows])
         for row, text, first_text in zip(rows, texts, first_texts):
             if text != first_text:
                 raise InputError(f"{corpus.place(row)}: has the same 64-bit key as another text, "
@@ -228,4 +232,4 @@ def report_changes(documents: Documents, previous_keys: np.ndarray, where: str) 
         raise InputError(f"{where}: was built with another corpus, of which no text is in {documents.corpus.name}; "
                          "name another, or remove this one to build it again")
     if not RANK:
-        log(f"{documents.line_count:,} documents: {new:,} new, {gone:,} gone, encoded {new:,}")
+        log(f"{documents.line_count:,} documents: {new:,} new, {gone:,} gone, encoding {new:,}")

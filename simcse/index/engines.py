@@ -1,5 +1,6 @@
 """The engines of an index, by the names that --ann_engine has for them."""
 
+from simcse import console
 from simcse.index.exact import ExactIndex
 from simcse.index.hnsw import HnswIndex
 from simcse.index.milvus import MilvusIndex
@@ -11,4 +12,10 @@ LOCAL_ENGINES: dict[str, type[VectorIndex]] = {
     "exact": ExactIndex,
 }
 DEFAULT_ENGINE = "hnswlib"
-ENGINES: dict[str, type] = {**LOCAL_ENGINES, "milvus": MilvusIndex}
+ENGINES: dict[str, type[VectorIndex] | type[MilvusIndex]] = {**LOCAL_ENGINES, "milvus": MilvusIndex}
+
+
+def check_installed(name: str) -> None:
+    """Raise InputError if a package that an engine needs is missing, without importing it."""
+    engine = ENGINES[name]
+    console.check_installed(f"--ann_engine {name}", engine.requirements, *engine.packages)

@@ -26,21 +26,21 @@ def merge(parts: Iterable[SearchResult], k: int) -> SearchResult:
     return SearchResult(np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1))
 
 
-def exact_search(queries: np.ndarray, corpus: Any, k: int, threads: int = 0) -> SearchResult:
-    """Return the k most similar vectors of the corpus for each query; of equal cosines the lower row comes first.
+def exact_search(queries: np.ndarray, vectors: np.ndarray | VectorIndex, k: int, threads: int = 0) -> SearchResult:
+    """Return the k most similar vectors for each query; of equal cosines the lower row comes first.
 
     Args:
         queries: float32 [queries, dim], L2-normalized.
-        corpus: float32 [vectors, dim], L2-normalized: an array, or a `VectorIndex`.
+        vectors: those that are searched: float32 [vectors, dim], L2-normalized, or an index that holds them.
         k: how many; all vectors if there are fewer.
         threads: how many blocks of queries are searched at a time; 0: as many as there are cores.
     """
-    vectors_of = corpus.vectors if isinstance(corpus, VectorIndex) else corpus.__getitem__
+    read_block = vectors.vectors if isinstance(vectors, VectorIndex) else vectors.__getitem__
     query_blocks = [queries[start : start + QUERY_BLOCK] for start in range(0, len(queries), QUERY_BLOCK)]
     best = SearchResult(np.empty((len(queries), 0), "int64"), np.empty((len(queries), 0), "float32"))
     with ThreadPoolExecutor(threads or CPU_THREADS) as workers:
-        for start in range(0, len(corpus), CORPUS_BLOCK):  # the last bit of a cosine depends on these blocks
-            transposed = vectors_of(slice(start, start + CORPUS_BLOCK)).T
+        for start in range(0, len(vectors), CORPUS_BLOCK):  # the last bit of a cosine depends on these blocks
+            transposed = read_block(slice(start, start + CORPUS_BLOCK)).T
             running = [workers.submit(_search_block, block, transposed, k) for block in query_blocks]
             results = [search.result() for search in running]
             if not results:

@@ -92,21 +92,29 @@ def best_rows(result: SearchResult, documents: np.ndarray, k: int) -> Ranking:
         result: rows and scores [queries, any], best first.
         documents: int64 [queries, any], the document of each row; NOT_FOUND for none.
     """
-    # A stable sort by document puts the best row of each document first among its rows.
-    order = np.argsort(documents, axis=1, kind="stable")
-    by_document = np.take_along_axis(documents, order, axis=1)
-    starts_document = np.diff(by_document, axis=1, prepend=NOT_FOUND) > 0
-    is_best = np.empty(documents.shape, bool)
-    np.put_along_axis(is_best, order, starts_document, axis=1)
-
-    place = np.cumsum(is_best, axis=1) - 1  # how many documents are better
-    query, column = np.nonzero(is_best & (place < k))
-    place = place[query, column]
+    is_best = _are_first(documents)
+    rank = np.cumsum(is_best, axis=1) - 1  # how many documents of the query come before this one
+    query, column = np.nonzero(is_best & (rank < k))
+    rank = rank[query, column]
     ranking = _empty_ranking(len(documents), k)
-    ranking.documents[query, place] = documents[query, column]
-    ranking.scores[query, place] = result.scores[query, column]
-    ranking.rows[query, place] = result.rows[query, column]
+    ranking.documents[query, rank] = documents[query, column]
+    ranking.scores[query, rank] = result.scores[query, column]
+    ranking.rows[query, rank] = result.rows[query, column]
     return ranking
+
+
+def _are_first(documents: np.ndarray) -> np.ndarray:
+    """Return whether each document has not been in the columns before, bool [queries, any]; False for NOT_FOUND.
+
+    Args:
+        documents: int64 [queries, any].
+    """
+    order = np.argsort(documents, axis=1, kind="stable")  # the columns of a document stay in their order
+    by_document = np.take_along_axis(documents, order, axis=1)
+    is_other_than_before = np.diff(by_document, axis=1, prepend=NOT_FOUND) > 0
+    are_first = np.empty(documents.shape, bool)
+    np.put_along_axis(are_first, order, is_other_than_before, axis=1)
+    return are_first
 
 
 def _empty_ranking(queries: int, k: int) -> Ranking:

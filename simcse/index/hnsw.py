@@ -5,7 +5,6 @@ from typing import Any
 from simcse.console import InputError
 from simcse.index.protocols import SearchResult, VectorIndex
 from simcse.index.settings import HNSW_EF, HNSW_M, HNSW_MAX_ELEMENTS
-from simcse.machine import available_memory
 
 import numpy as np
 
@@ -19,6 +18,7 @@ class HnswIndex(VectorIndex):
     """
 
     description = "an approximate graph"
+    packages = ("hnswlib",)
     build_settings = (HNSW_M, HNSW_MAX_ELEMENTS)
     search_settings = (HNSW_EF,)
     approximate = True
@@ -30,8 +30,14 @@ class HnswIndex(VectorIndex):
         super().__init__(dimension, capacity, settings)
         self._index = hnswlib.Index(space="ip", dim=dimension)
         self._has_memory = False
-        if self._bytes_needed() > available_memory():
-            raise self._out_of_memory()
+
+    @classmethod
+    def bytes_needed(cls, dimension: int, capacity: int, settings: dict[str, Any]) -> int:
+        """Return the bytes of the vectors, their links and what hnswlib keeps of each; see `VectorIndex`."""
+        vector = 4 * dimension
+        links = 8 * settings["hnsw_m"]
+        label_and_lock = 60
+        return capacity * (vector + links + label_and_lock)
 
     @classmethod
     def complete_settings(cls, settings: dict[str, Any], rows: int) -> dict[str, Any]:
@@ -84,7 +90,7 @@ class HnswIndex(VectorIndex):
         return np.asarray(self._index.get_items(rows), "float32")
 
     def save(self, path: str) -> None:
-        """Write the graph in hnswlib's format."""
+        """Write the graph in hnswlib's format; see `VectorIndex`."""
         self._index.save_index(path)
 
     def load(self, path: str) -> None:
@@ -98,17 +104,8 @@ class HnswIndex(VectorIndex):
             self._index.init_index(max_elements=self.capacity, ef_construction=self.settings["hnsw_ef"],
                                    M=self.settings["hnsw_m"])
         except (MemoryError, RuntimeError):
-            raise self._out_of_memory() from None
+            needed = self.bytes_needed(self.dimension, self.capacity, self.settings)
+            raise InputError(f"hnswlib gets no memory for a graph of {self.capacity:,} vectors of {self.dimension}, "
+                             f"{needed / 1e9:.1f} GB; use several processes or machines, or --ann_engine milvus"
+                             ) from None
         self._has_memory = True
-
-    def _bytes_needed(self) -> int:
-        vector = 4 * self.dimension
-        links = 8 * self.settings["hnsw_m"]
-        label_and_lock = 60
-        return self.capacity * (vector + links + label_and_lock)
-
-    def _out_of_memory(self) -> InputError:
-        return InputError(
-            f"the graph of {self.capacity:,} documents of {self.dimension} needs {self._bytes_needed() / 1e9:.1f} GB "
-            f"of memory, and {available_memory() / 1e9:.1f} are free: use several processes or machines, or "
-            "--ann_engine milvus")

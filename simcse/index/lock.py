@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import IO
 
 from simcse.console import log
-from simcse.files import temporary_name
+from simcse.files import hidden_path
 from simcse.index.manifest import Manifest
 
 
@@ -25,7 +25,7 @@ def lock_folder(path: str, wanted: Manifest, manifest: Manifest) -> Iterator[Non
     Raises:
         InputError: the other process builds an index that is not as wanted.
     """
-    lock_path = temporary_name(path, "lock")
+    lock_path = hidden_path(path, "lock")
     os.makedirs(os.path.dirname(lock_path), exist_ok=True)
     with open(lock_path, "a+", encoding="utf-8") as file:
         try:

@@ -17,7 +17,7 @@ DIGEST_LENGTH = 64  # hexadecimal digits of SHA-256
 
 @dataclass
 class AnnRecall:
-    """What the approximation of an index costs.
+    """How many of the exact nearest neighbours an approximate index finds.
 
     Attributes:
         k: how deep it was measured.
@@ -38,8 +38,10 @@ class AnnRecall:
 
 @dataclass
 class Manifest:
-    """What an index is made of. As `wanted`, what it has to be made of: None, or a setting that is missing, is not
-    asked for.
+    """A record of what an index is made of, or a request for what it has to be made of.
+
+    A record is kept with the index, and has a value everywhere. A request is the argument that is called `wanted`; it
+    has None, or lacks a setting, wherever any value will do: `Manifest()` takes every index.
 
     Attributes, all of which `differences` compares:
         model: SHA-256 of the checkpoint (`model_digest`).
@@ -113,13 +115,6 @@ class Manifest:
         return (wanted.corpus in (None, self.corpus)
                 and wanted.corpus_columns in (None, self.corpus_columns))
 
-    def completed_by(self, defaults: "Manifest") -> "Manifest":
-        """Return this manifest with what it lacks taken from another one."""
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        given["build_settings"] = {**defaults.build_settings, **self.build_settings}
-        given["search_settings"] = {**defaults.search_settings, **self.search_settings}
-        return dataclasses.replace(defaults, **given)
-
     def to_json(self) -> str:
         """Return it as one line of JSON."""
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False, sort_keys=True)
@@ -156,12 +151,10 @@ class Manifest:
         Raises:
             InputError: the folder is no index, or another version has written it.
         """
-        content: dict[str, Any] = {}
-        for name in (MANIFEST_FILE, EARLIER_FILE):
-            try:
-                content = content or read_json(os.path.join(folder, name))
-            except InputError:  # not JSON
-                break
+        try:
+            content = read_json(os.path.join(folder, MANIFEST_FILE)) or read_json(os.path.join(folder, EARLIER_FILE))
+        except InputError:  # not JSON
+            content = {}
         if not content:
             raise InputError(f"{where}: exists, but is not an index that recall.py wrote")
         return cls.from_dict(content, where, remedy)

@@ -62,19 +62,21 @@ class MilvusIndex:
 
     Attributes:
         manifest: what the collection is made of; None: it does not exist.
-        missing: see `Index`.
+        missing_rows: see `Index`.
 
     Raises:
         InputError: see `Collection.read_record`.
     """
 
     description = "a collection of Milvus (requirements-milvus.txt)"
+    packages = ("pymilvus",)
+    requirements = "requirements-milvus.txt"
     build_settings = (HNSW_M,)
     search_settings = (HNSW_EF,)
     max_k = 16384  # a limit of Milvus
 
     def __init__(self, uri: str, collection: str) -> None:
-        self.missing: list[np.ndarray] = []
+        self.missing_rows: list[np.ndarray] = []
         self._collection = Collection(uri, collection)
         self._record = self._collection.read_record()
         self.manifest = self._record.manifest if self._record else None
@@ -100,7 +102,7 @@ class MilvusIndex:
                              "it")
         if self._record.state == BUILDING:
             raise InputError(f"{where}: not all documents are in it yet; run recall.py again with --corpus_file")
-        self._use(self._record.manifest, search_settings)
+        self._open_complete(self._record.manifest, search_settings)
 
     def follow(self, documents: Documents, manifest: Manifest) -> None:
         """Find out what the collection lacks of a corpus; make it if it does not exist. All ranks call it together.
@@ -120,7 +122,7 @@ class MilvusIndex:
         self._order = np.argsort(self._keys)
         self._sorted_keys = self._keys[self._order]
         if self._is_current():
-            self._use(manifest)
+            self._open_complete(manifest, {})
             return
         self._changes = self._find_changes()
         if len(self._changes.previous):
@@ -132,12 +134,17 @@ class MilvusIndex:
         wait_for_ranks()
         self._collection.load()
         self._ef = manifest.search_settings["hnsw_ef"]
-        self.missing = self._missing_pieces()
+        self.missing_rows = self._missing_pieces()
 
-    def _use(self, manifest: Manifest, search_settings: dict[str, Any] | None = None) -> None:
-        """Search the collection as it is."""
+    def _open_complete(self, manifest: Manifest, search_settings: dict[str, Any]) -> None:
+        """Make a collection that lacks nothing searchable.
+
+        Args:
+            manifest: its own, or one that agrees with it.
+            search_settings: those that are other than in the manifest.
+        """
         self._collection.load()
-        self._ef = {**manifest.search_settings, **(search_settings or {})}["hnsw_ef"]
+        self._ef = {**manifest.search_settings, **search_settings}["hnsw_ef"]
         log(f"using the collection {self._collection.name} in {self._collection.uri}")
 
     def _is_current(self) -> bool:
@@ -221,7 +228,7 @@ class MilvusIndex:
             self._collection.write_record(Record(self._record.manifest, CHANGING))
 
     def add(self, rows: Sequence[int], vectors: np.ndarray) -> None:
-        """Add the vectors, float32 [rows, dim], of one piece of `missing` in the background; see `Index`."""
+        """Add the vectors, float32 [rows, dim], of one piece of `missing_rows` in the background; see `Index`."""
         self._wait_for_adding()
         self._adding = self._worker.submit(self._store, np.asarray(rows), vectors)
 
@@ -267,7 +274,7 @@ class MilvusIndex:
             self._collection.write_record(Record(self.manifest, COMPLETE))
         wait_for_ranks()
         self._changes = None
-        self.missing = []
+        self.missing_rows = []
 
     def _update_outdated(self) -> None:
         """Write rows again whose lines or ids have changed, with the vectors that they have."""
@@ -342,6 +349,12 @@ class MilvusIndex:
         is_row = rows != NOT_FOUND
         result[is_row] = documents[np.searchsorted(keys, rows[is_row])]
         return result
+
+    def rows_of(self, document: int) -> np.ndarray:
+        """Return the keys of a document's rows, int64."""
+        if not self.has_passages:
+            return np.array([document], "int64")
+        return np.array(self._collection.keys_of_document(document), "int64")
 
     def read(self, documents: Sequence[int], max_lines: int | None = None) -> list[Document]:
         """Return some documents by their keys, each with its first `max_lines` lines; their numbers are not known."""

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from simcse.console import InputError, check_installed, progress, reported
+from simcse.console import InputError, as_input_error, progress
 from simcse.index.manifest import Manifest
 from simcse.machine import RANKS
 
@@ -63,12 +63,10 @@ class Collection:
         name: that of the collection, or an alias of it.
 
     Raises:
-        InputError: pymilvus is not installed, or several ranks would use a file. All methods raise it if Milvus reports
-            an error.
+        InputError: several ranks would use a file. All methods raise it if Milvus reports an error.
     """
 
     def __init__(self, uri: str, name: str) -> None:
-        check_installed("--ann_engine milvus", "requirements-milvus.txt", "pymilvus")
         _silence_loggers()
         self.uri = uri
         self.name = name
@@ -115,7 +113,7 @@ class Collection:
         import grpc
         from pymilvus import MilvusException
 
-        return reported(f"--milvus_uri {self.uri}", MilvusException, grpc.RpcError, ValueError)
+        return as_input_error(f"--milvus_uri {self.uri}", MilvusException, grpc.RpcError, ValueError)
 
     def close(self) -> None:
         """Release the file, or the connection."""
@@ -237,6 +235,12 @@ class Collection:
                                               output_fields=[KEY, *fields])
                 yield list(page)
                 advance(len(page))
+
+    def keys_of_document(self, document: int) -> list[int]:
+        """Return the keys of the rows of a document, given by its own key."""
+        with self._errors():
+            rows = self._client.query(self.name, filter=f"{DOCUMENT} == {document}", output_fields=[KEY])
+        return [row[KEY] for row in rows]
 
     def get(self, keys: Sequence[int], fields: Sequence[str]) -> list[dict[str, Any]]:
         """Return the rows of some keys, in their order, with the key and the given fields.

@@ -1,4 +1,4 @@
-"""What the parts of an index promise each other.
+"""The interfaces of the index: a local engine, an index of a whole corpus, and the documents of its rows.
 
 Two levels search vectors. A `VectorIndex` is a local engine: it holds the vectors of one process, and numbers them as
 they are added. An `Index` is what recall.py and the service search: `ShardedIndex`, which wraps one `VectorIndex` a
@@ -6,6 +6,14 @@ shard, or `MilvusIndex`. A `DocumentStore` says which document a row of an index
 
 To add a local engine, write a subclass of `VectorIndex` and add it to LOCAL_ENGINES in engines.py. Its flags, their
 checks, its entries in the manifest and its tests follow from that.
+
+An engine that needs a package which requirements.txt does not bring also takes:
+
+* `packages` and `requirements` of its class, and no import of the package above the level of a function;
+* a file requirements-<name>.txt with exact versions;
+* that file in the sentence on optional packages in README.md and README_en.md, and in docs/zh/index.md and
+  docs/en/index.md, where the engine is described;
+* that file in scripts/run_tests.sh. Without the package the tests of the engine are skipped.
 """
 
 from abc import ABC, abstractmethod
@@ -42,6 +50,8 @@ class VectorIndex(ABC):
 
     Attributes:
         description: what --help says of the engine.
+        packages: the modules that it imports; recall.py and the service look for them before they load the model.
+        requirements: the file that brings these packages.
         build_settings: what the vectors are indexed with. A kept index has them for good.
         search_settings: what a search may change. They are never compared with those of a kept index.
         approximate: whether `search` may miss some of the nearest. Then recall.py measures how many.
@@ -51,6 +61,8 @@ class VectorIndex(ABC):
     """
 
     description: str
+    packages: Sequence[str] = ()
+    requirements: str = "requirements.txt"
     build_settings: Sequence[Setting] = ()
     search_settings: Sequence[Setting] = ()
     approximate: bool = False
@@ -65,13 +77,18 @@ class VectorIndex(ABC):
             capacity: how many vectors will be added.
             settings: a value for each of `build_settings` and `search_settings`, by name. The latter may change between
                 searches.
-
-        Raises:
-            InputError: the index does not fit into memory.
         """
         self.dimension = dimension
         self.capacity = capacity
         self.settings = settings
+
+    @classmethod
+    def bytes_needed(cls, dimension: int, capacity: int, settings: dict[str, Any]) -> int:
+        """Return the bytes of memory that an index of these arguments will take; see `__init__`.
+
+        `ShardedIndex` compares the sum over its shards with the memory that is free, before it makes any.
+        """
+        return 4 * dimension * capacity
 
     @classmethod
     def complete_settings(cls, settings: dict[str, Any], rows: int) -> dict[str, Any]:
@@ -108,7 +125,10 @@ class VectorIndex(ABC):
 
     @abstractmethod
     def search(self, queries: np.ndarray, k: int, threads: int) -> SearchResult:
-        """Return the k most similar vectors of each query, or all if there are fewer.
+        """Return the k most similar vectors of each query, or all if there are fewer, best first.
+
+        Of equal scores the lower row comes first. An exact engine keeps to that at the cut of k, too: of rows that are
+        as similar as the k-th it returns the lower ones. An approximate engine only orders what it has found.
 
         Args:
             queries: float32 [queries, dimension].
@@ -122,7 +142,11 @@ class VectorIndex(ABC):
 
     @abstractmethod
     def save(self, path: str) -> None:
-        """Write the index to a file, the same bytes for the same vectors and settings."""
+        """Write the index to a file, the same bytes for the same vectors and settings.
+
+        Raises:
+            OSError, RuntimeError: the file cannot be written.
+        """
 
     @abstractmethod
     def load(self, path: str) -> None:
@@ -140,11 +164,11 @@ class VectorIndex(ABC):
 class Index(Protocol):
     """What recall.py and the service search: all vectors of a corpus, on all ranks.
 
-    Where there is a corpus, ann_util opens or makes one, then adds what is `missing`, then calls `finish`:
+    Where there is a corpus, ann_util opens or makes one, adds its `missing_rows`, then calls `finish`:
 
         index = MilvusIndex(uri, collection)        # or ShardedIndex(manifest, threads)
         index.follow(documents, manifest)           # of collections alone: find out what is missing, and what is gone
-        for rows in index.missing:
+        for rows in index.missing_rows:
             index.add(rows, encode(rows))
         index.finish()
 
@@ -153,17 +177,17 @@ class Index(Protocol):
 
     Attributes:
         manifest: what it is made of.
-        missing: the rows that this rank has to add, in pieces, int64 [rows] or ranges. All of them in a new folder
-            index; in a collection those whose keys it lacks.
+        missing_rows: the rows that this rank has to add, in pieces, int64 [rows] or ranges. All of them in a new
+            folder index; in a collection those whose keys it lacks.
         max_k: the most rows that `search` gives; None: no limit.
     """
 
     manifest: Manifest
-    missing: list[Any]
+    missing_rows: list[Any]
     max_k: int | None
 
     def add(self, rows: Sequence[int], vectors: np.ndarray) -> None:
-        """Add the vectors, float32 [rows, dimension], of one piece of `missing`; the pieces come in their order.
+        """Add the vectors, float32 [rows, dimension], of one piece of `missing_rows`; the pieces come in their order.
 
         It may return before they are added, so that the next ones are encoded meanwhile. An error is raised by a later
         call.
@@ -220,6 +244,9 @@ class DocumentStore(Protocol):
 
     def documents_of(self, rows: np.ndarray) -> np.ndarray:
         """Return the number of each row's document, int64 of the same shape; NOT_FOUND stays."""
+
+    def rows_of(self, document: int) -> np.ndarray:
+        """Return the rows of a document, int64."""
 
     def read(self, documents: Sequence[int], max_lines: int | None = None) -> list[Document]:
         """Return some documents by their numbers, each with its first `max_lines` lines; None: all."""

@@ -1,8 +1,8 @@
-"""An index in shards, each of a local engine, on one or several ranks; and what its approximation misses."""
+"""An index in shards, each of a local engine, on one or several ranks; and how much an approximate one misses."""
 
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -12,7 +12,7 @@ from simcse.index.engines import LOCAL_ENGINES
 from simcse.index.exact import QUERY_BLOCK, exact_search, merge
 from simcse.index.manifest import AnnRecall, Manifest
 from simcse.index.protocols import NO_SCORE, NOT_FOUND, SearchResult, VectorIndex
-from simcse.machine import CPU_THREADS, RANK, RANKS
+from simcse.machine import CPU_THREADS, RANK, RANKS, available_memory
 from simcse.text.tokens import WINDOW
 
 import numpy as np
@@ -26,23 +26,24 @@ class ShardedIndex:
     """An index in parts: an `Index` of a local engine.
 
     The rows are cut into pieces. Piece i is in shard i % shards, and shard s on rank s % ranks. So which row goes
-    where, and in what order, depends on neither ranks nor threads, and results do not either.
+    where, and in what order, depends on neither ranks nor threads, and results do not either. A shard numbers its
+    vectors from 0 as they are added.
+
+    It is empty at first: `add` its `missing_rows` or `load` what was saved.
 
     Args:
-        manifest: its ann_engine, index_shards, dimension, rows, build_settings and search_settings; of a folder also
-            its files.
+        manifest: its ann_engine, index_shards, dimension, rows, build_settings and search_settings; to `load` it
+            also its files.
         threads: those of a search; as many shards are added to at a time. 0: all cores.
-        folder: where `save` has written the shards; None: they are empty.
+        rank, ranks: those of this process, if it is to have the shards of another one.
 
     Raises:
-        InputError: there are more ranks than shards, or too little memory.
-        OSError, RuntimeError, ValueError: a file in the folder is damaged.
+        InputError: there are more ranks than shards, or the shards of this process need more memory than is free.
     """
 
     max_k = None
 
-    def __init__(self, manifest: Manifest, threads: int = 0, folder: str | None = None, rank: int = RANK,
-                 ranks: int = RANKS) -> None:
+    def __init__(self, manifest: Manifest, threads: int = 0, rank: int = RANK, ranks: int = RANKS) -> None:
         if manifest.index_shards < ranks:
             raise InputError(f"--index_shards {manifest.index_shards} must be at least the number of processes "
                              f"({ranks})")
@@ -54,35 +55,65 @@ class ShardedIndex:
         self._adding = deque[tuple[Future, int]]()  # what the workers add, and how many rows each
         # How many rows a piece has; the last piece may have fewer.
         self._piece_size = min(WINDOW, -(-manifest.rows // manifest.index_shards))
-        pieces = [range(start, min(start + self._piece_size, manifest.rows))
-                  for start in range(0, manifest.rows, self._piece_size)]
-        self.missing = [rows for piece, rows in enumerate(pieces) if piece % manifest.index_shards % ranks == rank]
+        self.missing_rows: list[range] = []
+        capacity_of: dict[int, int] = {}  # how many vectors each shard of this rank will have
+        for start in range(0, manifest.rows, self._piece_size):
+            shard = self._shard_of(start)
+            if shard % ranks == rank:
+                rows = range(start, min(start + self._piece_size, manifest.rows))
+                self.missing_rows.append(rows)
+                capacity_of[shard] = capacity_of.get(shard, 0) + len(rows)
+        settings = {**manifest.build_settings, **self.search_settings}
+        self._check_memory(capacity_of.values(), settings)
         self._shards: dict[int, _Shard] = {}
-        for shard in range(rank, min(manifest.index_shards, len(pieces)), ranks):
-            capacity = sum(len(rows) for rows in pieces[shard :: manifest.index_shards])
-            settings = {**manifest.build_settings, **self.search_settings}
-            engine = self._engine(manifest.dimension, capacity, settings)
-            if folder:
-                _load_shard(engine, folder, _file_of_shard(shard), manifest)
-            self._shards[shard] = _Shard(engine)
-        if folder:
-            self.missing = []
+        for shard, capacity in capacity_of.items():
+            self._shards[shard] = _Shard(self._engine(manifest.dimension, capacity, dict(settings)))
+        # Most pieces that are added at a time. Pieces take turns with the shards, so that no two of these are of one
+        # shard; one more than there are threads, so that none waits.
+        self._most_adding = min(self._threads + 1, len(self._shards))
+
+    def _check_memory(self, capacities: Collection[int], settings: dict[str, Any]) -> None:
+        """Raise InputError if shards of so many vectors, those of this process, need more memory than is free."""
+        dimension = self.manifest.dimension
+        needed = sum(self._engine.bytes_needed(dimension, capacity, settings) for capacity in capacities)
+        free = available_memory()
+        if needed > free:
+            raise InputError(f"the index of {sum(capacities):,} vectors of {dimension} needs {needed / 1e9:.1f} GB of "
+                             f"memory, and {free / 1e9:.1f} are free: use several processes or machines, or "
+                             "--ann_engine milvus")
+
+    # ------------------------------------------------------------------------------------------- rows of the shards
+    def _shard_of(self, rows: Any) -> Any:
+        """Return the shard of a row, or those of an array of rows."""
+        return rows // self._piece_size % self.manifest.index_shards
+
+    def _numbers_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the numbers that rows have in their shards."""
+        piece, place = np.divmod(rows, self._piece_size)
+        piece_of_shard = piece // self.manifest.index_shards
+        return piece_of_shard * self._piece_size + place
+
+    def _rows_of(self, shard: int, numbers: np.ndarray) -> np.ndarray:
+        """Return the rows that have some numbers in a shard; the inverse of `_numbers_of`."""
+        piece_of_shard, place = np.divmod(numbers, self._piece_size)
+        piece = piece_of_shard * self.manifest.index_shards + shard
+        return piece * self._piece_size + place
 
     # ------------------------------------------------------------------------------------------------------- filling
     def add(self, rows: range, vectors: np.ndarray) -> None:
-        """Add the vectors, float32 [rows, dim], of the next piece of `missing` in the background; see `Index`."""
-        shard = self._shards[rows.start // self._piece_size % self.manifest.index_shards]
-        # Pieces take turns with the shards, so that no two of these are of one shard.
-        while len(self._adding) > min(self._threads, len(self._shards) - 1):
+        """Add the vectors, float32 [rows, dim], of the next of `missing_rows` in the background; see `Index`."""
+        while len(self._adding) >= self._most_adding:
             self._wait_for_oldest()
-        self._adding.append((self._workers.submit(shard.add, vectors), len(rows)))
+        shard = self._shards[self._shard_of(rows.start)]
+        future = self._workers.submit(shard.add, vectors)
+        self._adding.append((future, len(rows)))
 
     def finish(self) -> None:
         """Wait until all vectors are added."""
         with progress("indexing", sum(count for _, count in self._adding), "documents") as advance:
             while self._adding:
                 advance(self._wait_for_oldest())
-        self.missing = []
+        self.missing_rows = []
 
     def _wait_for_oldest(self) -> int:
         """Wait for what was given to the workers first; return how many rows that was."""
@@ -136,10 +167,8 @@ class ShardedIndex:
         results = []
         for shard in shards:
             engine = self._shards[shard].engine
-            result = exact_search(queries, engine, k, threads) if exact else engine.search(queries, k, threads)
-            piece_of_shard, place = np.divmod(result.rows, self._piece_size)
-            piece = shard + piece_of_shard * self.manifest.index_shards
-            results.append(SearchResult(piece * self._piece_size + place, result.scores))
+            found = exact_search(queries, engine, k, threads) if exact else engine.search(queries, k, threads)
+            results.append(SearchResult(self._rows_of(shard, found.rows), found.scores))
         return results
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
@@ -150,12 +179,11 @@ class ShardedIndex:
 
     def copy_vectors(self, rows: np.ndarray, vectors: np.ndarray) -> None:
         """Write the vectors of those rows that are on this rank to their places in `vectors`, float32 [rows, dim]."""
-        pieces, places = np.divmod(rows, self._piece_size)
+        shard_of_row = np.where(rows == NOT_FOUND, NOT_FOUND, self._shard_of(rows))
         for number, shard in self._shards.items():
-            wanted = np.flatnonzero((rows != NOT_FOUND) & (pieces % self.manifest.index_shards == number))
-            if len(wanted):
-                piece_of_shard = pieces[wanted] // self.manifest.index_shards
-                vectors[wanted] = shard.engine.vectors(piece_of_shard * self._piece_size + places[wanted])
+            places = np.flatnonzero(shard_of_row == number)
+            if len(places):
+                vectors[places] = shard.engine.vectors(self._numbers_of(rows[places]))
 
     def measure(self, queries: np.ndarray, k: int, kind: str) -> AnnRecall | None:
         """Return which part of the exact result the search finds, with its settings and with deeper ones.
@@ -184,9 +212,27 @@ class ShardedIndex:
 
     # ------------------------------------------------------------------------------------------------------- keeping
     def save(self, folder: str) -> None:
-        """Write this rank's shards to a folder."""
+        """Write this rank's shards to a folder.
+
+        Raises:
+            OSError, RuntimeError: a file cannot be written.
+        """
         for number, shard in self._shards.items():
             shard.engine.save(os.path.join(folder, _file_of_shard(number)))
+
+    def load(self, folder: str) -> None:
+        """Read this rank's shards from a folder to which `save` has written them.
+
+        Raises:
+            OSError, RuntimeError, ValueError: a file is damaged.
+        """
+        for number, shard in self._shards.items():
+            name = _file_of_shard(number)
+            path = os.path.join(folder, name)
+            if file_digest(path) != self.manifest.files.get(name):
+                raise ValueError(f"{name} is not what was written")
+            shard.engine.load(path)
+        self.missing_rows = []
 
     def close(self) -> None:
         """End the threads."""
@@ -221,20 +267,12 @@ def _file_of_shard(shard: int) -> str:
     return f"shard_{shard}.bin"
 
 
-def _load_shard(engine: VectorIndex, folder: str, name: str, manifest: Manifest) -> None:
-    """Read a shard's file; raise ValueError if it is not what was written."""
-    path = os.path.join(folder, name)
-    if file_digest(path) != manifest.files.get(name):
-        raise ValueError(f"{name} is not what was written")
-    engine.load(path)
-
-
 def _nothing_found(queries: int, k: int) -> SearchResult:
-    """Return a result without rows, which fills up one that has fewer than k."""
+    """Return a result that is NOT_FOUND throughout; merged with others it pads queries that have fewer than k rows."""
     return SearchResult(np.full((queries, k), NOT_FOUND), np.full((queries, k), NO_SCORE, "float32"))
 
 
-def sample(items: Sequence) -> Any:
+def pick_evenly(items: Sequence) -> Any:
     """Return every nth of some documents or embeddings, MEASURED at most, to measure an index with."""
     step = -(-len(items) // MEASURED)
     return items[::step]

@@ -1,7 +1,8 @@
-"""Files that are not UTF-8 text in columns: which format or encoding they have, and the command that converts them."""
+"""Name the format or the encoding of a file that is not UTF-8 text in columns, and the command that converts it."""
 
 import codecs
 import csv
+import itertools
 import json
 import os
 import re
@@ -13,106 +14,126 @@ from typing import NamedTuple
 from simcse.console import InputError, settings, some
 from simcse.files import STDIN
 
-HEAD_BYTES = 1 << 16  # of a file, by which binary formats and encodings are known
-SAMPLE = 100  # lines of a file, by which formats of text are known
-MOST = 0.9  # of these lines have to agree
+HEAD_BYTES = 1 << 16  # first bytes of a file, which show binary formats and encodings
+SAMPLE_LINES = 100  # first lines of a file, which show formats of text
+MOST = 0.9  # share of these lines that have to agree
 CORPUS_COLUMNS = (1, 2)  # a text, or an id and a text
 # What a file has to be, by the numbers of columns that its reader takes.
-EXPECTED = {(1,): "one text per line",
-            CORPUS_COLUMNS: "one text per line, or an id, a tab and a text",
-            (2,): "two texts per line, with a tab between them",
-            (3,): "two texts and a number per line, with tabs between them",
-            (2, 3): "two texts, or two texts and a number, per line, with tabs between them",
-            (1, 2, 3): "one, two or three texts per line, with tabs between them"}
-ICONV = "convert it: iconv -f {} -t UTF-8 FILE > NEW"  # FILE and NEW are filled in where the file has a name
+EXPECTED = {
+    (1,): "one text per line",
+    CORPUS_COLUMNS: "one text per line, or an id, a tab and a text",
+    (2,): "two texts per line, with a tab between them",
+    (3,): "two texts and a number per line, with tabs between them",
+    (2, 3): "two texts, or two texts and a number, per line, with tabs between them",
+    (1, 2, 3): "one, two or three texts per line, with tabs between them",
+}
+LABELS = {"1": 1, "1.0": 1, "0": 0, "0.0": 0}
+ID_NAMES = ("id", "_id")  # columns with these names are not texts
 
 
 # ------------------------------------------------------------------------------------------------------ binary formats
-class BinaryFormat(NamedTuple):
-    """A format that is known by the first bytes of a file, and how to convert it."""
-
-    matches: Callable[[bytes], bool]
-    remedy: str
-
-
-def _starts_with(*signatures: bytes) -> Callable[[bytes], bool]:
-    """Return a function that tells whether bytes start with any of these."""
-    return lambda head: head.startswith(signatures)
-
-
-def _is_workbook(head: bytes) -> bool:
-    return head.startswith(b"PK\x03\x04") and b"xl/" in head
-
-
-# The first that matches is it: a workbook is a zip archive, and the BOM of UTF-32 begins with that of UTF-16.
-BINARY_FORMATS = {
-    "compressed by gzip": BinaryFormat(_starts_with(b"\x1f\x8b"), "gunzip it"),
-    "compressed by bzip2": BinaryFormat(_starts_with(b"BZh91AY&SY"), "bunzip2 it"),
-    "an Excel workbook": BinaryFormat(_is_workbook, "save it as CSV UTF-8 and convert that with "
-                                      "python scripts/to_tsv.py"),
-    "a zip archive": BinaryFormat(_starts_with(b"PK\x03\x04"), "unzip it"),
-    "UTF-32": BinaryFormat(_starts_with(codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), ICONV.format("UTF-32")),
-    "UTF-16": BinaryFormat(_starts_with(codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), ICONV.format("UTF-16")),
-    "UTF-16 without a BOM, little-endian": BinaryFormat(
-        lambda head: _utf16_without_bom(head) == "UTF-16LE", ICONV.format("UTF-16LE")),
-    "UTF-16 without a BOM, big-endian": BinaryFormat(
-        lambda head: _utf16_without_bom(head) == "UTF-16BE", ICONV.format("UTF-16BE"))}
+ZIP = b"PK\x03\x04"
+# The first bytes of each format, its name and how to convert it.
+ARCHIVES = {
+    b"\x1f\x8b": "compressed by gzip; gunzip it",
+    b"BZh91AY&SY": "compressed by bzip2; bunzip2 it",
+    ZIP: "a zip archive; unzip it",
+}
+WORKBOOK = "an Excel workbook; save it as CSV UTF-8 and convert that with python scripts/to_tsv.py"
+# UTF-32 is first: its little-endian BOM begins with that of UTF-16.
+BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+WITHOUT_BOM = {"UTF-16LE": "little-endian", "UTF-16BE": "big-endian"}
+# Characters of English, Chinese, Japanese and Korean text.
+COMMON = re.compile(r"[\t\n\r -~\u3000-\u30ff\u4e00-\u9fff\uac00-\ud7a3\uff00-\uff65]")
 
 
-def _utf16_without_bom(head: bytes) -> str | None:
-    """Return "UTF-16LE" or "UTF-16BE" if most characters of the text are common ones in that order of bytes."""
-    few_nuls = head.count(0) <= len(head) / 4  # of English in UTF-16 every second byte is NUL, of Chinese line feeds
-    if b"\0" not in head or (few_nuls and _decode_head(head, "UTF-8") is not None):
-        return None
-    for name in ("UTF-16LE", "UTF-16BE"):
-        text = _decode_head(head, name) or ""
-        common = re.findall(r"[\t\n\r -~\u3000-\u30ff\u4e00-\u9fff\uac00-\ud7a3\uff00-\uff65]", text)
-        if text and len(common) >= MOST * len(text):
-            return name
+def name_binary_format(head: bytes, name: str) -> str | None:
+    """Return the format of a file and how to convert it; None: it may be lines of text.
+
+    Args:
+        head: the first bytes of the file.
+        name: of the file, for the command.
+    """
+    if head.startswith(ZIP) and b"xl/" in head:
+        return WORKBOOK
+    for signature, description in ARCHIVES.items():
+        if head.startswith(signature):
+            return description
+    for mark, encoding in BYTE_ORDER_MARKS.items():
+        if head.startswith(mark):
+            return f"{encoding}; {_convert_encoding(encoding, name)}"
+    for encoding, byte_order in WITHOUT_BOM.items():
+        if _is_utf16(head, encoding):
+            return f"UTF-16 without a BOM, {byte_order}; {_convert_encoding(encoding, name)}"
     return None
 
 
-def _decode_head(head: bytes, encoding: str) -> str | None:
-    """Return the text of bytes that may end within a character; None: they are not in this encoding."""
+def _is_utf16(head: bytes, encoding: str) -> bool:
+    """Return whether bytes are text in UTF-16LE or UTF-16BE: most of their characters are common ones.
+
+    Every ASCII character and every line feed has a NUL in UTF-16. Text in UTF-8 may have a few.
+    """
+    if b"\0" not in head:
+        return False
+    if head.count(0) <= len(head) / 4 and _decode_head(head, "UTF-8"):
+        return False
+    text = _decode_head(head, encoding)
+    return text != "" and len(COMMON.findall(text)) >= MOST * len(text)
+
+
+def _decode_head(head: bytes, encoding: str) -> str:
+    """Return the text of bytes that may end within a character; "": they are not in this encoding."""
     try:
         return codecs.getincrementaldecoder(encoding)().decode(head)
     except UnicodeDecodeError:
-        return None
-
-
-def name_binary_format(head: bytes) -> str | None:
-    """Return what a file is by its first bytes, and how to convert it; None: it may be lines of text."""
-    for name, binary_format in BINARY_FORMATS.items():
-        if binary_format.matches(head):
-            return f"{name}; {binary_format.remedy}"
-    return None
+        return ""
 
 
 # ----------------------------------------------------------------------------------------------------- other encodings
-# The codecs among which charset-normalizer chooses: as people call them, and for iconv.
-ENCODINGS = {"gb18030": ("GBK", "GB18030"), "big5": ("Big5", "BIG5"), "cp932": ("Shift-JIS", "CP932"),
-             "euc_jp": ("EUC-JP", "EUC-JP"), "cp949": ("EUC-KR", "CP949"), "big5hkscs": ("Big5-HKSCS", "BIG5-HKSCS"),
-             "cp1252": ("Windows-1252 (Latin)", "CP1252"), "cp1250": ("Windows-1250", "CP1250"),
-             "cp1251": ("Windows-1251 (Cyrillic)", "CP1251"), "koi8_r": ("KOI8-R", "KOI8-R")}
-FEW_BYTES = 8  # that are not ASCII: by so few no encoding is sure
-SURE = 0.8  # below this confidence neither
-CLOSE = 0.1  # an encoding that fits so much less than the best may be it as well
+# Python's codecs among which charset-normalizer chooses, and what users call them; of those that fit equally well the
+# first is named first.
+ENCODINGS = {
+    "gb18030": "GBK",
+    "big5": "Big5",
+    "cp932": "Shift-JIS",
+    "euc_jp": "EUC-JP",
+    "cp949": "EUC-KR",
+    "cp1252": "Windows-1252 (Latin)",
+    "cp1250": "Windows-1250",
+    "cp1251": "Windows-1251 (Cyrillic)",
+    "koi8_r": "KOI8-R",
+}
+CLOSE = 0.1  # an encoding whose confidence is at most this much below the best one's may be right as well
 CUT_OFF = "the file ends within a character: it was cut off; get it again, or remove its last line"
+CONTROL_CHARACTERS = re.compile(rb"[\0-\x08\x0e-\x1b]")
 
 
-def explain_not_utf8(path: str, line: bytes, error: UnicodeDecodeError) -> str:
-    """Return why a line is not UTF-8, and what to do, by all lines of its file; of a pipe by this line."""
+def explain_not_utf8(path: str, name: str, line: bytes, error: UnicodeDecodeError) -> str:
+    """Return why a line is not UTF-8, and what to do about it.
+
+    Args:
+        path: the file, all of whose lines are looked at; of a pipe only `line` is.
+        name: the file's name in messages.
+        line: the first line that is not UTF-8.
+        error: the error of decoding it.
+    """
+    begins_in_utf8 = not line[: error.start].isascii()
     ends_within_character = error.reason == "unexpected end of data"
     if not os.path.isfile(path):
-        if ends_within_character and not line[: error.start].isascii():
+        if begins_in_utf8 and ends_within_character:
             return CUT_OFF
-        return _name_encoding(line)
+        return _name_encoding(line, name)
+    total = 0
+    utf8 = 0  # lines that are UTF-8 and not ASCII
+    wrong = []  # numbers of the lines that are not UTF-8
+    wrong_content = bytearray()  # the first of these lines
     with open(path, "rb") as file:
-        total = 0  # lines
-        utf8 = 0  # lines of UTF-8 that are not ASCII
-        wrong = []  # numbers of the lines that are not UTF-8
-        wrong_content = bytearray()  # the first of these
-        for content in (part for chunk in file for part in chunk.splitlines()):
+        for content in itertools.chain.from_iterable(chunk.splitlines() for chunk in file):
             total += 1
             if not _is_utf8(content):
                 wrong.append(total)
@@ -120,59 +141,51 @@ def explain_not_utf8(path: str, line: bytes, error: UnicodeDecodeError) -> str:
                     wrong_content += content + b"\n"
             elif not content.isascii():
                 utf8 += 1
-    is_mostly_utf8 = utf8 >= len(wrong) or (len(wrong) == 1 and not line[: error.start].isascii())
-    if is_mostly_utf8 and wrong == [total] and ends_within_character:
+    is_mostly_utf8 = utf8 >= len(wrong) or (len(wrong) == 1 and begins_in_utf8)
+    if not is_mostly_utf8:
+        return _name_encoding(bytes(wrong_content), name)
+    if wrong == [total] and ends_within_character:
         return CUT_OFF
-    if is_mostly_utf8:
-        places = some([f"{path}:{number}" for number in wrong], 3)
-        return f"{len(wrong)} of {total} lines are not UTF-8 ({places}), the others are; fix or remove them"
-    return _name_encoding(bytes(wrong_content))
+    places = some([f"{name}:{number}" for number in wrong], 3)
+    return f"{len(wrong)} of {total} lines are not UTF-8 ({places}), the others are; fix or remove them"
 
 
-def _is_utf8(content: bytes) -> bool:
+def _is_utf8(line: bytes) -> bool:
     """Return whether bytes are whole characters of UTF-8."""
     try:
-        content.decode("utf-8")
+        line.decode("utf-8")
     except UnicodeDecodeError:
         return False
     return True
 
 
-def guess_encodings(content: bytes) -> dict[str, float]:
-    """Return the codecs that fit text that is not UTF-8, best first, with charset-normalizer's confidence in each.
+def _name_encoding(content: bytes, name: str) -> str:
+    """Return the encoding of lines that are not UTF-8, and how to convert them.
 
-    A codec whose confidence is clearly less than that in the best one is left out. {}: the content is not text.
+    If several encodings fit, all are named: with a wrong one iconv writes other characters and no error.
     """
-    from charset_normalizer import from_bytes
-
-    control_characters = re.findall(rb"[\0-\x08\x0e-\x1b]", content)
-    if not content or len(control_characters) > len(content) / 50:  # a text has hardly any
-        return {}
-    names = list(ENCODINGS)
-    matches = from_bytes(content, cp_isolation=names) or from_bytes(content, cp_isolation=names, threshold=0.6)
-    matches = sorted(matches, key=lambda match: (match.chaos, -match.coherence, names.index(match.encoding)))
-    fitting = {}
-    for match in matches:
-        if match.chaos < matches[0].chaos + CLOSE and match.coherence > matches[0].coherence - CLOSE:
-            fitting[match.encoding] = 1 - match.chaos
-    return fitting
-
-
-def _name_encoding(content: bytes) -> str:
-    """Return the encoding of lines of which none is UTF-8, and how to convert them.
-
-    Where several encodings fit, they are all named: a wrong one makes other characters of the text without an error.
-    """
-    fitting = guess_encodings(content)
+    fitting = _guess_encodings(content)
     if not fitting:
         return "it is damaged, or no text"
-    named = [f"{ENCODINGS[codec][0]} ({confidence:.0%})" for codec, confidence in fitting.items()]
-    iconv_name = ENCODINGS[next(iter(fitting))][1]
-    few = len(re.findall(rb"[\x80-\xff]", content)) < FEW_BYTES
-    if few or len(fitting) > 1 or max(fitting.values()) < SURE:
+    named = [f"{ENCODINGS[codec]} ({confidence:.0%})" for codec, confidence in fitting.items()]
+    best = next(iter(fitting))
+    iconv_name = best.upper().replace("_", "-")
+    if len(fitting) > 1:
         return (f"charset-normalizer: it may be {' or '.join(named[:3])}; look whether it reads well before you "
-                f"convert it: iconv -f {iconv_name} -t UTF-8 FILE | head")
-    return f"it looks like {named[0]} to charset-normalizer; {ICONV.format(iconv_name)}"
+                f"convert it: {_iconv(iconv_name, name)} | head")
+    return f"it looks like {named[0]} to charset-normalizer; {_convert_encoding(iconv_name, name)}"
+
+
+def _guess_encodings(content: bytes) -> dict[str, float]:
+    """Return the codecs that fit text, best first, with charset-normalizer's confidence; {}: it is not text."""
+    from charset_normalizer import from_bytes
+
+    if len(CONTROL_CHARACTERS.findall(content)) > len(content) / 50:  # text has hardly any
+        return {}
+    rank = list(ENCODINGS).index
+    matches = from_bytes(content, cp_isolation=list(ENCODINGS))
+    matches = sorted(matches, key=lambda match: (match.chaos, rank(match.encoding)))
+    return {match.encoding: 1 - match.chaos for match in matches if match.chaos < matches[0].chaos + CLOSE}
 
 
 # ----------------------------------------------------------------------------------------------------- formats of text
@@ -180,8 +193,8 @@ class Table(NamedTuple):
     """The first rows of a file in another format of text.
 
     Attributes:
-        description: what the file is, for messages.
-        names: of its columns; their numbers, from 1, where no header names them.
+        description: what the file has, for messages.
+        names: of its columns; their numbers, from 1, if there is no header.
         rows: the fields, as many as there are names, without the header.
     """
 
@@ -191,123 +204,142 @@ class Table(NamedTuple):
 
 
 def find_json_objects(lines: Sequence[str], columns: tuple[int, ...]) -> Table | None:
-    """Return the table of lines of which most are JSON objects."""
-    objects = [found for found in map(_parse_object, lines) if found]
-    if len(objects) < max(1, MOST * len(lines)):
+    """Return the table of JSON lines, without the keys that never have a value; None: they are something else."""
+    objects = [parsed for parsed in map(_parse_object, lines) if parsed]
+    if not objects or len(objects) < MOST * len(lines):
         return None
     names = []
-    for name in dict.fromkeys(name for found in objects for name in found):
-        if any(first_value(found.get(name)) for found in objects):
+    for name in dict.fromkeys(key for parsed in objects for key in parsed):
+        if any(_first_value(parsed.get(name)) for parsed in objects):
             names.append(name)
-    rows = [[first_value(found.get(name)) for name in names] for found in objects]
+    rows = [[_first_value(parsed.get(name)) for name in names] for parsed in objects]
     return Table(f"JSON objects with {some(names)}", names, rows)
 
 
 def _parse_object(line: str) -> dict | None:
+    """Return the JSON object that a line is; None: it is something else."""
+    if not line.startswith("{"):
+        return None
     try:
-        found = json.loads(line) if line.startswith("{") else None
+        return json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
 
 
-def first_value(value: object) -> str:
-    """Return a value of a JSON object as text, of a list its first member; "" for none."""
+def _first_value(value: object) -> str:
+    """Return a value of a JSON object as text, the first one of a list; "": there is none."""
     if isinstance(value, list):
         value = value[0] if value else None
     return "" if value is None else str(value)
 
 
-def find_csv(lines: Sequence[str], columns: tuple[int, ...]) -> Table | None:
-    """Return the table of CSV: it has quoted cells or a header of ASCII names; without these its lines may be texts.
+class _Record(NamedTuple):
+    """A row of CSV: its text, which may have several lines, and its cells."""
 
-    Where there have to be tabs between texts, and the lines have none, commas are enough.
+    text: str
+    cells: list[str]
+
+
+def find_csv(lines: Sequence[str], columns: tuple[int, ...]) -> Table | None:
+    """Return the table of CSV; None: the lines are something else.
+
+    CSV has quoted cells or a header. Without these, lines with commas may be texts, unless the file has to have tabs
+    and has none. If most lines have a blank behind a comma, they are sentences.
     """
-    lack_tabs = min(columns) > 1 and not any("\t" in line for line in lines)
-    return _find_cells(lines, ",", "CSV", needs_quotes=not lack_tabs)
+    records = _parse_records(lines, ",")
+    rows = [record.cells for record in records]
+    sentences = [cells for cells in rows if any(cell.startswith(" ") for cell in cells)]
+    if not rows or len(sentences) > len(rows) / 2:
+        return None
+    lacks_tabs = min(columns) > 1 and not any("\t" in line for line in lines)
+    if lacks_tabs or is_header(rows) or _has_quoted_cells(records, ","):
+        return _make_table("CSV", rows)
+    return None
 
 
 def find_quoted_tsv(lines: Sequence[str], columns: tuple[int, ...]) -> Table | None:
-    """Return the table of TSV whose cells have quotes as those of CSV."""
-    return _find_cells(lines, "\t", "quoted TSV", needs_quotes=True)
+    """Return the table of TSV whose cells are quoted as in CSV; None: the lines are something else."""
+    records = _parse_records(lines, "\t")
+    if records and _has_quoted_cells(records, "\t"):
+        return _make_table("quoted TSV", [record.cells for record in records])
+    return None
 
 
-def _find_cells(lines: Sequence[str], delimiter: str, kind: str, *, needs_quotes: bool) -> Table | None:
-    records = _parse_cells(lines, delimiter)
-    widths = Counter(len(cells) for _, cells in records)
-    width, agreeing = widths.most_common(1)[0] if widths else (0, 0)
-    if len(records) < 2 or width < 2 or agreeing < MOST * len(records):
-        return None
-    rows = [cells for _, cells in records if len(cells) == width]
-    sentences = sum(any(cell.startswith(" ") for cell in cells) for cells in rows)
-    if delimiter == "," and 2 * sentences > len(rows):  # a blank follows the commas of sentences
-        return None
-    unquoted_is_known = delimiter == "," and (is_header(rows) or not needs_quotes)
-    if not unquoted_is_known and not _has_quoted_cells(records, delimiter):
-        return None
-    names, rows = _split_header(rows, width)
-    return Table(f"{kind} with the columns {some(names)}", names, rows)
+def _parse_records(lines: Sequence[str], delimiter: str) -> list[_Record]:
+    """Return the records of CSV, those with as many cells as most have.
 
-
-def _parse_cells(lines: Sequence[str], delimiter: str) -> list[tuple[str, list[str]]]:
-    """Return the records of CSV, each as its raw text and its cells; none if a line's quotes are not those of CSV."""
+    Returns:
+        []: the quotes are not those of CSV, there is one record or one column, or the numbers of cells differ.
+    """
     records, start = [], 0
     reader = csv.reader((f"{line}\n" for line in lines), delimiter=delimiter, strict=True)
     try:
         for cells in reader:
-            raw = "\n".join(lines[start : reader.line_num])
-            records.append((raw, cells))
+            records.append(_Record("\n".join(lines[start : reader.line_num]), cells))
             start = reader.line_num
     except csv.Error as error:
         if str(error) != "unexpected end of data":  # the last line of the sample is within a cell
             return []
-    return records
+    widths = Counter(len(record.cells) for record in records)
+    width = max(widths, key=widths.get, default=0)
+    if len(records) < 2 or width < 2 or widths[width] < MOST * len(records):
+        return []
+    return [record for record in records if len(record.cells) == width]
 
 
-def _has_quoted_cells(records: Sequence[tuple[str, list[str]]], delimiter: str) -> bool:
+def _has_quoted_cells(records: Sequence[_Record], delimiter: str) -> bool:
     """Return whether a cell needs its quotes, for a delimiter, a line break or a quote in it, or all cells have some.
 
     Quotes around other cells may be those of a text.
     """
-    for raw, cells in records:
-        unquoted = delimiter.join(cells) != raw
-        if unquoted and any(character in cell for cell in cells for character in (delimiter, "\n", '"')):
+    for text, cells in records:
+        has_quotes = delimiter.join(cells) != text
+        if has_quotes and re.search(f'[{delimiter}\n"]', "".join(cells)):
             return True
-    between = f'"{delimiter}"'
-    return all(raw == f'"{between.join(cells)}"' for raw, cells in records)
+    between_cells = f'"{delimiter}"'
+    return all(text == f'"{between_cells.join(cells)}"' for text, cells in records)
 
 
 def is_header(rows: Sequence[Sequence[str]]) -> bool:
     """Return whether the first row, and no other, has ASCII names of columns, such as sent0 or hard_neg."""
     name = re.compile(r"\s*[A-Za-z_][\w.-]*\s*", re.ASCII)
-    named = [all(name.fullmatch(field) for field in row) for row in rows]
-    return len(rows) > 1 and named[0] and not any(named[1:]) and len(set(rows[0])) == len(rows[0])
+    has_names = [all(name.fullmatch(field) for field in row) for row in rows]
+    return len(rows) > 1 and has_names[0] and not any(has_names[1:]) and len(set(rows[0])) == len(rows[0])
 
 
-def _split_header(rows: list[list[str]], width: int) -> tuple[list[str], list[list[str]]]:
-    """Return the names of the columns, which are numbers if the first row does not name them, and the other rows."""
+def _make_table(description: str, rows: list[list[str]]) -> Table:
+    """Return the table of rows, of which the first may be a header."""
     if is_header(rows):
-        return rows[0], rows[1:]
-    return [str(number) for number in range(1, width + 1)], rows
+        names, rows = rows[0], rows[1:]
+    else:
+        names = [str(number) for number in range(1, len(rows[0]) + 1)]
+    return Table(f"{description} with the columns {some(names)}", names, rows)
 
 
 def find_labels(lines: Sequence[str], columns: tuple[int, ...]) -> Table | None:
-    """Return the table of texts with a label or score behind them: a third column, or a second one of a corpus.
+    """Return the table of texts with a label or a score behind them; None: there are none, or the reader takes them.
 
-    None where the third column has to be a number.
+    It is the third column, and of a corpus the second.
     """
-    if 3 in columns and 1 not in columns:
+    if _takes_labels(columns):
         return None
     width = 2 if columns == CORPUS_COLUMNS else 3
     rows = [line.split("\t") for line in lines]
     rows = [row for row in rows if len(row) == width]
-    total = len(lines) - 1 if is_header(rows) else len(lines)
-    names, rows = _split_header(rows, width)
-    labelled = [row for row in rows if is_number(row[-1]) and not any(map(is_number, row[:-1]))]
+    if not rows:
+        return None
+    table = _make_table("texts", rows)
+    labelled = [row for row in table.rows if is_number(row[-1]) and not any(map(is_number, row[:-1]))]
+    total = len(lines) - (len(rows) - len(table.rows))  # without a header
     if not labelled or len(labelled) < MOST * total:
         return None
     labels = list(dict.fromkeys(row[-1] for row in labelled))
-    return Table(f"texts with labels or scores in column {width} ({some(labels, 3)})", names, labelled)
+    return Table(f"texts with labels or scores in column {width} ({some(labels, 3)})", table.names, labelled)
+
+
+def _takes_labels(columns: tuple[int, ...]) -> bool:
+    """Return whether the third column of a file has to be a label or a score; of training texts it is a text."""
+    return 3 in columns and 1 not in columns
 
 
 def is_number(text: str) -> bool:
@@ -315,9 +347,13 @@ def is_number(text: str) -> bool:
     return re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text.strip()) is not None
 
 
-# What finds a format in the first lines of a file; scripts/to_tsv.py converts each. The first that finds one is it.
+# The function that finds each format in the first lines of a file. The first format that is found counts.
 FORMATS: dict[str, Callable[[Sequence[str], tuple[int, ...]], Table | None]] = {
-    "jsonl": find_json_objects, "csv": find_csv, "quoted_tsv": find_quoted_tsv, "labelled_tsv": find_labels}
+    "jsonl": find_json_objects,
+    "csv": find_csv,
+    "quoted_tsv": find_quoted_tsv,
+    "labelled_tsv": find_labels,
+}
 
 
 def check_lines(lines: Iterator[tuple[int, str]], name: str, flag: str,
@@ -329,32 +365,32 @@ def check_lines(lines: Iterator[tuple[int, str]], name: str, flag: str,
     Raises:
         InputError: as `check_format`.
     """
-    size = 1 if name == "stdin" else SAMPLE
-    first: list[tuple[int, str]] = []
+    size = 1 if name == "stdin" else SAMPLE_LINES
+    waiting: list[tuple[int, str]] = []
     with_text = 0
     for number, line in lines:
-        first.append((number, line))
+        waiting.append((number, line))
         with_text += bool(line.strip())
         if with_text == size:
             break
         if name == "stdin":
-            yield first.pop()
-    check_format([line for _, line in first], name, flag, columns)
-    yield from first
+            yield waiting.pop()
+    check_format([line for _, line in waiting], name, flag, columns)
+    yield from waiting
     yield from lines
 
 
 def check_format(lines: Sequence[str], name: str, flag: str, columns: tuple[int, ...]) -> None:
-    """Refuse the first lines of a file in another format, unless --plain_text.
+    """Refuse a file whose first lines are in another format, unless --plain_text is set.
 
     Args:
-        lines: in which blank ones do not count.
+        lines: the first ones; blank ones do not count.
         name: of the file, or "stdin".
-        flag: that named it.
+        flag: the flag that named it.
         columns: the numbers of columns that its reader takes; (1, 2, 3) for training texts.
 
     Raises:
-        InputError: names the format, what the reader takes, and the command that converts the file.
+        InputError: the file has another format; the message has the command that converts it.
     """
     lines = [line.strip(" \r\n") for line in lines if line.strip()]
     if settings.plain_text or not lines:
@@ -363,58 +399,58 @@ def check_format(lines: Sequence[str], name: str, flag: str, columns: tuple[int,
         table = find_table(lines, columns)
         if table:
             raise InputError(f"{flag} {name}: the file has {table.description}; expected {EXPECTED[columns]}; "
-                             f"convert it: {_command(name, _conversion_flags(table, columns))}; --plain_text reads "
+                             f"convert it: {_to_tsv(name, _conversion_flags(table, columns))}; --plain_text reads "
                              "its lines as they are")
 
 
 # ------------------------------------------------------------------------------------------------------------ commands
-LABELS = {"1": 1, "1.0": 1, "0": 0, "0.0": 0}
-ID_NAMES = ("id", "_id")  # of columns that are no texts
-
-
 def _conversion_flags(table: Table, columns: tuple[int, ...]) -> list[str]:
-    """Return the flags with which scripts/to_tsv.py makes so many columns of a table."""
+    """Return the flags with which scripts/to_tsv.py makes one of these numbers of columns of a table."""
     values = dict(zip(table.names, zip(*table.rows)))
     ids = [name for name in table.names if name in ID_NAMES]
     numbers = [name for name in table.names if name not in ids and all(map(is_number, values[name]))]
     texts = [name for name in table.names if name not in ids + numbers] or table.names
-    flags = []
-    if columns == CORPUS_COLUMNS or max(columns) == 1:
-        longest = max(texts, key=lambda name: sum(map(len, values[name])))
+    is_labelled = len(texts) == 2 and len(numbers) == 1
+    longest = max(texts, key=lambda name: sum(map(len, values[name])))
+    selection = []
+    if columns == (1,):
         fields = [longest]
-        if columns == CORPUS_COLUMNS and ids:
-            fields = [ids[0], longest]
-    elif len(texts) == 2 and len(numbers) == 1:
+    elif columns == CORPUS_COLUMNS:
+        fields = [*ids[:1], longest]
+    elif is_labelled and _takes_labels(columns):
         fields = texts + numbers
-        if 1 in columns or 3 not in columns:  # the third column may not be a label
-            if all(label in LABELS for label in values[numbers[0]]):
-                flags = ["--labels", "positives"]
-            else:
-                fields = texts
+    elif is_labelled and all(label in LABELS for label in values[numbers[0]]):
+        fields = texts + numbers
+        selection = ["--labels", "positives"]
     else:
         fields = texts[: max(columns)]
-    if fields != table.names:
-        flags = ["--fields", *fields, *flags]
-    return flags
+    if fields == table.names:
+        return selection
+    return ["--fields", *fields, *selection]
 
 
-def _is_pipe(path: str) -> bool:
-    """Return whether a path is stdin or a pipe, which no command can read again."""
-    return path == "stdin" or (os.path.exists(path) and not os.path.isfile(path))
+def _is_pipe(name: str) -> bool:
+    """Return whether a name is that of stdin or of a pipe, which no command can read again."""
+    return name == "stdin" or (os.path.exists(name) and not os.path.isfile(name))
 
 
-def _command(path: str, flags: Sequence[str]) -> str:
-    """Return the command that converts a file; of a pipe the part of it that does."""
-    if _is_pipe(path):
+def _to_tsv(name: str, flags: Sequence[str]) -> str:
+    """Return the command by which scripts/to_tsv.py converts a file, or a pipe to stdout."""
+    if _is_pipe(name):
         return shlex.join(["python", "scripts/to_tsv.py", "--input_file", STDIN, *flags])
-    stem, extension = os.path.splitext(path)
+    stem, extension = os.path.splitext(name)
     target = f"{stem}_converted.tsv" if extension == ".tsv" else f"{stem}.tsv"
-    return shlex.join(["python", "scripts/to_tsv.py", "--input_file", path, *flags, "--output_file", target])
+    return shlex.join(["python", "scripts/to_tsv.py", "--input_file", name, *flags, "--output_file", target])
 
 
-def fill_in_names(advice: str, path: str) -> str:
-    """Return a piece of advice with the names of the file and of a new one for FILE and NEW; of a pipe as it is."""
-    if _is_pipe(path):
-        return advice
-    stem, extension = os.path.splitext(path)
-    return advice.replace("FILE", shlex.quote(path)).replace("NEW", shlex.quote(f"{stem}_utf8{extension}"))
+def _iconv(encoding: str, name: str) -> str:
+    """Return the command that prints a file in UTF-8; of a pipe, which has no name, FILE."""
+    file = "FILE" if _is_pipe(name) else shlex.quote(name)
+    return f"iconv -f {encoding} -t UTF-8 {file}"
+
+
+def _convert_encoding(encoding: str, name: str) -> str:
+    """Return the advice to convert a file to UTF-8 by a command."""
+    stem, extension = os.path.splitext(name)
+    target = "NEW" if _is_pipe(name) else shlex.quote(f"{stem}_utf8{extension}")
+    return f"convert it: {_iconv(encoding, name)} > {target}"

@@ -1,4 +1,4 @@
-"""Keys of texts and passages, the same in every process and on every machine."""
+"""Compute keys of texts and passages, which are the same in every process and on every machine."""
 
 from collections.abc import Iterable
 from hashlib import blake2b
@@ -6,14 +6,14 @@ from hashlib import blake2b
 import numpy as np
 
 KEY_BYTES = 8
-KEY_BITS = 2**63 - 1  # without the sign, so that -1 can mean that there is no row
+KEY_MASK = 2**63 - 1  # all bits but the sign: keys are >= 0, and -1 can mean that there is no row
 
 
 def text_keys(texts: Iterable[str]) -> np.ndarray:
     """Return a key for each text: equal texts have equal keys.
 
-    Two different texts have the same key with a probability of 2^-63; of 8 million texts any two do with 3 in a
-    million.
+    Two different texts have the same key with a probability of 2^-63. That any two of 8 million texts have the same key
+    has a probability of 3 in a million.
 
     Returns:
         int64 [texts], >= 0.
@@ -23,11 +23,11 @@ def text_keys(texts: Iterable[str]) -> np.ndarray:
 
 
 def passage_keys(document_keys: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Return a key for each passage, made of its document's key and of its place in the document.
+    """Return a key for each passage, computed from the key of its document and its place in the document.
 
     Args:
-        document_keys: int64 [passages], the `text_keys` of the documents, repeated for each of their passages.
-        places: integers [passages], which tell the passages of a document apart, such as their offsets.
+        document_keys: int64 [passages], the key of each passage's document, as `text_keys` returns it.
+        places: integers [passages], different for the passages of one document, such as their offsets.
 
     Returns:
         int64 [passages], >= 0.
@@ -40,5 +40,5 @@ def passage_keys(document_keys: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 
 def _keys_of_digests(digests: list[bytes]) -> np.ndarray:
-    """Return digests as integers; their bytes are little-endian on every machine."""
-    return np.frombuffer(b"".join(digests), "<i8").astype("int64") & KEY_BITS
+    """Return digests as integers >= 0; the bytes are read as little-endian on every machine."""
+    return np.frombuffer(b"".join(digests), "<i8").astype("int64") & KEY_MASK

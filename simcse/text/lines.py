@@ -1,4 +1,4 @@
-"""From bytes to lines: the lines of a UTF-8 file one after the other, or the offsets at which they begin."""
+"""Read the lines of a UTF-8 file one after the other, or find the offsets at which they begin."""
 
 import codecs
 from array import array
@@ -6,22 +6,22 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from simcse.console import InputError
-from simcse.files import STDIN, reading
+from simcse.files import STDIN, show_reading
 from simcse.text import formats
 
 import numpy as np
 
 BOM = "\ufeff"
 REPLACEMENT = "\ufffd"  # the character that stands for bytes that a conversion lost
-SCAN_BYTES = 1 << 22  # of a file that are looked at together
+SCAN_BYTES = 1 << 22  # of a file that `scan_lines` reads at a time
 LINE_FEED, CARRIAGE_RETURN, SPACE = b"\n\r "
 OTHER_SPACE = [0xC2, 0xE1, 0xE2, 0xE3, 0xEF]  # first bytes, in UTF-8, of other white space than ASCII's, and of BOMs
 
 
 def read_lines(path: str, flag: str, name: str) -> Iterator[tuple[int, str]]:
-    """Yield the number, from 1, and the text of each line of a UTF-8 file, or of stdin as they arrive.
+    """Yield the number, from 1, and the text of each line of a UTF-8 file, or of stdin as it arrives.
 
-    Lines end in \\n, \\r\\n or \\r. BOMs are removed, wherever files with one were joined.
+    Lines end in \\n, \\r\\n or \\r. BOMs are removed, also where files were joined.
 
     Args:
         path: the file; STDIN for stdin.
@@ -33,35 +33,35 @@ def read_lines(path: str, flag: str, name: str) -> Iterator[tuple[int, str]]:
     """
     number = 0
     stdin = path == STDIN
-    with open(0 if stdin else path, "rb", formats.HEAD_BYTES, closefd=not stdin) as file, reading(path) as advance:
+    with open(0 if stdin else path, "rb", formats.HEAD_BYTES, closefd=not stdin) as file, show_reading(path) as advance:
         refuse_binary(file.peek(), flag, name)
-        for chunk in file:  # up to a \n; other bytes that end lines are in it
+        for chunk in file:  # ends at \n; other line breaks are inside
             advance(len(chunk))
-            for line in chunk.splitlines():  # of bytes: splits at \n, \r\n and \r, and nowhere else
+            for line in chunk.splitlines():  # bytes are split only at \n, \r\n and \r
                 number += 1
                 try:
                     text = line.decode("utf-8")
                 except UnicodeDecodeError as error:
-                    advice = formats.fill_in_names(formats.explain_not_utf8(path, line, error), name)
+                    reason = formats.explain_not_utf8(path, name, line, error)
                     raise InputError(f"{flag} {name}:{number}: not UTF-8 at byte {error.start + 1} of the line; "
-                                     f"{advice}") from None
+                                     f"{reason}") from None
                 yield number, text.replace(BOM, "")
 
 
 def refuse_binary(head: bytes, flag: str, name: str) -> None:
     """Raise InputError if a file's first bytes are those of a binary format, or of text in UTF-16 or UTF-32."""
-    binary = formats.name_binary_format(head)
-    if binary:
-        raise InputError(f"{flag} {name}:1: not UTF-8 text, but {formats.fill_in_names(binary, name)}")
+    binary_format = formats.name_binary_format(head, name)
+    if binary_format:
+        raise InputError(f"{flag} {name}:1: not UTF-8 text, but {binary_format}")
 
 
 class LineScan(NamedTuple):
-    """Where the lines of a file are, and what is in them.
+    """Where the lines of a file begin, and which ones need a closer look.
 
     Attributes:
         offsets: int64 [lines + 1], the byte at which each line begins, and where the last one ends.
-        maybe_blank: int64, the lines, from 0, that begin with white space, and may have nothing else.
-        is_plain: all is UTF-8, without tabs and without U+FFFD, so that no line has to be reported.
+        maybe_blank: int64, the lines, from 0, that begin with white space and may have nothing else.
+        is_plain: whether the file is UTF-8 without tabs and without U+FFFD, so that no line has to be reported.
     """
 
     offsets: np.ndarray
@@ -70,15 +70,14 @@ class LineScan(NamedTuple):
 
 
 def scan_lines(file: BinaryIO, advance: Callable[[int], Any]) -> LineScan:
-    """Find where the lines of a file begin, without making a string of each.
+    """Return where the lines of a file begin, without making a string of each line.
 
-    Eight million lines take 2 s and 8 bytes of memory each. The file is read in chunks of SCAN_BYTES. The bytes of a
-    chunk are compared as an array: a line begins behind each line feed, and behind each carriage return that no line
-    feed follows.
+    Eight million lines take 2 s and 8 bytes of memory each. The bytes of a chunk are compared as an array: a line
+    begins after each line feed, and after each carriage return that no line feed follows.
 
     Args:
         file: read from where it stands to its end.
-        advance: is called with the number of bytes of each chunk.
+        advance: called with the number of bytes of each chunk, for a progress bar.
     """
     begins, maybe_blank = array("q"), array("q")  # grow without a Python object per number
     is_plain = True
@@ -108,8 +107,7 @@ def scan_lines(file: BinaryIO, advance: Callable[[int], Any]) -> LineScan:
 
 
 def _read_chunk(file: BinaryIO) -> bytes:
-    """Return the next bytes of a file, which do not end between the \\r and the \\n of a line's end; b"": there are
-    none."""
+    """Return the next bytes of a file, which do not end between \\r and \\n; b"": the end of the file."""
     chunk = file.read(SCAN_BYTES)
     while chunk.endswith(b"\r"):
         following = file.read(1)

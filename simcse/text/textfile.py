@@ -1,4 +1,4 @@
-"""Text files in columns: their rows one after the other, checked and counted; or any row, read when it is asked for."""
+"""Read the rows of text files in columns: one after the other, or any row by its number."""
 
 import itertools
 import math
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 from simcse.console import InputError, settings, warn, warn_data
-from simcse.files import STDIN, reading
+from simcse.files import STDIN, show_reading
 from simcse.text import formats
 from simcse.text.lines import BOM, REPLACEMENT, read_lines, refuse_binary, scan_lines
 
@@ -25,8 +25,8 @@ class Row(NamedTuple):
 
     Attributes:
         line_number: from 1.
-        fields: what stands between the tabs, without the white space around it.
-        problem: why the row is malformed, such as "blank" or "columns: 3 instead of 2"; None: it is not.
+        fields: the texts between the tabs, without the white space around them.
+        problem: why the row is malformed, such as "blank" or "columns: 3 instead of 2"; None: it is well-formed.
     """
 
     line_number: int
@@ -38,7 +38,7 @@ Check = Callable[[list[str]], str | None]  # returns what is wrong with the fiel
 
 
 def parse_row(line_number: int, line: str, columns: int, check: Check | None = None) -> Row:
-    """Split a line at its tabs, and find out what is wrong with it."""
+    """Return the row of a line, with its problem if it has one."""
     fields = [field.strip() for field in line.split("\t")]
     if not any(fields):
         problem = BLANK
@@ -54,12 +54,12 @@ def parse_row(line_number: int, line: str, columns: int, check: Check | None = N
 
 
 class RowReport:
-    """Count the rows of a file, and report on stderr which ones are malformed.
+    """Count the rows of a file, and warn of those that are malformed.
 
     Args:
         flag: the flag that named the file, for messages.
         name: the file's name in messages; "stdin" for stdin.
-        keep_malformed: malformed rows are kept, and get no result; else they are skipped.
+        keep_malformed: whether malformed rows are kept and get no result, or are skipped.
     """
 
     SHOWN = 3  # malformed rows that messages name
@@ -75,7 +75,7 @@ class RowReport:
         self.lossy: list[str] = []  # rows with U+FFFD, as "file:line"
 
     def add(self, row: Row) -> None:
-        """Count a row. Of stdin, where somebody waits for an answer, warn of the first malformed ones at once.
+        """Count a row. On stdin, where somebody waits for an answer, warn of the first malformed ones at once.
 
         Raises:
             InputError: the row has a problem, and --strict_data is given.
@@ -99,28 +99,29 @@ class RowReport:
         if len(self.problems) < self.SHOWN:
             self.problems.append(f"{place} ({row.problem})")
             if self.name == "stdin":
-                fate = "the line gets no result (NaN, empty or null)" if self.keep_malformed else "the line is skipped"
-                warn(f"{self.flag} {place}: {row.problem}; {fate}")
+                outcome = "gets no result (NaN, empty or null)" if self.keep_malformed else "is skipped"
+                warn(f"{self.flag} {place}: {row.problem}; the line {outcome}")
 
     def finish(self) -> None:
         """Warn of malformed rows and of lost characters.
 
         Raises:
-            InputError: there is no good row, or more than half of the rows are malformed. Rows of stdin that have all
-                been answered may be.
+            InputError: no row is well-formed, or more rows are malformed than well-formed. The second is no error on
+                stdin if malformed rows are kept: each line has been answered by then.
         """
         where = f"{self.flag} {self.name}"
-        good = self.total - self.blank - self.malformed
+        without_result = self.blank + self.malformed
+        well_formed = self.total - without_result
         kind = "blank or malformed" if self.keep_malformed else "malformed"
-        report = f"{self.blank + self.malformed} of {self.total} lines are {kind}: {', '.join(self.problems)}"
-        answered = self.keep_malformed and self.name == "stdin"
-        if self.malformed == 0 and good == 0:
+        report = f"{without_result} of {self.total} lines are {kind}: {', '.join(self.problems)}"
+        is_answered = self.keep_malformed and self.name == "stdin"
+        if self.malformed == 0 and well_formed == 0:
             raise InputError(f"{where}: the file is empty")
-        if good == 0 or (self.malformed > good and not answered):
+        if well_formed == 0 or (self.malformed > well_formed and not is_answered):
             raise InputError(f"{where}: {report}")
         if self.problems:
-            fate = "they get no result (NaN, empty or null)" if self.keep_malformed else "they are skipped"
-            warn(f"{where}: {report}; {fate}; fix or remove them")
+            outcome = "get no result (NaN, empty or null)" if self.keep_malformed else "are skipped"
+            warn(f"{where}: {report}; they {outcome}; fix or remove them")
         if self.lossy:
             warn_data(f"{where}: {len(self.lossy)} of {self.total} lines have U+FFFD, which stands for bytes that an "
                       f"earlier conversion lost; convert the original again: {', '.join(self.lossy[: self.SHOWN])}")
@@ -130,9 +131,9 @@ def read_rows(path: str, columns: int, flag: str, check: Check | None = None, *,
               name: str | None = None, check_format: bool = True) -> Iterator[Row]:
     """Yield the rows of a tab-separated UTF-8 file, or of stdin, as they are read.
 
-    Lines end in \\n, \\r\\n or \\r. Fields lose the white space around them and keep what is inside. Blank lines are
-    skipped. Malformed rows (another number of columns, an empty field, a problem that `check` finds) are skipped too;
-    a warning counts them and names the first three.
+    Lines end in \\n, \\r\\n or \\r. White space around a field is removed, inside it stays. Blank lines are skipped.
+    Malformed rows (another number of columns, an empty field, a problem that `check` finds) are skipped too; a warning
+    counts them and names the first three.
 
     Args:
         path: the file; STDIN for stdin.
@@ -141,11 +142,11 @@ def read_rows(path: str, columns: int, flag: str, check: Check | None = None, *,
         check: returns what is wrong with the fields of a row; None: nothing.
         keep_malformed: yield blank and malformed rows as well, with their `problem`.
         name: the file's name in messages, if it is not `path`.
-        check_format: refuse files of another format, unless --plain_text. False where that has been done.
+        check_format: refuse a file in another format, unless --plain_text is set. False: this has been done already.
 
     Raises:
-        InputError: the file is not UTF-8, or of another format; a row is malformed, with --strict_data; or what
-            `RowReport.finish` raises.
+        InputError: the file is not UTF-8, or in another format; a row is malformed, with --strict_data; or as
+            `RowReport.finish`.
     """
     if name is None:
         name = "stdin" if path == STDIN else path
@@ -164,10 +165,10 @@ def read_rows(path: str, columns: int, flag: str, check: Check | None = None, *,
 
 
 class TextFile(Sequence):
-    """The rows of a file, which are read from it when they are asked for.
+    """A sequence of the rows of a file, each of which is read from the file when it is used.
 
-    Only the offsets of its lines are in memory, 8 bytes a line. Rows, warnings and errors are those of `read_rows`.
-    With one column a row is a text, with several it is a list of texts.
+    Memory holds only the offsets of the lines, 8 bytes each. Rows, warnings and errors are those of `read_rows`. With
+    one column a row is a text, with several it is a list of texts.
 
     Args:
         path: the file. A pipe is copied to a temporary file first.
@@ -176,34 +177,46 @@ class TextFile(Sequence):
 
     Attributes:
         name: the file's name in messages.
-        path: the file that is read; of a pipe its copy.
+        path: the file that is read; for a pipe its copy.
         columns: how many fields a row has.
     """
 
-    BLOCK_ROWS = 1024  # that are read together where all are read
+    BLOCK_ROWS = 1024  # rows that an iterator reads together
 
     def __init__(self, path: str, flag: str, columns: int | tuple[int, ...] = 1) -> None:
         self.name = path
         self._file = _open_seekable(path)
         self.path = self._file.name
         refuse_binary(os.pread(self._file.fileno(), formats.HEAD_BYTES, 0), flag, self.name)
-        check_format = isinstance(columns, int)
+        check_format = isinstance(columns, int)  # `count_columns` checks it too
         self.columns = columns if check_format else count_columns(self.path, flag, columns, self.name)
-        with reading(self.path) as advance:
+        with show_reading(self.path) as advance:
             scan = scan_lines(self._file, advance)
         self._offsets = scan.offsets
         self._row_lines: np.ndarray | None = None  # int32 [rows], the line, from 0, of each row; None: all are rows
-        if self.columns == 1 and scan.is_plain:  # no line can be malformed
-            blank = [line for line in scan.maybe_blank.tolist() if not self[line]]
-            if blank:
-                self._row_lines = np.delete(np.arange(len(self), dtype="int32"), blank)
-            if not len(self):
-                raise InputError(f"{flag} {self.name}: the file is empty")
+        if self.columns == 1 and scan.is_plain:
+            self._skip_blank_lines(scan.maybe_blank.tolist(), flag)
             if check_format:
-                formats.check_format(self[: formats.SAMPLE], self.name, flag, (1,))
+                formats.check_format(self[: formats.SAMPLE_LINES], self.name, flag, (1,))
         else:
             rows = read_rows(self.path, self.columns, flag, name=self.name, check_format=check_format)
             self._row_lines = np.fromiter((row.line_number - 1 for row in rows), "int32")
+
+    def _skip_blank_lines(self, maybe_blank: Sequence[int], flag: str) -> None:
+        """Make rows of all lines that are not blank, of a file without malformed lines.
+
+        Args:
+            maybe_blank: the lines, from 0, that begin with white space.
+            flag: the flag that named the file, for messages.
+
+        Raises:
+            InputError: all lines are blank.
+        """
+        blank = [line for line in maybe_blank if not self[line]]
+        if blank:
+            self._row_lines = np.delete(np.arange(len(self), dtype="int32"), blank)
+        if not len(self):
+            raise InputError(f"{flag} {self.name}: the file is empty")
 
     def __len__(self) -> int:
         return len(self._offsets) - 1 if self._row_lines is None else len(self._row_lines)
@@ -211,17 +224,17 @@ class TextFile(Sequence):
     def __getitem__(self, row):
         """Return a row, or the list of rows of a slice."""
         if isinstance(row, slice):
-            return self.take(range(len(self))[row])
-        return self.take([range(len(self))[row]])[0]
+            return self.read(range(len(self))[row])
+        return self.read([range(len(self))[row]])[0]
 
     def __iter__(self):
-        """Yield all rows; blocks of them are read together."""
+        """Yield all rows, which are read in blocks."""
         for start in range(0, len(self), self.BLOCK_ROWS):
             yield from self[start : start + self.BLOCK_ROWS]
 
-    def take(self, rows: Sequence[int]) -> list:
+    def read(self, rows: Sequence[int]) -> list:
         """Return some rows, given by their numbers from 0, in this order."""
-        return [self._parse(line) for line in self._read(rows)]
+        return [self._parse(line) for line in self._read_lines(rows)]
 
     def line_number(self, row: int) -> int:
         """Return the number, from 1, of a row's line in the file."""
@@ -232,39 +245,43 @@ class TextFile(Sequence):
         """Return where a row stands, as file:line."""
         return f"{self.name}:{self.line_number(row)}"
 
-    def spread(self, count: int) -> list[tuple[str, Any]]:
-        """Return so many rows from all over the file, in its order, each as (place, row)."""
+    def sample_rows(self, count: int) -> list[tuple[str, Any]]:
+        """Return `count` rows at even distances in the file, in its order, each as (place, row)."""
         rows = np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)
         return [(self.place(row), self[row]) for row in rows]
 
-    def sample(self, count: int) -> list[str]:
-        """Return the different texts of so many rows from all over the file, in its order."""
+    def sample_texts(self, count: int) -> list[str]:
+        """Return the different texts of `count` rows at even distances in the file, in its order."""
         texts: list[str] = []
-        for _, row in self.spread(count):
-            texts += [row] if isinstance(row, str) else row
+        for _, row in self.sample_rows(count):
+            if self.columns == 1:
+                texts.append(row)
+            else:
+                texts += row
         return distinct(texts)
 
-    def _read(self, rows: Sequence[int]) -> list[bytes]:
+    def _read_lines(self, rows: Sequence[int]) -> list[bytes]:
         """Return the bytes of the lines of some rows.
 
-        Rows that stand close together, such as those of a block, are read at once; rows that are far apart one by one.
+        Rows close together, such as those of a block, are read at once; rows far apart are read one by one.
         """
         lines = np.asarray(rows, "int64") if self._row_lines is None else self._row_lines[rows]
         if not len(lines):
             return []
         begins = self._offsets[lines]
         ends = self._offsets[lines + 1]
-        first, last = int(begins.min()), int(ends.max())
+        first = int(begins.min())
+        size = int(ends.max()) - first  # bytes from the first line to the last
         wanted = int((ends - begins).sum())
         descriptor = self._file.fileno()
-        if last - first <= min(2 * wanted, 1 << 30):
-            block = os.pread(descriptor, last - first, first)
-            places = zip((begins - first).tolist(), (ends - first).tolist())
-            return [block[begin:end] for begin, end in places]
-        return [os.pread(descriptor, end - begin, begin) for begin, end in zip(begins.tolist(), ends.tolist())]
+        spans = list(zip(begins.tolist(), ends.tolist()))
+        if size <= min(2 * wanted, 1 << 30):
+            block = os.pread(descriptor, size, first)
+            return [block[begin - first : end - first] for begin, end in spans]
+        return [os.pread(descriptor, end - begin, begin) for begin, end in spans]
 
     def _parse(self, line: bytes) -> str | list[str]:
-        """Return the row that a line's bytes are."""
+        """Return the row of a line."""
         text = line.decode("utf-8").replace(BOM, "").strip()
         if self.columns == 1:
             return text
@@ -272,10 +289,10 @@ class TextFile(Sequence):
 
 
 def _open_seekable(path: str) -> BinaryIO:
-    """Open a file for as long as it is in use; a pipe, which has no offsets, is copied to a temporary file first."""
+    """Open a file; a pipe, in which no offset can be read, is copied to a temporary file first."""
     if os.path.isfile(path):
         return open(path, "rb")
-    copy = tempfile.NamedTemporaryFile()  # noqa: SIM115  exists until it is closed
+    copy = tempfile.NamedTemporaryFile()  # noqa: SIM115  removed when it is closed
     with open(path, "rb") as pipe:
         shutil.copyfileobj(pipe, copy)
     copy.seek(0)
@@ -283,17 +300,18 @@ def _open_seekable(path: str) -> BinaryIO:
 
 
 class Corpus(TextFile):
-    """Documents, or queries, with or without ids: a line is a text, or an id, a tab and a text. A row is the text.
+    """A sequence of documents, or of queries. A line is a text, or an id, a tab and a text; a row is the text.
 
-    Ids are unique: a line whose id an earlier line has is left out, and a warning counts these.
+    Ids are unique: a line with the id of an earlier line is skipped, and a warning counts such lines.
 
     Args:
         path: the file. A pipe is copied to a temporary file first.
         flag: the flag that named the file, for messages.
-        columns: 1 or 2; None: as most of the file's first lines have it.
+        columns: 1 without ids, 2 with ids; None: as most of the first lines have.
 
     Raises:
-        InputError: as `read_rows`; or an id stands on several lines, with --strict_data, or on more than half of them.
+        InputError: as `read_rows`; or lines have the id of an earlier line, with --strict_data any, without it more
+            than half of all lines.
     """
 
     def __init__(self, path: str, flag: str, columns: int | None = None) -> None:
@@ -302,37 +320,41 @@ class Corpus(TextFile):
             self._skip_duplicate_ids(flag)
 
     def _skip_duplicate_ids(self, flag: str) -> None:
-        # Python's hash, which another process has other values of, is enough here, and ten times as fast as a key.
-        keys = np.fromiter(map(hash, self.all_ids()), "int64", len(self))
-        first_rows = np.unique(keys, return_index=True)[1]
-        duplicates = np.delete(np.arange(len(keys)), first_rows)
+        """Leave out the rows whose id an earlier row has."""
+        # Python's hash differs between processes, which does not matter here, and is ten times as fast as a key.
+        hashes = np.fromiter(map(hash, self.all_ids()), "int64", len(self))
+        first_rows = np.unique(hashes, return_index=True)[1]
+        duplicates = np.delete(np.arange(len(hashes)), first_rows)
         if not len(duplicates):
             return
         places = ", ".join(self.place(row) for row in duplicates[:3])
-        message = f"{flag} {self.name}: {len(duplicates):,} of {len(keys):,} ids stand on an earlier line too: {places}"
+        message = (f"{flag} {self.name}: {len(duplicates):,} of {len(hashes):,} ids stand on an earlier line too: "
+                   f"{places}")
         if settings.strict_data:
             raise InputError(f"{message} (--strict_data)")
-        if len(duplicates) > len(keys) / 2:
+        if len(duplicates) > len(hashes) / 2:
             raise InputError(f"{message}; expected {formats.EXPECTED[formats.CORPUS_COLUMNS]}")
         warn(f"{message}; these lines were skipped")
         self._row_lines = np.delete(self._row_lines, duplicates)
 
     @property
     def has_ids(self) -> bool:
+        """Whether each line has an id before the text."""
         return self.columns == 2
 
     def ids(self, rows: Sequence[int]) -> list[str | None]:
-        """Return the ids of some rows; each None where the corpus has no ids."""
+        """Return the ids of some rows, given by their numbers; None for each if the corpus has no ids."""
         if not self.has_ids:
             return [None] * len(rows)
-        return [super(Corpus, self)._parse(line)[0] for line in self._read(rows)]
+        return [super(Corpus, self)._parse(line)[0] for line in self._read_lines(rows)]
 
     def all_ids(self) -> Iterator[str | None]:
-        """Yield the ids of all rows; blocks of them are read together."""
+        """Yield the ids of all rows, which are read in blocks."""
         for start in range(0, len(self), self.BLOCK_ROWS):
             yield from self.ids(range(start, min(start + self.BLOCK_ROWS, len(self))))
 
     def _parse(self, line: bytes) -> str:
+        """Return the text of a line."""
         row = super()._parse(line)
         return row[1] if self.has_ids else row
 
@@ -341,8 +363,11 @@ def read_targets(path: str, flag: str, corpus_file: str | None, *, keep_malforme
     """Yield the rows of query and target of a file, as `read_rows` does.
 
     Args:
-        corpus_file: a corpus with ids, if targets are ids: each becomes the text of its document. A row whose id the
-            corpus lacks is malformed; where it is kept, its target is "". None: targets are texts.
+        path: the file; STDIN for stdin.
+        flag: the flag that named the file, for messages.
+        corpus_file: if targets are ids, the corpus that has them: a target becomes the text of its document. A row with
+            an unknown id is malformed; if it is kept, its target is "". None: targets are texts.
+        keep_malformed: yield blank and malformed rows as well, with their `problem`.
     """
     if not corpus_file:
         yield from read_rows(path, 2, flag, keep_malformed=keep_malformed)
@@ -363,12 +388,12 @@ def read_targets(path: str, flag: str, corpus_file: str | None, *, keep_malforme
 
 
 def read_text_pairs(path: str, flag: str) -> list[tuple[str, str]]:
-    """Return the rows of query and title of a file."""
+    """Return the query and the title of each row of a file."""
     return [(row.fields[0], row.fields[1]) for row in read_rows(path, 2, flag)]
 
 
 def find_label_problem(fields: list[str]) -> str | None:
-    """Return what is wrong with the label of the fields text, text and label; None: it is a number."""
+    """Return what is wrong with the label of a row of text, text and label; None: it is a finite number."""
     label = fields[2]
     try:
         number = float(label)
@@ -380,31 +405,33 @@ def find_label_problem(fields: list[str]) -> str | None:
 def count_columns(path: str, flag: str, choices: tuple[int, ...], name: str | None = None) -> int:
     """Return how many columns most of the first 1,000 lines of a file have.
 
+    If two numbers of columns are equally frequent, the one of the earlier line is returned.
+
     Args:
         path: the file.
         flag: the flag that named it, for messages.
-        choices: the numbers that are allowed; of two that as many lines have, the one that comes first in the file.
+        choices: the numbers of columns that are allowed.
         name: the file's name in messages, if it is not `path`.
 
     Raises:
-        InputError: no line has one of these numbers of columns, or the file has another format.
+        InputError: no line has an allowed number of columns, or the file is in another format.
     """
     name = name or path
     lines = formats.check_lines(read_lines(path, flag, name), name, flag, choices)
-    counts = Counter(line.count("\t") + 1 for _, line in itertools.islice(lines, 1000) if line.strip())
-    if not counts:
+    line_counts = Counter(line.count("\t") + 1 for _, line in itertools.islice(lines, 1000) if line.strip())
+    if not line_counts:
         raise InputError(f"{flag} {name}: the file is empty")
-    allowed = {columns: lines for columns, lines in counts.items() if columns in choices}
+    allowed = [columns for columns in line_counts if columns in choices]
     if not allowed:
         expected = " or ".join(map(str, choices))
         raise InputError(f"{flag} {name}: no line has {expected} tab-separated columns")
-    return max(allowed, key=allowed.get)
+    return max(allowed, key=line_counts.get)
 
 
 def normalize(text: str) -> str:
-    """Return a text without blanks and invisible characters, and with wide characters made narrow.
+    """Return a text after Unicode normalization (NFKC), without blanks and invisible characters.
 
-    Texts that differ only in these look alike to a reader.
+    Texts that are equal after it look alike to a reader.
     """
     text = unicodedata.normalize("NFKC", text).replace(" ", "")
     if text.isprintable():

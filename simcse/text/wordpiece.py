@@ -1,4 +1,4 @@
-"""BERT WordPiece by the tokenizers library, and the tokenizer of an encoder or of a checkpoint."""
+"""Tokenize texts by WordPiece, with the tokenizers library, and load the tokenizer of an encoder or a checkpoint."""
 
 import itertools
 import json
@@ -9,48 +9,48 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from simcse.console import reported
+from simcse.console import as_input_error
 from simcse.files import read_json
 from simcse.text.tokens import Ids, Tokens
 
 import numpy as np
 
-# What a long text can have much of without other tokens: characters of a word that is [UNK] anyway, and blanks.
-IRRELEVANT = re.compile("([0-9A-Za-z]{101})[0-9A-Za-z]+|( ) +")
-WORDPIECE_CLASSES = ("ErnieTokenizer", "BertTokenizer")  # of PaddleNLP
-MOST_CHARACTERS = 100  # of a word; a longer one is [UNK]
-# BertPreTokenizer splits at punctuation alone, PaddleNLP at symbols and at some more code points. The last range are
-# han characters that the Rust normalizer leaves out by a typo in its table.
+# Parts that a long text can lose without a change of its tokens: the end of a word that is [UNK] anyway, and blanks.
+REDUNDANT = re.compile("([0-9A-Za-z]{101})[0-9A-Za-z]+|( ) +")
+WORDPIECE_CLASSES = ("ErnieTokenizer", "BertTokenizer")  # the tokenizers of PaddleNLP that `WordPiece` replaces
+WORD_CHARACTERS = 100  # of a word at most; a longer word is [UNK]
+# BertPreTokenizer splits only at punctuation, PaddleNLP also at symbols and at some other code points. The last range
+# are Chinese characters that a typo in the table of the tokenizers library leaves out.
 SYMBOL = r"[\p{S}\x{AD}\x{B2}\x{B5}\x{BA}\x{D8}\x{14B}\x{1B1}\x{3007}\x{2B820}-\x{2B91F}]"
-# Characters that are a token each: han characters and common marks.
-SINGLES = [*map(chr, range(0x4E00, 0xA000)), *string.punctuation, *"，。、；：？！“”‘’（）《》〈〉【】—…·～"]
+# Characters that are a token each: Chinese characters and common marks.
+SINGLE_TOKENS = [*map(chr, range(0x4E00, 0xA000)), *string.punctuation, *"，。、；：？！“”‘’（）《》〈〉【】—…·～"]
 BLANKS = " \t\r\n"
-# What stands in a table of all characters for those that are not a token by themselves; ids are >= 0.
+# In the table of all characters: a part of a word, or a blank. Other values are token ids, >= 0.
 IN_WORD, IS_BLANK = -1, -2
 CODE_POINTS = 0x110000
 
 
 class WordPiece:
-    """BERT WordPiece by the tokenizers library, token for token what PaddleNLP's tokenizers give.
+    """Tokenize by BERT WordPiece, with the same tokens as PaddleNLP's tokenizers.
 
-    One difference is meant: "[SEP]" in a text is text.
+    One difference is intended: "[SEP]" in a text is text.
 
-    Texts are tokenized many at a time, as an array of their characters. A table gives the id of every character that is
-    a token by itself. The words between these, of which a corpus has few different ones, are tokenized by the library
-    once; their ids are kept.
+    Many texts are tokenized together, as an array of their characters. A table gives the id of every character that is
+    a token by itself. The tokenizers library tokenizes the words between them, each different word once: a corpus has
+    few different ones, and their ids are cached.
 
     Args:
         vocab: token -> id.
         lowercase: make texts lower case, and strip accents.
-        kind: the class of PaddleNLP that it stands for.
+        kind: the name of the PaddleNLP class that it replaces.
 
     Attributes:
         cls, sep, pad_token_id, unk_token_id: ids of special tokens.
         wordless: ids of tokens without a letter or digit, and of [UNK].
     """
 
-    _KNOWN_WORDS = 1 << 18  # words whose ids are kept
-    _BLOCK = 1 << 16  # characters that are tokenized at a time
+    _CACHED_WORDS = 1 << 18  # words whose ids are cached at most
+    _BLOCK_CHARACTERS = 1 << 16  # characters that are tokenized at a time
 
     def __init__(self, vocab: dict[str, int], lowercase: bool = True, kind: str = "ErnieTokenizer") -> None:
         from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -67,7 +67,7 @@ class WordPiece:
             if not any(character.isalnum() for character in token):
                 self.wordless.add(number)
 
-        self._rust = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=MOST_CHARACTERS))
+        self._rust = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=WORD_CHARACTERS))
         self._rust.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
         self._rust.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Split(Regex(SYMBOL), "isolated")])
@@ -78,22 +78,22 @@ class WordPiece:
         self._lock = threading.Lock()  # evaluation runs while a thread makes batches
         # int32 [code points]: the id of a character that is a token by itself, IN_WORD or IS_BLANK
         self._table = np.full(CODE_POINTS, IN_WORD, "int32")
-        for character in SINGLES:
+        for character in SINGLE_TOKENS:
             self._table[ord(character)] = vocab.get(character, vocab.get("[UNK]", IN_WORD))
         for character in BLANKS:
             self._table[ord(character)] = IS_BLANK
 
     def __call__(self, texts: Sequence[str], max_seq_length: int) -> Tokens:
-        """Return the token ids of each text, [CLS] and [SEP] included, cut to `max_seq_length`."""
+        """Return the token ids of each text, [CLS] and [SEP] included, truncated to `max_seq_length`."""
         with self._lock:
-            beginnings = self._beginnings(texts, max_seq_length)
+            beginnings = self._shorten_texts(texts, max_seq_length)
             self._rust.no_truncation()
             all_flat, all_lengths = [np.empty(0, "int32")], [np.empty(0, "int64")]
-            for block in _blocks(beginnings, self._BLOCK):
+            for block in _blocks(beginnings, self._BLOCK_CHARACTERS):
                 tokens = self._tokenize_block(block)
                 all_flat.append(tokens.flat)
                 all_lengths.append(tokens.lengths)
-        return Tokens(np.concatenate(all_flat), np.concatenate(all_lengths)).cut(max_seq_length)
+        return Tokens(np.concatenate(all_flat), np.concatenate(all_lengths)).truncate(max_seq_length)
 
     def _tokenize_block(self, texts: Sequence[str]) -> Tokens:
         """Return the token ids of some texts.
@@ -124,7 +124,7 @@ class WordPiece:
 
     def _tokenize_words(self, words: Sequence[str]) -> list[Ids]:
         """Return the ids of each word, [CLS] and [SEP] excluded."""
-        if len(self._word_ids) > self._KNOWN_WORDS:
+        if len(self._word_ids) > self._CACHED_WORDS:
             self._word_ids = {}
         new = list(set(words).difference(self._word_ids))
         if new:
@@ -134,55 +134,55 @@ class WordPiece:
 
     def encode(self, texts: Sequence[str], max_seq_length: int) -> list:
         """Return the tokenizers library's encoding of each text: ids, and where in the text each token stands."""
-        return self._rust.encode_batch(self._beginnings(texts, max_seq_length, keep_offsets=True))
+        return self._rust.encode_batch(self._shorten_texts(texts, max_seq_length, keep_offsets=True))
 
-    def _beginnings(self, texts: Sequence[str], max_seq_length: int, *, keep_offsets: bool = False) -> list[str]:
-        """Return a beginning of each text that has the same first tokens, so that less is tokenized.
+    def _shorten_texts(self, texts: Sequence[str], max_seq_length: int, *, keep_offsets: bool = False) -> list[str]:
+        """Return of each text a beginning that has the same first tokens, so that less is tokenized.
 
         Args:
             texts: of any length.
-            max_seq_length: tokens that are wanted, [CLS] and [SEP] included.
-            keep_offsets: leave out nothing within a text, so that tokens stand where they do in the whole text.
+            max_seq_length: how many first tokens are needed, [CLS] and [SEP] included.
+            keep_offsets: remove nothing within a text, so that tokens have the same offsets as in the whole text.
         """
         self._rust.enable_truncation(max_seq_length)
         room = max_seq_length - 2
-        # A han character is a token and ends the one before it, so what follows the last that has room is cut anyway.
+        # A Chinese character is a token and ends the word before it: nothing after the first `room` of them is needed.
         enough = re.compile(f"(?:[^\u4e00-\u9fff]*[\u4e00-\u9fff]){{{room}}}")
         beginnings = []
         for text in texts:
             if len(text) > room:
-                text = self._shorten(text, room, keep_offsets=keep_offsets)
+                text = self._shorten_long_text(text, room, keep_offsets=keep_offsets)
                 match = enough.match(text)
                 if match:
                     text = match[0]
             beginnings.append(text)
         return beginnings
 
-    def _shorten(self, text: str, room: int, *, keep_offsets: bool) -> str:
-        """Return a text; of a very long one a beginning with the same first `room` tokens.
+    def _shorten_long_text(self, text: str, room: int, *, keep_offsets: bool) -> str:
+        """Return a text, or of a very long one a beginning with the same first `room` tokens.
 
-        A word has no more tokens than MOST_CHARACTERS, and one, [UNK], if it is longer. So where a beginning has
-        MOST_CHARACTERS tokens more than `room`, the word that is cut at its end is behind the tokens that are wanted.
+        A word has at most WORD_CHARACTERS tokens; a longer one is a single [UNK]. So if a beginning has WORD_CHARACTERS
+        tokens more than `room`, the word that is cut at its end comes after the tokens that are needed.
         """
-        size = 16 * (room + MOST_CHARACTERS)
+        size = 16 * (room + WORD_CHARACTERS)
         if len(text) <= 4 * size:
             return text
         if not keep_offsets:
-            text = IRRELEVANT.sub(r"\1\2", text)
+            text = REDUNDANT.sub(r"\1\2", text)
         while size < len(text):
             encoding, = self._rust.encode_batch_fast([text[:size]])
-            if room * len(encoding.overflowing) >= room + MOST_CHARACTERS:  # each overflowing part has `room` tokens
+            if room * len(encoding.overflowing) >= room + WORD_CHARACTERS:  # each overflowing part has `room` tokens
                 return text[:size]
             size *= 4
         return text
 
     def save_rust(self, folder: str) -> None:
-        """Write tokenizer.json, with which the tokenizers library alone gives the same ids."""
+        """Write tokenizer.json, from which the tokenizers library loads a tokenizer with the same ids."""
         self._rust.no_truncation()
         self._rust.save(os.path.join(folder, "tokenizer.json"), pretty=False)
 
     def save_pretrained(self, folder: str) -> None:
-        """Write vocab.txt and tokenizer_config.json, as PaddleNLP's AutoTokenizer reads them."""
+        """Write vocab.txt and tokenizer_config.json, which PaddleNLP's AutoTokenizer reads."""
         with open(os.path.join(folder, "vocab.txt"), "w", encoding="utf-8") as file:
             file.writelines(token + "\n" for token in sorted(self.vocab, key=self.vocab.get))
         names = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
@@ -203,8 +203,8 @@ def _blocks(texts: Sequence[str], size: int) -> Iterator[Sequence[str]]:
         yield texts[start:]
 
 
-class AnyTokenizer:
-    """Any other tokenizer of PaddleNLP behind the interface of `WordPiece`; it is slower."""
+class PaddleTokenizer:
+    """Give any other tokenizer of PaddleNLP the interface of `WordPiece`; it is slower."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -213,7 +213,7 @@ class AnyTokenizer:
         self.wordless = {tokenizer.unk_token_id}
 
     def __call__(self, texts: Sequence[str], max_seq_length: int) -> Tokens:
-        """Return the token ids of each text, special tokens included, cut to `max_seq_length`."""
+        """Return the token ids of each text, special tokens included, truncated to `max_seq_length`."""
         encoded = self._tokenizer(list(texts), max_length=max_seq_length, truncation=True,
                                   return_token_type_ids=False, return_attention_mask=False)
         return Tokens.of(encoded["input_ids"])
@@ -223,7 +223,7 @@ class AnyTokenizer:
         self._tokenizer.save_pretrained(folder)
 
 
-def load_tokenizer(name_or_path: str) -> WordPiece | AnyTokenizer:
+def load_tokenizer(name_or_path: str) -> WordPiece | PaddleTokenizer:
     """Load the tokenizer of an encoder or of a checkpoint, by hub name or by folder.
 
     A folder with a vocab.txt is read without importing paddlenlp, which takes seconds.
@@ -236,16 +236,17 @@ def load_tokenizer(name_or_path: str) -> WordPiece | AnyTokenizer:
         return tokenizer
     from paddlenlp.transformers import AutoTokenizer
 
-    with reported(f"no tokenizer in {name_or_path}", Exception):  # OSError, ValueError, KeyError or paddlenlp's own
+    # paddlenlp raises OSError, ValueError, KeyError or errors of its own.
+    with as_input_error(f"no tokenizer in {name_or_path}", Exception):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)  # nosec B615  the user names what is fetched
     kind = type(tokenizer).__name__
     if kind in WORDPIECE_CLASSES:
         return WordPiece(dict(tokenizer.vocab.token_to_idx), tokenizer.do_lower_case, kind)
-    return AnyTokenizer(tokenizer)
+    return PaddleTokenizer(tokenizer)
 
 
 def _read_wordpiece(folder: str) -> WordPiece | None:
-    """Return the WordPiece tokenizer in a folder; None: there is none, or one of another kind."""
+    """Return the WordPiece tokenizer in a folder; None: the folder has none, or another kind of tokenizer."""
     vocabulary = os.path.join(folder, "vocab.txt")
     config = read_json(os.path.join(folder, "tokenizer_config.json"))
     kind = config.get("tokenizer_class")
@@ -257,10 +258,10 @@ def _read_wordpiece(folder: str) -> WordPiece | None:
     return WordPiece(vocab, config.get("do_lower_case", True), kind)
 
 
-def find_unknown(tokenizer: WordPiece | AnyTokenizer, ids: Sequence[Ids]) -> list[int]:
-    """Return the rows of the texts of which the vocabulary has no word: no token at all, or [UNK] and punctuation.
+def find_unknown(tokenizer: WordPiece | PaddleTokenizer, ids: Sequence[Ids]) -> list[int]:
+    """Return the rows of the texts without a known word: texts without tokens, or of [UNK] and punctuation only.
 
-    The encoder cannot tell such texts apart, so that each would match every other one perfectly.
+    The encoder cannot tell such texts apart: each would match every other one perfectly.
     """
     ids = Tokens.of(ids)
     if not len(ids):

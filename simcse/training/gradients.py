@@ -58,6 +58,16 @@ def backward(network: nn.Layer, model: Any, batch: Any, scale_loss: Callable[[pa
              chunk_size: int | None = None) -> BatchLoss:
     """Add the gradients of a batch's loss to those of the parameters, and return the loss.
 
+    The way of a batch, and back that of its gradients; queries, titles and hard negatives go it side by side, and none
+    of them is detached on it:
+
+        SimCSE.forward      encodes the sides: `Embeddings` of query, title and negative
+        SimCSE.loss         with cross-device negatives joins those of all ranks; `ranks.gather_rows` passes gradients
+        contrastive_loss    makes them logits: a row for each query, a column for each title, then for each negative
+
+    A hard negative therefore gets the gradients of its column in the rows of all queries. By chunks they go the same
+    way, in two parts; see `_backward_by_chunks`.
+
     Args:
         network: `model`, or the DataParallel that holds it.
         model: a `SimCSE`.

@@ -91,7 +91,7 @@ class TrainingLog:
             return
         whitened = "whitened, " if group == "whitened" else ""
         values = ", ".join(f"{name}={value}" for name, value in measures.items())
-        console.result(f"global step {step}, {whitened}{values}")
+        console.print_result(f"global step {step}, {whitened}{values}")
         self._add_scalars(group, step, measures)
         self.writer.flush()
 

@@ -3,11 +3,11 @@
 from typing import Any
 
 from simcse.console import InputError
-from simcse.device import casting
+from simcse.device import cast_products
+from simcse.encoder.paddle_patches import cross_entropy
 from simcse.encoder.pretrained import freeze_pooler, load_pretrained
 
 import paddle
-import paddle.nn.functional as F
 from paddle import nn
 
 
@@ -37,11 +37,11 @@ class MaskedLM(nn.Layer):
         token_type_ids = paddle.to_tensor(batch.token_type_ids)
         positions = paddle.to_tensor(batch.positions)
         labels = paddle.to_tensor(batch.labels)
-        with casting(self.precision):
+        with cast_products(self.precision):
             encoder = getattr(self.network, self.encoder_name)
             hidden = encoder(input_ids, token_type_ids=token_type_ids)[0]
             logits = self.network.cls(hidden.reshape([-1, hidden.shape[-1]]).index_select(positions))
-        losses = F.softmax_with_cross_entropy(logits.astype("float32"), labels.unsqueeze(-1))
+        losses = cross_entropy(logits.astype("float32"), labels)
         return losses.sum() / max(1, len(labels))
 
 
@@ -56,7 +56,7 @@ def load_masked_lm(name: str, dropout: float, precision: str = "fp32") -> Masked
     Raises:
         InputError: see `load_pretrained`; or the encoder's kind has no such head.
     """
-    network = load_pretrained(name, dropout, "AutoModelForMaskedLM", may_start_at_random="cls")
+    network = load_pretrained(name, dropout, "AutoModelForMaskedLM", may_start_at_random="cls", uses_pooler=False)
     if not hasattr(network, "cls"):
         raise InputError(f"--model_name_or_path {name}: {type(network).__name__} has no head that predicts tokens")
     return MaskedLM(network, precision)

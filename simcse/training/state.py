@@ -1,16 +1,14 @@
-"""Save and restore the state of a run, so that --resume continues it, and look after its folder of checkpoints."""
+"""Save and restore the state of a run, so that --resume continues it."""
 
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from simcse.console import InputError
-from simcse.encoder.weights import STATE_FILE, STATE_RECORD, read_weights, saved_steps, write_weights
+from simcse.encoder.weights import read_weights, write_weights
 from simcse.files import read_json, write_json
+from simcse.training.checkpoints import STATE_FILE, STATE_RECORD
 from simcse.training.optimization import Optimization, restore_scaler, scaler_record
 
 import paddle
@@ -94,7 +92,7 @@ def check_settings(folder: str, settings: RunSettings, recorded: Mapping[str, An
     for name, value in settings.values.items():
         before = recorded.get(name, settings.defaults.get(name))
         if value != before:
-            differences.append(_describe_difference(name, value, before))
+            differences.append(_describe_difference(name, value, before, settings.defaults))
     for name, before in recorded.items():
         is_known = name in settings.values
         changed_nothing = name in REMOVED_FLAGS and before == REMOVED_FLAGS[name]
@@ -105,50 +103,12 @@ def check_settings(folder: str, settings: RunSettings, recorded: Mapping[str, An
                          "start a new run from its weights with --init_from_ckpt")
 
 
-def _describe_difference(name: str, value: Any, before: Any) -> str:
+def _describe_difference(name: str, value: Any, before: Any, defaults: Mapping[str, Any]) -> str:
+    """Return how a setting differs; a default is marked, since the flag that sets it may just have been left out."""
     if name == TRAINING_FILE:  # digests tell a user nothing
         return f"--{name} is another file than the checkpoint's"
     setting = f"the {name}" if name == PROCESSES else f"--{name}"
-    return f"{setting} is {value}, the checkpoint has {before}"
-
-
-def prepare_save_dir(save_dir: str, needed: int) -> None:
-    """Make the folder of the checkpoints, and remove what a killed run left half written.
-
-    Args:
-        save_dir: the folder.
-        needed: bytes of a checkpoint.
-
-    Raises:
-        InputError: it is no folder, not writable, or on a disk with less space than that.
-    """
-    try:
-        os.makedirs(save_dir, exist_ok=True)
-        for unfinished in Path(save_dir).glob(".model_*.tmp"):
-            shutil.rmtree(unfinished, ignore_errors=True)
-        tempfile.TemporaryFile(dir=save_dir).close()
-    except OSError as error:
-        raise InputError(f"--save_dir {save_dir}: {(error.strerror or str(error)).lower()}") from None
-    free = shutil.disk_usage(save_dir).free
-    if free < needed:
-        raise InputError(f"--save_dir {save_dir}: {free / 1e9:.1f} GB are free, and a checkpoint takes "
-                         f"{needed / 1e9:.1f} GB")
-
-
-def remove_old(save_dir: str, step: int, keep: int) -> None:
-    """Remove all but the newest checkpoints up to a step, and the state of all but the newest.
-
-    Args:
-        save_dir: folder of the checkpoints.
-        step: of the newest.
-        keep: how many stay; 0: all.
-    """
-    steps = [saved for saved in saved_steps(save_dir) if saved <= step]
-    kept = steps[-keep:] if keep else steps
-    for old in kept[:-1]:
-        for name in (STATE_RECORD, STATE_FILE):
-            Path(save_dir, f"model_{old}", name).unlink(missing_ok=True)
-    for old in steps[: len(steps) - len(kept)]:
-        # Renamed first, so that a kill leaves no half of it under its name.
-        folder = Path(save_dir, f"model_{old}")
-        shutil.rmtree(folder.rename(folder.with_name(f".model_{old}.tmp")))
+    marks = ["", ""]
+    if name in defaults:
+        marks = [" (default)" if each == defaults[name] else "" for each in (value, before)]
+    return f"{setting} is {value}{marks[0]}, the checkpoint has {before}{marks[1]}"

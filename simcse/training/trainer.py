@@ -1,6 +1,7 @@
 """Run a training: set up device and ranks, update weights, save and resume checkpoints, log, and stop on signals.
 
-The loop over the steps is in train.py and in scripts/pretrain.py.
+The loops over the steps are `run_steps` of train.py and of scripts/pretrain.py. They decide when to save, log and stop,
+and call a `Trainer` for it.
 """
 
 import argparse
@@ -13,23 +14,16 @@ from typing import Any
 
 from simcse import console
 from simcse.console import InputError, log, warn
-from simcse.device import gpu_precision, set_device
+from simcse.device import set_device, set_gpu_precision
 from simcse.encoder.paddle_patches import train_faster_on_cpu
 from simcse.files import file_digest, new_folder
 from simcse.machine import RANK, RANKS, TRAIN_PRECISIONS
 from simcse.ranks import all_equal, any_rank, join_ranks, wait_for_ranks
+from simcse.training.checkpoints import checkpoint_path, prepare_save_dir, remove_old
 from simcse.training.gradients import BatchLoss
 from simcse.training.log import TrainingLog
 from simcse.training.optimization import Optimization
-from simcse.training.state import (
-    PROCESSES,
-    TRAINING_FILE,
-    RunSettings,
-    prepare_save_dir,
-    remove_old,
-    restore_state,
-    write_state,
-)
+from simcse.training.state import PROCESSES, TRAINING_FILE, RunSettings, restore_state, write_state
 from simcse.training.stopping import Stopped, StopSignal
 
 import numpy as np
@@ -50,7 +44,7 @@ def run_training(args: argparse.Namespace, train: Callable[[], None]) -> None:
     diverged; 128 + the signal that has stopped it."""
     set_device(args.device, args.cpu_threads)
     if args.device == "gpu":
-        gpu_precision(args.precision)  # refuses a precision that the GPU does not have before anything takes time
+        set_gpu_precision(args.precision)  # refuses a precision that the GPU does not have before anything takes time
     started = time.time()
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -90,6 +84,7 @@ class Trainer:
         network: the model, or the DataParallel that holds it, which exchanges gradients between ranks.
         step: steps that are done.
         total_steps: steps of the run.
+        saved_step: the step of the checkpoint in --save_dir that has the weights as they are now; None: none has.
         log: writes the log of the run.
     """
 
@@ -115,10 +110,9 @@ class Trainer:
         for name in args.shared_defaults:
             values[name] = getattr(args, name)
         self.settings = RunSettings(values, defaults=args.shared_defaults)
-        if args.resume:
-            self.step = restore_state(args.resume, model, self.optimization, self.settings)
-            log(f"resuming from {args.resume}")
         self.saved_step: int | None = None
+        if args.resume:
+            self._resume(args.resume)
         self.checked_step = self.step  # the last one whose loss was checked
         # The last step after which all weights were found to be finite: a step that is both evaluated and saved is
         # checked once.
@@ -127,6 +121,20 @@ class Trainer:
         self.stop_signal.listen()
         self.log = TrainingLog(args.visualdl_dir, step=self.step, total_steps=self.total_steps,
                                steps_per_epoch=steps_per_epoch)
+
+    def _resume(self, folder: str) -> None:
+        """Restore the state of the run that left a checkpoint folder."""
+        self.step = restore_state(folder, self.model, self.optimization, self.settings)
+        progress = f"step {self.step:,} of {self.total_steps:,}"
+        if self.step == self.total_steps:
+            progress = f"all {console.count(self.total_steps, 'step')} of the run are done"
+        log(f"resuming from {folder}: {progress}")
+        is_saved = os.path.abspath(folder) == os.path.abspath(checkpoint_path(self.args.save_dir, self.step))
+        if any_rank(not is_saved):  # another --save_dir, which gets a checkpoint of its own
+            return
+        self.saved_step = self.step
+        if not RANK:
+            remove_old(self.args.save_dir, self.step, self.args.keep_checkpoints)  # a kill may have come before this
 
     def start_step(self) -> None:
         """Put the network into training mode, and seed dropout: it is a function of seed, rank and step, so that a
@@ -201,7 +209,8 @@ class Trainer:
     def save(self) -> None:
         """Write the checkpoint of this step, unless it is written: on rank 0, while the others wait.
 
-        All ranks call it together.
+        All ranks call it together. `run_steps` does so every --save_steps and after the last step, and `update` before
+        it raises Diverged.
 
         Raises:
             Diverged: weights are NaN or Inf; there is no checkpoint of them.
@@ -210,7 +219,7 @@ class Trainer:
             return
         self.check_weights("checkpoint not saved")
         if not RANK:
-            folder = os.path.join(self.args.save_dir, f"model_{self.step}")
+            folder = checkpoint_path(self.args.save_dir, self.step)
             with new_folder(folder) as temporary:
                 self.write_model(temporary)
                 write_state(temporary, self.model, self.optimization, step=self.step, settings=self.settings)

@@ -1,4 +1,4 @@
-"""Follow the folders that the service serves: an index that has been replaced takes over between two requests."""
+"""Reload the folders that the service serves: an index that has been replaced takes over between two requests."""
 
 import argparse
 import asyncio
@@ -24,7 +24,7 @@ class IndexChangedError(console.InputError):
         super().__init__("the index changed while it was being opened, and is opened again")
 
 
-def stamp_of(args: argparse.Namespace) -> tuple | None:
+def index_stamp(args: argparse.Namespace) -> tuple | None:
     """Return what changes when something in the index folder is replaced; None: there is no such folder now."""
     if not args.index_path:
         return None
@@ -73,7 +73,7 @@ class Served:
             await self._idle.wait()
 
 
-class Following:
+class ReloadingApp:
     """An ASGI application that serves a searcher, and another one after SIGHUP or when `stamp` has changed.
 
     Requests are answered by what was served when they came, whatever takes over meanwhile. Where the next searcher
@@ -107,7 +107,7 @@ class Following:
         self.searcher = self._open_first()
 
     def _on_hangup(self, *_: Any) -> None:
-        self._reopen = True  # `_follow` looks at it
+        self._reopen = True  # `_reload_changes` looks at it
 
     # ------------------------------------------------------------------------------------------------------- opening
     def _begin_opening(self) -> Any:
@@ -161,15 +161,15 @@ class Following:
         await receive()  # lifespan.startup
         self._served = Served(self.searcher, self._make_app(self.searcher))
         await self._served.begin()
-        following = asyncio.create_task(self._follow())
+        reloading = asyncio.create_task(self._reload_changes())
         await send({"type": "lifespan.startup.complete"})
         await receive()  # lifespan.shutdown
-        following.cancel()
-        await asyncio.wait([following])
+        reloading.cancel()
+        await asyncio.wait([reloading])
         await self._served.end(self._patience)
         await send({"type": "lifespan.shutdown.complete"})
 
-    async def _follow(self) -> None:
+    async def _reload_changes(self) -> None:
         """Open again what has changed, until cancelled."""
         retry_at = math.inf
         while True:
