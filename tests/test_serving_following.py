@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import functools
 import gc
 import multiprocessing
 import os
@@ -307,7 +308,7 @@ def test_a_thousand_take_overs_leave_nothing_behind():
         return searcher
 
     async def main():
-        following = ReloadingApp(new_searcher, lambda searcher: make_app(searcher, Limits(), metrics=metrics), seconds=0)
+        following = ReloadingApp(new_searcher, functools.partial(make_app, limits=Limits(), metrics=metrics), seconds=0)
         transport = httpx.ASGITransport(following)
         async with living(following), httpx.AsyncClient(transport=transport, base_url="http://a") as web:
             for number in range(2, 1001):
