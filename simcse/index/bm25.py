@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import time
 import unicodedata
 from collections.abc import Sequence
@@ -18,6 +19,9 @@ import numpy as np
 K1 = 1.5
 B = 0.75
 CORPUS_FILE = "corpus.json"  # beside the files of bm25s
+LETTERS_AND_DIGITS = re.compile("[a-z0-9]+")
+PART = re.compile("[a-z]+|[0-9]+")
+JOINTS = ("", " ", "-", "_")  # what may stand between letters and digits that are one word
 jieba.setLogLevel(logging.WARNING)
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # else it logs wherever another library has set up logging
 
@@ -28,8 +32,36 @@ def fold(text: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    """Return the words of a text, folded, without those that have neither letter nor digit."""
-    return [word for word in jieba.cut(fold(text)) if any(map(str.isalnum, word))]
+    """Return the words of a text, folded, without those that have neither letter nor digit.
+
+    Letters and digits that stand together, as in "iphone14", are words of their own as well; and those that stand side
+    by side, as in "iphone 14" or "covid-19", are one word as well. So either form finds the other.
+    """
+    found = []
+    last_part, last_end = "", 0  # the letters or digits that came last, and where in `folded` they end
+    folded = fold(text)
+    position = 0
+    for word in jieba.cut(folded):
+        start = position
+        position += len(word)
+        if not any(map(str.isalnum, word)):
+            continue
+        found.append(word)
+        if not LETTERS_AND_DIGITS.fullmatch(word):
+            last_part = ""
+            continue
+        parts = list(PART.finditer(word))
+        for part in parts:
+            if len(parts) > 1:
+                found.append(part[0])
+            is_beside = folded[last_end : start + part.start()] in JOINTS
+            if last_part and is_beside and last_part.isdigit() != part[0].isdigit():
+                pair = last_part + part[0]
+                if pair != word:
+                    found.append(pair)
+            last_part = part[0]
+            last_end = start + part.end()
+    return found
 
 
 class Bm25:
