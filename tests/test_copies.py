@@ -4,6 +4,7 @@ import dataclasses
 import multiprocessing
 import os
 
+import recall
 from simcse.console import InputError
 from simcse.index import documents, lock, shards
 from simcse.index.documents import Documents, find_keys
@@ -151,3 +152,14 @@ def test_two_builds_of_one_index(tmp_path, monkeypatch):
     other.join(20)
     assert said == [f"waiting for the process that is building the index in {path}"]
     assert os.listdir(tmp_path / "new") == ["index"]
+
+
+def test_others_wait_for_what_is_built_of_a_changed_corpus(tmp_path, monkeypatch):
+    """It has the settings of the index before, whose shards are not the default."""
+    previous = manifest_of("hnswlib", 9, 32, 2, hnsw_m=16)
+    previous.corpus = "before"
+    built = []
+    monkeypatch.setattr("ann_util.read_manifest", lambda path, wanted: previous)
+    monkeypatch.setattr("recall.lock_folder", lambda path, wanted, manifest: built.append(manifest))
+    recall.lock_unless_current(str(tmp_path), Manifest(corpus="now"))
+    assert built[0].index_shards == 2 and built[0].build_settings["hnsw_m"] == 16
