@@ -59,7 +59,8 @@ PASS_TOKENS = {"cpu": 256, "fp32": 256, "tf32": 512, "fp16": 256, "bf16": 1000}
 # ---------------------------------------------------------------------------------------------------------- the network
 @dataclass(frozen=True)
 class LossSettings:
-    """Settings of the training loss; train.py fills each from the flag of the same name.
+    """Settings of the training loss; train.py fills each from the flag of the same name,
+    which flags.SHARED_FLAGS names, too.
 
     A checkpoint records all of them. One that predates a field counts as trained with its default.
 
@@ -315,7 +316,7 @@ def contrastive_loss(query: paddle.Tensor, title: paddle.Tensor, settings: LossS
         query: L2-normalized embeddings, float32 [batch, dim].
         title: the same; row i is the positive of query i, the other rows are its negatives.
         settings: margin and scale.
-        negative: more negatives for all queries, float32 [rows, dim].
+        negative: hard negatives, which are negatives of all queries, float32 [rows, dim].
         duplicate_keys: int64 tensors; equal texts are then not each other's negatives; None: they are.
     """
     batch = query.shape[0]

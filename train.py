@@ -98,7 +98,7 @@ def read_test_set(args: argparse.Namespace) -> list[textfile.Row]:
     flag = "--test_set_file"
     if not path:
         return []
-    columns = textfile.count_columns(path, flag, (2, 3))
+    columns = textfile.choose_columns(path, flag, (2, 3))
     if columns == 2:
         rows = list(textfile.read_rows(path, columns, flag))
         warn_near_duplicates(path, rows)
