@@ -28,7 +28,7 @@ from simcse.text.textfile import Corpus
 
 import numpy as np
 
-if TYPE_CHECKING:  # what encodes imports paddle, which opening an index does without
+if TYPE_CHECKING:  # the encoder imports paddle, which opening an index does without
     from simcse.encoder.encoder import Encoder, TextWarnings
     from simcse.index.bm25 import Bm25
 

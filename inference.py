@@ -26,8 +26,8 @@ class Text(NamedTuple):
 
     Attributes:
         place: where it stands, as file:line.
-        text: of a blank or malformed line all of it.
-        id: None where there are none.
+        text: the text; the whole line if it is blank or malformed.
+        id: of the file; None: it has no ids.
         is_valid: False for a blank or malformed line.
     """
 
