@@ -466,7 +466,8 @@ def make_record(model: SimCSE, model_name_or_path: str, max_seq_length: int | No
     record = {"model_name_or_path": model_name_or_path, "output_emb_size": model.output_emb_size,
               "embedding_size": model.embedding_size, "max_positions": model.max_positions, "pooling": model.pooling,
               **asdict(model.loss_settings), "max_seq_length": max_seq_length, "whitened_at": model.whitened_at,
-              "encoder_class": type(model.ptm).__name__, "encoder_config": drop_incompatible_keys(model.ptm.config.to_dict()),
+              "encoder_class": type(model.ptm).__name__,
+              "encoder_config": drop_incompatible_keys(model.ptm.config.to_dict()),
               "versions": {"paddlepaddle": paddle.__version__, "paddlenlp": paddlenlp.__version__}}
     if find_pooling(model.pooling).pool_without_pooler:
         record["with_pooler"] = model.with_pooler
