@@ -28,7 +28,7 @@ from simcse.text.textfile import Corpus
 
 import numpy as np
 
-if TYPE_CHECKING:  # what encodes imports paddle, which opening an index does without
+if TYPE_CHECKING:  # the encoder imports paddle, which opening an index does without
     from simcse.encoder.encoder import Encoder, TextWarnings
     from simcse.index.bm25 import Bm25
 
@@ -89,6 +89,9 @@ def read_manifest(path: str, wanted: Manifest) -> Manifest:
     """
     where = f"--index_path {path}"
     manifest = Manifest.load(path, where, REBUILD)
+    if manifest.ann_engine not in LOCAL_ENGINES:
+        raise InputError(f"{where}: has ann_engine {manifest.ann_engine}, which is not among those of this version "
+                         f"({', '.join(LOCAL_ENGINES)}); {REBUILD}")
     remedy = REBUILD
     if wanted.precision not in (None, manifest.precision):
         device = " with --device cpu" if manifest.precision == "int8" else ""
@@ -117,15 +120,6 @@ def query_precision(path: str, device: str) -> str:
     precision = peek_manifest(path).get("precision") or "auto"
     needed_device = {"int8": "cpu", "fp16": "gpu", "tf32": "gpu"}.get(precision, device)
     return precision if needed_device == device else "auto"
-
-
-def is_current(path: str, wanted: Manifest) -> bool:
-    """Return whether a folder has an index as wanted, of the corpus as it is now, if one is wanted.
-
-    Raises:
-        InputError: see `read_manifest`.
-    """
-    return os.path.exists(path) and read_manifest(path, wanted).has_corpus_of(wanted)
 
 
 # ------------------------------------------------------------------------------------------------------- opening
@@ -196,7 +190,7 @@ def build_index(corpus: Corpus, encoder: "Encoder", manifest: Manifest, *, threa
             or has no text of this corpus.
     """
     documents = read_documents(corpus, encoder, manifest)
-    manifest = describe(manifest, documents, encoder)
+    manifest = with_sizes(manifest, documents, encoder)
     engine = LOCAL_ENGINES[manifest.ann_engine]
     manifest.build_settings = engine.complete_settings(manifest.build_settings, manifest.rows)
     index = ShardedIndex(manifest, threads)
@@ -217,8 +211,8 @@ def read_documents(corpus: Corpus, encoder: "Encoder", manifest: Manifest) -> Do
     return documents
 
 
-def describe(manifest: Manifest, documents: Documents, encoder: "Encoder") -> Manifest:
-    """Return a manifest with the sizes of an index of these documents."""
+def with_sizes(manifest: Manifest, documents: Documents, encoder: "Encoder") -> Manifest:
+    """Return the manifest with the dimension and the counts of an index of these documents."""
     return dataclasses.replace(manifest, dimension=encoder.embedding_size, lines=documents.line_count,
                                documents=len(documents), rows=documents.row_count)
 
@@ -230,7 +224,7 @@ class ReusedVectors:
     Attributes:
         rows: the piece.
         vectors: float32 [rows, dim]; undefined for missing rows.
-        missing: those of the rows that the previous index has not, int64.
+        missing: the rows that the previous index lacks, int64.
     """
 
     rows: range
@@ -286,8 +280,8 @@ def add_missing(index: Index, documents: Documents, encoder: "Encoder",
         index: lacks some rows.
         documents: have their texts.
         encoder: turns them into vectors.
-        reused: for each piece of the missing rows the vectors that are not encoded again; None: there are none, and
-            the rate is logged.
+        reused: for each piece of the missing rows the vectors that are not encoded again; None: encode all rows, and
+            log the rate.
     """
     from simcse.encoder.encoder import TextWarnings, places_of
 
@@ -298,7 +292,8 @@ def add_missing(index: Index, documents: Documents, encoder: "Encoder",
         _encode_and_add(index, documents, encoder, pieces, warnings)
     else:
         encoded = _encode_rows(encoder, documents, [piece.missing for piece in reused], warnings)
-        for vectors, piece in zip(encoded, reused):  # `encoded` first: asked for more it ends, and reports
+        # `encoded` is first: zip asks it once more, and it reports its warnings when it ends.
+        for vectors, piece in zip(encoded, reused):
             index.add(piece.rows, piece.completed_with(vectors))
         index.finish()
     if warnings is not None:
@@ -314,7 +309,8 @@ def _encode_and_add(index: Index, documents: Documents, encoder: "Encoder", piec
     count = sum(len(rows) for rows in pieces)
     if count:
         _log_start(documents, encoder, count)
-    for vectors, rows in zip(_encode_rows(encoder, documents, pieces, warnings), pieces):  # as in `add_missing`
+    encoded = _encode_rows(encoder, documents, pieces, warnings)
+    for vectors, rows in zip(encoded, pieces):  # `encoded` is first, as in `add_missing`
         index.add(rows, vectors)
     index.finish()
     if count:
@@ -368,7 +364,7 @@ def open_collection(uri: str, collection: str, wanted: Manifest, *, corpus: Corp
         return index, index
     manifest = manifest_to_build(wanted, index.manifest)
     documents = read_documents(corpus, encoder, manifest)
-    index.follow(documents, describe(manifest, documents, encoder))
+    index.follow(documents, with_sizes(manifest, documents, encoder))
     add_missing(index, documents, encoder)
     wait_for_ranks()
     return index, documents
@@ -392,7 +388,7 @@ def save_index(path: str, index: ShardedIndex, documents: Documents, hybrid: boo
     from simcse.ranks import gather_arrays
 
     process_of_rank_0 = gather_arrays(np.array([os.getpid()]))[0].item()
-    if RANK:
+    if RANK:  # where `new_folder` writes on rank 0
         _save_shards(index, hidden_path(path, process_of_rank_0))
         return
     obsolete = _files_of_index(path) if os.path.exists(path) else []

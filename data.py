@@ -16,11 +16,11 @@ UNCROPPED_LENGTH = 512  # tokens of a text, at most, that views are cropped from
 
 
 class ShuffledBatches:
-    """The rows of each batch of one rank, in an order that is another in each epoch.
+    """The rows of each batch of one rank, reshuffled in every epoch.
 
-    The order is that of paddle.io.DistributedBatchSampler(shuffle=True), in 4 bytes of memory a text. All ranks
-    together take every text once, and as many of the first ones again as give all ranks the same number. A last batch
-    of a single text, which would have no negatives, is joined to the one before.
+    The order is that of paddle.io.DistributedBatchSampler(shuffle=True), and takes 4 bytes of memory per text. All
+    ranks together take every text once; the first rows of the file are repeated so that all ranks get equally many. A
+    last batch of a single text, which would have no negatives, is joined to the one before.
 
     Args:
         count: texts of the training file.
@@ -167,8 +167,7 @@ def make_batch(texts: Sequence[Any], tokenizer: Any, args: argparse.Namespace, r
     """Return the batch of some rows of the training file.
 
     Args:
-        texts: the training file: of one column a text a row; of two a query and its title; of three a hard negative
-            too.
+        texts: the training file, whose rows are a text, (query, title) or (query, title, hard negative).
         tokenizer: see `wordpiece.load_tokenizer`.
         args: flags of train.py.
         rows: the numbers of the rows.

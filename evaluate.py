@@ -12,6 +12,7 @@ whatever --metrics says. Needs neither paddle nor paddlenlp.
 """
 
 import argparse
+import codecs
 import importlib.util
 import json
 import logging
@@ -40,6 +41,7 @@ from simcse.measures import (
     read_run,
 )
 from simcse.text import textfile
+from simcse.text.lines import read_lines
 
 import numpy as np
 
@@ -156,7 +158,7 @@ def read_hits(path: str, targets: str) -> Iterator[Hit]:
         InputError: a line is of neither format, or there is no id.
     """
     with open(path, "rb") as file:
-        is_jsonl = file.readline().lstrip().startswith(b'{"query"')
+        is_jsonl = file.readline().removeprefix(codecs.BOM_UTF8).lstrip().startswith(b'{"query"')
     if is_jsonl:
         yield from read_jsonl_hits(path, targets)
         return
@@ -169,18 +171,17 @@ def read_hits(path: str, targets: str) -> Iterator[Hit]:
 
 def read_jsonl_hits(path: str, targets: str) -> Iterator[Hit]:
     """Yield the documents of a result of recall.py --format jsonl; see `read_hits`."""
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                content = json.loads(line)
-                for result in content["results"]:
-                    document = result["document"]
-                    target = result["id"] if targets == "id" else document
-                    score = result.get("cosine", result.get("score"))
-                    yield Hit(content["query"], target, document, str(score))
-            except (ValueError, KeyError, TypeError) as error:
-                problem = "the corpus had no ids" if error.args == ("id",) else "no line of recall.py --format jsonl"
-                raise console.InputError(f"--recall_result_file {path}:{number}: {problem}") from None
+    for number, line in read_lines(path, "--recall_result_file", path):
+        try:
+            content = json.loads(line)
+            for result in content["results"]:
+                document = result["document"]
+                target = result["id"] if targets == "id" else document
+                score = result.get("cosine", result.get("score"))
+                yield Hit(content["query"], target, document, str(score))
+        except (ValueError, KeyError, TypeError) as error:
+            problem = "the corpus had no ids" if error.args == ("id",) else "no line of recall.py --format jsonl"
+            raise console.InputError(f"--recall_result_file {path}:{number}: {problem}") from None
 
 
 # --------------------------------------------------------------------------------------------------- ranks of targets
@@ -237,7 +238,9 @@ def rank_targets(hits: Iterable[Hit], pairs: Mapping[str, Counter]) -> RankedRes
 
 
 def count_documents(result: RankedResult, query: str, line_count: int) -> int:
-    """Return how many documents a query has in a result, each once if recall.py wrote them for each of its lines.
+    """Return how many documents a query has in a result.
+
+    recall.py writes a query's result again for each line that has the query; it is counted once.
 
     Args:
         line_count: how many lines the query has in --similar_text_pair.
@@ -251,22 +254,23 @@ def count_documents(result: RankedResult, query: str, line_count: int) -> int:
 
 
 def warn_incomplete(args: argparse.Namespace, path: str, result: RankedResult, pairs: Mapping[str, Counter]) -> None:
-    """Warn of what makes the values other than they seem: queries without a line, unknown queries, too few documents.
-    """
+    """Warn of queries that the result lacks, unknown queries, and fewer documents than the largest k."""
     warn_missing(path, [query for query, count in result.hit_counts.items() if not count])
     if result.unknown:
-        console.warn(f"{result.unknown} lines of {path} belong to no query of {args.similar_text_pair}")
+        lines = console.count(result.unknown, "line")
+        console.warn(f"{lines} of {path} with a query that is not in {args.similar_text_pair}")
     counts = [count_documents(result, query, targets.total()) for query, targets in pairs.items()]
     depth = min(args.recall_num, max(counts, default=0))
     if depth < max(RECALL_KS):
-        console.warn(f"only {depth} documents a query were looked at in {path}: recall@k is recall@{depth} for every "
-                     "larger k")
+        console.warn(f"{path} has at most {console.count(depth, 'document')} per query: recall@k is recall@{depth} for "
+                     "every larger k")
 
 
 def warn_missing(path: str, queries: Sequence[str]) -> None:
     """Warn of queries that a result lacks, if there are any."""
     if queries:
-        console.warn(f"{len(queries)} queries have no line in {path} and count as missed: {console.some(queries, 3)}")
+        console.warn(f"{path} lacks {console.count(len(queries), 'query')}, counted as missed: "
+                     f"{console.some(queries, 3)}")
 
 
 # --------------------------------------------------------------------------------------------------------- evaluation
@@ -423,7 +427,7 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
     """Return the rows in columns, the first column to the left, the others to the right."""
     padded_columns = []
     for place, column in enumerate(zip(*rows)):
-        widths = [count_columns(cell) for cell in column]
+        widths = [display_width(cell) for cell in column]
         padded = []
         for cell, width in zip(column, widths):
             padding = " " * (max(widths) - width)
@@ -432,7 +436,7 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(cells).rstrip() for cells in zip(*padded_columns))
 
 
-def count_columns(text: str) -> int:
+def display_width(text: str) -> int:
     """Return how many columns of a terminal a text takes; Chinese characters take two each."""
     wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
     return len(text) + wide

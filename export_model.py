@@ -71,12 +71,17 @@ def parse_args() -> argparse.Namespace:
 
 
 def check_output(args: argparse.Namespace) -> None:
-    """Check, before any work, that --output_path can be written and that --format can be.
+    """Check, before any work, that --output_path can be a folder of this --format, and that its packages are installed.
 
     Raises:
-        InputError: the path is no folder or has a graph of another format, or a package is missing.
+        InputError: the path is no folder, cannot be made, or has a graph of another format; or a package is missing.
     """
     path = args.output_path
+    parent = os.path.dirname(os.path.abspath(path))
+    while not os.path.exists(parent):
+        parent = os.path.dirname(parent)
+    if not os.path.isdir(parent):
+        raise console.InputError(f"--output_path {path}: {parent} is not a folder")
     if os.path.exists(path) and not os.path.isdir(path):
         raise console.InputError(f"--output_path {path}: exists and is not a folder")
     for name in os.listdir(path) if os.path.isdir(path) else ():

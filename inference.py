@@ -26,8 +26,8 @@ class Text(NamedTuple):
 
     Attributes:
         place: where it stands, as file:line.
-        text: of a blank or malformed line all of it.
-        id: None where there are none.
+        text: the text; the whole line if it is blank or malformed.
+        id: of the file; None: it has no ids.
         is_valid: False for a blank or malformed line.
     """
 
@@ -86,7 +86,7 @@ def embed_texts(args: argparse.Namespace) -> None:
     texts = [Text("--text", text) for text in args.text]
     columns = 1
     if args.input_file:
-        columns = count_columns(args.input_file)
+        columns = choose_columns(args.input_file)
         texts += read_texts(args.input_file, columns)
     if not texts:
         texts = [Text("README", flags.README_TEXT)]
@@ -109,11 +109,11 @@ def embed_texts(args: argparse.Namespace) -> None:
         print(embeddings)
 
 
-def count_columns(path: str) -> int:
+def choose_columns(path: str) -> int:
     """Return 2 if most of a file's first lines have an id, a tab and a text, else 1; a pipe has 1."""
     if not os.path.isfile(path):
         return 1
-    return textfile.count_columns(path, "--input_file", formats.CORPUS_COLUMNS)
+    return textfile.choose_columns(path, "--input_file", formats.CORPUS_COLUMNS)
 
 
 def read_texts(path: str, columns: int) -> Iterator[Text]:
@@ -123,7 +123,7 @@ def read_texts(path: str, columns: int) -> Iterator[Text]:
         columns: 1: a text a line; 2: an id, a tab and the text.
     """
     name = "stdin" if path == STDIN else path
-    is_checked = os.path.isfile(path)  # `count_columns` has looked at its format
+    is_checked = os.path.isfile(path)  # `choose_columns` has looked at its format
     for row in textfile.read_rows(path, columns, "--input_file", keep_malformed=True, check_format=not is_checked):
         place = f"{name}:{row.line_number}"
         if row.problem is not None:

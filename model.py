@@ -19,10 +19,10 @@ from simcse.encoder.openvino import CALIBRATION_TEXTS, FEWEST_TEXTS
 from simcse.encoder.paddle_patches import compute_first_token_only, cross_entropy
 from simcse.encoder.pooling import EncoderOutputs, find_pooling
 from simcse.encoder.pretrained import (
+    drop_incompatible_keys,
     encoder_from_record,
     freeze_pooler,
     load_pretrained,
-    portable,
     remove_layers,
     weights_without_layers,
 )
@@ -51,17 +51,18 @@ import paddle.nn.functional as F
 from paddle import nn
 
 INT8_REQUIREMENTS = "requirements-openvino.txt"
-# What a pass of training costs beside its tokens, in tokens of ERNIE-base: measured on a CPU; on GPUs, by precision,
-# the least time of its kernels (docs/en/benchmarks.md, "From one card to many").
-GROUP_TOKENS = {"cpu": 256, "fp32": 256, "tf32": 512, "fp16": 256, "bf16": 1000}
+# The fixed cost of a forward and backward pass, as a number of tokens of ERNIE-base that take as long: measured on a
+# CPU; on GPUs, by precision, the least time of its kernels (docs/en/benchmarks.md, "From one card to many").
+PASS_TOKENS = {"cpu": 256, "fp32": 256, "tf32": 512, "fp16": 256, "bf16": 1000}
 
 
 # ---------------------------------------------------------------------------------------------------------- the network
 @dataclass(frozen=True)
 class LossSettings:
-    """Settings of the training loss; train.py reads each off the flag of its name.
+    """Settings of the training loss; train.py fills each from the flag of the same name,
+    which flags.SHARED_FLAGS names, too.
 
-    A checkpoint records all of them. Where it is older than one, it counts as trained with the default.
+    A checkpoint records all of them. One that predates a field counts as trained with its default.
 
     Attributes:
         margin: how much more similar than a negative a positive has to be, in cosine.
@@ -89,8 +90,8 @@ class SimCSE(nn.Layer):
         loss_settings: None: those of `LossSettings()`.
 
     Attributes:
-        whitened_at: most tokens that were read of the texts that `whitening.whiten_network` was fitted on; None: the
-            network is not whitened.
+        whitened_at: the --max_seq_length at which `whitening.whiten_network` was fitted; None: the network is not
+            whitened.
     """
 
     def __init__(self, pretrained_model: nn.Layer, dropout: float | None = None,
@@ -151,7 +152,7 @@ class SimCSE(nn.Layer):
             if self.output_emb_size:
                 embedding = self.emb_reduce_linear(embedding)
         if self.precision in ("bf16", "fp16"):
-            embedding = embedding.astype("float32")  # norm, cosines and loss are of full precision
+            embedding = embedding.astype("float32")  # norm, cosines and loss stay in float32
         embedding = self.dropout(embedding)
         return F.normalize(embedding, p=2, axis=-1) if self.normalizes else embedding
 
@@ -179,8 +180,8 @@ class SimCSE(nn.Layer):
         pad_id = self.ptm.config.pad_token_id
         texts = join_sides(sides, pad_id)
         lengths = count_tokens(texts.input_ids, pad_id)
-        place = "cpu" if paddle.device.get_device() == "cpu" else self.precision
-        groups = group_by_length(lengths, GROUP_TOKENS[place])
+        cost_key = "cpu" if paddle.device.get_device() == "cpu" else self.precision
+        groups = group_by_length(lengths, PASS_TOKENS[cost_key])
 
         embeddings = []
         for rows in groups:
@@ -189,8 +190,8 @@ class SimCSE(nn.Layer):
             token_type_ids = paddle.to_tensor(texts.token_type_ids[rows, :longest])
             embeddings.append(self.get_pooled_embedding(input_ids, token_type_ids, with_pooler=with_pooler))
 
-        place_of_row = paddle.to_tensor(np.argsort(np.concatenate(groups)))
-        in_order = paddle.concat(embeddings).index_select(place_of_row)
+        inverse_order = paddle.to_tensor(np.argsort(np.concatenate(groups)))
+        in_order = paddle.concat(embeddings).index_select(inverse_order)
         return paddle.split(in_order, [len(side.input_ids) for side in sides])
 
     def cosine_sim(self, query_input_ids: paddle.Tensor, title_input_ids: paddle.Tensor, query_token_type_ids=None,
@@ -245,12 +246,11 @@ def count_tokens(input_ids: np.ndarray, pad_id: int) -> np.ndarray:
 
 
 def group_by_length(lengths: np.ndarray, cost: float) -> list[np.ndarray]:
-    """Return the rows of texts in groups of like length, shortest first, such that all groups together have the fewest
-    padded tokens, where each group counts as `cost` tokens more.
+    """Return the rows of texts in groups of like length, shortest first, such that all groups together cost least.
 
     Args:
         lengths: tokens of each text, int64 [texts].
-        cost: what a pass costs beside its tokens, in tokens.
+        cost: the fixed cost of a group, in tokens; to it come its tokens, padding included.
 
     Returns:
         The rows of each group, int64 [texts of the group], by rising length.
@@ -258,24 +258,24 @@ def group_by_length(lengths: np.ndarray, cost: float) -> list[np.ndarray]:
     values, counts = np.unique(lengths, return_counts=True)
     different_lengths = values.tolist()
     texts_before = [0, *counts.cumsum().tolist()]  # texts shorter than each length; at the end, all texts
-    # Of the texts of the first n lengths, fewest_tokens[n] is the fewest padded tokens, and first_length[n] where the
-    # last of their groups starts. That group is padded to the n-th length, so that
-    #   fewest_tokens[n] = min over first < n of fewest_tokens[first] + texts of the group * n-th length + cost.
-    fewest_tokens = [0.0]
-    first_length = [0]
+    # For the texts of the first n lengths, least_cost[n] is what their best groups cost, and group_start[n] the length
+    # at which the last of these groups starts. That group is padded to the n-th length, so that
+    #   least_cost[n] = min over first < n of least_cost[first] + texts of the group * n-th length + cost.
+    least_cost = [0.0]
+    group_start = [0]
     for n, longest in enumerate(different_lengths, start=1):
         totals = []
         for first in range(n):
             texts_of_group = texts_before[n] - texts_before[first]
-            totals.append(fewest_tokens[first] + texts_of_group * longest + cost)
-        fewest_tokens.append(min(totals))
-        first_length.append(totals.index(min(totals)))
+            totals.append(least_cost[first] + texts_of_group * longest + cost)
+        least_cost.append(min(totals))
+        group_start.append(totals.index(min(totals)))
 
     rows_by_length = np.argsort(lengths, kind="stable")
     groups = []
     end = len(different_lengths)
     while end:
-        first = first_length[end]
+        first = group_start[end]
         groups.append(rows_by_length[texts_before[first] : texts_before[end]])
         end = first
     groups.reverse()
@@ -283,12 +283,15 @@ def group_by_length(lengths: np.ndarray, cost: float) -> list[np.ndarray]:
 
 
 # ------------------------------------------------------------------------------------------------------------- the loss
-def same_texts(keys: DuplicateKeys) -> paddle.Tensor:
-    """Return which candidates are no negatives of a query: its own text or title again, or another title of the same
-    query; bool [queries, candidates]. Candidates are the titles, then the hard negatives.
+def duplicate_mask(keys: DuplicateKeys) -> paddle.Tensor:
+    """Return which candidates are no negatives of a query: its own text or title again, or a title of the same query.
 
     Args:
         keys: int64 tensors [queries].
+
+    Returns:
+        bool [queries, candidates]; candidates are the titles, then the hard negatives. It is True for the query's own
+        title as well, which is its positive.
     """
     query = keys.query.unsqueeze(1)
     title = keys.title.unsqueeze(1)
@@ -313,7 +316,7 @@ def contrastive_loss(query: paddle.Tensor, title: paddle.Tensor, settings: LossS
         query: L2-normalized embeddings, float32 [batch, dim].
         title: the same; row i is the positive of query i, the other rows are its negatives.
         settings: margin and scale.
-        negative: more negatives for all queries, float32 [rows, dim].
+        negative: hard negatives, which are negatives of all queries, float32 [rows, dim].
         duplicate_keys: int64 tensors; equal texts are then not each other's negatives; None: they are.
     """
     batch = query.shape[0]
@@ -324,7 +327,7 @@ def contrastive_loss(query: paddle.Tensor, title: paddle.Tensor, settings: LossS
         logits = paddle.concat([logits, negative_logits], axis=1)
     if duplicate_keys is not None:
         positive = paddle.eye(batch, logits.shape[1], dtype=logits.dtype)
-        duplicates = same_texts(duplicate_keys).astype(logits.dtype) - positive
+        duplicates = duplicate_mask(duplicate_keys).astype(logits.dtype) - positive
         logits = logits - 1e9 * duplicates
     loss = cross_entropy(logits, paddle.arange(batch, dtype="int64")).mean()
     # On a CPU paddle's softmax makes ln(batch) of NaN: a diverged run would look like one that learns nothing.
@@ -333,7 +336,7 @@ def contrastive_loss(query: paddle.Tensor, title: paddle.Tensor, settings: LossS
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 class LoadedModel(NamedTuple):
-    """A network with what belongs to it.
+    """A network, its tokenizer and its record.
 
     Attributes:
         model: the network.
@@ -384,7 +387,7 @@ def load_model(params_path: str, model_name_or_path: str | None = None, output_e
     if record and not model_name_or_path:
         encoder = encoder_from_record(record, encoder_dropout)
     else:
-        encoder = load_pretrained(name, encoder_dropout, uses_pooler=False)  # it gets the checkpoint's
+        encoder = load_pretrained(name, encoder_dropout, uses_pooler=False)  # the checkpoint has the pooler's weights
     model = SimCSE(encoder, dropout=output_dropout, output_emb_size=size, pooling=pooling, with_pooler=with_pooler,
                    precision=precision, loss_settings=loss_settings or recorded_loss_settings(record))
     model.whitened_at = record.get("whitened_at")
@@ -463,7 +466,8 @@ def make_record(model: SimCSE, model_name_or_path: str, max_seq_length: int | No
     record = {"model_name_or_path": model_name_or_path, "output_emb_size": model.output_emb_size,
               "embedding_size": model.embedding_size, "max_positions": model.max_positions, "pooling": model.pooling,
               **asdict(model.loss_settings), "max_seq_length": max_seq_length, "whitened_at": model.whitened_at,
-              "encoder_class": type(model.ptm).__name__, "encoder_config": portable(model.ptm.config.to_dict()),
+              "encoder_class": type(model.ptm).__name__,
+              "encoder_config": drop_incompatible_keys(model.ptm.config.to_dict()),
               "versions": {"paddlepaddle": paddle.__version__, "paddlenlp": paddlenlp.__version__}}
     if find_pooling(model.pooling).pool_without_pooler:
         record["with_pooler"] = model.with_pooler
@@ -477,7 +481,7 @@ def save_checkpoint(folder: str, model: SimCSE, tokenizer: Any, record: dict) ->
 
 
 def write_checkpoint(folder: str, model: SimCSE, tokenizer: Any, record: dict) -> None:
-    """Write weights, tokenizer and simcse_config.json into a folder that there is."""
+    """Write weights, tokenizer and simcse_config.json into an existing folder."""
     write_weights(os.path.join(folder, PARAMS_FILE), model.state_dict())
     write_record(folder, record, tokenizer)
 

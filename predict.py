@@ -5,7 +5,7 @@
 
 Prints one cosine for each line of input, in its order, and nothing else, to stdout. With stdin each line is answered
 when it arrives. A blank or malformed line has the cosine nan (in tsv an empty field, in jsonl null). The contrastive
-loss of a file's other pairs, each against the others of its batch, goes to stderr.
+loss of a file's well-formed pairs, with in-batch negatives, goes to stderr.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def parse_args() -> argparse.Namespace:
     flags.add_target_texts_arguments(parser, "--text_pair_file")
     flags.add_model_arguments(parser)
     flags.add_encode_arguments(parser)
-    # The loss compares checkpoints, so that its settings do not follow the checkpoint's.
+    # The loss is for comparing checkpoints, so that its settings are not read from the checkpoint.
     parser.add_argument("--margin", type=flags.non_negative_float, default=0.0,
                         help="margin of the loss, in cosine, whatever the checkpoint was trained with")
     parser.add_argument("--scale", type=flags.positive_float, default=20,

@@ -26,7 +26,8 @@ from simcse import console, flags
 from simcse.encoder.weights import model_digest
 from simcse.files import STDIN, file_digest, new_file, stream_blocks
 from simcse.index.engines import DEFAULT_ENGINE, ENGINES, check_installed
-from simcse.index.hits import FUSION_DEPTH, Hit, Ranking, hits_of, search
+from simcse.index.hits import FUSION_DEPTH, Hit, Ranking, hits_of
+from simcse.index.hits import search as search_index
 from simcse.index.lock import lock_folder
 from simcse.index.manifest import Manifest
 from simcse.index.protocols import DocumentStore, Index
@@ -204,7 +205,10 @@ def check_engine_settings(parser: argparse.ArgumentParser, args: argparse.Namesp
 
 
 def set_engine_defaults(args: argparse.Namespace) -> None:
-    """Set --ann_engine if a setting of an engine is given, and the address of Milvus if that is used."""
+    """Set --ann_engine if a setting of an engine is given, and the address of Milvus if that is used.
+
+    Otherwise --ann_engine stays None: a kept index has any engine, and a new one DEFAULT_ENGINE.
+    """
     if given_engine_settings(args):
         args.ann_engine = engine_in_use(args)
     if args.ann_engine == "milvus":
@@ -347,9 +351,12 @@ def open_or_keep_index(args: argparse.Namespace, wanted: Manifest, corpus: textf
 
 def lock_unless_current(path: str, wanted: Manifest) -> contextlib.AbstractContextManager:
     """Return what keeps other processes from building the index in a folder while rank 0 does."""
-    if RANK or ann_util.is_current(path, wanted):
+    if RANK:
         return contextlib.nullcontext()
-    return lock_folder(path, wanted, ann_util.manifest_to_build(wanted))
+    previous = ann_util.read_manifest(path, wanted) if os.path.exists(path) else None
+    if previous is not None and previous.has_corpus_of(wanted):
+        return contextlib.nullcontext()
+    return lock_folder(path, wanted, ann_util.manifest_to_build(wanted, previous))
 
 
 def wanted_manifest(args: argparse.Namespace, corpus: textfile.Corpus | None, encoder: "Encoder") -> Manifest:
@@ -399,7 +406,7 @@ class Retriever:
             self.depth = max(args.recall_num, FUSION_DEPTH)
         if args.hybrid_bm25 and not RANK:
             self.bm25 = ann_util.open_bm25(documents, index.manifest.corpus, args.index_path)
-        self._has_to_measure = not args.query  # single queries measure nothing
+        self._has_to_measure = not args.query  # the recall of a few queries would say little
 
     def search(self, texts: Sequence[str], places: Sequence[str]) -> Ranking:
         """Return the best documents for each query.
@@ -409,7 +416,7 @@ class Retriever:
             places: where each stands, as file:line, for warnings.
         """
         embeddings = self.encoder.encode(texts, places=places)
-        ranking = search(self.index, self.documents, embeddings, self.depth)
+        ranking = search_index(self.index, self.documents, embeddings, self.depth)
         if self._has_to_measure:
             k = ranking.documents.shape[1]
             report_ann_recall(self.index.measure(pick_evenly(embeddings), k, "queries"))

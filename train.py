@@ -33,7 +33,7 @@ from simcse.machine import RANK, RANKS
 from simcse.measures import RECALL_KS, mean_percent, measure_queries, percent, rank_first_targets
 from simcse.text import textfile, tokens, wordpiece
 
-FEWEST_TOKENS = 8192  # of a batch of an evaluation on a GPU, which has room for so many beside any training
+MIN_EVAL_TOKENS = 8192  # of an evaluation batch on a GPU, which has room for so many whatever is trained
 
 
 def parse_args() -> argparse.Namespace:
@@ -98,7 +98,7 @@ def read_test_set(args: argparse.Namespace) -> list[textfile.Row]:
     flag = "--test_set_file"
     if not path:
         return []
-    columns = textfile.count_columns(path, flag, (2, 3))
+    columns = textfile.choose_columns(path, flag, (2, 3))
     if columns == 2:
         rows = list(textfile.read_rows(path, columns, flag))
         warn_near_duplicates(path, rows)
@@ -127,21 +127,24 @@ def warn_near_duplicates(path: str, rows: Sequence[textfile.Row]) -> None:
                           f"{', '.join(places[:3])}")
 
 
-def side_of(texts: textfile.TextFile, side: int) -> Iterator[str]:
+def column_of(texts: textfile.TextFile, column: int) -> Iterator[str]:
     """Yield one column of the training file: 0 for texts or queries, 1 for titles."""
     for row in texts:
-        yield row if isinstance(row, str) else row[side]
+        yield row if isinstance(row, str) else row[column]
 
 
 def check_learnable(args: argparse.Namespace, texts: textfile.TextFile) -> None:
-    """Raise InputError where all texts, all queries or all titles are the same, since there are no negatives then;
-    triples bring their own. Warn of batches of a single text, which have none either."""
+    """Refuse training texts among which there are no negatives, and warn of batches that have none.
+
+    There are none where all texts, all queries or all titles are the same, or where a batch is a single text. Triples
+    bring their own.
+    """
     if texts.columns == 3:
         return
     names = ["texts"] if texts.columns == 1 else ["queries", "titles"]
-    for side, name in enumerate(names):
-        first = next(side_of(texts, side))
-        if all(text == first for text in side_of(texts, side)):
+    for column, name in enumerate(names):
+        first = next(column_of(texts, column))
+        if all(text == first for text in column_of(texts, column)):
             lines = console.count(len(texts), "line")
             raise console.InputError(f"--train_set_file {args.train_set_file}: {lines} without two different {name}; "
                                      "SimCSE learns by telling them apart")
@@ -238,10 +241,12 @@ def measure_recall(encode: Callable, test_set: Sequence[Sequence[str]]) -> dict[
 
 
 def evaluation_tokens(args: argparse.Namespace) -> int:
-    """Return how many tokens a batch of an evaluation on a GPU may have, padding included, so that it fits beside
-    training: as many as the two views that a step encodes at once, whose memory is free between steps."""
+    """Return the token budget of an evaluation batch on a GPU, padding included.
+
+    It is what a training step's two views take, since their memory is free between steps.
+    """
     texts = min(args.batch_size, args.chunk_size or args.batch_size)
-    return max(FEWEST_TOKENS, 2 * texts * args.max_seq_length)
+    return max(MIN_EVAL_TOKENS, 2 * texts * args.max_seq_length)
 
 
 def make_encode(args: argparse.Namespace, model: Any, tokenizer: Any, precision: str = "auto") -> Callable:
@@ -336,9 +341,9 @@ def run_steps(args: argparse.Namespace, trainer: Any, batches: Iterable[data.Bat
               evaluate_model: Callable[[], dict[str, float]]) -> None:
     """Take all steps that are left: each computes the gradients of a batch, then updates the weights.
 
-    The gradients are those of `gradients.backward`. It is decided here when a checkpoint is saved: every --save_steps,
-    and after the last step, which is that of --epochs or of a signal. There is one exception: where the loss is NaN or
-    Inf, `Trainer.update` saves the weights as they are and raises Diverged.
+    The gradients are those of `gradients.backward`. Checkpoints are saved here: every --save_steps, and after the last
+    step, with which --epochs or a signal ends the run. Two others are decided elsewhere: where the loss is NaN or Inf
+    `Trainer.update` saves before it raises Diverged, and `train` saves the whitened network beside the last one.
 
     Args:
         args: the flags.
@@ -356,24 +361,24 @@ def run_steps(args: argparse.Namespace, trainer: Any, batches: Iterable[data.Bat
     model = trainer.model
     with console.progress("training", trainer.total_steps, "steps", lines=False, done=trainer.step) as advance:
         for step, batch in enumerate(batches, start=trainer.step + 1):
-            saves = step % args.save_steps == 0
-            evaluates = step % args.eval_steps == 0 and step < trainer.total_steps  # the last one follows the loop
+            is_save_step = step % args.save_steps == 0
+            is_eval_step = step % args.eval_steps == 0 and step < trainer.total_steps  # the last one follows the loop
 
             trainer.start_step()
-            loss = backward(trainer.network, model, batch, trainer.scale_loss, args.chunk_size)
-            trainer.update(loss.value, batch, check_loss=saves or evaluates)  # if the loss is NaN or Inf: saves, raises
+            batch_loss = backward(trainer.network, model, batch, trainer.scale_loss, args.chunk_size)
+            trainer.update(batch_loss.value, batch, check_loss=is_save_step or is_eval_step)  # may save and raise
             advance()
             if step % LOG_STEPS == 0 or step == trainer.total_steps:
-                trainer.log_step(loss.value, loss)
-            if evaluates:
+                trainer.log_step(batch_loss.value, batch_loss)
+            if is_eval_step:
                 trainer.check_weights("not evaluated")
                 trainer.log_measures("eval", evaluate_model())
-            if saves:
+            if is_save_step:
                 trainer.save()
             if trainer.stop_requested():
                 break
     trainer.save()  # the last step, whether a signal or --epochs has ended the loop
-    trainer.end_steps()
+    trainer.stop_if_signalled()
 
 
 def whiten_model(args: argparse.Namespace, model: Any, tokenizer: Any, texts: textfile.TextFile) -> None:

@@ -130,9 +130,10 @@ def accept_all_lines() -> Iterator[None]:
 
 
 def count(number: int, noun: str) -> str:
-    """Return a number with its noun, as in "1,000 texts"; the plural is the noun with an s."""
-    plural = "" if number == 1 else "s"
-    return f"{number:,} {noun}{plural}"
+    """Return a number with its noun, as in "1,000 texts" or "2 queries"."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number:,} {noun[:-1]}ies" if noun.endswith("y") else f"{number:,} {noun}s"
 
 
 def some(names: Sequence[str], most: int = 12) -> str:

@@ -35,7 +35,7 @@ def hidden_path(path: str, owner: int | str) -> str:
 def _temporary_path(path: str) -> Iterator[str]:
     """Yield this process's hidden path beside `path`, and remove what is there in the end.
 
-    Its folder is made, and what processes that have been killed left there is removed before.
+    Its parent folder is made, and leftovers of killed processes there are removed first.
     """
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     _remove_leftovers(path)
@@ -82,8 +82,8 @@ def new_file(path: str, mode: str = "w") -> Iterator[IO]:
 def new_folder(path: str, obsolete: Collection[str] = ()) -> Iterator[str]:
     """Make a folder that takes the place of `path` when all is written: `with new_folder(path) as temporary:`.
 
-    The files are on the disk before the folder gets its name. Where `path` exists, the two are exchanged in one step.
-    On an error `path` stays as it was.
+    The files are on the disk before the folder gets its name. Where `path` exists, the two are exchanged, on Linux in
+    one step. On an error `path` stays as it was.
 
     Args:
         path: the folder. What only the older one has is copied to the new one: the user may keep files there.

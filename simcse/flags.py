@@ -234,9 +234,9 @@ def add_encode_arguments(parser: argparse._ActionsContainer) -> None:
 
 
 def add_calibration_argument(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--calibration_file", type=readable_file, help="texts, one a line; the first time that a "
-                        "checkpoint is used with --precision int8, some hundred of them set the ranges of its numbers "
-                        "(default: the texts that are encoded first)")
+    parser.add_argument("--calibration_file", type=readable_file, help="texts, one per line; the first time that a "
+                        "checkpoint is used with --precision int8, a few hundred of them calibrate the quantization "
+                        "ranges (default: the texts that are encoded first)")
 
 
 def add_device_arguments(parser: argparse._ActionsContainer) -> None:
@@ -293,7 +293,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 
 def check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse flags that would do nothing on the device that is asked for."""
+    """Refuse a precision that the device does not have, and flags that would do nothing on it."""
     if args.precision in ("tf32", "fp16") and args.device != "gpu":
         parser.error(f"--precision {args.precision} needs --device gpu")
     if args.precision == "int8" and args.device != "cpu":
@@ -321,7 +321,7 @@ def read_checkpoint_record(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def warn_of_other_length(args: argparse.Namespace) -> None:
-    """Warn where --max_seq_length is another than that for which the checkpoint was made."""
+    """Warn where --max_seq_length differs from the checkpoint's, or is more than it was whitened at."""
     if RANK:
         return
     checkpoint = checkpoint_folder(args)
@@ -377,15 +377,15 @@ def announce(args: argparse.Namespace, *parts: str) -> None:
 # ---------------------------------------------------------------------------------------------------------- training
 # Three tables say what a run that goes on by --resume does with each flag of train.py and scripts/pretrain.py. Every
 # flag is in one of them; `check_resume_tables` raises where one is not.
-# They choose the weights from which a new run starts; a resumed run has those of its checkpoint.
+# START_FLAGS choose the weights of a new run. A resumed run does not look at them: it has those of its checkpoint.
 START_FLAGS = ("model_name_or_path", "init_from_ckpt", "output_emb_size")
-# The checkpoint records these, and a resumed run has to share them. Where a checkpoint is older than a flag, its run
-# counts as one with the flag's default.
+# SHARED_FLAGS are recorded in the checkpoint, and a resumed run has to share them. Where a checkpoint is older than a
+# flag, its run counts as one with the flag's default.
 SHARED_FLAGS = (
     "pooling", "infer_with_fc_pooler", "output_dropout", "margin", "scale", "mlm_probability", "batch_size",
     "learning_rate", "weight_decay", "epochs", "warmup_proportion", "max_grad_norm", "dropout", "max_seq_length",
     "seed", "precision", "crop_rate", "cross_device_negatives", "keep_duplicate_negatives", "chunk_size")
-# A resumed run may change these. (The training file may have moved; its content is compared.)
+# FREE_FLAGS may be changed by a resumed run. (The training file may have moved; its content is compared.)
 FREE_FLAGS = (
     "quiet", "train_set_file", "test_set_file", "strict_data", "plain_text", "device", "cpu_threads", "resume",
     "keep_checkpoints", "save_dir", "save_steps", "visualdl_dir", "eval_steps", "whiten", "visualdl_embeddings")

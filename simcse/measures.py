@@ -240,11 +240,13 @@ class _Line(NamedTuple):
 
 def _read_lines(path: str, flag: str) -> Iterator[_Line]:
     """Yield the lines of a file that are not blank."""
-    with as_input_error(f"{flag} {path}: not UTF-8", UnicodeDecodeError), open(path, encoding="utf-8-sig") as file:
-        for number, text in enumerate(file, 1):
-            fields = text.split()
+    with open(path, "rb") as file:
+        for number, content in enumerate(file, 1):
+            place = f"{flag} {path}:{number}"
+            with as_input_error(f"{place}: not UTF-8; decompress or convert the file", UnicodeDecodeError):
+                fields = content.decode("utf-8-sig").split()
             if fields:
-                yield _Line(number, f"{flag} {path}:{number}", fields)
+                yield _Line(number, place, fields)
 
 
 def _parse_judgement(fields: list[str]) -> tuple[str, str, int]:

@@ -11,9 +11,9 @@ from simcse.files import file_digest
 from simcse.index import exact, shards
 from simcse.index.documents import Documents
 from simcse.index.engines import LOCAL_ENGINES
-from simcse.index.exact import exact_search, merge
+from simcse.index.exact import exact_search
 from simcse.index.manifest import FORMAT, Manifest
-from simcse.index.protocols import SearchResult, VectorIndex
+from simcse.index.protocols import LocalEngine, SearchResult, merge_results
 from simcse.index.shards import ShardedIndex, ann_recall
 from simcse.text.textfile import Corpus, read_text_pairs
 from simcse.text.wordpiece import load_tokenizer
@@ -109,7 +109,7 @@ def test_shards_find_the_same_on_any_number_of_ranks(vectors, documents, engine,
             assert not kept.missing_rows and all((a == b).all() for a, b in zip(one, again))
             found.append((one, built.search(queries, 9, exact=True)))
         k = min(9, documents)
-        results.append([merge(part, k) for part in zip(*found)])
+        results.append([merge_results(part, k) for part in zip(*found)])
         assert sorted(path.name for path in folder.iterdir()) == [f"shard_{n}.bin" for n in range(min(4, documents))]
     for (rows, cosines), (exact_rows, exact_cosines) in results:
         assert (rows == results[0][0][0]).all() and (cosines == results[0][0][1]).all()
@@ -121,10 +121,12 @@ def test_shards_find_the_same_on_any_number_of_ranks(vectors, documents, engine,
 
 
 @pytest.mark.parametrize("engine", for_engines())
-def test_an_engine_keeps_its_promises(vectors, engine, tmp_path, capfd):
-    """Any engine of the table: vectors come back, a search finds them, on the disk as in memory, and says nothing."""
+def test_an_engine_keeps_its_promises(vectors, engine, tmp_path, capfd, caplog):
+    """Any engine of the table: vectors come back, a search finds them, on the disk as in memory, and says nothing,
+    where a library has set up logging either."""
+    caplog.set_level("INFO")
     index = engine_of(engine, 32, 700)
-    assert isinstance(index, VectorIndex) and len(index) == 0
+    assert isinstance(index, LocalEngine) and len(index) == 0
     if index.training_size:
         index.train(vectors[: index.training_size])
     index.add(vectors[:400])
@@ -149,7 +151,9 @@ def test_an_engine_keeps_its_promises(vectors, engine, tmp_path, capfd):
     assert index.search(vectors[:2], 1000, 1).rows.shape == (2, 700)
     deeper = index.deeper_settings(index.settings, 20)
     assert bool(deeper) == index.approximate and set(deeper) <= {setting.name for setting in index.search_settings}
-    assert capfd.readouterr() == ("", "")
+    nothing = index.search(vectors[:0], 20, 1)
+    assert nothing.rows.shape == nothing.scores.shape == (0, 20)
+    assert capfd.readouterr() == ("", "") and not caplog.messages
 
 
 class Trained(LOCAL_ENGINES["exact"]):
@@ -181,7 +185,10 @@ def test_an_engine_is_trained_before_vectors_are_added(vectors, documents, train
 
 
 def test_an_index_in_another_precision_is_refused_with_advice(tmp_path):
-    Manifest(precision="int8").save(str(tmp_path))
+    Manifest(precision="int8", ann_engine="none").save(str(tmp_path))
+    with pytest.raises(InputError, match="index_path .*: has ann_engine none, which is not among those of this"):
+        ann_util.read_manifest(str(tmp_path), Manifest())
+    Manifest(precision="int8", ann_engine="exact").save(str(tmp_path))
     with pytest.raises(InputError, match="was built with precision int8, not fp16; --precision int8 with --device cpu "
                        "takes it as it is; or name another folder"):
         ann_util.read_manifest(str(tmp_path), Manifest(precision="fp16"))

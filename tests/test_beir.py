@@ -83,7 +83,7 @@ def test_evaluate_by_judgements(tmp_path):
     assert result.stdout.split() == [
         "recall@1=0.0", "recall@5=16.667", "recall@10=16.667", "recall@20=16.667", "recall@50=16.667", "success@1=0.0",
         "success@5=33.333", "success@10=33.333", "success@20=33.333", "success@50=33.333", "mrr@10=16.667"]
-    assert "1 queries have no line in run and count as missed: s" in result.stderr
+    assert "run lacks 1 query, counted as missed: s" in result.stderr
     assert "1 queries of run are not judged in qrels" in result.stderr
     assert (tmp_path / "result.tsv").read_text() == "0.0\t16.667\t16.667\t16.667\t16.667\n"
     cut = succeed("evaluate.py", *flags, "--recall_num", 1, cwd=tmp_path).stdout

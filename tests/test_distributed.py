@@ -102,7 +102,7 @@ def test_texts_of_like_length_together_are_all_in_one_pass(monkeypatch, columns,
     monkeypatch.setattr(m.SimCSE, "get_pooled_embedding", counted)
     monkeypatch.setattr(paddle.device, "get_device", lambda: device)
     for cost in (10**6, 0):
-        monkeypatch.setitem(m.GROUP_TOKENS, "cpu" if device == "cpu" else "fp32", cost)
+        monkeypatch.setitem(m.PASS_TOKENS, "cpu" if device == "cpu" else "fp32", cost)
         tokens.append([])
         results.append(gradients.gradients(texts(1, 18), chunk=chunk, keys=keys, columns=columns))
     assert_same(*results)

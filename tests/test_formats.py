@@ -120,20 +120,20 @@ def test_texts_of_every_kind_in_one_file_are_read(tmp_path):
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the real texts are not here")
 def test_real_texts_are_read():
     for path in (SHARED / "data").glob("*/recall/*.csv"):
-        columns = textfile.count_columns(str(path), "--flag", (2, 3) if path.stem == "dev_labeled" else TRAINING)
+        columns = textfile.choose_columns(str(path), "--flag", (2, 3) if path.stem == "dev_labeled" else TRAINING)
         assert sum(1 for _ in textfile.read_rows(str(path), columns, "--flag")) > 100
 
 
 def test_both_readers_refuse_and_a_flag_reads_all_the_same(tmp_path, monkeypatch):
     path = tmp_path / "corpus.jsonl"
     path.write_text(JSONL, encoding="utf-8")
-    for read in (read_texts, textfile.TextFile, lambda *to: textfile.count_columns(*to, TRAINING)):
+    for read in (read_texts, textfile.TextFile, lambda *to: textfile.choose_columns(*to, TRAINING)):
         with pytest.raises(InputError, match=r"--flag .*corpus.jsonl: the file has JSON objects .*corpus.tsv; "):
             read(str(path), "--flag")
     lines = JSONL.splitlines()
     with console.accept_all_lines():
         assert read_texts(path) == list(textfile.TextFile(str(path), "--flag")) == lines
-        assert textfile.count_columns(str(path), "--flag", TRAINING) == 1
+        assert textfile.choose_columns(str(path), "--flag", TRAINING) == 1
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--plain_text"])
     flags.add_data_arguments(parser := flags.ArgumentParser("Reads."))
     parser.parse_args()

@@ -9,7 +9,8 @@ import evaluate
 from simcse import console, files, measures
 from simcse.index import shards
 from simcse.index.engines import LOCAL_ENGINES
-from simcse.index.exact import exact_search, merge
+from simcse.index.exact import exact_search
+from simcse.index.protocols import merge_results
 from simcse.index.shards import ShardedIndex
 from simcse.measures import mean_percent
 from simcse.text import lines as line_reading
@@ -168,7 +169,7 @@ def test_shards_round_trip(documents, k, ranks, engine, seed):
         index.close()
         again.close()
         found.append(one)
-    rows, cosines = merge(found, min(k, documents))
+    rows, cosines = merge_results(found, min(k, documents))
     assert rows.shape == (5, min(k, documents)) and all(len(set(row)) == len(row) for row in rows.tolist())
     np.testing.assert_allclose(cosines, np.take_along_axis(queries @ corpus.T, rows, axis=1), atol=1e-5)
     approximate = LOCAL_ENGINES[engine].approximate

@@ -130,12 +130,12 @@ def test_nor_are_they_to_a_service_or_a_server(tokenizer, tmp_path, capsys):
 def test_the_graph_finds_its_way_past_zeros():
     """Documents that are not seen neither hide the others nor stand before them."""
     from simcse.index.exact import exact_search
-    from simcse.index.hnsw import HnswIndex
+    from simcse.index.hnsw import HnswEngine
 
     vectors = np.random.default_rng(0).standard_normal((2000, 16)).astype("float32")
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     vectors[::2] = 0
-    index = HnswIndex(16, 2000, {"hnsw_m": 32, "hnsw_ef": 100})
+    index = HnswEngine(16, 2000, {"hnsw_m": 32, "hnsw_ef": 100})
     index.add(vectors)
     found, exact = index.search(vectors[1:200:2], 10, 1).rows, exact_search(vectors[1:200:2], vectors, 10)[0]
     assert (found == exact).mean() > 0.99 and (found % 2 == 1).all()

@@ -31,7 +31,7 @@ def test_what_says_the_same_is_no_negative():
     """Queries 0 and 3 are one; title 2 is query 1's text; hard negative 0 is title 1; title 4 is title 0."""
     keys = np.array([[1, 11, 12], [2, 12, 90], [3, 2, 91], [1, 13, 92], [5, 11, 93]])
     keys = DuplicateKeys(*tensors(*keys.T))
-    hidden = m.same_texts(keys).numpy()
+    hidden = m.duplicate_mask(keys).numpy()
     expected = np.zeros((5, 10), bool)
     expected[range(5), range(5)] = True
     for row, column in ((0, 3), (3, 0), (1, 2), (0, 4), (4, 0), (1, 5)):
@@ -48,4 +48,4 @@ def test_what_says_the_same_is_no_negative():
 def test_keys_of_texts_against_themselves():
     keys = paddle.to_tensor([4, 5, 4])
     expected = [[True, False, True], [False, True, False], [True, False, True]]
-    np.testing.assert_array_equal(m.same_texts(DuplicateKeys(keys, keys)).numpy(), expected)
+    np.testing.assert_array_equal(m.duplicate_mask(DuplicateKeys(keys, keys)).numpy(), expected)

@@ -116,7 +116,7 @@ def test_sides_of_other_lengths_and_cosine_sim():
 
 def test_texts_of_one_group_are_seen_under_two_dropouts(monkeypatch):
     """And without dropout each is itself, in its place."""
-    monkeypatch.setitem(m.GROUP_TOKENS, "cpu", 0)
+    monkeypatch.setitem(m.PASS_TOKENS, "cpu", 0)
     network = tiny(dropout=0.5)
     batch, _ = pad([row[: 3 + number % 4].tolist() for number, row in enumerate(ids(8))], 0)
     for mode in (network.train, network.eval):

@@ -51,7 +51,7 @@ class Tokenizer:
         return token_ids
 
     def is_unknown(self, token_ids: list[int]) -> bool:
-        """Tell whether a text is nothing to the encoder: no token, or [UNK] and at most punctuation beside it."""
+        """Return whether a text has no known word: no token, or [UNK] and at most punctuation beside it."""
         tokens = token_ids[1:-1]  # without [CLS] and [SEP]
         if not tokens:
             return True

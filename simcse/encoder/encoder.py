@@ -26,7 +26,7 @@ class EncoderInput(NamedTuple):
 
     Attributes:
         ids: the token ids of each text, cut to the encoder's length.
-        lengths: int64 [texts], tokens of each text before the cut; of a longer text one more than the length.
+        lengths: int64 [texts], tokens of each text before the cut, counted up to max_seq_length + 1.
         unknown: rows of the texts that are all [UNK] to the encoder.
     """
 
@@ -43,7 +43,7 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_seq_length: int) -> Encod
 
 
 def check_length(network: Any, max_seq_length: int) -> None:
-    """Raise InputError if texts of `max_seq_length` tokens have more positions than the network."""
+    """Raise InputError if `max_seq_length` exceeds the position embeddings of a network or an engine."""
     if max_seq_length > network.max_positions:
         raise InputError(f"--max_seq_length {max_seq_length}: the encoder has {network.max_positions} positions")
 
@@ -274,7 +274,7 @@ class Encoder:
             places: where each text stands, as file:line, for warnings; see `places_of`.
             windows: the rows of each block, in which batches are formed; None: all rows, WINDOW at a time.
             warn: warn of truncated and unknown texts at the end, and with --strict_data as soon as there is one.
-            warnings: counts truncated and unknown texts, for a caller that reports them itself, without `warn`.
+            warnings: counts truncated and unknown texts, for a caller that reports them and sets `warn` to False.
 
         Raises:
             NotFiniteError: an embedding is not finite.

@@ -48,7 +48,7 @@ class Engine(Protocol):
         ...
 
 
-# By a file that the folder has; a folder with a table may have a graph as well, which is slower.
+# By a file that the folder has. The first one counts: a folder with a table may have a graph, too, which is slower.
 ENCODER_ENGINES: dict[str, type] = {
     TABLE_FILE: TableEngine,
     OPENVINO_FILE: OpenVinoEngine,
@@ -75,8 +75,8 @@ def open_engine(folder: str, precision: str = "auto", cpu_threads: int = 0) -> E
 def make_engine(model: nn.Layer, precision: str = "auto", cpu_threads: int = 0) -> Engine:
     """Make an engine of the network, with its weights as they are now, on the current device.
 
-    On a CPU it is a `TableEngine` or a `PaddleEngine`, which are made soon; on a GPU it is a copy of the network that
-    shares its weights, whose "auto" is the network's precision.
+    On a CPU it is a `TableEngine` or a `PaddleEngine`, which are quick to make; on a GPU it is a copy of the network
+    that shares its weights, whose "auto" is the network's precision.
     """
     if paddle.device.get_device() != "cpu":
         network = copy.copy(model)

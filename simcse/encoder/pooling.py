@@ -4,7 +4,8 @@ To add a pooling write a function and an entry of POOLINGS. Training, checkpoint
 graphs, and the choices and help of --pooling read it off the entry. Then write its definition once more, by numpy, in
 DEFINITIONS of tests/test_pooling.py, and name it in docs/zh and docs/en: better-recall.md and training.md, --pooling.
 
-Whoever changes a function builds kept indexes again: an index knows its checkpoint, not this code.
+After changing a function, build kept indexes and exported folders again: they are matched to the checkpoint, not to
+this code. The graphs that are kept beside checkpoints notice it by themselves.
 """
 
 from collections.abc import Callable
@@ -16,10 +17,10 @@ Tensor = Any  # paddle.Tensor; this file imports no paddle, since command lines 
 
 @dataclass(frozen=True)
 class EncoderOutputs:
-    """What an encoder gives of a batch of texts.
+    """The encoder's outputs for a batch of texts.
 
     Attributes:
-        outputs: the encoder's outputs, as PaddleNLP orders them.
+        outputs: (last hidden state, pooler output[, hidden states]), as PaddleNLP orders them.
         input_ids: int64 [batch, length].
         pad_token_id: the id that shorter texts are filled up with.
     """
@@ -29,26 +30,26 @@ class EncoderOutputs:
     pad_token_id: int
 
     @property
-    def tokens(self) -> Tensor:
+    def last_hidden_state(self) -> Tensor:
         """Return the last layer's output, float [batch, length, hidden]; with `first_token_only` [batch, 1, hidden]."""
         return self.outputs[0]
 
     @property
-    def pooler(self) -> Tensor:
+    def pooler_output(self) -> Tensor:
         """Return the encoder's pooler's output, float [batch, hidden]: a linear layer and tanh of the first token."""
         return self.outputs[1]
 
     @property
-    def layers(self) -> tuple:
+    def hidden_states(self) -> tuple:
         """Return the input of the first layer, then the output of each layer, float [batch, length, hidden] each.
 
-        The last one is `tokens`, with `first_token_only` [batch, 1, hidden].
+        The last one is `last_hidden_state`, with `first_token_only` [batch, 1, hidden].
 
         Raises:
             ValueError: the entry of the pooling does not say `all_layers`.
         """
         if len(self.outputs) < 3:
-            raise ValueError("a pooling that reads layers needs all_layers=True in its entry of POOLINGS")
+            raise ValueError("a pooling that reads hidden_states needs all_layers=True in its entry of POOLINGS")
         return self.outputs[2]
 
 
@@ -57,7 +58,7 @@ class Pooling:
     """A way to pool, and what it needs of the encoder.
 
     Attributes:
-        pool: gives of `EncoderOutputs` a vector a text, float [batch, hidden].
+        pool: maps `EncoderOutputs` to one vector per text, float [batch, hidden].
         help: what it does, for the help of --pooling.
         all_layers: it reads `EncoderOutputs.layers`, which are not kept otherwise.
         first_token_only: it reads no other token of the last layer, so that layer computes no other.
@@ -77,44 +78,48 @@ class Pooling:
 
 def take_pooler(encoded: EncoderOutputs) -> Tensor:
     """Return the output of the encoder's own pooler."""
-    return encoded.pooler
+    return encoded.pooler_output
 
 
 def take_first_token(encoded: EncoderOutputs) -> Tensor:
     """Return the state of [CLS]."""
-    return encoded.tokens[:, 0]
+    return encoded.last_hidden_state[:, 0]
 
 
 def average_last(encoded: EncoderOutputs) -> Tensor:
     """Return the mean of the last layer's output."""
-    return average_tokens(encoded, encoded.tokens)
+    return average_tokens(encoded, encoded.last_hidden_state)
 
 
 def average_first_and_last(encoded: EncoderOutputs) -> Tensor:
-    """Return the mean of the first layer's input and the last layer's output (Gao et al. 2021)."""
-    return average_tokens(encoded, (encoded.layers[0] + encoded.layers[-1]) / 2)
+    """Return the mean of the first layer's input and the last layer's output.
+
+    Gao et al. (2021) call it avg_first_last, and average over [CLS] and [SEP], too.
+    """
+    return average_tokens(encoded, (encoded.hidden_states[0] + encoded.hidden_states[-1]) / 2)
 
 
-def average_tokens(encoded: EncoderOutputs, tokens: Tensor) -> Tensor:
+def average_tokens(encoded: EncoderOutputs, states: Tensor) -> Tensor:
     """Return the mean over each text's tokens, float [batch, hidden], without [CLS], [SEP] and padding.
 
     Args:
-        tokens: float [batch, length, hidden].
+        encoded: its input_ids tell tokens from padding.
+        states: float [batch, length, hidden].
     """
-    # A token's number in its text, from 1; padding has that of the last one, [SEP].
-    number = (encoded.input_ids != encoded.pad_token_id).astype("int32").cumsum(axis=1)
-    inner = ((number > 1) & (number < number[:, -1:])).astype(tokens.dtype).unsqueeze(-1)
-    return (tokens * inner).sum(axis=1) / inner.sum(axis=1).clip(min=1)
+    # The count of tokens stops at [SEP]: padding has the position of [SEP], and is left out with it.
+    position = (encoded.input_ids != encoded.pad_token_id).astype("int32").cumsum(axis=1)
+    mask = ((position > 1) & (position < position[:, -1:])).astype(states.dtype).unsqueeze(-1)
+    return (states * mask).sum(axis=1) / mask.sum(axis=1).clip(min=1)
 
 
 POOLINGS: dict[str, Pooling] = {
     "pooler": Pooling(take_pooler, "the first token through a linear layer and tanh", first_token_only=True,
                       uses_pooler=True, pool_without_pooler=take_first_token),
-    "mean": Pooling(average_last, "the mean over the text's tokens"),
-    "first_last_avg": Pooling(average_first_and_last, "the mean over the text's tokens, of the average of the first "
+    "mean": Pooling(average_last, "the mean over the text's tokens, without [CLS] and [SEP]"),
+    "first_last_avg": Pooling(average_first_and_last, "the same mean, of the average of the first "
                               "layer's input and the last layer's output", all_layers=True),
     # Without layers the last layer's output is the first layer's input.
-    "first_avg": Pooling(average_last, "the mean over the text's tokens, of the first layer's input, without layers",
+    "first_avg": Pooling(average_last, "the same mean, of the first layer's input, without layers",
                          removes_layers=True),
 }
 

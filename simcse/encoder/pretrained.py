@@ -11,14 +11,14 @@ from paddle import nn
 
 
 def load_pretrained(model_name_or_path: str, dropout: float | None = None, kind: str = "AutoModel",
-                    may_start_at_random: str = "pooler", uses_pooler: bool = True) -> nn.Layer:
+                    optional_part: str = "pooler", uses_pooler: bool = True) -> nn.Layer:
     """Load a pretrained encoder by hub name or folder, all its layers, in float32.
 
     Args:
         dropout: rate of hidden and attention dropout; None: the encoder's own.
         kind: paddlenlp's class that loads it.
-        may_start_at_random: part of the names of the layers that the weights may lack: some encoders were pretrained
-            without them. They start at random, with a warning.
+        optional_part: weights whose names contain it may be missing, since some encoders were pretrained without them.
+            They start at random, with a warning.
         uses_pooler: False: the weights may lack the pooler, too, and there is no warning, since nobody reads its
             output, or its weights are loaded afterwards.
 
@@ -38,11 +38,11 @@ def load_pretrained(model_name_or_path: str, dropout: float | None = None, kind:
     random_layers = _random_layers(messages)
     if not uses_pooler:
         random_layers = [name for name in random_layers if "pooler" not in name]
-    missing = [name for name in random_layers if may_start_at_random not in name]
+    missing = [name for name in random_layers if optional_part not in name]
     if missing:
         raise InputError(f"--model_name_or_path {model_name_or_path}: its weights lack {some(missing)}")
     if random_layers:
-        warn(f"{model_name_or_path} has no trained {may_start_at_random}: {some(random_layers)} start at random")
+        warn(f"{model_name_or_path} has no trained {optional_part}: {some(random_layers)} start at random")
     return encoder
 
 
@@ -73,7 +73,7 @@ def encoder_from_record(record: dict, dropout: float | None) -> nn.Layer:
 
     quiet_paddlenlp()
     encoder_class = getattr(paddlenlp.transformers, record["encoder_class"])
-    config = encoder_class.config_class.from_dict(portable(record["encoder_config"]))
+    config = encoder_class.config_class.from_dict(drop_incompatible_keys(record["encoder_config"]))
     if dropout is not None:
         config.hidden_dropout_prob = dropout
         config.attention_probs_dropout_prob = dropout
@@ -81,8 +81,8 @@ def encoder_from_record(record: dict, dropout: float | None) -> nn.Layer:
         return encoder_class(config)
 
 
-def portable(config: dict) -> dict:
-    """Return an encoder's config without what one paddlenlp writes and another refuses to read."""
+def drop_incompatible_keys(config: dict) -> dict:
+    """Return an encoder's config without `quantization_config`, which paddlenlp 3.0 writes and 2.8 cannot read."""
     return {key: value for key, value in config.items() if key != "quantization_config"}
 
 

@@ -43,9 +43,9 @@ def _make_tables(model: nn.Layer) -> dict[str, np.ndarray] | None:
         return None
     model.eval()
     words = embeddings.word_embeddings.weight.numpy()
-    # A text that repeats one token, any, shows the positions: less the token's own embedding, its inputs to the layer
-    # norm are the embeddings of the positions, with that of token type 0.
-    token = 1
+    # A text that repeats one token shows the positions: without the token's own embedding, its inputs to the layer norm
+    # are the embeddings of the positions, with that of token type 0. (The padding token's own embedding is not used.)
+    token = 1 if model.ptm.config.pad_token_id != 1 else 0
     with paddle.no_grad(), without_norm(embeddings):
         ids = paddle.full([1, len(embeddings.position_embeddings.weight)], token, "int64")
         positions = embeddings(ids, token_type_ids=paddle.zeros_like(ids)).numpy()[0] - words[token]

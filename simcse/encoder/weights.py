@@ -133,7 +133,8 @@ def model_digest(params_path: str, model_name_or_path: str | None) -> str:
 
     It covers the weights, and the record and the tokenizer beside them. Where an encoder is named, or the checkpoint
     lacks record or tokenizer, it covers the encoder as well: the files that describe it in its folder, or its hub name.
-    The name of a described encoder and the versions of the libraries are no content.
+    Of the record it leaves out `model_name_or_path` and `versions`: neither another name of the encoder nor other
+    libraries change it.
 
     Args:
         model_name_or_path: the encoder that --model_name_or_path names.

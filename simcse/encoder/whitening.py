@@ -1,4 +1,4 @@
-"""Whiten embeddings (Su et al. 2021, arXiv:2103.15316), by an fc: for later stages it is an ordinary one."""
+"""Whiten embeddings (Su et al. 2021, arXiv:2103.15316), by an fc that later stages treat as any other."""
 
 import contextlib
 import itertools
@@ -9,7 +9,7 @@ import numpy as np
 from paddle import nn
 
 SAMPLE = 16384  # rows of the training file for mean and covariance
-MAX_RUNS = 2048  # runs of the sample's text, which are in the fit besides
+MAX_RUNS = 2048  # runs of the sample's text, which are added to the fit
 SHORTEST_RUN = 8  # tokens
 RUN_LENGTHS = 8  # different lengths of runs
 RIDGE = 0.01
@@ -65,7 +65,7 @@ def fit_whitening(vectors: np.ndarray, dim: int, ridge: float = RIDGE) -> tuple[
 
 @contextlib.contextmanager
 def unnormalized(model: nn.Layer) -> Iterator[None]:
-    """Have the network, and engines that are made of it meanwhile, give embeddings without L2 norm."""
+    """Leave out the L2 norm of embeddings in the network, and in engines that are made of it meanwhile."""
     model.normalizes = False
     try:
         yield

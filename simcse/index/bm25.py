@@ -163,8 +163,9 @@ def fuse(dense: Ranking, lexical: SearchResult, k: int) -> Ranking:
     """Return the k best documents of two rankings of the same queries.
 
     A document's fused score is its cosine plus its BM25 score divided by that of the query's first (a convex
-    combination; Bruch et al. 2023, arXiv:2210.11934). A document that is not in a ranking has the last score there,
-    which it has at most, or 0 if that ranking is not full. Of equal scores the better rank in `dense` comes first.
+    combination; Bruch et al. 2023, arXiv:2210.11934). A document that is missing from a ranking gets that ranking's
+    lowest score, an upper bound of its own, or 0 if the ranking has fewer documents than were asked for. Of equal
+    scores the better rank in `dense` comes first.
 
     Args:
         dense: documents by cosine, [queries, any].

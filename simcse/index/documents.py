@@ -55,7 +55,7 @@ class Documents(Sequence):
 
     def _group_lines(self, keys: np.ndarray) -> None:
         """Find the documents and their lines by the key of each line, int64 [lines]."""
-        # A document is a key; np.unique has them in the order of the keys.
+        # np.unique sorts documents by their keys; further down they are put in the order of their first lines.
         _, first_line_of_document, document_of_line, line_count_of_document = np.unique(
             keys, return_index=True, return_inverse=True, return_counts=True)
         first_line_of_line = first_line_of_document[document_of_line]
@@ -173,7 +173,7 @@ def _read_keys(corpus: Corpus) -> np.ndarray:
 
 
 def _check_copies(corpus: Corpus, first_line: np.ndarray) -> None:
-    """Raise InputError if a line has not the text of the first line that has its key.
+    """Raise InputError if a line's text differs from that of the first line with the same key.
 
     Args:
         first_line: int64 [lines], that row of the corpus for each.
@@ -232,4 +232,4 @@ def report_changes(documents: Documents, previous_keys: np.ndarray, where: str) 
         raise InputError(f"{where}: was built with another corpus, of which no text is in {documents.corpus.name}; "
                          "name another, or remove this one to build it again")
     if not RANK:
-        log(f"{documents.line_count:,} documents: {new:,} new, {gone:,} gone, encoding {new:,}")
+        log(f"{len(documents):,} documents: {new:,} new, {gone:,} gone, encoding {new:,}")

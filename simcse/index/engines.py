@@ -1,18 +1,18 @@
 """The engines of an index, by the names that --ann_engine has for them."""
 
 from simcse import console
-from simcse.index.exact import ExactIndex
-from simcse.index.hnsw import HnswIndex
+from simcse.index.exact import ExactEngine
+from simcse.index.hnsw import HnswEngine
 from simcse.index.milvus import MilvusIndex
-from simcse.index.protocols import VectorIndex
+from simcse.index.protocols import LocalEngine
 
-# Kept in a folder, one index a shard. A new one is a `VectorIndex` and a line here.
-LOCAL_ENGINES: dict[str, type[VectorIndex]] = {
-    "hnswlib": HnswIndex,
-    "exact": ExactIndex,
+# Kept in a folder, one index a shard. A new one is a `LocalEngine` and a line here.
+LOCAL_ENGINES: dict[str, type[LocalEngine]] = {
+    "hnswlib": HnswEngine,
+    "exact": ExactEngine,
 }
 DEFAULT_ENGINE = "hnswlib"
-ENGINES: dict[str, type[VectorIndex] | type[MilvusIndex]] = {**LOCAL_ENGINES, "milvus": MilvusIndex}
+ENGINES: dict[str, type[LocalEngine] | type[MilvusIndex]] = {**LOCAL_ENGINES, "milvus": MilvusIndex}
 
 
 def check_installed(name: str) -> None:

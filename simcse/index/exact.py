@@ -1,10 +1,9 @@
 """Exact search by a matrix product: an engine for small corpora, and the reference for the others."""
 
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from simcse.index.protocols import SearchResult, VectorIndex
+from simcse.index.protocols import LocalEngine, SearchResult, merge_results
 from simcse.machine import CPU_THREADS
 
 import numpy as np
@@ -14,19 +13,7 @@ QUERY_BLOCK = 256
 CORPUS_BLOCK = 16384
 
 
-def merge(parts: Iterable[SearchResult], k: int) -> SearchResult:
-    """Return the k best of several results for the same queries, or all if there are fewer.
-
-    Of equal scores the lower row comes first.
-    """
-    parts = list(parts)
-    rows = np.hstack([part.rows for part in parts])
-    scores = np.hstack([part.scores for part in parts])
-    order = np.lexsort((rows, -scores), axis=1)[:, :k]
-    return SearchResult(np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1))
-
-
-def exact_search(queries: np.ndarray, vectors: np.ndarray | VectorIndex, k: int, threads: int = 0) -> SearchResult:
+def exact_search(queries: np.ndarray, vectors: np.ndarray | LocalEngine, k: int, threads: int = 0) -> SearchResult:
     """Return the k most similar vectors for each query; of equal cosines the lower row comes first.
 
     Args:
@@ -35,7 +22,10 @@ def exact_search(queries: np.ndarray, vectors: np.ndarray | VectorIndex, k: int,
         k: how many; all vectors if there are fewer.
         threads: how many blocks of queries are searched at a time; 0: as many as there are cores.
     """
-    read_block = vectors.vectors if isinstance(vectors, VectorIndex) else vectors.__getitem__
+    if not len(queries):
+        size = min(k, len(vectors))
+        return SearchResult(np.empty((0, size), "int64"), np.empty((0, size), "float32"))
+    read_block = vectors.vectors if isinstance(vectors, LocalEngine) else vectors.__getitem__
     query_blocks = [queries[start : start + QUERY_BLOCK] for start in range(0, len(queries), QUERY_BLOCK)]
     best = SearchResult(np.empty((len(queries), 0), "int64"), np.empty((len(queries), 0), "float32"))
     with ThreadPoolExecutor(threads or CPU_THREADS) as workers:
@@ -43,16 +33,14 @@ def exact_search(queries: np.ndarray, vectors: np.ndarray | VectorIndex, k: int,
             transposed = read_block(slice(start, start + CORPUS_BLOCK)).T
             running = [workers.submit(_search_block, block, transposed, k) for block in query_blocks]
             results = [search.result() for search in running]
-            if not results:
-                break
             rows = np.concatenate([result.rows for result in results]) + start
             scores = np.concatenate([result.scores for result in results])
-            best = merge([best, SearchResult(rows, scores)], k)
+            best = merge_results([best, SearchResult(rows, scores)], k)
     return best
 
 
 def _search_block(queries: np.ndarray, transposed: np.ndarray, k: int) -> SearchResult:
-    """Return the k most similar columns for each query, in the order of the columns.
+    """Return the k most similar columns for each query; unlike other results in the order of the columns.
 
     Of columns that are as similar as the k-th the lower ones are among the k.
 
@@ -84,7 +72,7 @@ def _lowest_best(cosines: np.ndarray, candidates: np.ndarray, k: int) -> np.ndar
     return np.sort(columns[order[:k]])
 
 
-class ExactIndex(VectorIndex):
+class ExactEngine(LocalEngine):
     """All vectors in one array, searched by `exact_search`."""
 
     description = "a matrix product, for up to some 100,000 documents"
@@ -107,9 +95,9 @@ class ExactIndex(VectorIndex):
         """Return the k most similar vectors of each query; see `exact_search`."""
         return exact_search(queries, self, k, threads)
 
-    def vectors(self, rows: slice | np.ndarray) -> np.ndarray:
-        """Return the vectors of some rows, float32 [rows, dimension]."""
-        return self._vectors[: self._count][rows]
+    def vectors(self, numbers: slice | np.ndarray) -> np.ndarray:
+        """Return the vectors of some numbers, float32 [numbers, dimension]."""
+        return self._vectors[: self._count][numbers]
 
     def save(self, path: str) -> None:
         """Write the array in numpy's format."""

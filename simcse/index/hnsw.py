@@ -3,7 +3,7 @@
 from typing import Any
 
 from simcse.console import InputError
-from simcse.index.protocols import SearchResult, VectorIndex
+from simcse.index.protocols import LocalEngine, SearchResult
 from simcse.index.settings import HNSW_EF, HNSW_M, HNSW_MAX_ELEMENTS
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 DEEPER = 4  # how many times larger an ef is measured for comparison
 
 
-class HnswIndex(VectorIndex):
+class HnswEngine(LocalEngine):
     """A graph of hnswlib (Malkov and Yashunin 2018) on inner products, which are cosines of L2-normalized vectors.
 
     Memory and recall grow with "hnsw_m", time and recall with "hnsw_ef".
@@ -22,7 +22,7 @@ class HnswIndex(VectorIndex):
     build_settings = (HNSW_M, HNSW_MAX_ELEMENTS)
     search_settings = (HNSW_EF,)
     approximate = True
-    query_block = 4  # of fewer queries a thread hnswlib searches all in one thread
+    query_block = 4  # hnswlib uses a single thread if there are no more queries per thread
 
     def __init__(self, dimension: int, capacity: int, settings: dict[str, Any]) -> None:
         import hnswlib
@@ -33,7 +33,7 @@ class HnswIndex(VectorIndex):
 
     @classmethod
     def bytes_needed(cls, dimension: int, capacity: int, settings: dict[str, Any]) -> int:
-        """Return the bytes of the vectors, their links and what hnswlib keeps of each; see `VectorIndex`."""
+        """Return the bytes of the vectors, their links and what hnswlib keeps of each; see `LocalEngine`."""
         vector = 4 * dimension
         links = 8 * settings["hnsw_m"]
         label_and_lock = 60
@@ -41,7 +41,7 @@ class HnswIndex(VectorIndex):
 
     @classmethod
     def complete_settings(cls, settings: dict[str, Any], rows: int) -> dict[str, Any]:
-        """Return the settings, with "hnsw_max_elements" for so many vectors if it is None; see `VectorIndex`."""
+        """Return the settings, with "hnsw_max_elements" for so many vectors if it is None; see `LocalEngine`."""
         limit = settings["hnsw_max_elements"]
         if limit is not None and limit < rows:
             raise InputError(f"--hnsw_max_elements {limit}: the corpus has {rows} distinct texts to index")
@@ -75,22 +75,22 @@ class HnswIndex(VectorIndex):
         while True:
             self._index.set_ef(ef)
             try:
-                rows, distances = self._index.knn_query(queries, k, threads)
-                return SearchResult(rows.astype("int64"), 1.0 - distances)
+                numbers, distances = self._index.knn_query(queries, k, threads)
+                return SearchResult(numbers.astype("int64"), 1.0 - distances)
             except RuntimeError:  # hnswlib reached fewer than k with this ef
                 if ef >= len(self):
                     raise InputError(f"--hnsw_m is too small: the index does not reach {k} documents from every query; "
                                      "raise --hnsw_m or --hnsw_ef") from None
                 ef = min(2 * ef, len(self))
 
-    def vectors(self, rows: slice | np.ndarray) -> np.ndarray:
-        """Return the vectors of some rows, float32 [rows, dimension]."""
-        if isinstance(rows, slice):
-            rows = np.arange(len(self))[rows]
-        return np.asarray(self._index.get_items(rows), "float32")
+    def vectors(self, numbers: slice | np.ndarray) -> np.ndarray:
+        """Return the vectors of some numbers, float32 [numbers, dimension]."""
+        if isinstance(numbers, slice):
+            numbers = np.arange(len(self))[numbers]
+        return np.asarray(self._index.get_items(numbers), "float32")
 
     def save(self, path: str) -> None:
-        """Write the graph in hnswlib's format; see `VectorIndex`."""
+        """Write the graph in hnswlib's format; see `LocalEngine`."""
         self._index.save_index(path)
 
     def load(self, path: str) -> None:

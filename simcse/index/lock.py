@@ -27,19 +27,32 @@ def lock_folder(path: str, wanted: Manifest, manifest: Manifest) -> Iterator[Non
     """
     lock_path = hidden_path(path, "lock")
     os.makedirs(os.path.dirname(lock_path), exist_ok=True)
-    with open(lock_path, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _wait_for_other(file, path, wanted)
+    with _open_locked(lock_path, path, wanted) as file:
         file.truncate(0)
         json.dump(dataclasses.asdict(manifest), file)
         file.flush()
         try:
             yield
         finally:
-            with contextlib.suppress(FileNotFoundError):  # the process that was waited for has removed it
-                os.remove(lock_path)
+            os.remove(lock_path)
+
+
+def _open_locked(lock_path: str, path: str, wanted: Manifest) -> IO:
+    """Return the lock's file, locked.
+
+    A process that waited may have got the lock of a file that the other one has removed meanwhile; a third could then
+    lock a new file of that name. So it is opened again, until what is locked is the file that has the name.
+    """
+    while True:
+        file = open(lock_path, "a+", encoding="utf-8")  # noqa: SIM115  closed by the caller
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _wait_for_other(file, path, wanted)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(lock_path)):
+                return file
+        file.close()
 
 
 def _wait_for_other(file: IO, path: str, wanted: Manifest) -> None:

@@ -12,7 +12,6 @@ from simcse.files import read_json, write_json
 FORMAT = 5  # of an index folder and of a collection; one of another format is refused
 MANIFEST_FILE = "manifest.json"
 EARLIER_FILE = "fingerprint.json"  # what formats before 5 have instead
-DIGEST_LENGTH = 64  # hexadecimal digits of SHA-256
 
 
 @dataclass
@@ -51,7 +50,7 @@ class Manifest:
         ann_engine: its name in ENGINES.
         index_shards: parts of a folder index.
         dimension: of the vectors.
-        build_settings: values by name; see `VectorIndex.build_settings`.
+        build_settings: values by name; see `LocalEngine.build_settings`.
 
     Which state of the corpus it has, compared by `has_corpus_of`:
         corpus: SHA-256 of the file.
@@ -84,6 +83,7 @@ class Manifest:
     format: int = FORMAT
 
     COMPARED = ("model", "max_seq_length", "precision", "passages", "ann_engine", "index_shards", "dimension")
+    DIGESTS = ("model",)  # compared, and not shown
 
     def differences(self, wanted: "Manifest") -> list[str]:
         """Return what of this index is not as `wanted`, such as "max_seq_length 32, not 64"; []: it can be used."""
@@ -93,7 +93,7 @@ class Manifest:
         for name, value in asked.items():
             if value is None or found.get(name) == value:
                 continue
-            if found.get(name) is None or len(str(value)) == DIGEST_LENGTH:
+            if found.get(name) is None or name in self.DIGESTS:
                 differences.append(f"another {name}")
             else:
                 differences.append(f"{name} {found[name]}, not {value}")

@@ -1,11 +1,12 @@
 """The interfaces of the index: a local engine, an index of a whole corpus, and the documents of its rows.
 
-Two levels search vectors. A `VectorIndex` is a local engine: it holds the vectors of one process, and numbers them as
-they are added. An `Index` is what recall.py and the service search: `ShardedIndex`, which wraps one `VectorIndex` a
+Two levels search vectors. A `LocalEngine` holds vectors in the memory of one process, and numbers them as they are
+added. An `Index` is what recall.py and the service search: `ShardedIndex`, which wraps one `LocalEngine` a
 shard, or `MilvusIndex`. A `DocumentStore` says which document a row of an index is.
 
-To add a local engine, write a subclass of `VectorIndex` and add it to LOCAL_ENGINES in engines.py. Its flags, their
-checks, its entries in the manifest and its tests follow from that.
+To add a local engine, write a subclass of `LocalEngine` and add it to LOCAL_ENGINES in engines.py. Its flags, their
+checks, its entries in the manifest and its tests follow from that. README.md and README_en.md list its file in their
+tree, and its name in the row of --ann_engine.
 
 An engine that needs a package which requirements.txt does not bring also takes:
 
@@ -17,7 +18,7 @@ An engine that needs a package which requirements.txt does not bring also takes:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from simcse.index.manifest import AnnRecall, Manifest
@@ -41,12 +42,21 @@ class SearchResult(NamedTuple):
     scores: np.ndarray
 
 
-class VectorIndex(ABC):
-    """A local engine: vectors in memory, numbered from 0 as they are added.
+def merge_results(parts: Iterable[SearchResult], k: int) -> SearchResult:
+    """Return the k best of several results for the same queries, or all if there are fewer."""
+    parts = list(parts)
+    rows = np.hstack([part.rows for part in parts])
+    scores = np.hstack([part.scores for part in parts])
+    order = np.lexsort((rows, -scores), axis=1)[:, :k]
+    return SearchResult(np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1))
+
+
+class LocalEngine(ABC):
+    """Vectors in memory, numbered from 0 as they are added; in what `search` returns, these numbers are the rows.
 
     All vectors are float32 and L2-normalized (an unknown text has zeros), so that inner products are cosines. Subclass
     it: what an engine does not define is as it stands here. An engine prints nothing, and turns errors of its library
-    that a user can correct into `InputError`.
+    that a user can correct into `InputError`; a logger of the library that logs on INFO is silenced.
 
     Attributes:
         description: what --help says of the engine.
@@ -56,8 +66,8 @@ class VectorIndex(ABC):
         search_settings: what a search may change. They are never compared with those of a kept index.
         approximate: whether `search` may miss some of the nearest. Then recall.py measures how many.
         training_size: how many vectors `train` asks for; 0: none.
-        query_block: how many queries a thread of `search` takes at a time. Fewer queries would leave threads idle, so
-            that the shards of an index are searched at the same time instead, by one thread each.
+        query_block: how many queries per thread `search` needs to use all of its threads. With fewer, `ShardedIndex`
+            searches several shards at the same time, each by one thread.
     """
 
     description: str
@@ -137,8 +147,8 @@ class VectorIndex(ABC):
         """
 
     @abstractmethod
-    def vectors(self, rows: slice | np.ndarray) -> np.ndarray:
-        """Return the vectors of some rows, float32 [rows, dimension], as they were added."""
+    def vectors(self, numbers: slice | np.ndarray) -> np.ndarray:
+        """Return the vectors of some numbers, float32 [numbers, dimension], as they were added."""
 
     @abstractmethod
     def save(self, path: str) -> None:

@@ -1,4 +1,4 @@
-"""Settings that several engines have, and how recall.py makes flags of them."""
+"""What a setting of an engine is, of which recall.py makes a flag; and the settings of HNSW, which engines share."""
 
 import argparse
 from collections.abc import Callable
@@ -13,7 +13,7 @@ class Setting:
     Attributes:
         name: that of the flag, without its dashes.
         type: converts the flag's text, as argparse's `type` does.
-        default: the value if the flag is not given; None: `VectorIndex.complete_settings` finds one.
+        default: the value if the flag is not given; None: `LocalEngine.complete_settings` finds one.
         help: the flag's help text, without the default.
         default_help: describes a default that is None.
     """

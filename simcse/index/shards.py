@@ -9,9 +9,9 @@ from typing import Any
 from simcse.console import InputError, log, progress, warn
 from simcse.files import file_digest
 from simcse.index.engines import LOCAL_ENGINES
-from simcse.index.exact import QUERY_BLOCK, exact_search, merge
+from simcse.index.exact import QUERY_BLOCK, exact_search
 from simcse.index.manifest import AnnRecall, Manifest
-from simcse.index.protocols import NO_SCORE, NOT_FOUND, SearchResult, VectorIndex
+from simcse.index.protocols import NO_SCORE, NOT_FOUND, LocalEngine, SearchResult, merge_results
 from simcse.machine import CPU_THREADS, RANK, RANKS, available_memory
 from simcse.text.tokens import WINDOW
 
@@ -68,8 +68,8 @@ class ShardedIndex:
         self._shards: dict[int, _Shard] = {}
         for shard, capacity in capacity_of.items():
             self._shards[shard] = _Shard(self._engine(manifest.dimension, capacity, dict(settings)))
-        # Most pieces that are added at a time. Pieces take turns with the shards, so that no two of these are of one
-        # shard; one more than there are threads, so that none waits.
+        # Most pieces that are added at a time: one more than there are threads, so that none waits. Consecutive pieces
+        # go to different shards, so that with at most as many pieces as shards none gets two at a time.
         self._most_adding = min(self._threads + 1, len(self._shards))
 
     def _check_memory(self, capacities: Collection[int], settings: dict[str, Any]) -> None:
@@ -138,9 +138,9 @@ class ShardedIndex:
         """
         from simcse.ranks import gather_arrays
 
-        own = merge([_nothing_found(len(queries), k), *self._search_own(queries, k, exact)], k)
+        own = merge_results([_nothing_found(len(queries), k), *self._search_own(queries, k, exact)], k)
         results = map(SearchResult, gather_arrays(own.rows), gather_arrays(own.scores))
-        return merge(results, k)
+        return merge_results(results, k)
 
     def _search_own(self, queries: np.ndarray, k: int, exact: bool) -> list[SearchResult]:
         """Return what each shard of this rank finds."""
@@ -242,7 +242,7 @@ class ShardedIndex:
 class _Shard:
     """Trains an engine with its first vectors, if it needs that, before they are added to it."""
 
-    def __init__(self, engine: VectorIndex) -> None:
+    def __init__(self, engine: LocalEngine) -> None:
         self.engine = engine
         self._is_trained = engine.training_size == 0
         self._waiting: list[np.ndarray] = []  # vectors that are not added yet

@@ -72,7 +72,8 @@ class RowReport:
         self.blank = 0
         self.malformed = 0  # blank ones are not counted here
         self.problems: list[str] = []  # of the first blank or malformed rows, as "file:line (problem)"
-        self.lossy: list[str] = []  # rows with U+FFFD, as "file:line"
+        self.lossy = 0  # rows with U+FFFD
+        self.lossy_places: list[str] = []  # the first of them, as "file:line"
 
     def add(self, row: Row) -> None:
         """Count a row. On stdin, where somebody waits for an answer, warn of the first malformed ones at once.
@@ -81,10 +82,10 @@ class RowReport:
             InputError: the row has a problem, and --strict_data is given.
         """
         self.total += 1
-        for field in row.fields:
-            if REPLACEMENT in field:
-                self.lossy.append(f"{self.name}:{row.line_number}")
-                break
+        if any(REPLACEMENT in field for field in row.fields):
+            self.lossy += 1
+            if len(self.lossy_places) < self.SHOWN:
+                self.lossy_places.append(f"{self.name}:{row.line_number}")
         if row.problem is not None:
             self._add_malformed(row)
 
@@ -123,8 +124,8 @@ class RowReport:
             outcome = "get no result (NaN, empty or null)" if self.keep_malformed else "are skipped"
             warn(f"{where}: {report}; they {outcome}; fix or remove them")
         if self.lossy:
-            warn_data(f"{where}: {len(self.lossy)} of {self.total} lines have U+FFFD, which stands for bytes that an "
-                      f"earlier conversion lost; convert the original again: {', '.join(self.lossy[: self.SHOWN])}")
+            warn_data(f"{where}: {self.lossy} of {self.total} lines have U+FFFD, which stands for bytes that an "
+                      f"earlier conversion lost; convert the original again: {', '.join(self.lossy_places)}")
 
 
 def read_rows(path: str, columns: int, flag: str, check: Check | None = None, *, keep_malformed: bool = False,
@@ -167,13 +168,13 @@ def read_rows(path: str, columns: int, flag: str, check: Check | None = None, *,
 class TextFile(Sequence):
     """A sequence of the rows of a file, each of which is read from the file when it is used.
 
-    Memory holds only the offsets of the lines, 8 bytes each. Rows, warnings and errors are those of `read_rows`. With
+    Memory holds only where the lines are, 8 to 12 bytes each. Rows, warnings and errors are those of `read_rows`. With
     one column a row is a text, with several it is a list of texts.
 
     Args:
         path: the file. A pipe is copied to a temporary file first.
         flag: the flag that named the file, for messages.
-        columns: how many fields a row has; or several numbers, of which `count_columns` chooses.
+        columns: how many fields a row has; or several numbers, of which `choose_columns` chooses.
 
     Attributes:
         name: the file's name in messages.
@@ -188,18 +189,18 @@ class TextFile(Sequence):
         self._file = _open_seekable(path)
         self.path = self._file.name
         refuse_binary(os.pread(self._file.fileno(), formats.HEAD_BYTES, 0), flag, self.name)
-        check_format = isinstance(columns, int)  # `count_columns` checks it too
-        self.columns = columns if check_format else count_columns(self.path, flag, columns, self.name)
+        is_fixed = isinstance(columns, int)  # otherwise `choose_columns` checks the format
+        self.columns = columns if is_fixed else choose_columns(self.path, flag, columns, self.name)
         with show_reading(self.path) as advance:
             scan = scan_lines(self._file, advance)
         self._offsets = scan.offsets
         self._row_lines: np.ndarray | None = None  # int32 [rows], the line, from 0, of each row; None: all are rows
         if self.columns == 1 and scan.is_plain:
             self._skip_blank_lines(scan.maybe_blank.tolist(), flag)
-            if check_format:
+            if is_fixed:
                 formats.check_format(self[: formats.SAMPLE_LINES], self.name, flag, (1,))
         else:
-            rows = read_rows(self.path, self.columns, flag, name=self.name, check_format=check_format)
+            rows = read_rows(self.path, self.columns, flag, name=self.name, check_format=is_fixed)
             self._row_lines = np.fromiter((row.line_number - 1 for row in rows), "int32")
 
     def _skip_blank_lines(self, maybe_blank: Sequence[int], flag: str) -> None:
@@ -402,10 +403,10 @@ def find_label_problem(fields: list[str]) -> str | None:
     return None if math.isfinite(number) else f"label {label!r} is not a finite number"
 
 
-def count_columns(path: str, flag: str, choices: tuple[int, ...], name: str | None = None) -> int:
-    """Return how many columns most of the first 1,000 lines of a file have.
+def choose_columns(path: str, flag: str, choices: tuple[int, ...], name: str | None = None) -> int:
+    """Return which of the allowed numbers of columns is the most frequent in the first 1,000 lines of a file.
 
-    If two numbers of columns are equally frequent, the one of the earlier line is returned.
+    If two are equally frequent, the one of the earlier line is returned.
 
     Args:
         path: the file.
@@ -429,10 +430,7 @@ def count_columns(path: str, flag: str, choices: tuple[int, ...], name: str | No
 
 
 def normalize(text: str) -> str:
-    """Return a text after Unicode normalization (NFKC), without blanks and invisible characters.
-
-    Texts that are equal after it look alike to a reader.
-    """
+    """Return a key for near duplicates: a text in Unicode's NFKC, without spaces and invisible characters."""
     text = unicodedata.normalize("NFKC", text).replace(" ", "")
     if text.isprintable():
         return text

@@ -134,10 +134,14 @@ class WordPiece:
 
     def encode(self, texts: Sequence[str], max_seq_length: int) -> list:
         """Return the tokenizers library's encoding of each text: ids, and where in the text each token stands."""
-        return self._rust.encode_batch(self._shorten_texts(texts, max_seq_length, keep_offsets=True))
+        with self._lock:
+            beginnings = self._shorten_texts(texts, max_seq_length, keep_offsets=True)
+            return self._rust.encode_batch(beginnings)
 
     def _shorten_texts(self, texts: Sequence[str], max_seq_length: int, *, keep_offsets: bool = False) -> list[str]:
-        """Return of each text a beginning that has the same first tokens, so that less is tokenized.
+        """Set the tokenizer's truncation; return of each text a beginning that has the same first tokens.
+
+        So less is tokenized than with whole texts.
 
         Args:
             texts: of any length.

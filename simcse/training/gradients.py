@@ -58,15 +58,16 @@ def backward(network: nn.Layer, model: Any, batch: Any, scale_loss: Callable[[pa
              chunk_size: int | None = None) -> BatchLoss:
     """Add the gradients of a batch's loss to those of the parameters, and return the loss.
 
-    The way of a batch, and back that of its gradients; queries, titles and hard negatives go it side by side, and none
-    of them is detached on it:
+    The forward pass of a batch, along which its gradients flow back:
 
         SimCSE.forward      encodes the sides: `Embeddings` of query, title and negative
-        SimCSE.loss         with cross-device negatives joins those of all ranks; `ranks.gather_rows` passes gradients
+        SimCSE.loss         with cross-device negatives joins the rows of all ranks (`ranks.gather_rows`). Those of
+                            other ranks arrive detached: every rank computes the whole loss, so that the gradients of
+                            its own rows are complete (`_rank_factor`)
         contrastive_loss    makes them logits: a row for each query, a column for each title, then for each negative
 
-    A hard negative therefore gets the gradients of its column in the rows of all queries. By chunks they go the same
-    way, in two parts; see `_backward_by_chunks`.
+    A hard negative gets gradients from its column in every query's row, except the rows where it is masked as a
+    duplicate of that query or its title. With chunks the pass is the same, in two parts; see `_backward_by_chunks`.
 
     Args:
         network: `model`, or the DataParallel that holds it.
@@ -83,9 +84,10 @@ def backward(network: nn.Layer, model: Any, batch: Any, scale_loss: Callable[[pa
 
 
 def _rank_factor(model: Any) -> int:
-    """Return the factor on the loss that turns DataParallel's mean of gradients into their sum, else 1.
+    """Return RANKS with cross-device negatives, otherwise 1.
 
-    With cross-device negatives every rank computes the same loss, but only its own rows carry gradients.
+    With them every rank computes the same loss, but only its own rows carry gradients, which have to be added up.
+    The factor undoes the mean that DataParallel takes.
     """
     return RANKS if model.loss_settings.cross_device_negatives else 1
 
@@ -116,7 +118,7 @@ def _backward_by_chunks(network: nn.Layer, model: Any, batch: Any, scale_loss: C
         start += chunk.size
         paddle.set_rng_state(random_state)
         # DataParallel exchanges gradients between ranks in the last chunk's backward pass only.
-        exchanges = network is model or chunk is chunks[-1]
-        with contextlib.nullcontext() if exchanges else network.no_sync():
+        sync_gradients = network is model or chunk is chunks[-1]
+        with contextlib.nullcontext() if sync_gradients else network.no_sync():
             paddle.autograd.backward(network(chunk).sides, gradients)
     return loss

@@ -63,7 +63,8 @@ class TrainingLog:
         """Add alignment, uniformity, and histograms of cosines, under the dropout of training.
 
         Positives are the cosines of each query with its title. Negatives are those of each query with the titles of
-        all queries that differ from it; hard negatives are not in the histogram.
+        all queries of another text, those that the loss leaves out for an equal title included; hard negatives are not
+        in the histogram.
         """
         query = batch_loss.embeddings.query.numpy()
         title = batch_loss.embeddings.title.numpy()

@@ -56,7 +56,7 @@ def load_masked_lm(name: str, dropout: float, precision: str = "fp32") -> Masked
     Raises:
         InputError: see `load_pretrained`; or the encoder's kind has no such head.
     """
-    network = load_pretrained(name, dropout, "AutoModelForMaskedLM", may_start_at_random="cls", uses_pooler=False)
+    network = load_pretrained(name, dropout, "AutoModelForMaskedLM", optional_part="cls", uses_pooler=False)
     if not hasattr(network, "cls"):
         raise InputError(f"--model_name_or_path {name}: {type(network).__name__} has no head that predicts tokens")
     return MaskedLM(network, precision)

@@ -31,8 +31,8 @@ class Optimization:
 
         self.schedule = LinearDecayWithWarmup(args.learning_rate, total_steps, args.warmup_proportion)
         self.optimizer = make_optimizer(args, model, self.schedule)
-        scales = args.precision == "fp16" and args.device == "gpu"
-        self.scaler = paddle.amp.GradScaler(enable=scales, init_loss_scaling=2.0**15)
+        use_scaler = args.precision == "fp16" and args.device == "gpu"
+        self.scaler = paddle.amp.GradScaler(enable=use_scaler, init_loss_scaling=2.0**15)
         self.learning_rate = self.optimizer.get_lr()
 
     def step(self) -> None:

@@ -14,7 +14,8 @@ from simcse.training.optimization import Optimization, restore_scaler, scaler_re
 import paddle
 from paddle import nn
 
-# Flags that earlier versions recorded and this one does not have, with the value by which they changed nothing.
+# Settings that checkpoints of earlier versions may record and that their script does not have any more, with the value
+# that made them do nothing. mlm_probability was once a flag of train.py; now it is one of pretrain.py alone.
 REMOVED_FLAGS = {"objective": "contrastive", "mlm_probability": None, "dup_rate": 0.0, "matryoshka_dims": None,
                  "distill_from": None, "distill_weight": None, "gradient_accumulation_steps": 1,
                  "gradient_cache": False, "use_recompute": False}

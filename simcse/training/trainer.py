@@ -36,7 +36,7 @@ REMEDY = "A lower --learning_rate, --max_grad_norm 1 or --warmup_proportion 0.1 
 
 
 class Diverged(Exception):
-    """The loss, or weights, contain NaN or Inf. The rank that has found it has reported it on stderr."""
+    """The loss, or weights, contain NaN or Inf. The rank that detected it has already reported it on stderr."""
 
 
 def run_training(args: argparse.Namespace, train: Callable[[], None]) -> None:
@@ -84,7 +84,7 @@ class Trainer:
         network: the model, or the DataParallel that holds it, which exchanges gradients between ranks.
         step: steps that are done.
         total_steps: steps of the run.
-        saved_step: the step of the checkpoint in --save_dir that has the weights as they are now; None: none has.
+        last_saved_step: the step of the newest checkpoint in --save_dir; None: there is none.
         log: writes the log of the run.
     """
 
@@ -110,7 +110,7 @@ class Trainer:
         for name in args.shared_defaults:
             values[name] = getattr(args, name)
         self.settings = RunSettings(values, defaults=args.shared_defaults)
-        self.saved_step: int | None = None
+        self.last_saved_step: int | None = None
         if args.resume:
             self._resume(args.resume)
         self.checked_step = self.step  # the last one whose loss was checked
@@ -132,7 +132,7 @@ class Trainer:
         is_saved = os.path.abspath(folder) == os.path.abspath(checkpoint_path(self.args.save_dir, self.step))
         if any_rank(not is_saved):  # another --save_dir, which gets a checkpoint of its own
             return
-        self.saved_step = self.step
+        self.last_saved_step = self.step
         if not RANK:
             remove_old(self.args.save_dir, self.step, self.args.keep_checkpoints)  # a kill may have come before this
 
@@ -159,14 +159,14 @@ class Trainer:
             Diverged: the loss is not finite on some rank. The weights are left as they were, and have been saved, if
                 they are finite.
         """
-        waits = self.args.device != "cpu" or RANKS > 1
+        has_to_wait = self.args.device != "cpu" or RANKS > 1
         step = self.step + 1
-        if check_loss or not waits or step % CHECK_STEPS == 0 or step == self.total_steps:
-            self._check_loss(float(loss), batch)
+        if check_loss or not has_to_wait or step % CHECK_STEPS == 0 or step == self.total_steps:
+            self._save_and_raise_if_diverged(float(loss), batch)
         self.optimization.step()
         self.step = step
 
-    def _check_loss(self, loss: float, batch: Any) -> None:
+    def _save_and_raise_if_diverged(self, loss: float, batch: Any) -> None:
         """Save the weights, if they are finite, and raise Diverged, where the loss is not finite on some rank."""
         is_finite = math.isfinite(loss)
         if not is_finite:
@@ -215,7 +215,7 @@ class Trainer:
         Raises:
             Diverged: weights are NaN or Inf; there is no checkpoint of them.
         """
-        if self.saved_step == self.step:
+        if self.last_saved_step == self.step:
             return
         self.check_weights("checkpoint not saved")
         if not RANK:
@@ -225,20 +225,22 @@ class Trainer:
                 write_state(temporary, self.model, self.optimization, step=self.step, settings=self.settings)
             log(f"saved {folder}")
             remove_old(self.args.save_dir, self.step, self.args.keep_checkpoints)
-        self.saved_step = self.step
+        self.last_saved_step = self.step
         wait_for_ranks()
 
     def stop_requested(self) -> bool:
         """Return whether a signal asks to stop after this step; all ranks call it, and get the same answer."""
-        return self.stop_signal.agreed(self.step) > 0
+        return self.stop_signal.signal_to_stop_for(self.step) > 0
 
-    def end_steps(self) -> None:
-        """Let signals end the process at once again, since the last checkpoint is saved; all ranks call it together.
+    def stop_if_signalled(self) -> None:
+        """End the run if a signal has come; from now on, with the last checkpoint saved, signals end it at once.
+
+        All ranks call it together.
 
         Raises:
-            Stopped: a signal has come before, for which the run ends now.
+            Stopped: a signal has come.
         """
-        number = self.stop_signal.received()
+        number = self.stop_signal.signal_on_any_rank()
         if number:  # the handlers stay: a launcher repeats its signal
             raise Stopped(number)
         self.stop_signal.stop_listening()
