@@ -560,7 +560,9 @@ def announce(args: argparse.Namespace, corpus: textfile.Corpus | None, queries: 
         target = args.index_path if has_index else args.ann_engine or DEFAULT_ENGINE
         with_ids = " with ids" if corpus.has_ids else ""
         source = f"{console.count(len(corpus), 'document')}{with_ids} for {target}"
-    asked = "queries of stdin" if is_streamed(args) else f"{len(queries):,} queries"
+    asked = "queries of stdin" if is_streamed(args) else console.count(len(queries), "query")
+    if any(query.id is not None for query in queries[:1]):
+        asked += " with ids"
     flags.announce(args, args.params_path, source, asked)
 
 

@@ -1,5 +1,6 @@
 """Search by words: BM25 over jieba's words of Chinese, and its fusion with the ranking of embeddings."""
 
+import itertools
 import logging
 import os
 import re
@@ -18,10 +19,11 @@ import numpy as np
 
 K1 = 1.5
 B = 0.75
-CORPUS_FILE = "corpus.json"  # beside the files of bm25s
-LETTERS_AND_DIGITS = re.compile("[a-z0-9]+")
-PART = re.compile("[a-z]+|[0-9]+")
-JOINTS = ("", " ", "-", "_")  # what may stand between letters and digits that are one word
+CORPUS_FILE = "corpus.json"  # beside the files of bm25s: the corpus, and the version of `words`
+WORDS_VERSION = 2
+PARTS = re.compile("[a-z]+|[0-9]+")
+# Letters and digits in turns, with nothing, a space, - or _ between them.
+CHAIN = re.compile(r"(?<![a-z0-9])(?:[a-z]+[ _-]?(?=[0-9])|[0-9]+[ _-]?(?=[a-z]))+(?:[a-z]+|[0-9]+)(?![a-z0-9])")
 jieba.setLogLevel(logging.WARNING)
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # else it logs wherever another library has set up logging
 
@@ -34,33 +36,31 @@ def fold(text: str) -> str:
 def words(text: str) -> list[str]:
     """Return the words of a text, folded, without those that have neither letter nor digit.
 
-    Letters and digits that stand together, as in "iphone14", are words of their own as well; and those that stand side
-    by side, as in "iphone 14" or "covid-19", are one word as well. So either form finds the other.
+    Of a word of letters and digits, such as "iphone14", the letters and the digits are words as well.
     """
     found = []
-    last_part, last_end = "", 0  # the letters or digits that came last, and where in `folded` they end
-    folded = fold(text)
-    position = 0
-    for word in jieba.cut(folded):
-        start = position
-        position += len(word)
+    for word in jieba.cut(fold(text)):
         if not any(map(str.isalnum, word)):
             continue
         found.append(word)
-        if not LETTERS_AND_DIGITS.fullmatch(word):
-            last_part = ""
-            continue
-        parts = list(PART.finditer(word))
-        for part in parts:
-            if len(parts) > 1:
-                found.append(part[0])
-            is_beside = folded[last_end : start + part.start()] in JOINTS
-            if last_part and is_beside and last_part.isdigit() != part[0].isdigit():
-                pair = last_part + part[0]
-                if pair != word:
-                    found.append(pair)
-            last_part = part[0]
-            last_end = start + part.end()
+        parts = PARTS.findall(word)
+        if len(parts) > 1 and "".join(parts) == word:
+            found += parts
+    return found
+
+
+def query_words(text: str) -> list[str]:
+    """Return the words that a query searches for: its own, and what its letters and digits are if written in one.
+
+    So "iphone 14" and "covid-19" find "iphone14" and "covid19", too. The reverse follows from `words`.
+    """
+    found = words(text)
+    for chain in CHAIN.findall(fold(text)):
+        parts = PARTS.findall(chain)
+        joined = [first + second for first, second in itertools.pairwise(parts)]
+        if len(parts) > 2:
+            joined.append("".join(parts))
+        found += [word for word in joined if word not in found]
     return found
 
 
@@ -95,7 +95,7 @@ class Bm25:
             return SearchResult(rows, scores)
         with console.progress("BM25: searching", len(queries), "queries") as advance:
             for number, query in enumerate(queries):
-                scores_of_all = self._index.get_scores_from_ids(self._index.get_tokens_ids(words(query)))
+                scores_of_all = self._index.get_scores_from_ids(self._index.get_tokens_ids(query_words(query)))
                 best = _best(scores_of_all, k)
                 rows[number, : len(best)] = best
                 scores[number, : len(best)] = scores_of_all[best]
@@ -135,7 +135,7 @@ def _keep(index: bm25s.BM25, folder: str, corpus: str | None) -> None:
     try:
         with new_folder(folder) as temporary:
             index.save(temporary, show_progress=False)
-            write_json(os.path.join(temporary, CORPUS_FILE), {"corpus": corpus})
+            write_json(os.path.join(temporary, CORPUS_FILE), {"corpus": corpus, "words": WORDS_VERSION})
     except OSError as error:
         console.warn(f"BM25 is not kept in {folder}: {error.strerror or error}")
 
@@ -153,8 +153,11 @@ def _read(folder: str, documents: int, corpus: str | None) -> bm25s.BM25:
         kept_documents = index.scores["num_docs"]
         if kept_documents != documents:
             raise ValueError(f"of {kept_documents} documents instead of {documents}")
-        if read_json(os.path.join(folder, CORPUS_FILE)).get("corpus") != corpus:
+        record = read_json(os.path.join(folder, CORPUS_FILE))
+        if record.get("corpus") != corpus:
             raise ValueError("of another corpus")
+        if record.get("words") != WORDS_VERSION:
+            raise ValueError("an earlier version made it, which had other words")
     console.log(f"using BM25 in {folder}")
     return index
 
