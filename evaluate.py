@@ -519,9 +519,12 @@ def main() -> None:
     for values in evaluation.values:
         recall_values = select(values, ["recall"], args)
         recalls.append([mean_percent(values_of_queries) for values_of_queries in recall_values.values()])
-    with open("result.tsv", "a", encoding="utf-8") as file:
-        for recall in recalls:
-            file.write("\t".join(map(str, recall)) + "\n")
+    try:
+        with open("result.tsv", "a", encoding="utf-8") as file:
+            for recall in recalls:
+                file.write("\t".join(map(str, recall)) + "\n")
+    except OSError as error:  # the values are printed
+        console.warn(f"result.tsv cannot be written here: {(error.strerror or str(error)).lower()}")
     if args.plot:
         draw_recall(args.plot, dict(zip(names, recalls)), evaluation.query_count)
         console.log(f"wrote {args.plot}")

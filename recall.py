@@ -24,7 +24,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 import ann_util
 from simcse import console, flags
 from simcse.encoder.weights import model_digest
-from simcse.files import STDIN, file_digest, new_file, stream_blocks
+from simcse.files import STDIN, check_writable, file_digest, new_file, stream_blocks
 from simcse.index.engines import DEFAULT_ENGINE, ENGINES, check_installed
 from simcse.index.hits import FUSION_DEPTH, Hit, Ranking, hits_of
 from simcse.index.hits import search as search_index
@@ -545,10 +545,12 @@ def set_precision(args: argparse.Namespace) -> None:
         args.precision = ann_util.query_precision(args.index_path, args.device)
 
 
-def make_result_folder(args: argparse.Namespace) -> None:
-    """Make the folder of the result, before anything takes time; the answers to --query go to stdout."""
-    if not args.query:
-        os.makedirs(os.path.dirname(result_path(args)) or ".", exist_ok=True)
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raise InputError, before anything takes time, where the result or the index cannot be written."""
+    if not args.query:  # whose answers go to stdout
+        check_writable(result_path(args), "--recall_result_file")
+    if args.index_path and args.corpus_file and not os.path.isdir(args.index_path):
+        check_writable(args.index_path, "--index_path", is_folder=True)
 
 
 def announce(args: argparse.Namespace, corpus: textfile.Corpus | None, queries: list[Query]) -> None:
@@ -570,7 +572,7 @@ def main() -> None:
     args = parse_args()
     corpus = read_corpus(args)
     queries = read_queries(args, corpus)
-    make_result_folder(args)
+    check_outputs(args)
     check_packages(args)
     set_precision(args)
     announce(args, corpus, queries)

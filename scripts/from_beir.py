@@ -28,7 +28,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 from simcse import console, flags
 from simcse.console import InputError
-from simcse.files import new_file
+from simcse.files import check_writable, new_file
 from simcse.measures import read_judgements
 
 SPLITS = ("test", "dev", "validation")  # without --split the first one that exists
@@ -171,6 +171,7 @@ def main() -> None:
     queries = read_texts(os.path.join(args.folder, "queries.jsonl"))
     judgements = read_known_judgements(qrels_path(args, args.split), queries, documents)
     os.makedirs(args.output_dir, exist_ok=True)
+    check_writable(os.path.join(args.output_dir, "corpus.csv"), "--output_dir")
     write_rows(args, "corpus.csv", documents.items(), "documents")
     write_split(args, queries, judgements)
     write_rows(args, "train_unsupervised.csv", ([text] for text in documents.values()), "texts")

@@ -302,6 +302,8 @@ def run(main: Callable[[], None]) -> None:
     What the user can correct becomes one line and exit code 2: input errors, missing files and packages, no memory
     left, trouble with CUDA. Ctrl-C is exit code 130. Other errors keep their traceback.
     """
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(encoding="utf-8")  # results are UTF-8, whatever the locale
     code = 0
     try:
         main()

@@ -24,7 +24,9 @@ WORDS_VERSION = 2
 PARTS = re.compile("[a-z]+|[0-9]+")
 # Letters and digits in turns, with nothing, a space, - or _ between them.
 CHAIN = re.compile(r"(?<![a-z0-9])(?:[a-z]+[ _-]?(?=[0-9])|[0-9]+[ _-]?(?=[a-z]))+(?:[a-z]+|[0-9]+)(?![a-z0-9])")
-jieba.setLogLevel(logging.WARNING)
+# It logs a traceback where its cache, in the folder of temporary files, belongs to another user.
+jieba.setLogLevel(logging.CRITICAL)
+jieba.dt.cache_file = f"jieba-{os.getuid()}.cache"
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # else it logs wherever another library has set up logging
 
 

@@ -350,8 +350,8 @@ def find_texts_as_ids(lines: Sequence[str], columns: tuple[int, ...]) -> Table |
     if len(rows) < MOST * len(lines):
         return None
     return Table("two columns, and texts instead of ids in the first", ["1", "2"], rows,
-                 "pairs of query and target are given by --similar_text_pair; of other files give one column, as cut -f1 "
-                 "writes it, or put the ids first; --corpus_columns 2 or --plain_text takes these texts for ids")
+                 "pairs of query and target are given by --similar_text_pair; of other files give one column, as "
+                 "cut -f1 writes it, or put the ids first; --corpus_columns 2 or --plain_text reads these texts as ids")
 
 
 def _takes_labels(columns: tuple[int, ...]) -> bool:
