@@ -292,8 +292,7 @@ def add_missing(index: Index, documents: Documents, encoder: "Encoder",
         _encode_and_add(index, documents, encoder, pieces, warnings)
     else:
         encoded = _encode_rows(encoder, documents, [piece.missing for piece in reused], warnings)
-        # `encoded` is first: zip asks it once more, and it reports its warnings when it ends.
-        for vectors, piece in zip(encoded, reused):
+        for vectors, piece in zip(encoded, reused, strict=True):  # to the end of both: `encoded` reports warnings there
             index.add(piece.rows, piece.completed_with(vectors))
         index.finish()
     if warnings is not None:
@@ -310,7 +309,7 @@ def _encode_and_add(index: Index, documents: Documents, encoder: "Encoder", piec
     if count:
         _log_start(documents, encoder, count)
     encoded = _encode_rows(encoder, documents, pieces, warnings)
-    for vectors, rows in zip(encoded, pieces):  # `encoded` is first, as in `add_missing`
+    for vectors, rows in zip(encoded, pieces, strict=True):  # as in `add_missing`
         index.add(rows, vectors)
     index.finish()
     if count:
@@ -383,7 +382,7 @@ def save_index(path: str, index: ShardedIndex, documents: Documents, hybrid: boo
         hybrid: keep their BM25 index, too.
 
     Raises:
-        OSError, RuntimeError: a file cannot be written.
+        InputError: a file cannot be written.
     """
     from simcse.ranks import gather_arrays
 
@@ -392,7 +391,8 @@ def save_index(path: str, index: ShardedIndex, documents: Documents, hybrid: boo
         _save_shards(index, hidden_path(path, process_of_rank_0))
         return
     obsolete = _files_of_index(path) if os.path.exists(path) else []
-    with new_folder(path, obsolete=obsolete) as folder:
+    one_line = as_input_error(f"--index_path {path}: cannot be written", OSError)
+    with one_line, new_folder(path, obsolete=obsolete) as folder:
         _save_shards(index, folder)
         _write_documents(folder, index.manifest, documents, hybrid)
     if BM25_FOLDER in obsolete and not hybrid:

@@ -136,6 +136,9 @@ def test_an_engine_keeps_its_promises(vectors, engine, tmp_path, capfd, caplog):
         got = index.vectors(rows)
         assert got.dtype == np.float32
         np.testing.assert_allclose(got, vectors[rows], atol=1e-6)
+    for path in ("/dev/full", tmp_path / "none" / "index.bin"):
+        with pytest.raises(OSError):
+            index.save(str(path))
     index.save(str(tmp_path / "index.bin"))
     again = engine_of(engine, 32, 700)
     again.load(str(tmp_path / "index.bin"))

@@ -76,7 +76,7 @@ class ExactEngine(LocalEngine):
     """All vectors in one array, searched by `exact_search`."""
 
     description = "a matrix product, for up to some 100,000 documents"
-    query_block = QUERY_BLOCK
+    queries_per_thread = QUERY_BLOCK
 
     def __init__(self, dimension: int, capacity: int, settings: dict[str, Any]) -> None:
         super().__init__(dimension, capacity, settings)

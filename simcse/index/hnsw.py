@@ -1,5 +1,6 @@
 """Approximate search by hnswlib's graph."""
 
+import os
 from typing import Any
 
 from simcse.console import InputError
@@ -22,7 +23,7 @@ class HnswEngine(LocalEngine):
     build_settings = (HNSW_M, HNSW_MAX_ELEMENTS)
     search_settings = (HNSW_EF,)
     approximate = True
-    query_block = 4  # hnswlib uses a single thread if there are no more queries per thread
+    queries_per_thread = 4  # hnswlib uses a single thread if there are no more queries per thread
 
     def __init__(self, dimension: int, capacity: int, settings: dict[str, Any]) -> None:
         import hnswlib
@@ -91,7 +92,14 @@ class HnswEngine(LocalEngine):
 
     def save(self, path: str) -> None:
         """Write the graph in hnswlib's format; see `LocalEngine`."""
-        self._index.save_index(path)
+        try:
+            self._index.save_index(path)
+        except RuntimeError as error:  # it cannot open the file
+            raise OSError(str(error)) from None
+        written = os.path.getsize(path)
+        expected = self._index.index_file_size()
+        if written != expected:  # hnswlib does not notice a full disk
+            raise OSError(f"{written:,} of {expected:,} bytes were written; is the disk full?")
 
     def load(self, path: str) -> None:
         """Read a graph that `save` has written."""

@@ -10,8 +10,8 @@ tree, and its name in the row of --ann_engine.
 
 An engine that needs a package which requirements.txt does not bring also takes:
 
-* `packages` and `requirements` of its class, and no import of the package above the level of a function;
-* a file requirements-<name>.txt with exact versions;
+* `packages` and `requirements` of its class, and the package is imported inside functions only;
+* a file requirements-<package>.txt with exact versions;
 * that file in the sentence on optional packages in README.md and README_en.md, and in docs/zh/index.md and
   docs/en/index.md, where the engine is described;
 * that file in scripts/run_tests.sh. Without the package the tests of the engine are skipped.
@@ -56,7 +56,7 @@ class LocalEngine(ABC):
 
     All vectors are float32 and L2-normalized (an unknown text has zeros), so that inner products are cosines. Subclass
     it: what an engine does not define is as it stands here. An engine prints nothing, and turns errors of its library
-    that a user can correct into `InputError`; a logger of the library that logs on INFO is silenced.
+    that a user can correct into `InputError`; it sets loggers of its library to WARNING.
 
     Attributes:
         description: what --help says of the engine.
@@ -66,7 +66,7 @@ class LocalEngine(ABC):
         search_settings: what a search may change. They are never compared with those of a kept index.
         approximate: whether `search` may miss some of the nearest. Then recall.py measures how many.
         training_size: how many vectors `train` asks for; 0: none.
-        query_block: how many queries per thread `search` needs to use all of its threads. With fewer, `ShardedIndex`
+        queries_per_thread: with no more queries than this per thread, `search` leaves threads idle. `ShardedIndex` then
             searches several shards at the same time, each by one thread.
     """
 
@@ -77,14 +77,14 @@ class LocalEngine(ABC):
     search_settings: Sequence[Setting] = ()
     approximate: bool = False
     training_size: int = 0
-    query_block: int = 1
+    queries_per_thread: int = 1
 
     def __init__(self, dimension: int, capacity: int, settings: dict[str, Any]) -> None:
         """Make an empty index.
 
         Args:
             dimension: of the vectors.
-            capacity: how many vectors will be added.
+            capacity: how many vectors will be added or loaded.
             settings: a value for each of `build_settings` and `search_settings`, by name. The latter may change between
                 searches.
         """
@@ -155,7 +155,7 @@ class LocalEngine(ABC):
         """Write the index to a file, the same bytes for the same vectors and settings.
 
         Raises:
-            OSError, RuntimeError: the file cannot be written.
+            OSError: the file cannot be written, or not all of it.
         """
 
     @abstractmethod

@@ -145,10 +145,10 @@ class ShardedIndex:
     def _search_own(self, queries: np.ndarray, k: int, exact: bool) -> list[SearchResult]:
         """Return what each shard of this rank finds."""
         shards = list(self._shards)
-        query_block = QUERY_BLOCK if exact else self._engine.query_block
+        queries_per_thread = QUERY_BLOCK if exact else self._engine.queries_per_thread
         results = []
         with progress(f"searching {len(queries):,} queries", len(shards), "shards") as advance:
-            if len(queries) <= self._threads * query_block:
+            if len(queries) <= self._threads * queries_per_thread:
                 # Too few to share out among the threads: each thread searches a share of the shards instead.
                 shares = [shards[thread :: self._threads] for thread in range(min(self._threads, len(shards)))]
                 running = [self._workers.submit(self._search_shards, share, queries, k, exact, 1) for share in shares]
@@ -215,7 +215,7 @@ class ShardedIndex:
         """Write this rank's shards to a folder.
 
         Raises:
-            OSError, RuntimeError: a file cannot be written.
+            OSError: a file cannot be written, or not all of it.
         """
         for number, shard in self._shards.items():
             shard.engine.save(os.path.join(folder, _file_of_shard(number)))
