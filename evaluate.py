@@ -265,7 +265,7 @@ def warn_incomplete(args: argparse.Namespace, path: str, result: RankedResult, p
         console.warn(f"{lines} of {path} with a query that is not in {args.similar_text_pair}")
     counts = [count_documents(result, query, targets.total()) for query, targets in pairs.items()]
     depth = min(args.recall_num, max(counts, default=0))
-    if depth < max(RECALL_KS):
+    if 0 < depth < max(RECALL_KS):
         console.warn(f"{path} has at most {console.count(depth, 'document')} per query: recall@k is recall@{depth} for "
                      "every larger k")
 

@@ -553,6 +553,19 @@ def check_outputs(args: argparse.Namespace) -> None:
         check_writable(args.index_path, "--index_path", is_folder=True)
 
 
+def check_trec_ids(args: argparse.Namespace, corpus: textfile.Corpus | None, queries: Sequence[Query]) -> None:
+    """Refuse ids with white space, which separates the columns of a TREC run, before anything takes time."""
+    if args.format != "trec" or RANK:
+        return
+    places = [query.place for query in queries if query.id is not None and len(query.id.split()) != 1]
+    if corpus is not None and corpus.has_ids:
+        places += [corpus.place(row) for row, id in enumerate(corpus.all_ids()) if len(id.split()) != 1]
+    if places:
+        ids = "an id has" if len(places) == 1 else f"{len(places):,} ids have"
+        raise console.InputError(f"--format trec: {ids} white space, which separates its columns: "
+                                 f"{console.some(places, 3)}; give other ids, or --format jsonl")
+
+
 def announce(args: argparse.Namespace, corpus: textfile.Corpus | None, queries: list[Query]) -> None:
     """Log what is about to be done."""
     if corpus is None:
@@ -572,6 +585,7 @@ def main() -> None:
     args = parse_args()
     corpus = read_corpus(args)
     queries = read_queries(args, corpus)
+    check_trec_ids(args, corpus, queries)
     check_outputs(args)
     check_packages(args)
     set_precision(args)
