@@ -302,6 +302,9 @@ def run(main: Callable[[], None]) -> None:
     What the user can correct becomes one line and exit code 2: input errors, missing files and packages, no memory
     left, trouble with CUDA. Ctrl-C is exit code 130. Other errors keep their traceback.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started the script
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     code = 0
     try:
         main()
