@@ -4,6 +4,7 @@ An index folder has a file a shard, the corpus (corpus.csv), its documents (docu
 manifest.json, which says what the index is made of. With --hybrid_bm25 it has a folder bm25, too.
 """
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -17,7 +18,7 @@ from simcse.console import InputError, accept_all_lines, as_input_error, log
 from simcse.files import file_digest, hidden_path, new_folder, read_json
 from simcse.index.documents import Documents, find_keys, report_changes
 from simcse.index.engines import DEFAULT_ENGINE, ENGINES, LOCAL_ENGINES
-from simcse.index.manifest import MANIFEST_FILE, Manifest
+from simcse.index.manifest import MANIFEST_FILE, Manifest, is_as_written
 from simcse.index.milvus import MilvusIndex
 from simcse.index.protocols import NOT_FOUND, DocumentStore, Index
 from simcse.index.settings import Setting
@@ -101,14 +102,14 @@ def read_manifest(path: str, wanted: Manifest) -> Manifest:
 
 
 def peek_manifest(path: str) -> dict[str, Any]:
-    """Return the fields of the manifest in a folder as they stand there, without a check; {}: there is none.
+    """Return the fields of the manifest in a folder; {}: there is none, or it is damaged.
 
     With it a command finds out early what its flags mean; `read_manifest` refuses later what is wrong with the index.
     """
-    try:
-        return read_json(os.path.join(path, MANIFEST_FILE))
-    except InputError:  # not JSON
-        return {}
+    content = {}
+    with contextlib.suppress(InputError):  # not JSON
+        content = read_json(os.path.join(path, MANIFEST_FILE))
+    return content if is_as_written(content) else {}
 
 
 def query_precision(path: str, device: str) -> str:

@@ -181,9 +181,11 @@ def read_jsonl_hits(path: str, targets: str) -> Iterator[Hit]:
             for result in content["results"]:
                 document = result["document"]
                 target = result["id"] if targets == "id" else document
+                if not all(isinstance(text, str) for text in (content["query"], document, target)):
+                    raise TypeError
                 score = result.get("cosine", result.get("score"))
                 yield Hit(content["query"], target, document, str(score))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             problem = "the corpus had no ids" if error.args == ("id",) else "no line of recall.py --format jsonl"
             raise console.InputError(f"--recall_result_file {path}:{number}: {problem}") from None
 

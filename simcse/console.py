@@ -302,8 +302,10 @@ def run(main: Callable[[], None]) -> None:
     What the user can correct becomes one line and exit code 2: input errors, missing files and packages, no memory
     left, trouble with CUDA. Ctrl-C is exit code 130. Other errors keep their traceback.
     """
-    if sys.stdout is not None:
-        sys.stdout.reconfigure(encoding="utf-8")  # results are UTF-8, whatever the locale
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started the script
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    sys.stdout.reconfigure(encoding="utf-8")  # results are UTF-8, whatever the locale
     code = 0
     try:
         main()

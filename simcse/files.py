@@ -151,10 +151,10 @@ def _copy_missing(source: str, target: str, obsolete: Collection[str]) -> None:
     """Copy what only the folder `source` has to the folder `target`, except the names in `obsolete`."""
     for name in set(os.listdir(source)) - set(os.listdir(target)) - set(obsolete):
         path = os.path.join(source, name)
-        if os.path.isdir(path):
-            shutil.copytree(path, os.path.join(target, name))
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.copytree(path, os.path.join(target, name), symlinks=True)
         else:
-            shutil.copy2(path, os.path.join(target, name))
+            shutil.copy2(path, os.path.join(target, name), follow_symlinks=False)
 
 
 def _put_in_place(temporary: str, path: str) -> None:

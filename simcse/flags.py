@@ -75,6 +75,9 @@ class ArgumentParser(argparse.ArgumentParser):
 # ---------------------------------------------------------------------------------------------------- types of values
 # The functions for type= of a flag. Each takes the text that the user gave and returns the value, or raises
 # ArgumentTypeError, whose message argparse prints after "argument --flag:".
+MAX_INT = 2**31 - 1  # the largest that paddle and numpy take everywhere
+
+
 def _number(expected: str, convert: type, accepts: Callable[[Any], bool]) -> Callable[[str], Any]:
     """Return the type of a flag that takes a number of some range.
 
@@ -90,6 +93,8 @@ def _number(expected: str, convert: type, accepts: Callable[[Any], bool]) -> Cal
             value = None
         if value is None or not accepts(value):
             raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        if convert is int and value > MAX_INT:
+            raise argparse.ArgumentTypeError(f"expected an integer <= {MAX_INT}, got {text!r}")
         return value
 
     return parse

@@ -187,6 +187,21 @@ def test_an_engine_is_trained_before_vectors_are_added(vectors, documents, train
     assert index.vectors(np.array([3, -1, 149])).tolist() == [vectors[3].tolist(), [0] * 32, vectors[149].tolist()]
 
 
+@pytest.mark.parametrize("change", [
+    {"index_shards": 3}, {"dimension": 128}, {"rows": 10}, {"rows": None}, {"files": []}, {"foo": 1}, {"ann_recall": 3},
+    {"ann_engine": ["exact"]}, {"precision": 5}, {"search_settings": None}])
+def test_an_edited_manifest_is_damaged(tmp_path, change):
+    """Whatever the edit is: it would give other answers, or end in a traceback."""
+    manifest_of("exact", 9, 4, 1).save(str(tmp_path))
+    assert ann_util.read_manifest(str(tmp_path), Manifest()).rows == 9
+    path = tmp_path / "manifest.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**content, **change}), encoding="utf-8")
+    assert ann_util.peek_manifest(str(tmp_path)) == {}
+    with pytest.raises(InputError, match="index_path .*: damaged: manifest.json is not what was written; name another"):
+        ann_util.read_manifest(str(tmp_path), Manifest())
+
+
 def test_an_index_in_another_precision_is_refused_with_advice(tmp_path):
     Manifest(precision="int8", ann_engine="none").save(str(tmp_path))
     with pytest.raises(InputError, match="index_path .*: has ann_engine none, which is not among those of this"):

@@ -126,6 +126,8 @@ def test_what_is_damaged_is_one_line(exported, tmp_path, name, message):
     (b"\n", "the file is empty"),
     (b'{"text": "a"}\n', "texts:1: looks like JSON or CSV; write one text a line"),
     (b'"a","b"\n', "texts:1: looks like JSON or CSV; write one text a line"),
+    (b'[{"text": "a"}]\n', "texts:1: looks like JSON or CSV"),
+    (b'id,text\n1,"a,b"\n', "texts:1: looks like JSON or CSV"),
     ("甲\na\tb\n\n".encode(), "2 of 3 lines are blank or malformed: texts:2 (columns: 2 instead of 1), "
                                "texts:3 (blank)"),
     (b"a\tb\nc\td\ne\n", "2 of 3 lines are blank or malformed")])

@@ -87,6 +87,7 @@ def test_bytes_that_are_no_text_on_the_command_line(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("script, flags, message", [
     ("recall.py", ["--recall_num", 0], "argument --recall_num/--top_k: expected an integer >= 1, got '0'"),
+    ("train.py", ["--seed", 10**20], f"argument --seed: expected an integer <= 2147483647, got '{10**20}'"),
     ("recall.py", ["--batch_size", -3], "argument --batch_size: expected an integer >= 1, got '-3'"),
     ("evaluate.py", ["--recall_num", 0], "argument --recall_num: expected an integer >= 1, got '0'"),
     ("train.py", ["--output_dropout", 1], "argument --output_dropout: expected a number in [0, 1), got '1'"),

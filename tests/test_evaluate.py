@@ -79,7 +79,10 @@ def test_a_million_lines(tmp_path):
     ("dev.csv", "", "the file is empty"), ("result.txt", "", "the file is empty"),
     ("result.txt", "a\tA\n", "malformed"), ("dev.csv", "a b\n", "columns: 1 instead of 2"),
     ("result.txt", '{"query": "a", "results": [{"rank": 1, "cosine": 0.5}]}\n',
-     "result.txt:1: no line of recall.py --format jsonl")])
+     "result.txt:1: no line of recall.py --format jsonl"),
+    ("result.txt", '{"query": "a", "results": [{"document": ["A"]}]}\n', "result.txt:1: no line of recall.py"),
+    ("result.txt", '{"query": "a", "results": ' + "[" * 100_000, "result.txt:1: no line of recall.py")],
+    ids=lambda value: value[:40])
 def test_malformed_files(tmp_path, name, content, message):
     (tmp_path / "dev.csv").write_text("a\tA\n")
     (tmp_path / "result.txt").write_text("a\tA\t0.5\n")

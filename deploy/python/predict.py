@@ -126,6 +126,8 @@ def parse_args() -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise InputError for a flag that is out of range or would do nothing."""
+    if args.output_file and os.path.isdir(args.output_file):
+        raise InputError(f"argument --output_file: {args.output_file}: is a folder")
     for flag, minimum in (("max_seq_length", 3), ("batch_size", 1), ("cpu_threads", 0)):
         value = getattr(args, flag)
         if value is not None and value < minimum:
@@ -265,16 +267,32 @@ def write_embeddings(args: argparse.Namespace, rows: list[Row], embeddings: np.n
     """Write embeddings, float32 [rows, embedding_size], to --output_file, or print them."""
     if args.output_file:
         os.makedirs(os.path.dirname(args.output_file) or ".", exist_ok=True)
-        temporary = f"{args.output_file}.{os.getpid()}.tmp"  # so that Ctrl-C leaves the file before, or the new one
-        with open(temporary, "wb") as file:
-            np.save(file, embeddings)
-        os.replace(temporary, args.output_file)
+        save_array(args.output_file, embeddings)
         log(args, f"wrote {len(embeddings)} x {embeddings.shape[1]} float32 to {args.output_file}")
     elif args.format:
         print_results(args.format, ("text", "embedding"), rows, embeddings.tolist())
     else:
         print(embeddings.shape)
         print(embeddings)
+
+
+def save_array(path: str, array: np.ndarray) -> None:
+    """Write an array to a file, which has the whole array or stays as it was; a device is written to as it is."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        with open(path, "wb") as file:
+            np.save(file, array)
+        return
+    path = os.path.realpath(path)  # of a link, what it leads to
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            np.save(file, array)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"--output_file {path}: cannot be written: {error.strerror or error}") from None
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
 
 
 # ----------------------------------------------------------------------------------------------------------- benchmark

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from predictor import InputError
 
-OTHER_FORMAT = re.compile(rb'\s*(\{".*\}|"[^"]*"(,"[^"]*")+)\s*')  # a line of JSON or of quoted CSV
+# The first line of JSON, or of CSV with quoted cells or with a header.
+OTHER_FORMAT = re.compile(rb'\s*(\{".*|\[\s*[{"].*|"[^"]*"(,"[^"]*")+|[A-Za-z_]+(,[A-Za-z_]+)+)\s*')
 LINE_BREAKS = re.compile(r"[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+")  # what any program ends a line or a field at
 
 

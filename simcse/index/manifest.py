@@ -1,6 +1,7 @@
 """The manifest of an index: what it is made of, kept with it and compared when it is used again."""
 
 import dataclasses
+import hashlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from simcse.files import read_json, write_json
 
 FORMAT = 5  # of an index folder and of a collection; one of another format is refused
 MANIFEST_FILE = "manifest.json"
+DIGEST = "digest"  # in that file, SHA-256 of what else is in it
 EARLIER_FILE = "fingerprint.json"  # what formats before 5 have instead
 
 
@@ -132,14 +134,18 @@ class Manifest:
         """
         if content.get("format") != FORMAT:
             raise InputError(f"{where}: another version of recall.py built it; {remedy}")
-        manifest = cls(**content)
-        if manifest.ann_recall:
-            manifest.ann_recall = AnnRecall(**content["ann_recall"])
+        try:
+            manifest = cls(**content)
+            if manifest.ann_recall:
+                manifest.ann_recall = AnnRecall(**content["ann_recall"])
+        except TypeError:  # other fields
+            raise InputError(f"{where}: damaged: its manifest lacks fields, or has others; {remedy}") from None
         return manifest
 
     def save(self, folder: str) -> None:
-        """Write it to a folder."""
-        write_json(os.path.join(folder, MANIFEST_FILE), dataclasses.asdict(self))
+        """Write it to a folder, with a digest of itself by which an edited or damaged one is told."""
+        content = json.loads(self.to_json())
+        write_json(os.path.join(folder, MANIFEST_FILE), {**content, DIGEST: _digest(content)})
 
     @classmethod
     def load(cls, folder: str, where: str, remedy: str) -> "Manifest":
@@ -149,12 +155,26 @@ class Manifest:
             where, remedy: see `check`.
 
         Raises:
-            InputError: the folder is no index, or another version has written it.
+            InputError: the folder is no index, its manifest is damaged, or another version has written it.
         """
         try:
             content = read_json(os.path.join(folder, MANIFEST_FILE)) or read_json(os.path.join(folder, EARLIER_FILE))
-        except InputError:  # not JSON
-            content = {}
+        except InputError as error:
+            raise InputError(f"{where}: damaged: {error}") from None
         if not content:
             raise InputError(f"{where}: exists, but is not an index that recall.py wrote")
+        if not is_as_written(content):
+            raise InputError(f"{where}: damaged: {MANIFEST_FILE} is not what was written; {remedy}")
+        content.pop(DIGEST, None)
         return cls.from_dict(content, where, remedy)
+
+
+def is_as_written(content: dict[str, Any]) -> bool:
+    """Return whether a manifest that was read is what `Manifest.save` has written, by its digest if it has one."""
+    fields = {name: value for name, value in content.items() if name != DIGEST}
+    return content.get(DIGEST, _digest(fields)) == _digest(fields)
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """Return SHA-256 of JSON content, in hexadecimal."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
