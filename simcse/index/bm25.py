@@ -38,7 +38,8 @@ def fold(text: str) -> str:
 def words(text: str) -> list[str]:
     """Return the words of a text, folded, without those that have neither letter nor digit.
 
-    Of a word of letters and digits, such as "iphone14", the letters and the digits are words as well.
+    Of a word of letters and digits, such as "iphone14", the letters and the digits are words as well, unless they are
+    a single one, which would say little.
     """
     found = []
     for word in jieba.cut(fold(text)):
@@ -47,7 +48,7 @@ def words(text: str) -> list[str]:
         found.append(word)
         parts = PARTS.findall(word)
         if len(parts) > 1 and "".join(parts) == word:
-            found += parts
+            found += [part for part in parts if len(part) > 1]
     return found
 
 
