@@ -14,6 +14,7 @@ CPU_HAS_BF16 = " avx512_bf16" in PROCESSOR or CPU_HAS_AMX
 # Intel's AVX-512 BF16 without AMX: oneDNN in bf16 takes 1.6 times as long as in fp32 there; on AMD's half as long.
 CPU_BF16_IS_FASTER = CPU_HAS_BF16 and (CPU_HAS_AMX or "AuthenticAMD" in PROCESSOR)
 CGROUPS = "/sys/fs/cgroup"
+CGROUP_OF_PROCESS = "/proc/self/cgroup"
 # By device, the tokens of a batch, padding included, that keep the processor busy.
 BATCH_TOKENS = {"cpu": 2048, "gpu": 65536}
 # Which of the processes that paddle's launcher started this is, and how many there are.
@@ -31,7 +32,7 @@ def cgroup_values(controller: str, name_v2: str, name_v1: str) -> list[str]:
         name_v2, name_v1: the file's name in the two versions.
     """
     values = []
-    with contextlib.suppress(OSError), open("/proc/self/cgroup", encoding="utf-8") as groups:
+    with contextlib.suppress(OSError), open(CGROUP_OF_PROCESS, encoding="utf-8") as groups:
         for line in groups:
             _, controllers, path = line.rstrip("\n").split(":", 2)
             if controllers == "":
@@ -51,10 +52,13 @@ def cgroup_values(controller: str, name_v2: str, name_v1: str) -> list[str]:
 def count_cores() -> int:
     """Return how many cores this process may use: by its affinity, and by the quota of its control groups."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for value in cgroup_values("cpu", "cpu.max", "cpu.cfs_quota_us"):
-        quota, *period = value.split()
-        if quota not in ("max", "-1"):
-            cores = min(cores, max(1, int(quota) // int(period[0] if period else 100_000)))
+    # Microseconds of all cores together in a period, and the period; version 2 has both in one file.
+    quotas = cgroup_values("cpu", "cpu.max", "cpu.cfs_quota_us")
+    periods = cgroup_values("cpu", "cpu.max", "cpu.cfs_period_us")
+    for quota, period in zip(quotas, periods):
+        granted = quota.split()[0]
+        if granted not in ("max", "-1"):
+            cores = min(cores, max(1, int(granted) // int(period.split()[-1])))
     return cores
 
 
