@@ -85,7 +85,8 @@ def test_cores_and_memory_of_a_container_of_version_2(cgroup):
 
 def test_cores_and_memory_of_a_container_of_version_1(cgroup):
     cgroup("4:memory:/box\n3:cpu,cpuacct:/box\n0::/\n",
-           **{"cpu,cpuacct__box__cpu_DOT_cfs_quota_us": "250000\n", "cpu,cpuacct__box__cpu_DOT_cfs_period_us": "100000\n"},
+           **{"cpu,cpuacct__box__cpu_DOT_cfs_quota_us": "250000\n"},
+           **{"cpu,cpuacct__box__cpu_DOT_cfs_period_us": "100000\n"},
            memory__box__memory_DOT_limit_in_bytes="400000000\n", memory__box__memory_DOT_usage_in_bytes="100000000\n",
            memory__box__memory_DOT_stat="total_inactive_file 7\n")
     assert machine.count_cores() == 2
