@@ -55,7 +55,8 @@ def test_documents_that_are_queries(tmp_path):
     assert "run: 1 query of 1 with a document of the query's own id" in plain.stderr
     without = succeed("evaluate.py", *flags, "--ignore_identical_ids", cwd=tmp_path)
     assert without.stdout.startswith("recall@1=100.0\n") and "left out the document" in without.stderr
-    assert "needs --qrels" in refuse("evaluate.py", "--ignore_identical_ids", cwd=tmp_path)
+    assert "needs --qrels" in refuse("evaluate.py", "--ignore_identical_ids", "--similar_text_pair", "run",
+                                          "--recall_result_file", "run", cwd=tmp_path)
 
 
 @pytest.mark.parametrize("break_it, message", [

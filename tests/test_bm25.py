@@ -56,7 +56,7 @@ def test_the_form_that_is_written_in_one_is_a_word_of_a_query_that_has_it_apart(
 
 
 def test_words_are_lower_case_letters_and_digits():
-    assert words("，BM25 Model！\u3000语义索引…… ") == ["bm25", "model", "语义", "索引"]
+    assert words("，BM25 Model！\u3000语义索引…… ") == ["bm25", "bm", "25", "model", "语义", "索引"]
     assert words("。 ！") == []
 
 

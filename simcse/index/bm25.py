@@ -23,7 +23,7 @@ CORPUS_FILE = "corpus.json"  # beside the files of bm25s: the corpus, and the ve
 WORDS_VERSION = 2
 PARTS = re.compile("[a-z]+|[0-9]+")
 # Letters and digits in turns, with nothing, a space, - or _ between them.
-CHAIN = re.compile(r"(?<![a-z0-9])(?:[a-z]+[ _-]?(?=[0-9])|[0-9]+[ _-]?(?=[a-z]))+(?:[a-z]+|[0-9]+)(?![a-z0-9])")
+CHAIN = re.compile(r"(?<![a-z0-9.])(?:[a-z]+[ _-]?(?=[0-9])|[0-9]+[ _-]?(?=[a-z]))+(?:[a-z]+|[0-9]+)(?![a-z0-9])")
 # It logs a traceback where its cache, in the folder of temporary files, belongs to another user.
 jieba.setLogLevel(logging.CRITICAL)
 jieba.dt.cache_file = f"jieba-{os.getuid()}.cache"
