@@ -71,6 +71,8 @@ def parse_args() -> argparse.Namespace:
     add("--recall_result_file", type=flags.readable_file, nargs="+", default=RESULT,
         help="what recall.py wrote, tsv or jsonl, with ids for --targets id, or trec for --qrels; several files of the "
         "same queries are evaluated one after the other")
+    add("--ignore_identical_ids", action="store_true", help="with --qrels: leave out a query's document that has the "
+        "query's own id, as BEIR does for sets whose queries are documents, such as ArguAna")
     add("--recall_num", type=flags.positive_int, default=50, help="documents of each query that count, the best ones")
     add("--metrics", default="recall", help="what to print, separated by commas: "
         f"{', '.join(METRICS)}; with --qrels {', '.join(JUDGED_METRICS)}")
@@ -112,7 +114,9 @@ def check_files(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 
 
 def check_metrics(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse unknown names in --metrics."""
+    """Refuse unknown names in --metrics, and flags of judgements without them."""
+    if args.ignore_identical_ids and not args.qrels:
+        parser.error("--ignore_identical_ids needs --qrels")
     table = metrics_table(args)
     for name in args.metrics:
         if name not in table:
@@ -263,7 +267,7 @@ def warn_incomplete(args: argparse.Namespace, path: str, result: RankedResult, p
         console.warn(f"{lines} of {path} with a query that is not in {args.similar_text_pair}")
     counts = [count_documents(result, query, targets.total()) for query, targets in pairs.items()]
     depth = min(args.recall_num, max(counts, default=0))
-    if depth < max(RECALL_KS):
+    if 0 < depth < max(RECALL_KS):
         console.warn(f"{path} has at most {console.count(depth, 'document')} per query: recall@k is recall@{depth} for "
                      "every larger k")
 
@@ -322,10 +326,11 @@ def evaluate_by_judgements(args: argparse.Namespace) -> Evaluation:
     evaluation = Evaluation(query_count=len(relevant), values=[])
     for path in args.recall_result_file:
         run = read_run(path, "--recall_result_file")
+        handle_identical_ids(args, path, run)
         warn_missing(path, [query for query in relevant if query not in run])
         unknown = run.keys() - relevant.keys()
         if unknown:
-            console.warn(f"{len(unknown)} queries of {path} are not judged in {args.qrels}")
+            console.warn(f"{path} has {console.count(len(unknown), 'query')} that {args.qrels} does not judge")
         values = {}
         for metric in metrics_to_compute(args):
             ranks = rank_relevant(relevant, run, metric)  # each metric orders documents of equal scores in its way
@@ -333,6 +338,21 @@ def evaluate_by_judgements(args: argparse.Namespace) -> Evaluation:
             values.update(measure_queries(ranks, [metric], args.recall_num, grades, JUDGED_METRICS))
         evaluation.values.append(values)
     return evaluation
+
+
+def handle_identical_ids(args: argparse.Namespace, path: str, run: dict[str, dict[str, float]]) -> None:
+    """Leave out of a run the documents with their query's own id, or, without the flag, warn of them."""
+    identical = [query for query, scores in run.items() if query in scores]
+    if not identical:
+        return
+    queries = console.count(len(identical), "query")
+    if not args.ignore_identical_ids:
+        console.warn(f"{path}: {queries} of {len(run):,} with a document of the query's own id; where queries are "
+                     "documents, BEIR leaves it out: --ignore_identical_ids")
+        return
+    for query in identical:
+        del run[query][query]
+    console.log(f"{path}: left out the document of the query's own id for {queries}")
 
 
 def rank_relevant(relevant: Mapping[str, Mapping[str, int]], run: Mapping[str, dict[str, float]],
@@ -521,9 +541,12 @@ def main() -> None:
     for values in evaluation.values:
         recall_values = select(values, ["recall"], args)
         recalls.append([mean_percent(values_of_queries) for values_of_queries in recall_values.values()])
-    with open("result.tsv", "a", encoding="utf-8") as file:
-        for recall in recalls:
-            file.write("\t".join(map(str, recall)) + "\n")
+    try:
+        with open("result.tsv", "a", encoding="utf-8") as file:
+            for recall in recalls:
+                file.write("\t".join(map(str, recall)) + "\n")
+    except OSError as error:  # the values are printed
+        console.warn(f"result.tsv cannot be written here: {(error.strerror or str(error)).lower()}")
     if args.plot:
         draw_recall(args.plot, dict(zip(names, recalls)), evaluation.query_count)
         console.log(f"wrote {args.plot}")

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from simcse import console, flags
 from simcse.encoder.weights import ONNX_FILE, OPENVINO_FILE, OPSET
+from simcse.files import check_writable
 from simcse.text.tokens import make_batches
 from simcse.text.wordpiece import WordPiece
 
@@ -77,13 +78,7 @@ def check_output(args: argparse.Namespace) -> None:
         InputError: the path is no folder, cannot be made, or has a graph of another format; or a package is missing.
     """
     path = args.output_path
-    parent = os.path.dirname(os.path.abspath(path))
-    while not os.path.exists(parent):
-        parent = os.path.dirname(parent)
-    if not os.path.isdir(parent):
-        raise console.InputError(f"--output_path {path}: {parent} is not a folder")
-    if os.path.exists(path) and not os.path.isdir(path):
-        raise console.InputError(f"--output_path {path}: exists and is not a folder")
+    check_writable(path, "--output_path", is_folder=True)
     for name in os.listdir(path) if os.path.isdir(path) else ():
         if name.startswith("inference.") and name.split(".")[-1] not in FORMATS[args.format].endings:
             raise console.InputError(f"--output_path {path}: holds {name}, which is not of --format {args.format}; "

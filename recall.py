@@ -24,7 +24,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 import ann_util
 from simcse import console, flags
 from simcse.encoder.weights import model_digest
-from simcse.files import STDIN, file_digest, new_file, stream_blocks
+from simcse.files import STDIN, check_writable, file_digest, new_file, stream_blocks
 from simcse.index.engines import DEFAULT_ENGINE, ENGINES, check_installed
 from simcse.index.hits import FUSION_DEPTH, Hit, Ranking, hits_of
 from simcse.index.hits import search as search_index
@@ -545,10 +545,25 @@ def set_precision(args: argparse.Namespace) -> None:
         args.precision = ann_util.query_precision(args.index_path, args.device)
 
 
-def make_result_folder(args: argparse.Namespace) -> None:
-    """Make the folder of the result, before anything takes time; the answers to --query go to stdout."""
-    if not args.query:
-        os.makedirs(os.path.dirname(result_path(args)) or ".", exist_ok=True)
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raise InputError, before anything takes time, where the result or the index cannot be written."""
+    if not args.query:  # whose answers go to stdout
+        check_writable(result_path(args), "--recall_result_file")
+    if args.index_path and args.corpus_file and not os.path.isdir(args.index_path):
+        check_writable(args.index_path, "--index_path", is_folder=True)
+
+
+def check_trec_ids(args: argparse.Namespace, corpus: textfile.Corpus | None, queries: Sequence[Query]) -> None:
+    """Refuse ids with white space, which separates the columns of a TREC run, before anything takes time."""
+    if args.format != "trec" or RANK:
+        return
+    places = [query.place for query in queries if query.id is not None and len(query.id.split()) != 1]
+    if corpus is not None and corpus.has_ids:
+        places += [corpus.place(row) for row, id in enumerate(corpus.all_ids()) if len(id.split()) != 1]
+    if places:
+        ids = "an id has" if len(places) == 1 else f"{len(places):,} ids have"
+        raise console.InputError(f"--format trec: {ids} white space, which separates its columns: "
+                                 f"{console.some(places, 3)}; give other ids, or --format jsonl")
 
 
 def announce(args: argparse.Namespace, corpus: textfile.Corpus | None, queries: list[Query]) -> None:
@@ -560,7 +575,9 @@ def announce(args: argparse.Namespace, corpus: textfile.Corpus | None, queries: 
         target = args.index_path if has_index else args.ann_engine or DEFAULT_ENGINE
         with_ids = " with ids" if corpus.has_ids else ""
         source = f"{console.count(len(corpus), 'document')}{with_ids} for {target}"
-    asked = "queries of stdin" if is_streamed(args) else f"{len(queries):,} queries"
+    asked = "queries of stdin" if is_streamed(args) else console.count(len(queries), "query")
+    if any(query.id is not None for query in queries[:1]):
+        asked += " with ids"
     flags.announce(args, args.params_path, source, asked)
 
 
@@ -568,7 +585,8 @@ def main() -> None:
     args = parse_args()
     corpus = read_corpus(args)
     queries = read_queries(args, corpus)
-    make_result_folder(args)
+    check_trec_ids(args, corpus, queries)
+    check_outputs(args)
     check_packages(args)
     set_precision(args)
     announce(args, corpus, queries)

@@ -21,14 +21,14 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from simcse import console, flags
 from simcse.console import InputError
-from simcse.files import new_file
+from simcse.files import check_writable, new_file
 from simcse.measures import read_judgements
 
 SPLITS = ("test", "dev", "validation")  # without --split the first one that exists
@@ -74,25 +74,31 @@ def qrels_path(args: argparse.Namespace, split: str) -> str:
 def read_texts(path: str) -> dict[str, str]:
     """Return the texts of a file of JSON lines by id, a title before its text.
 
-    Objects without a text are left out, with a warning.
+    Objects without a text, and those with the id of an earlier one, are left out, with a warning.
 
     Raises:
         InputError: a line is no such object, or an id has white space.
     """
     texts = {}
     empty = []
+    duplicates = []
     count = 0
-    with open(path, encoding="utf-8") as file, console.as_input_error(path, UnicodeDecodeError):
+    with open(path, encoding="utf-8-sig") as file, console.as_input_error(path, UnicodeDecodeError):
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             count += 1
             place = f"{path}:{number}"
             id, text = parse_object(line, place)
-            if text:
+            if id in texts:
+                duplicates.append(place)
+            elif text:
                 texts[id] = text
             else:
                 empty.append(place)
+    if duplicates:
+        console.warn(f"{len(duplicates):,} of {count:,} ids stand on an earlier line too; these lines were left out: "
+                     f"{console.some(duplicates, 3)}")
     if empty:
         console.warn(f"{len(empty):,} of {count:,} texts are empty, and left out: {console.some(empty, 3)}")
     return texts
@@ -111,25 +117,27 @@ def parse_object(line: str, place: str) -> tuple[str, str]:
     return id, " ".join(words)
 
 
-def read_known_judgements(path: str, queries: dict[str, str], documents: dict[str, str]) -> list[Judgement]:
-    """Return the judgements of queries and documents that exist.
+def read_split(path: str) -> list[Judgement]:
+    """Return all judgements of a split."""
+    judgements = []
+    for query, grades in read_judgements(path, "qrels").items():
+        for document, grade in grades.items():
+            judgements.append(Judgement(query, document, grade))
+    return judgements
+
+
+def select_known(judgements: Sequence[Judgement], queries: dict[str, str], documents: dict[str, str],
+                 path: str) -> list[Judgement]:
+    """Return the judgements of queries and documents that exist; `path` is their file, for the error message.
 
     Raises:
         InputError: none of them has a grade above 0.
     """
-    judgements = []
-    unknown = 0
-    for query, grades in read_judgements(path, "qrels").items():
-        for document, grade in grades.items():
-            if query in queries and document in documents:
-                judgements.append(Judgement(query, document, grade))
-            else:
-                unknown += 1
-    if unknown:
-        console.warn(f"{path}: {unknown:,} judgements are of queries or documents that do not exist, and left out")
-    if not any(judgement.grade > 0 for judgement in judgements):
+    known = [judgement for judgement in judgements
+             if judgement.query_id in queries and judgement.document_id in documents]
+    if not any(judgement.grade > 0 for judgement in known):
         raise InputError(f"{path}: judges no document that exists to be relevant")
-    return judgements
+    return known
 
 
 def write_rows(args: argparse.Namespace, name: str, rows: Iterable[Iterable[str]], noun: str) -> None:
@@ -143,12 +151,22 @@ def write_rows(args: argparse.Namespace, name: str, rows: Iterable[Iterable[str]
     console.log(f"wrote {path}: {count:,} {noun}")
 
 
-def write_split(args: argparse.Namespace, queries: dict[str, str], judgements: list[Judgement]) -> None:
-    """Write the files of the queries that --split judges."""
-    judged = dict.fromkeys(judgement.query_id for judgement in judgements)
+def write_split(args: argparse.Namespace, queries: dict[str, str], documents: dict[str, str]) -> None:
+    """Write the files of the queries that --split judges.
+
+    The judgements stay as they came, so that measures by them are those of the set.
+    """
+    path = qrels_path(args, args.split)
+    judgements = read_split(path)
+    known = select_known(judgements, queries, documents, path)
+    unknown = len(judgements) - len(known)
+    if unknown:
+        console.warn(f"{path}: {unknown:,} of {len(judgements):,} judgements are of queries or documents that do not "
+                     "exist; they stay in qrels.tsv, and what they judge relevant counts as missed")
+    judged = dict.fromkeys(judgement.query_id for judgement in judgements if judgement.query_id in queries)
     judged_queries = [(id, queries[id]) for id in judged]
     judgement_rows = [(query, document, str(grade)) for query, document, grade in judgements]
-    relevant = [(queries[query], document) for query, document, grade in judgements if grade > 0]
+    relevant = [(queries[query], document) for query, document, grade in known if grade > 0]
     write_rows(args, "queries.csv", judged_queries, f"queries of {args.split}")
     write_rows(args, "qrels.tsv", judgement_rows, "judgements")
     write_rows(args, "dev.csv", relevant, "queries and ids of relevant documents")
@@ -160,7 +178,7 @@ def write_training_pairs(args: argparse.Namespace, queries: dict[str, str], docu
     if args.split == "train" or not os.path.isfile(path):
         return
     with contextlib.suppress(InputError):  # training pairs are optional
-        judgements = read_known_judgements(path, queries, documents)
+        judgements = select_known(read_split(path), queries, documents, path)
         pairs = [(queries[query], documents[document]) for query, document, grade in judgements if grade > 0]
         write_rows(args, "train.csv", pairs, "queries and texts of relevant documents, of train")
 
@@ -169,10 +187,10 @@ def main() -> None:
     args = parse_args()
     documents = read_texts(os.path.join(args.folder, "corpus.jsonl"))
     queries = read_texts(os.path.join(args.folder, "queries.jsonl"))
-    judgements = read_known_judgements(qrels_path(args, args.split), queries, documents)
     os.makedirs(args.output_dir, exist_ok=True)
+    check_writable(os.path.join(args.output_dir, "corpus.csv"), "--output_dir")
     write_rows(args, "corpus.csv", documents.items(), "documents")
-    write_split(args, queries, judgements)
+    write_split(args, queries, documents)
     write_rows(args, "train_unsupervised.csv", ([text] for text in documents.values()), "texts")
     write_training_pairs(args, queries, documents)
 

@@ -22,7 +22,7 @@ from itertools import islice
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from simcse import console, flags
-from simcse.files import new_file
+from simcse.files import check_writable, new_file
 from simcse.text import textfile
 
 # Why a candidate is skipped, as the report says it.
@@ -64,8 +64,7 @@ def parse_args() -> argparse.Namespace:
     if args.negatives_per_pair > rank_count:
         parser.error(f"--negatives_per_pair {args.negatives_per_pair}: --negative_depth {first} {last} has only "
                      f"{console.count(rank_count, 'rank')}")
-    if os.path.isdir(args.output_file):
-        parser.error(f"argument --output_file: {args.output_file}: is a directory")
+    check_writable(args.output_file, "--output_file")
     return args
 
 

@@ -24,7 +24,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 from simcse import console, flags
 from simcse.console import InputError
-from simcse.files import STDIN, new_file
+from simcse.files import STDIN, check_writable, new_file
 from simcse.text import formats
 from simcse.text.formats import LABELS
 from simcse.text.lines import read_lines
@@ -72,8 +72,8 @@ def parse_args() -> argparse.Namespace:
                         "text, a text with label 1 and one with label 0, for each two of them (default: all rows)")
     flags.add_strict_argument(parser)
     args = parser.parse_args()
-    if os.path.isdir(args.output_file):
-        parser.error(f"argument --output_file: {args.output_file}: is a directory")
+    if args.output_file != STDIN:
+        check_writable(args.output_file, "--output_file")
     if args.format == "jsonl" and args.header:
         parser.error("--header is for csv and tsv")
     args.input_name = "stdin" if args.input_file == STDIN else args.input_file

@@ -3,11 +3,16 @@
 import importlib.util
 import os
 import sys
+import tempfile
 import warnings
 import zlib  # noqa: F401  paddlepaddle 2.6 dies in inflateReset2 if its own zlib is loaded before Python's
 
 from simcse.machine import PROCESSOR
 
+if not os.access(os.path.expanduser("~"), os.W_OK):
+    # Libraries keep settings and caches in the home folder, and some end with an error without one.
+    home = tempfile.TemporaryDirectory(prefix="simcse-home-")
+    os.environ["HOME"] = home.name
 if importlib.util.find_spec("numpy") is None:
     from simcse.console import HOW_TO_INSTALL
 

@@ -305,6 +305,7 @@ def run(main: Callable[[], None]) -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started the script
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    sys.stdout.reconfigure(encoding="utf-8")  # results are UTF-8, whatever the locale
     code = 0
     try:
         main()

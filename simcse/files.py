@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, NamedTuple, TypeVar
 
-from simcse.console import as_input_error, progress, settings
+from simcse.console import InputError, as_input_error, progress, settings
 
 Item = TypeVar("Item")
 MAX_BLOCK = 16384  # most lines of stdin that are answered at a time
@@ -70,8 +70,16 @@ def _remove(path: str) -> None:
 
 @contextlib.contextmanager
 def new_file(path: str, mode: str = "w") -> Iterator[IO]:
-    """Open a temporary file that takes the place of `path` when all is written; on an error `path` stays as it was."""
+    """Open a temporary file that takes the place of `path` when all is written; on an error `path` stays as it was.
+
+    A link is followed. A device or a named pipe is written to as it is.
+    """
     text_options = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    if os.path.exists(path) and not os.path.isfile(path):
+        with open(path, mode, **text_options) as file:
+            yield file
+        return
+    path = os.path.realpath(path)
     with _temporary_path(path) as temporary:
         with open(temporary, mode, **text_options) as file:
             yield file
@@ -86,10 +94,11 @@ def new_folder(path: str, obsolete: Collection[str] = ()) -> Iterator[str]:
     one step. On an error `path` stays as it was.
 
     Args:
-        path: the folder. What only the older one has is copied to the new one: the user may keep files there.
+        path: the folder; a link to one is followed. What only the older one has is copied to the new one: the user may
+            keep files there.
         obsolete: names in the older folder that are not copied.
     """
-    path = os.path.abspath(path)
+    path = os.path.realpath(path)
     with _temporary_path(path) as temporary:
         os.mkdir(temporary)
         yield temporary
@@ -106,11 +115,36 @@ def new_cache_folder(path: str) -> Iterator[str]:
 
     It is for what can be made again, and is checked before it is used.
     """
-    path = os.path.abspath(path)
+    path = os.path.realpath(path)
     with _temporary_path(path) as temporary:
         os.mkdir(temporary)
         yield temporary
         _put_in_place(temporary, path)
+
+
+def check_writable(path: str, flag: str, *, is_folder: bool = False) -> None:
+    """Raise InputError, before any work, where a file or a folder cannot be written.
+
+    Args:
+        path: need not exist, and its parent folders need not either.
+        flag: the flag that names it, for the message.
+        is_folder: whether it is written by `new_folder`.
+    """
+    where = f"{flag} {path}"
+    path = os.path.realpath(path)
+    exists = os.path.exists(path)
+    if exists and is_folder != os.path.isdir(path):
+        raise InputError(f"{where}: is {'not a folder' if is_folder else 'a folder'}")
+    if is_folder and os.path.ismount(path):
+        raise InputError(f"{where}: is a mount point, which no new folder can replace; name a folder in it")
+    is_special = exists and not is_folder and not os.path.isfile(path)  # a device or a named pipe
+    parent = path if is_special else os.path.dirname(path)
+    while not os.path.exists(parent):
+        parent = os.path.dirname(parent)
+    if not is_special and not os.path.isdir(parent):
+        raise InputError(f"{where}: {parent} is no folder")
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"{where}: {parent} cannot be written")
 
 
 def _copy_missing(source: str, target: str, obsolete: Collection[str]) -> None:

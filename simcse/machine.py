@@ -13,16 +13,57 @@ CPU_HAS_AMX = " amx_bf16" in PROCESSOR
 CPU_HAS_BF16 = " avx512_bf16" in PROCESSOR or CPU_HAS_AMX
 # Intel's AVX-512 BF16 without AMX: oneDNN in bf16 takes 1.6 times as long as in fp32 there; on AMD's half as long.
 CPU_BF16_IS_FASTER = CPU_HAS_BF16 and (CPU_HAS_AMX or "AuthenticAMD" in PROCESSOR)
-CPU_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CGROUPS = "/sys/fs/cgroup"
+CGROUP_OF_PROCESS = "/proc/self/cgroup"
 # By device, the tokens of a batch, padding included, that keep the processor busy.
 BATCH_TOKENS = {"cpu": 2048, "gpu": 65536}
 # Which of the processes that paddle's launcher started this is, and how many there are.
 RANK = int(os.environ.get("PADDLE_TRAINER_ID", 0))
 RANKS = int(os.environ.get("PADDLE_TRAINERS_NUM", 1))
 PARENT = os.getppid()  # at the start of this process; of one of several ranks it is the launcher
-CPU_THREADS = max(1, CPU_CORES // RANKS)  # the default of --cpu_threads: ranks on one machine share its cores
-
 TRAIN_PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")  # number formats of matrix products in training
+
+
+def cgroup_values(controller: str, name_v2: str, name_v1: str) -> list[str]:
+    """Return what the control groups of this process, each within the next, say in a file: as containers limit it.
+
+    Args:
+        controller: of version 1.
+        name_v2, name_v1: the file's name in the two versions.
+    """
+    values = []
+    with contextlib.suppress(OSError), open(CGROUP_OF_PROCESS, encoding="utf-8") as groups:
+        for line in groups:
+            _, controllers, path = line.rstrip("\n").split(":", 2)
+            if controllers == "":
+                root, name = CGROUPS, name_v2
+            elif controller in controllers.split(","):
+                root, name = os.path.join(CGROUPS, controllers), name_v1
+            else:
+                continue
+            folder = os.path.normpath(root + path)
+            while folder.startswith(root):
+                with contextlib.suppress(OSError), open(os.path.join(folder, name), encoding="ascii") as file:
+                    values.append(file.read().strip())
+                folder = os.path.dirname(folder)
+    return values
+
+
+def count_cores() -> int:
+    """Return how many cores this process may use: by its affinity, and by the quota of its control groups."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # Microseconds of all cores together in a period, and the period; version 2 has both in one file.
+    quotas = cgroup_values("cpu", "cpu.max", "cpu.cfs_quota_us")
+    periods = cgroup_values("cpu", "cpu.max", "cpu.cfs_period_us")
+    for quota, period in zip(quotas, periods):
+        granted = quota.split()[0]
+        if granted not in ("max", "-1"):
+            cores = min(cores, max(1, int(granted) // int(period.split()[-1])))
+    return cores
+
+
+CPU_CORES = count_cores()
+CPU_THREADS = max(1, CPU_CORES // RANKS)  # the default of --cpu_threads: ranks on one machine share its cores
 
 
 def auto_precision(device: str) -> str:
@@ -62,9 +103,22 @@ def gpu_generation() -> int:
 
 
 def available_memory() -> float:
-    """Return the bytes of memory that can be had; infinite where the system does not tell."""
+    """Return the bytes of memory that can be had, by the machine and by the limits of the control groups.
+
+    It is infinite where the system does not tell.
+    """
+    available = math.inf
     with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as file:
         for line in file:
             if line.startswith("MemAvailable"):
-                return 1024 * int(line.split()[1])
-    return math.inf
+                available = 1024 * int(line.split()[1])
+    limits = cgroup_values("memory", "memory.max", "memory.limit_in_bytes")
+    used = cgroup_values("memory", "memory.current", "memory.usage_in_bytes")
+    statistics = cgroup_values("memory", "memory.stat", "memory.stat")
+    for limit, usage, statistic in zip(limits, used, statistics):
+        if limit == "max":
+            continue
+        counts = dict(line.split() for line in statistic.splitlines())
+        reclaimable = int(counts.get("total_inactive_file", counts.get("inactive_file", 0)))
+        available = min(available, int(limit) - int(usage) + reclaimable)
+    return available

@@ -1,5 +1,6 @@
 """scripts/from_beir.py, and what evaluate.py makes of judgements and runs; its measures are in test_metrics."""
 
+import codecs
 import json
 
 from simcse.console import InputError
@@ -26,11 +27,36 @@ def test_a_folder_becomes_this_layout(tmp_path):
     write_folder(tmp_path, test="q1\td1\t2\nq1\td2\t0\nq2\td2\t1\nq2\td9\t1\n", train="q2\t3\t1\n")
     said = succeed("scripts/from_beir.py", ".", cwd=tmp_path).stderr
     expected = {"corpus.csv": "d1\t标题 甲 乙\nd2\t丙 丁\n3\t戊\n", "queries.csv": "q1\t甲 乙\nq2\t丙\n",
-                "qrels.tsv": "q1\td1\t2\nq1\td2\t0\nq2\td2\t1\n", "dev.csv": "甲 乙\td1\n丙\td2\n",
+                "qrels.tsv": "q1\td1\t2\nq1\td2\t0\nq2\td2\t1\nq2\td9\t1\n", "dev.csv": "甲 乙\td1\n丙\td2\n",
                 "train_unsupervised.csv": "标题 甲 乙\n丙 丁\n戊\n", "train.csv": "丙\t戊\n"}
     assert {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "recall").iterdir()} == expected
     assert "1 of 4 texts are empty, and left out: " in said and "corpus.jsonl:4" in said
-    assert "1 judgements are of queries or documents that do not exist" in said
+    assert "1 of 4 judgements are of queries or documents that do not exist; they stay in qrels.tsv" in said
+
+
+def test_of_several_lines_with_an_id_the_first_counts(tmp_path):
+    """As in recall.py; a BOM before the first line is no part of it."""
+    again = [*DOCUMENTS[:2], {"_id": "d1", "text": "later"}, {"_id": "d2", "text": "later"}]
+    write_folder(tmp_path, documents=again, test="q1\td1\t1\n")
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_bytes(codecs.BOM_UTF8 + corpus.read_bytes())
+    said = succeed("scripts/from_beir.py", ".", cwd=tmp_path).stderr
+    assert (tmp_path / "recall" / "corpus.csv").read_text(encoding="utf-8") == "d1\t标题 甲 乙\nd2\t丙 丁\n"
+    assert "2 of 4 ids stand on an earlier line too; these lines were left out: " in said and "jsonl:3, " in said
+
+
+def test_documents_that_are_queries(tmp_path):
+    """BEIR leaves out a query's own id, which the flag does; without the flag it is said."""
+    (tmp_path / "qrels").write_text("a 0 b 1\n")
+    (tmp_path / "run").write_text("a Q0 a 1 0.9 t\na Q0 b 2 0.8 t\n")
+    flags = ["--qrels", "qrels", "--recall_result_file", "run"]
+    plain = succeed("evaluate.py", *flags, cwd=tmp_path)
+    assert plain.stdout.startswith("recall@1=0.0\n")
+    assert "run: 1 query of 1 with a document of the query's own id" in plain.stderr
+    without = succeed("evaluate.py", *flags, "--ignore_identical_ids", cwd=tmp_path)
+    assert without.stdout.startswith("recall@1=100.0\n") and "left out the document" in without.stderr
+    assert "needs --qrels" in refuse("evaluate.py", "--ignore_identical_ids", "--similar_text_pair", "run",
+                                          "--recall_result_file", "run", cwd=tmp_path)
 
 
 @pytest.mark.parametrize("break_it, message", [
@@ -84,7 +110,7 @@ def test_evaluate_by_judgements(tmp_path):
         "recall@1=0.0", "recall@5=16.667", "recall@10=16.667", "recall@20=16.667", "recall@50=16.667", "success@1=0.0",
         "success@5=33.333", "success@10=33.333", "success@20=33.333", "success@50=33.333", "mrr@10=16.667"]
     assert "run lacks 1 query, counted as missed: s" in result.stderr
-    assert "1 queries of run are not judged in qrels" in result.stderr
+    assert "run has 1 query that qrels does not judge" in result.stderr
     assert (tmp_path / "result.tsv").read_text() == "0.0\t16.667\t16.667\t16.667\t16.667\n"
     cut = succeed("evaluate.py", *flags, "--recall_num", 1, cwd=tmp_path).stdout
     assert "mrr@10=0.0" in cut and "success@50=0.0" in cut

@@ -11,7 +11,7 @@ from collections import Counter
 from ann_util import save_index
 from simcse import files
 from simcse.console import InputError
-from simcse.index.bm25 import Bm25, fuse, words
+from simcse.index.bm25 import Bm25, fuse, query_words, words
 from simcse.index.hits import Ranking
 from simcse.index.protocols import SearchResult
 from simcse.index.shards import ShardedIndex
@@ -31,15 +31,32 @@ def bm25(query, corpus):
     counts = [Counter(words(text)) for text in corpus]
     mean = sum(map(Counter.total, counts)) / len(corpus)
     scores = np.zeros(len(corpus))
-    for word in words(query):
+    for word in query_words(query):
         df = sum(word in each for each in counts)
         idf = math.log(1 + (len(corpus) - df + 0.5) / (df + 0.5))
         scores += [idf * each[word] / (each[word] + 1.5 * (0.25 + 0.75 * each.total() / mean)) for each in counts]
     return scores
 
 
+@pytest.mark.parametrize("one, other", [
+    ("iphone 14", "iPhone14手机壳"), ("rtx 4090", "RTX4090显卡"), ("covid 19", "COVID-19"),
+    ("A1234B", "零件号A-1234-B"), ("wifi_6", "WiFi6路由器"), ("b 12", "维生素B12缺乏")])
+def test_letters_and_digits_are_found_written_in_one_or_apart(one, other):
+    bm25 = Bm25(["向量 9 召回 x", other, "语义"])
+    assert bm25.search([one], 1).rows.tolist() == [[1]]
+    bm25 = Bm25(["向量 9 召回 x", one, "语义"])
+    assert bm25.search([other], 1).rows.tolist() == [[1]]
+
+
+def test_the_form_that_is_written_in_one_is_a_word_of_a_query_that_has_it_apart():
+    assert words("iPhone14 ab 3.14") == ["iphone14", "iphone", "14", "ab", "3.14"]
+    assert query_words("a-1234-b 与 iphone 14") == ["a", "1234", "b", "与", "iphone", "14", "a1234", "1234b", "a1234b",
+                                                   "iphone14"]
+    assert query_words("语义 检索 3.14 a b") == words("语义 检索 3.14 a b")
+
+
 def test_words_are_lower_case_letters_and_digits():
-    assert words("，BM25 Model！\u3000语义索引…… ") == ["bm25", "model", "语义", "索引"]
+    assert words("，BM25 Model！\u3000语义索引…… ") == ["bm25", "bm", "25", "model", "语义", "索引"]
     assert words("。 ！") == []
 
 

@@ -153,4 +153,4 @@ def test_a_run_of_ids_with_white_space_is_refused(checkpoint, tmp_path):
     (tmp_path / "queries.csv").write_text("甲乙\n", encoding="utf-8")
     line = refuse("recall.py", "--device", "cpu", "--params_path", checkpoint, "--corpus_file", "corpus.csv",
                   "--query_file", "queries.csv", "--format", "trec", cwd=tmp_path)
-    assert "--format trec: white space separates its columns" in line and "'a b'" in line
+    assert "--format trec: an id has white space, which separates its columns: corpus.csv:1; give other ids" in line

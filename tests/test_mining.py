@@ -179,7 +179,7 @@ def test_scores_stand_beside_the_lines_of_the_file(files):
     (["--output_file", "t", "--negative_depth", 0, 3], "expected an integer >= 1, got '0'"),
     (["--output_file", "t", "--negatives_per_pair", 42], "--negative_depth 10 50 has only 41 ranks"),
     (["--output_file", "t", "--negative_max_score", 2], "expected a number in [0, 1], got '2'"),
-    (["--output_file", "."], "argument --output_file: .: is a directory"),
+    (["--output_file", "."], "--output_file .: is a folder"),
     (["--output_file", "t"], "--negative_depth 10 50: recall_result_dir/recall_result.txt has at most 2 documents a "
                              "query; recall.py --recall_num 50 gives more"),
     (["--output_file", "t", "--positive_scores", "dev.csv"], "dev.csv: 2 of 2 lines are malformed"),

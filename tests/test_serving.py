@@ -120,7 +120,8 @@ def test_requests_at_once_get_each_its_own_answer(service, sample):
 
 def test_health_says_what_is_served(service):
     assert service.ask("/healthz")[2] == {"status": "ok", "documents": 120, "embedding_size": 128, "max_texts": 64,
-                                          "max_text_length": 2000, "max_top_k": 100, "modes": ["embedding"]}
+                                          "max_text_length": 2000, "max_top_k": 100, "modes": ["embedding"],
+                                          "index_is_outdated": False}
 
 
 @pytest.mark.parametrize("token", ["geheim", "密码 é"])
@@ -211,7 +212,7 @@ def test_errors_of_the_index_and_of_the_service_itself():
 
     async def ask_all():
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://a") as web:
+        async with app.lifespan(), httpx.AsyncClient(transport=transport, base_url="http://a") as web:
             for searcher.raises in (InputError("--milvus_uri secret: gone"), NotFiniteError("embeddings contain NaN"),
                                     RuntimeError("secret"), KeyError("secret"), None):
                 yield await web.post("/embed", json={"texts": ["a"]})
@@ -269,7 +270,7 @@ def test_no_cosine_is_above_one():
 
     async def asked():
         transport = httpx.ASGITransport(app)
-        async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://a") as web:
+        async with app.lifespan(), httpx.AsyncClient(transport=transport, base_url="http://a") as web:
             return await web.post("/similarity", json={"pairs": [["a", "a"], ["a", "b"]]})
 
     assert asyncio.run(asked()).json() == {"cosines": [1.0, 1.0]}

@@ -3,7 +3,10 @@
 import argparse
 import asyncio
 import contextlib
+import functools
+import gc
 import multiprocessing
+import os
 import shutil
 import signal
 import threading
@@ -11,6 +14,8 @@ import time
 
 from simcse.console import InputError
 
+import httpx
+import numpy as np
 import pytest
 from conftest import FP32, read_texts, run_script
 
@@ -112,7 +117,11 @@ class Searcher:
     def app(self):
         from fastapi import FastAPI
 
-        app = FastAPI()
+        class App(FastAPI):
+            def lifespan(self):
+                return self.router.lifespan_context(self)
+
+        app = App()
 
         @app.get("/")
         async def name():
@@ -136,9 +145,9 @@ async def get(app):
     return sent[-1]["body"]
 
 
-async def until(condition):
+async def until(condition, seconds=0.01):
     while not condition():
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(seconds)
 
 
 @contextlib.asynccontextmanager
@@ -157,8 +166,8 @@ async def living(following):
     await task
 
 
-def run(main):
-    asyncio.run(asyncio.wait_for(main(), 20))
+def run(main, seconds=20):
+    asyncio.run(asyncio.wait_for(main(), seconds))
 
 
 def test_requests_under_way_are_answered_by_what_they_began_with():
@@ -274,10 +283,92 @@ def test_figures_are_of_what_has_begun():
     assert metrics.registry.get_sample_value("simcse_documents") == 0
 
     async def main():
-        async with app.router.lifespan_context(app):
+        async with app.lifespan():
             assert metrics.registry.get_sample_value("simcse_documents") == 7
 
     run(main)
+
+
+def test_a_thousand_take_overs_leave_nothing_behind():
+    """Neither threads, nor descriptors, nor what FastAPI knows of endpoints; with BM25 and without in turn."""
+    from deploy.serving.app import make_app
+    from deploy.serving.jobs import EMBEDDING, HYBRID, Embedded, Facts
+    from deploy.serving.metrics import Metrics
+    from deploy.serving.schemas import Limits
+
+    metrics = Metrics()
+    opened, figures = [0], []
+
+    def new_searcher():
+        opened[0] += 1
+        searcher = Searcher(opened[0])
+        modes = (EMBEDDING, HYBRID)[: 1 + opened[0] % 2]
+        searcher.facts = Facts(opened[0], 2, "fp32", modes, 8, False)
+        searcher.answer = lambda jobs: [Embedded(np.zeros((1, 2), "float32"), np.array([3])) for _ in jobs]
+        return searcher
+
+    async def main():
+        following = ReloadingApp(new_searcher, functools.partial(make_app, limits=Limits(), metrics=metrics), seconds=0)
+        transport = httpx.ASGITransport(following)
+        async with living(following), httpx.AsyncClient(transport=transport, base_url="http://a") as web:
+            for number in range(2, 1001):
+                following._reopen = True
+                await until(lambda number=number: following.searcher.name >= number, 0)
+                if number % 100 == 0:
+                    assert (await web.post("/embed", json={"texts": ["a"]})).status_code == 200
+                    assert (await web.get("/healthz")).json()["documents"] == following.searcher.name
+                    gc.collect()
+                    figures.append((threading.active_count(), len(os.listdir("/proc/self/fd")), len(gc.get_objects())))
+
+    run(main, 300)
+    threads, descriptors, objects = zip(*figures)
+    assert threads[-1] <= threads[0] + 1 and descriptors[-1] <= descriptors[0]
+    assert objects[-1] < objects[0] * 1.01
+
+
+def test_an_index_that_cannot_be_opened_is_told_until_another_takes_over():
+    opened, stamps, told = [], ["a"], []
+
+    def new_searcher():
+        if stamps[0] == "broken":
+            raise OSError("no such index")
+        opened.append(Searcher(stamps[0]))
+        return opened[-1]
+
+    async def main():
+        following = ReloadingApp(new_searcher, Searcher.app, lambda: stamps[0], seconds=0.01, on_outdated=told.append)
+        async with living(following):
+            await asyncio.sleep(0.05)
+            assert told == []
+            stamps[0] = "broken"
+            await until(lambda: told)
+            await asyncio.sleep(0.05)
+            assert told == [True]
+            stamps[0] = "b"
+            await until(lambda: following.searcher.name == "b")
+            assert told == [True, True, False]
+
+    run(main)
+
+
+def test_what_could_not_be_opened_is_tried_again(monkeypatch):
+    monkeypatch.setattr("deploy.serving.reloading.RETRY_SECONDS", 0.05)
+    opened, stamps, failures = [], ["a"], [OSError("too many open files")]
+
+    def new_searcher():
+        if stamps[0] == "b" and failures:
+            raise failures.pop()
+        opened.append(Searcher(stamps[0]))
+        return opened[-1]
+
+    async def main():
+        following = ReloadingApp(new_searcher, Searcher.app, lambda: stamps[0], seconds=0.01)
+        async with living(following):
+            stamps[0] = "b"
+            await until(lambda: following.searcher.name == "b")
+
+    run(main)
+    assert not failures
 
 
 def test_who_waits_for_what_is_killed_while_it_opens_is_told():
@@ -301,7 +392,8 @@ def test_what_nobody_waits_for_may_be_computed_when_it_is_closed(monkeypatch):
     searcher, (ours, theirs) = object.__new__(remote.RemoteSearcher), multiprocessing.Pipe()
     searcher._connection, searcher._answering = ours, threading.Lock()
     searcher._is_open, searcher._closing, searcher.ended = True, False, False
-    searcher._process = type("Process", (), {"kill": staticmethod(theirs.close)})
+    searcher._process = type("Process", (), {"kill": staticmethod(theirs.close), "join": staticmethod(lambda: None),
+                                             "close": staticmethod(lambda: None)})
     killed, errors = [], []
     monkeypatch.setattr(remote.os, "kill", lambda *_: killed.append(1))
 

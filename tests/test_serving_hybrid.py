@@ -3,7 +3,7 @@
 
 import json
 
-from simcse.index.bm25 import words
+from simcse.index.bm25 import query_words, words
 from simcse.text.textfile import read_text_pairs
 
 import numpy as np
@@ -54,8 +54,8 @@ def test_both_modes_are_recall(hybrid, index, checkpoint, sample):
             measure = "score" if more else "cosine"
             np.testing.assert_allclose([hit[measure] for hit in hits], [hit[measure] for hit in expected], atol=1e-5)
             for hit in hits:
-                assert hit["words"] == ([word for word in dict.fromkeys(words(query)) if word in words(hit["document"])]
-                                        if more else None)
+                common = [word for word in dict.fromkeys(query_words(query)) if word in words(hit["document"])]
+                assert hit["words"] == (common if more else None)
     deep = search(hybrid, queries=queries[:2], top_k=100, mode="embedding")
     cosine_of = [{hit["document"]: hit["cosine"] for hit in hits} for hits in deep]
     for hits, cosines in zip(search(hybrid, queries=queries[:2]), cosine_of):
@@ -78,6 +78,9 @@ def test_the_page_has_the_switch_and_shows_ids_and_words(hybrid, visit):
     assert notes == [f"Id {hit['id']}    " + (f"Words found: {' · '.join(hit['words'])}" if hit["words"] else
                                               "None of the words") for hit in hits]
     assert page.texts("#results .text") == [hit["document"] for hit in hits]
+    assert page.texts("#results .score") == [f"{hit['score']:.4f}" for hit in hits], "what ranked them"
+    assert page.find("#results .score").get_attribute("title") == (
+        f"fused score {hits[0]['score']:.4f} (cosine similarity {hits[0]['cosine']:.4f})")
     page.find("#hybrid").click()
     page.wait(lambda: page.texts("#results .notes")[0] in {f"Id {hit['id']}" for hit in search(
         hybrid, queries=["2型糖尿病患者的睡眠质量"], mode="embedding")[0]})

@@ -31,21 +31,52 @@ def test_strings_and_lists_as_floats_and_as_base64(service):
     assert found.usage.total_tokens == sum(len(text) + 2 for text in TEXTS)
 
 
+TOKEN_IDS = "holds token ids, of a tokenizer that is not this model's; send texts"
+
+
 @pytest.mark.parametrize("given, error, message", [
     ({"input": ["短", "长" * 40]}, "BadRequestError", "input 1: has more than 32 tokens"),
-    ({"input": []}, "BadRequestError", "body.input"), ({"input": ""}, "BadRequestError", "body.input"),
-    ({"input": [1, 2, 3]}, "BadRequestError", "body.input"), ({"input": ["a"] * 65}, "BadRequestError", "body.input"),
+    ({"input": ["短"] * 100 + ["长" * 40]}, "BadRequestError", "input 100: has more than 32 tokens"),
+    ({"input": []}, "BadRequestError", "body.input: is an empty list; send at least one text"),
+    ({"input": ""}, "BadRequestError", "body.input: number 0 is an empty text"),
+    ({"input": ["a", "\u3000"]}, "BadRequestError", "body.input: number 1 is blank"),
+    ({"input": ["a", None]}, "BadRequestError", "body.input: number 1 is no text"),
+    ({"input": {"text": "a"}}, "BadRequestError", "body.input: should be a text or a list of texts"),
+    ({"input": [1, 2, 3]}, "BadRequestError", TOKEN_IDS), ({"input": [[1, 2, 3]]}, "BadRequestError", TOKEN_IDS),
+    ({"input": ["a"] * 2049}, "BadRequestError", "body.input: has 2,049 texts, and a request may have 2,048"),
     ({"input": "a", "dimensions": 64}, "BadRequestError",
      "body.dimensions: Input should be greater than or equal to 128"),
     ({"input": "a", "dimensions": 129}, "BadRequestError", "body.dimensions"),
-    ({"input": "a" * 2001}, "BadRequestError", "body.input"),
+    ({"input": "长" * 500_000}, "BadRequestError", "input 0: has more than 32 tokens"),
     ({"input": "a", "extra_body": {"input_type": "query"}}, "BadRequestError", "body.input_type"),
-    ({"input": "长" * 500_000}, "APIStatusError", "a body may have 1,048,576 bytes")])
+    ({"input": "长" * 3_000_000}, "APIStatusError", "a body may have 8,388,608 bytes")],
+    ids=lambda value: ascii(value)[:40] if isinstance(value, dict) else "")
 def test_errors_have_openais_form(service, given, error, message):
     with pytest.raises(getattr(openai, error)) as found:
         client(service).embeddings.create(model="m", **given)
     assert message in found.value.body["message"] and "\n" not in found.value.body["message"]
     assert found.value.body["type"] == "invalid_request_error" and found.value.status_code in (400, 413)
+
+
+def test_as_many_texts_as_openai_takes(service):
+    """In batches, one after the other; llama_index sends 100, LangChain 1,000."""
+    texts = [TEXTS[number % 4] for number in range(2048)]
+    found = client(service).embeddings.create(model="m", input=texts)
+    assert [each.index for each in found.data] == list(range(2048))
+    np.testing.assert_allclose([each.embedding for each in found.data], np.tile(embedded(service, TEXTS), (512, 1)),
+                               atol=1e-6)
+    assert found.usage.total_tokens == 512 * sum(len(text) + 2 for text in TEXTS)
+
+
+def test_null_is_the_default(service):
+    body = {"input": "语义检索", "model": None, "encoding_format": None, "dimensions": None, "user": None}
+    status, _, content = service.ask("/v1/embeddings", body)
+    assert status == 200 and content["model"] == "simcse" and len(content["data"][0]["embedding"]) == 128
+
+
+def test_models(service):
+    assert [model.id for model in client(service).models.list()] == ["simcse"]
+    assert client(service).models.retrieve("any").id == "simcse"
 
 
 def test_the_whole_size_may_be_asked_for(service):

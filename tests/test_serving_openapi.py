@@ -20,6 +20,6 @@ def test_schemathesis_finds_nothing(service, serve, token, tmp_path):
          "--no-color", *(["--header", f"Authorization: Bearer {token}"] if token else [])],
         cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", timeout=300)
     assert result.returncode == 0, result.stdout
-    assert "Tested: 6" in result.stdout, result.stdout
+    assert "Tested: 8" in result.stdout, result.stdout
     assert int(re.search(r"(\d+) generated", result.stdout)[1]) > (100 if token else 400), result.stdout
     assert "Traceback" not in service.log.read_text(encoding="utf-8")

@@ -328,6 +328,7 @@ def measure(args: argparse.Namespace, predictor: Predictor, tokenizer: Tokenizer
 
 def main() -> int:
     """Run the script; return its exit code: 2 for a mistake in a flag or a file, 130 for Ctrl-C."""
+    sys.stdout.reconfigure(encoding="utf-8")  # results are UTF-8, whatever the locale
     try:
         predict(parse_args())
         sys.stdout.flush()

@@ -156,6 +156,7 @@ class OpenVinoPredictor(Predictor):
     PRECISIONS = {"cpu": ("fp32", "bf16", "int8")}
 
     def open(self, graph: str, settings: Settings) -> None:
+        sys.modules.setdefault("openvino_telemetry", None)  # as if not installed: it asks Google Analytics
         import openvino
 
         float_precision = auto_precision("cpu") if settings.precision == "int8" else settings.precision

@@ -71,6 +71,10 @@ class Batcher:
             else:
                 self._wake.clear()
 
+    def close(self) -> None:
+        """End the thread, when it has computed what it computes."""
+        self._thread.shutdown(wait=False)
+
     async def _let_more_come(self) -> None:
         """Wait while jobs keep coming, 10 ms at most: clients that were just answered ask again."""
         for _ in range(10):

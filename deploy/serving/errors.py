@@ -25,7 +25,9 @@ async def answer_invalid(request: Request, error: RequestValidationError) -> JSO
     # The names of unknown fields are the client's: quoted, since they may be long, or no valid text.
     place = ".".join(quote(str(part)) for part in first["loc"])
     problem = first["msg"]
-    if first["type"] == "string_pattern_mismatch":
+    if first["type"] == "value_error":
+        problem = str(first["ctx"]["error"])
+    elif first["type"] == "string_pattern_mismatch":
         problem = "String should not be blank"
     elif first["type"] == "json_invalid":
         problem = f"{problem}: {first['ctx']['error']}"

@@ -18,6 +18,14 @@ class Metrics:
         self.texts = Counter("simcse_texts", "Texts encoded, repeated ones included", registry=self.registry)
         self.waiting = Gauge("simcse_waiting_texts", "Texts that wait for a batch", registry=self.registry)
         self.documents = Gauge("simcse_documents", "Documents that are searched", registry=self.registry)
+        self.outdated = Gauge("simcse_index_is_outdated", "1: the index on disk is newer than the one that is searched",
+                              registry=self.registry)
+        self.index_is_outdated = False
+
+    def set_outdated(self, outdated: bool) -> None:
+        """Show whether the index on disk is newer than the one that is searched."""
+        self.index_is_outdated = outdated
+        self.outdated.set(outdated)
 
     def watch(self, batcher: Batcher, documents: int) -> None:
         """Show the batches of this batcher, and this number of documents, from now on."""

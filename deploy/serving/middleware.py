@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
+from deploy.serving.errors import quote
 from deploy.serving.openai_api import error_body
 
 from starlette.datastructures import MutableHeaders
@@ -22,7 +23,7 @@ class BodyLimit:
         seconds: time from its first to its last byte.
     """
 
-    DISCARDED = 32
+    DISCARDED = 8
 
     def __init__(self, app: ASGIApp, size: int, seconds: float) -> None:
         self.app = app
@@ -33,7 +34,14 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        announced_size = int(dict(scope["headers"]).get(b"content-length", b"0"))
+        headers = dict(scope["headers"])
+        coding = headers.get(b"content-encoding", b"identity")
+        if coding != b"identity":
+            name = quote(coding.decode("latin-1"))
+            await _refuse(415, f"Content-Encoding: {name} is not supported; send the body uncompressed", scope, receive,
+                          send)
+            return
+        announced_size = int(headers.get(b"content-length", b"0"))
         body = None
         try:
             if announced_size <= self.size * self.DISCARDED:

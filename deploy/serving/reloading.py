@@ -3,15 +3,18 @@
 import argparse
 import asyncio
 import contextlib
+import math
 import os
 import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
 from simcse import console
 
-from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
+
+RETRY_SECONDS = 60.0  # between attempts to open what could not be opened; it may have lacked memory for a moment
 
 
 class IndexChangedError(console.InputError):
@@ -40,12 +43,12 @@ def index_stamp(args: argparse.Namespace) -> tuple | None:
 class Served:
     """A searcher, its app, and the requests that the app is answering."""
 
-    def __init__(self, searcher: Any, app: FastAPI) -> None:
+    def __init__(self, searcher: Any, app: Any) -> None:
         self.searcher = searcher
         self.app = app
         self._requests = 0
         self._idle = asyncio.Event()
-        self._lifespan = app.router.lifespan_context(app)
+        self._lifespan = app.lifespan()
 
     async def begin(self) -> None:
         await self._lifespan.__aenter__()
@@ -82,18 +85,21 @@ class ReloadingApp:
         stamp: returns what is compared; None: there is nothing to compare now.
         patience: seconds that requests to the old searcher have to end.
         seconds: between two comparisons.
+        on_outdated: is called with whether what is served is older than what there is.
 
     Raises:
         Exception: the first searcher cannot be opened.
     """
 
-    def __init__(self, new_searcher: Callable[[], Any], make_app: Callable[[Any], FastAPI],
-                 stamp: Callable[[], Any] = lambda: None, patience: float = 60.0, seconds: float = 1.0) -> None:
+    def __init__(self, new_searcher: Callable[[], Any], make_app: Callable[[Any], Any],
+                 stamp: Callable[[], Any] = lambda: None, patience: float = 60.0, seconds: float = 1.0,
+                 on_outdated: Callable[[bool], None] = lambda outdated: None) -> None:
         self._new_searcher = new_searcher
         self._make_app = make_app
         self._stamp = stamp
         self._patience = patience
         self._seconds = seconds
+        self._on_outdated = on_outdated
         self._seen: Any = None  # the stamp of what is open
         self._reopen = False
         with contextlib.suppress(ValueError):  # not the main thread
@@ -165,19 +171,24 @@ class ReloadingApp:
 
     async def _reload_changes(self) -> None:
         """Open again what has changed, until cancelled."""
+        retry_at = math.inf
         while True:
             await asyncio.sleep(self._seconds)
             changed = self._stamp() not in (None, self._seen)
-            if not (changed or self._reopen):
+            if not (changed or self._reopen or time.monotonic() >= retry_at):
                 continue
             self._reopen = False
+            self._on_outdated(True)
             try:
                 served = await self._open_next()
             except Exception as error:
                 expected = isinstance(error, (console.InputError, OSError))
                 message = str(error) if expected else f"{type(error).__name__}: {error}"
                 console.warn(f"{message}; what was served before goes on")
+                retry_at = time.monotonic() + RETRY_SECONDS
                 continue
+            retry_at = math.inf
+            self._on_outdated(False)
             await self._take_over(served)
 
     async def _take_over(self, served: Served) -> None:

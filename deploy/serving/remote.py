@@ -99,17 +99,24 @@ class RemoteSearcher:
             return self._receive()
 
     def close(self) -> None:
-        """End the process; it may still compute what nobody waits for any more."""
+        """End the process, which may still compute what nobody waits for any more; give back all that it took."""
         self._closing = True
         if self._answering.acquire(timeout=1):
             self._connection.close()
             self._process.join(10)
-        self._process.kill()
+            self._process.kill()
+        else:  # the thread that waits for an answer is told that there will be none
+            self._process.kill()
+            self._answering.acquire()
+            self._connection.close()
+        self._process.join()
+        self._process.close()
 
     def kill(self) -> None:
         """End the process at once, whatever it does."""
         self._closing = True
         self._process.kill()  # not SIGTERM, which paddle answers with a stack on stdout
+        self._process.join()
 
     def _receive(self) -> Any:
         """Return what the process sends; raise it if it is an error."""

@@ -30,7 +30,7 @@ class Limits:
     texts: int = 64
     text_length: int = 2000
     top_k: int = 100
-    body: int = 1 << 20
+    body: int = 8 << 20
     seconds: float = 30.0
     batch: int = 64
     waiting: int = 1024
@@ -63,6 +63,8 @@ class Health(BaseModel):
     max_text_length: int
     max_top_k: int
     modes: Annotated[list[str], Field(description="of /search; the last is the default")]
+    index_is_outdated: Annotated[bool, Field(description="whether the index on disk is newer than the one searched: "
+                                             "it is being opened, or could not be")]
 
 
 # ------------------------------------------------------------------------------------------------------------ requests

@@ -128,7 +128,7 @@ class Searcher:
 
     def _hybrid_hits(self, text: str, embedding: np.ndarray, fused: Ranking, top_k: int) -> list[SearchHit]:
         """Return the hits of a text, whose documents are the only row of `fused`."""
-        from simcse.index.bm25 import words
+        from simcse.index.bm25 import query_words, words
 
         numbers = [number for number in fused.documents[0].tolist() if number != NOT_FOUND]
         scores = fused.scores[0].tolist()
@@ -137,7 +137,7 @@ class Searcher:
         passages: list[str | None] = [None] * len(numbers)
         if self.documents.has_passages:
             passages = list(self.documents.passage_texts([best.row for best in best_rows]))
-        words_of_text = distinct(words(text))
+        words_of_text = distinct(query_words(text))
         hits: list[SearchHit] = []
         for document, score, best, passage in zip(documents, scores, best_rows, passages):
             words_of_document = set(words(document.text))

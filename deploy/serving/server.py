@@ -24,6 +24,8 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 from simcse import console, flags
 from simcse.machine import CPU_THREADS
 
+KEEP_ALIVE = 75  # seconds that an idle connection stays open: longer than proxies keep theirs (60 s), as nginx does
+
 if TYPE_CHECKING:
     from deploy.serving.reloading import ReloadingApp
 
@@ -49,10 +51,10 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--port", type=flags.port, default=8000, help="port to listen on; 0: any free one")
     group = parser.add_argument_group("limits")
     group.add_argument("--max_texts", type=flags.positive_int, default=64,
-                       help="most texts, pairs or queries of a request")
+                       help="most texts, pairs or queries of a request; /v1/embeddings takes 2048, as OpenAI's does")
     group.add_argument("--max_text_length", type=flags.positive_int, default=2000, help="most characters of a text")
     group.add_argument("--max_top_k", type=flags.positive_int, default=100, help="most documents for a query")
-    group.add_argument("--max_body", type=flags.positive_int, default=1 << 20, help="most bytes of a request's body")
+    group.add_argument("--max_body", type=flags.positive_int, default=8 << 20, help="most bytes of a request's body")
     group.add_argument("--max_seconds", type=flags.positive_float, default=30.0,
                        help="most seconds to read a body, to answer it, and to finish when stopped")
     group.add_argument("--max_batch", type=flags.positive_int, default=64,
@@ -116,7 +118,8 @@ def open_service(args: argparse.Namespace) -> "ReloadingApp":
         new_searcher=lambda: RemoteSearcher(args),
         make_app=lambda searcher: make_app(searcher, limits, os.environ.get("SIMCSE_TOKEN"), metrics),
         stamp=lambda: index_stamp(args),
-        patience=2 * args.max_seconds + 1)
+        patience=2 * args.max_seconds + 1,
+        on_outdated=metrics.set_outdated)
 
 
 def report(args: argparse.Namespace, app: "ReloadingApp", listener: socket.socket) -> None:
@@ -154,6 +157,7 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     report(args, app, listener)
     # h11 limits the size of headers; httptools, which uvicorn takes where it is installed, does not.
     config = uvicorn.Config(app, http="h11", log_config=None, access_log=False, server_header=False, lifespan="on",
+                            timeout_keep_alive=KEEP_ALIVE,
                             timeout_graceful_shutdown=1 + round(args.max_seconds))
     logging.getLogger("uvicorn.error").addFilter(drop_cancelled_requests)
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 from simcse.console import InputError, as_input_error, log
 from simcse.encoder.onnx import export_onnx
-from simcse.encoder.paddle_patches import quiet_nncf
+from simcse.encoder.paddle_patches import import_openvino, quiet_nncf
 from simcse.encoder.weights import CONFIG_FILE, ONNX_FILE, OPENVINO_FILE, read_record
 from simcse.files import write_json
 from simcse.machine import BATCH_TOKENS, CPU_BF16_IS_FASTER, CPU_THREADS, auto_precision
@@ -61,8 +61,7 @@ class OpenVinoEngine:
     AT_A_TIME = 2
 
     def __init__(self, folder: str, precision: str = "auto", cpu_threads: int = 0) -> None:
-        import openvino
-
+        openvino = import_openvino()
         record = read_record(folder)
         self.embedding_size = record["embedding_size"]
         self.max_positions = record["max_positions"]
@@ -117,7 +116,7 @@ def export_openvino(model: nn.Layer, folder: str, calibration: Sequence[IdArrays
 
 def _write_graph(model: nn.Layer, folder: str, calibration: Sequence[IdArrays]) -> None:
     """Convert the network by way of ONNX, quantize it if there is `calibration`, and write inference.xml and .bin."""
-    import openvino
+    openvino = import_openvino()
     from openvino.passes import ConstantFolding, Manager
 
     with tempfile.TemporaryDirectory() as temporary:

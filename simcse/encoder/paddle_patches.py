@@ -10,8 +10,9 @@ import functools
 import inspect
 import io
 import logging
-import os
+import sys
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -77,10 +78,21 @@ def zero_initial_weights() -> Iterator[None]:
         nn.initializer.set_global_initializer(None)
 
 
+def import_openvino() -> ModuleType:
+    """Return OpenVINO (2026), imported without its telemetry, which asks Google Analytics at every start.
+
+    It goes without where the telemetry's package is not installed, and so does NNCF (3.x).
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # from now on as if it were not installed
+    import openvino
+
+    return openvino
+
+
 @contextlib.contextmanager
 def quiet_nncf() -> Iterator[None]:
-    """Keep NNCF (2.x) from reporting to Google Analytics, from logging, and from stdout, which is for results."""
-    os.environ.setdefault("NNCF_CI", "1")  # read when it is imported: no report
+    """Keep NNCF (3.x) from logging, and from stdout, which is for results; it reports to nobody, as OpenVINO."""
+    import_openvino()
     import nncf
 
     nncf.set_log_level(logging.ERROR)

@@ -28,22 +28,35 @@ def load_pretrained(model_name_or_path: str, dropout: float | None = None, kind:
     import paddlenlp
 
     quiet_paddlenlp()
+    advice = _advise_on_layout(model_name_or_path)
     _check_pickles(model_name_or_path)
     rates = {} if dropout is None else {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     what = (f"--model_name_or_path {model_name_or_path}: neither a folder with an encoder nor one that can be fetched "
             "by that name")
     # paddlenlp raises OSError, ValueError, KeyError or RuntimeError, and only logs which layers it left at random.
-    with as_input_error(what, Exception), captured_paddlenlp_log() as messages:
+    with as_input_error(what, Exception, remedy=advice), captured_paddlenlp_log() as messages:
         encoder = getattr(paddlenlp.transformers, kind).from_pretrained(model_name_or_path, **rates)
     random_layers = _random_layers(messages)
     if not uses_pooler:
         random_layers = [name for name in random_layers if "pooler" not in name]
     missing = [name for name in random_layers if optional_part not in name]
     if missing:
-        raise InputError(f"--model_name_or_path {model_name_or_path}: its weights lack {some(missing)}")
+        raise InputError(f"--model_name_or_path {model_name_or_path}: its weights lack {some(missing)}{advice}")
     if random_layers:
         warn(f"{model_name_or_path} has no trained {optional_part}: {some(random_layers)} start at random")
     return encoder
+
+
+def _advise_on_layout(folder: str) -> str:
+    """Return what to do about a folder that may be in the layout of Hugging Face's transformers; "": it is not."""
+    if not os.path.isdir(folder):
+        return ""
+    names = os.listdir(folder)
+    foreign = [name for name in names if name.endswith((".safetensors", ".bin"))]
+    if not foreign or any(name.endswith(".pdparams") for name in names):
+        return ""
+    return (f"; {foreign[0]} may be in the layout of Hugging Face transformers, which is not read: convert encoder and "
+            "tokenizer with PaddleNLP: AutoModel.from_pretrained(old, convert_from_torch=True).save_pretrained(new)")
 
 
 def _check_pickles(folder: str) -> None:

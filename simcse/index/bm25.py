@@ -1,7 +1,9 @@
 """Search by words: BM25 over jieba's words of Chinese, and its fusion with the ranking of embeddings."""
 
+import itertools
 import logging
 import os
+import re
 import time
 import unicodedata
 from collections.abc import Sequence
@@ -17,8 +19,14 @@ import numpy as np
 
 K1 = 1.5
 B = 0.75
-CORPUS_FILE = "corpus.json"  # beside the files of bm25s
-jieba.setLogLevel(logging.WARNING)
+CORPUS_FILE = "corpus.json"  # beside the files of bm25s: the corpus, and the version of `words`
+WORDS_VERSION = 2
+PARTS = re.compile("[a-z]+|[0-9]+")
+# Letters and digits in turns, with nothing, a space, - or _ between them.
+CHAIN = re.compile(r"(?<![a-z0-9.])(?:[a-z]+[ _-]?(?=[0-9])|[0-9]+[ _-]?(?=[a-z]))+(?:[a-z]+|[0-9]+)(?![a-z0-9])")
+# It logs a traceback where its cache, in the folder of temporary files, belongs to another user.
+jieba.setLogLevel(logging.CRITICAL)
+jieba.dt.cache_file = f"jieba-{os.getuid()}.cache"
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # else it logs wherever another library has set up logging
 
 
@@ -28,8 +36,35 @@ def fold(text: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    """Return the words of a text, folded, without those that have neither letter nor digit."""
-    return [word for word in jieba.cut(fold(text)) if any(map(str.isalnum, word))]
+    """Return the words of a text, folded, without those that have neither letter nor digit.
+
+    Of a word of letters and digits, such as "iphone14", the letters and the digits are words as well, unless they are
+    a single one, which would say little.
+    """
+    found = []
+    for word in jieba.cut(fold(text)):
+        if not any(map(str.isalnum, word)):
+            continue
+        found.append(word)
+        parts = PARTS.findall(word)
+        if len(parts) > 1 and "".join(parts) == word:
+            found += [part for part in parts if len(part) > 1]
+    return found
+
+
+def query_words(text: str) -> list[str]:
+    """Return the words that a query searches for: its own, and what its letters and digits are if written in one.
+
+    So "iphone 14" and "covid-19" find "iphone14" and "covid19", too. The reverse follows from `words`.
+    """
+    found = words(text)
+    for chain in CHAIN.findall(fold(text)):
+        parts = PARTS.findall(chain)
+        joined = [first + second for first, second in itertools.pairwise(parts)]
+        if len(parts) > 2:
+            joined.append("".join(parts))
+        found += [word for word in joined if word not in found]
+    return found
 
 
 class Bm25:
@@ -63,7 +98,7 @@ class Bm25:
             return SearchResult(rows, scores)
         with console.progress("BM25: searching", len(queries), "queries") as advance:
             for number, query in enumerate(queries):
-                scores_of_all = self._index.get_scores_from_ids(self._index.get_tokens_ids(words(query)))
+                scores_of_all = self._index.get_scores_from_ids(self._index.get_tokens_ids(query_words(query)))
                 best = _best(scores_of_all, k)
                 rows[number, : len(best)] = best
                 scores[number, : len(best)] = scores_of_all[best]
@@ -103,7 +138,7 @@ def _keep(index: bm25s.BM25, folder: str, corpus: str | None) -> None:
     try:
         with new_folder(folder) as temporary:
             index.save(temporary, show_progress=False)
-            write_json(os.path.join(temporary, CORPUS_FILE), {"corpus": corpus})
+            write_json(os.path.join(temporary, CORPUS_FILE), {"corpus": corpus, "words": WORDS_VERSION})
     except OSError as error:
         console.warn(f"BM25 is not kept in {folder}: {error.strerror or error}")
 
@@ -121,8 +156,11 @@ def _read(folder: str, documents: int, corpus: str | None) -> bm25s.BM25:
         kept_documents = index.scores["num_docs"]
         if kept_documents != documents:
             raise ValueError(f"of {kept_documents} documents instead of {documents}")
-        if read_json(os.path.join(folder, CORPUS_FILE)).get("corpus") != corpus:
+        record = read_json(os.path.join(folder, CORPUS_FILE))
+        if record.get("corpus") != corpus:
             raise ValueError("of another corpus")
+        if record.get("words") != WORDS_VERSION:
+            raise ValueError("an earlier version made it, which had other words")
     console.log(f"using BM25 in {folder}")
     return index
 

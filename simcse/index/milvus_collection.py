@@ -6,10 +6,13 @@ import itertools
 import json
 import logging
 import os
+import re
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from simcse.console import InputError, as_input_error, progress
+from simcse.console import InputError, progress, summarize_error
 from simcse.index.manifest import Manifest
 from simcse.machine import RANKS
 
@@ -25,7 +28,9 @@ IDS = "ids"  # the ids of these lines, separated by tabs, as many as the field c
 VECTOR = "embedding"
 
 MAX_BYTES = 65535  # of a text field
-PAGE = 1000  # how many rows, or queries, a request has; 1,000 long texts are less than a server takes at a time
+PAGE = 1000  # how many rows, or queries, a request has at most
+MESSAGE_BYTES = 32 << 20  # of a request or an answer: half of what a server takes (proxy.grpc.serverMaxRecvSize)
+TEXT_FIELDS = (TEXT, PASSAGE, IDS)
 METRIC = "COSINE"
 REBUILD = "name another collection, or drop this one to build it again"
 # States of a collection. One that is changing has every text of its last complete state until the very end.
@@ -35,6 +40,8 @@ CHANGING = "changing"
 
 _RECORD = "simcse"  # the property of a collection that has its record
 _KEY_END = 2**63
+_WITHOUT_PROXY = {"grpc.enable_http_proxy": 0}  # which no proxy could reach, whatever the environment names
+_LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 # Every 10 seconds pymilvus pings a server that is busy with a request. Milvus Lite 3.2.2 takes the third ping for an
 # attack and drops the connection, so that a search of more than half a minute would begin again and again.
 _WITHOUT_PINGS = {"grpc.keepalive_time_ms": 2**31 - 1}
@@ -88,7 +95,11 @@ class Collection:
     def _connect(self) -> Any:
         from pymilvus import MilvusClient, MilvusException
 
-        options = _WITHOUT_PINGS if self.is_lite else {}
+        options = {}
+        if self.is_lite:
+            options |= _WITHOUT_PINGS
+        if self.is_lite or self._host in _LOOPBACK:
+            options |= _WITHOUT_PROXY
         with self._errors():
             try:
                 return MilvusClient(uri=self.uri, token=os.environ.get("MILVUS_TOKEN", ""), timeout=30,
@@ -108,12 +119,31 @@ class Collection:
                 raise InputError(f"--milvus_uri {self.uri}: is in use by another process; a file of Milvus Lite serves "
                                  "one at a time: wait for it, stop it, or take a server") from None
 
-    def _errors(self) -> contextlib.AbstractContextManager:
-        """Turn errors of Milvus into an InputError."""
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Turn errors of Milvus into an InputError of one line; it names a proxy that may be the reason."""
         import grpc
         from pymilvus import MilvusException
 
-        return as_input_error(f"--milvus_uri {self.uri}", MilvusException, grpc.RpcError, ValueError)
+        try:
+            yield
+        except (MilvusException, grpc.RpcError, ValueError) as error:
+            message = f"--milvus_uri {self.uri}: {describe_error(error)}"
+            proxy = self._proxy()
+            if proxy is not None:
+                message += f"; it was asked through the proxy {proxy}; no_proxy={self._host} asks it without"
+            raise InputError(message) from None
+
+    @property
+    def _host(self) -> str | None:
+        return urllib.parse.urlsplit(self.uri).hostname
+
+    def _proxy(self) -> str | None:
+        """Return the proxy through which gRPC reaches the server, by the environment; None: it needs none."""
+        if self.is_lite or self._host in _LOOPBACK or urllib.request.proxy_bypass(self._host):
+            return None
+        names = ("grpc_proxy", "https_proxy", "http_proxy")  # gRPC looks at them in this order
+        return next((os.environ[name] for name in names if os.environ.get(name)), None)
 
     def close(self) -> None:
         """Release the file, or the connection."""
@@ -226,7 +256,7 @@ class Collection:
         last row of a page.
         """
         rows = self.count()
-        pages = -(-rows // PAGE)
+        pages = -(-rows // max_rows(fields))
         bounds = [page * _KEY_END // max(1, pages) for page in range(pages + 1)]
         with progress("comparing", rows, "rows") as advance:
             for start, end in itertools.pairwise(bounds):
@@ -249,9 +279,10 @@ class Collection:
             InputError: a row is gone.
         """
         row_of: dict[int, dict[str, Any]] = {}
-        for start in range(0, len(keys), PAGE):
+        page = max_rows(fields)
+        for start in range(0, len(keys), page):
             with self._errors():
-                found = self._client.get(self.name, ids=list(keys[start : start + PAGE]), output_fields=[KEY, *fields])
+                found = self._client.get(self.name, ids=list(keys[start : start + page]), output_fields=[KEY, *fields])
             for row in found:
                 row_of[row[KEY]] = row
         if any(key not in row_of for key in keys):
@@ -264,9 +295,9 @@ class Collection:
 
     def upsert(self, rows: Sequence[dict[str, Any]]) -> None:
         """Add rows, or replace those that have the same keys."""
-        for start in range(0, len(rows), PAGE):
+        for piece in split_by_size(rows):
             with self._errors():
-                self._client.upsert(self.name, list(rows[start : start + PAGE]))
+                self._client.upsert(self.name, piece)
 
     def delete(self, keys: Sequence[int]) -> None:
         """Remove the rows of some keys."""
@@ -283,12 +314,44 @@ class Collection:
             ef: candidates that a graph keeps.
         """
         params = {"ef": ef} if self.index_type == "HNSW" else {}
-        for start in range(0, len(queries), PAGE):
+        page = max(1, min(PAGE, MESSAGE_BYTES // (16 * k)))  # a hit is a key, a cosine and what separates them
+        for start in range(0, len(queries), page):
             with self._errors():
-                found = self._client.search(self.name, data=queries[start : start + PAGE], anns_field=VECTOR, limit=k,
+                found = self._client.search(self.name, data=queries[start : start + page], anns_field=VECTOR, limit=k,
                                             search_params={"params": params})
             for hits in found:
                 yield [(hit[KEY], hit["distance"]) for hit in hits]
+
+
+def describe_error(error: Exception) -> str:
+    """Return one line about an error of Milvus, without the gRPC object that its text may hold."""
+    text = getattr(error, "message", None) or str(error)
+    details = re.search(r'details = "(.*)"', text)
+    if details:
+        text = details[1]
+    return summarize_error(ValueError(text))
+
+
+def max_rows(fields: Sequence[str]) -> int:
+    """Return how many rows a message may have so that it fits whatever their fields hold."""
+    texts = sum(field in TEXT_FIELDS for field in fields)
+    return min(PAGE, MESSAGE_BYTES // max(1, texts * MAX_BYTES))
+
+
+def split_by_size(rows: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Yield rows in pieces of at most PAGE rows and MESSAGE_BYTES."""
+    piece: list[dict[str, Any]] = []
+    size = 0
+    for row in rows:
+        row_size = row[VECTOR].nbytes + sum(len(row[field].encode()) for field in TEXT_FIELDS)
+        if piece and (len(piece) == PAGE or size + row_size > MESSAGE_BYTES):
+            yield piece
+            piece = []
+            size = 0
+        piece.append(row)
+        size += row_size
+    if piece:
+        yield piece
 
 
 def _record_to_json(record: Record) -> str:

@@ -29,6 +29,8 @@ EXPECTED = {
 }
 LABELS = {"1": 1, "1.0": 1, "0": 0, "0.0": 0}
 ID_NAMES = ("id", "_id")  # columns with these names are not texts
+# What no id has, and nearly any text: four Chinese characters, or three words.
+SENTENCE = re.compile(r"(?:[\u4e00-\u9fff][^\u4e00-\u9fff]*){4}|\w+ \w+ \w+")
 
 
 # ------------------------------------------------------------------------------------------------------ binary formats
@@ -196,11 +198,13 @@ class Table(NamedTuple):
         description: what the file has, for messages.
         names: of its columns; their numbers, from 1, if there is no header.
         rows: the fields, as many as there are names, without the header.
+        advice: what to do; "": convert it by scripts/to_tsv.py.
     """
 
     description: str
     names: list[str]
     rows: list[list[str]]
+    advice: str = ""
 
 
 def find_json_objects(lines: Sequence[str], columns: tuple[int, ...]) -> Table | None:
@@ -337,6 +341,19 @@ def find_labels(lines: Sequence[str], columns: tuple[int, ...]) -> Table | None:
     return Table(f"texts with labels or scores in column {width} ({some(labels, 3)})", table.names, labelled)
 
 
+def find_texts_as_ids(lines: Sequence[str], columns: tuple[int, ...]) -> Table | None:
+    """Return the table of two columns of which the first has texts, where ids are expected; None: there are no such."""
+    if columns != CORPUS_COLUMNS:
+        return None
+    rows = [line.split("\t") for line in lines]
+    rows = [row for row in rows if len(row) == 2 and SENTENCE.search(row[0])]
+    if len(rows) < MOST * len(lines):
+        return None
+    return Table("two columns, and texts instead of ids in the first", ["1", "2"], rows,
+                 "pairs of query and target are given by --similar_text_pair; of other files give one column, as "
+                 "cut -f1 writes it, or put the ids first; --corpus_columns 2 or --plain_text reads these texts as ids")
+
+
 def _takes_labels(columns: tuple[int, ...]) -> bool:
     """Return whether the third column of a file has to be a label or a score; of training texts it is a text."""
     return 3 in columns and 1 not in columns
@@ -353,6 +370,7 @@ FORMATS: dict[str, Callable[[Sequence[str], tuple[int, ...]], Table | None]] = {
     "csv": find_csv,
     "quoted_tsv": find_quoted_tsv,
     "labelled_tsv": find_labels,
+    "texts_as_ids": find_texts_as_ids,
 }
 
 
@@ -398,9 +416,9 @@ def check_format(lines: Sequence[str], name: str, flag: str, columns: tuple[int,
     for find_table in FORMATS.values():
         table = find_table(lines, columns)
         if table:
-            raise InputError(f"{flag} {name}: the file has {table.description}; expected {EXPECTED[columns]}; "
-                             f"convert it: {_to_tsv(name, _conversion_flags(table, columns))}; --plain_text reads "
-                             "its lines as they are")
+            advice = table.advice or (f"convert it: {_to_tsv(name, _conversion_flags(table, columns))}; --plain_text "
+                                      "reads its lines as they are")
+            raise InputError(f"{flag} {name}: the file has {table.description}; expected {EXPECTED[columns]}; {advice}")
 
 
 # ------------------------------------------------------------------------------------------------------------ commands

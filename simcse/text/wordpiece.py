@@ -240,8 +240,11 @@ def load_tokenizer(name_or_path: str) -> WordPiece | PaddleTokenizer:
         return tokenizer
     from paddlenlp.transformers import AutoTokenizer
 
-    # paddlenlp raises OSError, ValueError, KeyError or errors of its own.
-    with as_input_error(f"no tokenizer in {name_or_path}", Exception):
+    # paddlenlp raises OSError, ValueError, KeyError or errors of its own; IndexError for a class that it does not have.
+    unknown_class = (f"no tokenizer in {name_or_path}: PaddleNLP does not have the tokenizer_class that "
+                     "tokenizer_config.json names; write BertTokenizer there if it is BertTokenizerFast")
+    with as_input_error(unknown_class, IndexError), as_input_error(f"no tokenizer in {name_or_path}", OSError,
+                                                                   ValueError, KeyError, TypeError, AttributeError):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)  # nosec B615  the user names what is fetched
     kind = type(tokenizer).__name__
     if kind in WORDPIECE_CLASSES:

@@ -165,7 +165,21 @@ function partOf(text, passage) {
   return text.length > SHOWN_LENGTH ? `${text.slice(0, SHOWN_LENGTH).replace(/[\ud800-\udbff]$/, "")}…` : text;
 }
 
-function drawHit({ rank, id, document: text, cosine, words, passage }, index) {
+// What ranked the hits: the fused score in hybrid mode, the cosine otherwise. The bar is relative to the best hit.
+function drawScore({ cosine, score }) {
+  const texts = TEXTS[language];
+  const fused = score != null;
+  const value = fused ? score : cosine;
+  const best = fused ? answer.hits[0].score : 1;
+  const bar = element("span", "bar", element("span", "fill"));
+  bar.firstChild.style.width = `${100 * Math.min(Math.max(value / best, 0), 1)}%`;
+  const number = element("span", "score", value.toFixed(4));
+  number.title = fused ? texts.fused(number.textContent, cosine.toFixed(4)) : texts.cosine(number.textContent);
+  return element("div", "cosine", number, bar);
+}
+
+function drawHit(hit, index) {
+  const { rank, id, document: text, words, passage } = hit;
   const texts = TEXTS[language];
   const { query } = answer;
   const body = element("p", "text");
@@ -185,11 +199,7 @@ function drawHit({ rank, id, document: text, cosine, words, passage }, index) {
   } else {
     body.append(...highlight(text, query));
   }
-  const bar = element("span", "bar", element("span", "fill"));
-  bar.firstChild.style.width = `${100 * Math.min(Math.max(cosine, 0), 1)}%`;
-  const score = element("span", "score", cosine.toFixed(4));
-  score.title = texts.cosine(score.textContent);
-  item.append(element("div", "cosine", score, bar));
+  item.append(drawScore(hit));
   const notes = [];
   if (id != null) notes.push(texts.id(id));
   if (words) notes.push(words.length ? texts.words(words.join(" · ")) : texts.noWords);

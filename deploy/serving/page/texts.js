@@ -11,7 +11,8 @@ export const TEXTS = {
     found: (n) => `${n} 条结果`,
     time: (whole, server) => `${whole} 毫秒(服务器 ${server} 毫秒)`,
     cosine: (value) => `余弦相似度 ${value}`,
-    hybrid: "同时按词检索", id: (id) => `编号 ${id}`, words: (words) => `字面相同:${words}`, noWords: "没有相同的词",
+    fused: (value, cosine) => `融合得分 ${value}（余弦相似度 ${cosine}）`,
+    hybrid: "混合检索", id: (id) => `编号 ${id}`, words: (words) => `字面相同:${words}`, noWords: "没有相同的词",
     retry: (n) => `${n} 秒后自动重试。`,
     errors: {
       gone: "服务器没有应答。", busy: "服务器繁忙或正在重启。", slow: "检索超时,已放弃。按回车键再试一次。",
@@ -29,7 +30,8 @@ export const TEXTS = {
     found: (n) => `${n} ${n === "1" ? "result" : "results"}`,
     time: (whole, server) => `${whole} ms (server ${server} ms)`,
     cosine: (value) => `cosine similarity ${value}`,
-    hybrid: "By words, too", id: (id) => `Id ${id}`, words: (words) => `Words found: ${words}`, noWords: "None of the words",
+    fused: (value, cosine) => `fused score ${value} (cosine similarity ${cosine})`,
+    hybrid: "Hybrid (BM25)", id: (id) => `Id ${id}`, words: (words) => `Words found: ${words}`, noWords: "None of the words",
     retry: (n) => `Trying again in ${n} s.`,
     errors: {
       gone: "The server does not answer.", busy: "The server is busy or restarting.",

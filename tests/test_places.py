@@ -1,0 +1,107 @@
+"""Where results are written, and what the machine grants."""
+
+import os
+import stat
+import threading
+
+from simcse import machine
+from simcse.console import InputError
+from simcse.files import check_writable, new_file, new_folder
+from simcse.index.milvus_collection import IDS, MESSAGE_BYTES, PAGE, PASSAGE, TEXT, VECTOR, max_rows, split_by_size
+
+import numpy as np
+import pytest
+
+
+def test_a_link_is_followed(tmp_path):
+    target = tmp_path / "elsewhere" / "target"
+    target.parent.mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(target)
+    for text in ("new", "newer"):
+        with new_file(str(link)) as file:
+            file.write(text)
+        assert link.is_symlink() and target.read_text() == text
+    folder = tmp_path / "elsewhere" / "folder"
+    folder.mkdir()
+    (folder / "users.txt").write_text("kept")
+    link = tmp_path / "folder"
+    link.symlink_to(folder)
+    with new_folder(str(link)) as temporary:
+        (tmp_path / temporary / "file").write_text("new")
+    assert link.is_symlink() and sorted(os.listdir(folder)) == ["file", "users.txt"]
+    assert sorted(os.listdir(tmp_path / "elsewhere")) == ["folder", "target"]
+
+
+def test_a_named_pipe_is_written_to(tmp_path):
+    """As a device is: neither is replaced by a file."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    check_writable(str(pipe), "--output_file")
+    read = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader.start()
+    with new_file(str(pipe)) as file:
+        file.write("text")
+    reader.join(10)
+    assert read == ["text"] and stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_what_cannot_be_written_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path, is_folder, message in ((tmp_path, False, "is a folder"), (tmp_path / "file", True, "is not a folder"),
+                                     (tmp_path / "file" / "below", False, "file is no folder"),
+                                     ("/proc", True, "is a mount point")):
+        with pytest.raises(InputError, match=f"--flag .*{message}"):
+            check_writable(str(path), "--flag", is_folder=is_folder)
+    check_writable(str(tmp_path / "new" / "file"), "--flag")
+    check_writable("/dev/null", "--flag")
+
+
+@pytest.fixture
+def cgroup(tmp_path, monkeypatch):
+    """Control groups of a version: a group within another, whose files the test writes."""
+    def write(line, **files):
+        (tmp_path / "cgroup").write_text(line)
+        for path, text in files.items():
+            target = tmp_path / "fs" / path.replace("__", "/").replace("_DOT_", ".")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text)
+
+    monkeypatch.setattr(machine, "CGROUPS", str(tmp_path / "fs"))
+    monkeypatch.setattr(machine, "CGROUP_OF_PROCESS", str(tmp_path / "cgroup"))
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: set(range(8)))
+    return write
+
+
+def test_cores_and_memory_of_a_container_of_version_2(cgroup):
+    cgroup("0::/box/inner\n", box__cpu_DOT_max="350000 100000\n", box__inner__cpu_DOT_max="max 100000\n",
+           box__memory_DOT_max="500000000\n", box__memory_DOT_current="200000000\n",
+           box__memory_DOT_stat="anon 1\ninactive_file 50000000\n", box__inner__memory_DOT_max="max\n",
+           box__inner__memory_DOT_current="1\n", box__inner__memory_DOT_stat="inactive_file 0\n")
+    assert machine.count_cores() == 3
+    assert machine.available_memory() == 350_000_000
+
+
+def test_cores_and_memory_of_a_container_of_version_1(cgroup):
+    cgroup("4:memory:/box\n3:cpu,cpuacct:/box\n0::/\n",
+           **{"cpu,cpuacct__box__cpu_DOT_cfs_quota_us": "250000\n"},
+           **{"cpu,cpuacct__box__cpu_DOT_cfs_period_us": "100000\n"},
+           memory__box__memory_DOT_limit_in_bytes="400000000\n", memory__box__memory_DOT_usage_in_bytes="100000000\n",
+           memory__box__memory_DOT_stat="total_inactive_file 7\n")
+    assert machine.count_cores() == 2
+    assert machine.available_memory() == 300_000_007
+
+
+def test_messages_to_milvus_are_counted_in_bytes():
+    def row(size):
+        return {TEXT: "长" * size, PASSAGE: "", IDS: "", VECTOR: np.zeros(8, "float32")}
+
+    rows = [row(20_000)] * 1500
+    pieces = list(split_by_size(rows))
+    assert sum(map(len, pieces)) == 1500 and len(pieces) == 3
+    assert all(len(piece) * (3 * 20_000 + 32) <= MESSAGE_BYTES for piece in pieces)
+    assert [len(piece) for piece in split_by_size([row(1)] * (PAGE + 1))] == [PAGE, 1]
+    assert [len(piece) for piece in split_by_size([row(MESSAGE_BYTES)] * 2)] == [1, 1]
+    assert list(split_by_size([])) == []
+    assert max_rows([]) == PAGE and max_rows([TEXT, IDS]) * 2 * 65535 <= MESSAGE_BYTES
