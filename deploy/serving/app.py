@@ -91,9 +91,11 @@ class SearcherApp:
             self.batcher.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        method = "GET" if scope["method"] == "HEAD" else scope["method"]  # the server leaves out the body
         state = {**scope.get("state", {}), "app": self}
-        await self.endpoints({**scope, "method": method, "state": state}, receive, send)
+        scope = {**scope, "state": state}
+        if scope.get("method") == "HEAD":  # a websocket has no method
+            scope["method"] = "GET"  # the server leaves out the body
+        await self.endpoints(scope, receive, send)
 
     async def ask(self, job: Job) -> Any:
         """Return the answer to a job.

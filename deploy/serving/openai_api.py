@@ -107,16 +107,16 @@ def check_input(value: Any) -> str | list[str]:
         raise ValueError("should be a text or a list of texts")
     if not texts:
         raise ValueError("is an empty list; send at least one text")
-    if len(texts) > MAX_TEXTS and not holds_token_ids(texts):
-        raise ValueError(f"has {len(texts):,} texts, and a request may have {MAX_TEXTS:,}; send them in parts")
     if holds_token_ids(texts):
         raise ValueError("holds token ids, of a tokenizer that is not this model's; send texts (in LangChain: "
                          "OpenAIEmbeddings(check_embedding_ctx_length=False))")
+    if len(texts) > MAX_TEXTS:
+        raise ValueError(f"has {len(texts):,} texts, and a request may have {MAX_TEXTS:,}; send them in parts")
     for number, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(f"number {number} is no text")
         if not text.strip():
-            raise ValueError(f"number {number} is {'blank' if text else 'an empty text'}; leave it out" )
+            raise ValueError(f"number {number} is {'blank' if text else 'an empty text'}; leave it out")
     return value
 
 
