@@ -1,7 +1,8 @@
 """Build, keep and open the index of a corpus; simcse/index/hits.py searches it.
 
-An index folder has a file a shard, the corpus (corpus.csv), its documents (documents.npy, keys.npy, passages.npy) and
-manifest.json, which says what the index is made of. With --hybrid_bm25 it has a folder bm25, too.
+An index folder has a file a shard, the rows of each vector (vectors.npy, vector_keys.npy), the corpus (corpus.csv), its
+documents (documents.npy, keys.npy, passages.npy) and manifest.json, which says what the index is made of. With
+--hybrid_bm25 it has a folder bm25, too.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from simcse import console
-from simcse.console import InputError, accept_all_lines, as_input_error, log
+from simcse.console import InputError, accept_all_lines, as_input_error, log, progress
 from simcse.files import file_digest, hidden_path, new_folder, read_json
 from simcse.index.documents import Documents, find_keys, report_changes
 from simcse.index.engines import DEFAULT_ENGINE, ENGINES, LOCAL_ENGINES
@@ -23,9 +24,11 @@ from simcse.index.milvus import MilvusIndex
 from simcse.index.protocols import NOT_FOUND, DocumentStore, Index
 from simcse.index.settings import Setting
 from simcse.index.shards import MEASURED_K, ShardedIndex, pick_evenly, report_ann_recall
+from simcse.index.vector_map import VectorMap
 from simcse.machine import RANK, RANKS
 from simcse.text.passages import Passages
 from simcse.text.textfile import Corpus
+from simcse.text.tokens import WINDOW
 
 import numpy as np
 
@@ -138,9 +141,9 @@ def load_index(path: str, manifest: Manifest, *, threads: int = 0, corpus: Corpu
     Raises:
         InputError: a file is damaged, or the memory does not suffice.
     """
-    index = ShardedIndex(manifest, threads)
     with as_input_error(f"--index_path {path}: damaged", *DAMAGE):
         documents = _load_documents(path, manifest, corpus)
+        index = ShardedIndex(manifest, threads, documents.vector_map)
         index.load(path)
     index.set_search_settings(search_settings or {})
     log(f"using the index in {path}")
@@ -159,6 +162,7 @@ def _load_documents(path: str, manifest: Manifest, corpus: Corpus | None) -> Doc
     documents = Documents(corpus, path)
     if manifest.passages:
         documents.passages = Passages.load(documents, path)
+    documents.vector_map = VectorMap.load(path, manifest.rows)
     return documents
 
 
@@ -192,16 +196,31 @@ def build_index(corpus: Corpus, encoder: "Encoder", manifest: Manifest, *, threa
     """
     documents = read_documents(corpus, encoder, manifest)
     manifest = with_sizes(manifest, documents, encoder)
+    previous = PreviousIndex.open(previous_path) if previous_path else None
+    if previous is not None:
+        report_changes(documents, previous.document_keys, previous.where)
+    share_vectors(documents, encoder, previous)
+    vector_count = documents.vector_map.vector_count
     engine = LOCAL_ENGINES[manifest.ann_engine]
-    manifest.build_settings = engine.complete_settings(manifest.build_settings, manifest.rows)
-    index = ShardedIndex(manifest, threads)
-    reused = read_reused_vectors(previous_path, documents, index.missing_rows) if previous_path else None
-    add_missing(index, documents, encoder, reused)
-    if engine.approximate:  # measured on documents, which unlike queries are always there
-        vectors = encoder.encode(pick_evenly(documents), warn=False)
-        manifest.ann_recall = index.measure(vectors, min(MEASURED_K, len(documents)), "documents")
+    manifest.build_settings = engine.complete_settings(manifest.build_settings, vector_count)
+    index = ShardedIndex(manifest, threads, documents.vector_map)
+    reused = None
+    if previous is not None:
+        reused = previous.read_vectors(documents.vector_map, index.missing_rows)
+    add_missing(index, documents, encoder, reused, warn=False)  # `share_vectors` has warned
+    if engine.approximate:
+        vectors = encoder.encode(halves_of(documents), warn=False)
+        manifest.ann_recall = index.measure(vectors, min(MEASURED_K, vector_count), "halves of documents")
         report_ann_recall(manifest.ann_recall)
     return index, documents
+
+
+def halves_of(documents: Documents) -> list[str]:
+    """Return the second halves of some documents, to measure an index with where there may be no queries.
+
+    Whole documents would find themselves, which is easier than what queries ask.
+    """
+    return [text[len(text) // 2 :] for text in pick_evenly(documents)]
 
 
 def read_documents(corpus: Corpus, encoder: "Encoder", manifest: Manifest) -> Documents:
@@ -218,63 +237,146 @@ def with_sizes(manifest: Manifest, documents: Documents, encoder: "Encoder") -> 
                                documents=len(documents), rows=documents.row_count)
 
 
+def share_vectors(documents: Documents, encoder: "Encoder", previous: "PreviousIndex | None" = None) -> None:
+    """Find out which rows the encoder cannot tell apart, so that they get one vector; warn of what it does not read.
+
+    All ranks call it together; each tokenizes a share.
+
+    Args:
+        documents: get their `vector_map`.
+        encoder: has the tokenizer.
+        previous: of another state of the corpus; what it has is not tokenized again.
+    """
+    from simcse.encoder.encoder import TextWarnings, places_of
+    from simcse.ranks import gather_arrays
+
+    keys = np.zeros(documents.row_count, "int64")
+    new_rows = np.arange(len(keys))
+    if previous is not None:
+        known_keys = previous.vector_keys(documents.row_keys())
+        is_new = known_keys == NOT_FOUND
+        new_rows = np.flatnonzero(is_new)
+        if not RANK:  # further down the keys of all ranks are added up
+            keys[~is_new] = known_keys[~is_new]
+    warnings = TextWarnings(encoder.max_seq_length)
+    with progress("tokenizing", len(new_rows), "texts") as advance:
+        for start in range(RANK * WINDOW, len(new_rows), RANKS * WINDOW):
+            rows = new_rows[start : start + WINDOW]
+            inputs = encoder.tokenize(documents.row_texts[rows])
+            warnings.add(inputs, rows)
+            keys[rows] = inputs.keys()
+            advance(RANKS * len(rows))
+    keys = sum(gather_arrays(keys))
+    if documents.passages is not None:
+        keys[new_rows] = documents.passages.keys_in_context(new_rows, keys[new_rows])
+    documents.vector_map = VectorMap.of_keys(keys)
+    warnings = warnings.gather()
+    if not RANK or console.settings.strict_data:  # then it is an error, which ends all ranks
+        warnings.report(places_of(documents.row_texts))
+
+
 @dataclass
 class ReusedVectors:
     """What a previous index has of a piece of the rows.
 
     Attributes:
-        rows: the piece.
+        rows: the piece, int64.
         vectors: float32 [rows, dim]; undefined for missing rows.
-        missing: the rows that the previous index lacks, int64.
+        is_missing: bool [rows], whether the previous index lacks a row.
     """
 
-    rows: range
+    rows: np.ndarray
     vectors: np.ndarray
-    missing: np.ndarray
+    is_missing: np.ndarray
+
+    def missing_rows(self) -> np.ndarray:
+        """Return the rows that the previous index lacks, int64."""
+        return self.rows[self.is_missing]
 
     def completed_with(self, encoded: np.ndarray) -> np.ndarray:
         """Return the vectors of all rows, float32 [rows, dim]; `encoded` are those of the missing ones."""
-        self.vectors[self.missing - self.rows.start] = encoded
+        self.vectors[self.is_missing] = encoded
         return self.vectors
 
 
-def read_reused_vectors(path: str, documents: Documents, pieces: Sequence[range]) -> list[ReusedVectors]:
-    """Return the vectors that the index in a folder has of each piece; log what of the corpus is new, and gone.
+@dataclass
+class PreviousIndex:
+    """The index of another state of a corpus, whose vectors are used again.
 
-    Args:
-        path: the folder of an index of another state of the corpus.
-        documents: the corpus now.
-        pieces: its rows that this rank needs.
-
-    Raises:
-        InputError: the index is damaged, or has none of the documents.
+    Attributes:
+        path: its folder.
+        manifest: what it is made of.
+        document_keys: int64 [documents]; see `Documents.keys`.
+        row_keys: int64 [rows]; see `Documents.row_keys`.
+        vector_map: its vectors.
     """
-    where = f"--index_path {path}"
-    damaged = f"{where}: damaged"
-    previous = Manifest.load(path, where, REBUILD)
-    with as_input_error(damaged, *DAMAGE):
-        _check_digests(path, previous)
-        document_keys = Documents.load_keys(path)
-        row_keys = Documents.load_row_keys(path, previous.passages)
-    report_changes(documents, document_keys, where)
 
-    previous_rows = find_keys(documents.row_keys(), row_keys)
-    reused = []
-    for rows in pieces:
-        vectors = np.empty((len(rows), previous.dimension), "float32")
-        is_missing = previous_rows[rows.start : rows.stop] == NOT_FOUND
-        reused.append(ReusedVectors(rows, vectors, rows.start + np.flatnonzero(is_missing)))
-    for shard in range(previous.index_shards):  # as if each were on a rank of its own, so that one is in memory
-        index = ShardedIndex(previous, threads=1, rank=shard, ranks=previous.index_shards)
-        with as_input_error(damaged, *DAMAGE):
-            index.load(path)
-        for piece in reused:
-            index.copy_vectors(previous_rows[piece.rows.start : piece.rows.stop], piece.vectors)
-    return reused
+    path: str
+    manifest: Manifest
+    document_keys: np.ndarray
+    row_keys: np.ndarray
+    vector_map: VectorMap
+
+    @classmethod
+    def open(cls, path: str) -> "PreviousIndex":
+        """Return the index in a folder, without its vectors.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        where = f"--index_path {path}"
+        manifest = Manifest.load(path, where, REBUILD)
+        with as_input_error(f"{where}: damaged", *DAMAGE):
+            _check_digests(path, manifest)
+            return cls(path, manifest, Documents.load_keys(path), Documents.load_row_keys(path, manifest.passages),
+                       VectorMap.load(path, manifest.rows))
+
+    @property
+    def where(self) -> str:
+        """The flag that names it, and its value, for messages."""
+        return f"--index_path {self.path}"
+
+    def vector_keys(self, row_keys: np.ndarray) -> np.ndarray:
+        """Return the key of the vector of each row, int64 [rows]; NOT_FOUND: the index lacks the row.
+
+        Args:
+            row_keys: int64 [rows].
+        """
+        previous_rows = find_keys(row_keys, self.row_keys)
+        keys = self.vector_map.keys[self.vector_map.vector_of_row[previous_rows]]
+        return np.where(previous_rows == NOT_FOUND, NOT_FOUND, keys)
+
+    def read_vectors(self, vector_map: VectorMap, pieces: Sequence[np.ndarray]) -> list[ReusedVectors]:
+        """Return what it has of each piece of the rows of the corpus now.
+
+        Args:
+            vector_map: that of the corpus now.
+            pieces: rows that this rank needs.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        previous_vectors = find_keys(vector_map.keys, self.vector_map.keys)
+        reused = []
+        previous_rows = []
+        for rows in pieces:
+            previous = previous_vectors[vector_map.vector_of_row[rows]]
+            is_missing = previous == NOT_FOUND
+            vectors = np.empty((len(rows), self.manifest.dimension), "float32")
+            reused.append(ReusedVectors(rows, vectors, is_missing))
+            previous_rows.append(np.where(is_missing, NOT_FOUND, self.vector_map.first_rows(previous)))
+        shards = self.manifest.index_shards
+        for shard in range(shards):  # as if each were on a rank of its own, so that one is in memory
+            index = ShardedIndex(self.manifest, threads=1, vector_map=self.vector_map, rank=shard, ranks=shards)
+            with as_input_error(f"{self.where}: damaged", *DAMAGE):
+                index.load(self.path)
+            for piece, rows in zip(reused, previous_rows):
+                index.copy_vectors(rows, piece.vectors)
+        return reused
 
 
 def add_missing(index: Index, documents: Documents, encoder: "Encoder",
-                reused: Sequence[ReusedVectors] | None = None) -> None:
+                reused: Sequence[ReusedVectors] | None = None, *, warn: bool = True) -> None:
     """Encode the rows that an index lacks and add them; one piece is added while the next is encoded.
 
     Args:
@@ -283,17 +385,20 @@ def add_missing(index: Index, documents: Documents, encoder: "Encoder",
         encoder: turns them into vectors.
         reused: for each piece of the missing rows the vectors that are not encoded again; None: encode all rows, and
             log the rate.
+        warn: warn of texts that the encoder reads only in part, or nothing of.
     """
     from simcse.encoder.encoder import TextWarnings, places_of
 
     pieces = list(index.missing_rows)
     # With several ranks they are counted here, so that rank 0 reports them for all.
-    warnings = TextWarnings(encoder.max_seq_length) if RANKS > 1 else None
+    warnings = TextWarnings(encoder.max_seq_length) if warn and RANKS > 1 else None
+    warn_here = warn and warnings is None
     if reused is None:
-        _encode_and_add(index, documents, encoder, pieces, warnings)
+        _encode_and_add(index, documents, encoder, pieces, warn_here, warnings)
     else:
-        encoded = _encode_rows(encoder, documents, [piece.missing for piece in reused], warnings)
-        for vectors, piece in zip(encoded, reused, strict=True):  # to the end of both: `encoded` reports warnings there
+        missing = [piece.missing_rows() for piece in reused]
+        encoded = _encode_rows(encoder, documents, missing, warn_here, warnings)
+        for vectors, piece in zip(encoded, reused, strict=True):
             index.add(piece.rows, piece.completed_with(vectors))
         index.finish()
     if warnings is not None:
@@ -302,15 +407,15 @@ def add_missing(index: Index, documents: Documents, encoder: "Encoder",
             warnings.report(places_of(documents.row_texts))
 
 
-def _encode_and_add(index: Index, documents: Documents, encoder: "Encoder", pieces: Sequence[Sequence[int]],
-                    warnings: "TextWarnings | None") -> None:
+def _encode_and_add(index: Index, documents: Documents, encoder: "Encoder", pieces: Sequence[np.ndarray],
+                    warn: bool, warnings: "TextWarnings | None") -> None:
     """Encode all rows of some pieces and add them; log the beginning and the rate."""
     started = time.time()
     count = sum(len(rows) for rows in pieces)
     if count:
         _log_start(documents, encoder, count)
-    encoded = _encode_rows(encoder, documents, pieces, warnings)
-    for vectors, rows in zip(encoded, pieces, strict=True):  # as in `add_missing`
+    encoded = _encode_rows(encoder, documents, pieces, warn, warnings)
+    for vectors, rows in zip(encoded, pieces, strict=True):  # to the end of both: `encoded` reports warnings there
         index.add(rows, vectors)
     index.finish()
     if count:
@@ -320,22 +425,27 @@ def _encode_and_add(index: Index, documents: Documents, encoder: "Encoder", piec
 
 def _log_start(documents: Documents, encoder: "Encoder", rows: int) -> None:
     copies = documents.line_count - len(documents)
-    unit = "passages of " if documents.has_passages else "of "
-    message = f"encoding and indexing {rows} {unit}{len(documents)} documents in {encoder.precision}"
+    unit = "passages" if documents.has_passages else "documents"
+    of_documents = f"passages of {len(documents)}" if documents.has_passages else f"of {len(documents)}"
+    message = f"encoding and indexing {rows} {of_documents} documents in {encoder.precision}"
+    if documents.vector_map is not None:
+        sharing = documents.row_count - documents.vector_map.vector_count
+        if sharing:
+            message += f"; {sharing} {unit} have the same tokens as another, and its vector"
     if copies:
         message += f"; {copies} more lines are copies, --distinct gives each text once"
     log(message)
 
 
-def _encode_rows(encoder: "Encoder", documents: Documents, pieces: Sequence[Sequence[int]],
+def _encode_rows(encoder: "Encoder", documents: Documents, pieces: Sequence[np.ndarray], warn: bool,
                  warnings: "TextWarnings | None") -> Iterator[np.ndarray]:
     """Return an iterator over the vectors of each piece, float32 [rows, dim]; passages are in their documents' context.
     """
     passages = documents.passages
     if passages is None:
-        return encoder.stream(documents, windows=pieces, warn=warnings is None, warnings=warnings)
+        return encoder.stream(documents, windows=pieces, warn=warn, warnings=warnings)
     windows = passages.rows_to_encode(pieces)
-    encoded = encoder.stream(passages, windows=windows, warn=warnings is None, warnings=warnings)
+    encoded = encoder.stream(passages, windows=windows, warn=warn, warnings=warnings)
     return passages.blend_with_documents(pieces, encoded)
 
 

@@ -170,7 +170,7 @@ def index(folder: str, m: int, ef: int, shards: int) -> dict[str, float]:
 
     def fill() -> None:
         for rows in index.missing_rows:
-            index.add(rows, vectors[rows.start : rows.stop])
+            index.add(rows, vectors[rows])
         index.finish()
 
     def save(path: str) -> None:

@@ -48,7 +48,7 @@ class Paper(NamedTuple):
     query: str
 
 
-def make_papers(rng: random.Random, count: int = 1500) -> list[Paper]:
+def make_papers(rng: random.Random, count: int) -> list[Paper]:
     """Return papers that differ in at least one of subject, aspect, method and place."""
     combinations = rng.sample(list(itertools.product(SUBJECTS, ASPECTS, METHODS, PLACES)), count)
     papers = []
@@ -76,7 +76,7 @@ def make_training_texts(papers: list[Paper], other_papers: list[Paper], rng: ran
     return shuffled
 
 
-def make_test_pairs(papers: list[Paper], count: int = 200) -> list[str]:
+def make_test_pairs(papers: list[Paper], count: int) -> list[str]:
     """Return lines of title and document; in every second line the document is of the next paper."""
     lines = []
     for row in range(count):
@@ -95,15 +95,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="folder to write to, made if it does not exist")
     parser.add_argument("--seed", type=int, default=1000, help="random seed (default: %(default)s)")
+    parser.add_argument("--papers", type=int, choices=range(30, 7201), metavar="30..7200", default=1500,
+                        help="documents of corpus.csv, a third of which dev.csv has (default: %(default)s)")
     args = parser.parse_args()
-    papers = make_papers(random.Random(args.seed))
+    papers = make_papers(random.Random(args.seed), args.papers)
     os.makedirs(args.folder, exist_ok=True)
-    dev_papers = papers[:500]
-    training_texts = make_training_texts(papers, papers[500:], random.Random(args.seed))
+    dev_count = args.papers // 3
+    dev_papers = papers[:dev_count]
+    training_texts = make_training_texts(papers, papers[dev_count:], random.Random(args.seed))
     write_lines(f"{args.folder}/train_unsupervised.csv", training_texts)
     write_lines(f"{args.folder}/corpus.csv", [paper.document for paper in papers])
     write_lines(f"{args.folder}/dev.csv", [f"{paper.query}\t{paper.document}" for paper in dev_papers])
-    write_lines(f"{args.folder}/test.csv", make_test_pairs(papers))
+    write_lines(f"{args.folder}/test.csv", make_test_pairs(papers, min(200, args.papers - 1)))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 # recalls and evaluates without training, after SimCSE, and by the recipe of docs/ without and with BM25, predicts,
 # exports and deploys. Everything goes to quickstart/.
 #   EPOCHS  passes of SimCSE over the sample texts  (1)
+#   PAPERS  documents of the sample  (1500)
 #   PYTHON  the Python to make .venv with
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -29,7 +30,7 @@ row() { # row FOLDER NAME SINCE CHECKPOINT FLAGS...: recall and evaluate; what i
 }
 
 say "sample data, all made up by scripts/make_sample_data.py: they show that everything works, not how well"
-"$PYTHON" scripts/make_sample_data.py "$DATA_DIR" >&2
+"$PYTHON" scripts/make_sample_data.py "$DATA_DIR" --papers "${PAPERS:-1500}" >&2
 
 say "an encoder that was not trained for this: recall, evaluate"
 from=$SECONDS

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Make a virtual environment, install, check the style and run the tests, two at a time. Further arguments go to pytest:
 # a file, -k WORD, -n 0 for one at a time, --slow for what takes minutes.
-#   STACK   paddle3.3 (default): everything; paddle2.6: the tests of the pipeline and of the original's figures
+#   STACK   paddle3.3 (default): everything; paddle2.6: the tests of the pipeline and of the original's figures, without
+#           those that are marked default_stack
 #   PYTHON  the Python to make the environment with
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -18,6 +19,7 @@ paddle3.3)
     fi
     "$venv/bin/ruff" check .
     tests=tests
+    marked=
     ;;
 paddle2.6)
     # The GPU stack with the CPU build of the same paddle, and without CUDA's libraries.
@@ -25,6 +27,7 @@ paddle2.6)
     mkdir -p "$venv"
     sed 's/^paddlepaddle-gpu/paddlepaddle/; /^nvidia-/d' requirements-gpu.txt >"$venv.requirements.tmp"
     make_venv "$venv" "$venv.requirements.tmp" requirements-serving.txt requirements-test.txt
+    marked='not default_stack'
     tests=
     for name in compat lengths train gradients recall pipeline pipes engine precision losses objectives whitening \
         pooling pretrain mining deploy device gpu resume stopping checkpoint distributed serving; do
@@ -43,4 +46,4 @@ done
 workers="-n 2 --dist loadgroup --no-loadscope-reorder"
 [ "$files" = 1 ] && workers="-n 0" # the tests of a file are one worker's
 # shellcheck disable=SC2086  # a word a file on purpose
-exec "$venv/bin/python" -m pytest $tests -ra -p no:schemathesis $workers "$@"
+exec "$venv/bin/python" -m pytest $tests -ra -p no:schemathesis -m "$marked" $workers "$@"

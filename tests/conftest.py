@@ -51,6 +51,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_configure(config):
     """Start the server that forks scripts, once for all of xdist's workers; it is ready when the first one is run."""
+    config.addinivalue_line("markers", "default_stack: shows nothing that depends on paddle's version, and takes long")
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # by nohup, or & in a script; what is started inherits it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if "SIMCSE_FORKED_PYTHON" in os.environ:

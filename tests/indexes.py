@@ -37,7 +37,7 @@ def manifest_of(engine, rows, dimension, shards, **settings):
 def fill(index, vectors):
     """Add the vectors, float32 [rows, dim], of the rows that an index lacks."""
     for rows in list(index.missing_rows):
-        index.add(rows, vectors[rows.start : rows.stop])
+        index.add(rows, vectors[rows])
     index.finish()
 
 

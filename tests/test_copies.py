@@ -103,7 +103,7 @@ def test_what_the_approximation_costs_is_measured_and_advice_was_tried(tmp_path,
     index = ShardedIndex(manifest_of("hnswlib", 4000, 64, 1, hnsw_m=4, hnsw_ef=2))
     fill(index, vectors)
     measured = index.measure(vectors[:100], 10, "documents")
-    exact = index.search(vectors[:100], 10, exact=True)
+    exact = index._search_vectors(vectors[:100], 10, exact=True)
     found = index.search(vectors[:100], 10)
     assert measured.recall == round(shards.ann_recall(found.scores, exact.scores), 4) < 0.9
     assert measured.deeper_recall > measured.recall and index.search_settings == {"hnsw_ef": 2}

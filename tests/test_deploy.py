@@ -76,6 +76,7 @@ def test_a_copied_folder_gives_the_same_vectors(kind, server, exported, checkpoi
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected, atol=1e-5)
 
 
+@pytest.mark.default_stack
 def test_in_an_environment_of_its_requirements_alone(request, exported, checkpoint, sample, tmp_path):
     if not request.config.getoption("--slow"):
         pytest.skip("only with --slow: makes an environment and installs deploy/python/requirements.txt")
@@ -91,6 +92,7 @@ def test_in_an_environment_of_its_requirements_alone(request, exported, checkpoi
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected, atol=1e-5)
 
 
+@pytest.mark.default_stack
 def test_what_is_missing_is_one_line(server, exported, tmp_path):
     for name in ("numpy", "paddle"):
         result = server(PROJECT | {name}, "--model_dir", exported)
@@ -118,6 +120,7 @@ def test_what_is_damaged_is_one_line(exported, tmp_path, name, message):
     assert message.format(graph=graph) in line
 
 
+@pytest.mark.default_stack
 @pytest.mark.parametrize("content, message", [
     (b"\x1f\x8b\x08\0\n", "texts:1: not UTF-8 at byte 2 of the line; convert it from its encoding: iconv -f"),
     ("甲\n".encode("gbk"), "texts:1: not UTF-8 at byte 1 of the line; convert it from its encoding: iconv -f"),

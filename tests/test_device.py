@@ -96,6 +96,7 @@ def test_without_a_gpu_or_with_the_cpu_build_it_is_one_line():
         assert "DEVICE=cpu" in ran.stderr
 
 
+@pytest.mark.default_stack
 def test_every_script_says_in_one_line_that_there_is_no_gpu(checkpoint, exported, sample, kept_index, tmp_path):
     if paddle.device.is_compiled_with_cuda() and paddle.device.cuda.device_count():
         pytest.skip("there is a GPU")
@@ -316,6 +317,7 @@ def test_encoding_takes_the_batch_size_of_the_device_unless_asked(tmp_path, scri
     assert words[words.index("--batch_size") + 1] == "7"
 
 
+@pytest.mark.default_stack
 def test_an_activated_environment_comes_before_the_projects_own(tmp_path):
     """conda's base, which every shell has, is not what somebody activated."""
     shutil.copytree(ROOT / "scripts", tmp_path / "clone" / "scripts")

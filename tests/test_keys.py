@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from simcse.text.keys import passage_keys, text_keys
+from simcse.text.keys import passage_keys, sequence_keys, text_keys
 
 import numpy as np
 from conftest import ROOT
@@ -22,6 +22,14 @@ def test_equal_texts_have_equal_keys_in_every_process():
                              env={**os.environ, "PYTHONHASHSEED": seed})
         assert int(ran.stdout) == keys[0], ran.stderr
     assert text_keys([]).shape == (0,)
+
+
+def test_equal_sequences_of_integers_have_equal_keys():
+    """What stands before a sequence in the array does not matter, and neither does the type of integer."""
+    keys = sequence_keys(np.array([5, 7, 5, 7, 5, 7, 7, 5], "int32"), np.array([2, 3, 3, 5, 6, 8]))
+    sequences = ["5 7", "5", "", "7 5", "7", "7 5"]
+    assert [sequences.index(sequence) for sequence in sequences] == [keys.tolist().index(key) for key in keys]
+    assert keys.min() >= 0 and keys[0] == sequence_keys(np.array([5, 7]), np.array([2]))[0]
 
 
 def test_keys_of_passages_depend_on_document_and_place():

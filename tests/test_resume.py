@@ -35,7 +35,8 @@ def assert_equal(one, other):
         np.testing.assert_array_equal(array, other[name], err_msg=name)
 
 
-@pytest.mark.parametrize("more", [[], ["--chunk_size", 4], ["--pooling", "mean", "--crop_rate", 0.5]])
+@pytest.mark.parametrize("more", [
+    [], pytest.param(["--chunk_size", 4, "--pooling", "mean", "--crop_rate", 0.5], marks=pytest.mark.default_stack)])
 def test_broken_by_kill_9_and_resumed_is_unbroken_to_the_bit(flags, tmp_path, more):
     steps = 32
     more = ["--epochs", 2, *more]

@@ -267,11 +267,13 @@ def test_a_damaged_archive_is_not_unpacked(bare_clone, archive, damage):
 
 # ------------------------------------------------------------------------------------------------------ quickstart
 def test_quickstart(clone):
-    """As a user runs it, with the environment that the tests run in: recall rises by the training."""
+    """As a user runs it, with a smaller sample and the environment that the tests run in: recall rises by the training.
+    """
     if not os.path.isfile(os.path.join(sys.prefix, "installed")):
         pytest.skip("only in the environment that scripts/run_tests.sh makes: it would install packages here")
     os.symlink(sys.prefix, clone / ".venv")
-    result = subprocess.run(["bash", "scripts/quickstart.sh"], cwd=clone, capture_output=True, text=True, timeout=1800)
+    result = subprocess.run(["bash", "scripts/quickstart.sh"], cwd=clone, capture_output=True, text=True, timeout=1800,
+                            env={**os.environ, "PAPERS": "450"})
     assert result.returncode == 0, result.stderr
     rows = [re.search(rf"^{name} +((?:[\d.]+ +){{5}})\d+ s$", result.stdout, re.M)[1].split() for name in (
         "untrained", "SimCSE, epochs: 1", "first_last_avg, whitened", "the same, with BM25")]

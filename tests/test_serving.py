@@ -77,6 +77,7 @@ def test_search_gives_ten_unless_told(service):
     assert len(answered(service, "/search", "results", {"queries": ["语义"], "top_k": 3.0})[0]) == 3
 
 
+@pytest.mark.default_stack
 def test_more_than_the_corpus_has(serve, checkpoint, kept_index, sample):
     service = serve("--max_top_k", 1000)
     found = answered(service, "/search", "results", {"queries": ["语义", "检索"], "top_k": 1000})
@@ -85,6 +86,7 @@ def test_more_than_the_corpus_has(serve, checkpoint, kept_index, sample):
     same_hits(found, by_recall(checkpoint, ["语义", "检索"], 120, "--index_path", kept_index))
 
 
+@pytest.mark.default_stack
 def test_requests_at_once_get_each_its_own_answer(service, sample):
     """200 requests of all kinds by 32 clients: what each gets is what it gets alone, and batches had several."""
     lines, asked = lines_of(sample / "corpus.csv", None), []
@@ -124,6 +126,7 @@ def test_health_says_what_is_served(service):
                                           "index_is_outdated": False}
 
 
+@pytest.mark.default_stack
 @pytest.mark.parametrize("token", ["geheim", "密码 é"])
 def test_token(serve, token):
     service = serve(env={"SIMCSE_TOKEN": token})
@@ -141,6 +144,7 @@ def test_token(serve, token):
     assert "with the token of SIMCSE_TOKEN" in log and token not in log and "another" not in log
 
 
+@pytest.mark.default_stack
 def test_docs_come_from_the_server_alone(service):
     status, headers, page = service.ask("/docs")
     linked = re.findall(r"""(?:src|href)=["']([^"']+)""", page)
@@ -156,6 +160,7 @@ def test_docs_come_from_the_server_alone(service):
         assert service.ask(path)[0] == 404
 
 
+@pytest.mark.default_stack
 def test_milvus(checkpoint, exported, kept_index, sample, tmp_path):
     pytest.importorskip("pymilvus", reason="requirements-milvus.txt is not installed")
     database, queries = tmp_path / "recall.db", [line.split("\t")[0] for line in lines_of(sample / "dev.csv", 5)]
@@ -176,6 +181,7 @@ def test_milvus(checkpoint, exported, kept_index, sample, tmp_path):
         service.stop()
 
 
+@pytest.mark.default_stack
 def test_onnx(checkpoint, kept_index, service, tmp_path):
     pytest.importorskip("onnxruntime", reason="requirements-onnx.txt is not installed", exc_type=ImportError)
     pytest.importorskip("paddle2onnx", reason="requirements-onnx.txt is not installed", exc_type=ImportError)

@@ -17,6 +17,7 @@ def flags(sample):
     return functools.partial(saving_flags, sample)
 
 
+@pytest.mark.default_stack
 @pytest.mark.parametrize("signals, code", [([signal.SIGTERM], 143), ([signal.SIGINT], 130),
                                            ([signal.SIGINT, signal.SIGTERM], -signal.SIGTERM)])
 def test_signals_save_and_a_second_ends_at_once(flags, tmp_path, signals, code):

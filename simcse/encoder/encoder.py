@@ -12,6 +12,7 @@ from simcse.files import prefetch
 from simcse.machine import RANK
 from simcse.ranks import gather_arrays
 from simcse.text import tokens
+from simcse.text.keys import UNKNOWN_KEY, sequence_keys
 from simcse.text.tokens import WINDOW, Ids, TokenBatch, Tokens
 from simcse.text.wordpiece import find_unknown
 
@@ -33,6 +34,12 @@ class EncoderInput(NamedTuple):
     ids: Tokens
     lengths: np.ndarray
     unknown: list[int]
+
+    def keys(self) -> np.ndarray:
+        """Return a key for each text, int64 [texts], >= 0; texts with the same key have the same embedding."""
+        keys = sequence_keys(self.ids.flat, self.ids.ends)
+        keys[self.unknown] = UNKNOWN_KEY  # their embeddings are zeros
+        return keys
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], max_seq_length: int) -> EncoderInput:

@@ -7,6 +7,7 @@ from typing import Any
 
 from simcse.console import InputError, log, progress
 from simcse.index.protocols import NOT_FOUND, Document, Line
+from simcse.index.vector_map import VectorMap
 from simcse.machine import RANK
 from simcse.text.keys import passage_keys, text_keys
 from simcse.text.passages import Passages
@@ -26,7 +27,7 @@ class Documents(Sequence):
     neighbours of a copy are the other copies, so a search that comes to one of them finds no links to other texts.
 
     An index has a row for each document, or, after `split`, for each passage of one; see `DocumentStore`. Texts are
-    told apart by their keys (`text_keys`).
+    told apart by their keys (`text_keys`). A folder index has one vector for rows that the encoder cannot tell apart.
 
     Args:
         corpus: the texts.
@@ -34,6 +35,7 @@ class Documents(Sequence):
 
     Attributes:
         passages: those of all documents; None: a row is a document.
+        vector_map: which rows share a vector in a folder index; None: not known, or each row has its own.
         line_count: lines of the corpus.
 
     Raises:
@@ -44,6 +46,7 @@ class Documents(Sequence):
         self.corpus = corpus
         self.line_count = len(corpus)
         self.passages: Passages | None = None
+        self.vector_map: VectorMap | None = None
         # The lines of document d are rows self._lines[self._starts[d] : self._starts[d + 1]] of the corpus, int32.
         if folder:
             both = np.load(os.path.join(folder, LINES_FILE), mmap_mode="r")
@@ -77,6 +80,8 @@ class Documents(Sequence):
         np.save(os.path.join(folder, KEYS_FILE), self.keys)
         if self.passages is not None:
             self.passages.save(folder)
+        if self.vector_map is not None:
+            self.vector_map.save(folder)
 
     @staticmethod
     def load_keys(folder: str) -> np.ndarray:
@@ -232,4 +237,4 @@ def report_changes(documents: Documents, previous_keys: np.ndarray, where: str) 
         raise InputError(f"{where}: was built with another corpus, of which no text is in {documents.corpus.name}; "
                          "name another, or remove this one to build it again")
     if not RANK:
-        log(f"{len(documents):,} documents: {new:,} new, {gone:,} gone, encoding {new:,}")
+        log(f"{len(documents):,} documents: {new:,} new, {gone:,} gone; only new ones are encoded")

@@ -10,7 +10,7 @@ from typing import Any
 from simcse.console import InputError
 from simcse.files import read_json, write_json
 
-FORMAT = 5  # of an index folder and of a collection; one of another format is refused
+FORMAT = 6  # of an index folder and of a collection; one of another format is refused
 MANIFEST_FILE = "manifest.json"
 DIGEST = "digest"  # in that file, SHA-256 of what else is in it
 EARLIER_FILE = "fingerprint.json"  # what formats before 5 have instead

@@ -12,6 +12,7 @@ from simcse.index.engines import LOCAL_ENGINES
 from simcse.index.exact import QUERY_BLOCK, exact_search
 from simcse.index.manifest import AnnRecall, Manifest
 from simcse.index.protocols import NO_SCORE, NOT_FOUND, LocalEngine, SearchResult, merge_results
+from simcse.index.vector_map import VectorMap
 from simcse.machine import CPU_THREADS, RANK, RANKS, available_memory
 from simcse.text.tokens import WINDOW
 
@@ -25,9 +26,9 @@ POOR = 0.99  # an ANN recall below it is a warning, with advice
 class ShardedIndex:
     """An index in parts: an `Index` of a local engine.
 
-    The rows are cut into pieces. Piece i is in shard i % shards, and shard s on rank s % ranks. So which row goes
-    where, and in what order, depends on neither ranks nor threads, and results do not either. A shard numbers its
-    vectors from 0 as they are added.
+    Rows of which the encoder reads the same share a vector; see `VectorMap`. The vectors are cut into pieces. Piece i
+    is in shard i % shards, and shard s on rank s % ranks. So which vector goes where, and in what order, depends on
+    neither ranks nor threads, and results do not either. A shard numbers its vectors from 0 as they are added.
 
     It is empty at first: `add` its `missing_rows` or `load` what was saved.
 
@@ -35,6 +36,7 @@ class ShardedIndex:
         manifest: its ann_engine, index_shards, dimension, rows, build_settings and search_settings; to `load` it
             also its files.
         threads: those of a search; as many shards are added to at a time. 0: all cores.
+        vector_map: the rows of each vector; None: each row has its own.
         rank, ranks: those of this process, if it is to have the shards of another one.
 
     Raises:
@@ -43,26 +45,29 @@ class ShardedIndex:
 
     max_k = None
 
-    def __init__(self, manifest: Manifest, threads: int = 0, rank: int = RANK, ranks: int = RANKS) -> None:
+    def __init__(self, manifest: Manifest, threads: int = 0, vector_map: VectorMap | None = None, rank: int = RANK,
+                 ranks: int = RANKS) -> None:
         if manifest.index_shards < ranks:
             raise InputError(f"--index_shards {manifest.index_shards} must be at least the number of processes "
                              f"({ranks})")
         self.manifest = manifest
+        self._map = vector_map or VectorMap.of_own_vectors(manifest.rows)
         self.search_settings = dict(manifest.search_settings)
         self._engine = LOCAL_ENGINES[manifest.ann_engine]
         self._threads = threads or CPU_THREADS
         self._workers = ThreadPoolExecutor(self._threads)
         self._adding = deque[tuple[Future, int]]()  # what the workers add, and how many rows each
-        # How many rows a piece has; the last piece may have fewer.
-        self._piece_size = min(WINDOW, -(-manifest.rows // manifest.index_shards))
-        self.missing_rows: list[range] = []
+        vector_count = self._map.vector_count
+        # How many vectors a piece has; the last piece may have fewer.
+        self._piece_size = min(WINDOW, -(-vector_count // manifest.index_shards))
+        self.missing_rows: list[np.ndarray] = []
         capacity_of: dict[int, int] = {}  # how many vectors each shard of this rank will have
-        for start in range(0, manifest.rows, self._piece_size):
+        for start in range(0, vector_count, self._piece_size):
             shard = self._shard_of(start)
             if shard % ranks == rank:
-                rows = range(start, min(start + self._piece_size, manifest.rows))
-                self.missing_rows.append(rows)
-                capacity_of[shard] = capacity_of.get(shard, 0) + len(rows)
+                first_rows = self._map.first_rows(slice(start, start + self._piece_size))
+                self.missing_rows.append(first_rows)
+                capacity_of[shard] = capacity_of.get(shard, 0) + len(first_rows)
         settings = {**manifest.build_settings, **self.search_settings}
         self._check_memory(capacity_of.values(), settings)
         self._shards: dict[int, _Shard] = {}
@@ -82,29 +87,29 @@ class ShardedIndex:
                              f"memory, and {free / 1e9:.1f} are free: use several processes or machines, or "
                              "--ann_engine milvus")
 
-    # ------------------------------------------------------------------------------------------- rows of the shards
-    def _shard_of(self, rows: Any) -> Any:
-        """Return the shard of a row, or those of an array of rows."""
-        return rows // self._piece_size % self.manifest.index_shards
+    # ---------------------------------------------------------------------------------------- vectors of the shards
+    def _shard_of(self, vectors: Any) -> Any:
+        """Return the shard of a vector, or those of an array of vectors, by their numbers in the whole index."""
+        return vectors // self._piece_size % self.manifest.index_shards
 
-    def _numbers_of(self, rows: np.ndarray) -> np.ndarray:
-        """Return the numbers that rows have in their shards."""
-        piece, place = np.divmod(rows, self._piece_size)
+    def _numbers_of(self, vectors: np.ndarray) -> np.ndarray:
+        """Return the numbers that vectors have in their shards."""
+        piece, place = np.divmod(vectors, self._piece_size)
         piece_of_shard = piece // self.manifest.index_shards
         return piece_of_shard * self._piece_size + place
 
-    def _rows_of(self, shard: int, numbers: np.ndarray) -> np.ndarray:
-        """Return the rows that have some numbers in a shard; the inverse of `_numbers_of`."""
+    def _vectors_of(self, shard: int, numbers: np.ndarray) -> np.ndarray:
+        """Return the vectors that have some numbers in a shard; the inverse of `_numbers_of`."""
         piece_of_shard, place = np.divmod(numbers, self._piece_size)
         piece = piece_of_shard * self.manifest.index_shards + shard
         return piece * self._piece_size + place
 
     # ------------------------------------------------------------------------------------------------------- filling
-    def add(self, rows: range, vectors: np.ndarray) -> None:
+    def add(self, rows: np.ndarray, vectors: np.ndarray) -> None:
         """Add the vectors, float32 [rows, dim], of the next of `missing_rows` in the background; see `Index`."""
         while len(self._adding) >= self._most_adding:
             self._wait_for_oldest()
-        shard = self._shards[self._shard_of(rows.start)]
+        shard = self._shards[self._shard_of(int(self._map.vector_of_row[rows[0]]))]
         future = self._workers.submit(shard.add, vectors)
         self._adding.append((future, len(rows)))
 
@@ -128,8 +133,12 @@ class ShardedIndex:
         for shard in self._shards.values():
             shard.engine.settings.update(settings)
 
-    def search(self, queries: np.ndarray, k: int, exact: bool = False) -> SearchResult:
-        """Return the k best rows of each query; see `Index`.
+    def search(self, queries: np.ndarray, k: int) -> SearchResult:
+        """Return the k best rows of each query; rows that share a vector follow each other. See `Index`."""
+        return self._map.rows_of(self._search_vectors(queries, k), k)
+
+    def _search_vectors(self, queries: np.ndarray, k: int, exact: bool = False) -> SearchResult:
+        """Return the k best vectors of each query, as rows of the result.
 
         Args:
             queries: float32 [queries, dim], the same on all ranks.
@@ -163,12 +172,12 @@ class ShardedIndex:
 
     def _search_shards(self, shards: Sequence[int], queries: np.ndarray, k: int, exact: bool,
                        threads: int) -> list[SearchResult]:
-        """Return the k best rows of each of some shards, as rows of the whole index."""
+        """Return the k best vectors of each of some shards, by their numbers in the whole index."""
         results = []
         for shard in shards:
             engine = self._shards[shard].engine
             found = exact_search(queries, engine, k, threads) if exact else engine.search(queries, k, threads)
-            results.append(SearchResult(self._rows_of(shard, found.rows), found.scores))
+            results.append(SearchResult(self._vectors_of(shard, found.rows), found.scores))
         return results
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
@@ -179,11 +188,12 @@ class ShardedIndex:
 
     def copy_vectors(self, rows: np.ndarray, vectors: np.ndarray) -> None:
         """Write the vectors of those rows that are on this rank to their places in `vectors`, float32 [rows, dim]."""
-        shard_of_row = np.where(rows == NOT_FOUND, NOT_FOUND, self._shard_of(rows))
-        for number, shard in self._shards.items():
-            places = np.flatnonzero(shard_of_row == number)
+        numbers = self._map.vectors_of(rows)
+        shard_of_row = np.where(numbers == NOT_FOUND, NOT_FOUND, self._shard_of(numbers))
+        for shard_number, shard in self._shards.items():
+            places = np.flatnonzero(shard_of_row == shard_number)
             if len(places):
-                vectors[places] = shard.engine.vectors(self._numbers_of(rows[places]))
+                vectors[places] = shard.engine.vectors(self._numbers_of(numbers[places]))
 
     def measure(self, queries: np.ndarray, k: int, kind: str) -> AnnRecall | None:
         """Return which part of the exact result the search finds, with its settings and with deeper ones.
@@ -200,12 +210,12 @@ class ShardedIndex:
             return None
         settings = dict(self.search_settings)
         deeper_settings = self._engine.deeper_settings(settings, k)
-        exact = self.search(queries, k, exact=True)
-        recall = ann_recall(self.search(queries, k).scores, exact.scores)
+        exact = self._search_vectors(queries, k, exact=True)
+        recall = ann_recall(self._search_vectors(queries, k).scores, exact.scores)
         deeper_recall = recall
         if deeper_settings:
             self.set_search_settings(deeper_settings)
-            deeper_recall = ann_recall(self.search(queries, k).scores, exact.scores)
+            deeper_recall = ann_recall(self._search_vectors(queries, k).scores, exact.scores)
             self.set_search_settings(settings)
         return AnnRecall(k=k, queries=f"{len(queries)} {kind}", recall=round(recall, 4), settings=settings,
                          deeper_recall=round(deeper_recall, 4), deeper_settings=deeper_settings)

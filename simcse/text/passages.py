@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from simcse.console import progress
-from simcse.text.keys import text_keys
+from simcse.text.keys import UNKNOWN_KEY, passage_keys, sequence_keys, text_keys
 from simcse.text.tokens import Tokens
 
 import numpy as np
@@ -97,6 +97,21 @@ class Passages(Sequence):
     def rows_of(self, document: int) -> np.ndarray:
         """Return the rows of a document, int64."""
         return np.arange(self.starts[document], self.starts[document + 1])
+
+    def keys_in_context(self, rows: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """Return the key of the embedding of each row, int64 [rows], which that of its document is blended into.
+
+        Two passages have the same key if they have the same tokens, and so do all passages of their documents.
+
+        Args:
+            rows: all rows of some documents, ascending.
+            keys: int64 [rows], those of their texts alone.
+        """
+        documents = self.documents_of(rows)
+        begins = np.flatnonzero(np.diff(documents, prepend=-1))  # of each document in `rows`
+        ends = np.append(begins[1:], len(rows))
+        document_keys = np.repeat(sequence_keys(keys, ends), ends - begins)
+        return np.where(keys == UNKNOWN_KEY, UNKNOWN_KEY, passage_keys(document_keys, keys))
 
     def place(self, row: int) -> str:
         """Return where a row's document stands, as file:line."""

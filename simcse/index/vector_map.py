@@ -1,0 +1,102 @@
+"""Which rows of an index share a vector: those of which the encoder reads the same tokens."""
+
+import os
+from typing import NamedTuple
+
+from simcse.index.protocols import NO_SCORE, NOT_FOUND, SearchResult
+
+import numpy as np
+
+MAP_FILE = "vectors.npy"
+KEYS_FILE = "vector_keys.npy"
+
+
+class VectorMap(NamedTuple):
+    """The vectors of an index, and the rows that each stands for.
+
+    Different texts can be the same to the encoder: it reads only the first tokens, and neither case nor spacing. They
+    get one vector. A vector for each would break an HNSW graph, as copies of one text would (see `Documents`).
+
+    Vectors are numbered in the order of their first rows.
+
+    Attributes:
+        keys: int64 [vectors]; see `EncoderInput.keys`.
+        vector_of_row: int32 [rows].
+        rows: int32 [rows], those of vector v are rows[starts[v] : starts[v + 1]], rising.
+        starts: int32 [vectors + 1].
+    """
+
+    keys: np.ndarray
+    vector_of_row: np.ndarray
+    rows: np.ndarray
+    starts: np.ndarray
+
+    @classmethod
+    def of_keys(cls, key_of_row: np.ndarray) -> "VectorMap":
+        """Return the map of rows, int64 [rows], of which those with the same key share a vector."""
+        # np.unique numbers vectors by their keys; then they are numbered by their first rows.
+        keys, first_rows, vector_of_row, counts = np.unique(
+            key_of_row, return_index=True, return_inverse=True, return_counts=True)
+        by_first_row = np.argsort(first_rows)
+        number_of_vector = np.empty(len(keys), "int32")
+        number_of_vector[by_first_row] = np.arange(len(keys))
+        vector_of_row = number_of_vector[vector_of_row]
+        rows = np.argsort(vector_of_row, kind="stable").astype("int32")
+        starts = np.append(0, np.cumsum(counts[by_first_row])).astype("int32")
+        return cls(keys[by_first_row], vector_of_row, rows, starts)
+
+    @classmethod
+    def of_own_vectors(cls, rows: int) -> "VectorMap":
+        """Return the map of so many rows, each of which has a vector of its own."""
+        return cls.of_keys(np.arange(rows))
+
+    @classmethod
+    def load(cls, folder: str, rows: int) -> "VectorMap":
+        """Return the map of so many rows that `save` has written; its files are mapped into memory."""
+        saved = np.load(os.path.join(folder, MAP_FILE), mmap_mode="r")
+        keys = np.load(os.path.join(folder, KEYS_FILE), mmap_mode="r")
+        vector_of_row, rows_of_vectors, starts = np.split(saved, [rows, 2 * rows])
+        return cls(keys, vector_of_row, rows_of_vectors, starts)
+
+    def save(self, folder: str) -> None:
+        """Write the map to a folder."""
+        np.save(os.path.join(folder, MAP_FILE), np.concatenate([self.vector_of_row, self.rows, self.starts]))
+        np.save(os.path.join(folder, KEYS_FILE), self.keys)
+
+    @property
+    def vector_count(self) -> int:
+        return len(self.keys)
+
+    def first_rows(self, vectors: slice | np.ndarray) -> np.ndarray:
+        """Return the first row of each of some vectors, int64."""
+        return self.rows[self.starts[:-1][vectors]].astype("int64")
+
+    def vectors_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the vector of each row, int64 of the same shape; NOT_FOUND stays."""
+        return np.where(rows == NOT_FOUND, NOT_FOUND, self.vector_of_row[rows])
+
+    def rows_of(self, result: SearchResult, k: int) -> SearchResult:
+        """Return the k best rows of each query for its best vectors; the rows of a vector follow each other.
+
+        Args:
+            result: vectors instead of rows, [queries, any].
+            k: how many.
+        """
+        is_found = result.rows != NOT_FOUND
+        vectors = np.where(is_found, result.rows, 0)
+        counts = np.where(is_found, self.starts[vectors + 1] - self.starts[vectors], 0).clip(max=k)
+        columns = np.cumsum(counts, axis=1) - counts  # where the rows of each vector begin in the result
+        counts = np.minimum(counts, (k - columns).clip(min=0))
+
+        # All rows of the result one after the other: of which query each is, of which of its vectors, and which row.
+        counts_of_all = counts.ravel()
+        query = np.repeat(np.arange(counts.size) // max(1, counts.shape[1]), counts_of_all)
+        vector = np.repeat(vectors.ravel(), counts_of_all)
+        row_of_vector = np.arange(counts.sum()) - np.repeat(np.cumsum(counts_of_all) - counts_of_all, counts_of_all)
+
+        column = np.repeat(columns.ravel(), counts_of_all) + row_of_vector
+        rows = np.full((len(vectors), k), NOT_FOUND)
+        rows[query, column] = self.rows[self.starts[vector] + row_of_vector]
+        scores = np.full((len(vectors), k), NO_SCORE, "float32")
+        scores[query, column] = np.repeat(result.scores.ravel(), counts_of_all)
+        return SearchResult(rows, scores)
