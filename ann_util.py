@@ -141,9 +141,11 @@ def load_index(path: str, manifest: Manifest, *, threads: int = 0, corpus: Corpu
     Raises:
         InputError: a file is damaged, or the memory does not suffice.
     """
-    with as_input_error(f"--index_path {path}: damaged", *DAMAGE):
+    damaged = f"--index_path {path}: damaged"
+    with as_input_error(damaged, *DAMAGE):
         documents = _load_documents(path, manifest, corpus)
-        index = ShardedIndex(manifest, threads, documents.vector_map)
+    index = ShardedIndex(manifest, threads, documents.vector_map)
+    with as_input_error(damaged, *DAMAGE):
         index.load(path)
     index.set_search_settings(search_settings or {})
     log(f"using the index in {path}")

@@ -15,6 +15,7 @@ from simcse.index.exact import exact_search
 from simcse.index.manifest import FORMAT, Manifest
 from simcse.index.protocols import LocalEngine, SearchResult, merge_results
 from simcse.index.shards import ShardedIndex, ann_recall
+from simcse.index.vector_map import VectorMap
 from simcse.text.textfile import Corpus, read_text_pairs
 from simcse.text.wordpiece import load_tokenizer
 
@@ -218,7 +219,9 @@ def test_what_is_no_damage_is_not_called_that(tmp_path, monkeypatch):
         raise RuntimeError("no such GPU")
 
     documents = documents_of(tmp_path, "甲")
+    documents.vector_map = VectorMap.of_own_vectors(1)
     index = ShardedIndex(manifest_of("exact", 1, 4, 1))
+    index.manifest.corpus = file_digest(documents.corpus.path)
     fill(index, np.ones((1, 4), "float32"))
     ann_util.save_index(str(tmp_path / "index"), index, documents)
     manifest = ann_util.read_manifest(str(tmp_path / "index"), Manifest())
@@ -226,7 +229,7 @@ def test_what_is_no_damage_is_not_called_that(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="^no such GPU$"):
         ann_util.load_index(str(tmp_path / "index"), manifest)
     with pytest.raises(RuntimeError, match="^no such GPU$"):
-        ann_util.read_reused_vectors(str(tmp_path / "index"), documents, [range(1)])
+        ann_util.PreviousIndex.open(str(tmp_path / "index")).read_vectors(documents.vector_map, [np.arange(1)])
 
 
 @pytest.mark.parametrize("name, content", [

@@ -7,12 +7,14 @@ import sys
 import zlib
 
 import ann_util
+from simcse.encoder.encoder import EncoderInput
 from simcse.files import file_digest
 from simcse.index import shards
 from simcse.index.engines import DEFAULT_ENGINE
 from simcse.index.hits import hits_of, search
 from simcse.index.manifest import Manifest
 from simcse.text.textfile import Corpus
+from simcse.text.tokens import Tokens
 
 import numpy as np
 import pytest
@@ -114,6 +116,11 @@ class StandInEncoder:
 
     def __init__(self):
         self.encoded = []
+
+    def tokenize(self, texts):
+        """One token a character; a text is not cut."""
+        ids = Tokens.of([[ord(character) for character in text] for text in texts])
+        return EncoderInput(ids, np.ones_like(ids.lengths), [])
 
     def encode(self, texts, warn=True):
         vectors = np.array([np.random.default_rng(zlib.crc32(text.encode())).standard_normal(16) for text in texts])
