@@ -1,8 +1,8 @@
 """Build, keep and open the index of a corpus; simcse/index/hits.py searches it.
 
-An index folder has a file a shard, the rows of each vector (vectors.npy, vector_keys.npy), the corpus (corpus.csv), its
-documents (documents.npy, keys.npy, passages.npy) and manifest.json, which says what the index is made of. With
---hybrid_bm25 it has a folder bm25, too.
+An index folder has a file for each shard, the map of rows to vectors (row_map.npy, vector_keys.npy), the corpus
+(corpus.csv), its documents (documents.npy, keys.npy, passages.npy) and manifest.json, which says what the index is made
+of. With --hybrid_bm25 it has a folder bm25, too.
 """
 
 import contextlib
@@ -11,16 +11,16 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from simcse import console
-from simcse.console import InputError, accept_all_lines, as_input_error, log, progress
+from simcse.console import InputError, accept_all_lines, as_input_error, count, log, progress
 from simcse.files import file_digest, hidden_path, new_folder, read_json
-from simcse.index.documents import Documents, find_keys, report_changes
+from simcse.index.documents import Documents, report_changes
 from simcse.index.engines import DEFAULT_ENGINE, ENGINES, LOCAL_ENGINES
-from simcse.index.manifest import MANIFEST_FILE, Manifest, is_as_written
+from simcse.index.manifest import DAMAGE, MANIFEST_FILE, REBUILD, Manifest, check_digest, is_as_written
 from simcse.index.milvus import MilvusIndex
+from simcse.index.previous import PreviousIndex, ReusedVectors
 from simcse.index.protocols import NOT_FOUND, DocumentStore, Index
 from simcse.index.settings import Setting
 from simcse.index.shards import MEASURED_K, ShardedIndex, pick_evenly, report_ann_recall
@@ -37,10 +37,9 @@ if TYPE_CHECKING:  # the encoder imports paddle, which opening an index does wit
     from simcse.index.bm25 import Bm25
 
 SHARDS = 8  # parts of an index, if --index_shards is not given
+DEVICE_OF_PRECISION = {"int8": "cpu", "fp16": "gpu", "tf32": "gpu"}  # the others are computed on both
 CORPUS_FILE = "corpus.csv"
 BM25_FOLDER = "bm25"
-REBUILD = "name another folder, or remove this one to build it again"
-DAMAGE = (OSError, RuntimeError, ValueError)  # what reading a damaged file raises
 
 
 # ------------------------------------------------------------------------------------------------------- the manifest
@@ -97,9 +96,10 @@ def read_manifest(path: str, wanted: Manifest) -> Manifest:
         raise InputError(f"{where}: has ann_engine {manifest.ann_engine}, which is not among those of this version "
                          f"({', '.join(LOCAL_ENGINES)}); {REBUILD}")
     remedy = REBUILD
-    if wanted.precision not in (None, manifest.precision):
-        device = " with --device cpu" if manifest.precision == "int8" else ""
-        remedy = f"--precision {manifest.precision}{device} takes it as it is; or {remedy}"
+    if not manifest.differences(dataclasses.replace(wanted, precision=None)):  # the precision alone, if anything
+        device = DEVICE_OF_PRECISION.get(manifest.precision)
+        with_device = f" with --device {device}" if device else ""
+        remedy = f"--precision {manifest.precision}{with_device} takes it as it is; or {remedy}"
     manifest.check(wanted, where, remedy)
     return manifest
 
@@ -122,7 +122,7 @@ def query_precision(path: str, device: str) -> str:
         the precision of the index; "auto" if there is no index, or the device does not compute in its precision.
     """
     precision = peek_manifest(path).get("precision") or "auto"
-    needed_device = {"int8": "cpu", "fp16": "gpu", "tf32": "gpu"}.get(precision, device)
+    needed_device = DEVICE_OF_PRECISION.get(precision, device)
     return precision if needed_device == device else "auto"
 
 
@@ -144,7 +144,8 @@ def load_index(path: str, manifest: Manifest, *, threads: int = 0, corpus: Corpu
     damaged = f"--index_path {path}: damaged"
     with as_input_error(damaged, *DAMAGE):
         documents = _load_documents(path, manifest, corpus)
-    index = ShardedIndex(manifest, threads, documents.vector_map)
+        vector_map = VectorMap.load(path, manifest.rows)
+    index = ShardedIndex(manifest, threads, vector_map)
     with as_input_error(damaged, *DAMAGE):
         index.load(path)
     index.set_search_settings(search_settings or {})
@@ -155,29 +156,16 @@ def load_index(path: str, manifest: Manifest, *, threads: int = 0, corpus: Corpu
 
 def _load_documents(path: str, manifest: Manifest, corpus: Corpus | None) -> Documents:
     """Open the documents of the index in a folder."""
-    _check_digests(path, manifest)
+    manifest.check_arrays(path)
     if corpus is None:
         corpus_path = os.path.join(path, CORPUS_FILE)
-        _check_digest(corpus_path, manifest.corpus)
+        check_digest(corpus_path, manifest.corpus)
         with accept_all_lines():
             corpus = Corpus(corpus_path, "--index_path", manifest.corpus_columns)
     documents = Documents(corpus, path)
     if manifest.passages:
         documents.passages = Passages.load(documents, path)
-    documents.vector_map = VectorMap.load(path, manifest.rows)
     return documents
-
-
-def _check_digests(path: str, manifest: Manifest) -> None:
-    """Raise ValueError if a file of the documents is not what was written; shards are checked when they are read."""
-    for name, digest in manifest.files.items():
-        if name.endswith(".npy"):
-            _check_digest(os.path.join(path, name), digest)
-
-
-def _check_digest(path: str, digest: str) -> None:
-    if not os.path.isfile(path) or file_digest(path) != digest:
-        raise ValueError(f"{os.path.basename(path)} is not what was written")
 
 
 # ------------------------------------------------------------------------------------------------------- building
@@ -201,18 +189,15 @@ def build_index(corpus: Corpus, encoder: "Encoder", manifest: Manifest, *, threa
     previous = PreviousIndex.open(previous_path) if previous_path else None
     if previous is not None:
         report_changes(documents, previous.document_keys, previous.where)
-    share_vectors(documents, encoder, previous)
-    vector_count = documents.vector_map.vector_count
+    vector_map = find_vector_map(documents, encoder, previous)
     engine = LOCAL_ENGINES[manifest.ann_engine]
-    manifest.build_settings = engine.complete_settings(manifest.build_settings, vector_count)
-    index = ShardedIndex(manifest, threads, documents.vector_map)
-    reused = None
-    if previous is not None:
-        reused = previous.read_vectors(documents.vector_map, index.missing_rows)
-    add_missing(index, documents, encoder, reused, warn=False)  # `share_vectors` has warned
+    manifest.build_settings = engine.complete_settings(manifest.build_settings, vector_map.vector_count)
+    index = ShardedIndex(manifest, threads, vector_map)
+    reused = None if previous is None else previous.read_vectors(vector_map, index.missing_rows)
+    add_missing(index, documents, encoder, reused, warn=False)  # `find_vector_map` has warned
     if engine.approximate:
         vectors = encoder.encode(halves_of(documents), warn=False)
-        manifest.ann_recall = index.measure(vectors, min(MEASURED_K, vector_count), "halves of documents")
+        manifest.ann_recall = index.measure(vectors, MEASURED_K, "halves of documents")
         report_ann_recall(manifest.ann_recall)
     return index, documents
 
@@ -220,7 +205,7 @@ def build_index(corpus: Corpus, encoder: "Encoder", manifest: Manifest, *, threa
 def halves_of(documents: Documents) -> list[str]:
     """Return the second halves of some documents, to measure an index with where there may be no queries.
 
-    Whole documents would find themselves, which is easier than what queries ask.
+    Whole documents would find themselves, which is easier than what queries ask. A text of one character has no half.
     """
     return [text[len(text) // 2 :] for text in pick_evenly(documents)]
 
@@ -239,22 +224,23 @@ def with_sizes(manifest: Manifest, documents: Documents, encoder: "Encoder") -> 
                                documents=len(documents), rows=documents.row_count)
 
 
-def share_vectors(documents: Documents, encoder: "Encoder", previous: "PreviousIndex | None" = None) -> None:
-    """Find out which rows the encoder cannot tell apart, so that they get one vector; warn of what it does not read.
+def find_vector_map(documents: Documents, encoder: "Encoder", previous: PreviousIndex | None = None) -> VectorMap:
+    """Return which rows the encoder cannot tell apart; warn of what it does not read.
 
     All ranks call it together; each tokenizes a share.
 
     Args:
-        documents: get their `vector_map`.
+        documents: the corpus.
         encoder: has the tokenizer.
-        previous: of another state of the corpus; what it has is not tokenized again.
+        previous: of another state of the corpus. What it has is tokenized again only with --strict_data, which refuses
+            a text that is cut wherever it is met.
     """
     from simcse.encoder.encoder import TextWarnings, places_of
     from simcse.ranks import gather_arrays
 
     keys = np.zeros(documents.row_count, "int64")
     new_rows = np.arange(len(keys))
-    if previous is not None:
+    if previous is not None and not console.settings.strict_data:
         known_keys = previous.vector_keys(documents.row_keys())
         is_new = known_keys == NOT_FOUND
         new_rows = np.flatnonzero(is_new)
@@ -262,119 +248,25 @@ def share_vectors(documents: Documents, encoder: "Encoder", previous: "PreviousI
             keys[~is_new] = known_keys[~is_new]
     warnings = TextWarnings(encoder.max_seq_length)
     with progress("tokenizing", len(new_rows), "texts") as advance:
-        for start in range(RANK * WINDOW, len(new_rows), RANKS * WINDOW):
+        for start in range(0, len(new_rows), WINDOW):
             rows = new_rows[start : start + WINDOW]
-            inputs = encoder.tokenize(documents.row_texts[rows])
-            warnings.add(inputs, rows)
-            keys[rows] = inputs.keys()
-            advance(RANKS * len(rows))
+            if start // WINDOW % RANKS == RANK:
+                inputs = encoder.tokenize(documents.row_texts[rows])
+                warnings.add(inputs, rows)
+                keys[rows] = inputs.keys()
+            advance(len(rows))
     keys = sum(gather_arrays(keys))
     if documents.passages is not None:
         keys[new_rows] = documents.passages.keys_in_context(new_rows, keys[new_rows])
-    documents.vector_map = VectorMap.of_keys(keys)
     warnings = warnings.gather()
     if not RANK or console.settings.strict_data:  # then it is an error, which ends all ranks
         warnings.report(places_of(documents.row_texts))
-
-
-@dataclass
-class ReusedVectors:
-    """What a previous index has of a piece of the rows.
-
-    Attributes:
-        rows: the piece, int64.
-        vectors: float32 [rows, dim]; undefined for missing rows.
-        is_missing: bool [rows], whether the previous index lacks a row.
-    """
-
-    rows: np.ndarray
-    vectors: np.ndarray
-    is_missing: np.ndarray
-
-    def missing_rows(self) -> np.ndarray:
-        """Return the rows that the previous index lacks, int64."""
-        return self.rows[self.is_missing]
-
-    def completed_with(self, encoded: np.ndarray) -> np.ndarray:
-        """Return the vectors of all rows, float32 [rows, dim]; `encoded` are those of the missing ones."""
-        self.vectors[self.is_missing] = encoded
-        return self.vectors
-
-
-@dataclass
-class PreviousIndex:
-    """The index of another state of a corpus, whose vectors are used again.
-
-    Attributes:
-        path: its folder.
-        manifest: what it is made of.
-        document_keys: int64 [documents]; see `Documents.keys`.
-        row_keys: int64 [rows]; see `Documents.row_keys`.
-        vector_map: its vectors.
-    """
-
-    path: str
-    manifest: Manifest
-    document_keys: np.ndarray
-    row_keys: np.ndarray
-    vector_map: VectorMap
-
-    @classmethod
-    def open(cls, path: str) -> "PreviousIndex":
-        """Return the index in a folder, without its vectors.
-
-        Raises:
-            InputError: it is damaged.
-        """
-        where = f"--index_path {path}"
-        manifest = Manifest.load(path, where, REBUILD)
-        with as_input_error(f"{where}: damaged", *DAMAGE):
-            _check_digests(path, manifest)
-            return cls(path, manifest, Documents.load_keys(path), Documents.load_row_keys(path, manifest.passages),
-                       VectorMap.load(path, manifest.rows))
-
-    @property
-    def where(self) -> str:
-        """The flag that names it, and its value, for messages."""
-        return f"--index_path {self.path}"
-
-    def vector_keys(self, row_keys: np.ndarray) -> np.ndarray:
-        """Return the key of the vector of each row, int64 [rows]; NOT_FOUND: the index lacks the row.
-
-        Args:
-            row_keys: int64 [rows].
-        """
-        previous_rows = find_keys(row_keys, self.row_keys)
-        keys = self.vector_map.keys[self.vector_map.vector_of_row[previous_rows]]
-        return np.where(previous_rows == NOT_FOUND, NOT_FOUND, keys)
-
-    def read_vectors(self, vector_map: VectorMap, pieces: Sequence[np.ndarray]) -> list[ReusedVectors]:
-        """Return what it has of each piece of the rows of the corpus now.
-
-        Args:
-            vector_map: that of the corpus now.
-            pieces: rows that this rank needs.
-
-        Raises:
-            InputError: it is damaged.
-        """
-        previous_vectors = find_keys(vector_map.keys, self.vector_map.keys)
-        reused = []
-        previous_rows = []
-        for rows in pieces:
-            previous = previous_vectors[vector_map.vector_of_row[rows]]
-            is_missing = previous == NOT_FOUND
-            vectors = np.empty((len(rows), self.manifest.dimension), "float32")
-            reused.append(ReusedVectors(rows, vectors, is_missing))
-            previous_rows.append(np.where(is_missing, NOT_FOUND, self.vector_map.first_rows(previous)))
-        shards = self.manifest.index_shards
-        for shard in range(shards):  # as if each were on a rank of its own, so that one is in memory
-            index = ShardedIndex(self.manifest, threads=1, vector_map=self.vector_map, rank=shard, ranks=shards)
-            with as_input_error(f"{self.where}: damaged", *DAMAGE):
-                index.load(self.path)
-            for piece, rows in zip(reused, previous_rows):
-                index.copy_vectors(rows, piece.vectors)
-        return reused
+    vector_map = VectorMap.of_keys(keys)
+    if not RANK and vector_map.vector_count < len(keys):
+        unit = "passages" if documents.has_passages else "documents"
+        log(f"{vector_map.vector_count:,} vectors for {len(keys):,} {unit}: those that are the same to the encoder "
+            "share one")
+    return vector_map
 
 
 def add_missing(index: Index, documents: Documents, encoder: "Encoder",
@@ -398,10 +290,10 @@ def add_missing(index: Index, documents: Documents, encoder: "Encoder",
     if reused is None:
         _encode_and_add(index, documents, encoder, pieces, warn_here, warnings)
     else:
-        missing = [piece.missing_rows() for piece in reused]
-        encoded = _encode_rows(encoder, documents, missing, warn_here, warnings)
-        for vectors, piece in zip(encoded, reused, strict=True):
-            index.add(piece.rows, piece.completed_with(vectors))
+        rows_to_encode = [piece.rows_to_encode() for piece in reused]
+        encoded = _encode_rows(encoder, documents, rows_to_encode, warn_here, warnings)
+        for vectors, previous in zip(encoded, reused, strict=True):
+            index.add(previous.rows, previous.completed_with(vectors))
         index.finish()
     if warnings is not None:
         warnings = warnings.gather()
@@ -413,29 +305,25 @@ def _encode_and_add(index: Index, documents: Documents, encoder: "Encoder", piec
                     warn: bool, warnings: "TextWarnings | None") -> None:
     """Encode all rows of some pieces and add them; log the beginning and the rate."""
     started = time.time()
-    count = sum(len(rows) for rows in pieces)
-    if count:
-        _log_start(documents, encoder, count)
+    row_count = sum(len(rows) for rows in pieces)
+    if row_count:
+        _log_start(documents, encoder, row_count)
     encoded = _encode_rows(encoder, documents, pieces, warn, warnings)
     for vectors, rows in zip(encoded, pieces, strict=True):  # to the end of both: `encoded` reports warnings there
         index.add(rows, vectors)
     index.finish()
-    if count:
+    if row_count:
         unit = "passages" if documents.has_passages else "documents"
-        log(f"{count / (time.time() - started):.1f} {unit}/s")
+        log(f"{row_count / (time.time() - started):.1f} {unit}/s")
 
 
 def _log_start(documents: Documents, encoder: "Encoder", rows: int) -> None:
+    unit = "passages of " if documents.has_passages else "of "
+    message = f"encoding and indexing {rows} {unit}{len(documents)} documents in {encoder.precision}"
     copies = documents.line_count - len(documents)
-    unit = "passages" if documents.has_passages else "documents"
-    of_documents = f"passages of {len(documents)}" if documents.has_passages else f"of {len(documents)}"
-    message = f"encoding and indexing {rows} {of_documents} documents in {encoder.precision}"
-    if documents.vector_map is not None:
-        sharing = documents.row_count - documents.vector_map.vector_count
-        if sharing:
-            message += f"; {sharing} {unit} have the same tokens as another, and its vector"
     if copies:
-        message += f"; {copies} more lines are copies, --distinct gives each text once"
+        message += (f"; {count(copies, 'line')} more {'is a copy' if copies == 1 else 'are copies'}, --distinct gives "
+                    "each text once")
     log(message)
 
 
@@ -453,7 +341,7 @@ def _encode_rows(encoder: "Encoder", documents: Documents, pieces: Sequence[np.n
 
 def open_collection(uri: str, collection: str, wanted: Manifest, *, corpus: Corpus | None = None,
                     encoder: "Encoder | None" = None) -> tuple[Index, DocumentStore]:
-    """Open a collection of Milvus; with a corpus, make it or have it follow the corpus.
+    """Open a collection of Milvus; with a corpus, make it or update it to the corpus.
 
     Args:
         uri: http://host:port of a server, or a path ending in .db: Milvus Lite.
@@ -507,6 +395,7 @@ def save_index(path: str, index: ShardedIndex, documents: Documents, hybrid: boo
     one_line = as_input_error(f"--index_path {path}: cannot be written", OSError)
     with one_line, new_folder(path, obsolete=obsolete) as folder:
         _save_shards(index, folder)
+        index.vector_map.save(folder)
         _write_documents(folder, index.manifest, documents, hybrid)
     if BM25_FOLDER in obsolete and not hybrid:
         log("BM25 of the corpus before is gone; --hybrid_bm25 builds it again")
@@ -534,7 +423,10 @@ def _write_documents(folder: str, manifest: Manifest, documents: Documents, hybr
     """Write what is beside the shards in a folder: the documents, the corpus, the manifest and the BM25 index."""
     documents.save(folder)
     manifest.files = {name: file_digest(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
-    shutil.copyfile(documents.corpus.path, os.path.join(folder, CORPUS_FILE))
+    copy = os.path.join(folder, CORPUS_FILE)
+    shutil.copyfile(documents.corpus.path, copy)
+    if manifest.corpus not in (None, file_digest(copy)):
+        raise InputError(f"{documents.corpus.name}: was changed while the index was built; run recall.py again")
     manifest.save(folder)
     if hybrid:
         open_bm25(documents, manifest.corpus, folder)

@@ -12,10 +12,10 @@ from simcse.index import exact, shards
 from simcse.index.documents import Documents
 from simcse.index.engines import LOCAL_ENGINES
 from simcse.index.exact import exact_search
-from simcse.index.manifest import FORMAT, Manifest
+from simcse.index.manifest import FORMAT, AnnRecall, Manifest
+from simcse.index.previous import PreviousIndex
 from simcse.index.protocols import LocalEngine, SearchResult, merge_results
 from simcse.index.shards import ShardedIndex, ann_recall
-from simcse.index.vector_map import VectorMap
 from simcse.text.textfile import Corpus, read_text_pairs
 from simcse.text.wordpiece import load_tokenizer
 
@@ -219,7 +219,6 @@ def test_what_is_no_damage_is_not_called_that(tmp_path, monkeypatch):
         raise RuntimeError("no such GPU")
 
     documents = documents_of(tmp_path, "甲")
-    documents.vector_map = VectorMap.of_own_vectors(1)
     index = ShardedIndex(manifest_of("exact", 1, 4, 1))
     index.manifest.corpus = file_digest(documents.corpus.path)
     fill(index, np.ones((1, 4), "float32"))
@@ -229,7 +228,7 @@ def test_what_is_no_damage_is_not_called_that(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="^no such GPU$"):
         ann_util.load_index(str(tmp_path / "index"), manifest)
     with pytest.raises(RuntimeError, match="^no such GPU$"):
-        ann_util.PreviousIndex.open(str(tmp_path / "index")).read_vectors(documents.vector_map, [np.arange(1)])
+        PreviousIndex.open(str(tmp_path / "index")).read_vectors(index.vector_map, [np.arange(1)])
 
 
 @pytest.mark.parametrize("name, content", [
@@ -377,3 +376,35 @@ def test_csl_in_milvus_against_exact(csl, index_type, tmp_path, monkeypatch):
     index.finish()
     assert ann_recall(index.search(queries, 50).scores, exact.scores) >= 0.99
     index.close()
+
+
+def test_what_the_approximation_costs_is_measured_and_advice_was_tried(tmp_path, capsys):
+    random = np.random.default_rng(1)
+    vectors = random.standard_normal((4000, 64)).astype("float32")
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    index = ShardedIndex(manifest_of("hnswlib", 4000, 64, 1, hnsw_m=4, hnsw_ef=2))
+    fill(index, vectors)
+    measured = index.measure(vectors[:100], 10, "documents")
+    exact = index._search_vectors(vectors[:100], 10, exact=True)
+    found = index.search(vectors[:100], 10)
+    assert measured.recall == round(shards.ann_recall(found.scores, exact.scores), 4) < 0.9
+    assert measured.deeper_recall > measured.recall and index.search_settings == {"hnsw_ef": 2}
+    assert (measured.settings, measured.deeper_settings) == ({"hnsw_ef": 2}, {"hnsw_ef": 80})
+    Manifest(ann_recall=measured).save(str(tmp_path))
+    assert Manifest.load(str(tmp_path), "", "").ann_recall == measured
+    shards.report_ann_recall(measured)
+    line = capsys.readouterr().err
+    assert line == (f"ANN recall@10 against exact search, 100 documents: {measured.recall:.4f} with --hnsw_ef 2; "
+                    f"--hnsw_ef 80 finds {measured.deeper_recall:.4f}\n")
+    shards.report_ann_recall(dataclasses.replace(measured, deeper_recall=measured.recall))
+    assert "; --ann_engine exact finds all, --hnsw_ef 80 does not help\n" in capsys.readouterr().err
+    shards.report_ann_recall(dataclasses.replace(measured, recall=0.999), {"hnsw_ef": 7})
+    assert capsys.readouterr().err.endswith(": 0.9990 with --hnsw_ef 2; this search has --hnsw_ef 7\n")
+    shards.report_ann_recall(AnnRecall(10, "9 queries", 1.0, {}, 1.0, {}))
+    assert capsys.readouterr().err.endswith("9 queries: 1.0000 with its default settings\n")
+
+
+def test_an_exact_index_has_nothing_to_measure():
+    index = ShardedIndex(manifest_of("exact", 9, 4, 1))
+    fill(index, np.eye(9, 4, dtype="float32"))
+    assert index.measure(np.ones((1, 4), "float32"), 3, "queries") is None

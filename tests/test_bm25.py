@@ -117,19 +117,20 @@ def test_it_appears_with_its_index(tmp_path, monkeypatch):
     exchange = files.exchange
 
     def watched(one, other):
-        exchanged.append(Bm25(["语义"], os.path.join(one, "bm25"), "its digest"))
+        exchanged.append(Bm25(["语义"], os.path.join(one, "bm25"), manifest.corpus))
         exchange(one, other)
 
     monkeypatch.setattr(files, "exchange", watched)
     for texts in (CORPUS, ["语义"]):
         documents = documents_of(tmp_path, *texts)
         manifest = manifest_of("exact", len(documents), 4, 1)
-        manifest.corpus = "its digest"
+        manifest.corpus = files.file_digest(documents.corpus.path)
         index = ShardedIndex(manifest)
         fill(index, np.ones((len(documents), 4), "float32"))
         save_index(str(path), index, documents, hybrid=True)
         kept = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        assert (path / "bm25").is_dir() and sorted(kept["files"]) == ["documents.npy", "keys.npy", "shard_0.bin"]
+        assert (path / "bm25").is_dir() and sorted(kept["files"]) == [
+            "documents.npy", "keys.npy", "row_map.npy", "shard_0.bin", "vector_keys.npy"]
     assert len(exchanged) == 1
 
 

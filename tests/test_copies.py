@@ -1,19 +1,10 @@
-"""Copies in a corpus: each distinct text is one entry of the index, whose lines are given out; what the index costs."""
+"""Copies in a corpus: each distinct text is one entry of the index, whose lines are given out."""
 
-import dataclasses
-import multiprocessing
-import os
-import threading
-import time
-
-import recall
 from simcse.console import InputError
-from simcse.index import documents, lock, shards
+from simcse.index import documents, shards
 from simcse.index.documents import Documents, find_keys
 from simcse.index.exact import exact_search
 from simcse.index.hits import Hit, Ranking, hits_of, search
-from simcse.index.lock import lock_folder
-from simcse.index.manifest import AnnRecall, Manifest
 from simcse.index.shards import ShardedIndex
 from simcse.text.keys import text_keys
 from simcse.text.textfile import Corpus
@@ -94,95 +85,3 @@ def test_copies_do_not_break_the_graph(tmp_path):
     exact = exact_search(vectors[asked], vectors[[number_of[line] for line in lines]], 10)
     assert shards.ann_recall(np.array([[hit.score for hit in hits] for hits in got]), exact.scores) > 0.98
     assert all(lines[hit.line - 1] == hit.document for hits in got for hit in hits)
-
-
-def test_what_the_approximation_costs_is_measured_and_advice_was_tried(tmp_path, capsys):
-    random = np.random.default_rng(1)
-    vectors = random.standard_normal((4000, 64)).astype("float32")
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    index = ShardedIndex(manifest_of("hnswlib", 4000, 64, 1, hnsw_m=4, hnsw_ef=2))
-    fill(index, vectors)
-    measured = index.measure(vectors[:100], 10, "documents")
-    exact = index._search_vectors(vectors[:100], 10, exact=True)
-    found = index.search(vectors[:100], 10)
-    assert measured.recall == round(shards.ann_recall(found.scores, exact.scores), 4) < 0.9
-    assert measured.deeper_recall > measured.recall and index.search_settings == {"hnsw_ef": 2}
-    assert (measured.settings, measured.deeper_settings) == ({"hnsw_ef": 2}, {"hnsw_ef": 80})
-    Manifest(ann_recall=measured).save(str(tmp_path))
-    assert Manifest.load(str(tmp_path), "", "").ann_recall == measured
-    shards.report_ann_recall(measured)
-    line = capsys.readouterr().err
-    assert line == (f"ANN recall@10 against exact search, 100 documents: {measured.recall:.4f} with --hnsw_ef 2; "
-                    f"--hnsw_ef 80 finds {measured.deeper_recall:.4f}\n")
-    shards.report_ann_recall(dataclasses.replace(measured, deeper_recall=measured.recall))
-    assert "; --ann_engine exact finds all, --hnsw_ef 80 does not help\n" in capsys.readouterr().err
-    shards.report_ann_recall(dataclasses.replace(measured, recall=0.999), {"hnsw_ef": 7})
-    assert capsys.readouterr().err.endswith(": 0.9990 with --hnsw_ef 2; this search has --hnsw_ef 7\n")
-    shards.report_ann_recall(AnnRecall(10, "9 queries", 1.0, {}, 1.0, {}))
-    assert capsys.readouterr().err.endswith("9 queries: 1.0000 with its default settings\n")
-
-
-def test_an_exact_index_has_nothing_to_measure():
-    index = ShardedIndex(manifest_of("exact", 9, 4, 1))
-    fill(index, np.eye(9, 4, dtype="float32"))
-    assert index.measure(np.ones((1, 4), "float32"), 3, "queries") is None
-
-
-def _build(path, manifest, started, end):
-    with lock_folder(path, Manifest(), manifest):
-        started.set()
-        end.wait(20)
-        os.mkdir(path)
-
-
-def test_two_builds_of_one_index(tmp_path, monkeypatch):
-    """The later waits for the same index, and is refused for another before it has done anything."""
-    path, context = str(tmp_path / "new" / "index"), multiprocessing.get_context("spawn")
-    started, end = context.Event(), context.Event()
-    manifest = manifest_of("hnswlib", 9, 32, 2, hnsw_m=16)
-    other = context.Process(target=_build, args=(path, manifest, started, end))
-    other.start()
-    assert started.wait(30)
-    with (pytest.raises(InputError, match="another process is building: was built with hnsw_m 16, not 32; name"),
-          lock_folder(path, Manifest(build_settings={"hnsw_m": 32}), manifest)):
-        raise AssertionError("two at a time")
-    assert not os.path.exists(path)
-    said = []
-    monkeypatch.setattr(lock, "log", lambda line: (said.append(line), end.set()))  # which lets the first go on
-    with lock_folder(path, Manifest(build_settings={"hnsw_m": 16}), manifest):
-        assert os.path.isdir(path), "the first has built it"
-    other.join(20)
-    assert said == [f"waiting for the process that is building the index in {path}"]
-    assert os.listdir(tmp_path / "new") == ["index"]
-
-
-def test_others_wait_for_what_is_built_of_a_changed_corpus(tmp_path, monkeypatch):
-    """It has the settings of the index before, whose shards are not the default."""
-    previous = manifest_of("hnswlib", 9, 32, 2, hnsw_m=16)
-    previous.corpus = "before"
-    built = []
-    monkeypatch.setattr("ann_util.read_manifest", lambda path, wanted: previous)
-    monkeypatch.setattr("recall.lock_folder", lambda path, wanted, manifest: built.append(manifest))
-    recall.lock_unless_current(str(tmp_path), Manifest(corpus="now"))
-    assert built[0].index_shards == 2 and built[0].build_settings["hnsw_m"] == 16
-
-
-def test_two_who_waited_for_a_third_do_not_build_at_once(tmp_path, monkeypatch):
-    """The lock that one of them gets is of a file that is removed, unless it looks again."""
-    path, inside, most = str(tmp_path / "index"), [], []
-    monkeypatch.setattr(lock, "log", lambda line: None)
-
-    def build(number):
-        for _ in range(20):
-            with lock_folder(path, Manifest(), Manifest()):
-                inside.append(number)
-                most.append(len(inside))
-                time.sleep(0.001)
-                inside.remove(number)
-
-    builders = [threading.Thread(target=build, args=(number,)) for number in range(4)]
-    for builder in builders:
-        builder.start()
-    for builder in builders:
-        builder.join(60)
-    assert len(most) == 80 and max(most) == 1 and os.listdir(tmp_path) == []

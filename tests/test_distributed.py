@@ -158,7 +158,8 @@ def test_recall_on_two_ranks_is_the_same_file(checkpoint, sample, tmp_path, engi
             assert "wrote" in logs[0] and "wrote" not in logs[1]
         results.append((tmp_path / name / "recall_result_dir" / "recall_result.txt").read_bytes())
         assert sorted(os.listdir(tmp_path / name / "index")) == [
-            "corpus.csv", "documents.npy", "keys.npy", "manifest.json", *(f"shard_{n}.bin" for n in range(8))]
+            "corpus.csv", "documents.npy", "keys.npy", "manifest.json", "row_map.npy",
+            *(f"shard_{n}.bin" for n in range(8)), "vector_keys.npy"]
     assert results[0] == results[1] and results[0].count(b"\n") == 60 * 20
     for path in (tmp_path / "one" / "index").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / "index" / path.name).read_bytes(), path.name

@@ -63,7 +63,7 @@ def test_the_embedding_of_a_passage_is_in_its_document(tokenizer, tmp_path):
     vectors = np.random.default_rng(0).standard_normal((8, 4)).astype("float32")
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     vectors[1] = 0
-    vectors = vectors[passages.first_rows]
+    vectors = vectors[passages.first_row_of_text]
     wanted = []
     for rows in ([0, 1, 2], [3], [4, 5, 6, 7]):
         mean = vectors[rows].sum(axis=0)
@@ -173,7 +173,7 @@ def test_the_cosine_is_that_of_the_best_passage(checkpoint, sample, long, tmp_pa
     assert len(passages) > 2 * len(documents)
     encoder = Encoder(make_engine(network, "fp32"), tokenizer, 32, 1)
     own, asked = (encoder.encode(texts) for texts in (passages[:], queries))
-    vectors, = passages.blend_with_documents([range(len(passages))], [own[np.unique(passages.first_rows)]])
+    vectors, = passages.blend_with_documents([range(len(passages))], [own[np.unique(passages.first_row_of_text)]])
     cosines = asked @ vectors.T
     for line, each in zip(lines, cosines):
         best = np.maximum.reduceat(each, passages.starts[:-1])

@@ -135,8 +135,8 @@ def test_documents_that_the_encoder_cannot_tell_apart(tmp_path, capfd, engine):
     index, documents, encoded = build(tmp_path, lines, engine)
     assert encoded == ["USB 线", "别的", "一二三四五", "??"]
     said = capfd.readouterr().err
-    assert ("encoding and indexing 4 of 8 documents in fp32; 4 documents have the same tokens as another, and its "
-            "vector; 1 more lines are copies" in said)
+    assert "4 vectors for 8 documents: those that are the same to the encoder share one" in said
+    assert "encoding and indexing 4 of 8 documents in fp32; 1 line more is a copy, --distinct gives" in said
     assert "2 of 8 texts are longer than 6 tokens" in said and "2 of 8 texts are all [UNK]" in said
     found, scores = lines_found(index, documents, "usb线", 5)
     assert found[:4] == [1, 5, 3, 9] and scores[3] > 0.999 > scores[4]
@@ -164,7 +164,7 @@ def test_passages_share_a_vector_where_their_documents_have_the_same_tokens(tmp_
     if follows:
         build(tmp_path, lines[2:5], passages=True)
     index, documents, _ = build(tmp_path, lines, passages=True, follows=follows)
-    assert documents.row_count == 12 and documents.vector_map.vector_count == 12 - 2 - 1 - 1
+    assert documents.row_count == 12 and index.vector_map.vector_count == 12 - 2 - 1 - 1
     own = Documents(Corpus(str(tmp_path / "corpus.csv"), "--flag"))
     own.passages = Passages.split(own, LowercaseEncoder().tokenizer, LENGTH)
     pieces = [np.arange(12)]
@@ -184,6 +184,20 @@ def test_all_unknown_texts_have_one_key():
     inputs = LowercaseEncoder().tokenize(["?", "???", "a", "A"])
     keys = inputs.keys()
     assert keys[:2].tolist() == [UNKNOWN_KEY] * 2 and keys[2] == keys[3] != UNKNOWN_KEY
+
+
+def test_a_tie_across_vectors_keeps_the_rows_of_a_vector_together(tmp_path):
+    """All cosines of an unknown query are 0."""
+    index, documents, _ = build(tmp_path, ["ab", "cd", "AB", "ef"])
+    assert lines_found(index, documents, "?", 3)[0] == [1, 3, 2]
+
+
+@pytest.mark.parametrize("passages", [False, True])
+def test_a_corpus_without_new_texts_is_followed(tmp_path, passages):
+    lines = ["Ab。cd。", "ab 。 CD。", "ab。xx。", "?"]
+    build(tmp_path, lines, passages=passages)
+    index, documents, encoded = build(tmp_path, lines[:2], passages=passages, follows=True)
+    assert encoded == [] and lines_found(index, documents, "ab。", 9)[0] == [1, 2]
 
 
 def test_an_index_is_measured_with_parts_of_documents_not_with_documents(tmp_path):

@@ -36,7 +36,10 @@ class EncoderInput(NamedTuple):
     unknown: list[int]
 
     def keys(self) -> np.ndarray:
-        """Return a key for each text, int64 [texts], >= 0; texts with the same key have the same embedding."""
+        """Return a key for each text, int64 [texts], >= 0: texts that the encoder cannot tell apart have the same.
+
+        Others have the same with the probability of `text_keys`.
+        """
         keys = sequence_keys(self.ids.flat, self.ids.ends)
         keys[self.unknown] = UNKNOWN_KEY  # their embeddings are zeros
         return keys
@@ -202,11 +205,15 @@ def warn_unusable(rows: TokenizedRows, max_seq_length: int) -> None:
 
 def _warn_same_after_truncation(rows: TokenizedRows, max_seq_length: int) -> None:
     """Warn of different texts whose ids are the same once they are cut to `max_seq_length`."""
-    first_text: dict[tuple, str] = {}
+    first_row: dict[tuple, int] = {}
     same = []
-    for place, text, ids in zip(rows.places, rows.texts, rows.inputs.ids):
-        if len(ids) == max_seq_length and first_text.setdefault(tuple(ids), text) != text:
-            same.append(place)
+    is_cut = rows.inputs.lengths > max_seq_length
+    for row, ids in enumerate(rows.inputs.ids):
+        if len(ids) < max_seq_length:
+            continue
+        first = first_row.setdefault(tuple(ids), row)
+        if rows.texts[row] != rows.texts[first] and (is_cut[row] or is_cut[first]):
+            same.append(rows.places[row])
     if same:
         console.warn_data(f"{len(same):,} of {len(rows.texts):,} texts are the same as another text once they are cut "
                           f"to {max_seq_length} tokens; raise --max_seq_length to tell them apart: "
@@ -351,5 +358,5 @@ class _StartedBatch(NamedTuple):
 
 
 def _select(texts: Sequence[str], rows: range | np.ndarray) -> Sequence[str]:
-    """Return the texts of some rows. A range selects by a slice, as a list can; an array needs a `TextFile`."""
+    """Return the texts of some rows. An array needs `Documents` or `Passages`."""
     return texts[rows.start : rows.stop] if isinstance(rows, range) else texts[rows]

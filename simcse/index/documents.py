@@ -7,7 +7,6 @@ from typing import Any
 
 from simcse.console import InputError, log, progress
 from simcse.index.protocols import NOT_FOUND, Document, Line
-from simcse.index.vector_map import VectorMap
 from simcse.machine import RANK
 from simcse.text.keys import passage_keys, text_keys
 from simcse.text.passages import Passages
@@ -27,15 +26,16 @@ class Documents(Sequence):
     neighbours of a copy are the other copies, so a search that comes to one of them finds no links to other texts.
 
     An index has a row for each document, or, after `split`, for each passage of one; see `DocumentStore`. Texts are
-    told apart by their keys (`text_keys`). A folder index has one vector for rows that the encoder cannot tell apart.
+    told apart by their keys (`text_keys`).
 
     Args:
         corpus: the texts.
-        folder: where `save` has written the documents, which are then mapped into memory; None: they are found.
+        folder: where `save` has written the documents, which are then mapped into memory; None: the lines of the corpus
+            are grouped now.
 
     Attributes:
         passages: those of all documents; None: a row is a document.
-        vector_map: which rows share a vector in a folder index; None: not known, or each row has its own.
+        keys: int64 [documents], `text_keys` of their texts.
         line_count: lines of the corpus.
 
     Raises:
@@ -46,7 +46,6 @@ class Documents(Sequence):
         self.corpus = corpus
         self.line_count = len(corpus)
         self.passages: Passages | None = None
-        self.vector_map: VectorMap | None = None
         # The lines of document d are rows self._lines[self._starts[d] : self._starts[d + 1]] of the corpus, int32.
         if folder:
             both = np.load(os.path.join(folder, LINES_FILE), mmap_mode="r")
@@ -80,8 +79,6 @@ class Documents(Sequence):
         np.save(os.path.join(folder, KEYS_FILE), self.keys)
         if self.passages is not None:
             self.passages.save(folder)
-        if self.vector_map is not None:
-            self.vector_map.save(folder)
 
     @staticmethod
     def load_keys(folder: str) -> np.ndarray:

@@ -73,7 +73,7 @@ def _search_passages(index: Index, store: DocumentStore, queries: np.ndarray, k:
         result = index.search(queries[unfinished], depth)
         best = best_rows(result, store.documents_of(result.rows), k)
         for column, found in zip(ranking, best):
-            column[unfinished] = found
+            column[unfinished] = found  # in place, in `ranking`
         has_fewer = best.documents[:, -1] == NOT_FOUND
         has_more_rows = result.rows[:, -1] != NOT_FOUND
         unfinished = unfinished[has_fewer & has_more_rows]

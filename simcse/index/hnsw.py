@@ -45,7 +45,7 @@ class HnswEngine(LocalEngine):
         """Return the settings, with "hnsw_max_elements" for so many vectors if it is None; see `LocalEngine`."""
         limit = settings["hnsw_max_elements"]
         if limit is not None and limit < rows:
-            raise InputError(f"--hnsw_max_elements {limit}: the corpus has {rows} distinct texts to index")
+            raise InputError(f"--hnsw_max_elements {limit}: the corpus has {rows} distinct token sequences to index")
         return {**settings, "hnsw_max_elements": limit or rows}
 
     @classmethod

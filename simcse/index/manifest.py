@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from simcse.console import InputError
-from simcse.files import read_json, write_json
+from simcse.files import file_digest, read_json, write_json
 
 FORMAT = 6  # of an index folder and of a collection; one of another format is refused
 MANIFEST_FILE = "manifest.json"
-DIGEST = "digest"  # in that file, SHA-256 of what else is in it
+DIGEST_FIELD = "digest"  # in that file, SHA-256 of what else is in it
+REBUILD = "name another folder, or remove this one to build it again"
+DAMAGE = (OSError, RuntimeError, ValueError)  # what reading a damaged file raises
 EARLIER_FILE = "fingerprint.json"  # what formats before 5 have instead
 
 
@@ -85,17 +87,17 @@ class Manifest:
     format: int = FORMAT
 
     COMPARED = ("model", "max_seq_length", "precision", "passages", "ann_engine", "index_shards", "dimension")
-    DIGESTS = ("model",)  # compared, and not shown
+    HIDDEN = ("model",)  # compared, and not shown
 
     def differences(self, wanted: "Manifest") -> list[str]:
-        """Return what of this index is not as `wanted`, such as "max_seq_length 32, not 64"; []: it can be used."""
+        """Return how it differs from `wanted`, such as "max_seq_length 32, not 64"; []: it can be used."""
         found = {name: getattr(self, name) for name in self.COMPARED} | self.build_settings
         asked = {name: getattr(wanted, name) for name in self.COMPARED} | wanted.build_settings
         differences = []
         for name, value in asked.items():
             if value is None or found.get(name) == value:
                 continue
-            if found.get(name) is None or name in self.DIGESTS:
+            if found.get(name) is None or name in self.HIDDEN:
                 differences.append(f"another {name}")
             else:
                 differences.append(f"{name} {found[name]}, not {value}")
@@ -113,9 +115,15 @@ class Manifest:
             raise InputError(f"{where}: was built with {', and '.join(differences)}; {remedy}")
 
     def has_corpus_of(self, wanted: "Manifest") -> bool:
-        """Return whether the index has the corpus that is wanted, if any is, in the state in which it is now."""
+        """Return whether the index was built from the corpus of `wanted`; True if `wanted` names none."""
         return (wanted.corpus in (None, self.corpus)
                 and wanted.corpus_columns in (None, self.corpus_columns))
+
+    def check_arrays(self, folder: str) -> None:
+        """Raise ValueError if an array in the folder is not what was written; shards are checked when they are read."""
+        for name, digest in self.files.items():
+            if name.endswith(".npy"):
+                check_digest(os.path.join(folder, name), digest)
 
     def to_json(self) -> str:
         """Return it as one line of JSON."""
@@ -135,6 +143,8 @@ class Manifest:
         if content.get("format") != FORMAT:
             raise InputError(f"{where}: another version of recall.py built it; {remedy}")
         try:
+            if content.keys() != {each.name for each in dataclasses.fields(cls)}:
+                raise TypeError
             manifest = cls(**content)
             if manifest.ann_recall:
                 manifest.ann_recall = AnnRecall(**content["ann_recall"])
@@ -145,7 +155,7 @@ class Manifest:
     def save(self, folder: str) -> None:
         """Write it to a folder, with a digest of itself by which an edited or damaged one is told."""
         content = json.loads(self.to_json())
-        write_json(os.path.join(folder, MANIFEST_FILE), {**content, DIGEST: _digest(content)})
+        write_json(os.path.join(folder, MANIFEST_FILE), {**content, DIGEST_FIELD: _digest(content)})
 
     @classmethod
     def load(cls, folder: str, where: str, remedy: str) -> "Manifest":
@@ -165,14 +175,25 @@ class Manifest:
             raise InputError(f"{where}: exists, but is not an index that recall.py wrote")
         if not is_as_written(content):
             raise InputError(f"{where}: damaged: {MANIFEST_FILE} is not what was written; {remedy}")
-        content.pop(DIGEST, None)
+        content.pop(DIGEST_FIELD, None)
         return cls.from_dict(content, where, remedy)
 
 
+def check_digest(path: str, digest: str) -> None:
+    """Raise ValueError if a file does not have this SHA-256."""
+    if not os.path.isfile(path) or file_digest(path) != digest:
+        raise ValueError(f"{os.path.basename(path)} is not what was written")
+
+
 def is_as_written(content: dict[str, Any]) -> bool:
-    """Return whether a manifest that was read is what `Manifest.save` has written, by its digest if it has one."""
-    fields = {name: value for name, value in content.items() if name != DIGEST}
-    return content.get(DIGEST, _digest(fields)) == _digest(fields)
+    """Return whether a manifest that was read is what `Manifest.save` has written, by its digest.
+
+    Other formats may have none.
+    """
+    fields = {name: value for name, value in content.items() if name != DIGEST_FIELD}
+    if DIGEST_FIELD not in content and content.get("format") != FORMAT:
+        return True
+    return content.get(DIGEST_FIELD) == _digest(fields)
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -31,7 +31,7 @@ NO_SCORE = float("-inf")  # its score
 
 
 class SearchResult(NamedTuple):
-    """The best rows for each query, best first; of equal scores the lower row first.
+    """The best rows for each query, best first; of equal scores the lower row first. Rows of one vector stay together.
 
     Attributes:
         rows: int64 [queries, k]; NOT_FOUND where a query has fewer.
@@ -187,8 +187,8 @@ class Index(Protocol):
 
     Attributes:
         manifest: what it is made of.
-        missing_rows: the rows that this rank has to add, in pieces, int64 [rows] or ranges. All of them in a new
-            folder index; in a collection those whose keys it lacks.
+        missing_rows: the rows that this rank has to encode and add, in pieces, int64 [rows]. In a new folder index the
+            first row of each vector; in a collection those whose keys it lacks.
         max_k: the most rows that `search` gives; None: no limit.
     """
 

@@ -44,5 +44,5 @@ HNSW_EF = Setting(
     "hnsw_ef", integer(1), 100, "HNSW ef: candidates that building keeps, and that a search keeps in each shard, at "
     "least twice --recall_num; a kept index can be searched with another value")
 HNSW_MAX_ELEMENTS = Setting(
-    "hnsw_max_elements", integer(1), None, "largest number of distinct texts that the index may hold",
+    "hnsw_max_elements", integer(1), None, "largest number of vectors that the index may hold",
     "as many as the corpus has")

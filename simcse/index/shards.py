@@ -36,7 +36,7 @@ class ShardedIndex:
         manifest: its ann_engine, index_shards, dimension, rows, build_settings and search_settings; to `load` it
             also its files.
         threads: those of a search; as many shards are added to at a time. 0: all cores.
-        vector_map: the rows of each vector; None: each row has its own.
+        vector_map: of rows to vectors; None: each row has its own.
         rank, ranks: those of this process, if it is to have the shards of another one.
 
     Raises:
@@ -51,13 +51,13 @@ class ShardedIndex:
             raise InputError(f"--index_shards {manifest.index_shards} must be at least the number of processes "
                              f"({ranks})")
         self.manifest = manifest
-        self._map = vector_map or VectorMap.of_own_vectors(manifest.rows)
+        self.vector_map = vector_map or VectorMap.of_own_vectors(manifest.rows)
         self.search_settings = dict(manifest.search_settings)
         self._engine = LOCAL_ENGINES[manifest.ann_engine]
         self._threads = threads or CPU_THREADS
         self._workers = ThreadPoolExecutor(self._threads)
         self._adding = deque[tuple[Future, int]]()  # what the workers add, and how many rows each
-        vector_count = self._map.vector_count
+        vector_count = self.vector_map.vector_count
         # How many vectors a piece has; the last piece may have fewer.
         self._piece_size = min(WINDOW, -(-vector_count // manifest.index_shards))
         self.missing_rows: list[np.ndarray] = []
@@ -65,7 +65,7 @@ class ShardedIndex:
         for start in range(0, vector_count, self._piece_size):
             shard = self._shard_of(start)
             if shard % ranks == rank:
-                first_rows = self._map.first_rows(slice(start, start + self._piece_size))
+                first_rows = self.vector_map.first_rows(slice(start, start + self._piece_size))
                 self.missing_rows.append(first_rows)
                 capacity_of[shard] = capacity_of.get(shard, 0) + len(first_rows)
         settings = {**manifest.build_settings, **self.search_settings}
@@ -89,33 +89,33 @@ class ShardedIndex:
 
     # ---------------------------------------------------------------------------------------- vectors of the shards
     def _shard_of(self, vectors: Any) -> Any:
-        """Return the shard of a vector, or those of an array of vectors, by their numbers in the whole index."""
+        """Return the shard of a vector, or those of an array of vectors."""
         return vectors // self._piece_size % self.manifest.index_shards
 
-    def _numbers_of(self, vectors: np.ndarray) -> np.ndarray:
-        """Return the numbers that vectors have in their shards."""
+    def _local_ids(self, vectors: np.ndarray) -> np.ndarray:
+        """Return the numbers that vectors have in their shards, instead of those in the whole index."""
         piece, place = np.divmod(vectors, self._piece_size)
         piece_of_shard = piece // self.manifest.index_shards
         return piece_of_shard * self._piece_size + place
 
-    def _vectors_of(self, shard: int, numbers: np.ndarray) -> np.ndarray:
-        """Return the vectors that have some numbers in a shard; the inverse of `_numbers_of`."""
-        piece_of_shard, place = np.divmod(numbers, self._piece_size)
+    def _global_ids(self, shard: int, local_ids: np.ndarray) -> np.ndarray:
+        """Return the numbers in the whole index of vectors of a shard, the inverse of `_local_ids`; NOT_FOUND stays."""
+        piece_of_shard, place = np.divmod(local_ids, self._piece_size)
         piece = piece_of_shard * self.manifest.index_shards + shard
-        return piece * self._piece_size + place
+        return np.where(local_ids == NOT_FOUND, NOT_FOUND, piece * self._piece_size + place)
 
     # ------------------------------------------------------------------------------------------------------- filling
     def add(self, rows: np.ndarray, vectors: np.ndarray) -> None:
         """Add the vectors, float32 [rows, dim], of the next of `missing_rows` in the background; see `Index`."""
         while len(self._adding) >= self._most_adding:
             self._wait_for_oldest()
-        shard = self._shards[self._shard_of(int(self._map.vector_of_row[rows[0]]))]
+        shard = self._shards[self._shard_of(int(self.vector_map.vector_of_row[rows[0]]))]
         future = self._workers.submit(shard.add, vectors)
         self._adding.append((future, len(rows)))
 
     def finish(self) -> None:
         """Wait until all vectors are added."""
-        with progress("indexing", sum(count for _, count in self._adding), "documents") as advance:
+        with progress("indexing", sum(count for _, count in self._adding), "vectors") as advance:
             while self._adding:
                 advance(self._wait_for_oldest())
         self.missing_rows = []
@@ -135,7 +135,7 @@ class ShardedIndex:
 
     def search(self, queries: np.ndarray, k: int) -> SearchResult:
         """Return the k best rows of each query; rows that share a vector follow each other. See `Index`."""
-        return self._map.rows_of(self._search_vectors(queries, k), k)
+        return self.vector_map.rows_of(self._search_vectors(queries, k), k)
 
     def _search_vectors(self, queries: np.ndarray, k: int, exact: bool = False) -> SearchResult:
         """Return the k best vectors of each query, as rows of the result.
@@ -177,7 +177,7 @@ class ShardedIndex:
         for shard in shards:
             engine = self._shards[shard].engine
             found = exact_search(queries, engine, k, threads) if exact else engine.search(queries, k, threads)
-            results.append(SearchResult(self._vectors_of(shard, found.rows), found.scores))
+            results.append(SearchResult(self._global_ids(shard, found.rows), found.scores))
         return results
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
@@ -188,15 +188,15 @@ class ShardedIndex:
 
     def copy_vectors(self, rows: np.ndarray, vectors: np.ndarray) -> None:
         """Write the vectors of those rows that are on this rank to their places in `vectors`, float32 [rows, dim]."""
-        numbers = self._map.vectors_of(rows)
-        shard_of_row = np.where(numbers == NOT_FOUND, NOT_FOUND, self._shard_of(numbers))
-        for shard_number, shard in self._shards.items():
-            places = np.flatnonzero(shard_of_row == shard_number)
+        vector_ids = self.vector_map.vectors_of(rows)
+        shard_of_row = np.where(vector_ids == NOT_FOUND, NOT_FOUND, self._shard_of(vector_ids))
+        for number, shard in self._shards.items():
+            places = np.flatnonzero(shard_of_row == number)
             if len(places):
-                vectors[places] = shard.engine.vectors(self._numbers_of(numbers[places]))
+                vectors[places] = shard.engine.vectors(self._local_ids(vector_ids[places]))
 
     def measure(self, queries: np.ndarray, k: int, kind: str) -> AnnRecall | None:
-        """Return which part of the exact result the search finds, with its settings and with deeper ones.
+        """Return the recall@k against exact search, of a search with its settings and of one with deeper ones.
 
         Args:
             queries: float32 [queries, dim].
@@ -208,6 +208,7 @@ class ShardedIndex:
         """
         if not self._engine.approximate:
             return None
+        k = min(k, self.vector_map.vector_count)
         settings = dict(self.search_settings)
         deeper_settings = self._engine.deeper_settings(settings, k)
         exact = self._search_vectors(queries, k, exact=True)
@@ -311,7 +312,8 @@ def report_ann_recall(measured: AnnRecall | None, search_settings: dict[str, Any
         return
     message = (f"ANN recall@{measured.k} against exact search, {measured.queries}: {measured.recall:.4f} "
                f"with {_as_flags(measured.settings)}")
-    is_poor = measured.recall < POOR
+    is_deeper = search_settings == measured.deeper_settings
+    is_poor = (measured.deeper_recall if is_deeper else measured.recall) < POOR
     if is_poor and measured.deeper_recall > measured.recall + 0.001:
         message += f"; {_as_flags(measured.deeper_settings)} finds {measured.deeper_recall:.4f}"
     elif is_poor:
@@ -320,6 +322,8 @@ def report_ann_recall(measured: AnnRecall | None, search_settings: dict[str, Any
             message += f", {_as_flags(measured.deeper_settings)} does not help"
     if search_settings is not None and search_settings != measured.settings:
         message += f"; this search has {_as_flags(search_settings)}"
+        if is_deeper:
+            message += f", which finds {measured.deeper_recall:.4f}"
     if is_poor:
         warn(message)
     else:

@@ -1,4 +1,4 @@
-"""Which rows of an index share a vector: those of which the encoder reads the same tokens."""
+"""Map the rows of an index to its vectors: rows that are the same to the encoder share one."""
 
 import os
 from typing import NamedTuple
@@ -7,15 +7,16 @@ from simcse.index.protocols import NO_SCORE, NOT_FOUND, SearchResult
 
 import numpy as np
 
-MAP_FILE = "vectors.npy"
-KEYS_FILE = "vector_keys.npy"
+MAP_FILE = "row_map.npy"
+VECTOR_KEYS_FILE = "vector_keys.npy"
 
 
 class VectorMap(NamedTuple):
     """The vectors of an index, and the rows that each stands for.
 
-    Different texts can be the same to the encoder: it reads only the first tokens, and neither case nor spacing. They
-    get one vector. A vector for each would break an HNSW graph, as copies of one text would (see `Documents`).
+    Different texts can be the same to the encoder: it reads only the first tokens, and depending on its tokenizer
+    neither case nor spacing. They get one vector. A vector for each would break an HNSW graph, as copies of one text
+    would (see `Documents`).
 
     Vectors are numbered in the order of their first rows.
 
@@ -34,13 +35,13 @@ class VectorMap(NamedTuple):
     @classmethod
     def of_keys(cls, key_of_row: np.ndarray) -> "VectorMap":
         """Return the map of rows, int64 [rows], of which those with the same key share a vector."""
-        # np.unique numbers vectors by their keys; then they are numbered by their first rows.
-        keys, first_rows, vector_of_row, counts = np.unique(
+        # np.unique numbers vectors by their keys; further down they are numbered by their first rows.
+        keys, first_rows, vector_by_key_of_row, counts = np.unique(
             key_of_row, return_index=True, return_inverse=True, return_counts=True)
         by_first_row = np.argsort(first_rows)
         number_of_vector = np.empty(len(keys), "int32")
         number_of_vector[by_first_row] = np.arange(len(keys))
-        vector_of_row = number_of_vector[vector_of_row]
+        vector_of_row = number_of_vector[vector_by_key_of_row]
         rows = np.argsort(vector_of_row, kind="stable").astype("int32")
         starts = np.append(0, np.cumsum(counts[by_first_row])).astype("int32")
         return cls(keys[by_first_row], vector_of_row, rows, starts)
@@ -52,16 +53,20 @@ class VectorMap(NamedTuple):
 
     @classmethod
     def load(cls, folder: str, rows: int) -> "VectorMap":
-        """Return the map of so many rows that `save` has written; its files are mapped into memory."""
+        """Return the map that `save` has written; its files are mapped into memory.
+
+        Args:
+            rows: how many rows it has.
+        """
         saved = np.load(os.path.join(folder, MAP_FILE), mmap_mode="r")
-        keys = np.load(os.path.join(folder, KEYS_FILE), mmap_mode="r")
+        keys = np.load(os.path.join(folder, VECTOR_KEYS_FILE), mmap_mode="r")
         vector_of_row, rows_of_vectors, starts = np.split(saved, [rows, 2 * rows])
         return cls(keys, vector_of_row, rows_of_vectors, starts)
 
     def save(self, folder: str) -> None:
         """Write the map to a folder."""
         np.save(os.path.join(folder, MAP_FILE), np.concatenate([self.vector_of_row, self.rows, self.starts]))
-        np.save(os.path.join(folder, KEYS_FILE), self.keys)
+        np.save(os.path.join(folder, VECTOR_KEYS_FILE), self.keys)
 
     @property
     def vector_count(self) -> int:
@@ -73,7 +78,7 @@ class VectorMap(NamedTuple):
 
     def vectors_of(self, rows: np.ndarray) -> np.ndarray:
         """Return the vector of each row, int64 of the same shape; NOT_FOUND stays."""
-        return np.where(rows == NOT_FOUND, NOT_FOUND, self.vector_of_row[rows])
+        return np.where(rows == NOT_FOUND, NOT_FOUND, self.vector_of_row[rows].astype("int64"))
 
     def rows_of(self, result: SearchResult, k: int) -> SearchResult:
         """Return the k best rows of each query for its best vectors; the rows of a vector follow each other.
@@ -88,15 +93,15 @@ class VectorMap(NamedTuple):
         columns = np.cumsum(counts, axis=1) - counts  # where the rows of each vector begin in the result
         counts = np.minimum(counts, (k - columns).clip(min=0))
 
-        # All rows of the result one after the other: of which query each is, of which of its vectors, and which row.
-        counts_of_all = counts.ravel()
-        query = np.repeat(np.arange(counts.size) // max(1, counts.shape[1]), counts_of_all)
-        vector = np.repeat(vectors.ravel(), counts_of_all)
-        row_of_vector = np.arange(counts.sum()) - np.repeat(np.cumsum(counts_of_all) - counts_of_all, counts_of_all)
+        # An array element for each row that is given out, query by query: the query, the vector, and which of its rows.
+        counts = counts.ravel()
+        query = np.repeat(np.indices(vectors.shape)[0].ravel(), counts)
+        vector = np.repeat(vectors.ravel(), counts)
+        place_in_vector = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
-        column = np.repeat(columns.ravel(), counts_of_all) + row_of_vector
+        column = np.repeat(columns.ravel(), counts) + place_in_vector
         rows = np.full((len(vectors), k), NOT_FOUND)
-        rows[query, column] = self.rows[self.starts[vector] + row_of_vector]
+        rows[query, column] = self.rows[self.starts[vector] + place_in_vector]
         scores = np.full((len(vectors), k), NO_SCORE, "float32")
-        scores[query, column] = np.repeat(result.scores.ravel(), counts_of_all)
+        scores[query, column] = np.repeat(result.scores.ravel(), counts)
         return SearchResult(rows, scores)

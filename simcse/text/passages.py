@@ -29,16 +29,16 @@ class Passages(Sequence):
         documents: sequence of texts, which can be indexed by an array too, such as `Documents`.
         starts: int32 [documents + 1], the first row of each document, and the number of rows.
         offsets: int32 [rows], the character of its document at which each passage begins.
-        first_rows: int32 [rows], the first row with the same text, so that equal passages are encoded once; None:
-            unknown, then `rows_to_encode` and `blend_with_documents` cannot be called.
+        first_row_of_text: int32 [rows], the first row with the same text, so that equal passages are encoded once;
+            None: unknown, then `rows_to_encode` and `blend_with_documents` cannot be called.
     """
 
     def __init__(self, documents: Any, starts: np.ndarray, offsets: np.ndarray,
-                 first_rows: np.ndarray | None = None) -> None:
+                 first_row_of_text: np.ndarray | None = None) -> None:
         self.documents = documents
         self.starts = starts
         self.offsets = offsets
-        self.first_rows = first_rows
+        self.first_row_of_text = first_row_of_text
 
     @classmethod
     def split(cls, documents: Any, tokenizer: Any, max_seq_length: int) -> "Passages":
@@ -57,9 +57,9 @@ class Passages(Sequence):
                 keys.append(text_keys(passage.strip() for passage in passages))
                 advance(len(texts))
         _, first_of_key, key_of_row = np.unique(np.concatenate(keys), return_index=True, return_inverse=True)
-        first_rows = first_of_key.astype("int32")[key_of_row]
+        first_row_of_text = first_of_key.astype("int32")[key_of_row]
         starts = np.append(0, np.cumsum(counts)).astype("int32")
-        return cls(documents, starts, np.concatenate(offsets), first_rows)
+        return cls(documents, starts, np.concatenate(offsets), first_row_of_text)
 
     @classmethod
     def load(cls, documents: Any, folder: str) -> "Passages":
@@ -99,9 +99,9 @@ class Passages(Sequence):
         return np.arange(self.starts[document], self.starts[document + 1])
 
     def keys_in_context(self, rows: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """Return the key of the embedding of each row, int64 [rows], which that of its document is blended into.
+        """Return a key for each row, int64 [rows]; rows with the same key have the same embedding after the blending.
 
-        Two passages have the same key if they have the same tokens, and so do all passages of their documents.
+        That is so if two passages have the same tokens, and so have all passages of their documents.
 
         Args:
             rows: all rows of some documents, ascending.
@@ -109,7 +109,7 @@ class Passages(Sequence):
         """
         documents = self.documents_of(rows)
         begins = np.flatnonzero(np.diff(documents, prepend=-1))  # of each document in `rows`
-        ends = np.append(begins[1:], len(rows))
+        ends = np.append(begins, len(rows))[1:]
         document_keys = np.repeat(sequence_keys(keys, ends), ends - begins)
         return np.where(keys == UNKNOWN_KEY, UNKNOWN_KEY, passage_keys(document_keys, keys))
 
@@ -131,7 +131,7 @@ class Passages(Sequence):
 
         These are all passages of the piece's documents, passages with the same text once.
         """
-        return [np.unique(self.first_rows[self._rows_of_same_documents(rows)]) for rows in pieces]
+        return [np.unique(self.first_row_of_text[self._rows_of_same_documents(rows)]) for rows in pieces]
 
     def blend_with_documents(self, pieces: Iterable[Sequence[int]],
                              encoded: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -150,7 +150,7 @@ class Passages(Sequence):
         """
         for embeddings, rows in zip(encoded, pieces):  # `encoded` first: zip then runs it to its end, where it warns
             document_rows = self._rows_of_same_documents(rows)
-            _, embedding_of_row = np.unique(self.first_rows[document_rows], return_inverse=True)
+            _, embedding_of_row = np.unique(self.first_row_of_text[document_rows], return_inverse=True)
             text_embeddings = embeddings[embedding_of_row]
             documents = self.documents_of(document_rows)
             begins = np.flatnonzero(np.diff(documents, prepend=-1))  # of each document in `document_rows`

@@ -1,0 +1,113 @@
+"""The index of another state of a corpus: what it has of the corpus now is not encoded again."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from simcse.console import as_input_error
+from simcse.index.documents import Documents, find_keys
+from simcse.index.manifest import DAMAGE, REBUILD, Manifest
+from simcse.index.protocols import NOT_FOUND
+from simcse.index.shards import ShardedIndex
+from simcse.index.vector_map import VectorMap
+
+import numpy as np
+
+
+@dataclass
+class ReusedVectors:
+    """What a previous index has of a piece of the rows.
+
+    Attributes:
+        rows: the piece, int64.
+        vectors: float32 [rows, dim]; undefined for rows that have to be encoded.
+        is_new: bool [rows], whether a row has to be encoded.
+    """
+
+    rows: np.ndarray
+    vectors: np.ndarray
+    is_new: np.ndarray
+
+    def rows_to_encode(self) -> np.ndarray:
+        """Return the rows that the previous index lacks, int64."""
+        return self.rows[self.is_new]
+
+    def completed_with(self, encoded: np.ndarray) -> np.ndarray:
+        """Return the vectors of all rows, float32 [rows, dim]; `encoded` are those of `rows_to_encode`."""
+        self.vectors[self.is_new] = encoded
+        return self.vectors
+
+
+@dataclass
+class PreviousIndex:
+    """The index in a folder, of another state of the corpus.
+
+    Attributes:
+        path: its folder.
+        manifest: what it is made of.
+        document_keys: int64 [documents]; see `Documents.keys`.
+        row_keys: int64 [rows]; see `Documents.row_keys`.
+        vector_map: its rows and vectors.
+    """
+
+    path: str
+    manifest: Manifest
+    document_keys: np.ndarray
+    row_keys: np.ndarray
+    vector_map: VectorMap
+
+    @classmethod
+    def open(cls, path: str) -> "PreviousIndex":
+        """Return the index in a folder, of which the vectors are not read yet.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        where = f"--index_path {path}"
+        manifest = Manifest.load(path, where, REBUILD)
+        with as_input_error(f"{where}: damaged", *DAMAGE):
+            manifest.check_arrays(path)
+            return cls(path, manifest, Documents.load_keys(path), Documents.load_row_keys(path, manifest.passages),
+                       VectorMap.load(path, manifest.rows))
+
+    @property
+    def where(self) -> str:
+        """The flag that names it, and its value, for messages."""
+        return f"--index_path {self.path}"
+
+    def vector_keys(self, row_keys: np.ndarray) -> np.ndarray:
+        """Return the key of the vector of each row, int64 [rows]; NOT_FOUND: the index lacks the row.
+
+        Args:
+            row_keys: int64 [rows], the keys of the rows' texts.
+        """
+        rows = find_keys(row_keys, self.row_keys)
+        vector_keys = self.vector_map.keys[self.vector_map.vector_of_row[rows]]
+        return np.where(rows == NOT_FOUND, NOT_FOUND, vector_keys)
+
+    def read_vectors(self, vector_map: VectorMap, pieces: Sequence[np.ndarray]) -> list[ReusedVectors]:
+        """Return what it has of each piece of the rows of the corpus now.
+
+        Args:
+            vector_map: that of the corpus now.
+            pieces: rows that this rank needs.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        previous_vectors = find_keys(vector_map.keys, self.vector_map.keys)
+        reused = []
+        previous_rows = []
+        for rows in pieces:
+            vector_ids = previous_vectors[vector_map.vector_of_row[rows]]
+            is_new = vector_ids == NOT_FOUND
+            vectors = np.empty((len(rows), self.manifest.dimension), "float32")
+            reused.append(ReusedVectors(rows, vectors, is_new))
+            previous_rows.append(np.where(is_new, NOT_FOUND, self.vector_map.first_rows(vector_ids)))
+        shards = self.manifest.index_shards
+        for shard in range(shards):  # as if each were on a rank of its own, so that one is in memory
+            index = ShardedIndex(self.manifest, threads=1, vector_map=self.vector_map, rank=shard, ranks=shards)
+            with as_input_error(f"{self.where}: damaged", *DAMAGE):
+                index.load(self.path)
+            for piece, rows in zip(reused, previous_rows):
+                index.copy_vectors(rows, piece.vectors)
+        return reused
