@@ -15,6 +15,7 @@ import argparse
 import itertools
 import os
 import random
+import sys
 from typing import NamedTuple
 
 # All of one field: the texts resemble each other, and only all parts together tell them apart.
@@ -107,4 +108,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

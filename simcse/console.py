@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from simcse.machine import RANK, RANKS
+from simcse.signals import INTERRUPTED, die_of_signals, exit_on_sigterm
 
 PROGRAM = os.path.basename(sys.argv[0])  # the script that runs
 HOW_TO_INSTALL = f"is not installed for {sys.executable}; pip install -r requirements.txt, or . .venv/bin/activate"
 SECONDS_PER_LINE = 10  # between two lines of progress where stderr is no terminal
-# Exit codes: 2 for what the user can correct, the others as a shell has them for SIGINT and SIGPIPE.
+# Exit codes: 2 for what the user can correct, the other as a shell has it for SIGPIPE.
 USAGE_ERROR = 2
-INTERRUPTED = 130
 BROKEN_PIPE = 141
 OUT_OF_MEMORY = re.compile("out of memory|ALLOC_FAILED", re.IGNORECASE)
 GPU_TROUBLE = re.compile(r"\b(CUDA|CUBLAS|CUDNN|CUSOLVER|CUSPARSE|CURAND|CUFFT|NCCL) error|third-party dynamic library|"
@@ -300,12 +300,14 @@ def run(main: Callable[[], None]) -> None:
     """Run a script's `main` and exit.
 
     What the user can correct becomes one line and exit code 2: input errors, missing files and packages, no memory
-    left, trouble with CUDA. Ctrl-C is exit code 130. Other errors keep their traceback.
+    left, trouble with CUDA. Ctrl-C is exit code 130, SIGTERM 143. Other errors keep their traceback.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started the script
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     sys.stdout.reconfigure(encoding="utf-8")  # results are UTF-8, whatever the locale
+    if RANKS == 1:  # a rank may wait for others in paddle, where no handler runs: the signal itself ends it
+        exit_on_sigterm()
     code = 0
     try:
         main()
@@ -330,6 +332,7 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         warn(f"{PROGRAM}: interrupted")
         code = INTERRUPTED
+    die_of_signals()
     if RANKS > 1:
         # With several processes paddle's threads now and then crash while Python shuts down. All is written by now.
         sys.stdout.flush()

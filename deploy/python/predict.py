@@ -12,9 +12,17 @@ import argparse
 import json
 import os
 import platform
+import signal
 import sys
 import time
 import timeit
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+CAN_BLOCK = hasattr(signal, "pthread_sigmask")  # Windows cannot
+if __name__ == "__main__" and CAN_BLOCK:
+    # Until `main` receives them: numpy makes an ImportError of Ctrl-C. Its threads keep the mask, so that `predictor`
+    # can hold the signals back while it imports paddle.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 try:
     import numpy as np
@@ -327,9 +335,12 @@ def measure(args: argparse.Namespace, predictor: Predictor, tokenizer: Tokenizer
 
 
 def main() -> int:
-    """Run the script; return its exit code: 2 for a mistake in a flag or a file, 130 for Ctrl-C."""
+    """Run the script; return its exit code: 2 for a mistake in a flag or a file, 130 for Ctrl-C, 143 for SIGTERM."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.stdout.reconfigure(encoding="utf-8")  # results are UTF-8, whatever the locale
     try:
+        if CAN_BLOCK:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         predict(parse_args())
         sys.stdout.flush()
         return 0

@@ -11,7 +11,9 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
 import zlib  # noqa: F401  paddlepaddle 2.6 crashes in inflateReset2 if it loads its own zlib before Python's
 from collections.abc import Iterator
@@ -60,6 +62,26 @@ def reported(what: str, *kinds: type[Exception]) -> Iterator[None]:
         yield
     except kinds as error:
         raise InputError(f"{what}: {first_line(error)}") from None
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Deliver Ctrl-C and SIGTERM after the context, in which paddle is imported, to the handlers from before it.
+
+    Paddle installs a handler of its own for SIGTERM, which prints a C++ stack on stdout, and makes an ImportError of
+    Ctrl-C.
+    """
+    handler = signal.getsignal(signal.SIGTERM)  # None: it is not Python's
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if handler is None or not is_main_thread or not hasattr(signal, "pthread_sigmask"):  # which Windows lacks
+        yield
+        return
+    blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked_before)
 
 
 class TensorRtShape(NamedTuple):
@@ -179,7 +201,8 @@ class PaddlePredictor(Predictor):
     PRECISIONS = {"cpu": ("fp32", "bf16"), "gpu": ("fp32", "bf16", "fp16")}
 
     def open(self, graph: str, settings: Settings) -> None:
-        import paddle
+        with signals_held():
+            import paddle
 
         self._graph = graph
         params = os.path.splitext(graph)[0] + ".pdiparams"
