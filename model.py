@@ -28,6 +28,7 @@ from simcse.encoder.pretrained import (
 )
 from simcse.encoder.weights import (
     CONFIG_FILE,
+    ENCODER_FIELDS,
     PARAMS_FILE,
     TOKENIZER_FILE,
     load_state,
@@ -378,14 +379,16 @@ def load_model(params_path: str, model_name_or_path: str | None = None, output_e
     state = read_weights(params_path, flag)
     check_simcse(state, source)
     size = read_output_size(state, params_path, output_emb_size)
-    record = read_record(os.path.dirname(params_path))  # {}: the original implementation writes none
+    folder = os.path.dirname(params_path)
+    # {}: the original implementation writes none
+    record = read_record(folder, () if model_name_or_path else ENCODER_FIELDS)
     pooling = choose_pooling(record, pooling, source)
     if with_pooler is None:
         with_pooler = record.get("with_pooler", True)
 
     name = model_name_or_path or record.get("model_name_or_path", DEFAULT_MODEL)
     if record and not model_name_or_path:
-        encoder = encoder_from_record(record, encoder_dropout)
+        encoder = encoder_from_record(record, encoder_dropout, os.path.join(folder, CONFIG_FILE))
     else:
         encoder = load_pretrained(name, encoder_dropout, uses_pooler=False)  # the checkpoint has the pooler's weights
     model = SimCSE(encoder, dropout=output_dropout, output_emb_size=size, pooling=pooling, with_pooler=with_pooler,

@@ -144,6 +144,11 @@ def some(names: Sequence[str], most: int = 12) -> str:
     return listed
 
 
+def some_characters(text: str, most: int = 40) -> str:
+    """Return the first characters of a text, with an ellipsis where there are more."""
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def one_line(text: str) -> str:
     """Return the text on one line: a blank replaces every run of tabs and line breaks."""
     return LINE_BREAKS.sub(" ", text).strip()

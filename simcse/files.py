@@ -218,8 +218,11 @@ def read_json(path: str) -> dict:
     """
     if not os.path.isfile(path):
         return {}
-    with as_input_error(f"{path}: not valid JSON", TypeError, ValueError), open(path, encoding="utf-8") as file:
-        return dict(json.load(file))
+    with as_input_error(f"{path}: not valid JSON", ValueError, RecursionError), open(path, encoding="utf-8") as file:
+        content = json.load(file)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return content
 
 
 def write_json(path: str, content: dict) -> None:

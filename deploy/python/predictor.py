@@ -24,6 +24,7 @@ import numpy as np
 
 ONNX_FILE = "inference.onnx"
 OPENVINO_FILE = "inference.xml"
+INTEGER_FIELDS = ("embedding_size", "max_positions", "max_seq_length", "whitened_at")  # of simcse_config.json
 BATCH_TOKENS = {"cpu": 2048, "gpu": 65536}  # tokens of a batch, padding included, that keep the device busy
 
 CPU_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -253,12 +254,29 @@ def find_graph(model_dir: str) -> str | None:
 
 
 def read_record(model_dir: str) -> dict:
-    """Return what export_model.py recorded of a folder; {} where it has no record."""
+    """Return what export_model.py recorded of a folder; {} where it has no record.
+
+    Raises:
+        InputError: it is no JSON object, or a field that is read here has no such value as export_model.py writes.
+    """
     path = os.path.join(model_dir, "simcse_config.json")
     if not os.path.exists(path):
         return {}
-    with reported(f"{path}: not valid JSON", ValueError), open(path, encoding="utf-8") as file:
-        return json.load(file)
+    with reported(f"{path}: not valid JSON", ValueError, RecursionError), open(path, encoding="utf-8") as file:
+        record = json.load(file)
+    if not isinstance(record, dict):
+        raise InputError(f"{path}: not a JSON object")
+    for name in INTEGER_FIELDS:
+        value = record.get(name)
+        if value is not None and (type(value) is not int or value < 1):  # not isinstance: a bool is an int, too
+            raise InputError(f"{path}: {name}: expected an integer >= 1, got {json.dumps(value)[:40]}")
+    precision = record.get("precision", "fp32")
+    if not isinstance(precision, str):
+        raise InputError(f"{path}: precision: expected a string, got {json.dumps(precision)[:40]}")
+    for name in ("embedding_size", "max_positions"):
+        if record and record.get(name) is None:
+            raise InputError(f"{path}: {name} is missing; export the checkpoint again with export_model.py")
+    return record
 
 
 def load_predictor(model_dir: str, *, device: str = "cpu", precision: str = "auto", cpu_threads: int = 0,

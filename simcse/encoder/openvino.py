@@ -8,7 +8,7 @@ from typing import Any
 from simcse.console import InputError, as_input_error, log
 from simcse.encoder.onnx import export_onnx
 from simcse.encoder.paddle_patches import import_openvino, quiet_nncf
-from simcse.encoder.weights import CONFIG_FILE, ONNX_FILE, OPENVINO_FILE, read_record
+from simcse.encoder.weights import CONFIG_FILE, GRAPH_FIELDS, ONNX_FILE, OPENVINO_FILE, read_record
 from simcse.files import write_json
 from simcse.machine import BATCH_TOKENS, CPU_BF16_IS_FASTER, CPU_THREADS, auto_precision
 
@@ -62,7 +62,7 @@ class OpenVinoEngine:
 
     def __init__(self, folder: str, precision: str = "auto", cpu_threads: int = 0) -> None:
         openvino = import_openvino()
-        record = read_record(folder)
+        record = read_record(folder, GRAPH_FIELDS)
         self.embedding_size = record["embedding_size"]
         self.max_positions = record["max_positions"]
         self.precision = auto_precision("cpu") if precision == "auto" else precision
