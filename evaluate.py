@@ -27,7 +27,7 @@ from pathlib import PurePath
 from typing import NamedTuple
 
 from simcse import console, flags
-from simcse.files import new_file
+from simcse.files import check_not_input, check_writable, new_file
 from simcse.measures import (
     JUDGED_METRICS,
     METRICS,
@@ -137,6 +137,8 @@ def check_plot(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     folder = os.path.dirname(args.plot) or "."
     if not os.path.isdir(folder):
         parser.error(f"argument --plot: {folder}: no such folder")
+    check_writable(args.plot, "--plot")
+    check_not_input(args.plot, "--plot", args, "--similar_text_pair", "--qrels", "--recall_result_file")
     if importlib.util.find_spec("matplotlib") is None:
         parser.error(f"--plot: matplotlib {console.HOW_TO_INSTALL}")
 

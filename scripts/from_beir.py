@@ -28,9 +28,10 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 from simcse import console, flags
 from simcse.console import InputError
-from simcse.files import check_writable, new_file
+from simcse.files import check_not_input, check_writable, new_file
 from simcse.measures import read_judgements
 
+OUTPUTS = ("corpus.csv", "queries.csv", "qrels.tsv", "dev.csv", "train_unsupervised.csv", "train.csv")
 SPLITS = ("test", "dev", "validation")  # without --split the first one that exists
 
 
@@ -183,12 +184,21 @@ def write_training_pairs(args: argparse.Namespace, queries: dict[str, str], docu
         write_rows(args, "train.csv", pairs, "queries and texts of relevant documents, of train")
 
 
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raise InputError, before any work, where a file cannot be written or is one of those to read."""
+    read = argparse.Namespace(folder=[os.path.join(args.folder, name) for name in ("corpus.jsonl", "queries.jsonl")])
+    read.folder += [qrels_path(args, split) for split in (args.split, "train")]
+    for name in OUTPUTS:
+        path = os.path.join(args.output_dir, name)
+        check_writable(path, "--output_dir")
+        check_not_input(path, "--output_dir", read, "folder")
+
+
 def main() -> None:
     args = parse_args()
+    check_outputs(args)
     documents = read_texts(os.path.join(args.folder, "corpus.jsonl"))
     queries = read_texts(os.path.join(args.folder, "queries.jsonl"))
-    os.makedirs(args.output_dir, exist_ok=True)
-    check_writable(os.path.join(args.output_dir, "corpus.csv"), "--output_dir")
     write_rows(args, "corpus.csv", documents.items(), "documents")
     write_split(args, queries, documents)
     write_rows(args, "train_unsupervised.csv", ([text] for text in documents.values()), "texts")

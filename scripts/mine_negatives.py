@@ -22,7 +22,7 @@ from itertools import islice
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from simcse import console, flags
-from simcse.files import check_writable, new_file
+from simcse.files import check_not_input, check_writable, new_file
 from simcse.text import textfile
 
 # Why a candidate is skipped, as the report says it.
@@ -65,6 +65,8 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--negatives_per_pair {args.negatives_per_pair}: --negative_depth {first} {last} has only "
                      f"{console.count(rank_count, 'rank')}")
     check_writable(args.output_file, "--output_file")
+    check_not_input(args.output_file, "--output_file", args, "--similar_text_pair", "--positive_scores",
+                    "--recall_result_file", "--corpus_file")
     return args
 
 

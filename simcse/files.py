@@ -1,5 +1,6 @@
 """Files and folders that are written completely or not at all, JSON and SHA-256 of files, and work done ahead."""
 
+import argparse
 import contextlib
 import ctypes
 import hashlib
@@ -145,6 +146,25 @@ def check_writable(path: str, flag: str, *, is_folder: bool = False) -> None:
         raise InputError(f"{where}: {parent} is no folder")
     if not os.access(parent, os.W_OK):
         raise InputError(f"{where}: {parent} cannot be written")
+
+
+def check_not_input(path: str, flag: str, args: argparse.Namespace, *input_flags: str) -> None:
+    """Raise InputError, before any work, where a file to write is also read, under this name or another.
+
+    Args:
+        path: the file to write; it need not exist.
+        flag: the flag that names it, for the message.
+        args: the flags of the script.
+        input_flags: those that name files to read, with --; one that is not given, or stdin, is skipped.
+    """
+    if not os.path.isfile(path):  # a device may be both
+        return
+    for input_flag in input_flags:
+        value = getattr(args, input_flag.removeprefix("--"))
+        for input_path in value if isinstance(value, list) else [value]:
+            is_file = input_path not in (None, STDIN) and os.path.isfile(input_path)
+            if is_file and os.path.samefile(path, input_path):
+                raise InputError(f"{flag} {path}: is the same file as {input_flag} {input_path}; name another file")
 
 
 def _copy_missing(source: str, target: str, obsolete: Collection[str]) -> None:

@@ -136,6 +136,12 @@ def check_args(args: argparse.Namespace) -> None:
     """Raise InputError for a flag that is out of range or would do nothing."""
     if args.output_file and os.path.isdir(args.output_file):
         raise InputError(f"argument --output_file: {args.output_file}: is a folder")
+    for flag in ("input_file", "text_pair_file"):
+        path = getattr(args, flag)
+        is_both = args.output_file and path and os.path.isfile(args.output_file) and os.path.isfile(path)
+        if is_both and os.path.samefile(args.output_file, path):
+            raise InputError(f"--output_file {args.output_file}: is the same file as --{flag} {path}; name another "
+                             "file")
     for flag, minimum in (("max_seq_length", 3), ("batch_size", 1), ("cpu_threads", 0)):
         value = getattr(args, flag)
         if value is not None and value < minimum:
