@@ -102,7 +102,7 @@ def embed_texts(args: argparse.Namespace) -> None:
     encoder = load_encoder_for(args, valid)
     embeddings = encode(encoder, texts)
     if args.output_file:
-        with new_file(args.output_file, "wb") as file:
+        with new_file(args.output_file, "wb", flag="--output_file") as file:
             np.save(file, embeddings)
         console.log(f"wrote {embeddings.shape[0]} x {embeddings.shape[1]} float32 to {args.output_file}")
     elif args.format:

@@ -559,7 +559,7 @@ def _open_encoder(params_path: str, options: EncoderOptions, calibration_texts: 
     else:
         engine, tokenizer, _ = load_model(params_path, options.model_name_or_path, options.output_emb_size,
                                           precision=set_gpu_precision(options.precision))
-    return Encoder(engine, tokenizer, options.max_seq_length, options.batch_size)
+    return Encoder(engine, tokenizer, options.max_seq_length, options.batch_size, source=f"--params_path {params_path}")
 
 
 def _load_on_cpu(params_path: str, options: EncoderOptions, calibration_texts: Sequence[Any]) -> tuple[Engine, Any]:
@@ -593,8 +593,9 @@ def choose_calibration_texts(params_path: str, calibration_file: str | None, tex
     """
     rows = TextFile(calibration_file, "--calibration_file") if calibration_file else texts
     if len(rows) < FEWEST_TEXTS:
-        raise InputError(f"--precision int8: {params_path} has no int8 graph beside it yet, and {len(rows)} texts are "
-                         "too few to make it with; name a file of some hundred by --calibration_file")
+        texts_are = f"{console.count(len(rows), 'text')} {console.verb(len(rows), 'are')}"
+        raise InputError(f"--precision int8: {params_path} has no int8 graph beside it yet, and {texts_are} too few to "
+                         "make it with; name a file of some hundred by --calibration_file")
     step = math.ceil(len(rows) / CALIBRATION_TEXTS)
     chosen = []
     for row in rows[::step]:

@@ -280,13 +280,14 @@ def warn_missing_targets(args: argparse.Namespace, pairs: Sequence[textfile.Row]
         missing.pop(target, None)
         if not missing:
             return
-    kind = "ids " if are_ids else ""
-    message = (f"--similar_text_pair: {len(missing):,} of {total:,} targets are not {kind}in {corpus.name}, and count "
-               "as missed;")
+    where = f"among the ids of {corpus.name}" if are_ids else f"in {corpus.name}"
+    message = (f"--similar_text_pair: {console.part(len(missing), total, 'target', 'are')} not {where}, "
+               f"and {console.verb(len(missing), 'count')} as missed;")
     if not are_ids:
         similar = count_similar(list(missing), corpus)
         if similar:
-            message += f" {similar:,} of them match a document after Unicode and white-space normalization:"
+            message += (f" {similar:,} of them {console.verb(similar, 'match')} a document after Unicode and "
+                        "white-space normalization:")
     first_lines = sorted(missing.values())[:3]
     console.warn_data(f"{message} {', '.join(f'{path}:{line}' for line in first_lines)}")
 
@@ -519,7 +520,7 @@ def open_output(args: argparse.Namespace) -> Iterator[IO]:
         yield sys.stdout
         return
     path = result_path(args)
-    with new_file(path) as file:
+    with new_file(path, flag="--recall_result_file") as file:
         yield file
     console.log(f"wrote {path}")
 

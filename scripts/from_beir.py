@@ -98,10 +98,10 @@ def read_texts(path: str) -> dict[str, str]:
             else:
                 empty.append(place)
     if duplicates:
-        console.warn(f"{len(duplicates):,} of {count:,} ids stand on an earlier line too; these lines were left out: "
+        console.warn(f"{console.part(len(duplicates), count, 'id', 'stand')} on an earlier line too; left out: "
                      f"{console.some(duplicates, 3)}")
     if empty:
-        console.warn(f"{len(empty):,} of {count:,} texts are empty, and left out: {console.some(empty, 3)}")
+        console.warn(f"{console.part(len(empty), count, 'text', 'are')} empty; left out: {console.some(empty, 3)}")
     return texts
 
 
@@ -145,7 +145,7 @@ def write_rows(args: argparse.Namespace, name: str, rows: Iterable[Iterable[str]
     """Write tab-separated rows to a file of the output folder, and log how many there are."""
     path = os.path.join(args.output_dir, name)
     count = 0
-    with new_file(path) as file:
+    with new_file(path, flag="--output_dir") as file:
         for row in rows:
             file.write("\t".join(row) + "\n")
             count += 1
@@ -162,8 +162,8 @@ def write_split(args: argparse.Namespace, queries: dict[str, str], documents: di
     known = select_known(judgements, queries, documents, path)
     unknown = len(judgements) - len(known)
     if unknown:
-        console.warn(f"{path}: {unknown:,} of {len(judgements):,} judgements are of queries or documents that do not "
-                     "exist; they stay in qrels.tsv, and what they judge relevant counts as missed")
+        console.warn(f"{path}: {console.part(unknown, len(judgements), 'judgement', 'are')} of queries or documents "
+                     "that do not exist; they stay in qrels.tsv, and what they judge relevant counts as missed")
     judged = dict.fromkeys(judgement.query_id for judgement in judgements if judgement.query_id in queries)
     judged_queries = [(id, queries[id]) for id in judged]
     judgement_rows = [(query, document, str(grade)) for query, document, grade in judgements]

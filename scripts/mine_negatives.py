@@ -155,7 +155,8 @@ def read_candidates(args: argparse.Namespace, queries: Mapping) -> dict[str, dic
     check_depth(args, max((document_counts[query] for query in queries), default=0))
     missing = [query for query in queries if not document_counts[query]]
     if missing:
-        console.warn(f"{len(missing)} queries have no line in {args.recall_result_file}: {console.some(missing, 3)}")
+        queries_have = f"{console.count(len(missing), 'query')} {console.verb(len(missing), 'have')}"
+        console.warn(f"{queries_have} no line in {args.recall_result_file}: {console.some(missing, 3)}")
     return candidates
 
 
@@ -169,7 +170,8 @@ def check_depth(args: argparse.Namespace, deepest: int) -> None:
         InputError: it does not even have the first rank.
     """
     first, last = args.negative_depth
-    problem = f"--negative_depth {first} {last}: {args.recall_result_file} has at most {deepest} documents a query"
+    problem = (f"--negative_depth {first} {last}: {args.recall_result_file} has at most "
+               f"{console.count(deepest, 'document')} a query")
     if deepest < first:
         raise console.InputError(f"{problem}; recall.py --recall_num {last} gives more")
     if deepest < last:
@@ -246,7 +248,7 @@ class Miner:
     def report(self) -> None:
         """Log how many pairs got how many negatives, and how many candidates each reason skipped."""
         pairs = ", ".join(f"{self.mined[count]} with {count}" for count in sorted(self.mined, reverse=True))
-        console.log(f"negatives for {self.mined.total()} pairs: {pairs}; candidates skipped: "
+        console.log(f"negatives for {console.count(self.mined.total(), 'pair')}: {pairs}; candidates skipped: "
                     f"{self.skipped[KNOWN]} as {KNOWN}, {self.skipped[SCORE]} by {SCORE}, "
                     f"{self.skipped[OVERLAP]} by {OVERLAP}")
 
@@ -256,7 +258,7 @@ def main() -> None:
     positives = read_pairs(args)
     candidates = read_candidates(args, positives)
     miner = Miner(args.negatives_per_pair, args.negative_max_score, args.negative_max_overlap)
-    with (new_file(args.output_file) as file,
+    with (new_file(args.output_file, flag="--output_file") as file,
           console.progress("mining", len(positives), "queries") as advance):
         for query, positives_of_query in positives.items():
             file.writelines(miner.mine(query, positives_of_query, candidates[query]))

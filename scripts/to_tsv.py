@@ -298,7 +298,7 @@ def open_output(path: str) -> contextlib.AbstractContextManager[TextIO]:
     if path == STDIN:
         sys.stdout.reconfigure(encoding="utf-8", newline="\n")
         return contextlib.nullcontext(sys.stdout)
-    return new_file(path)
+    return new_file(path, flag="--output_file")
 
 
 def main() -> None:

@@ -136,6 +136,19 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun[:-1]}ies" if noun.endswith("y") else f"{number:,} {noun}s"
 
 
+SINGULAR = {"are": "is", "count": "counts", "have": "has", "match": "matches", "stand": "stands"}  # of plural verbs
+
+
+def verb(number: int, plural: str) -> str:
+    """Return a verb in the form that a number needs, as in "1 is" or "2 are"."""
+    return SINGULAR[plural] if number == 1 else plural
+
+
+def part(number: int, total: int, noun: str, plural_verb: str) -> str:
+    """Return how many of all, with their verb, as in "1 of 1,000 texts is" or "2 of 2 queries are"."""
+    return f"{number:,} of {count(total, noun)} {verb(number, plural_verb)}"
+
+
 def some(names: Sequence[str], most: int = 12) -> str:
     """Return the first names, separated by commas, and how many more there are."""
     listed = ", ".join(names[:most])

@@ -33,6 +33,27 @@ def hidden_path(path: str, owner: int | str) -> str:
 
 
 @contextlib.contextmanager
+def name_output(path: str, flag: str) -> Iterator[None]:
+    """Raise InputError, with path and flag, where something cannot be written: the disk is full, or a folder a file.
+
+    Errors that name a file elsewhere, and those of a pipe or a connection, pass.
+
+    Args:
+        path: the file or folder that is written within the context.
+        flag: the flag that names it, or its folder.
+    """
+    try:
+        yield
+    except (ConnectionError, TimeoutError):  # BrokenPipeError is one of them
+        raise
+    except OSError as error:
+        folder = os.path.dirname(os.path.realpath(path))
+        if error.filename is not None and not os.path.realpath(error.filename).startswith(folder):
+            raise
+        raise InputError(f"{flag} {path}: cannot be written: {(error.strerror or str(error)).lower()}") from None
+
+
+@contextlib.contextmanager
 def _temporary_path(path: str) -> Iterator[str]:
     """Yield this process's hidden path beside `path`, and remove what is there in the end.
 
@@ -70,11 +91,21 @@ def _remove(path: str) -> None:
 
 
 @contextlib.contextmanager
-def new_file(path: str, mode: str = "w") -> Iterator[IO]:
+def new_file(path: str, mode: str = "w", *, flag: str | None = None) -> Iterator[IO]:
     """Open a temporary file that takes the place of `path` when all is written; on an error `path` stays as it was.
 
     A link is followed. A device or a named pipe is written to as it is.
+
+    Args:
+        flag: the flag that names it, for the `name_output` of errors; None: they pass as they are.
     """
+    with name_output(path, flag) if flag else contextlib.nullcontext(), _open_new(path, mode) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def _open_new(path: str, mode: str) -> Iterator[IO]:
+    """See `new_file`."""
     text_options = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     if os.path.exists(path) and not os.path.isfile(path):
         with open(path, mode, **text_options) as file:

@@ -117,7 +117,7 @@ def test_the_first_line_says_what_is_about_to_happen(stages, script, tmp_path):
 @pytest.mark.parametrize("script", ["train.py", "recall.py"])
 def test_quiet_says_nothing_but_warnings(stages, script, tmp_path):
     lines = succeed(script, *stages[script][0], "--quiet", cwd=tmp_path).stderr.splitlines()
-    assert lines and all("texts are longer than 32 tokens and are cut" in line for line in lines)
+    assert lines and all("texts are longer than 32 tokens and cut" in line for line in lines)
 
 
 def test_quiet_keeps_errors(tmp_path):
@@ -146,6 +146,13 @@ def test_what_a_text_holds_breaks_no_line():
     assert flags.given_text(f" \t{text}\n") == "a b c d e f g h\u3000i"
     with pytest.raises(argparse.ArgumentTypeError, match="an empty text"):
         flags.given_text("\x85\n\u3000")
+
+
+def test_counts_agree_with_nouns_and_verbs():
+    assert console.part(1, 1, "text", "are") == "1 of 1 text is"
+    assert console.part(1, 1000, "query", "have") == "1 of 1,000 queries has"
+    assert console.part(0, 2, "line", "stand") == "0 of 2 lines stand"
+    assert [console.verb(number, "count") for number in (0, 1, 2)] == ["count", "counts", "count"]
 
 
 # -------------------------------------------------------------------------------------------------------------- signals

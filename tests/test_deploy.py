@@ -312,6 +312,6 @@ def test_deployed_at_the_recorded_length(exported, tmp_path):
     (tmp_path / "long.txt").write_text("长" * 99 + "\n", encoding="utf-8")
     words = ["deploy/python/predict.py", "--device", "cpu", "--model_dir", exported, "--input_file", "long.txt"]
     result = succeed(*words, "--format", "jsonl", cwd=tmp_path)
-    assert "1 of 1 texts are longer than 32 tokens and are cut" in result.stderr
+    assert "1 of 1 text is longer than 32 tokens and cut" in result.stderr
     other = succeed(*words, "--format", "jsonl", "--max_seq_length", 64, cwd=tmp_path)
     assert f"--max_seq_length 64: {exported} was trained with 32" in other.stderr and other.stdout != result.stdout

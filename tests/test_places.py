@@ -1,6 +1,7 @@
 """Where results are written, and what the machine grants."""
 
 import argparse
+import errno
 import os
 import re
 import stat
@@ -8,7 +9,9 @@ import threading
 
 from simcse import machine
 from simcse.console import InputError
-from simcse.files import STDIN, check_not_input, check_writable, new_file, new_folder
+from simcse.files import STDIN, check_not_input, check_writable, name_output, new_file, new_folder
+from simcse.index import lock
+from simcse.index.manifest import Manifest
 from simcse.index.milvus_collection import IDS, MESSAGE_BYTES, PAGE, PASSAGE, TEXT, VECTOR, max_rows, split_by_size
 
 import numpy as np
@@ -95,6 +98,31 @@ def test_each_script_refuses_to_write_what_it_reads(tmp_path, script, flags, mes
     (tmp_path / "model_state.pdparams").write_bytes(b"")
     assert re.search(message, refuse(script, *flags, cwd=tmp_path))
     assert (tmp_path / "x.npy").read_text() == "text\n"
+
+
+def test_a_disk_that_is_full_is_named(tmp_path):
+    with pytest.raises(InputError, match="--flag /dev/full: cannot be written: no space left on device"):
+        with new_file("/dev/full", flag="--flag") as file:
+            file.write("text")
+    (tmp_path / "file").write_text("")
+    below = tmp_path / "file" / "below"
+    with pytest.raises(InputError, match=f"--flag {below}: cannot be written: "), new_file(str(below), flag="--flag"):
+        pass
+    for error in (BrokenPipeError(), ConnectionResetError(), FileNotFoundError(2, "no such file", "/elsewhere")):
+        with pytest.raises(type(error)), name_output(str(tmp_path / "new"), "--flag"):
+            raise error
+
+
+def test_an_index_for_which_there_is_no_space_is_named(tmp_path, monkeypatch):
+    def write(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(lock.os, "write", write)
+    index = tmp_path / "index"
+    with pytest.raises(InputError, match=f"--index_path {index}: cannot be written: no space left on device"):
+        with lock.lock_folder(str(index), Manifest(), Manifest()):
+            pass
+    assert not os.listdir(tmp_path)
 
 
 @pytest.fixture
