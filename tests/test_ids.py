@@ -134,7 +134,8 @@ def test_targets_that_are_no_ids_are_named(checkpoint, numbered, sample, tmp_pat
     (tmp_path / "dev.csv").write_text("国企混改\tdoc3\n民企创新\tdoc999\n", encoding="utf-8")
     said = succeed("recall.py", "--device", "cpu", "--params_path", checkpoint, "--corpus_file",
                    numbered / "corpus.csv", "--similar_text_pair", "dev.csv", "--targets", "id", cwd=tmp_path).stderr
-    assert "--similar_text_pair: 1 of 2 targets is not among the ids of" in said and "counts as missed; dev.csv:2" in said
+    assert "--similar_text_pair: 1 of 2 targets is not among the ids of" in said
+    assert "counts as missed; dev.csv:2" in said
 
 
 @pytest.mark.parametrize("flags, message", [

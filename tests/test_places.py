@@ -13,6 +13,7 @@ from simcse.files import STDIN, check_not_input, check_writable, name_output, ne
 from simcse.index import lock
 from simcse.index.manifest import Manifest
 from simcse.index.milvus_collection import IDS, MESSAGE_BYTES, PAGE, PASSAGE, TEXT, VECTOR, max_rows, split_by_size
+from simcse.training.log import TrainingLog
 
 import numpy as np
 import pytest
@@ -101,9 +102,9 @@ def test_each_script_refuses_to_write_what_it_reads(tmp_path, script, flags, mes
 
 
 def test_a_disk_that_is_full_is_named(tmp_path):
-    with pytest.raises(InputError, match="--flag /dev/full: cannot be written: no space left on device"):
-        with new_file("/dev/full", flag="--flag") as file:
-            file.write("text")
+    message = "--flag /dev/full: cannot be written: no space left on device"
+    with pytest.raises(InputError, match=message), new_file("/dev/full", flag="--flag") as file:
+        file.write("text")
     (tmp_path / "file").write_text("")
     below = tmp_path / "file" / "below"
     with pytest.raises(InputError, match=f"--flag {below}: cannot be written: "), new_file(str(below), flag="--flag"):
@@ -113,15 +114,21 @@ def test_a_disk_that_is_full_is_named(tmp_path):
             raise error
 
 
+def test_a_visualdl_folder_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "log").write_text("")
+    with pytest.raises(InputError, match=f"--visualdl_dir {tmp_path}/log: cannot be written: file exists"):
+        TrainingLog(str(tmp_path / "log"), step=0, total_steps=1, steps_per_epoch=1)
+
+
 def test_an_index_for_which_there_is_no_space_is_named(tmp_path, monkeypatch):
     def write(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(lock.os, "write", write)
     index = tmp_path / "index"
-    with pytest.raises(InputError, match=f"--index_path {index}: cannot be written: no space left on device"):
-        with lock.lock_folder(str(index), Manifest(), Manifest()):
-            pass
+    message = f"--index_path {index}: cannot be written: no space left on device"
+    with pytest.raises(InputError, match=message), lock.lock_folder(str(index), Manifest(), Manifest()):
+        pass
     assert not os.listdir(tmp_path)
 
 
