@@ -141,15 +141,21 @@ def select_known(judgements: Sequence[Judgement], queries: dict[str, str], docum
     return known
 
 
-def write_rows(args: argparse.Namespace, name: str, rows: Iterable[Iterable[str]], noun: str) -> None:
-    """Write tab-separated rows to a file of the output folder, and log how many there are."""
+def write_rows(args: argparse.Namespace, name: str, rows: Iterable[Iterable[str]], noun: str,
+               detail: str = "") -> None:
+    """Write tab-separated rows to a file of the output folder, and log how many there are.
+
+    Args:
+        noun: what a row is, in the singular.
+        detail: the rest of the line.
+    """
     path = os.path.join(args.output_dir, name)
     count = 0
     with new_file(path, flag="--output_dir") as file:
         for row in rows:
             file.write("\t".join(row) + "\n")
             count += 1
-    console.log(f"wrote {path}: {count:,} {noun}")
+    console.log(f"wrote {path}: {console.count(count, noun)}{detail}")
 
 
 def write_split(args: argparse.Namespace, queries: dict[str, str], documents: dict[str, str]) -> None:
@@ -168,9 +174,9 @@ def write_split(args: argparse.Namespace, queries: dict[str, str], documents: di
     judged_queries = [(id, queries[id]) for id in judged]
     judgement_rows = [(query, document, str(grade)) for query, document, grade in judgements]
     relevant = [(queries[query], document) for query, document, grade in known if grade > 0]
-    write_rows(args, "queries.csv", judged_queries, f"queries of {args.split}")
-    write_rows(args, "qrels.tsv", judgement_rows, "judgements")
-    write_rows(args, "dev.csv", relevant, "queries and ids of relevant documents")
+    write_rows(args, "queries.csv", judged_queries, "query", f" of {args.split}")
+    write_rows(args, "qrels.tsv", judgement_rows, "judgement")
+    write_rows(args, "dev.csv", relevant, "pair", " of query and id of a relevant document")
 
 
 def write_training_pairs(args: argparse.Namespace, queries: dict[str, str], documents: dict[str, str]) -> None:
@@ -181,7 +187,7 @@ def write_training_pairs(args: argparse.Namespace, queries: dict[str, str], docu
     with contextlib.suppress(InputError):  # training pairs are optional
         judgements = select_known(read_split(path), queries, documents, path)
         pairs = [(queries[query], documents[document]) for query, document, grade in judgements if grade > 0]
-        write_rows(args, "train.csv", pairs, "queries and texts of relevant documents, of train")
+        write_rows(args, "train.csv", pairs, "pair", " of query and text of a relevant document, of train")
 
 
 def check_outputs(args: argparse.Namespace) -> None:
@@ -199,9 +205,9 @@ def main() -> None:
     check_outputs(args)
     documents = read_texts(os.path.join(args.folder, "corpus.jsonl"))
     queries = read_texts(os.path.join(args.folder, "queries.jsonl"))
-    write_rows(args, "corpus.csv", documents.items(), "documents")
+    write_rows(args, "corpus.csv", documents.items(), "document")
     write_split(args, queries, documents)
-    write_rows(args, "train_unsupervised.csv", ([text] for text in documents.values()), "texts")
+    write_rows(args, "train_unsupervised.csv", ([text] for text in documents.values()), "text")
     write_training_pairs(args, queries, documents)
 
 

@@ -31,7 +31,7 @@ def test_a_folder_becomes_this_layout(tmp_path):
                 "train_unsupervised.csv": "标题 甲 乙\n丙 丁\n戊\n", "train.csv": "丙\t戊\n"}
     assert {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "recall").iterdir()} == expected
     assert "1 of 4 texts is empty; left out: " in said and "corpus.jsonl:4" in said
-    assert "1 of 4 judgements are of queries or documents that do not exist; they stay in qrels.tsv" in said
+    assert "1 of 4 judgements is of queries or documents that do not exist; they stay in qrels.tsv" in said
 
 
 def test_of_several_lines_with_an_id_the_first_counts(tmp_path):

@@ -217,7 +217,7 @@ def test_characters_that_a_conversion_lost_are_said(tmp_path, capsys):
     path = tmp_path / "texts.txt"
     path.write_text("甲\n\ufffd\ufffd乙\n丙\n", encoding="utf-8")
     assert len(textfile.TextFile(str(path), "--flag")) == 3
-    assert f"--flag {path}: 1 of 3 lines have U+FFFD, " in (said := capsys.readouterr().err) and said.endswith(":2\n")
+    assert f"--flag {path}: 1 of 3 lines has U+FFFD, " in (said := capsys.readouterr().err) and said.endswith(":2\n")
 
 
 @pytest.mark.parametrize("content, said", [
