@@ -177,16 +177,6 @@ def test_control_c_while_modules_are_imported(tmp_path, script):
     assert result.stderr == f"{os.path.basename(script)}: interrupted\n"
 
 
-@pytest.fixture
-def usual_signals():
-    """The handlers of SIGTERM and SIGINT are after the test as they were before."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
 def test_sigterm_leaves_an_earlier_result_and_no_other_file(tmp_path, usual_signals, capsys):
     (tmp_path / "result.txt").write_text("of an earlier run")
 
