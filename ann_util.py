@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from simcse import console
-from simcse.console import InputError, accept_all_lines, as_input_error, count, log, progress
-from simcse.files import file_digest, hidden_path, new_folder, read_json
+from simcse.console import InputError, accept_all_lines, as_input_error, log, progress
+from simcse.files import file_digest, hidden_path, name_output, new_folder, read_json
 from simcse.index.documents import Documents, report_changes
 from simcse.index.engines import DEFAULT_ENGINE, ENGINES, LOCAL_ENGINES
 from simcse.index.manifest import DAMAGE, MANIFEST_FILE, REBUILD, Manifest, check_digest, is_as_written
@@ -319,11 +319,11 @@ def _encode_and_add(index: Index, documents: Documents, encoder: "Encoder", piec
 
 def _log_start(documents: Documents, encoder: "Encoder", rows: int) -> None:
     unit = "passages of " if documents.has_passages else "of "
-    message = f"encoding and indexing {rows} {unit}{len(documents)} documents in {encoder.precision}"
+    message = f"encoding and indexing {rows:,} {unit}{console.count(len(documents), 'document')} in {encoder.precision}"
     copies = documents.line_count - len(documents)
     if copies:
-        message += (f"; {count(copies, 'line')} more {'is a copy' if copies == 1 else 'are copies'}, --distinct gives "
-                    "each text once")
+        kind = "is a copy" if copies == 1 else "are copies"
+        message += f"; {console.count(copies, 'more line')} {kind}, --distinct gives each text once"
     log(message)
 
 
@@ -392,8 +392,7 @@ def save_index(path: str, index: ShardedIndex, documents: Documents, hybrid: boo
         _save_shards(index, hidden_path(path, process_of_rank_0))
         return
     obsolete = _files_of_index(path) if os.path.exists(path) else []
-    one_line = as_input_error(f"--index_path {path}: cannot be written", OSError)
-    with one_line, new_folder(path, obsolete=obsolete) as folder:
+    with name_output(path, "--index_path"), new_folder(path, obsolete=obsolete) as folder:
         _save_shards(index, folder)
         index.vector_map.save(folder)
         _write_documents(folder, index.manifest, documents, hybrid)

@@ -27,7 +27,7 @@ from pathlib import PurePath
 from typing import NamedTuple
 
 from simcse import console, flags
-from simcse.files import new_file
+from simcse.files import check_not_input, check_writable, new_file
 from simcse.measures import (
     JUDGED_METRICS,
     METRICS,
@@ -137,6 +137,8 @@ def check_plot(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     folder = os.path.dirname(args.plot) or "."
     if not os.path.isdir(folder):
         parser.error(f"argument --plot: {folder}: no such folder")
+    check_writable(args.plot, "--plot")
+    check_not_input(args.plot, "--plot", args, "--similar_text_pair", "--qrels", "--recall_result_file")
     if importlib.util.find_spec("matplotlib") is None:
         parser.error(f"--plot: matplotlib {console.HOW_TO_INSTALL}")
 
@@ -375,7 +377,7 @@ def describe_errors(result: RankedResult, most: int) -> str:
     first_ranks = {query: min(ranks.values()) for query, ranks in result.ranks.items()}
     missed = [query for query, rank in first_ranks.items() if rank > 0]
     missed.sort(key=first_ranks.get, reverse=True)
-    head = f"{len(missed)} of {len(first_ranks)} queries have another document than a target first"
+    head = f"{console.part(len(missed), len(first_ranks), 'query', 'have')} another document than a target first"
     if most < len(missed):
         head += f"; the worst {most}:"
     elif missed:
@@ -407,8 +409,9 @@ def compare(names: list[str], results: list[Values]) -> str:
         intervals = paired_bootstrap(differences).T
         for row, mean, (low, high) in zip(rows, means, intervals):
             row += format_difference(mean, low, high)
-    return (f"{format_table([header, *rows])}\n\n{len(first):,} queries, in percent. Interval: of the difference, by "
-            "paired bootstrap (10,000 resamples of the queries, percentiles). *: it excludes 0.")
+    return (f"{format_table([header, *rows])}\n\n{console.count(len(first), 'query')}, in percent. "
+            "Interval: of the difference, by paired bootstrap (10,000 resamples of the queries, percentiles). "
+            "*: it excludes 0.")
 
 
 def format_difference(mean: float, low: float, high: float) -> list[str]:
@@ -489,7 +492,7 @@ def draw_recall(path: str, results: Mapping[str, Sequence[float]], query_count: 
         legend = figure.legend(loc="outside lower center", ncols=legend_columns, frameon=False)
         for text, name in zip(legend.get_texts(), results):
             text.set(text=name, parse_math=False)  # set here: matplotlib leaves out _x, and reads $x$ as TeX
-        with new_file(path, "wb") as file:
+        with new_file(path, "wb", flag="--plot") as file:
             figure.savefig(file, format=path.rsplit(".")[-1].lower(), dpi=150, bbox_inches="tight")
 
 
@@ -497,7 +500,8 @@ def draw_bars(figure, results: Mapping[str, Sequence[float]], query_count: int) 
     """Add the axes with the bars of all results to a figure of matplotlib."""
     groups = np.arange(len(RECALL_KS))
     axes = figure.add_subplot(
-        title=f"Recall@k of {query_count:,} queries", xlabel="k", ylabel="queries with a target among the first k, %",
+        title=f"Recall@k of {console.count(query_count, 'query')}", xlabel="k",
+        ylabel="queries with a target among the first k, %",
         ylim=(0, 100), xticks=groups, xticklabels=RECALL_KS, yticks=range(0, 101, 20))
     axes.grid(axis="y", alpha=0.3)
     width = 0.84 / len(results)

@@ -173,13 +173,13 @@ def main() -> None:
     from simcse.device import set_device
     from simcse.encoder.table import write_table
     from simcse.encoder.weights import model_digest, read_record, write_record
-    from simcse.files import new_folder
+    from simcse.files import name_output, new_folder
 
     set_device("cpu")
     model, tokenizer, record = load_model(args.params_path, args.model_name_or_path, args.output_emb_size)
     # A server compares the digest with that of an index, to know that both are of the same model.
     record["model"] = model_digest(args.params_path, args.model_name_or_path)
-    with new_folder(args.output_path) as folder:
+    with name_output(args.output_path, "--output_path"), new_folder(args.output_path) as folder:
         write_graph(args, model, folder)
         record.update(read_record(folder))
         if args.format == "paddle":

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from simcse import console, flags
-from simcse.files import STDIN, check_writable, new_file, stream_blocks
+from simcse.files import STDIN, check_not_input, check_writable, new_file, stream_blocks
 from simcse.text import formats, textfile
 
 import numpy as np
@@ -83,13 +83,14 @@ def embed_stdin(args: argparse.Namespace) -> None:
 
 def embed_texts(args: argparse.Namespace) -> None:
     """Write or print the embeddings of --text and --input_file."""
+    if args.output_file:
+        check_writable(args.output_file, "--output_file")
+        check_not_input(args.output_file, "--output_file", args, "--input_file", "--calibration_file", "--params_path")
     texts = [Text("--text", text) for text in args.text]
     columns = 1
     if args.input_file:
         columns = choose_columns(args.input_file)
         texts += read_texts(args.input_file, columns)
-    if args.output_file:
-        check_writable(args.output_file, "--output_file")
     if not texts:
         texts = [Text("README", flags.README_TEXT)]
     valid = [text.text for text in texts if text.is_valid]
@@ -101,7 +102,7 @@ def embed_texts(args: argparse.Namespace) -> None:
     encoder = load_encoder_for(args, valid)
     embeddings = encode(encoder, texts)
     if args.output_file:
-        with new_file(args.output_file, "wb") as file:
+        with new_file(args.output_file, "wb", flag="--output_file") as file:
             np.save(file, embeddings)
         console.log(f"wrote {embeddings.shape[0]} x {embeddings.shape[1]} float32 to {args.output_file}")
     elif args.format:

@@ -28,6 +28,7 @@ from simcse.encoder.pretrained import (
 )
 from simcse.encoder.weights import (
     CONFIG_FILE,
+    ENCODER_FIELDS,
     PARAMS_FILE,
     TOKENIZER_FILE,
     load_state,
@@ -378,14 +379,16 @@ def load_model(params_path: str, model_name_or_path: str | None = None, output_e
     state = read_weights(params_path, flag)
     check_simcse(state, source)
     size = read_output_size(state, params_path, output_emb_size)
-    record = read_record(os.path.dirname(params_path))  # {}: the original implementation writes none
+    folder = os.path.dirname(params_path)
+    # {}: the original implementation writes none
+    record = read_record(folder, () if model_name_or_path else ENCODER_FIELDS)
     pooling = choose_pooling(record, pooling, source)
     if with_pooler is None:
         with_pooler = record.get("with_pooler", True)
 
     name = model_name_or_path or record.get("model_name_or_path", DEFAULT_MODEL)
     if record and not model_name_or_path:
-        encoder = encoder_from_record(record, encoder_dropout)
+        encoder = encoder_from_record(record, encoder_dropout, os.path.join(folder, CONFIG_FILE))
     else:
         encoder = load_pretrained(name, encoder_dropout, uses_pooler=False)  # the checkpoint has the pooler's weights
     model = SimCSE(encoder, dropout=output_dropout, output_emb_size=size, pooling=pooling, with_pooler=with_pooler,
@@ -556,7 +559,7 @@ def _open_encoder(params_path: str, options: EncoderOptions, calibration_texts: 
     else:
         engine, tokenizer, _ = load_model(params_path, options.model_name_or_path, options.output_emb_size,
                                           precision=set_gpu_precision(options.precision))
-    return Encoder(engine, tokenizer, options.max_seq_length, options.batch_size)
+    return Encoder(engine, tokenizer, options.max_seq_length, options.batch_size, source=f"--params_path {params_path}")
 
 
 def _load_on_cpu(params_path: str, options: EncoderOptions, calibration_texts: Sequence[Any]) -> tuple[Engine, Any]:
@@ -590,8 +593,9 @@ def choose_calibration_texts(params_path: str, calibration_file: str | None, tex
     """
     rows = TextFile(calibration_file, "--calibration_file") if calibration_file else texts
     if len(rows) < FEWEST_TEXTS:
-        raise InputError(f"--precision int8: {params_path} has no int8 graph beside it yet, and {len(rows)} texts are "
-                         "too few to make it with; name a file of some hundred by --calibration_file")
+        texts_are = f"{console.count(len(rows), 'text')} {console.verb(len(rows), 'are')}"
+        raise InputError(f"--precision int8: {params_path} has no int8 graph beside it yet, and {texts_are} too few to "
+                         "make it with; name a file of some hundred by --calibration_file")
     step = math.ceil(len(rows) / CALIBRATION_TEXTS)
     chosen = []
     for row in rows[::step]:

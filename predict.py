@@ -80,7 +80,7 @@ def score_file(args: argparse.Namespace, rows: list[Row]) -> None:
     print_cosines(rows, first, second, args.format)
     batch_size = args.batch_size or LOSS_BATCH
     loss = mean_loss(first, second, batch_size, args.margin, args.scale)
-    console.log(f"{len(pairs)} pairs, contrastive loss in batches of {batch_size}: {loss:.6f} "
+    console.log(f"{console.count(len(pairs), 'pair')}, contrastive loss in batches of {batch_size}: {loss:.6f} "
                 f"(margin {args.margin:g}, scale {args.scale:g})")
 
 

@@ -24,7 +24,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 import ann_util
 from simcse import console, flags
 from simcse.encoder.weights import model_digest
-from simcse.files import STDIN, check_writable, file_digest, new_file, stream_blocks
+from simcse.files import STDIN, check_not_input, check_writable, file_digest, new_file, stream_blocks
 from simcse.index.engines import DEFAULT_ENGINE, ENGINES, check_installed
 from simcse.index.hits import FUSION_DEPTH, Hit, Ranking, hits_of
 from simcse.index.hits import search as search_index
@@ -280,13 +280,14 @@ def warn_missing_targets(args: argparse.Namespace, pairs: Sequence[textfile.Row]
         missing.pop(target, None)
         if not missing:
             return
-    kind = "ids " if are_ids else ""
-    message = (f"--similar_text_pair: {len(missing):,} of {total:,} targets are not {kind}in {corpus.name}, and count "
-               "as missed;")
+    where = f"among the ids of {corpus.name}" if are_ids else f"in {corpus.name}"
+    message = (f"--similar_text_pair: {console.part(len(missing), total, 'target', 'are')} not {where}, "
+               f"and {console.verb(len(missing), 'count')} as missed;")
     if not are_ids:
         similar = count_similar(list(missing), corpus)
         if similar:
-            message += f" {similar:,} of them match a document after Unicode and white-space normalization:"
+            message += (f" {similar:,} of them {console.verb(similar, 'match')} a document after Unicode and "
+                        "white-space normalization:")
     first_lines = sorted(missing.values())[:3]
     console.warn_data(f"{message} {', '.join(f'{path}:{line}' for line in first_lines)}")
 
@@ -519,7 +520,7 @@ def open_output(args: argparse.Namespace) -> Iterator[IO]:
         yield sys.stdout
         return
     path = result_path(args)
-    with new_file(path) as file:
+    with new_file(path, flag="--recall_result_file") as file:
         yield file
     console.log(f"wrote {path}")
 
@@ -549,6 +550,8 @@ def check_outputs(args: argparse.Namespace) -> None:
     """Raise InputError, before anything takes time, where the result or the index cannot be written."""
     if not args.query:  # whose answers go to stdout
         check_writable(result_path(args), "--recall_result_file")
+        check_not_input(result_path(args), "--recall_result_file", args, "--corpus_file", "--query_file",
+                        "--similar_text_pair", "--calibration_file", "--params_path")
     if args.index_path and args.corpus_file and not os.path.isdir(args.index_path):
         check_writable(args.index_path, "--index_path", is_folder=True)
 
@@ -583,10 +586,10 @@ def announce(args: argparse.Namespace, corpus: textfile.Corpus | None, queries: 
 
 def main() -> None:
     args = parse_args()
+    check_outputs(args)
     corpus = read_corpus(args)
     queries = read_queries(args, corpus)
     check_trec_ids(args, corpus, queries)
-    check_outputs(args)
     check_packages(args)
     set_precision(args)
     announce(args, corpus, queries)

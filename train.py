@@ -106,7 +106,7 @@ def read_test_set(args: argparse.Namespace) -> list[textfile.Row]:
     rows = list(textfile.read_rows(path, columns, flag, textfile.find_label_problem))
     labels = {float(row.fields[2]) for row in rows}
     if len(labels) == 1:
-        console.warn_data(f"{flag} {path}: all {len(rows)} labels are {rows[0].fields[2]}, of which Spearman's rho is "
+        console.warn_data(f"{flag} {path}: every label is {rows[0].fields[2]}, of which Spearman's rho is "
                           "undefined; there is no evaluation")
         return []
     return rows
@@ -122,9 +122,10 @@ def warn_near_duplicates(path: str, rows: Sequence[textfile.Row]) -> None:
         if earlier != target:
             places.append(f"{path}:{row.line_number}")
     if places:
-        console.warn_data(f"--test_set_file: {len(places)} of {len(rows)} targets match an earlier one after Unicode "
-                          "and white-space normalization, and count as another document; write them alike: "
-                          f"{', '.join(places[:3])}")
+        targets_match = console.part(len(places), len(rows), "target", "match")
+        console.warn_data(f"--test_set_file: {targets_match} an earlier one after Unicode and white-space "
+                          f"normalization, and {console.verb(len(places), 'count')} as another document; write them "
+                          f"alike: {', '.join(places[:3])}")
 
 
 def column_of(texts: textfile.TextFile, column: int) -> Iterator[str]:
@@ -217,7 +218,7 @@ def measure_spearman(encode: Callable, test_set: Sequence[Sequence[str]]) -> dic
     if RANK:
         return {}
     if cosines.min() == cosines.max():
-        console.warn(f"spearman is undefined: all {len(cosines)} cosines are {cosines[0]:g}")
+        console.warn(f"spearman is undefined: every cosine is {cosines[0]:g}")
         return {}
     correlation, _ = spearmanr(cosines, [float(label) for label in labels])
     return {"spearman": percent(correlation)}
@@ -397,10 +398,12 @@ def whiten_model(args: argparse.Namespace, model: Any, tokenizer: Any, texts: te
 def save_whitened(args: argparse.Namespace, trainer: Any, tokenizer: Any, encoder_name: str) -> None:
     """Write the whitened network beside the checkpoint of its step, which stays as it is."""
     from model import make_record, save_checkpoint
+    from simcse.files import name_output
 
     folder = os.path.join(args.save_dir, f"model_{trainer.step}_whitened")
     record = make_record(trainer.model, encoder_name, args.max_seq_length)
-    save_checkpoint(folder, trainer.model, tokenizer, record)
+    with name_output(folder, "--save_dir"):
+        save_checkpoint(folder, trainer.model, tokenizer, record)
     console.log(f"saved {folder}")
 
 

@@ -28,9 +28,10 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 from simcse import console, flags
 from simcse.console import InputError
-from simcse.files import check_writable, new_file
+from simcse.files import check_not_input, check_writable, new_file
 from simcse.measures import read_judgements
 
+OUTPUTS = ("corpus.csv", "queries.csv", "qrels.tsv", "dev.csv", "train_unsupervised.csv", "train.csv")
 SPLITS = ("test", "dev", "validation")  # without --split the first one that exists
 
 
@@ -97,10 +98,10 @@ def read_texts(path: str) -> dict[str, str]:
             else:
                 empty.append(place)
     if duplicates:
-        console.warn(f"{len(duplicates):,} of {count:,} ids stand on an earlier line too; these lines were left out: "
+        console.warn(f"{console.part(len(duplicates), count, 'id', 'stand')} on an earlier line too; left out: "
                      f"{console.some(duplicates, 3)}")
     if empty:
-        console.warn(f"{len(empty):,} of {count:,} texts are empty, and left out: {console.some(empty, 3)}")
+        console.warn(f"{console.part(len(empty), count, 'text', 'are')} empty; left out: {console.some(empty, 3)}")
     return texts
 
 
@@ -140,15 +141,21 @@ def select_known(judgements: Sequence[Judgement], queries: dict[str, str], docum
     return known
 
 
-def write_rows(args: argparse.Namespace, name: str, rows: Iterable[Iterable[str]], noun: str) -> None:
-    """Write tab-separated rows to a file of the output folder, and log how many there are."""
+def write_rows(args: argparse.Namespace, name: str, rows: Iterable[Iterable[str]], noun: str,
+               detail: str = "") -> None:
+    """Write tab-separated rows to a file of the output folder, and log how many there are.
+
+    Args:
+        noun: what a row is, in the singular.
+        detail: the rest of the line.
+    """
     path = os.path.join(args.output_dir, name)
     count = 0
-    with new_file(path) as file:
+    with new_file(path, flag="--output_dir") as file:
         for row in rows:
             file.write("\t".join(row) + "\n")
             count += 1
-    console.log(f"wrote {path}: {count:,} {noun}")
+    console.log(f"wrote {path}: {console.count(count, noun)}{detail}")
 
 
 def write_split(args: argparse.Namespace, queries: dict[str, str], documents: dict[str, str]) -> None:
@@ -161,15 +168,15 @@ def write_split(args: argparse.Namespace, queries: dict[str, str], documents: di
     known = select_known(judgements, queries, documents, path)
     unknown = len(judgements) - len(known)
     if unknown:
-        console.warn(f"{path}: {unknown:,} of {len(judgements):,} judgements are of queries or documents that do not "
-                     "exist; they stay in qrels.tsv, and what they judge relevant counts as missed")
+        console.warn(f"{path}: {console.part(unknown, len(judgements), 'judgement', 'are')} of queries or documents "
+                     "that do not exist; they stay in qrels.tsv, and what they judge relevant counts as missed")
     judged = dict.fromkeys(judgement.query_id for judgement in judgements if judgement.query_id in queries)
     judged_queries = [(id, queries[id]) for id in judged]
     judgement_rows = [(query, document, str(grade)) for query, document, grade in judgements]
     relevant = [(queries[query], document) for query, document, grade in known if grade > 0]
-    write_rows(args, "queries.csv", judged_queries, f"queries of {args.split}")
-    write_rows(args, "qrels.tsv", judgement_rows, "judgements")
-    write_rows(args, "dev.csv", relevant, "queries and ids of relevant documents")
+    write_rows(args, "queries.csv", judged_queries, "query", f" of {args.split}")
+    write_rows(args, "qrels.tsv", judgement_rows, "judgement")
+    write_rows(args, "dev.csv", relevant, "pair", " of query and id of a relevant document")
 
 
 def write_training_pairs(args: argparse.Namespace, queries: dict[str, str], documents: dict[str, str]) -> None:
@@ -180,18 +187,27 @@ def write_training_pairs(args: argparse.Namespace, queries: dict[str, str], docu
     with contextlib.suppress(InputError):  # training pairs are optional
         judgements = select_known(read_split(path), queries, documents, path)
         pairs = [(queries[query], documents[document]) for query, document, grade in judgements if grade > 0]
-        write_rows(args, "train.csv", pairs, "queries and texts of relevant documents, of train")
+        write_rows(args, "train.csv", pairs, "pair", " of query and text of a relevant document, of train")
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raise InputError, before any work, where a file cannot be written or is one of those to read."""
+    read = argparse.Namespace(folder=[os.path.join(args.folder, name) for name in ("corpus.jsonl", "queries.jsonl")])
+    read.folder += [qrels_path(args, split) for split in (args.split, "train")]
+    for name in OUTPUTS:
+        path = os.path.join(args.output_dir, name)
+        check_writable(path, "--output_dir")
+        check_not_input(path, "--output_dir", read, "folder")
 
 
 def main() -> None:
     args = parse_args()
+    check_outputs(args)
     documents = read_texts(os.path.join(args.folder, "corpus.jsonl"))
     queries = read_texts(os.path.join(args.folder, "queries.jsonl"))
-    os.makedirs(args.output_dir, exist_ok=True)
-    check_writable(os.path.join(args.output_dir, "corpus.csv"), "--output_dir")
-    write_rows(args, "corpus.csv", documents.items(), "documents")
+    write_rows(args, "corpus.csv", documents.items(), "document")
     write_split(args, queries, documents)
-    write_rows(args, "train_unsupervised.csv", ([text] for text in documents.values()), "texts")
+    write_rows(args, "train_unsupervised.csv", ([text] for text in documents.values()), "text")
     write_training_pairs(args, queries, documents)
 
 

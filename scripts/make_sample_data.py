@@ -15,6 +15,7 @@ import argparse
 import itertools
 import os
 import random
+import sys
 from typing import NamedTuple
 
 # All of one field: the texts resemble each other, and only all parts together tell them apart.
@@ -86,8 +87,11 @@ def make_test_pairs(papers: list[Paper], count: int) -> list[str]:
 
 
 def write_lines(path: str, lines: list[str]) -> None:
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        file.writelines(line + "\n" for line in lines)
+    try:
+        with open(path, "w", encoding="utf-8", newline="\n") as file:
+            file.writelines(line + "\n" for line in lines)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from None  # a full disk has no name otherwise
     print(f"{path}: {len(lines)} lines")
 
 
@@ -110,4 +114,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:
+        print(f"make_sample_data.py: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)

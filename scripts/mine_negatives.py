@@ -22,7 +22,7 @@ from itertools import islice
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from simcse import console, flags
-from simcse.files import check_writable, new_file
+from simcse.files import check_not_input, check_writable, new_file
 from simcse.text import textfile
 
 # Why a candidate is skipped, as the report says it.
@@ -65,6 +65,8 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--negatives_per_pair {args.negatives_per_pair}: --negative_depth {first} {last} has only "
                      f"{console.count(rank_count, 'rank')}")
     check_writable(args.output_file, "--output_file")
+    check_not_input(args.output_file, "--output_file", args, "--similar_text_pair", "--positive_scores",
+                    "--recall_result_file", "--corpus_file")
     return args
 
 
@@ -153,7 +155,8 @@ def read_candidates(args: argparse.Namespace, queries: Mapping) -> dict[str, dic
     check_depth(args, max((document_counts[query] for query in queries), default=0))
     missing = [query for query in queries if not document_counts[query]]
     if missing:
-        console.warn(f"{len(missing)} queries have no line in {args.recall_result_file}: {console.some(missing, 3)}")
+        queries_have = f"{console.count(len(missing), 'query')} {console.verb(len(missing), 'have')}"
+        console.warn(f"{queries_have} no line in {args.recall_result_file}: {console.some(missing, 3)}")
     return candidates
 
 
@@ -167,7 +170,8 @@ def check_depth(args: argparse.Namespace, deepest: int) -> None:
         InputError: it does not even have the first rank.
     """
     first, last = args.negative_depth
-    problem = f"--negative_depth {first} {last}: {args.recall_result_file} has at most {deepest} documents a query"
+    problem = (f"--negative_depth {first} {last}: {args.recall_result_file} has at most "
+               f"{console.count(deepest, 'document')} a query")
     if deepest < first:
         raise console.InputError(f"{problem}; recall.py --recall_num {last} gives more")
     if deepest < last:
@@ -244,7 +248,7 @@ class Miner:
     def report(self) -> None:
         """Log how many pairs got how many negatives, and how many candidates each reason skipped."""
         pairs = ", ".join(f"{self.mined[count]} with {count}" for count in sorted(self.mined, reverse=True))
-        console.log(f"negatives for {self.mined.total()} pairs: {pairs}; candidates skipped: "
+        console.log(f"negatives for {console.count(self.mined.total(), 'pair')}: {pairs}; candidates skipped: "
                     f"{self.skipped[KNOWN]} as {KNOWN}, {self.skipped[SCORE]} by {SCORE}, "
                     f"{self.skipped[OVERLAP]} by {OVERLAP}")
 
@@ -254,7 +258,7 @@ def main() -> None:
     positives = read_pairs(args)
     candidates = read_candidates(args, positives)
     miner = Miner(args.negatives_per_pair, args.negative_max_score, args.negative_max_overlap)
-    with (new_file(args.output_file) as file,
+    with (new_file(args.output_file, flag="--output_file") as file,
           console.progress("mining", len(positives), "queries") as advance):
         for query, positives_of_query in positives.items():
             file.writelines(miner.mine(query, positives_of_query, candidates[query]))

@@ -24,7 +24,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 from simcse import console, flags
 from simcse.console import InputError
-from simcse.files import STDIN, check_writable, new_file
+from simcse.files import STDIN, check_not_input, check_writable, new_file
 from simcse.text import formats
 from simcse.text.formats import LABELS
 from simcse.text.lines import read_lines
@@ -74,6 +74,7 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.output_file != STDIN:
         check_writable(args.output_file, "--output_file")
+        check_not_input(args.output_file, "--output_file", args, "--input_file")
     if args.format == "jsonl" and args.header:
         parser.error("--header is for csv and tsv")
     args.input_name = "stdin" if args.input_file == STDIN else args.input_file
@@ -297,7 +298,7 @@ def open_output(path: str) -> contextlib.AbstractContextManager[TextIO]:
     if path == STDIN:
         sys.stdout.reconfigure(encoding="utf-8", newline="\n")
         return contextlib.nullcontext(sys.stdout)
-    return new_file(path)
+    return new_file(path, flag="--output_file")
 
 
 def main() -> None:

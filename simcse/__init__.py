@@ -8,7 +8,9 @@ import warnings
 import zlib  # noqa: F401  paddlepaddle 2.6 dies in inflateReset2 if its own zlib is loaded before Python's
 
 from simcse.machine import PROCESSOR
+from simcse.signals import report_interrupted_imports
 
+report_interrupted_imports()
 if not os.access(os.path.expanduser("~"), os.W_OK):
     # Libraries keep settings and caches in the home folder, and some end with an error without one.
     home = tempfile.TemporaryDirectory(prefix="simcse-home-")

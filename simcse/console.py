@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from simcse.machine import RANK, RANKS
+from simcse.signals import INTERRUPTED, die_of_signals, exit_on_sigterm
 
 PROGRAM = os.path.basename(sys.argv[0])  # the script that runs
 HOW_TO_INSTALL = f"is not installed for {sys.executable}; pip install -r requirements.txt, or . .venv/bin/activate"
 SECONDS_PER_LINE = 10  # between two lines of progress where stderr is no terminal
-# Exit codes: 2 for what the user can correct, the others as a shell has them for SIGINT and SIGPIPE.
+# Exit codes: 2 for what the user can correct, the other as a shell has it for SIGPIPE.
 USAGE_ERROR = 2
-INTERRUPTED = 130
 BROKEN_PIPE = 141
 OUT_OF_MEMORY = re.compile("out of memory|ALLOC_FAILED", re.IGNORECASE)
 GPU_TROUBLE = re.compile(r"\b(CUDA|CUBLAS|CUDNN|CUSOLVER|CUSPARSE|CURAND|CUFFT|NCCL) error|third-party dynamic library|"
@@ -136,12 +136,30 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun[:-1]}ies" if noun.endswith("y") else f"{number:,} {noun}s"
 
 
+SINGULAR = {"are": "is", "count": "counts", "have": "has", "match": "matches", "stand": "stands"}  # of plural verbs
+
+
+def verb(number: int, plural: str) -> str:
+    """Return a verb in the form that a number needs, as in "1 is" or "2 are"."""
+    return SINGULAR[plural] if number == 1 else plural
+
+
+def part(number: int, total: int, noun: str, plural_verb: str) -> str:
+    """Return how many of all, with their verb, as in "1 of 1,000 texts is" or "2 of 2 queries are"."""
+    return f"{number:,} of {count(total, noun)} {verb(number, plural_verb)}"
+
+
 def some(names: Sequence[str], most: int = 12) -> str:
     """Return the first names, separated by commas, and how many more there are."""
     listed = ", ".join(names[:most])
     if len(names) > most:
         return f"{listed} and {len(names) - most} more"
     return listed
+
+
+def some_characters(text: str, most: int = 40) -> str:
+    """Return the first characters of a text, with an ellipsis where there are more."""
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def one_line(text: str) -> str:
@@ -300,12 +318,14 @@ def run(main: Callable[[], None]) -> None:
     """Run a script's `main` and exit.
 
     What the user can correct becomes one line and exit code 2: input errors, missing files and packages, no memory
-    left, trouble with CUDA. Ctrl-C is exit code 130. Other errors keep their traceback.
+    left, trouble with CUDA. Ctrl-C is exit code 130, SIGTERM 143. Other errors keep their traceback.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started the script
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     sys.stdout.reconfigure(encoding="utf-8")  # results are UTF-8, whatever the locale
+    if RANKS == 1:  # a rank may wait for others in paddle, where no handler runs: the signal itself ends it
+        exit_on_sigterm()
     code = 0
     try:
         main()
@@ -330,6 +350,7 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         warn(f"{PROGRAM}: interrupted")
         code = INTERRUPTED
+    die_of_signals()
     if RANKS > 1:
         # With several processes paddle's threads now and then crash while Python shuts down. All is written by now.
         sys.stdout.flush()

@@ -8,8 +8,10 @@ from typing import Any
 
 from simcse.console import InputError, summarize_error
 from simcse.machine import CPU_THREADS, auto_precision, gpu_generation
+from simcse.signals import hold_signals
 
-import paddle
+with hold_signals():
+    import paddle
 
 # Compute capabilities (86 is 8.6) that PyPI's paddlepaddle-gpu has machine code for, by versions of paddle and CUDA, as
 # read off its libraries. It has next to no PTX, from which a driver could make code for others.

@@ -1,5 +1,6 @@
 """Files and folders that are written completely or not at all, JSON and SHA-256 of files, and work done ahead."""
 
+import argparse
 import contextlib
 import ctypes
 import hashlib
@@ -29,6 +30,27 @@ def hidden_path(path: str, owner: int | str) -> str:
     """
     parent, name = os.path.split(os.path.abspath(path))
     return os.path.join(parent, f".{name}.{owner}.tmp")
+
+
+@contextlib.contextmanager
+def name_output(path: str, flag: str) -> Iterator[None]:
+    """Raise InputError, with path and flag, where something cannot be written: the disk is full, or a folder a file.
+
+    Errors that name a file elsewhere, and those of a pipe or a connection, pass.
+
+    Args:
+        path: the file or folder that is written within the context.
+        flag: the flag that names it, or its folder.
+    """
+    try:
+        yield
+    except (ConnectionError, TimeoutError):  # BrokenPipeError is one of them
+        raise
+    except OSError as error:
+        folder = os.path.dirname(os.path.realpath(path))
+        if error.filename is not None and not os.path.realpath(error.filename).startswith(folder):
+            raise
+        raise InputError(f"{flag} {path}: cannot be written: {(error.strerror or str(error)).lower()}") from None
 
 
 @contextlib.contextmanager
@@ -69,11 +91,21 @@ def _remove(path: str) -> None:
 
 
 @contextlib.contextmanager
-def new_file(path: str, mode: str = "w") -> Iterator[IO]:
+def new_file(path: str, mode: str = "w", *, flag: str | None = None) -> Iterator[IO]:
     """Open a temporary file that takes the place of `path` when all is written; on an error `path` stays as it was.
 
     A link is followed. A device or a named pipe is written to as it is.
+
+    Args:
+        flag: the flag that names it, for the `name_output` of errors; None: they pass as they are.
     """
+    with name_output(path, flag) if flag else contextlib.nullcontext(), _open_new(path, mode) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def _open_new(path: str, mode: str) -> Iterator[IO]:
+    """See `new_file`."""
     text_options = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     if os.path.exists(path) and not os.path.isfile(path):
         with open(path, mode, **text_options) as file:
@@ -147,6 +179,25 @@ def check_writable(path: str, flag: str, *, is_folder: bool = False) -> None:
         raise InputError(f"{where}: {parent} cannot be written")
 
 
+def check_not_input(path: str, flag: str, args: argparse.Namespace, *input_flags: str) -> None:
+    """Raise InputError, before any work, where a file to write is also read, under this name or another.
+
+    Args:
+        path: the file to write; it need not exist.
+        flag: the flag that names it, for the message.
+        args: the flags of the script.
+        input_flags: those that name files to read, with --; one that is not given, or stdin, is skipped.
+    """
+    if not os.path.isfile(path):  # a device may be both
+        return
+    for input_flag in input_flags:
+        value = getattr(args, input_flag.removeprefix("--"))
+        for input_path in value if isinstance(value, list) else [value]:
+            is_file = input_path not in (None, STDIN) and os.path.isfile(input_path)
+            if is_file and os.path.samefile(path, input_path):
+                raise InputError(f"{flag} {path}: is the same file as {input_flag} {input_path}; name another file")
+
+
 def _copy_missing(source: str, target: str, obsolete: Collection[str]) -> None:
     """Copy what only the folder `source` has to the folder `target`, except the names in `obsolete`."""
     for name in set(os.listdir(source)) - set(os.listdir(target)) - set(obsolete):
@@ -218,8 +269,11 @@ def read_json(path: str) -> dict:
     """
     if not os.path.isfile(path):
         return {}
-    with as_input_error(f"{path}: not valid JSON", TypeError, ValueError), open(path, encoding="utf-8") as file:
-        return dict(json.load(file))
+    with as_input_error(f"{path}: not valid JSON", ValueError, RecursionError), open(path, encoding="utf-8") as file:
+        content = json.load(file)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return content
 
 
 def write_json(path: str, content: dict) -> None:

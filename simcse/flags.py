@@ -355,7 +355,7 @@ def find_positions(args: argparse.Namespace) -> int | None:
             continue
         config = read_record(path).get("encoder_config") or read_json(os.path.join(path, "config.json"))
         positions = config.get("max_position_embeddings")
-        if positions:
+        if isinstance(positions, int):
             return positions
     return None
 

@@ -9,9 +9,12 @@ import signal
 from collections.abc import Callable, Sequence
 
 from simcse.machine import PARENT, RANK, RANKS
+from simcse.signals import hold_signals
 
 import numpy as np
-import paddle
+
+with hold_signals():
+    import paddle
 
 LAUNCHER_GONE = signal.SIGUSR1  # not SIGTERM: it comes once for each thread of the launcher
 

@@ -139,6 +139,16 @@ def wait_for_answer(address, seconds=120, process=None):
             time.sleep(0.2)
 
 
+@pytest.fixture
+def usual_signals():
+    """The handlers of SIGTERM and SIGINT, which `console.run` changes, are after the test as they were before."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     """Headless Chromium, driven by Selenium; ended with the module, since a page that is left open takes half a core.

@@ -30,8 +30,8 @@ def test_a_folder_becomes_this_layout(tmp_path):
                 "qrels.tsv": "q1\td1\t2\nq1\td2\t0\nq2\td2\t1\nq2\td9\t1\n", "dev.csv": "甲 乙\td1\n丙\td2\n",
                 "train_unsupervised.csv": "标题 甲 乙\n丙 丁\n戊\n", "train.csv": "丙\t戊\n"}
     assert {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "recall").iterdir()} == expected
-    assert "1 of 4 texts are empty, and left out: " in said and "corpus.jsonl:4" in said
-    assert "1 of 4 judgements are of queries or documents that do not exist; they stay in qrels.tsv" in said
+    assert "1 of 4 texts is empty; left out: " in said and "corpus.jsonl:4" in said
+    assert "1 of 4 judgements is of queries or documents that do not exist; they stay in qrels.tsv" in said
 
 
 def test_of_several_lines_with_an_id_the_first_counts(tmp_path):
@@ -42,7 +42,7 @@ def test_of_several_lines_with_an_id_the_first_counts(tmp_path):
     corpus.write_bytes(codecs.BOM_UTF8 + corpus.read_bytes())
     said = succeed("scripts/from_beir.py", ".", cwd=tmp_path).stderr
     assert (tmp_path / "recall" / "corpus.csv").read_text(encoding="utf-8") == "d1\t标题 甲 乙\nd2\t丙 丁\n"
-    assert "2 of 4 ids stand on an earlier line too; these lines were left out: " in said and "jsonl:3, " in said
+    assert "2 of 4 ids stand on an earlier line too; left out: " in said and "jsonl:3, " in said
 
 
 def test_documents_that_are_queries(tmp_path):

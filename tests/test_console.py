@@ -1,19 +1,23 @@
-"""What a person sees on stderr: the first line, progress with and without a terminal, --quiet."""
+"""What a person sees on stderr: the first line, progress with and without a terminal, --quiet; how signals end it."""
 
 import argparse
+import ctypes
 import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import termios
 
-from simcse import console, flags
+from deploy.python import predictor
+from simcse import console, flags, signals
+from simcse.files import new_file
 
 import numpy as np
 import pytest
-from conftest import ROOT, command, refuse, succeed
+from conftest import ROOT, command, refuse, run_script, succeed
 
 
 def on_a_terminal(*words, **options):
@@ -113,7 +117,7 @@ def test_the_first_line_says_what_is_about_to_happen(stages, script, tmp_path):
 @pytest.mark.parametrize("script", ["train.py", "recall.py"])
 def test_quiet_says_nothing_but_warnings(stages, script, tmp_path):
     lines = succeed(script, *stages[script][0], "--quiet", cwd=tmp_path).stderr.splitlines()
-    assert lines and all("texts are longer than 32 tokens and are cut" in line for line in lines)
+    assert lines and all("texts are longer than 32 tokens and cut" in line for line in lines)
 
 
 def test_quiet_keeps_errors(tmp_path):
@@ -142,3 +146,65 @@ def test_what_a_text_holds_breaks_no_line():
     assert flags.given_text(f" \t{text}\n") == "a b c d e f g h\u3000i"
     with pytest.raises(argparse.ArgumentTypeError, match="an empty text"):
         flags.given_text("\x85\n\u3000")
+
+
+def test_counts_agree_with_nouns_and_verbs():
+    assert console.part(1, 1, "text", "are") == "1 of 1 text is"
+    assert console.part(1, 1000, "query", "have") == "1 of 1,000 queries has"
+    assert console.part(0, 2, "line", "stand") == "0 of 2 lines stand"
+    assert [console.verb(number, "count") for number in (0, 1, 2)] == ["count", "counts", "count"]
+
+
+# -------------------------------------------------------------------------------------------------------------- signals
+IMPORT_INTERRUPTED = """
+import os, signal, sys
+sys.path.remove(os.path.dirname(__file__))
+del sys.modules["numpy"]
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    import numpy
+except KeyboardInterrupt:  # as numpy does
+    raise ImportError("Unable to import required dependencies")
+sys.modules["numpy"] = numpy
+"""
+
+
+@pytest.mark.parametrize("script", ["recall.py", "train.py", "scripts/to_tsv.py", "deploy/python/predict.py"])
+def test_control_c_while_modules_are_imported(tmp_path, script):
+    (tmp_path / "numpy.py").write_text(IMPORT_INTERRUPTED)
+    result = run_script(script, "--help", env={"PYTHONPATH": str(tmp_path)})
+    assert result.returncode == 130
+    assert result.stderr == f"{os.path.basename(script)}: interrupted\n"
+
+
+def test_sigterm_leaves_an_earlier_result_and_no_other_file(tmp_path, usual_signals, capsys):
+    (tmp_path / "result.txt").write_text("of an earlier run")
+
+    def main():
+        with new_file(str(tmp_path / "result.txt")) as file:
+            file.write("unfinished")
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as end:
+        console.run(main)
+    assert end.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "a second one ends the process at once"
+    assert os.listdir(tmp_path) == ["result.txt"] and (tmp_path / "result.txt").read_text() == "of an earlier run"
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("hold_signals", [signals.hold_signals, predictor.signals_held])
+def test_signals_that_come_while_paddle_is_imported(usual_signals, hold_signals):
+    """Paddle takes SIGTERM without Python's knowledge, as libc does here."""
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    seen = []
+    signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+    with hold_signals():
+        libc.signal(signal.SIGTERM, None)  # the default, which ends this process
+        signal.raise_signal(signal.SIGTERM)
+    assert seen == [signal.SIGTERM]
+    with pytest.raises(KeyboardInterrupt), hold_signals():
+        signal.raise_signal(signal.SIGINT)
+        seen.append("later")
+    assert seen == [signal.SIGTERM, "later"]

@@ -44,7 +44,7 @@ def test_bad_lines_are_skipped_and_reported(tmp_path, capsys):
 
 @pytest.mark.parametrize("content, message", [
     (b"", "the file is empty"), (b"\n\n", "the file is empty"), (b"a\nb\nc\td\n", "2 of 3 lines are malformed"),
-    (b"a\n", "1 of 1 lines are malformed")])
+    (b"a\n", "1 of 1 line is malformed")])
 def test_no_good_line_or_mostly_bad_is_an_error(tmp_path, content, message):
     with pytest.raises(console.InputError, match=message):
         rows(tmp_path, content)
@@ -75,7 +75,7 @@ def test_every_line_has_a_row_where_rows_stand_beside_lines(tmp_path, capsys, mo
     report = capsys.readouterr().err
     assert "5 of 9 lines are blank or malformed: " in report
     assert "file.csv:2 (blank), " in report
-    assert "file.csv:4 (columns: 1 instead of 2); they get no result (NaN, empty or null); fix or remove" in report
+    assert "file.csv:4 (columns: 1 instead of 2); no result (NaN, empty or null); fix or remove" in report
     mostly_blank = rows(tmp_path, b"a\tb\n\n\n\n", keep_malformed=True)
     assert mostly_blank == [["a", "b"], [""], [""], [""]], "blank is not malformed"
     for content, message in ((b"a\tb\nc\nd\n", "2 of 3 lines are blank or malformed"), (b"\n \n", "the file is empty")):

@@ -300,10 +300,21 @@ def test_a_folder_without_record_is_refused(exported, tmp_path):
     assert "no record (simcse_config.json) of the graph; export the checkpoint again" in line
 
 
+@pytest.mark.parametrize("record, message", [
+    ({"embedding_size": "x", "max_positions": 512}, 'embedding_size: expected an integer >= 1, got "x"'),
+    ({"embedding_size": 8, "max_positions": 512, "max_seq_length": -5}, "max_seq_length: expected an integer >= 1"),
+    ({"embedding_size": 8}, "max_positions is missing; export the checkpoint again"),
+    ([1], "not a JSON object")])
+def test_an_odd_value_in_the_record_is_an_input_error(tmp_path, record, message):
+    (tmp_path / "simcse_config.json").write_text(json.dumps(record))
+    with pytest.raises(predictor.InputError, match=f"simcse_config.json: {message}"):
+        predictor.read_record(str(tmp_path))
+
+
 def test_deployed_at_the_recorded_length(exported, tmp_path):
     (tmp_path / "long.txt").write_text("长" * 99 + "\n", encoding="utf-8")
     words = ["deploy/python/predict.py", "--device", "cpu", "--model_dir", exported, "--input_file", "long.txt"]
     result = succeed(*words, "--format", "jsonl", cwd=tmp_path)
-    assert "1 of 1 texts are longer than 32 tokens and are cut" in result.stderr
+    assert "1 of 1 text is longer than 32 tokens and cut" in result.stderr
     other = succeed(*words, "--format", "jsonl", "--max_seq_length", 64, cwd=tmp_path)
     assert f"--max_seq_length 64: {exported} was trained with 32" in other.stderr and other.stdout != result.stdout

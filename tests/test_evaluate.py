@@ -287,7 +287,7 @@ def test_show_errors_without_any(tmp_path):
     (tmp_path / "dev.csv").write_text("a\tA\n")
     (tmp_path / "result.txt").write_text("a\tA\t0.5\n")
     assert succeed("evaluate.py", *FILES, "--show_errors", 5, cwd=tmp_path).stdout.endswith(
-        "\n\n0 of 1 queries have another document than a target first\n")
+        "\n\n0 of 1 query have another document than a target first\n")
     (tmp_path / "result.txt").write_text("a\tB\t0.9\na\tA\t0.5\na\tB\t0.9\na\tA\t0.5\n")
     assert "target    A (rank 2)\nrecalled  B (rank 1, score 0.9)\n" in succeed(
         "evaluate.py", *FILES, "--show_errors", 5, cwd=tmp_path).stdout, "the query stands there twice"

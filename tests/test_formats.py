@@ -205,7 +205,7 @@ def test_of_several_encodings_none_is_given_as_the_right_one(tmp_path, content):
 
 def test_a_pipe_is_named_and_what_is_cut_off_in_it():
     code = "from simcse.text import textfile; textfile.TextFile('/dev/stdin', '--flag')"
-    for given, said in (("甲\n乙\t丙\n丁\n", "--flag /dev/stdin: 1 of 3 lines are malformed: /dev/stdin:2 "),
+    for given, said in (("甲\n乙\t丙\n丁\n", "--flag /dev/stdin: 1 of 3 lines is malformed: /dev/stdin:2 "),
                         (JSONL, "to_tsv.py --input_file - --fields text; "),
                         ("你好世\udce7\udc95", ":1: not UTF-8 at byte 10 of the line; the file ends within a char")):
         ran = subprocess.run([sys.executable, "-c", code], input=given.encode("utf-8", "surrogateescape"),
@@ -217,12 +217,12 @@ def test_characters_that_a_conversion_lost_are_said(tmp_path, capsys):
     path = tmp_path / "texts.txt"
     path.write_text("甲\n\ufffd\ufffd乙\n丙\n", encoding="utf-8")
     assert len(textfile.TextFile(str(path), "--flag")) == 3
-    assert f"--flag {path}: 1 of 3 lines have U+FFFD, " in (said := capsys.readouterr().err) and said.endswith(":2\n")
+    assert f"--flag {path}: 1 of 3 lines has U+FFFD, " in (said := capsys.readouterr().err) and said.endswith(":2\n")
 
 
 @pytest.mark.parametrize("content, said", [
     (SIMPLIFIED.encode() + b"abc\x92def\n" + SIMPLIFIED.encode(),
-     "41: not UTF-8 at byte 4 of the line; 1 of 81 lines are not UTF-8 ({path}:41), the others are; fix or remove "
+     "41: not UTF-8 at byte 4 of the line; 1 of 81 lines is not UTF-8 ({path}:41), the others are; fix or remove "
      "them"),
     (SIMPLIFIED.encode()[:-2], "40: not UTF-8 at byte {at} of the line; the file ends within a character: it was cut "
      "off; get it again, or remove its last line"),

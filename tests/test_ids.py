@@ -32,7 +32,7 @@ def test_a_second_line_with_an_id_is_left_out_and_named(tmp_path, capsys, monkey
     corpus = corpus_of(tmp_path, "a\t甲", "b\t乙", "a\t丙", "c\t甲")
     assert corpus[:] == ["甲", "乙", "甲"] and corpus.ids(range(3)) == ["a", "b", "c"]
     said = capsys.readouterr().err
-    assert "1 of 4 ids stand on an earlier line too" in said and "corpus.csv:3; these lines were skipped" in said
+    assert "1 of 4 ids stands on an earlier line too" in said and "corpus.csv:3; skipped" in said
     assert Documents(corpus).read([0]) == [("甲", [(1, "a"), (4, "c")])]
     with pytest.raises(InputError, match=r"3 of 4 ids stand .*; expected one text per line, or an id, a tab and"):
         corpus_of(tmp_path, *(f"商品\t{text}" for text in "甲乙丙丁"))
@@ -134,7 +134,8 @@ def test_targets_that_are_no_ids_are_named(checkpoint, numbered, sample, tmp_pat
     (tmp_path / "dev.csv").write_text("国企混改\tdoc3\n民企创新\tdoc999\n", encoding="utf-8")
     said = succeed("recall.py", "--device", "cpu", "--params_path", checkpoint, "--corpus_file",
                    numbered / "corpus.csv", "--similar_text_pair", "dev.csv", "--targets", "id", cwd=tmp_path).stderr
-    assert "--similar_text_pair: 1 of 2 targets are not ids in" in said and "count as missed; dev.csv:2" in said
+    assert "--similar_text_pair: 1 of 2 targets is not among the ids of" in said
+    assert "counts as missed; dev.csv:2" in said
 
 
 @pytest.mark.parametrize("flags, message", [

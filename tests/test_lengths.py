@@ -79,7 +79,7 @@ def test_cut_texts_are_counted(tokenizer, tmp_path, capsys):
     (tmp_path / "t.csv").write_text("六个汉字的长\n\n七个汉字的长短\n短\nabc " + "长" * 900 + "\n", encoding="utf-8")
     texts = textfile.TextFile(str(tmp_path / "t.csv"), "--flag")
     assert encoder_of(tokenizer).encode(texts).shape == (4, 4)
-    assert capsys.readouterr().err == (f"2 of 4 texts are longer than 8 tokens and are cut; raise --max_seq_length, "
+    assert capsys.readouterr().err == (f"2 of 4 texts are longer than 8 tokens and cut; raise --max_seq_length, "
                                        "in training too, to encode more of them: "
                                        f"{tmp_path}/t.csv:3, {tmp_path}/t.csv:5\n")
     assert encoder_of(tokenizer).encode(texts, warn=False).all() and not capsys.readouterr().err
@@ -92,8 +92,8 @@ def test_a_cut_text_keeps_its_first_tokens(tokenizer):
 
 def test_strict_data_refuses_them(tokenizer, monkeypatch):
     monkeypatch.setattr(console.settings, "strict_data", True)
-    for text, message in (("长" * 9, "1 of 2 texts are longer than 8 .*'长长长长长长长长长'"),
-                          ("👍", "1 of 2 texts are all .UNK.")):
+    for text, message in (("长" * 9, "1 of 2 texts is longer than 8 .*'长长长长长长长长长'"),
+                          ("👍", "1 of 2 texts is all .UNK.")):
         with pytest.raises(InputError, match=message + r".* \(--strict_data\)"):
             encoder_of(tokenizer).encode(["短", text])
 
@@ -154,12 +154,12 @@ def test_training_texts_that_are_one_after_cutting(tokenizer, tmp_path, capsys):
     warn_unusable(tokenize_rows(textfile.TextFile(str(path), "--flag").sample_rows(9), tokenizer, 8), 8)
     cut, alike = capsys.readouterr().err.splitlines()
     assert cut.startswith("5 of 7 texts are longer than 8 tokens")
-    assert alike == ("4 of 7 texts are the same as another text once they are cut to 8 tokens; raise "
+    assert alike == ("4 of 7 texts are the same as another text once cut to 8 tokens; raise "
                      f"--max_seq_length to tell them apart: {path}:2, {path}:3, {path}:4")
     path.write_text("".join(f"问题{row}\t承担单位见附件{row}\n" for row in "甲乙"), encoding="utf-8")
     warn_unusable(tokenize_rows(textfile.TextFile(str(path), "--flag", columns=2).sample_rows(9), tokenizer, 8), 8)
     said = capsys.readouterr().err.splitlines()[1]
-    assert said.startswith("1 of 4 texts are the same as another text") and said.endswith(f" {path}:2")
+    assert said.startswith("1 of 4 texts is the same as another text") and said.endswith(f" {path}:2")
 
 
 def test_texts_that_are_one_to_the_encoder_are_no_training(tokenizer, tmp_path, capsys):
@@ -174,7 +174,7 @@ def test_texts_that_are_one_to_the_encoder_are_no_training(tokenizer, tmp_path, 
     path.write_text("承担单位见附件一\n承担单位见附件二\n", encoding="utf-8")  # they are but cut, which is warned of
     texts = textfile.TextFile(str(path), "--flag")
     train.check_texts_as_encoded(arguments(path, epochs=1, whiten=None), texts, [], tokenizer)
-    assert "1 of 2 texts are the same as another text" in capsys.readouterr().err
+    assert "1 of 2 texts is the same as another text" in capsys.readouterr().err
 
 
 def test_embeddings_that_are_no_numbers_are_refused(tokenizer):
@@ -182,8 +182,10 @@ def test_embeddings_that_are_no_numbers_are_refused(tokenizer):
         def embed(self, input_ids, token_type_ids):
             return np.full((len(input_ids), 4), np.nan, "float32")
 
-    with pytest.raises(InputError, match="embeddings contain NaN or Inf"):
+    with pytest.raises(InputError, match="^embeddings contain NaN or Inf"):
         Encoder(Nan(), tokenizer, 8).encode(["短"])
+    with pytest.raises(InputError, match="^--params_path model: embeddings contain NaN or Inf"):
+        Encoder(Nan(), tokenizer, 8, source="--params_path model").encode(["短"])
 
 
 def test_ranks_count_together(tokenizer, monkeypatch, capsys):
@@ -213,9 +215,9 @@ def test_a_measure_that_is_undefined_says_why(tmp_path, capsys):
     path = tmp_path / "test.csv"
     path.write_text("甲\t乙\t1\n丙\t丁\t1\n", encoding="utf-8")
     assert train.read_test_set(arguments(path)) == []
-    assert "all 2 labels are 1, of which Spearman's rho is undefined" in capsys.readouterr().err
+    assert "every label is 1, of which Spearman's rho is undefined" in capsys.readouterr().err
     assert train.evaluate(lambda texts: np.ones((len(texts), 2)), [("甲", "乙", "1"), ("丙", "丁", "0")]) == {}
-    assert capsys.readouterr().err == "spearman is undefined: all 2 cosines are 2\n"
+    assert capsys.readouterr().err == "spearman is undefined: every cosine is 2\n"
 
 
 def test_targets_that_only_a_program_tells_apart(tmp_path, capsys):

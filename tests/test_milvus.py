@@ -92,7 +92,7 @@ def test_a_broken_run_goes_on_where_it_ended(flags, sample, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait(30)
     second = succeed("recall.py", *wanted, cwd=tmp_path)
-    assert f"encoding and indexing {4200 - 4096} of 4200 documents" in second.stderr
+    assert f"encoding and indexing {4200 - 4096} of 4,200 documents" in second.stderr
     resumed = result_of(tmp_path)
     third = succeed("recall.py", *wanted, cwd=tmp_path)
     assert "using the collection simcse" in third.stderr and "encoding" not in third.stderr
@@ -231,7 +231,7 @@ def test_passages_are_rows_of_their_document(in_a_folder):
 
 def test_a_text_too_long_for_milvus_is_refused_with_its_line(in_a_folder):
     documents = documents_of(in_a_folder, "短", "", "长" * 21846, "a" * 65535)
-    with pytest.raises(InputError, match=r"corpus.csv:3: 1 of 3 texts are longer than Milvus takes, 65,535 bytes"):
+    with pytest.raises(InputError, match=r"corpus.csv:3: 1 of 3 texts is longer than Milvus takes, 65,535 bytes"):
         MilvusIndex("x.db", "texts").follow(documents, milvus_manifest(documents))
     with pytest.raises(InputError, match="no such collection"):
         opened()

@@ -256,8 +256,36 @@ def test_an_encoder_with_missing_layers_is_an_error(tmp_path, capsys):
 def test_record_is_plain_json(saved):
     record = json.loads((saved[1] / weights.CONFIG_FILE).read_text(encoding="utf-8"))
     assert record["encoder_class"] == "ErnieModel" and record["versions"]["paddlepaddle"] == paddle.__version__
-    (saved[1] / weights.CONFIG_FILE).write_text("{")
-    with pytest.raises(InputError, match="simcse_config.json: not valid JSON"):
+    for content, message in (("{", "not valid JSON"), ("[]", "not a JSON object")):
+        (saved[1] / weights.CONFIG_FILE).write_text(content)
+        with pytest.raises(InputError, match=f"simcse_config.json: {message}"):
+            m.load_model(str(saved[1] / weights.PARAMS_FILE))
+
+
+@pytest.mark.parametrize("field, value, message", [
+    ("max_seq_length", "x", 'max_seq_length: expected an integer >= 3 or null, got "x"'),
+    ("max_seq_length", -5, "max_seq_length: expected an integer >= 3 or null, got -5"),
+    ("max_positions", True, "max_positions: expected an integer >= 3, got true"),
+    ("scale", [1], r"scale: expected a number >= 0, got \[1\]"),
+    ("encoder_config", 5, "encoder_config: expected an object, got 5"),
+    ("encoder_config", {"hidden_size": "x"}, "encoder_config: no ErnieModel can be made of it: "),
+    ("encoder_class", "Ernie", "encoder_class: paddlenlp has no encoder Ernie"),
+    ("encoder_class", None, "encoder_class: expected a string, got null"),
+    ("pooling", "median", "pooling 'median' is none of pooler")])
+def test_an_odd_value_in_a_record_is_an_input_error(saved, field, value, message):
+    path = saved[1] / weights.CONFIG_FILE
+    record = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**record, field: value}), encoding="utf-8")
+    with pytest.raises(InputError, match=f"simcse_config.json: {message}"):
+        m.load_model(str(saved[1] / weights.PARAMS_FILE))
+
+
+def test_a_record_that_lacks_the_encoder_is_an_input_error(saved):
+    path = saved[1] / weights.CONFIG_FILE
+    record = json.loads(path.read_text(encoding="utf-8"))
+    del record["encoder_class"]
+    path.write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(InputError, match="simcse_config.json: encoder_class is missing"):
         m.load_model(str(saved[1] / weights.PARAMS_FILE))
 
 

@@ -124,7 +124,7 @@ def test_it_is_asked_deeper_until_there_are_enough_documents(tmp_path, tokenizer
     ranking = search(Index(), documents, np.zeros((1, 2)), 3)
     assert ranking.documents.tolist() == [[0, 1, -1]] and ranking.scores[0, 2] == -np.inf
     assert depths[4:] == [6, 12, 24, 41]
-    assert "1 of 1 queries have fewer than 3 documents: their first 41 passages" in capsys.readouterr().err
+    assert "1 of 1 query has fewer than 3 documents: the first 41 passages" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

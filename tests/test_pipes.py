@@ -236,6 +236,16 @@ def test_control_c_while_it_waits_for_a_line(commands):
         assert process.wait(60) == 130
 
 
+def test_sigterm_while_it_waits_for_a_line(commands):
+    with start(*commands["inference"], "--quiet") as process:
+        process.stdin.write("语义检索\n".encode())
+        process.stdin.flush()
+        process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr.read() == b""
+        assert process.wait(60) == 143
+
+
 def test_embeddings_of_stdin_to_a_file(commands, tmp_path):
     lines = lines_for("inference")
     assert piped(lines, *commands["inference"], "--output_file", tmp_path / "v.npy") == []

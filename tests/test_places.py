@@ -1,16 +1,23 @@
 """Where results are written, and what the machine grants."""
 
+import argparse
+import errno
 import os
+import re
 import stat
 import threading
 
 from simcse import machine
 from simcse.console import InputError
-from simcse.files import check_writable, new_file, new_folder
+from simcse.files import STDIN, check_not_input, check_writable, name_output, new_file, new_folder
+from simcse.index import lock
+from simcse.index.manifest import Manifest
 from simcse.index.milvus_collection import IDS, MESSAGE_BYTES, PAGE, PASSAGE, TEXT, VECTOR, max_rows, split_by_size
+from simcse.training.log import TrainingLog
 
 import numpy as np
 import pytest
+from conftest import refuse
 
 
 def test_a_link_is_followed(tmp_path):
@@ -56,6 +63,73 @@ def test_what_cannot_be_written_is_refused_before_the_work(tmp_path):
             check_writable(str(path), "--flag", is_folder=is_folder)
     check_writable(str(tmp_path / "new" / "file"), "--flag")
     check_writable("/dev/null", "--flag")
+
+
+def test_a_file_that_is_read_is_not_written(tmp_path):
+    (tmp_path / "read").write_text("text")
+    (tmp_path / "link").symlink_to("read")
+    (tmp_path / "hard_link").hardlink_to(tmp_path / "read")
+    args = argparse.Namespace(input_file=[STDIN, str(tmp_path / "read")], query_file=None, text="/dev/null")
+    for name in ("read", "link", "hard_link", "../" + tmp_path.name + "/read"):
+        path = f"{tmp_path}/{name}"
+        message = f"--output_file {path}: is the same file as --input_file {tmp_path}/read;"
+        with pytest.raises(InputError, match=message):
+            check_not_input(path, "--output_file", args, "--query_file", "--input_file")
+    (tmp_path / "other").write_text("text")
+    for path in ("new", "other", "/dev/null"):
+        check_not_input(str(tmp_path / path), "--output_file", args, "--query_file", "--input_file", "--text")
+
+
+@pytest.mark.parametrize("script, flags, message", [
+    ("inference.py", ["--params_path", ".", "--output_file", "x.npy", "x.npy"], "--output_file x.npy: .* --input_file"),
+    ("recall.py", ["--params_path", ".", "--query_file", "x.npy", "--corpus_file", "a", "--recall_result_dir", ".",
+                   "--recall_result_file", "x.npy"], r"--recall_result_file ./x.npy: .* --query_file x.npy"),
+    ("evaluate.py", ["--similar_text_pair", "a", "--recall_result_file", "a", "b", "--plot", "a.png"],
+     "--plot a.png: .* --recall_result_file b"),
+    ("deploy/python/predict.py", ["--input_file", "b", "--output_file", "x.npy"],
+     "--output_file x.npy: .* --input_file b"),
+    ("scripts/to_tsv.py", ["--input_file", "b", "--output_file", "x.npy"], "--output_file x.npy: .* --input_file b"),
+    ("scripts/mine_negatives.py", ["--similar_text_pair", "a", "--positive_scores", "b", "--recall_result_file", "a",
+                                   "--output_file", "x.npy"], "--output_file x.npy: .* --positive_scores b")])
+def test_each_script_refuses_to_write_what_it_reads(tmp_path, script, flags, message):
+    for name in ("a", "x.npy"):
+        (tmp_path / name).write_text("text\n")
+    for name in ("b", "a.png"):
+        (tmp_path / name).symlink_to("x.npy")
+    (tmp_path / "model_state.pdparams").write_bytes(b"")
+    assert re.search(message, refuse(script, *flags, cwd=tmp_path))
+    assert (tmp_path / "x.npy").read_text() == "text\n"
+
+
+def test_a_disk_that_is_full_is_named(tmp_path):
+    message = "--flag /dev/full: cannot be written: no space left on device"
+    with pytest.raises(InputError, match=message), new_file("/dev/full", flag="--flag") as file:
+        file.write("text")
+    (tmp_path / "file").write_text("")
+    below = tmp_path / "file" / "below"
+    with pytest.raises(InputError, match=f"--flag {below}: cannot be written: "), new_file(str(below), flag="--flag"):
+        pass
+    for error in (BrokenPipeError(), ConnectionResetError(), FileNotFoundError(2, "no such file", "/elsewhere")):
+        with pytest.raises(type(error)), name_output(str(tmp_path / "new"), "--flag"):
+            raise error
+
+
+def test_a_visualdl_folder_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "log").write_text("")
+    with pytest.raises(InputError, match=f"--visualdl_dir {tmp_path}/log: cannot be written: file exists"):
+        TrainingLog(str(tmp_path / "log"), step=0, total_steps=1, steps_per_epoch=1)
+
+
+def test_an_index_for_which_there_is_no_space_is_named(tmp_path, monkeypatch):
+    def write(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(lock.os, "write", write)
+    index = tmp_path / "index"
+    message = f"--index_path {index}: cannot be written: no space left on device"
+    with pytest.raises(InputError, match=message), lock.lock_folder(str(index), Manifest(), Manifest()):
+        pass
+    assert not os.listdir(tmp_path)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import json
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -194,6 +195,23 @@ def test_onnx(checkpoint, kept_index, service, tmp_path):
         same_hits(found, expected)
     finally:
         of_onnx.stop()
+
+
+def test_a_websocket_is_closed():
+    """The service has none, and its requests have no method."""
+    from deploy.serving.app import make_app
+    from deploy.serving.jobs import EMBEDDING, Facts
+    from deploy.serving.schemas import Limits
+
+    from starlette.testclient import TestClient
+    from starlette.websockets import WebSocketDisconnect
+
+    facts = Facts(3, 2, "fp32", (EMBEDDING,), 8, False)
+    client = TestClient(make_app(SimpleNamespace(facts=facts, answer=None), Limits()))
+    for path in ("/", "/search"):
+        with pytest.raises(WebSocketDisconnect) as closed, client.websocket_connect(path):
+            pass
+        assert closed.value.code == 1000
 
 
 def test_errors_of_the_index_and_of_the_service_itself():

@@ -42,6 +42,18 @@ def test_tokens_agree_with_paddlenlp(tokenizer, tmp_path):
     assert reloaded("国有企业 SimCSE")["input_ids"] == python("国有企业 SimCSE")["input_ids"]
 
 
+@pytest.mark.parametrize("name, content, message", [
+    ("vocab.txt", b"", r"vocab.txt: not a vocabulary, .*: it lacks \[CLS\], \[SEP\], \[PAD\], \[UNK\]"),
+    ("vocab.txt", b"[PAD]\n[CLS]\n[SEP]\n\xe8\xaf", "vocab.txt: not a vocabulary in UTF-8"),
+    ("tokenizer_config.json", b'{"tokenizer_class": "ErnieTokenizer", "do_lower_case": "x"}',
+     'tokenizer_config.json: do_lower_case: expected true or false, got "x"')])
+def test_a_damaged_tokenizer_is_an_input_error(tokenizer, tmp_path, name, content, message):
+    tokenizer.save_pretrained(str(tmp_path))
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(console.InputError, match=message):
+        wordpiece.load_tokenizer(str(tmp_path))
+
+
 def test_batches_cover_every_text_once(tokenizer):
     """Batches of like length, padded to the multiple, by count or by tokens."""
     texts = ["字" * (1 + 7 * i % 11) for i in range(23)]

@@ -136,7 +136,7 @@ def test_documents_that_the_encoder_cannot_tell_apart(tmp_path, capfd, engine):
     assert encoded == ["USB 线", "别的", "一二三四五", "??"]
     said = capfd.readouterr().err
     assert "4 vectors for 8 documents: those that are the same to the encoder share one" in said
-    assert "encoding and indexing 4 of 8 documents in fp32; 1 line more is a copy, --distinct gives" in said
+    assert "encoding and indexing 4 of 8 documents in fp32; 1 more line is a copy, --distinct gives" in said
     assert "2 of 8 texts are longer than 6 tokens" in said and "2 of 8 texts are all [UNK]" in said
     found, scores = lines_found(index, documents, "usb线", 5)
     assert found[:4] == [1, 5, 3, 9] and scores[3] > 0.999 > scores[4]

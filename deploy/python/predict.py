@@ -9,12 +9,22 @@ field, in jsonl null. The script needs this folder and the one that export_model
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
+import signal
 import sys
 import time
 import timeit
+from collections.abc import Iterator
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+CAN_BLOCK = hasattr(signal, "pthread_sigmask")  # Windows cannot
+if __name__ == "__main__" and CAN_BLOCK:
+    # Until `main` receives them: numpy makes an ImportError of Ctrl-C. Its threads keep the mask, so that `predictor`
+    # can hold the signals back while it imports paddle.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 try:
     import numpy as np
@@ -31,7 +41,7 @@ try:
         load_predictor,
         read_record,
     )
-    from rows import Row, one_line, print_results, read_rows
+    from rows import Row, one_line, part, print_results, read_rows
 except ModuleNotFoundError as error:
     print(f"predict.py: error: {error.name} is not installed for {sys.executable}; pip install -r requirements.txt",
           file=sys.stderr)
@@ -128,6 +138,12 @@ def check_args(args: argparse.Namespace) -> None:
     """Raise InputError for a flag that is out of range or would do nothing."""
     if args.output_file and os.path.isdir(args.output_file):
         raise InputError(f"argument --output_file: {args.output_file}: is a folder")
+    for flag in ("input_file", "text_pair_file"):
+        path = getattr(args, flag)
+        is_both = args.output_file and path and os.path.isfile(args.output_file) and os.path.isfile(path)
+        if is_both and os.path.samefile(args.output_file, path):
+            raise InputError(f"--output_file {args.output_file}: is the same file as --{flag} {path}; name another "
+                             "file")
     for flag, minimum in (("max_seq_length", 3), ("batch_size", 1), ("cpu_threads", 0)):
         value = getattr(args, flag)
         if value is not None and value < minimum:
@@ -244,9 +260,12 @@ def encode_rows(args: argparse.Namespace, predictor: Predictor, tokenizer: Token
     texts = [text for row in rows if row.problem is None for text in row.texts]
     places = [row.place for row in rows if row.problem is None for _ in row.texts]
     encoded = encode(predictor, tokenizer, texts, args.max_seq_length, args.batch_size)
-    warn_texts(args, f"are longer than {args.max_seq_length} tokens and are cut; raise --max_seq_length, in "
+    if not np.isfinite(encoded.embeddings).all():
+        raise InputError(f"--model_dir {args.model_dir}: embeddings contain NaN or Inf; training diverged or the "
+                         "export is damaged")
+    warn_texts(args, f"longer than {args.max_seq_length} tokens and cut; raise --max_seq_length, in "
                "training too, to encode more of them", encoded.truncated, places)
-    warn_texts(args, "are all [UNK] to the encoder, so their cosine with any text is 0", encoded.unknown, places)
+    warn_texts(args, "all [UNK] to the encoder, so that the cosine with any text is 0", encoded.unknown, places)
     embeddings = np.full((len(rows), len(rows[0].texts), predictor.embedding_size), np.nan, "float32")
     embeddings[is_good] = encoded.embeddings.reshape(-1, *embeddings.shape[1:])
     return embeddings
@@ -257,7 +276,7 @@ def warn_texts(args: argparse.Namespace, what: str, numbers: list[int], places: 
     if not numbers:
         return
     examples = dict.fromkeys(places[number] for number in numbers[:3])
-    message = f"{len(numbers):,} of {len(places):,} texts {what}: {', '.join(examples)}"
+    message = f"{part(len(numbers), len(places), 'text')} {what}: {', '.join(examples)}"
     if args.strict_data:
         raise InputError(f"{message} (--strict_data)")
     warn(message)
@@ -266,14 +285,24 @@ def warn_texts(args: argparse.Namespace, what: str, numbers: list[int], places: 
 def write_embeddings(args: argparse.Namespace, rows: list[Row], embeddings: np.ndarray) -> None:
     """Write embeddings, float32 [rows, embedding_size], to --output_file, or print them."""
     if args.output_file:
-        os.makedirs(os.path.dirname(args.output_file) or ".", exist_ok=True)
-        save_array(args.output_file, embeddings)
+        with written(args.output_file, "--output_file"):
+            os.makedirs(os.path.dirname(args.output_file) or ".", exist_ok=True)
+            save_array(args.output_file, embeddings)
         log(args, f"wrote {len(embeddings)} x {embeddings.shape[1]} float32 to {args.output_file}")
     elif args.format:
         print_results(args.format, ("text", "embedding"), rows, embeddings.tolist())
     else:
         print(embeddings.shape)
         print(embeddings)
+
+
+@contextlib.contextmanager
+def written(path: str, flag: str) -> Iterator[None]:
+    """Raise InputError, with path and flag, where a file cannot be written within the context."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{flag} {path}: cannot be written: {(error.strerror or str(error)).lower()}") from None
 
 
 def save_array(path: str, array: np.ndarray) -> None:
@@ -288,8 +317,6 @@ def save_array(path: str, array: np.ndarray) -> None:
         with open(temporary, "wb") as file:
             np.save(file, array)
         os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"--output_file {path}: cannot be written: {error.strerror or error}") from None
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -307,10 +334,11 @@ def benchmark(args: argparse.Namespace, predictor: Predictor, tokenizer: Tokeniz
         results.append(figures)
     settings = {**vars(args), "precision": predictor.precision}
     content = {"machine": platform.platform(), "cores": CPU_CORES, "settings": settings, "results": results}
-    os.makedirs(args.save_log_path, exist_ok=True)
     path = os.path.join(args.save_log_path, f"benchmark_{time.strftime('%Y%m%d_%H%M%S')}.json")
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
+    with written(path, "--save_log_path"):
+        os.makedirs(args.save_log_path, exist_ok=True)
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2)
     log(args, f"wrote {path}")
 
 
@@ -327,9 +355,12 @@ def measure(args: argparse.Namespace, predictor: Predictor, tokenizer: Tokenizer
 
 
 def main() -> int:
-    """Run the script; return its exit code: 2 for a mistake in a flag or a file, 130 for Ctrl-C."""
+    """Run the script; return its exit code: 2 for a mistake in a flag or a file, 130 for Ctrl-C, 143 for SIGTERM."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.stdout.reconfigure(encoding="utf-8")  # results are UTF-8, whatever the locale
     try:
+        if CAN_BLOCK:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         predict(parse_args())
         sys.stdout.flush()
         return 0

@@ -11,7 +11,9 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
 import zlib  # noqa: F401  paddlepaddle 2.6 crashes in inflateReset2 if it loads its own zlib before Python's
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ import numpy as np
 
 ONNX_FILE = "inference.onnx"
 OPENVINO_FILE = "inference.xml"
+INTEGER_FIELDS = ("embedding_size", "max_positions", "max_seq_length", "whitened_at")  # of simcse_config.json
 BATCH_TOKENS = {"cpu": 2048, "gpu": 65536}  # tokens of a batch, padding included, that keep the device busy
 
 CPU_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -60,6 +63,26 @@ def reported(what: str, *kinds: type[Exception]) -> Iterator[None]:
         yield
     except kinds as error:
         raise InputError(f"{what}: {first_line(error)}") from None
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Deliver Ctrl-C and SIGTERM after the context, in which paddle is imported, to the handlers from before it.
+
+    Paddle installs a handler of its own for SIGTERM, which prints a C++ stack on stdout, and makes an ImportError of
+    Ctrl-C.
+    """
+    handler = signal.getsignal(signal.SIGTERM)  # None: it is not Python's
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if handler is None or not is_main_thread or not hasattr(signal, "pthread_sigmask"):  # which Windows lacks
+        yield
+        return
+    blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked_before)
 
 
 class TensorRtShape(NamedTuple):
@@ -179,7 +202,8 @@ class PaddlePredictor(Predictor):
     PRECISIONS = {"cpu": ("fp32", "bf16"), "gpu": ("fp32", "bf16", "fp16")}
 
     def open(self, graph: str, settings: Settings) -> None:
-        import paddle
+        with signals_held():
+            import paddle
 
         self._graph = graph
         params = os.path.splitext(graph)[0] + ".pdiparams"
@@ -230,12 +254,29 @@ def find_graph(model_dir: str) -> str | None:
 
 
 def read_record(model_dir: str) -> dict:
-    """Return what export_model.py recorded of a folder; {} where it has no record."""
+    """Return what export_model.py recorded of a folder; {} where it has no record.
+
+    Raises:
+        InputError: it is no JSON object, or a field that is read here has no such value as export_model.py writes.
+    """
     path = os.path.join(model_dir, "simcse_config.json")
     if not os.path.exists(path):
         return {}
-    with reported(f"{path}: not valid JSON", ValueError), open(path, encoding="utf-8") as file:
-        return json.load(file)
+    with reported(f"{path}: not valid JSON", ValueError, RecursionError), open(path, encoding="utf-8") as file:
+        record = json.load(file)
+    if not isinstance(record, dict):
+        raise InputError(f"{path}: not a JSON object")
+    for name in INTEGER_FIELDS:
+        value = record.get(name)
+        if value is not None and (type(value) is not int or value < 1):  # not isinstance: a bool is an int, too
+            raise InputError(f"{path}: {name}: expected an integer >= 1, got {json.dumps(value)[:40]}")
+    precision = record.get("precision", "fp32")
+    if not isinstance(precision, str):
+        raise InputError(f"{path}: precision: expected a string, got {json.dumps(precision)[:40]}")
+    for name in ("embedding_size", "max_positions"):
+        if record and record.get(name) is None:
+            raise InputError(f"{path}: {name} is missing; export the checkpoint again with export_model.py")
+    return record
 
 
 def load_predictor(model_dir: str, *, device: str = "cpu", precision: str = "auto", cpu_threads: int = 0,

@@ -28,6 +28,12 @@ class Row(NamedTuple):
     problem: str | None = None
 
 
+def part(number: int, total: int, noun: str) -> str:
+    """Return how many of all, with their verb, as in "1 of 1,000 texts is" or "2 of 2 lines are"."""
+    nouns = noun if total == 1 else f"{noun}s"
+    return f"{number:,} of {total:,} {nouns} {'is' if number == 1 else 'are'}"
+
+
 def read_rows(path: str, columns: int, *, strict: bool) -> list[Row]:
     """Read a tab-separated UTF-8 file, and warn of its blank and malformed rows.
 
@@ -55,13 +61,14 @@ def read_rows(path: str, columns: int, *, strict: bool) -> list[Row]:
     malformed = [row for row in bad if row.problem != "blank"]
     good = len(rows) - len(bad)
     examples = ", ".join(f"{row.place} ({row.problem})" for row in bad[:3])
-    report = f"{path}: {len(bad)} of {len(rows)} lines are blank or malformed: {examples}"
+    report = f"{path}: {part(len(bad), len(rows), 'line')} blank or malformed: {examples}"
     if len(malformed) > good:
         raise InputError(report)
     if not good:
         raise InputError(f"{path}: the file is empty")
     if bad:
-        print(f"{report}; they have no result (NaN, empty or null); fix or remove them", file=sys.stderr)
+        them = "it" if len(bad) == 1 else "them"
+        print(f"{report}; no result (NaN, empty or null); fix or remove {them}", file=sys.stderr)
     return rows
 
 

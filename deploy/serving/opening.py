@@ -83,7 +83,7 @@ def open_engine(args: argparse.Namespace, precision_of_index: str, shapes: int) 
         shapes: number of batch shapes for which oneDNN keeps kernels.
     """
     precision = args.precision or choose_precision(args, precision_of_index)
-    has_table = predictor.read_record(args.model_dir).get("table")
+    has_table = read_record(args.model_dir).get("table")
     if has_table and args.device == "cpu" and precision == "fp32":
         from simcse.encoder.table import TableEngine
 

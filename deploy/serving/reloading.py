@@ -196,7 +196,7 @@ class ReloadingApp:
         self._served = served
         self.searcher = served.searcher
         facts = self.searcher.facts
-        console.log(f"{facts.documents:,} documents in {facts.precision} from now on")
+        console.log(f"{console.count(facts.documents, 'document')} in {facts.precision} from now on")
         try:
             await before.end(self._patience)
         finally:

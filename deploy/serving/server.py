@@ -128,7 +128,7 @@ def report(args: argparse.Namespace, app: "ReloadingApp", listener: socket.socke
     host, port = listener.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     facts = app.searcher.facts
-    message = f"{facts.documents:,} documents in {facts.precision} at {address}, API at {address}/docs"
+    message = f"{console.count(facts.documents, 'document')} in {facts.precision} at {address}, API at {address}/docs"
     if token:
         message += ", with the token of SIMCSE_TOKEN"
     console.log(message)

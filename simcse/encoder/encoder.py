@@ -110,13 +110,13 @@ class TextWarnings:
         """
         if self.truncated:
             console.warn_data(
-                f"{self.truncated:,} of {self.total:,} texts are longer than {self.max_seq_length} tokens and are cut; "
-                "raise --max_seq_length, in training too, to encode more of them: "
+                f"{console.part(self.truncated, self.total, 'text', 'are')} longer than {self.max_seq_length} tokens "
+                "and cut; raise --max_seq_length, in training too, to encode more of them: "
                 f"{self._name_places(self.first_truncated, place_of)}")
         if self.unknown:
             console.warn_data(
-                f"{self.unknown:,} of {self.total:,} texts are all [UNK] to the encoder, so their cosine with any text "
-                "is 0; use an encoder whose vocabulary has their words: "
+                f"{console.part(self.unknown, self.total, 'text', 'are')} all [UNK] to the encoder, so that the cosine "
+                "with any text is 0; use an encoder whose vocabulary has their words: "
                 f"{self._name_places(self.first_unknown, place_of)}")
 
     @staticmethod
@@ -215,8 +215,9 @@ def _warn_same_after_truncation(rows: TokenizedRows, max_seq_length: int) -> Non
         if rows.texts[row] != rows.texts[first] and (is_cut[row] or is_cut[first]):
             same.append(rows.places[row])
     if same:
-        console.warn_data(f"{len(same):,} of {len(rows.texts):,} texts are the same as another text once they are cut "
-                          f"to {max_seq_length} tokens; raise --max_seq_length to tell them apart: "
+        texts_are = console.part(len(same), len(rows.texts), "text", "are")
+        console.warn_data(f"{texts_are} the same as another text once cut to {max_seq_length} tokens; raise "
+                          "--max_seq_length to tell them apart: "
                           f"{', '.join(same[:EXAMPLES])}")
 
 
@@ -233,14 +234,17 @@ class Encoder:
         batch_size: texts of a batch; None: as many as fill the engine's `batch_tokens`.
         make_batches: forms the batches instead of `tokens.make_batches`; its arrays may have more rows than the batch
             has texts.
+        source: names the checkpoint in the message about embeddings that are not finite, as "--params_path model";
+            None: it is being trained.
     """
 
     def __init__(self, engine: Engine, tokenizer: Any, max_seq_length: int, batch_size: int | None = None,
-                 make_batches: BatchMaker | None = None) -> None:
+                 make_batches: BatchMaker | None = None, source: str | None = None) -> None:
         check_length(engine, max_seq_length)
         self.engine = engine
         self.tokenizer = tokenizer
         self.max_seq_length = max_seq_length
+        self.source = source
         self._make_batches = make_batches or functools.partial(
             tokens.make_batches, batch_size=batch_size, batch_tokens=engine.batch_tokens)
 
@@ -336,7 +340,8 @@ class Encoder:
             previous.store_in(embeddings)
         embeddings[inputs.unknown] = 0
         if not np.isfinite(embeddings).all():
-            raise NotFiniteError("embeddings contain NaN or Inf; training diverged or the checkpoint is damaged")
+            message = "embeddings contain NaN or Inf; training diverged or the checkpoint is damaged"
+            raise NotFiniteError(f"{self.source}: {message}" if self.source else message)
         return embeddings
 
 

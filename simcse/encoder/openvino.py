@@ -5,10 +5,10 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from simcse.console import InputError, as_input_error, log
+from simcse.console import InputError, as_input_error, count, log
 from simcse.encoder.onnx import export_onnx
 from simcse.encoder.paddle_patches import import_openvino, quiet_nncf
-from simcse.encoder.weights import CONFIG_FILE, ONNX_FILE, OPENVINO_FILE, read_record
+from simcse.encoder.weights import CONFIG_FILE, GRAPH_FIELDS, ONNX_FILE, OPENVINO_FILE, read_record
 from simcse.files import write_json
 from simcse.machine import BATCH_TOKENS, CPU_BF16_IS_FASTER, CPU_THREADS, auto_precision
 
@@ -62,7 +62,7 @@ class OpenVinoEngine:
 
     def __init__(self, folder: str, precision: str = "auto", cpu_threads: int = 0) -> None:
         openvino = import_openvino()
-        record = read_record(folder)
+        record = read_record(folder, GRAPH_FIELDS)
         self.embedding_size = record["embedding_size"]
         self.max_positions = record["max_positions"]
         self.precision = auto_precision("cpu") if precision == "auto" else precision
@@ -139,7 +139,7 @@ def _quantize(graph: Any, calibration: Sequence[IdArrays], has_fc: bool) -> Any:
     and bias correction: NNCF's defaults for transformers). Attention's products of two activations stay in float, and
     so does the fc, whose whitening magnifies every error that it gets.
     """
-    log(f"quantizing with {len(calibration)} texts, which takes a minute or two, once")
+    log(f"quantizing with {count(len(calibration), 'text')}, which takes a minute or two, once")
     products = [node for node in graph.get_ordered_ops() if node.get_type_name() == "MatMul"]
     in_float = [node for node in products if node.input_value(1).get_node().get_type_name() != "Constant"]
     if has_fc:
@@ -165,7 +165,7 @@ def compare_with_network(engine: Any, model: nn.Layer, batches: Sequence[IdArray
     cosines = np.concatenate(cosines_of_batches)
     mean = float(cosines.mean())
     lowest = float(cosines.min())
-    result = f"cosine of int8 to fp32 on {len(cosines)} texts: {mean:.4f} on the mean, {lowest:.4f} at lowest"
+    result = f"cosine of int8 to fp32 on {count(len(cosines), 'text')}: {mean:.4f} on the mean, {lowest:.4f} at lowest"
     if not mean >= LOWEST_COSINE:  # NaN neither
         raise InputError(f"--precision int8: {result}; below {LOWEST_COSINE} on the mean it is another model; use bf16 "
                          "or fp32")

@@ -4,7 +4,7 @@ import os
 
 from simcse.console import InputError
 from simcse.encoder.paddle_patches import without_dropout
-from simcse.encoder.weights import CONFIG_FILE, read_record
+from simcse.encoder.weights import CONFIG_FILE, GRAPH_FIELDS, read_record
 from simcse.files import write_json
 from simcse.machine import BATCH_TOKENS, CPU_HAS_BF16, CPU_THREADS, auto_precision
 
@@ -54,7 +54,7 @@ class PaddleEngine:
     SHAPES = 10  # of batches that oneDNN keeps kernels for, each with a copy of the weights
 
     def __init__(self, folder: str, precision: str = "auto", cpu_threads: int = 0) -> None:
-        record = read_record(folder)
+        record = read_record(folder, GRAPH_FIELDS)
         self.embedding_size = record["embedding_size"]
         self.max_positions = record["max_positions"]
         self.precision = auto_precision("cpu") if precision == "auto" else precision

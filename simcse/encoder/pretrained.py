@@ -9,6 +9,9 @@ from simcse.encoder.weights import read_weights
 
 from paddle import nn
 
+# What paddle and paddlenlp raise of a configuration with odd values. RuntimeError and MemoryError tell of the machine.
+CONFIG_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
+
 
 def load_pretrained(model_name_or_path: str, dropout: float | None = None, kind: str = "AutoModel",
                     optional_part: str = "pooler", uses_pooler: bool = True) -> nn.Layer:
@@ -76,22 +79,31 @@ def _random_layers(messages: list[str]) -> list[str]:
     return names
 
 
-def encoder_from_record(record: dict, dropout: float | None) -> nn.Layer:
+def encoder_from_record(record: dict, dropout: float | None, source: str = "the record") -> nn.Layer:
     """Make the encoder that a checkpoint's record describes; its weights are 0, since the checkpoint has them all.
 
     Args:
+        record: has `weights.ENCODER_FIELDS`.
         dropout: rate of hidden and attention dropout; None: the recorded one.
+        source: names the record in messages.
+
+    Raises:
+        InputError: paddlenlp has no such encoder, or cannot make one of this configuration.
     """
     import paddlenlp
 
     quiet_paddlenlp()
-    encoder_class = getattr(paddlenlp.transformers, record["encoder_class"])
-    config = encoder_class.config_class.from_dict(drop_incompatible_keys(record["encoder_config"]))
-    if dropout is not None:
-        config.hidden_dropout_prob = dropout
-        config.attention_probs_dropout_prob = dropout
-    with zero_initial_weights():
-        return encoder_class(config)
+    name = record["encoder_class"]
+    config_class = getattr(getattr(paddlenlp.transformers, name, None), "config_class", None)
+    if config_class is None:
+        raise InputError(f"{source}: encoder_class: paddlenlp has no encoder {name}")
+    with as_input_error(f"{source}: encoder_config: no {name} can be made of it", *CONFIG_ERRORS):
+        config = config_class.from_dict(drop_incompatible_keys(record["encoder_config"]))
+        if dropout is not None:
+            config.hidden_dropout_prob = dropout
+            config.attention_probs_dropout_prob = dropout
+        with zero_initial_weights():
+            return getattr(paddlenlp.transformers, name)(config)
 
 
 def drop_incompatible_keys(config: dict) -> dict:

@@ -5,7 +5,7 @@ import os
 from simcse.console import InputError
 from simcse.encoder.paddle_patches import without_norm
 from simcse.encoder.pooling import find_pooling
-from simcse.encoder.weights import CONFIG_FILE, TABLE_FILE, read_record
+from simcse.encoder.weights import CONFIG_FILE, GRAPH_FIELDS, TABLE_FILE, read_record
 from simcse.files import write_json
 
 import numpy as np
@@ -94,7 +94,7 @@ class TableEngine:
     STEP = 64  # positions that the products of tokens and positions, t p, are made for at a time
 
     def __init__(self, folder: str, precision: str = "auto", cpu_threads: int = 0) -> None:
-        record = read_record(folder)
+        record = read_record(folder, (*GRAPH_FIELDS, "pooling"))
         if precision not in ("auto", "fp32"):
             raise InputError(f"--precision {precision}: pooling {record['pooling']} is computed in fp32")
         self.embedding_size = record["embedding_size"]

@@ -3,12 +3,13 @@
 import functools
 import hashlib
 import json
+import math
 import os
 import pickle
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from simcse.console import InputError, as_input_error, some
+from simcse.console import InputError, as_input_error, some, some_characters
 from simcse.files import file_digest, read_json, write_json
 
 import numpy as np
@@ -116,9 +117,65 @@ def load_state(model: Any, state: dict[str, np.ndarray], source: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- record
-def read_record(folder: str) -> dict:
-    """Return the content of simcse_config.json in a checkpoint or exported folder; {} if there is none."""
-    return read_json(os.path.join(folder, CONFIG_FILE))
+class Values(NamedTuple):
+    """The values that a field of a record may have.
+
+    Attributes:
+        description: for messages.
+        contain: tells whether a value is one of them.
+    """
+
+    description: str
+    contain: Callable[[Any], bool]
+
+
+def _is_integer(value: Any, least: int) -> bool:
+    return type(value) is int and value >= least  # not isinstance: a bool is an int, too
+
+
+def _is_number(value: Any, least: float) -> bool:
+    return type(value) in (int, float) and least <= value < math.inf
+
+
+STRING = Values("a string", lambda value: isinstance(value, str))
+TRUE_OR_FALSE = Values("true or false", lambda value: isinstance(value, bool))
+OBJECT = Values("an object", lambda value: isinstance(value, dict))
+SIZE = Values("an integer >= 1", lambda value: _is_integer(value, 1))
+SIZE_OR_ZERO = Values("an integer >= 0", lambda value: _is_integer(value, 0))
+LENGTH = Values("an integer >= 3", lambda value: _is_integer(value, 3))
+LENGTH_OR_NULL = Values("an integer >= 3 or null", lambda value: value is None or _is_integer(value, 3))
+NUMBER = Values("a number >= 0", lambda value: _is_number(value, 0))
+# The fields of simcse_config.json. A checkpoint, an exported folder and a kept graph each have some of them.
+RECORD_FIELDS = {
+    "model_name_or_path": STRING, "output_emb_size": SIZE_OR_ZERO, "embedding_size": SIZE, "max_positions": LENGTH,
+    "pooling": STRING, "with_pooler": TRUE_OR_FALSE, "margin": NUMBER, "scale": NUMBER,
+    "cross_device_negatives": TRUE_OR_FALSE, "max_seq_length": LENGTH_OR_NULL, "whitened_at": LENGTH_OR_NULL,
+    "encoder_class": STRING, "encoder_config": OBJECT, "versions": OBJECT, "model": STRING, "precision": STRING,
+    "table": TRUE_OR_FALSE, "int8_cosines": OBJECT}
+ENCODER_FIELDS = ("encoder_class", "encoder_config")  # what an encoder is made of
+GRAPH_FIELDS = ("embedding_size", "max_positions")  # what running a graph needs
+
+
+def read_record(folder: str, required: Sequence[str] = ()) -> dict:
+    """Return the content of simcse_config.json in a checkpoint or exported folder; {} if there is none.
+
+    Args:
+        required: fields that the file has to have.
+
+    Raises:
+        InputError: a field is missing, or has a value that it cannot have.
+    """
+    path = os.path.join(folder, CONFIG_FILE)
+    record = read_json(path)
+    for name, value in record.items():
+        values = RECORD_FIELDS.get(name)
+        if values is not None and not values.contain(value):
+            raise InputError(f"{path}: {name}: expected {values.description}, got {some_characters(json.dumps(value))}")
+    if record:
+        for name in required:
+            if name not in record:
+                raise InputError(f"{path}: {name} is missing; the file is damaged, or another program's")
+    return record
 
 
 def write_record(folder: str, record: dict, tokenizer: Any) -> None:

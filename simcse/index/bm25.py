@@ -129,7 +129,8 @@ def _build(documents: Sequence[str]) -> bm25s.BM25 | None:
     if any(ids_of_documents):
         index = bm25s.BM25(k1=K1, b=B, method="lucene")
         index.index((ids_of_documents, id_of_word), show_progress=False)
-    console.log(f"BM25 over {len(documents)} documents, {len(id_of_word) - 1} words: {time.time() - started:.1f} s")
+    vocabulary = console.count(len(id_of_word) - 1, "word")
+    console.log(f"BM25 over {console.count(len(documents), 'document')}, {vocabulary}: {time.time() - started:.1f} s")
     return index
 
 

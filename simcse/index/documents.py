@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
-from simcse.console import InputError, log, progress
+from simcse.console import InputError, count, log, progress
 from simcse.index.protocols import NOT_FOUND, Document, Line
 from simcse.machine import RANK
 from simcse.text.keys import passage_keys, text_keys
@@ -234,4 +234,4 @@ def report_changes(documents: Documents, previous_keys: np.ndarray, where: str) 
         raise InputError(f"{where}: was built with another corpus, of which no text is in {documents.corpus.name}; "
                          "name another, or remove this one to build it again")
     if not RANK:
-        log(f"{len(documents):,} documents: {new:,} new, {gone:,} gone; only new ones are encoded")
+        log(f"{count(len(documents), 'document')}: {new:,} new, {gone:,} gone; only new ones are encoded")

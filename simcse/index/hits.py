@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from simcse.console import warn
+from simcse.console import part, warn
 from simcse.index.protocols import NO_SCORE, NOT_FOUND, Document, DocumentStore, Index, SearchResult
 
 import numpy as np
@@ -80,7 +80,7 @@ def _search_passages(index: Index, store: DocumentStore, queries: np.ndarray, k:
         if depth == most:
             break
     if len(unfinished) and most < store.row_count:
-        warn(f"{len(unfinished):,} of {len(queries):,} queries have fewer than {k:,} documents: their first {most:,} "
+        warn(f"{part(len(unfinished), len(queries), 'query', 'have')} fewer than {k:,} documents: the first {most:,} "
              "passages, more than which Milvus does not give, are of fewer")
     return ranking
 

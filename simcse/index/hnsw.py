@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from simcse.console import InputError
+from simcse.console import InputError, count
 from simcse.index.protocols import LocalEngine, SearchResult
 from simcse.index.settings import HNSW_EF, HNSW_M, HNSW_MAX_ELEMENTS
 
@@ -45,7 +45,7 @@ class HnswEngine(LocalEngine):
         """Return the settings, with "hnsw_max_elements" for so many vectors if it is None; see `LocalEngine`."""
         limit = settings["hnsw_max_elements"]
         if limit is not None and limit < rows:
-            raise InputError(f"--hnsw_max_elements {limit}: the corpus has {rows} distinct token sequences to index")
+            raise InputError(f"--hnsw_max_elements {limit}: the corpus takes {count(rows, 'vector')}")
         return {**settings, "hnsw_max_elements": limit or rows}
 
     @classmethod

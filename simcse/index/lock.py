@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import IO
 
 from simcse.console import log
-from simcse.files import hidden_path
+from simcse.files import hidden_path, name_output
 from simcse.index.manifest import Manifest
 
 
@@ -26,12 +26,14 @@ def lock_folder(path: str, wanted: Manifest, manifest: Manifest) -> Iterator[Non
         InputError: the other process builds an index that is not as wanted.
     """
     lock_path = hidden_path(path, "lock")
-    os.makedirs(os.path.dirname(lock_path), exist_ok=True)
+    with name_output(path, "--index_path"):
+        os.makedirs(os.path.dirname(lock_path), exist_ok=True)
     with _open_locked(lock_path, path, wanted) as file:
-        file.truncate(0)
-        json.dump(dataclasses.asdict(manifest), file)
-        file.flush()
         try:
+            with name_output(path, "--index_path"):
+                file.truncate(0)
+                content = json.dumps(dataclasses.asdict(manifest))
+                os.write(file.fileno(), content.encode())  # past the buffer, which would fail again when it is closed
             yield
         finally:
             os.remove(lock_path)

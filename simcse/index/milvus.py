@@ -5,7 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from simcse.console import InputError, log, some
+from simcse.console import InputError, log, part, some
 from simcse.index.documents import Documents, report_changes
 from simcse.index.manifest import AnnRecall, Manifest
 from simcse.index.milvus_collection import (
@@ -216,7 +216,8 @@ class MilvusIndex:
                 if len(text.encode()) > MAX_BYTES:
                     too_long.append(self._documents.place(document))
         if too_long:
-            raise InputError(f"--corpus_file {some(too_long, 3)}: {len(too_long)} of {len(self._documents)} texts are "
+            raise InputError(f"--corpus_file {some(too_long, 3)}: "
+                             f"{part(len(too_long), len(self._documents), 'text', 'are')} "
                              f"longer than Milvus takes, {MAX_BYTES:,} bytes; shorten them, or take another "
                              "--ann_engine")
 

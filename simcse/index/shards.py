@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from simcse.console import InputError, log, progress, warn
+from simcse.console import InputError, count, log, progress, warn
 from simcse.files import file_digest
 from simcse.index.engines import LOCAL_ENGINES
 from simcse.index.exact import QUERY_BLOCK, exact_search
@@ -156,7 +156,7 @@ class ShardedIndex:
         shards = list(self._shards)
         queries_per_thread = QUERY_BLOCK if exact else self._engine.queries_per_thread
         results = []
-        with progress(f"searching {len(queries):,} queries", len(shards), "shards") as advance:
+        with progress(f"searching {count(len(queries), 'query')}", len(shards), "shards") as advance:
             if len(queries) <= self._threads * queries_per_thread:
                 # Too few to share out among the threads: each thread searches a share of the shards instead.
                 shares = [shards[thread :: self._threads] for thread in range(min(self._threads, len(shards)))]

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from simcse.console import InputError, settings, some
+from simcse.console import InputError, part, settings, some
 from simcse.files import STDIN
 
 HEAD_BYTES = 1 << 16  # first bytes of a file, which show binary formats and encodings
@@ -149,7 +149,7 @@ def explain_not_utf8(path: str, name: str, line: bytes, error: UnicodeDecodeErro
     if wrong == [total] and ends_within_character:
         return CUT_OFF
     places = some([f"{name}:{number}" for number in wrong], 3)
-    return f"{len(wrong)} of {total} lines are not UTF-8 ({places}), the others are; fix or remove them"
+    return f"{part(len(wrong), total, 'line', 'are')} not UTF-8 ({places}), the others are; fix or remove them"
 
 
 def _is_utf8(line: bytes) -> bool:

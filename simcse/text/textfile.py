@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
-from simcse.console import InputError, settings, warn, warn_data
+from simcse.console import InputError, part, settings, warn, warn_data
 from simcse.files import STDIN, show_reading
 from simcse.text import formats
 from simcse.text.lines import BOM, REPLACEMENT, read_lines, refuse_binary, scan_lines
@@ -114,17 +114,17 @@ class RowReport:
         without_result = self.blank + self.malformed
         well_formed = self.total - without_result
         kind = "blank or malformed" if self.keep_malformed else "malformed"
-        report = f"{without_result} of {self.total} lines are {kind}: {', '.join(self.problems)}"
+        report = f"{part(without_result, self.total, 'line', 'are')} {kind}: {', '.join(self.problems)}"
         is_answered = self.keep_malformed and self.name == "stdin"
         if self.malformed == 0 and well_formed == 0:
             raise InputError(f"{where}: the file is empty")
         if well_formed == 0 or (self.malformed > well_formed and not is_answered):
             raise InputError(f"{where}: {report}")
         if self.problems:
-            outcome = "get no result (NaN, empty or null)" if self.keep_malformed else "are skipped"
-            warn(f"{where}: {report}; they {outcome}; fix or remove them")
+            outcome = "no result (NaN, empty or null)" if self.keep_malformed else "skipped"
+            warn(f"{where}: {report}; {outcome}; fix or remove {'it' if without_result == 1 else 'them'}")
         if self.lossy:
-            warn_data(f"{where}: {self.lossy} of {self.total} lines have U+FFFD, which stands for bytes that an "
+            warn_data(f"{where}: {part(self.lossy, self.total, 'line', 'have')} U+FFFD, which stands for bytes that an "
                       f"earlier conversion lost; convert the original again: {', '.join(self.lossy_places)}")
 
 
@@ -329,13 +329,13 @@ class Corpus(TextFile):
         if not len(duplicates):
             return
         places = ", ".join(self.place(row) for row in duplicates[:3])
-        message = (f"{flag} {self.name}: {len(duplicates):,} of {len(hashes):,} ids stand on an earlier line too: "
+        message = (f"{flag} {self.name}: {part(len(duplicates), len(hashes), 'id', 'stand')} on an earlier line too: "
                    f"{places}")
         if settings.strict_data:
             raise InputError(f"{message} (--strict_data)")
         if len(duplicates) > len(hashes) / 2:
             raise InputError(f"{message}; expected {formats.EXPECTED[formats.CORPUS_COLUMNS]}")
-        warn(f"{message}; these lines were skipped")
+        warn(f"{message}; skipped")
         self._row_lines = np.delete(self._row_lines, duplicates)
 
     @property

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from simcse.console import as_input_error
+from simcse.console import InputError, as_input_error, some_characters
 from simcse.files import read_json
 from simcse.text.tokens import Ids, Tokens
 
@@ -260,9 +260,17 @@ def _read_wordpiece(folder: str) -> WordPiece | None:
     if (not os.path.isfile(vocabulary) or kind not in WORDPIECE_CLASSES or config.get("added_tokens_decoder")
             or config.get("tokenize_chinese_chars") is False):
         return None
-    with open(vocabulary, encoding="utf-8", newline="\n") as file:
+    with (as_input_error(f"{vocabulary}: not a vocabulary in UTF-8", UnicodeDecodeError),
+          open(vocabulary, encoding="utf-8", newline="\n") as file):
         vocab = {line.rstrip("\r\n"): number for number, line in enumerate(file)}
-    return WordPiece(vocab, config.get("do_lower_case", True), kind)
+    missing = [token for token in ("[CLS]", "[SEP]", "[PAD]", "[UNK]") if token not in vocab]
+    if missing:
+        raise InputError(f"{vocabulary}: not a vocabulary, a token a line: it lacks {', '.join(missing)}")
+    lowercase = config.get("do_lower_case", True)
+    if not isinstance(lowercase, bool):
+        raise InputError(f"{os.path.join(folder, 'tokenizer_config.json')}: do_lower_case: expected true or false, "
+                         f"got {some_characters(json.dumps(lowercase))}")
+    return WordPiece(vocab, lowercase, kind)
 
 
 def find_unknown(tokenizer: WordPiece | PaddleTokenizer, ids: Sequence[Ids]) -> list[int]:

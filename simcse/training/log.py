@@ -1,11 +1,13 @@
 """Log a training run: lines on stderr, measures on stdout, and both in VisualDL."""
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from simcse import console
 from simcse.console import log
+from simcse.files import name_output
 from simcse.machine import RANK
 from simcse.training.gradients import BatchLoss
 
@@ -33,7 +35,11 @@ class TrainingLog:
         self.logged_step = step
         self.logged_at = time.time()
         self.tags: list[str] = []  # of the scalars, in the order of their first appearance
-        self.writer = None if RANK else LogWriter(logdir=folder)
+        self.writer = None
+        if not RANK:
+            with name_output(folder, "--visualdl_dir"):
+                os.makedirs(folder, exist_ok=True)  # VisualDL only warns where there is no such folder
+                self.writer = LogWriter(logdir=folder)
 
     def log_step(self, step: int, loss: Any, learning_rate: float, batch_loss: BatchLoss | None = None) -> None:
         """Log a step, and how similar its positives and its negatives were.

@@ -16,7 +16,7 @@ from simcse import console
 from simcse.console import InputError, log, warn
 from simcse.device import set_device, set_gpu_precision
 from simcse.encoder.paddle_patches import train_faster_on_cpu
-from simcse.files import file_digest, new_folder
+from simcse.files import file_digest, name_output, new_folder
 from simcse.machine import RANK, RANKS, TRAIN_PRECISIONS
 from simcse.ranks import all_equal, any_rank, join_ranks, wait_for_ranks
 from simcse.training.checkpoints import checkpoint_path, prepare_save_dir, remove_old
@@ -127,7 +127,7 @@ class Trainer:
         self.step = restore_state(folder, self.model, self.optimization, self.settings)
         progress = f"step {self.step:,} of {self.total_steps:,}"
         if self.step == self.total_steps:
-            progress = f"all {console.count(self.total_steps, 'step')} of the run are done"
+            progress = "all steps of the run are done"
         log(f"resuming from {folder}: {progress}")
         is_saved = os.path.abspath(folder) == os.path.abspath(checkpoint_path(self.args.save_dir, self.step))
         if any_rank(not is_saved):  # another --save_dir, which gets a checkpoint of its own
@@ -220,7 +220,7 @@ class Trainer:
         self.check_weights("checkpoint not saved")
         if not RANK:
             folder = checkpoint_path(self.args.save_dir, self.step)
-            with new_folder(folder) as temporary:
+            with name_output(folder, "--save_dir"), new_folder(folder) as temporary:
                 self.write_model(temporary)
                 write_state(temporary, self.model, self.optimization, step=self.step, settings=self.settings)
             log(f"saved {folder}")
