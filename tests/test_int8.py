@@ -221,7 +221,7 @@ def test_calibrated_on_english_it_is_refused_for_chinese_and_not_kept(copied, sa
     line = refuse("inference.py", *INT8, "--params_path", copied, "--input_file", sample / "corpus.csv",
                   "--calibration_file", english)
     assert f"--precision int8: cosine to fp32 on 60 texts of {sample / 'corpus.csv'}: 0." in line
-    assert "below 0.98; the graph was calibrated with 16 texts of english.txt: calibrate it with texts like these" in line
+    assert "below 0.98; the graph was calibrated with 16 texts of english.txt: calibrate it with texts like" in line
     assert contents(Path(copied).with_name("model_state.int8")) == before
 
 
@@ -271,9 +271,9 @@ def test_each_source_is_compared_once_and_a_far_one_refused(capsys):
 
     source = TextSource("near.csv", near)
     known = check([source, source, TextSource("none", []), TextSource("unknown.csv", ["[UNK]"])], {})
-    line = capsys.readouterr().err
-    assert line == ("int8 graph calibrated with 60 texts of corpus.csv; cosine to fp32 on 63 texts of near.csv: 1.0000 on "
-                    "the mean, 1.0000 at lowest; unknown.csv has no text that the encoder knows\n")
+    assert capsys.readouterr().err == (
+        "int8 graph calibrated with 60 texts of corpus.csv; cosine to fp32 on 63 texts of near.csv: 1.0000 on the "
+        "mean, 1.0000 at lowest; unknown.csv has no text that the encoder knows\n")
     assert check([source], known) == dict([*known.items()][:1]) and len(loads) == 1
     with pytest.raises(InputError, match="cosine to fp32 on 2 texts of far.csv: 0.0000 on the mean, -1.0000 at lowest, "
                                          "below 0.98; the graph was calibrated with 60 texts of corpus.csv: .*bf16 or"):
