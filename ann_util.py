@@ -24,6 +24,7 @@ from simcse.index.protocols import NOT_FOUND, DocumentStore, Index
 from simcse.index.settings import Setting
 from simcse.index.shards import MEASURED_K, ShardedIndex, pick_evenly, report_ann_recall
 from simcse.machine import RANK, RANKS
+from simcse.memory import announce_memory
 from simcse.text.passages import Passages
 from simcse.text.textfile import Corpus
 
@@ -287,6 +288,8 @@ def add_missing(index: Index, documents: Documents, encoder: "Encoder",
     from simcse.encoder.encoder import TextWarnings, places_of
 
     pieces = list(index.missing_rows)
+    if pieces:
+        announce_memory(index.bytes_needed + encoder.bytes_needed(sum(map(len, pieces))))
     # With several ranks they are counted here, so that rank 0 reports them for all.
     warnings = TextWarnings(encoder.max_seq_length) if RANKS > 1 else None
     if reused is None:

@@ -127,6 +127,8 @@ class SimCSE(nn.Layer):
             weight_attr = paddle.ParamAttr(initializer=nn.initializer.TruncatedNormal(std=0.02))
             self.emb_reduce_linear = nn.Linear(hidden_size, self.output_emb_size, weight_attr=weight_attr)
 
+    bytes_needed = 0  # of the host's memory, as an engine on a GPU; see `engine.Engine`
+
     def pool(self, input_ids: paddle.Tensor, token_type_ids: paddle.Tensor | None = None,
              with_pooler: bool = True) -> paddle.Tensor:
         """Return a vector a text, float [batch, hidden]; arguments as in `get_pooled_embedding`."""

@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
+import math
 
 import ann_util
-from simcse import machine
+from simcse import console, machine, memory
 from simcse.console import InputError
 from simcse.encoder.engine import make_engine
 from simcse.files import file_digest
@@ -312,6 +313,31 @@ def test_an_unreachable_graph_is_an_input_error():
         assert "--hnsw_m" in str(error)
     else:
         assert sorted(rows[0].tolist()) == list(range(2000))
+
+
+@pytest.mark.parametrize("granted, warned, said", [
+    (10.0, False, "this needs about 0.70 GB of memory; 10.20 GB are granted"),
+    (0.8, True, "this needs about 0.70 GB of memory; 1.00 GB are granted"),
+    (0.3, True, "this needs about 0.70 GB of memory; 0.50 GB are granted: the system may kill it without a message")])
+def test_what_it_needs_is_said_before_the_work(monkeypatch, capsys, granted, warned, said):
+    """0.2 GB are taken, 0.5 GB come to them; with --quiet there are warnings alone."""
+    monkeypatch.setattr(memory, "available_memory", lambda: granted * 1e9)
+    monkeypatch.setattr(memory, "resident_memory", lambda: 2 * 10**8)
+    memory.announce_memory(5 * 10**8)
+    assert said in capsys.readouterr().err
+    monkeypatch.setattr(console.settings, "quiet", True)
+    memory.announce_memory(5 * 10**8)
+    assert bool(capsys.readouterr().err) == warned
+    monkeypatch.setattr(memory, "available_memory", lambda: math.inf)
+    memory.announce_memory(5 * 10**8)
+    assert not capsys.readouterr().err
+    assert 10**7 < machine.resident_memory() < 10**11
+
+
+def test_the_memory_of_an_index_is_counted():
+    manifest = manifest_of("exact", 1000, 256, 8)
+    assert ShardedIndex(manifest).bytes_needed == 4 * 256 * 1000
+    assert ShardedIndex(manifest, rank=1, ranks=2).bytes_needed == 4 * 256 * 500
 
 
 def test_too_little_memory_says_how_much(monkeypatch):

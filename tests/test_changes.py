@@ -115,6 +115,9 @@ class StandInEncoder:
     def __init__(self):
         self.encoded = []
 
+    def bytes_needed(self, texts):
+        return 0
+
     def encode(self, texts, warn=True):
         vectors = np.array([np.random.default_rng(zlib.crc32(text.encode())).standard_normal(16) for text in texts])
         return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype("float32")

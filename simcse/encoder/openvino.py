@@ -8,7 +8,14 @@ from typing import Any
 from simcse.console import InputError, as_input_error, log
 from simcse.encoder.onnx import export_onnx
 from simcse.encoder.paddle_patches import import_openvino, quiet_nncf
-from simcse.encoder.weights import CONFIG_FILE, ONNX_FILE, OPENVINO_FILE, read_record
+from simcse.encoder.weights import (
+    CONFIG_FILE,
+    ONNX_FILE,
+    OPENVINO_FILE,
+    activation_bytes,
+    graph_record,
+    read_record,
+)
 from simcse.files import write_json
 from simcse.machine import BATCH_TOKENS, CPU_BF16_IS_FASTER, CPU_THREADS, auto_precision
 
@@ -65,6 +72,7 @@ class OpenVinoEngine:
         self.precision = auto_precision("cpu") if precision == "auto" else precision
         if self.precision not in ("fp32", "bf16", "int8"):
             raise InputError(f"--precision {precision}: OpenVINO computes in fp32, bf16 or int8")
+        self.bytes_needed = self.AT_A_TIME * activation_bytes(record)
         in_bf16 = self.precision == "bf16" or (self.precision == "int8" and CPU_BF16_IS_FASTER)
         graph = openvino.Core().compile_model(os.path.join(folder, OPENVINO_FILE), "CPU", {
             "NUM_STREAMS": str(self.AT_A_TIME), "INFERENCE_NUM_THREADS": cpu_threads or CPU_THREADS,
@@ -101,8 +109,7 @@ def export_openvino(model: nn.Layer, folder: str, calibration: Sequence[IdArrays
     Raises:
         InputError: the network cannot be converted.
     """
-    record = {"embedding_size": model.embedding_size, "max_positions": model.max_positions,
-              "precision": "int8" if calibration else "fp32"}
+    record = {**graph_record(model), "precision": "int8" if calibration else "fp32"}
     _write_graph(model, folder, calibration)
     write_json(os.path.join(folder, CONFIG_FILE), record)
 

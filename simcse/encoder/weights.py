@@ -10,6 +10,7 @@ from typing import Any
 
 from simcse.console import InputError, as_input_error, some
 from simcse.files import file_digest, read_json, write_json
+from simcse.machine import BATCH_TOKENS
 
 import numpy as np
 
@@ -119,6 +120,25 @@ def load_state(model: Any, state: dict[str, np.ndarray], source: str) -> None:
 def read_record(folder: str) -> dict:
     """Return the content of simcse_config.json in a checkpoint or exported folder; {} if there is none."""
     return read_json(os.path.join(folder, CONFIG_FILE))
+
+
+def graph_record(model: Any) -> dict[str, int]:
+    """Return what an exported folder has to record of its graph."""
+    config = model.ptm.config
+    return {"embedding_size": model.embedding_size, "max_positions": model.max_positions,
+            "hidden_size": config.hidden_size, "vocab_size": config.vocab_size}
+
+
+def layer_bytes(record: dict, weights_path: str) -> int:
+    """Return the bytes of a graph's weights without its table of tokens, which no kernel copies."""
+    table = 4 * record.get("vocab_size", 0) * record.get("hidden_size", 0)
+    return max(0, os.path.getsize(weights_path) - table)
+
+
+def activation_bytes(record: dict) -> int:
+    """Return about the bytes of a batch's activations on a CPU, those of a layer."""
+    vectors_of_token = 20  # queries, keys and values, two of the feed-forward layer's size, sums
+    return 4 * vectors_of_token * record.get("hidden_size", 0) * BATCH_TOKENS["cpu"]
 
 
 def write_record(folder: str, record: dict, tokenizer: Any) -> None:
