@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import ann_util
 from simcse import console, machine, memory
 from simcse.console import InputError
+from simcse.encoder.encoder import Encoder
 from simcse.encoder.engine import make_engine
+from simcse.encoder.weights import layer_bytes
 from simcse.files import file_digest
 from simcse.index import exact, shards
 from simcse.index.documents import Documents
@@ -17,6 +20,7 @@ from simcse.index.manifest import FORMAT, Manifest
 from simcse.index.protocols import LocalEngine, SearchResult, merge_results
 from simcse.index.shards import ShardedIndex, ann_recall
 from simcse.text.textfile import Corpus, read_text_pairs
+from simcse.text.tokens import WINDOW
 from simcse.text.wordpiece import load_tokenizer
 
 import numpy as np
@@ -332,6 +336,16 @@ def test_what_it_needs_is_said_before_the_work(monkeypatch, capsys, granted, war
     memory.announce_memory(5 * 10**8)
     assert not capsys.readouterr().err
     assert 10**7 < machine.resident_memory() < 10**11
+
+
+def test_the_memory_of_encoding_is_estimated(tmp_path):
+    """The engine's, and the tokens of two windows at most; a graph's kernels copy the weights without the tokens'."""
+    engine = SimpleNamespace(bytes_needed=1000, max_positions=512, batch_tokens=2048)
+    encoder = Encoder(engine, None, max_seq_length=64)
+    assert encoder.bytes_needed(10) == 1000 + 40 * 10 * 64
+    assert encoder.bytes_needed(10**6) == 1000 + 40 * 2 * WINDOW * 64
+    (tmp_path / "weights").write_bytes(bytes(5000))
+    assert layer_bytes({"vocab_size": 100, "hidden_size": 10}, str(tmp_path / "weights")) == 1000
 
 
 def test_the_memory_of_an_index_is_counted():

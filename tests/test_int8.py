@@ -13,7 +13,7 @@ from simcse.encoder import engine, int8_check
 from simcse.encoder import openvino as int8
 from simcse.encoder.engine import make_engine
 from simcse.encoder.int8_check import COMPARISONS_FILE, TextSource, read_comparisons
-from simcse.encoder.kept_graph import KeptGraph
+from simcse.encoder.kept_graph import FINGERPRINT_FILE, KeptGraph
 
 import numpy as np
 import pytest
@@ -228,7 +228,8 @@ def test_calibrated_on_english_it_is_refused_for_chinese_and_not_kept(copied, sa
 def test_it_is_of_the_calibration_file_that_is_named(copied, sample, tmp_path):
     """One calibrated with another file is not used; without a file any is."""
     one, other = sample / "corpus.csv", sample / "train_unsupervised.csv"
-    folder = shutil.copytree(KeptGraph(copied, "int8").folder, tmp_path / "exported")
+    folder = shutil.copytree(KeptGraph(copied, "int8").folder, tmp_path / "exported",
+                             ignore=shutil.ignore_patterns(FINGERPRINT_FILE, COMPARISONS_FILE))
     for calibration_file, is_current in ((None, True), (one, False), (other, False)):
         assert KeptGraph(copied, "int8", None, calibration_file).is_current() == is_current
     assert KeptGraph(copied, "int8", None, one).keep(str(folder), {"output_emb_size": 128})
