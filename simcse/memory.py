@@ -22,7 +22,7 @@ def announce_memory(more: float) -> None:
     present = resident_memory()
     needed = present + more
     granted = present + free
-    subject = f"each of {RANKS} processes" if RANKS > 1 else "this"
+    subject = f"each of {RANKS} processes" if RANKS > 1 else "this process"
     message = f"{subject} needs about {needed / 1e9:.2f} GB of memory; {granted / 1e9:.2f} GB are granted"
     if needed > granted:
         console.warn(f"{message}: the system may kill it without a message; grant more, or use several machines")
