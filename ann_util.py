@@ -26,6 +26,7 @@ from simcse.index.settings import Setting
 from simcse.index.shards import MEASURED_K, ShardedIndex, pick_evenly, report_ann_recall
 from simcse.index.vector_map import VectorMap
 from simcse.machine import RANK, RANKS
+from simcse.memory import announce_memory
 from simcse.text.passages import Passages
 from simcse.text.textfile import Corpus
 from simcse.text.tokens import WINDOW
@@ -284,6 +285,8 @@ def add_missing(index: Index, documents: Documents, encoder: "Encoder",
     from simcse.encoder.encoder import TextWarnings, places_of
 
     pieces = list(index.missing_rows)
+    if pieces:
+        announce_memory(index.bytes_needed + encoder.bytes_needed(sum(map(len, pieces))))
     # With several ranks they are counted here, so that rank 0 reports them for all.
     warnings = TextWarnings(encoder.max_seq_length) if warn and RANKS > 1 else None
     warn_here = warn and warnings is None

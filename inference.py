@@ -98,8 +98,9 @@ def embed_texts(args: argparse.Namespace) -> None:
     flags.announce(args, args.params_path, f"{count} with ids" if columns == 2 else count)
 
     from model import load_encoder_for
+    from simcse.encoder.int8_check import TextSource
 
-    encoder = load_encoder_for(args, valid)
+    encoder = load_encoder_for(args, [TextSource(args.input_file or "--text", valid)])
     embeddings = encode(encoder, texts)
     if args.output_file:
         with new_file(args.output_file, "wb", flag="--output_file") as file:

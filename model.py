@@ -1,7 +1,6 @@
 """SimCSE: the network (encoder, pooling, fc, dropout), its loss, its checkpoints, and the encoder of a checkpoint."""
 
 import argparse
-import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,8 +13,14 @@ from simcse.console import InputError, as_input_error
 from simcse.device import cast_products, set_device, set_gpu_precision
 from simcse.encoder.encoder import Encoder
 from simcse.encoder.engine import Engine, export_fastest, open_engine
+from simcse.encoder.int8_check import (
+    TextSource,
+    check_int8,
+    choose_calibration,
+    read_comparisons,
+    remember_comparisons,
+)
 from simcse.encoder.kept_graph import KeptGraph
-from simcse.encoder.openvino import CALIBRATION_TEXTS, FEWEST_TEXTS
 from simcse.encoder.paddle_patches import compute_first_token_only, cross_entropy
 from simcse.encoder.pooling import EncoderOutputs, find_pooling
 from simcse.encoder.pretrained import (
@@ -122,6 +127,8 @@ class SimCSE(nn.Layer):
         if self.output_emb_size:
             weight_attr = paddle.ParamAttr(initializer=nn.initializer.TruncatedNormal(std=0.02))
             self.emb_reduce_linear = nn.Linear(hidden_size, self.output_emb_size, weight_attr=weight_attr)
+
+    bytes_needed = 0  # of the host's memory, as an engine on a GPU; see `engine.Engine`
 
     def pool(self, input_ids: paddle.Tensor, token_type_ids: paddle.Tensor | None = None,
              with_pooler: bool = True) -> paddle.Tensor:
@@ -526,81 +533,110 @@ def load_encoder(checkpoint: str, *, calibration_texts: Sequence[Any] = (), **op
 
     Args:
         checkpoint: model_state.pdparams, model_state.safetensors or the folder that holds it.
-        calibration_texts: texts, or rows of them, that int8 is calibrated with where no file is given for it.
+        calibration_texts: texts, or rows of them, like those that are going to be encoded. int8 is calibrated with
+            them where no file is given for it, and compared with fp32 on some of them.
         options: those of `EncoderOptions`, by name: device="gpu", precision="fp16", max_seq_length=128.
 
     Raises:
-        InputError: the checkpoint cannot be loaded, or the device does not have this precision.
+        InputError: the checkpoint cannot be loaded, the device does not have this precision, or int8 is too far from
+            fp32.
     """
     with as_input_error("checkpoint", argparse.ArgumentTypeError):
         params_path = checkpoint_file(checkpoint)
-    return _open_encoder(params_path, EncoderOptions(**options), calibration_texts)
+    sources = [TextSource("calibration_texts", calibration_texts)]
+    return _open_encoder(params_path, EncoderOptions(**options), sources)
 
 
-def load_encoder_for(args: argparse.Namespace, texts: Sequence[Any] = ()) -> Encoder:
+def load_encoder_for(args: argparse.Namespace, sources: Sequence[TextSource] = ()) -> Encoder:
     """Load the encoder that a script's flags ask for.
 
     Args:
         args: of a script with `flags.add_model_arguments` and `flags.add_encode_arguments`.
-        texts: the `calibration_texts` of `load_encoder`.
+        sources: what is going to be encoded, as far as it is known. int8 is compared with fp32 on each of them, and
+            calibrated with the first where no file is given for it.
     """
     options = EncoderOptions(**{field.name: getattr(args, field.name) for field in fields(EncoderOptions)})
-    return _open_encoder(args.params_path, options, texts)
+    return _open_encoder(args.params_path, options, sources)
 
 
-def _open_encoder(params_path: str, options: EncoderOptions, calibration_texts: Sequence[Any]) -> Encoder:
+def _open_encoder(params_path: str, options: EncoderOptions, sources: Sequence[TextSource]) -> Encoder:
     """Load a file of weights on the device that is asked for, as an `Encoder`."""
     if options.max_seq_length is None:
         recorded = read_record(os.path.dirname(params_path)).get("max_seq_length")
         options = replace(options, max_seq_length=recorded or ENCODE_LENGTH)
     set_device(options.device, options.cpu_threads)
+    if options.precision == "int8":
+        return _open_int8(params_path, options, sources)
     if options.device == "cpu":
-        engine, tokenizer = _load_on_cpu(params_path, options, calibration_texts)
+        engine, tokenizer = _load_on_cpu(params_path, options)
     else:
         engine, tokenizer, _ = load_model(params_path, options.model_name_or_path, options.output_emb_size,
                                           precision=set_gpu_precision(options.precision))
     return Encoder(engine, tokenizer, options.max_seq_length, options.batch_size, source=f"--params_path {params_path}")
 
 
-def _load_on_cpu(params_path: str, options: EncoderOptions, calibration_texts: Sequence[Any]) -> tuple[Engine, Any]:
+def _load_on_cpu(params_path: str, options: EncoderOptions) -> tuple[Engine, Any]:
     """Return the engine of a checkpoint's graph, which is exported if there is none to use, and the tokenizer."""
-    if options.precision == "int8":
-        console.check_installed("--precision int8", INT8_REQUIREMENTS, "openvino")
-    kept = KeptGraph(params_path, options.precision, options.model_name_or_path, options.calibration_file)
+    kept = KeptGraph(params_path, options.precision, options.model_name_or_path)
     if kept.is_current(options.output_emb_size):
         tokenizer = checkpoint_tokenizer(params_path, options.model_name_or_path)
         return open_engine(kept.folder, options.precision, options.cpu_threads), tokenizer
 
     model, tokenizer, record = load_model(params_path, options.model_name_or_path, options.output_emb_size)
-    calibration = []
-    if options.precision == "int8":
-        console.check_installed("--precision int8", INT8_REQUIREMENTS, "nncf", "paddle2onnx")
-        texts = choose_calibration_texts(params_path, options.calibration_file, calibration_texts)
-        calibration = make_calibration(texts, tokenizer, options.max_seq_length)
     with tempfile.TemporaryDirectory() as folder:
-        export_fastest(model, folder, calibration)
+        export_fastest(model, folder)
         engine = open_engine(folder, options.precision, options.cpu_threads)
         if not RANK:
             kept.keep(folder, record)
     return engine, tokenizer
 
 
-def choose_calibration_texts(params_path: str, calibration_file: str | None, texts: Sequence[Any]) -> list[str]:
-    """Return what int8 is calibrated with: CALIBRATION_TEXTS rows from all over a file or, without one, `texts`.
+# ----------------------------------------------------------------------------------------------------------------- int8
+def _open_int8(params_path: str, options: EncoderOptions, sources: Sequence[TextSource]) -> Encoder:
+    """Return the encoder with a checkpoint's int8 graph, which is made if there is none to use.
 
-    Raises:
-        InputError: there are too few.
+    It is compared with the network on each source with which this graph has not been compared yet.
     """
-    rows = TextFile(calibration_file, "--calibration_file") if calibration_file else texts
-    if len(rows) < FEWEST_TEXTS:
-        texts_are = f"{console.count(len(rows), 'text')} {console.verb(len(rows), 'are')}"
-        raise InputError(f"--precision int8: {params_path} has no int8 graph beside it yet, and {texts_are} too few to "
-                         "make it with; name a file of some hundred by --calibration_file")
-    step = math.ceil(len(rows) / CALIBRATION_TEXTS)
-    chosen = []
-    for row in rows[::step]:
-        chosen += [row] if isinstance(row, str) else row
-    return chosen
+    console.check_installed("--precision int8", INT8_REQUIREMENTS, "openvino")
+    source = f"--params_path {params_path}"
+    kept = KeptGraph(params_path, "int8", options.model_name_or_path, options.calibration_file)
+    if not kept.is_current(options.output_emb_size):
+        return _make_int8(params_path, options, sources, kept)
+
+    def load_network() -> Encoder:
+        console.log("comparing int8 with fp32, once for each file, for which the network is loaded")
+        model, tokenizer, _ = load_model(params_path, options.model_name_or_path, options.output_emb_size)
+        return Encoder(model, tokenizer, options.max_seq_length, source=source)
+
+    tokenizer = checkpoint_tokenizer(params_path, options.model_name_or_path)
+    engine = open_engine(kept.folder, "int8", options.cpu_threads)
+    encoder = Encoder(engine, tokenizer, options.max_seq_length, options.batch_size, source=source)
+    comparisons = check_int8(encoder, load_network, sources, calibration=read_record(kept.folder)["calibration"],
+                             known=read_comparisons(kept.folder))
+    remember_comparisons(kept.folder, comparisons)
+    return encoder
+
+
+def _make_int8(params_path: str, options: EncoderOptions, sources: Sequence[TextSource], kept: KeptGraph) -> Encoder:
+    """Quantize a checkpoint, compare the int8 graph with the network, and keep it."""
+    console.check_installed("--precision int8", INT8_REQUIREMENTS, "nncf", "paddle2onnx")
+    source = f"--params_path {params_path}"
+    model, tokenizer, record = load_model(params_path, options.model_name_or_path, options.output_emb_size)
+    if options.calibration_file:
+        texts = TextFile(options.calibration_file, "--calibration_file")
+        sources = [TextSource(options.calibration_file, texts), *sources]
+    calibration = choose_calibration(sources[0] if sources else TextSource("", ()), params_path)
+    record["calibration"] = calibration.as_record()
+    with tempfile.TemporaryDirectory() as folder:
+        export_fastest(model, folder, make_calibration(calibration.texts, tokenizer, options.max_seq_length))
+        engine = open_engine(folder, "int8", options.cpu_threads)
+        encoder = Encoder(engine, tokenizer, options.max_seq_length, options.batch_size, source=source)
+        network = Encoder(model, tokenizer, options.max_seq_length, source=source)
+        comparisons = check_int8(encoder, lambda: network, sources, calibration=record["calibration"], known={})
+        record["int8_cosines"] = next(iter(comparisons.values()))._asdict()
+        if not RANK and kept.keep(folder, record):
+            remember_comparisons(kept.folder, comparisons)
+    return encoder
 
 
 def make_calibration(texts: Sequence[str], tokenizer: Any,

@@ -74,8 +74,9 @@ def score_file(args: argparse.Namespace, rows: list[Row]) -> None:
     flags.announce(args, args.params_path, console.count(len(pairs), "pair"))
 
     from model import load_encoder_for, mean_loss
+    from simcse.encoder.int8_check import TextSource
 
-    encoder = load_encoder_for(args, pairs)
+    encoder = load_encoder_for(args, [TextSource(args.text_pair_file, pairs)])
     first, second = encode_rows(encoder, rows, args.text_pair_file)
     print_cosines(rows, first, second, args.format)
     batch_size = args.batch_size or LOSS_BATCH

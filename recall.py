@@ -39,6 +39,7 @@ from simcse.text.tokens import WINDOW
 
 if TYPE_CHECKING:
     from simcse.encoder.encoder import Encoder
+    from simcse.encoder.int8_check import TextSource
     from simcse.index.bm25 import Bm25
 
 MILVUS_URI = "./recall.db"
@@ -584,6 +585,20 @@ def announce(args: argparse.Namespace, corpus: textfile.Corpus | None, queries: 
     flags.announce(args, args.params_path, source, asked)
 
 
+def texts_to_encode(args: argparse.Namespace, corpus: textfile.Corpus | None,
+                    queries: Sequence[Query]) -> "list[TextSource]":
+    """Return the files that are going to be encoded, as far as they are known; --query comes to a checked corpus."""
+    from simcse.encoder.int8_check import TextSource
+
+    sources = []
+    if corpus is not None:
+        sources.append(TextSource(args.corpus_file, corpus))
+    if not args.query:
+        path = args.query_file or args.similar_text_pair
+        sources.append(TextSource(path, [query.text for query in queries]))
+    return sources
+
+
 def main() -> None:
     args = parse_args()
     check_outputs(args)
@@ -596,7 +611,7 @@ def main() -> None:
 
     import model
 
-    encoder = model.load_encoder_for(args, corpus or ())
+    encoder = model.load_encoder_for(args, texts_to_encode(args, corpus, queries))
     index, documents = open_or_build_index(args, corpus, encoder)
     warn_small_corpus(args, documents)
     retriever = Retriever(args, encoder, index, documents)

@@ -2,11 +2,15 @@
 
 import dataclasses
 import json
+import math
+from types import SimpleNamespace
 
 import ann_util
-from simcse import machine
+from simcse import console, machine, memory
 from simcse.console import InputError
+from simcse.encoder.encoder import Encoder
 from simcse.encoder.engine import make_engine
+from simcse.encoder.weights import layer_bytes
 from simcse.files import file_digest
 from simcse.index import exact, shards
 from simcse.index.documents import Documents
@@ -17,6 +21,7 @@ from simcse.index.previous import PreviousIndex
 from simcse.index.protocols import LocalEngine, SearchResult, merge_results
 from simcse.index.shards import ShardedIndex, ann_recall
 from simcse.text.textfile import Corpus, read_text_pairs
+from simcse.text.tokens import WINDOW
 from simcse.text.wordpiece import load_tokenizer
 
 import numpy as np
@@ -314,6 +319,41 @@ def test_an_unreachable_graph_is_an_input_error():
         assert "--hnsw_m" in str(error)
     else:
         assert sorted(rows[0].tolist()) == list(range(2000))
+
+
+@pytest.mark.parametrize("granted, warned, said", [
+    (10.0, False, "this process needs about 0.70 GB of memory; 10.20 GB are granted"),
+    (0.8, True, "this process needs about 0.70 GB of memory; 1.00 GB are granted"),
+    (0.3, True, "this process needs about 0.70 GB of memory; 0.50 GB are granted: the system may kill it")])
+def test_what_it_needs_is_said_before_the_work(monkeypatch, capsys, granted, warned, said):
+    """0.2 GB are taken, 0.5 GB come to them; with --quiet there are warnings alone."""
+    monkeypatch.setattr(memory, "available_memory", lambda: granted * 1e9)
+    monkeypatch.setattr(memory, "resident_memory", lambda: 2 * 10**8)
+    memory.announce_memory(5 * 10**8)
+    assert said in capsys.readouterr().err
+    monkeypatch.setattr(console.settings, "quiet", True)
+    memory.announce_memory(5 * 10**8)
+    assert bool(capsys.readouterr().err) == warned
+    monkeypatch.setattr(memory, "available_memory", lambda: math.inf)
+    memory.announce_memory(5 * 10**8)
+    assert not capsys.readouterr().err
+    assert 10**7 < machine.resident_memory() < 10**11
+
+
+def test_the_memory_of_encoding_is_estimated(tmp_path):
+    """The engine's, and the tokens of two windows at most; a graph's kernels copy the weights without the tokens'."""
+    engine = SimpleNamespace(bytes_needed=1000, max_positions=512, batch_tokens=2048)
+    encoder = Encoder(engine, None, max_seq_length=64)
+    assert encoder.bytes_needed(10) == 1000 + 40 * 10 * 64
+    assert encoder.bytes_needed(10**6) == 1000 + 40 * 2 * WINDOW * 64
+    (tmp_path / "weights").write_bytes(bytes(5000))
+    assert layer_bytes({"vocab_size": 100, "hidden_size": 10}, str(tmp_path / "weights")) == 1000
+
+
+def test_the_memory_of_an_index_is_counted():
+    manifest = manifest_of("exact", 1000, 256, 8)
+    assert ShardedIndex(manifest).bytes_needed == 4 * 256 * 1000
+    assert ShardedIndex(manifest, rank=1, ranks=2).bytes_needed == 4 * 256 * 500
 
 
 def test_too_little_memory_says_how_much(monkeypatch):

@@ -1,19 +1,23 @@
 """int8 in OpenVINO: what is quantized, how near it stays, where it is kept, and who runs it."""
 
+import hashlib
 import json
 import os
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import model as m
 from simcse.console import InputError
-from simcse.encoder import engine
+from simcse.encoder import engine, int8_check
 from simcse.encoder import openvino as int8
 from simcse.encoder.engine import make_engine
+from simcse.encoder.int8_check import COMPARISONS_FILE, TextSource, read_comparisons
+from simcse.encoder.kept_graph import FINGERPRINT_FILE, KeptGraph
 
 import numpy as np
 import pytest
-from conftest import ENCODER, FP32, ROOT, Service, read_texts, refuse, run_script, succeed
+from conftest import ENCODER, FP32, ROOT, Service, contents, read_texts, refuse, run_script, succeed
 
 for package in ("openvino", "nncf", "paddle2onnx"):
     pytest.importorskip(package, reason=f"no {package}: pip install -r requirements-openvino.txt", exc_type=ImportError)
@@ -49,12 +53,15 @@ STAGE = ("inference.py", "--params_path")
 DEPLOYED = ("deploy/python/predict.py", "--model_dir")
 
 
-def test_recall_makes_it_once_and_says_what_it_costs(quantized):
+def test_recall_makes_it_once_and_says_what_it_costs(quantized, sample):
     folder, _, result = quantized
     assert result.stdout.startswith("语义检索\t") and result.stdout.count("\n") == 10
-    assert "cosine of int8 to fp32 on 60 texts: 0.99" in result.stderr
+    assert ("int8 graph calibrated with 60 texts of corpus.csv; cosine to fp32 on 60 texts of "
+            f"{sample / 'corpus.csv'}: 0.99") in result.stderr
     assert "encoding and indexing 120 of 120 documents in int8" in result.stderr
     record = json.loads((folder / "model_state.int8" / "simcse_config.json").read_text(encoding="utf-8"))
+    digest = hashlib.sha256((sample / "corpus.csv").read_bytes()).hexdigest()
+    assert record["calibration"] == {"file": "corpus.csv", "sha256": digest, "texts": 60}
     assert record["precision"] == "int8" and 0.99 < record["int8_cosines"]["lowest"] <= record["int8_cosines"]["mean"]
 
 
@@ -63,7 +70,7 @@ def test_a_second_start_needs_openvino_alone_and_is_near_fp32(quantized, sample,
         "import sys\nsys.modules.update(dict.fromkeys(['nncf', 'paddle2onnx', 'onnx', 'paddlenlp']))\n")
     found, said = vectors(STAGE, quantized[0], sample / "corpus.csv", tmp_path / "v.npy", "--precision", "int8",
                           env={"PYTHONPATH": str(tmp_path)})
-    assert "quantizing" not in said
+    assert "quantizing" not in said and "calibrated with 60 texts of corpus.csv; cosine to fp32 on 60 texts" in said
     exact, _ = vectors(STAGE, quantized[0], sample / "corpus.csv", tmp_path / "exact.npy", *FP32)
     cosines = (found * exact).sum(axis=1)
     assert cosines.min() > 0.98 and abs(found - exact).max() > 1e-3  # near, and not the same
@@ -106,7 +113,7 @@ def test_the_export_is_the_kept_graph_and_runs_without_paddle(quantized, int8_ex
         "import sys\nsys.modules.update(dict.fromkeys(['nncf', 'paddle', 'onnxruntime', 'simcse']))\n")
     deployed, said = vectors(DEPLOYED, folder, sample / "corpus.csv", tmp_path / "deployed.npy",
                              env={"PYTHONPATH": str(tmp_path)})
-    assert "predict.py: cpu" in said and "int8; " in said
+    assert "predict.py: cpu" in said and "int8 calibrated with 60 texts of corpus.csv; " in said
     stage, _ = vectors(STAGE, quantized[0], sample / "corpus.csv", tmp_path / "stage.npy", "--precision", "int8")
     np.testing.assert_allclose(deployed, stage, atol=1e-5)
     assert "--precision fp32: --model_dir" in (line := refuse(*DEPLOYED, folder, "--device", "cpu", *FP32))
@@ -135,6 +142,7 @@ def test_the_service_finds_what_recall_does(quantized, int8_export, exported, tm
     service = Service(tmp_path, "--model_dir", int8_export[0], "--index_path", index)
     try:
         hits, = service.ask("/search", {"queries": ["语义检索"], "top_k": 10})[2]["results"]
+        assert "int8 graph calibrated with 60 texts of corpus.csv\n" in service.log.read_text(encoding="utf-8")
     finally:
         service.stop()
     expected = [line.split("\t")[1:] for line in result.stdout.splitlines()]
@@ -186,14 +194,48 @@ def test_batches_under_way_keep_their_results(quantized):
         np.testing.assert_array_equal(np.asarray(embeddings), expected)
 
 
-def test_it_is_made_anew_for_another_calibration_file_alone(quantized, sample, tmp_path):
-    folder = shutil.copytree(quantized[0], tmp_path / "model")
-    command = ["inference.py", *INT8, "--params_path", folder, "--text", "语义检索"]
-    assert "quantizing" not in succeed(*command).stderr
-    texts = sample / "train_unsupervised.csv"
-    assert "quantizing with 64 texts" in succeed(*command, "--calibration_file", texts).stderr
-    assert "quantizing" not in succeed(*command, "--calibration_file", texts).stderr
-    assert "quantizing" not in succeed(*command).stderr
+@pytest.fixture
+def copied(quantized, tmp_path):
+    """A copy of the checkpoint with its int8 graph: the file of weights."""
+    return str(shutil.copytree(quantized[0], tmp_path / "model") / "model_state.pdparams")
+
+
+def test_a_file_is_compared_with_the_network_once(copied, sample, capsys):
+    texts = read_texts(sample / "train_unsupervised.csv")
+    remembered = Path(copied).with_name("model_state.int8") / COMPARISONS_FILE
+    loads = []
+    for start in range(4):
+        if start == 2:
+            remembered.write_text('{"a": 1}')  # damaged: it is compared again
+        m.load_encoder(copied, precision="int8", calibration_texts=texts)
+        stderr = capsys.readouterr().err
+        assert "calibrated with 60 texts of corpus.csv; cosine to fp32 on 64 texts of calibration_texts: 0.99" in stderr
+        loads.append("the network is loaded" in stderr)
+    assert loads == [True, False, True, False]
+
+
+def test_calibrated_on_english_it_is_refused_for_chinese_and_not_kept(copied, sample, tmp_path):
+    english = tmp_path / "english.txt"
+    english.write_text("".join(f"sentence number {number} about retrieval\n" for number in range(32)))
+    before = contents(Path(copied).with_name("model_state.int8"))
+    line = refuse("inference.py", *INT8, "--params_path", copied, "--input_file", sample / "corpus.csv",
+                  "--calibration_file", english)
+    assert f"--precision int8: cosine to fp32 on 60 texts of {sample / 'corpus.csv'}: 0." in line
+    assert "below 0.98; the graph was calibrated with 16 texts of english.txt: calibrate it with texts like" in line
+    assert contents(Path(copied).with_name("model_state.int8")) == before
+
+
+def test_it_is_of_the_calibration_file_that_is_named(copied, sample, tmp_path):
+    """One calibrated with another file is not used; without a file any is."""
+    one, other = sample / "corpus.csv", sample / "train_unsupervised.csv"
+    folder = shutil.copytree(KeptGraph(copied, "int8").folder, tmp_path / "exported",
+                             ignore=shutil.ignore_patterns(FINGERPRINT_FILE, COMPARISONS_FILE))
+    for calibration_file, is_current in ((None, True), (one, False), (other, False)):
+        assert KeptGraph(copied, "int8", None, calibration_file).is_current() == is_current
+    assert KeptGraph(copied, "int8", None, one).keep(str(folder), {"output_emb_size": 128})
+    for calibration_file, is_current in ((None, True), (one, True), (other, False)):
+        assert KeptGraph(copied, "int8", None, calibration_file).is_current() == is_current
+    assert not read_comparisons(KeptGraph(copied, "int8").folder)
 
 
 def test_few_texts_are_refused_and_nothing_is_kept(checkpoint, tmp_path):
@@ -205,14 +247,50 @@ def test_few_texts_are_refused_and_nothing_is_kept(checkpoint, tmp_path):
     assert not (folder / "model_state.int8").exists()
 
 
-def test_a_graph_that_is_far_from_the_network_is_refused():
-    """Embeddings of which every other is turned about."""
-    unit, flips = np.eye(4, 8, dtype="float32"), np.array([[1], [-1], [1], [1]], "float32")
-    network, far = SimpleNamespace(embed=lambda *ids: unit), SimpleNamespace(embed=lambda *ids: unit * flips)
-    with pytest.raises(InputError, match="0.5000 on the mean, -1.0000 at lowest; below 0.98"):
-        int8.compare_with_network(far, network, [(None, None)])
-    cosines = int8.compare_with_network(network, network, [(None, None)] * 2)
-    assert cosines == {"texts": 8, "mean": 1, "lowest": 1}
+def encoder_of(vector_of):
+    """An encoder of texts by a function; it knows no text that is "[UNK]"."""
+    def tokenize(texts):
+        return SimpleNamespace(ids=texts, unknown=[row for row, text in enumerate(texts) if text == "[UNK]"])
+
+    return SimpleNamespace(max_seq_length=64, tokenize=tokenize,
+                           embed=lambda inputs: np.array([vector_of(text) for text in inputs.ids], "float32"))
+
+
+def test_each_source_is_compared_once_and_a_far_one_refused(capsys):
+    near, far = [f"近 {number}" for number in range(1000)], ["近", "远", "[UNK]"]
+    network = encoder_of(lambda text: [1, 0])
+    graph = encoder_of(lambda text: [-1, 0] if text == "远" else [0, 0] if text == "[UNK]" else [1, 0])
+    loads = []
+
+    def load():
+        loads.append(1)
+        return network
+
+    def check(sources, known):
+        record = {"file": "corpus.csv", "sha256": None, "texts": 60}
+        return int8_check.check_int8(graph, load, sources, calibration=record, known=known)
+
+    source = TextSource("near.csv", near)
+    known = check([source, source, TextSource("none", []), TextSource("unknown.csv", ["[UNK]"])], {})
+    assert capsys.readouterr().err == (
+        "int8 graph calibrated with 60 texts of corpus.csv; cosine to fp32 on 63 texts of near.csv: 1.0000 on the "
+        "mean, 1.0000 at lowest; unknown.csv has no text that the encoder knows\n")
+    assert check([source], known) == dict([*known.items()][:1]) and len(loads) == 1
+    with pytest.raises(InputError, match="cosine to fp32 on 2 texts of far.csv: 0.0000 on the mean, -1.0000 at lowest, "
+                                         "below 0.98; the graph was calibrated with 60 texts of corpus.csv: .*bf16 or"):
+        check([source, TextSource("far.csv", far)], known)
+
+
+@pytest.mark.parametrize("rows", [32, 64, 65, 150, 500, 6092])
+def test_a_long_file_is_compared_on_other_texts_than_it_calibrates(rows):
+    texts = [str(row) for row in range(rows)]
+    calibration = int8_check.choose_calibration(TextSource("corpus.csv", texts), "weights").texts
+    sample = int8_check.pick_sample(texts)
+    assert 16 <= len(calibration) <= 128 and 32 <= len(sample) <= 64
+    assert rows <= 64 or not {*calibration} & {*sample}
+    assert rows > 64 or sample == texts
+    pairs = int8_check.pick_sample([(text, text) for text in texts])
+    assert pairs[::2] == sample
 
 
 def test_first_avg_has_no_products_to_quantize():
@@ -240,15 +318,14 @@ def test_recall_of_real_text_stays(real_data, tmp_path):
     texts = read_texts(folder / "corpus.csv")[:1500]
     pairs = [line.split("\t") for line in (folder / "dev.csv").read_text(encoding="utf-8").splitlines()]
     pairs = [(query, target) for query, target in pairs if target in set(texts)][:300]
-    (tmp_path / "texts").write_text("\n".join(texts), encoding="utf-8")
-    (tmp_path / "queries").write_text("\n".join(query for query, _ in pairs), encoding="utf-8")
+    (tmp_path / "texts").write_text("\n".join(texts[:500]), encoding="utf-8")
     succeed("train.py", "--device", "cpu", "--epochs", 0, "--pooling", "first_last_avg", "--whiten", "--max_seq_length",
             64, "--model_name_or_path", ENCODER, "--train_set_file", tmp_path / "texts", cwd=tmp_path)
     for precision in ("int8", "fp32"):
-        flags = ["--precision", precision]
-        checkpoint = tmp_path / "checkpoints" / "model_0_whitened"
-        documents, queries = (vectors(STAGE, checkpoint, tmp_path / name, tmp_path / "v.npy", *flags)[0]
-                              for name in ("texts", "queries"))
+        encoder = m.load_encoder(str(tmp_path / "checkpoints" / "model_0_whitened"), precision=precision,
+                                 calibration_texts=texts)
+        documents = encoder.encode(texts, warn=False)
+        queries = encoder.encode([query for query, _ in pairs], warn=False)
         best = np.argsort(-queries @ documents.T, axis=1)[:, :50]
         ranks = rank_first_targets(best, [{texts.index(target)} for _, target in pairs])
         recall[precision] = np.array([(ranks < k).mean() for k in (1, 5, 10, 20, 50)])

@@ -34,6 +34,9 @@ class LowercaseEncoder:
     def __init__(self):
         self.encoded = []
 
+    def bytes_needed(self, texts):
+        return 0
+
     def tokenizer(self, texts, max_length):
         return [[1, *map(ord, text.lower().replace(" ", ""))][: max_length - 1] + [2] for text in texts]
 

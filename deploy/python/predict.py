@@ -244,7 +244,8 @@ def announce(args: argparse.Namespace, predictor: Predictor, texts: list[Row], p
         device = f"cpu, {count(args.cpu_threads or CPU_CORES, 'thread')}"
     good_texts = count(sum(row.problem is None for row in texts), "text")
     good_pairs = count(sum(row.problem is None for row in pairs), "pair")
-    log(args, f"predict.py: {device}, {predictor.precision}; {args.model_dir}; {good_texts}; {good_pairs}")
+    precision = f"{predictor.precision} {predictor.calibration}".rstrip()
+    log(args, f"predict.py: {device}, {precision}; {args.model_dir}; {good_texts}; {good_pairs}")
 
 
 def encode_rows(args: argparse.Namespace, predictor: Predictor, tokenizer: Tokenizer, rows: list[Row]) -> np.ndarray:

@@ -121,6 +121,8 @@ class Predictor:
         max_positions: most tokens of a text, [CLS] and [SEP] included.
         batch_tokens: tokens of a batch, padding included, that keep the device busy.
         max_batch_size: most texts of a batch; None: any number.
+        calibration: what an int8 graph was calibrated with, in words; "": it is not int8. It suits texts like those;
+            the folder lacks the float network that others could be compared with.
     """
 
     PRECISIONS: dict[str, tuple[str, ...]] = {}
@@ -131,6 +133,9 @@ class Predictor:
         self.max_positions = record["max_positions"]
         self.batch_tokens = BATCH_TOKENS[settings.device]
         self.max_batch_size = settings.tensorrt.batch_size if settings.tensorrt else None
+        self.calibration = ""
+        if "calibration" in record:
+            self.calibration = "calibrated with {texts} texts of {file}".format(**record["calibration"])
         self.open(graph, settings)
 
     def open(self, graph: str, settings: Settings) -> None:

@@ -8,7 +8,7 @@ import ann_util
 from deploy.python import predictor
 from deploy.serving.searcher import Searcher
 from deploy.serving.shapes import BatchShapes, choose_shapes
-from simcse.console import InputError
+from simcse.console import InputError, log
 from simcse.encoder.encoder import Encoder
 from simcse.encoder.weights import CONFIG_FILE, read_record
 from simcse.index.documents import Documents
@@ -89,13 +89,16 @@ def open_engine(args: argparse.Namespace, precision_of_index: str, shapes: int) 
 
         return TableEngine(args.model_dir)
     try:
-        return predictor.load_predictor(args.model_dir, device=args.device, precision=precision,
-                                        cpu_threads=args.cpu_threads, onednn_shapes=shapes)
+        engine = predictor.load_predictor(args.model_dir, device=args.device, precision=precision,
+                                          cpu_threads=args.cpu_threads, onednn_shapes=shapes)
     except predictor.InputError as error:
         message = str(error)
         if not args.precision and message.startswith("--precision"):
             message += "; the index was made in this precision, --precision names another"
         raise InputError(message) from None
+    if engine.calibration:
+        log(f"{precision} graph {engine.calibration}")
+    return engine
 
 
 def choose_precision(args: argparse.Namespace, precision_of_index: str) -> str:

@@ -19,6 +19,7 @@ from simcse.text.wordpiece import find_unknown
 import numpy as np
 
 EXAMPLES = 3  # places that a warning names
+BYTES_OF_TOKEN = 40  # of a token id: a Python integer in a list, then a number in an array
 BatchMaker = Callable[[Sequence[Ids], int], Iterator[TokenBatch]]  # token ids of texts, pad id -> batches
 
 
@@ -256,6 +257,11 @@ class Encoder:
     def precision(self) -> str:
         """The number format of the matrix products: fp32, tf32, bf16, fp16 or int8."""
         return self.engine.precision
+
+    def bytes_needed(self, texts: int) -> int:
+        """Return about the bytes of memory that encoding so many texts takes, beyond those of the loaded engine."""
+        tokens_at_a_time = min(texts, 2 * WINDOW) * self.max_seq_length  # a window, and the next one is tokenized
+        return self.engine.bytes_needed + BYTES_OF_TOKEN * tokens_at_a_time
 
     def encode(self, texts: Sequence[str], *, places: Sequence[str] | None = None, warn: bool = True) -> np.ndarray:
         """Return the embeddings of texts, float32 [texts, embedding_size], L2-normalized.

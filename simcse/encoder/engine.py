@@ -31,12 +31,14 @@ class Engine(Protocol):
         max_positions: tokens that a text may have.
         batch_tokens: tokens of a batch, padding included, where no batch size is asked for.
         precision: number format of the matrix products: "fp32", "tf32", "bf16", "fp16" or "int8".
+        bytes_needed: about the bytes of memory that computing takes, beyond those of the open engine.
     """
 
     embedding_size: int
     max_positions: int
     batch_tokens: int
     precision: str
+    bytes_needed: int
 
     def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> Any:
         """Return L2-normalized embeddings, float32 [batch, embedding_size], of two int64 [batch, length].

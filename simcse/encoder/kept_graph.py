@@ -64,7 +64,7 @@ class KeptGraph:
         is_same = all(fingerprint.get(name) == value for name, value in self.fingerprint.items())
         return is_same and fingerprint["files"] == digests and output_emb_size in (None, kept_size)
 
-    def keep(self, exported: str, record: dict) -> None:
+    def keep(self, exported: str, record: dict) -> bool:
         """Move an exported graph to the folder, which appears whole or, where it cannot be written, not at all.
 
         A folder that cannot be written is a warning: the graph can be made again.
@@ -72,6 +72,9 @@ class KeptGraph:
         Args:
             exported: the folder that `export_fastest` has filled.
             record: the checkpoint's, to which that of the graph is joined.
+
+        Returns:
+            Whether the folder has the graph now.
         """
         write_json(os.path.join(exported, CONFIG_FILE), {**record, **read_record(exported)})
         files = {name: file_digest(os.path.join(exported, name)) for name in sorted(os.listdir(exported))}
@@ -84,8 +87,9 @@ class KeptGraph:
             reason = (error.strerror or str(error)).lower()
             warn(f"{self.folder}: the exported graph cannot be kept there ({reason}), and every start exports it "
                  "again; make this path writable for quicker starts")
-            return
+            return False
         log(f"kept the graph in {self.folder}, for quicker starts")
+        return True
 
 
 def _installed_versions(names: list[str]) -> dict[str, str]:

@@ -8,16 +8,21 @@ from typing import Any
 from simcse.console import InputError, as_input_error, count, log
 from simcse.encoder.onnx import export_onnx
 from simcse.encoder.paddle_patches import import_openvino, quiet_nncf
-from simcse.encoder.weights import CONFIG_FILE, GRAPH_FIELDS, ONNX_FILE, OPENVINO_FILE, read_record
+from simcse.encoder.weights import (
+    CONFIG_FILE,
+    GRAPH_FIELDS,
+    ONNX_FILE,
+    OPENVINO_FILE,
+    activation_bytes,
+    graph_record,
+    read_record,
+)
 from simcse.files import write_json
 from simcse.machine import BATCH_TOKENS, CPU_BF16_IS_FASTER, CPU_THREADS, auto_precision
 
 import numpy as np
 from paddle import nn
 
-CALIBRATION_TEXTS = 256  # every second sets the ranges of activations, the others measure what int8 costs
-FEWEST_TEXTS = 32  # with fewer the ranges are a guess
-LOWEST_COSINE = 0.98  # mean cosine of int8 to float32: below, results are no longer those of the checkpoint
 IdArrays = tuple[np.ndarray, np.ndarray]  # input_ids and token_type_ids of a batch, int64 [texts, length]
 
 
@@ -68,6 +73,7 @@ class OpenVinoEngine:
         self.precision = auto_precision("cpu") if precision == "auto" else precision
         if self.precision not in ("fp32", "bf16", "int8"):
             raise InputError(f"--precision {precision}: OpenVINO computes in fp32, bf16 or int8")
+        self.bytes_needed = self.AT_A_TIME * activation_bytes(record)
         in_bf16 = self.precision == "bf16" or (self.precision == "int8" and CPU_BF16_IS_FASTER)
         graph = openvino.Core().compile_model(os.path.join(folder, OPENVINO_FILE), "CPU", {
             "NUM_STREAMS": str(self.AT_A_TIME), "INFERENCE_NUM_THREADS": cpu_threads or CPU_THREADS,
@@ -102,16 +108,11 @@ def export_openvino(model: nn.Layer, folder: str, calibration: Sequence[IdArrays
         calibration: batches of one text each, with which the graph is quantized to int8; (): it stays float32.
 
     Raises:
-        InputError: the network cannot be converted, or int8 is too far from it.
+        InputError: the network cannot be converted.
     """
-    record = {"embedding_size": model.embedding_size, "max_positions": model.max_positions,
-              "precision": "int8" if calibration else "fp32"}
-    _write_graph(model, folder, calibration[::2])
+    record = {**graph_record(model), "precision": "int8" if calibration else "fp32"}
+    _write_graph(model, folder, calibration)
     write_json(os.path.join(folder, CONFIG_FILE), record)
-    if calibration:
-        engine = OpenVinoEngine(folder, "int8")
-        record["int8_cosines"] = compare_with_network(engine, model, calibration[1::2] or calibration)
-        write_json(os.path.join(folder, CONFIG_FILE), record)
 
 
 def _write_graph(model: nn.Layer, folder: str, calibration: Sequence[IdArrays]) -> None:
@@ -150,24 +151,3 @@ def _quantize(graph: Any, calibration: Sequence[IdArrays], has_fc: bool) -> Any:
         inputs = nncf.Dataset([{"input_ids": ids, "token_type_ids": types} for ids, types in calibration])
         return nncf.quantize(graph, inputs, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(calibration),
                              ignored_scope=nncf.IgnoredScope([node.get_friendly_name() for node in in_float]))
-
-
-def compare_with_network(engine: Any, model: nn.Layer, batches: Sequence[IdArrays]) -> dict:
-    """Return how near the embeddings of an int8 engine are to the network's, by cosine: texts, mean and lowest.
-
-    Raises:
-        InputError: the mean is below LOWEST_COSINE.
-    """
-    cosines_of_batches = []
-    for batch in batches:
-        products = np.asarray(engine.embed(*batch)) * np.asarray(model.embed(*batch))
-        cosines_of_batches.append(products.sum(axis=1))
-    cosines = np.concatenate(cosines_of_batches)
-    mean = float(cosines.mean())
-    lowest = float(cosines.min())
-    result = f"cosine of int8 to fp32 on {count(len(cosines), 'text')}: {mean:.4f} on the mean, {lowest:.4f} at lowest"
-    if not mean >= LOWEST_COSINE:  # NaN neither
-        raise InputError(f"--precision int8: {result}; below {LOWEST_COSINE} on the mean it is another model; use bf16 "
-                         "or fp32")
-    log(result)
-    return {"texts": len(cosines), "mean": mean, "lowest": lowest}

@@ -4,7 +4,14 @@ import os
 
 from simcse.console import InputError
 from simcse.encoder.paddle_patches import without_dropout
-from simcse.encoder.weights import CONFIG_FILE, GRAPH_FIELDS, read_record
+from simcse.encoder.weights import (
+    CONFIG_FILE,
+    GRAPH_FIELDS,
+    activation_bytes,
+    graph_record,
+    layer_bytes,
+    read_record,
+)
 from simcse.files import write_json
 from simcse.machine import BATCH_TOKENS, CPU_HAS_BF16, CPU_THREADS, auto_precision
 
@@ -34,8 +41,7 @@ def export_graph(model: nn.Layer, folder: str) -> None:
         graph = paddle.jit.to_static(_EmbeddingGraph(model), input_spec=ids, full_graph=True)
         graph.eval()
         paddle.jit.save(graph, os.path.join(folder, "inference"))
-    write_json(os.path.join(folder, CONFIG_FILE),
-               {"embedding_size": model.embedding_size, "max_positions": model.max_positions})
+    write_json(os.path.join(folder, CONFIG_FILE), graph_record(model))
 
 
 class PaddleEngine:
@@ -62,6 +68,9 @@ class PaddleEngine:
             raise InputError(f"--precision {precision}: Paddle Inference computes in fp32 or bf16 on a CPU")
         if self.precision == "bf16" and not CPU_HAS_BF16:
             raise InputError("--precision bf16: this processor has neither AVX-512 BF16 nor AMX")
+        weights = layer_bytes(record, os.path.join(folder, "inference.pdiparams"))
+        bytes_of_number = 2 if self.precision == "bf16" else 4
+        self.bytes_needed = self.SHAPES * weights * bytes_of_number // 4 + activation_bytes(record)
         self._predictor = paddle.inference.create_predictor(self._configure(folder, cpu_threads or CPU_THREADS))
         self._inputs = [self._predictor.get_input_handle(name) for name in self._predictor.get_input_names()]
         self._output = self._predictor.get_output_handle(self._predictor.get_output_names()[0])

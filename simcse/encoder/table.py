@@ -111,6 +111,7 @@ class TableEngine:
             self._pad = tables["pad"].item()
             self._normalizes = tables["normalizes"].item()
         self._weights = np.empty((0, 0), "float32")
+        self.bytes_needed = 4 * len(self._tokens) * self.max_positions  # of `_weights`, which grows with the texts
 
     def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
         """Return L2-normalized embeddings, float32 [batch, embedding_size].

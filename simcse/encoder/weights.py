@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from simcse.console import InputError, as_input_error, some, some_characters
 from simcse.files import file_digest, read_json, write_json
+from simcse.machine import BATCH_TOKENS
 
 import numpy as np
 
@@ -176,6 +177,25 @@ def read_record(folder: str, required: Sequence[str] = ()) -> dict:
             if name not in record:
                 raise InputError(f"{path}: {name} is missing; the file is damaged, or another program's")
     return record
+
+
+def graph_record(model: Any) -> dict[str, int]:
+    """Return what an exported folder has to record of its graph."""
+    config = model.ptm.config
+    return {"embedding_size": model.embedding_size, "max_positions": model.max_positions,
+            "hidden_size": config.hidden_size, "vocab_size": config.vocab_size}
+
+
+def layer_bytes(record: dict, weights_path: str) -> int:
+    """Return the bytes of a graph's weights without its table of tokens, which no kernel copies."""
+    table = 4 * record.get("vocab_size", 0) * record.get("hidden_size", 0)
+    return max(0, os.path.getsize(weights_path) - table)
+
+
+def activation_bytes(record: dict) -> int:
+    """Return about the bytes of a batch's activations on a CPU, those of a layer."""
+    vectors_of_token = 20  # queries, keys and values, two of the feed-forward layer's size, sums
+    return 4 * vectors_of_token * record.get("hidden_size", 0) * BATCH_TOKENS["cpu"]
 
 
 def write_record(folder: str, record: dict, tokenizer: Any) -> None:

@@ -74,6 +74,7 @@ class MilvusIndex:
     build_settings = (HNSW_M,)
     search_settings = (HNSW_EF,)
     max_k = 16384  # a limit of Milvus
+    bytes_needed = 0  # the server has the vectors
 
     def __init__(self, uri: str, collection: str) -> None:
         self.missing_rows: list[np.ndarray] = []

@@ -189,10 +189,12 @@ class Index(Protocol):
         manifest: what it is made of.
         missing_rows: the rows that this rank has to encode and add, in pieces, int64 [rows]. In a new folder index the
             first row of each vector; in a collection those whose keys it lacks.
+        bytes_needed: the memory that its vectors take in this process.
         max_k: the most rows that `search` gives; None: no limit.
     """
 
     manifest: Manifest
+    bytes_needed: int
     missing_rows: list[Any]
     max_k: int | None
 

@@ -69,7 +69,7 @@ class ShardedIndex:
                 self.missing_rows.append(first_rows)
                 capacity_of[shard] = capacity_of.get(shard, 0) + len(first_rows)
         settings = {**manifest.build_settings, **self.search_settings}
-        self._check_memory(capacity_of.values(), settings)
+        self.bytes_needed = self._count_bytes(capacity_of.values(), settings)
         self._shards: dict[int, _Shard] = {}
         for shard, capacity in capacity_of.items():
             self._shards[shard] = _Shard(self._engine(manifest.dimension, capacity, dict(settings)))
@@ -77,8 +77,12 @@ class ShardedIndex:
         # go to different shards, so that with at most as many pieces as shards none gets two at a time.
         self._most_adding = min(self._threads + 1, len(self._shards))
 
-    def _check_memory(self, capacities: Collection[int], settings: dict[str, Any]) -> None:
-        """Raise InputError if shards of so many vectors, those of this process, need more memory than is free."""
+    def _count_bytes(self, capacities: Collection[int], settings: dict[str, Any]) -> int:
+        """Return the bytes that shards of so many vectors, those of this process, need.
+
+        Raises:
+            InputError: it is more memory than is free.
+        """
         dimension = self.manifest.dimension
         needed = sum(self._engine.bytes_needed(dimension, capacity, settings) for capacity in capacities)
         free = available_memory()
@@ -86,6 +90,7 @@ class ShardedIndex:
             raise InputError(f"the index of {sum(capacities):,} vectors of {dimension} needs {needed / 1e9:.1f} GB of "
                              f"memory, and {free / 1e9:.1f} are free: use several processes or machines, or "
                              "--ann_engine milvus")
+        return needed
 
     # ---------------------------------------------------------------------------------------- vectors of the shards
     def _shard_of(self, vectors: Any) -> Any:
