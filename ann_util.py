@@ -190,12 +190,12 @@ def build_index(corpus: Corpus, encoder: "Encoder", manifest: Manifest, *, threa
     previous = PreviousIndex.open(previous_path) if previous_path else None
     if previous is not None:
         report_changes(documents, previous.document_keys, previous.where)
-    vector_map = find_vector_map(documents, encoder, previous)
+    vector_map = map_rows_to_vectors(documents, encoder, previous)
     engine = LOCAL_ENGINES[manifest.ann_engine]
     manifest.build_settings = engine.complete_settings(manifest.build_settings, vector_map.vector_count)
     index = ShardedIndex(manifest, threads, vector_map)
     reused = None if previous is None else previous.read_vectors(vector_map, index.missing_rows)
-    add_missing(index, documents, encoder, reused, warn=False)  # `find_vector_map` has warned
+    add_missing(index, documents, encoder, reused, warn=False)  # `map_rows_to_vectors` has warned
     if engine.approximate:
         vectors = encoder.encode(halves_of(documents), warn=False)
         manifest.ann_recall = index.measure(vectors, MEASURED_K, "halves of documents")
@@ -225,8 +225,8 @@ def with_sizes(manifest: Manifest, documents: Documents, encoder: "Encoder") -> 
                                documents=len(documents), rows=documents.row_count)
 
 
-def find_vector_map(documents: Documents, encoder: "Encoder", previous: PreviousIndex | None = None) -> VectorMap:
-    """Return which rows the encoder cannot tell apart; warn of what it does not read.
+def map_rows_to_vectors(documents: Documents, encoder: "Encoder", previous: PreviousIndex | None = None) -> VectorMap:
+    """Tokenize the rows, warn of what is cut or unknown, and map rows with the same tokens to one vector.
 
     All ranks call it together; each tokenizes a share.
 
@@ -245,7 +245,7 @@ def find_vector_map(documents: Documents, encoder: "Encoder", previous: Previous
         known_keys = previous.vector_keys(documents.row_keys())
         is_new = known_keys == NOT_FOUND
         new_rows = np.flatnonzero(is_new)
-        if not RANK:  # further down the keys of all ranks are added up
+        if not RANK:
             keys[~is_new] = known_keys[~is_new]
     warnings = TextWarnings(encoder.max_seq_length)
     with progress("tokenizing", len(new_rows), "texts") as advance:
@@ -256,7 +256,7 @@ def find_vector_map(documents: Documents, encoder: "Encoder", previous: Previous
                 warnings.add(inputs, rows)
                 keys[rows] = inputs.keys()
             advance(len(rows))
-    keys = sum(gather_arrays(keys))
+    keys = sum(gather_arrays(keys))  # one rank has the key of a row, the others 0
     if documents.passages is not None:
         keys[new_rows] = documents.passages.keys_in_context(new_rows, keys[new_rows])
     warnings = warnings.gather()
@@ -278,8 +278,8 @@ def add_missing(index: Index, documents: Documents, encoder: "Encoder",
         index: lacks some rows.
         documents: have their texts.
         encoder: turns them into vectors.
-        reused: for each piece of the missing rows the vectors that are not encoded again; None: encode all rows, and
-            log the rate.
+        reused: vectors of a previous index, for each piece of the missing rows; None: encode all rows, and log the
+            rate.
         warn: warn of texts that the encoder reads only in part, or nothing of.
     """
     from simcse.encoder.encoder import TextWarnings, places_of
@@ -287,7 +287,7 @@ def add_missing(index: Index, documents: Documents, encoder: "Encoder",
     pieces = list(index.missing_rows)
     if pieces:
         announce_memory(index.bytes_needed + encoder.bytes_needed(sum(map(len, pieces))))
-    # With several ranks they are counted here, so that rank 0 reports them for all.
+    # On several ranks warnings are counted, and rank 0 reports those of all; one rank reports its own while it encodes.
     warnings = TextWarnings(encoder.max_seq_length) if warn and RANKS > 1 else None
     warn_here = warn and warnings is None
     if reused is None:

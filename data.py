@@ -95,36 +95,36 @@ class DuplicateKeys(NamedTuple):
 
     Attributes:
         query, title: int64 [texts].
-        negative: int64 [texts]; None: the batch has no hard negatives.
+        hard_negative: int64 [texts]; None: the batch has no hard negatives.
     """
 
     query: np.ndarray
     title: np.ndarray
-    negative: np.ndarray | None = None
+    hard_negative: np.ndarray | None = None
 
     def map(self, function: Callable[[Any], Any]) -> "DuplicateKeys":
         """Return the keys with `function` applied to each side that there is."""
-        negative = None if self.negative is None else function(self.negative)
-        return DuplicateKeys(query=function(self.query), title=function(self.title), negative=negative)
+        hard_negative = None if self.hard_negative is None else function(self.hard_negative)
+        return DuplicateKeys(query=function(self.query), title=function(self.title), hard_negative=hard_negative)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The texts of one step. Row i of `title` is the positive of query i, row i of `negative` its hard negative.
+    """The texts of one step. Row i of `title` is the positive of query i, row i of `hard_negative` its hard negative.
 
     `gradients.backward` takes it from here, through the network to the loss and back.
 
     Attributes:
         query: in SimCSE the texts.
         title: in SimCSE the same texts, which dropout or cropping makes a second view of.
-        negative: None: no hard negatives.
-        duplicate_keys: None: the same text twice in the batch is its own negative.
+        hard_negative: None: no hard negatives.
+        duplicate_keys: None: duplicates in the batch are kept as negatives.
         rows: numbers of the texts' rows in the training file.
     """
 
     query: Inputs
     title: Inputs
-    negative: Inputs | None = None
+    hard_negative: Inputs | None = None
     duplicate_keys: DuplicateKeys | None = None
     rows: Sequence[int] = ()
 
@@ -139,9 +139,9 @@ class Batch:
         chunks = []
         for start in range(0, self.size, size):
             end = start + size
-            negative = None if self.negative is None else self.negative.part(start, end)
+            hard_negative = None if self.hard_negative is None else self.hard_negative.part(start, end)
             chunks.append(Batch(query=self.query.part(start, end), title=self.title.part(start, end),
-                                negative=negative, rows=self.rows[start:end]))
+                                hard_negative=hard_negative, rows=self.rows[start:end]))
         return chunks
 
 
@@ -151,7 +151,7 @@ def crop(ids: Ids, rate: float, random: np.random.Generator, max_seq_length: int
 
     Args:
         ids: the text's token ids, with [CLS] and [SEP].
-        rate: the fraction of the tokens that the view lacks at most.
+        rate: the largest fraction of the tokens to drop.
         random: draws length and start of the run.
         max_seq_length: tokens of the view at most, with [CLS] and [SEP]; the run is cut.
     """
@@ -184,10 +184,10 @@ def make_batch(texts: Sequence[Any], tokenizer: Any, args: argparse.Namespace, r
     duplicate_keys = None
     if not args.keep_duplicate_negatives:
         duplicate_keys = DuplicateKeys(query=hash_token_ids(query_ids), title=hash_token_ids(title_ids),
-                                       negative=None if negative_ids is None else hash_token_ids(negative_ids))
+                                       hard_negative=None if negative_ids is None else hash_token_ids(negative_ids))
     pad_id = tokenizer.pad_token_id
     return Batch(query=Inputs.of(query_ids, pad_id), title=Inputs.of(title_ids, pad_id),
-                 negative=None if negative_ids is None else Inputs.of(negative_ids, pad_id),
+                 hard_negative=None if negative_ids is None else Inputs.of(negative_ids, pad_id),
                  duplicate_keys=duplicate_keys, rows=rows)
 
 

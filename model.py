@@ -182,8 +182,8 @@ class SimCSE(nn.Layer):
     def _encode(self, sides: Sequence[Inputs], with_pooler: bool = True) -> list[paddle.Tensor]:
         """Return the embeddings of each side, float32 [texts, embedding_size].
 
-        Texts of like length are encoded together, whichever side they are of, which takes less padding. The host finds
-        out which these are: tensors on a GPU are read back.
+        All sides are encoded together in groups of like length, which takes less padding, and then put back in order.
+        Lengths are counted on the host, so inputs on a GPU are copied back.
         """
         pad_id = self.ptm.config.pad_token_id
         texts = join_sides(sides, pad_id)
@@ -212,8 +212,8 @@ class SimCSE(nn.Layer):
     def forward(self, batch: Batch) -> Embeddings:
         """Return the embeddings of a batch, which `loss` computes the training loss from."""
         sides = [batch.query, batch.title]
-        if batch.negative is not None:
-            sides.append(batch.negative)
+        if batch.hard_negative is not None:
+            sides.append(batch.hard_negative)
         return Embeddings.of_sides(self._encode(sides))
 
     def loss(self, embeddings: Embeddings, duplicate_keys: DuplicateKeys | None = None) -> BatchLoss:
@@ -228,8 +228,8 @@ class SimCSE(nn.Layer):
             embeddings = embeddings.map(gather_rows)
             if duplicate_keys is not None:
                 duplicate_keys = duplicate_keys.map(gather_rows)
-        value = contrastive_loss(embeddings.query, embeddings.title, self.loss_settings, negative=embeddings.negative,
-                                 duplicate_keys=duplicate_keys)
+        value = contrastive_loss(embeddings.query, embeddings.title, self.loss_settings,
+                                 hard_negative=embeddings.hard_negative, duplicate_keys=duplicate_keys)
         return BatchLoss(value, embeddings.map(paddle.Tensor.detach), duplicate_keys)
 
 
@@ -254,7 +254,7 @@ def count_tokens(input_ids: np.ndarray, pad_id: int) -> np.ndarray:
 
 
 def group_by_length(lengths: np.ndarray, cost: float) -> list[np.ndarray]:
-    """Return the rows of texts in groups of like length, shortest first, such that all groups together cost least.
+    """Return the rows of texts in groups of like length, shortest first, such that padding and passes cost least.
 
     Args:
         lengths: tokens of each text, int64 [texts].
@@ -292,7 +292,7 @@ def group_by_length(lengths: np.ndarray, cost: float) -> list[np.ndarray]:
 
 # ------------------------------------------------------------------------------------------------------------- the loss
 def duplicate_mask(keys: DuplicateKeys) -> paddle.Tensor:
-    """Return which candidates are no negatives of a query: its own text or title again, or a title of the same query.
+    """Return which candidates must not count as negatives: copies of the query or its title, titles of equal queries.
 
     Args:
         keys: int64 tensors [queries].
@@ -304,14 +304,14 @@ def duplicate_mask(keys: DuplicateKeys) -> paddle.Tensor:
     query = keys.query.unsqueeze(1)
     title = keys.title.unsqueeze(1)
     same_titles = (keys.title == query) | (keys.title == title) | (keys.query == query)
-    if keys.negative is None:
+    if keys.hard_negative is None:
         return same_titles
-    same_negatives = (keys.negative == query) | (keys.negative == title)
+    same_negatives = (keys.hard_negative == query) | (keys.hard_negative == title)
     return paddle.concat([same_titles, same_negatives], axis=1)
 
 
 def contrastive_loss(query: paddle.Tensor, title: paddle.Tensor, settings: LossSettings, *,
-                     negative: paddle.Tensor | None = None,
+                     hard_negative: paddle.Tensor | None = None,
                      duplicate_keys: DuplicateKeys | None = None) -> paddle.Tensor:
     """Return the in-batch contrastive loss of SimCSE (Gao et al. 2021, eq. 1), a scalar, with a margin that is taken
     off the positives' cosine:
@@ -324,14 +324,14 @@ def contrastive_loss(query: paddle.Tensor, title: paddle.Tensor, settings: LossS
         query: L2-normalized embeddings, float32 [batch, dim].
         title: the same; row i is the positive of query i, the other rows are its negatives.
         settings: margin and scale.
-        negative: hard negatives, which are negatives of all queries, float32 [rows, dim].
-        duplicate_keys: int64 tensors; equal texts are then not each other's negatives; None: they are.
+        hard_negative: hard negatives, which are negatives of all queries, float32 [rows, dim].
+        duplicate_keys: int64 tensors, by which duplicates are masked out; None: they are kept as negatives.
     """
     batch = query.shape[0]
     cosines = paddle.matmul(query, title, transpose_y=True)
     logits = settings.scale * (cosines - settings.margin * paddle.eye(batch, dtype=cosines.dtype))
-    if negative is not None:
-        negative_logits = settings.scale * paddle.matmul(query, negative, transpose_y=True)
+    if hard_negative is not None:
+        negative_logits = settings.scale * paddle.matmul(query, hard_negative, transpose_y=True)
         logits = paddle.concat([logits, negative_logits], axis=1)
     if duplicate_keys is not None:
         positive = paddle.eye(batch, logits.shape[1], dtype=logits.dtype)

@@ -145,7 +145,7 @@ def engines_with(setting: Setting) -> list[str]:
     return [name for name, engine in ENGINES.items() if setting in (*engine.build_settings, *engine.search_settings)]
 
 
-def given_settings(args: argparse.Namespace, settings: Iterable[Setting]) -> dict[str, Any]:
+def setting_values(args: argparse.Namespace, settings: Iterable[Setting]) -> dict[str, Any]:
     """Return those of some settings that the command line has, by name."""
     return {setting.name: getattr(args, setting.name) for setting in settings
             if getattr(args, setting.name) is not None}
@@ -174,7 +174,7 @@ def query_sources(args: argparse.Namespace) -> list[str]:
     return [flag for flag in ("--similar_text_pair", "--query_file", "--query") if getattr(args, flag[2:])]
 
 
-def given_engine_settings(args: argparse.Namespace) -> list[Setting]:
+def settings_on_command_line(args: argparse.Namespace) -> list[Setting]:
     """Return the settings of engines that the command line has."""
     return [setting for setting in engine_settings() if getattr(args, setting.name) is not None]
 
@@ -189,14 +189,14 @@ def engine_in_use(args: argparse.Namespace) -> str:
     engine = args.ann_engine or kept_engine(args)
     if engine:
         return engine
-    given = given_engine_settings(args)
+    given = settings_on_command_line(args)
     return engines_with(given[0])[0] if given else DEFAULT_ENGINE
 
 
 def check_engine_settings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse settings that the engine in use does not have."""
     engine = engine_in_use(args)
-    for setting in given_engine_settings(args):
+    for setting in settings_on_command_line(args):
         if engine in engines_with(setting):
             continue
         message = f"--{setting.name} needs --ann_engine {' or '.join(engines_with(setting))}"
@@ -210,7 +210,7 @@ def set_engine_defaults(args: argparse.Namespace) -> None:
 
     Otherwise --ann_engine stays None: a kept index has any engine, and a new one DEFAULT_ENGINE.
     """
-    if given_engine_settings(args):
+    if settings_on_command_line(args):
         args.ann_engine = engine_in_use(args)
     if args.ann_engine == "milvus":
         args.milvus_uri = args.milvus_uri or MILVUS_URI
@@ -225,7 +225,7 @@ def check_milvus(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         return
     if args.index_path or args.index_shards:
         parser.error("--index_path and --index_shards are not for --ann_engine milvus")
-    if given_engine_settings(args) and not args.milvus_uri.startswith("http"):
+    if settings_on_command_line(args) and not args.milvus_uri.startswith("http"):
         parser.error("--hnsw_m and --hnsw_ef are not for Milvus Lite, which searches exactly")
     if args.hybrid_bm25 and not args.corpus_file:
         parser.error("--hybrid_bm25 with --ann_engine milvus needs --corpus_file")
@@ -332,12 +332,12 @@ def open_or_build_index(args: argparse.Namespace, corpus: textfile.Corpus | None
         return ann_util.build_index(corpus, encoder, manifest, threads=args.cpu_threads)
     with lock_unless_current(args.index_path, wanted):
         wait_for_ranks()  # for rank 0, which may have waited for another process to build the index
-        return open_or_keep_index(args, wanted, corpus, encoder)
+        return open_or_rebuild_index(args, wanted, corpus, encoder)
 
 
-def open_or_keep_index(args: argparse.Namespace, wanted: Manifest, corpus: textfile.Corpus | None,
+def open_or_rebuild_index(args: argparse.Namespace, wanted: Manifest, corpus: textfile.Corpus | None,
                        encoder: "Encoder") -> tuple[Index, DocumentStore]:
-    """Open the index in --index_path; if there is none, or one of another state of the corpus, build it and keep it."""
+    """Open the index in --index_path; build it and keep it if there is none, or one of another state of the corpus."""
     path = args.index_path
     previous = ann_util.read_manifest(path, wanted) if os.path.exists(path) else None
     if previous is not None and previous.has_corpus_of(wanted):
@@ -352,7 +352,7 @@ def open_or_keep_index(args: argparse.Namespace, wanted: Manifest, corpus: textf
 
 
 def lock_unless_current(path: str, wanted: Manifest) -> contextlib.AbstractContextManager:
-    """Return what keeps other processes from building the index in a folder while rank 0 does."""
+    """Return a context manager that locks the folder while rank 0 builds, and does nothing if the index is current."""
     if RANK:
         return contextlib.nullcontext()
     previous = ann_util.read_manifest(path, wanted) if os.path.exists(path) else None
@@ -370,8 +370,8 @@ def wanted_manifest(args: argparse.Namespace, corpus: textfile.Corpus | None, en
         passages=True if args.passages else None,
         ann_engine=args.ann_engine,
         index_shards=args.index_shards,
-        build_settings=given_settings(args, engine.build_settings),
-        search_settings=given_settings(args, engine.search_settings))
+        build_settings=setting_values(args, engine.build_settings),
+        search_settings=setting_values(args, engine.search_settings))
     is_kept = args.index_path or args.ann_engine == "milvus"
     if is_kept:
         wanted.model = model_digest(args.params_path, args.model_name_or_path)
@@ -587,7 +587,7 @@ def announce(args: argparse.Namespace, corpus: textfile.Corpus | None, queries: 
 
 def texts_to_encode(args: argparse.Namespace, corpus: textfile.Corpus | None,
                     queries: Sequence[Query]) -> "list[TextSource]":
-    """Return the files that are going to be encoded, as far as they are known; --query comes to a checked corpus."""
+    """Return the files on which int8 is compared with fp32; --query is left out, as few texts say little."""
     from simcse.encoder.int8_check import TextSource
 
     sources = []

@@ -74,9 +74,11 @@ def parse_args() -> argparse.Namespace:
         help="crop up to this fraction of the tokens from each view of a text (0: no cropping)")
     add("--cross_device_negatives", action="store_true",
         help="take negatives from the batches of all ranks, not only from the rank's own")
-    add("--keep_duplicate_negatives", action="store_true", help="the same text twice in a batch is its own negative, "
-        "as in the original implementation; without it, such pairs are left out of the loss")
-    add("--chunk_size", type=flags.positive_int, help="encode a batch in chunks of so many texts and each chunk twice "
+    add("--keep_duplicate_negatives", action="store_true",
+        help="keep duplicates in a batch as negatives of each other, as in the original implementation; without it, "
+        "such pairs are left out of the loss")
+    add("--chunk_size", type=flags.positive_int,
+        help="encode a batch in chunks of so many queries, with their titles and hard negatives, and each chunk twice "
         "(GradCache): the same gradients in the memory of one chunk, for batches of thousands (default: all at once)")
     output = parser.add_argument_group("output")
     flags.add_run_arguments(parser.add_argument_group("device"), output)
@@ -244,14 +246,15 @@ def measure_recall(encode: Callable, test_set: Sequence[Sequence[str]]) -> dict[
 def evaluation_tokens(args: argparse.Namespace) -> int:
     """Return the token budget of an evaluation batch on a GPU, padding included.
 
-    It is what a training step's two views take, since their memory is free between steps.
+    It is what two sides of a training step take, since their memory is free between steps.
     """
     texts = min(args.batch_size, args.chunk_size or args.batch_size)
     return max(MIN_EVAL_TOKENS, 2 * texts * args.max_seq_length)
 
 
 def make_encode(args: argparse.Namespace, model: Any, tokenizer: Any, precision: str = "auto") -> Callable:
-    """Return what encodes texts by the weights as they are now. `check_texts_as_encoded` has warned of the texts."""
+    """Return a function that encodes texts with the current weights. `check_texts_as_encoded` has warned of the texts.
+    """
     from simcse.encoder.encoder import Encoder
     from simcse.encoder.engine import make_engine
 
@@ -342,8 +345,8 @@ def run_steps(args: argparse.Namespace, trainer: Any, batches: Iterable[data.Bat
               evaluate_model: Callable[[], dict[str, float]]) -> None:
     """Take all steps that are left: each computes the gradients of a batch, then updates the weights.
 
-    The gradients are those of `gradients.backward`. Checkpoints are saved here: every --save_steps, and after the last
-    step, with which --epochs or a signal ends the run. Two others are decided elsewhere: where the loss is NaN or Inf
+    The gradients are those of `gradients.backward`. Checkpoints are saved here: every --save_steps, and at the end of
+    the run, by --epochs or by a signal. Two others are decided elsewhere: where the loss is NaN or Inf
     `Trainer.update` saves before it raises Diverged, and `train` saves the whitened network beside the last one.
 
     Args:
@@ -378,8 +381,8 @@ def run_steps(args: argparse.Namespace, trainer: Any, batches: Iterable[data.Bat
                 trainer.save()
             if trainer.stop_requested():
                 break
-    trainer.save()  # the last step, whether a signal or --epochs has ended the loop
-    trainer.stop_if_signalled()
+    trainer.save()  # at the end, by --epochs or a signal, or with --epochs 0 untrained; not if it is saved already
+    trainer.finish_signal_handling()
 
 
 def whiten_model(args: argparse.Namespace, model: Any, tokenizer: Any, texts: textfile.TextFile) -> None:

@@ -208,7 +208,7 @@ def run_steps(args: argparse.Namespace, trainer: Any, batches: Iterable[MaskedBa
             if trainer.stop_requested():
                 break
     trainer.save()  # the last step, whether a signal or --epochs has ended the loop
-    trainer.stop_if_signalled()
+    trainer.finish_signal_handling()
 
 
 def main() -> None:

@@ -57,11 +57,11 @@ def test_a_batch_is_the_texts_twice_or_two_views_of_each(tokenizer):
     ids = tokenizer(TEXTS, 32)
     plain = data.make_batch(TEXTS, tokenizer, arguments(), range(5), 0)
     np.testing.assert_array_equal(plain.query.input_ids, plain.title.input_ids)
-    assert token_ids(plain.query) == ids and plain.negative is None and plain.size == 5
+    assert token_ids(plain.query) == ids and plain.hard_negative is None and plain.size == 5
     keys = plain.duplicate_keys
     np.testing.assert_array_equal(keys.query, hash_token_ids(ids))
     np.testing.assert_array_equal(keys.title, keys.query)
-    assert keys.query.shape == (5,) and keys.query[0] == keys.query[4] and keys.negative is None
+    assert keys.query.shape == (5,) and keys.query[0] == keys.query[4] and keys.hard_negative is None
     views = data.make_batch(TEXTS, tokenizer, arguments(crop_rate=0.5), range(5), 0)
     for side in ("query", "title"):
         np.testing.assert_array_equal(getattr(views.duplicate_keys, side), getattr(keys, side))
@@ -90,10 +90,10 @@ def test_pairs_and_triples_are_sides(tokenizer):
     triples = [["甲乙", "甲乙丙", "丁"], ["甲乙", "戊己", "庚"], ["辛", "壬癸", "甲乙丙"]]
     batch = data.make_batch(triples, tokenizer, arguments(), [0, 1, 2], 0)
     expected = [list(tokenizer(side, 32)) for side in zip(*triples)]
-    assert [token_ids(side) for side in (batch.query, batch.title, batch.negative)] == expected
+    assert [token_ids(side) for side in (batch.query, batch.title, batch.hard_negative)] == expected
     keys = batch.duplicate_keys
     assert [len(side) for side in keys] == [3, 3, 3]
-    assert keys.query[0] == keys.query[1] and keys.title[0] == keys.negative[2]
+    assert keys.query[0] == keys.query[1] and keys.title[0] == keys.hard_negative[2]
     keeping = arguments(keep_duplicate_negatives=True)
     assert data.make_batch(triples, tokenizer, keeping, [0], 0).duplicate_keys is None
     chunks = batch.chunks(2)

@@ -23,7 +23,7 @@ def test_hard_negatives_are_more_candidates():
     query, title, negative = vectors(3, 5, 8)
     logits = 20 * (query @ np.concatenate([title, negative]).T - 0.1 * np.eye(5, 10))
     query, title, negative = tensors(query, title, negative)
-    got = m.contrastive_loss(query, title, m.LossSettings(margin=0.1), negative=negative)
+    got = m.contrastive_loss(query, title, m.LossSettings(margin=0.1), hard_negative=negative)
     assert float(got) == pytest.approx(cross_entropy(logits), rel=1e-5)
 
 
@@ -41,7 +41,7 @@ def test_what_says_the_same_is_no_negative():
     candidates = np.concatenate([title, negative])
     logits = np.where(expected & ~np.eye(5, 10, dtype=bool), -np.inf, 20 * query @ candidates.T)
     query, title, negative = tensors(query, title, negative)
-    got = m.contrastive_loss(query, title, m.LossSettings(), negative=negative, duplicate_keys=keys)
+    got = m.contrastive_loss(query, title, m.LossSettings(), hard_negative=negative, duplicate_keys=keys)
     assert float(got) == pytest.approx(cross_entropy(logits), rel=1e-5)
 
 

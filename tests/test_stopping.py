@@ -49,9 +49,9 @@ def test_a_signal_that_comes_while_ranks_ask_each_other_is_kept(monkeypatch):
 
     monkeypatch.setattr(stopping, "RANKS", 2)
     monkeypatch.setattr(stopping, "gather_numbers", gather_numbers)
-    assert stop_signal.signal_to_stop_for(10) == 0
-    assert stop_signal.signal_to_stop_for(15) == 0
-    assert stop_signal.signal_to_stop_for(20) == signal.SIGTERM
+    assert stop_signal.agreed_signal(10) == 0
+    assert stop_signal.agreed_signal(15) == 0
+    assert stop_signal.agreed_signal(20) == signal.SIGTERM
 
 
 def test_after_the_last_step_signals_end_the_process_at_once():
@@ -60,7 +60,7 @@ def test_after_the_last_step_signals_end_the_process_at_once():
     run.stop_signal = stopping.StopSignal()
     run.stop_signal.listen()
     assert not set(usual) & {signal.getsignal(number) for number in stopping.STOP_SIGNALS}
-    run.stop_if_signalled()
+    run.finish_signal_handling()
     assert [signal.getsignal(number) for number in stopping.STOP_SIGNALS] == usual
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
@@ -72,5 +72,5 @@ def test_a_signal_that_comes_during_the_last_save_ends_the_run():
     run.stop_signal = stopping.StopSignal()
     run.stop_signal.number = signal.SIGINT
     with pytest.raises(stopping.Stopped) as stopped:
-        run.stop_if_signalled()
+        run.finish_signal_handling()
     assert stopped.value.signal == signal.SIGINT

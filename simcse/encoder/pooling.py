@@ -60,11 +60,11 @@ class Pooling:
     Attributes:
         pool: maps `EncoderOutputs` to one vector per text, float [batch, hidden].
         help: what it does, for the help of --pooling.
-        all_layers: it reads `EncoderOutputs.layers`, which are not kept otherwise.
+        all_layers: it reads `EncoderOutputs.hidden_states`, which are not kept otherwise.
         first_token_only: it reads no other token of the last layer, so that layer computes no other.
-        uses_pooler: it reads `EncoderOutputs.pooler`; otherwise the encoder's pooler is frozen in training.
+        uses_pooler: it reads `EncoderOutputs.pooler_output`; otherwise the encoder's pooler is frozen in training.
         pool_without_pooler: pools instead of `pool` without --infer_with_fc_pooler; None: `pool` does.
-        removes_layers: the encoder's layers are deleted, so that `tokens` is what would go into the first one.
+        removes_layers: the encoder's layers are deleted; `last_hidden_state` is what would go into the first one.
     """
 
     pool: Callable[[EncoderOutputs], Tensor]

@@ -62,7 +62,9 @@ def prepare_save_dir(save_dir: str, needed: int) -> None:
 
 
 def remove_old(save_dir: str, step: int, keep: int) -> None:
-    """Remove all but the newest checkpoints up to a step, and the state of all but the newest.
+    """Remove old checkpoints, of which the newest `keep` stay, and the training state of all but the newest.
+
+    Checkpoints after `step`, which another run has left, stay as they are.
 
     Args:
         save_dir: folder of the checkpoints.

@@ -15,24 +15,24 @@ class Embeddings(NamedTuple):  # a tuple, since DataParallel looks for the tenso
 
     Attributes:
         query, title: row i of `title` is the positive of query i.
-        negative: row i is the hard negative of query i; None: there are none.
+        hard_negative: row i is the hard negative of query i; None: there are none.
     """
 
     query: paddle.Tensor
     title: paddle.Tensor
-    negative: paddle.Tensor | None = None
+    hard_negative: paddle.Tensor | None = None
 
     @classmethod
     def of_sides(cls, sides: Sequence[paddle.Tensor]) -> "Embeddings":
         """Return the embeddings of two or three sides, in the order of `sides`."""
         if len(sides) == 2:
             return cls(query=sides[0], title=sides[1])
-        return cls(query=sides[0], title=sides[1], negative=sides[2])
+        return cls(query=sides[0], title=sides[1], hard_negative=sides[2])
 
     @property
     def sides(self) -> list[paddle.Tensor]:
         """Queries, titles and, if there are some, negatives."""
-        return [self.query, self.title] if self.negative is None else [self.query, self.title, self.negative]
+        return [self.query, self.title] if self.hard_negative is None else [self.query, self.title, self.hard_negative]
 
     def map(self, function: Callable[[paddle.Tensor], paddle.Tensor]) -> "Embeddings":
         """Return the embeddings with `function` applied to each side."""
@@ -40,13 +40,13 @@ class Embeddings(NamedTuple):  # a tuple, since DataParallel looks for the tenso
 
 
 class BatchLoss(NamedTuple):
-    """The loss of a batch, and what it compares; with cross-device negatives of the batches of all ranks.
+    """The loss of a batch, and what it was computed from; with cross-device negatives the rows of all ranks.
 
     Attributes:
         value: a scalar.
         embeddings: those compared, without gradients.
-        duplicate_keys: a `data.DuplicateKeys` of int64 tensors, of the same rows; None: the same text twice is its
-            own negative.
+        duplicate_keys: a `data.DuplicateKeys` of int64 tensors, of the same rows; None: duplicates are kept as
+            negatives.
     """
 
     value: paddle.Tensor
@@ -60,11 +60,11 @@ def backward(network: nn.Layer, model: Any, batch: Any, scale_loss: Callable[[pa
 
     The forward pass of a batch, along which its gradients flow back:
 
-        SimCSE.forward      encodes the sides: `Embeddings` of query, title and negative
-        SimCSE.loss         with cross-device negatives joins the rows of all ranks (`ranks.gather_rows`). Those of
-                            other ranks arrive detached: every rank computes the whole loss, so that the gradients of
-                            its own rows are complete (`_rank_factor`)
-        contrastive_loss    makes them logits: a row for each query, a column for each title, then for each negative
+        SimCSE.forward      encodes the sides: `Embeddings` of query, title and hard negative
+        SimCSE.loss         with cross-device negatives gathers the rows of all ranks (`ranks.gather_rows`), other
+                            ranks' detached; every rank then computes the same loss (`_rank_factor`)
+        contrastive_loss    makes them logits: a row for each query, a column for each title, then one for each hard
+                            negative
 
     A hard negative gets gradients from its column in every query's row, except the rows where it is masked as a
     duplicate of that query or its title. With chunks the pass is the same, in two parts; see `_backward_by_chunks`.
@@ -73,7 +73,7 @@ def backward(network: nn.Layer, model: Any, batch: Any, scale_loss: Callable[[pa
         network: `model`, or the DataParallel that holds it.
         model: a `SimCSE`.
         batch: a `data.Batch`.
-        scale_loss: scales the loss before its gradients are taken.
+        scale_loss: is applied before the backward pass; see `Trainer.scale_loss`.
         chunk_size: encode so many queries at a time, in the memory of one chunk; None: all at once.
     """
     if chunk_size is None or batch.size <= chunk_size:
@@ -86,8 +86,8 @@ def backward(network: nn.Layer, model: Any, batch: Any, scale_loss: Callable[[pa
 def _rank_factor(model: Any) -> int:
     """Return RANKS with cross-device negatives, otherwise 1.
 
-    With them every rank computes the same loss, but only its own rows carry gradients, which have to be added up.
-    The factor undoes the mean that DataParallel takes.
+    With them the gradient of the common loss is the sum over the ranks, each of which backpropagates through its own
+    rows only. DataParallel takes the mean instead, which this factor undoes.
     """
     return RANKS if model.loss_settings.cross_device_negatives else 1
 

@@ -48,7 +48,7 @@ class TrainingLog:
             step: its number, from 1.
             loss: a scalar; on a GPU it is waited for.
             learning_rate: of the step.
-            batch_loss: what a contrastive loss compares; None: the loss is another.
+            batch_loss: what a contrastive loss compares; None: the loss has no pairs.
         """
         if self.writer is None:
             return
@@ -128,10 +128,10 @@ class TrainingLog:
         self.writer.close()
 
 
-def alignment(positives: np.ndarray) -> float:
-    """Return how far apart positives are, by their cosines, 0 at best: E |f(x) - f(x+)|^2 (Wang and Isola 2020,
+def alignment(positive_cosines: np.ndarray) -> float:
+    """Return how far apart positives are, 0 at best: E |f(x) - f(x+)|^2 (Wang and Isola 2020,
     arXiv:2005.10242, eq. 2)."""
-    return float(np.mean(2 - 2 * positives))
+    return float(np.mean(2 - 2 * positive_cosines))
 
 
 def uniformity(cosines: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""Masked language modelling, which scripts/pretrain.py trains encoders by: the network and its loss."""
+"""Masked language modelling, for scripts/pretrain.py: the network and its loss."""
 
 from typing import Any
 

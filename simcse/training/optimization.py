@@ -1,4 +1,4 @@
-"""Change the weights by their gradients: AdamW, its learning rate schedule, and the loss scaling of fp16."""
+"""Apply gradients: AdamW, its learning rate schedule, and the loss scaling of fp16."""
 
 import argparse
 import contextlib
@@ -36,7 +36,7 @@ class Optimization:
         self.learning_rate = self.optimizer.get_lr()
 
     def step(self) -> None:
-        """Change the weights by their gradients, clear the gradients, and advance the learning rate schedule."""
+        """Apply the gradients, clear them, and advance the learning rate schedule."""
         self.learning_rate = self.optimizer.get_lr()
         take_step(self.optimizer, self.scaler)
         self.schedule.step()
@@ -63,7 +63,7 @@ def make_optimizer(args: argparse.Namespace, model: nn.Layer, schedule: Any) -> 
 
 
 def take_step(optimizer: paddle.optimizer.Optimizer, scaler: paddle.amp.GradScaler) -> None:
-    """Change the weights by the gradients of a scaled loss.
+    """Apply the gradients of a scaled loss.
 
     Where gradients are beyond the range of fp16, the weights stay as they are, and the loss scale is lowered.
     """

@@ -14,8 +14,8 @@ from simcse.training.optimization import Optimization, restore_scaler, scaler_re
 import paddle
 from paddle import nn
 
-# Settings that checkpoints of earlier versions may record and that their script does not have any more, with the value
-# that made them do nothing. mlm_probability was once a flag of train.py; now it is one of pretrain.py alone.
+# Flags that were removed since, with the value at which they had no effect; a run with another one cannot be resumed.
+# mlm_probability was once a flag of train.py; now it is one of pretrain.py alone.
 REMOVED_FLAGS = {"objective": "contrastive", "mlm_probability": None, "dup_rate": 0.0, "matryoshka_dims": None,
                  "distill_from": None, "distill_weight": None, "gradient_accumulation_steps": 1,
                  "gradient_cache": False, "use_recompute": False}

@@ -55,10 +55,10 @@ class StopSignal:
             signal.signal(next_number, signal.SIG_DFL)  # which ends the process
         log_from_handler(f"{signal.Signals(number).name}: saving after this step; once more stops without saving")
 
-    def signal_to_stop_for(self, step: int) -> int:
-        """Return the number of the signal to stop for after a step, 0: go on; all ranks call it after every step.
+    def agreed_signal(self, step: int) -> int:
+        """Return the signal on which all ranks stop after a step, 0: none; all ranks call it after every step.
 
-        Ranks have to stop after the same step, so they ask each other, every AGREE_STEPS steps.
+        They stop after the same step, so they ask each other, every AGREE_STEPS steps.
         """
         if RANKS > 1 and step % AGREE_STEPS:
             return 0

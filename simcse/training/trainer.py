@@ -85,6 +85,12 @@ class Trainer:
         step: steps that are done.
         total_steps: steps of the run.
         last_saved_step: the step of the newest checkpoint in --save_dir; None: there is none.
+        checked_step: the last one whose loss was checked.
+        finite_step: the last one after which all weights were found to be finite, so that a step that is both evaluated
+            and saved is checked once; None: there is none.
+        optimization: optimizer, schedule and loss scaler.
+        settings: what a resumed run has to have in common with this one.
+        stop_signal: notes SIGINT and SIGTERM.
         log: writes the log of the run.
     """
 
@@ -113,9 +119,7 @@ class Trainer:
         self.last_saved_step: int | None = None
         if args.resume:
             self._resume(args.resume)
-        self.checked_step = self.step  # the last one whose loss was checked
-        # The last step after which all weights were found to be finite: a step that is both evaluated and saved is
-        # checked once.
+        self.checked_step = self.step
         self.finite_step: int | None = None
         self.stop_signal = StopSignal()
         self.stop_signal.listen()
@@ -143,17 +147,17 @@ class Trainer:
         paddle.seed(((self.args.seed + RANK) * 1_000_003 + self.step) % 2**31)
 
     def scale_loss(self, loss: paddle.Tensor) -> paddle.Tensor:
-        """Return the loss that gradients are taken of: in fp16 it is scaled, else it is as it was."""
+        """Return the loss scaled for fp16; in other precisions as it is."""
         return self.optimization.scaler.scale(loss)
 
     def update(self, loss: paddle.Tensor, batch: Any, check_loss: bool) -> None:
-        """Change the weights by the gradients of a batch's loss.
+        """Apply the gradients of a batch, after a check of its loss.
 
         Args:
             loss: a scalar.
             batch: has the `rows` of its texts, for the error message.
-            check_loss: check the loss in any case. On a CPU it is checked in every step; on a GPU or on several
-                ranks, where a check has to wait for it, else every CHECK_STEPS steps and in the last one.
+            check_loss: check the loss in this step. One process on a CPU checks it in every step. On a GPU or on
+                several ranks, where a check waits for it, others are checked every CHECK_STEPS steps, and the last.
 
         Raises:
             Diverged: the loss is not finite on some rank. The weights are left as they were, and have been saved, if
@@ -230,12 +234,12 @@ class Trainer:
 
     def stop_requested(self) -> bool:
         """Return whether a signal asks to stop after this step; all ranks call it, and get the same answer."""
-        return self.stop_signal.signal_to_stop_for(self.step) > 0
+        return self.stop_signal.agreed_signal(self.step) > 0
 
-    def stop_if_signalled(self) -> None:
-        """End the run if a signal has come; from now on, with the last checkpoint saved, signals end it at once.
+    def finish_signal_handling(self) -> None:
+        """Raise Stopped if a signal has come to any rank; otherwise let signals end the process at once from now on.
 
-        All ranks call it together.
+        All ranks call it together, when the last checkpoint is saved.
 
         Raises:
             Stopped: a signal has come.
