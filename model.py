@@ -46,7 +46,7 @@ from simcse.files import new_folder
 from simcse.flags import DEFAULT_MODEL, ENCODE_LENGTH, checkpoint_file
 from simcse.machine import BATCH_TOKENS, RANK, RANKS
 from simcse.ranks import gather_rows
-from simcse.text.textfile import TextFile
+from simcse.text.textfile import Corpus
 from simcse.text.tokens import make_batches
 from simcse.text.wordpiece import load_tokenizer
 from simcse.training.gradients import BatchLoss, Embeddings
@@ -623,7 +623,7 @@ def _make_int8(params_path: str, options: EncoderOptions, sources: Sequence[Text
     source = f"--params_path {params_path}"
     model, tokenizer, record = load_model(params_path, options.model_name_or_path, options.output_emb_size)
     if options.calibration_file:
-        texts = TextFile(options.calibration_file, "--calibration_file")
+        texts = Corpus(options.calibration_file, "--calibration_file")
         sources = [TextSource(options.calibration_file, texts), *sources]
     calibration = choose_calibration(sources[0] if sources else TextSource("", ()), params_path)
     record["calibration"] = calibration.as_record()

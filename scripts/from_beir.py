@@ -17,7 +17,6 @@ A run of white space in a text becomes a blank. What is left out is counted on s
 """
 
 import argparse
-import contextlib
 import json
 import os
 import sys
@@ -109,10 +108,13 @@ def parse_object(line: str, place: str) -> tuple[str, str]:
     """Return the id and the text of a JSON object, the text with its title before it."""
     try:
         content = json.loads(line)
+        if not isinstance(content["_id"], (str, int)):
+            raise TypeError
         id = str(content["_id"])
         words = f"{content.get('title') or ''} {content['text'] or ''}".split()
+        " ".join([id, *words]).encode()  # a half of a surrogate pair is a ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f'{place}: expected a JSON object with "_id" and "text"') from None
+        raise InputError(f'{place}: expected a JSON object with "_id" and "text", of valid Unicode') from None
     if len(id.split()) != 1:
         raise InputError(f"{place}: the id {id!r} is empty, or has white space")
     return id, " ".join(words)
@@ -127,6 +129,11 @@ def read_split(path: str) -> list[Judgement]:
     return judgements
 
 
+def is_known(judgement: Judgement, queries: dict[str, str], documents: dict[str, str]) -> bool:
+    """Return whether a judgement is of a query and a document that exist."""
+    return judgement.query_id in queries and judgement.document_id in documents
+
+
 def select_known(judgements: Sequence[Judgement], queries: dict[str, str], documents: dict[str, str],
                  path: str) -> list[Judgement]:
     """Return the judgements of queries and documents that exist; `path` is their file, for the error message.
@@ -134,8 +141,7 @@ def select_known(judgements: Sequence[Judgement], queries: dict[str, str], docum
     Raises:
         InputError: none of them has a grade above 0.
     """
-    known = [judgement for judgement in judgements
-             if judgement.query_id in queries and judgement.document_id in documents]
+    known = [judgement for judgement in judgements if is_known(judgement, queries, documents)]
     if not any(judgement.grade > 0 for judgement in known):
         raise InputError(f"{path}: judges no document that exists to be relevant")
     return known
@@ -184,9 +190,14 @@ def write_training_pairs(args: argparse.Namespace, queries: dict[str, str], docu
     path = qrels_path(args, "train")
     if args.split == "train" or not os.path.isfile(path):
         return
-    with contextlib.suppress(InputError):  # training pairs are optional
-        judgements = select_known(read_split(path), queries, documents, path)
-        pairs = [(queries[query], documents[document]) for query, document, grade in judgements if grade > 0]
+    judgements = read_split(path)
+    known = [judgement for judgement in judgements if is_known(judgement, queries, documents)]
+    pairs = [(queries[query], documents[document]) for query, document, grade in known if grade > 0]
+    unknown = len(judgements) - len(known)
+    if unknown:
+        console.warn(f"{path}: {console.part(unknown, len(judgements), 'judgement', 'are')} of queries or documents "
+                     "that do not exist; left out of train.csv")
+    if pairs:
         write_rows(args, "train.csv", pairs, "pair", " of query and text of a relevant document, of train")
 
 

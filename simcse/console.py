@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from simcse.machine import RANK, RANKS
-from simcse.signals import INTERRUPTED, die_of_signals, exit_on_sigterm
+from simcse.signals import INTERRUPTED, exit_on_sigterm, restore_default_handlers
 
 PROGRAM = os.path.basename(sys.argv[0])  # the script that runs
 HOW_TO_INSTALL = f"is not installed for {sys.executable}; pip install -r requirements.txt, or . .venv/bin/activate"
@@ -333,30 +333,53 @@ def run(main: Callable[[], None]) -> None:
     except SystemExit as end:
         code = end.code or 0
     except BrokenPipeError:  # the reader of stdout (head, less) has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_stdout()
         code = BROKEN_PIPE
     except InputError as error:
         _print_error(str(error))
         code = USAGE_ERROR
     except (OSError, MemoryError, RuntimeError, SystemError) as error:  # paddle raises the last three
-        message = describe_machine_error(error)
-        if message is None and not isinstance(error, OSError):
-            raise  # a mistake of the program, which needs its traceback
-        _print_error(message or str(error))
+        _report_machine_error(error)
         code = USAGE_ERROR
     except ModuleNotFoundError as error:
         _print_error(f"{error.name} {HOW_TO_INSTALL}")
         code = USAGE_ERROR
     except KeyboardInterrupt:
+        restore_default_handlers()  # from here on, a second Ctrl-C ends the process
         warn(f"{PROGRAM}: interrupted")
         code = INTERRUPTED
-    die_of_signals()
+    restore_default_handlers()
     if RANKS > 1:
         # With several processes paddle's threads now and then crash while Python shuts down. All is written by now.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _report_machine_error(error: Exception) -> None:
+    """Print an error of the machine or the system; raise it if it is neither, but a mistake of the program."""
+    message = describe_machine_error(error)
+    if message is None and not isinstance(error, OSError):
+        raise error
+    if isinstance(error, OSError) and not _can_flush_stdout():
+        message = f"stdout: {(error.strerror or str(error)).lower()}"
+        _discard_stdout()
+    _print_error(message or str(error))
+
+
+def _can_flush_stdout() -> bool:
+    """Return whether what was printed can be written; a full disk does not take it."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return False
+    return True
+
+
+def _discard_stdout() -> None:
+    """Let what is left of stdout go nowhere, so that flushing it at the end of the process does not fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _print_error(message: str) -> None:

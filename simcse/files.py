@@ -47,8 +47,10 @@ def name_output(path: str, flag: str) -> Iterator[None]:
     except (ConnectionError, TimeoutError):  # BrokenPipeError is one of them
         raise
     except OSError as error:
+        if error.errno is None:  # paddle's, of a GPU
+            raise
         folder = os.path.dirname(os.path.realpath(path))
-        if error.filename is not None and not os.path.realpath(error.filename).startswith(folder):
+        if error.filename is not None and os.path.commonpath([os.path.realpath(error.filename), folder]) != folder:
             raise
         raise InputError(f"{flag} {path}: cannot be written: {(error.strerror or str(error)).lower()}") from None
 
@@ -75,8 +77,12 @@ def _remove_leftovers(path: str) -> None:
         match = re.fullmatch(rf"\.{re.escape(name)}\.(\d{{1,9}})\.tmp", other)
         if not match:
             continue
+        owner = int(match[1])
+        if owner == os.getpid():  # of an earlier process with this id, as in a container that was started again
+            _remove(os.path.join(parent, other))
+            continue
         try:
-            os.kill(int(match[1]), 0)  # sends nothing, and raises if there is no such process
+            os.kill(owner, 0)  # sends nothing, and raises if there is no such process
         except ProcessLookupError:
             _remove(os.path.join(parent, other))
         except PermissionError:  # the process runs, and is another user's

@@ -239,9 +239,9 @@ def add_encode_arguments(parser: argparse._ActionsContainer) -> None:
 
 
 def add_calibration_argument(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--calibration_file", type=readable_file, help="texts, one per line; the first time that a "
-                        "checkpoint is used with --precision int8, a few hundred of them calibrate the quantization "
-                        "ranges (default: the texts that are encoded first)")
+    parser.add_argument("--calibration_file", type=readable_file, help="a text a line, or its id, a tab and the "
+                        "text; the first time that a checkpoint is used with --precision int8, up to 128 of them "
+                        "calibrate the quantization ranges (default: the texts that are encoded first)")
 
 
 def add_device_arguments(parser: argparse._ActionsContainer) -> None:

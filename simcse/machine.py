@@ -20,6 +20,7 @@ BATCH_TOKENS = {"cpu": 2048, "gpu": 65536}
 # Which of the processes that paddle's launcher started this is, and how many there are.
 RANK = int(os.environ.get("PADDLE_TRAINER_ID", 0))
 RANKS = int(os.environ.get("PADDLE_TRAINERS_NUM", 1))
+LOCAL_RANKS = int(os.environ.get("PADDLE_LOCAL_SIZE", RANKS))  # those on this machine
 PARENT = os.getppid()  # at the start of this process; of one of several ranks it is the launcher
 TRAIN_PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")  # number formats of matrix products in training
 
@@ -63,7 +64,7 @@ def count_cores() -> int:
 
 
 CPU_CORES = count_cores()
-CPU_THREADS = max(1, CPU_CORES // RANKS)  # the default of --cpu_threads: ranks on one machine share its cores
+CPU_THREADS = max(1, CPU_CORES // LOCAL_RANKS)  # the default of --cpu_threads: ranks on one machine share its cores
 
 
 def auto_precision(device: str) -> str:

@@ -1,31 +1,31 @@
-"""Say, before a long piece of work, how much memory it needs and how much is granted."""
+"""Say, before a long piece of work, how much memory it needs and how much is available."""
 
 import math
 
 from simcse import console
-from simcse.machine import RANK, RANKS, available_memory, resident_memory
+from simcse.machine import LOCAL_RANKS, RANK, available_memory, resident_memory
 
 LARGE_FRACTION = 0.5  # of what is granted; above it the announcement is a warning
 
 
-def announce_memory(more: float) -> None:
-    """Log how much memory this process is going to need, and how much is granted; warn if it is a large part of it.
+def announce_memory(additional_bytes: float) -> None:
+    """Log how much memory the processes on this machine are going to need, and how much is available to them.
 
-    A process that takes more than its control group grants is killed without a line.
+    It is a warning if it is a large part. A process that exceeds its cgroup's limit is killed without a message.
 
     Args:
-        more: bytes that the work takes beyond what the process has now, an estimate.
+        additional_bytes: what the work takes beyond what this process has now, an estimate.
     """
     free = available_memory()
     if RANK or math.isinf(free):
         return
-    present = resident_memory()
-    needed = present + more
+    present = LOCAL_RANKS * resident_memory()
+    needed = present + LOCAL_RANKS * additional_bytes
     granted = present + free
-    subject = f"each of {RANKS} processes" if RANKS > 1 else "this process"
-    message = f"{subject} needs about {needed / 1e9:.2f} GB of memory; {granted / 1e9:.2f} GB are granted"
+    subject = f"{LOCAL_RANKS} processes need" if LOCAL_RANKS > 1 else "this process needs"
+    message = f"{subject} about {needed / 1e9:.2f} GB of memory; {granted / 1e9:.2f} GB are available"
     if needed > granted:
-        console.warn(f"{message}: the system may kill it without a message; grant more, or use several machines")
+        console.warn(f"{message}: the system may kill it without a message; allow more, or use several machines")
     elif needed > LARGE_FRACTION * granted:
         console.warn(message)
     else:

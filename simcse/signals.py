@@ -46,16 +46,16 @@ def report_interrupted_imports() -> None:
 def exit_on_sigterm() -> None:
     """Raise SystemExit in the main thread on SIGTERM, so that unfinished files are removed; a second one kills."""
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _exit)
+        signal.signal(signal.SIGTERM, _raise_system_exit)
 
 
-def _exit(number: int, _) -> None:
+def _raise_system_exit(number: int, _) -> None:
     signal.signal(number, signal.SIG_DFL)
     raise SystemExit(TERMINATED)
 
 
-def die_of_signals() -> None:
-    """Let Ctrl-C and SIGTERM end the process at once while Python shuts down, when all work is done."""
+def restore_default_handlers() -> None:
+    """Let Ctrl-C and SIGTERM end the process at once, as while Python shuts down, when all work is done."""
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)

@@ -322,9 +322,9 @@ def test_an_unreachable_graph_is_an_input_error():
 
 
 @pytest.mark.parametrize("granted, warned, said", [
-    (10.0, False, "this process needs about 0.70 GB of memory; 10.20 GB are granted"),
-    (0.8, True, "this process needs about 0.70 GB of memory; 1.00 GB are granted"),
-    (0.3, True, "this process needs about 0.70 GB of memory; 0.50 GB are granted: the system may kill it")])
+    (10.0, False, "this process needs about 0.70 GB of memory; 10.20 GB are available"),
+    (0.8, True, "this process needs about 0.70 GB of memory; 1.00 GB are available"),
+    (0.3, True, "this process needs about 0.70 GB of memory; 0.50 GB are available: the system may kill it")])
 def test_what_it_needs_is_said_before_the_work(monkeypatch, capsys, granted, warned, said):
     """0.2 GB are taken, 0.5 GB come to them; with --quiet there are warnings alone."""
     monkeypatch.setattr(memory, "available_memory", lambda: granted * 1e9)

@@ -240,10 +240,10 @@ def test_it_is_of_the_calibration_file_that_is_named(copied, sample, tmp_path):
 
 def test_few_texts_are_refused_and_nothing_is_kept(checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "model")
-    for flags, count in ([], 1), (["--calibration_file", tmp_path / "few"], 3):
+    for flags, texts_are in ([], "1 text is"), (["--calibration_file", tmp_path / "few"], "3 texts are"):
         (tmp_path / "few").write_text("一\n二\n三\n", encoding="utf-8")
         line = refuse("inference.py", *INT8, "--params_path", folder, "--text", "语义", *flags)
-        assert f"has no int8 graph beside it yet, and {count} texts are too few" in line
+        assert f"has no int8 graph beside it yet, and {texts_are} too few" in line
     assert not (folder / "model_state.int8").exists()
 
 

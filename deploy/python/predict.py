@@ -138,6 +138,8 @@ def check_args(args: argparse.Namespace) -> None:
     """Raise InputError for a flag that is out of range or would do nothing."""
     if args.output_file and os.path.isdir(args.output_file):
         raise InputError(f"argument --output_file: {args.output_file}: is a folder")
+    if args.output_file and args.text_pair_file and not (args.text or args.input_file):
+        raise InputError("--output_file is for embeddings of --text or --input_file; --text_pair_file prints cosines")
     for flag in ("input_file", "text_pair_file"):
         path = getattr(args, flag)
         is_both = args.output_file and path and os.path.isfile(args.output_file) and os.path.isfile(path)
@@ -350,7 +352,7 @@ def measure(args: argparse.Namespace, predictor: Predictor, tokenizer: Tokenizer
         encode(predictor, tokenizer, batch, args.max_seq_length, len(batch))
 
     seconds = sorted(timeit.repeat(run, "gc.enable()", number=1, repeat=60)[10:])
-    figures = {f"p{part}_ms": round(1000 * seconds[50 * part // 100], 3) for part in (50, 95, 99)}
+    figures = {f"p{percentile}_ms": round(1000 * seconds[50 * percentile // 100], 3) for percentile in (50, 95, 99)}
     figures["texts_per_second"] = round(len(batch) * 50 / sum(seconds), 1)
     return figures
 

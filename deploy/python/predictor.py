@@ -121,8 +121,8 @@ class Predictor:
         max_positions: most tokens of a text, [CLS] and [SEP] included.
         batch_tokens: tokens of a batch, padding included, that keep the device busy.
         max_batch_size: most texts of a batch; None: any number.
-        calibration: what an int8 graph was calibrated with, in words; "": it is not int8. It suits texts like those;
-            the folder lacks the float network that others could be compared with.
+        calibration: what an int8 graph was calibrated with, in words; "": it is not int8. It is accurate on similar
+            texts only, and nothing here can tell others: the folder lacks the float network.
     """
 
     PRECISIONS: dict[str, tuple[str, ...]] = {}
@@ -134,8 +134,9 @@ class Predictor:
         self.batch_tokens = BATCH_TOKENS[settings.device]
         self.max_batch_size = settings.tensorrt.batch_size if settings.tensorrt else None
         self.calibration = ""
-        if "calibration" in record:
-            self.calibration = "calibrated with {texts} texts of {file}".format(**record["calibration"])
+        calibration = record.get("calibration")
+        if calibration:
+            self.calibration = f"calibrated with {calibration['texts']} texts of {calibration['file']}"
         self.open(graph, settings)
 
     def open(self, graph: str, settings: Settings) -> None:
@@ -278,6 +279,9 @@ def read_record(model_dir: str) -> dict:
     precision = record.get("precision", "fp32")
     if not isinstance(precision, str):
         raise InputError(f"{path}: precision: expected a string, got {json.dumps(precision)[:40]}")
+    calibration = record.get("calibration")
+    if calibration is not None and not (isinstance(calibration, dict) and {"texts", "file"} <= calibration.keys()):
+        raise InputError(f"{path}: calibration: expected texts and file, got {json.dumps(calibration)[:40]}")
     for name in ("embedding_size", "max_positions"):
         if record and record.get(name) is None:
             raise InputError(f"{path}: {name} is missing; export the checkpoint again with export_model.py")
@@ -312,8 +316,10 @@ def load_predictor(model_dir: str, *, device: str = "cpu", precision: str = "aut
         if precision not in runtime.PRECISIONS[device]:
             precision = "fp32"
     if (precision == "int8") != (exported_in == "int8"):
-        raise InputError(f"--precision {precision}: --model_dir {model_dir} was exported in {exported_in}; "
-                         "export_model.py --format openvino --precision int8 exports in int8")
+        advice = "export it again without --precision int8 for others"
+        if precision == "int8":
+            advice = "export_model.py --format openvino --precision int8 exports in int8"
+        raise InputError(f"--precision {precision}: --model_dir {model_dir} was exported in {exported_in}; {advice}")
     if precision not in runtime.PRECISIONS[device]:
         raise InputError(f"--precision {precision}: --model_dir {model_dir} holds {graph}, which runs in "
                          f"{' or '.join(runtime.PRECISIONS[device])} with --device {device}")

@@ -24,6 +24,7 @@ CALIBRATION_ROWS = 256  # every second of them calibrates
 FEWEST_ROWS = 32  # with fewer the ranges of activations are a guess
 SAMPLE_ROWS = 64  # most rows of a file on which int8 is compared with fp32
 LOWEST_COSINE = 0.98  # mean cosine of int8 to float32: below, results are no longer those of the checkpoint
+LOW_COSINE = 0.9  # of a single text: below it there is a warning
 COMPARISONS_FILE = "int8_comparisons.json"  # beside the graph
 MOST_REMEMBERED = 100  # comparisons, the latest
 
@@ -95,7 +96,7 @@ def choose_calibration(source: TextSource, params_path: str) -> Calibration:
     if len(rows) < FEWEST_ROWS:
         texts_are = f"{console.count(len(rows), 'text')} {console.verb(len(rows), 'are')}"
         raise InputError(f"--precision int8: {params_path} has no int8 graph beside it yet, and {texts_are} too few to "
-                         "make it with; name a file of some hundred by --calibration_file")
+                         "make it with; name a file of a hundred or more by --calibration_file")
     step = math.ceil(len(rows) / CALIBRATION_ROWS)
     return Calibration(source, _flatten(rows[:: 2 * step]))
 
@@ -103,11 +104,12 @@ def choose_calibration(source: TextSource, params_path: str) -> Calibration:
 def pick_sample(rows: Sequence[Any]) -> list[str]:
     """Return the texts of at most SAMPLE_ROWS rows at even distances; of a long source odd rows only.
 
-    So a graph is not compared on the texts that it was calibrated with.
+    So a graph is not compared on the texts that it was calibrated with, unless there are no more than SAMPLE_ROWS.
     """
     if len(rows) <= SAMPLE_ROWS:
         return _flatten(rows[:])
-    step = 2 * math.ceil(len(rows) // 2 / SAMPLE_ROWS)
+    odd_rows = len(rows) // 2
+    step = 2 * math.ceil(odd_rows / SAMPLE_ROWS)
     return _flatten(rows[1::step])
 
 
@@ -157,9 +159,11 @@ def check_int8(int8: Encoder, load_network: Callable[[], Encoder], sources: Sequ
             comparison = compare(int8, network, texts)
         description = comparison.describe(source.name)
         if not comparison.mean >= LOWEST_COSINE:
-            raise InputError(f"--precision int8: {description}, below {LOWEST_COSINE}; the graph was {calibrated}: "
-                             "calibrate it with texts like these (--calibration_file makes it again), or use "
-                             "--precision bf16 or fp32")
+            raise InputError(f"--precision int8: {description}; the mean is below {LOWEST_COSINE}; the graph was "
+                             f"{calibrated}: calibrate it with texts like these (--calibration_file makes it again), "
+                             "or use --precision bf16 or fp32")
+        if comparison.lowest < LOW_COSINE and not RANK:
+            console.warn(f"--precision int8: {description}; the graph was {calibrated}, which some of these are unlike")
         comparisons[key] = comparison
         descriptions.append(description)
     if not RANK:

@@ -1,4 +1,4 @@
-"""Keep the exported graph of a checkpoint beside it, so that the next start needs neither network nor paddlenlp."""
+"""Keep the exported graph of a checkpoint beside it, so that the next start imports neither model nor paddlenlp."""
 
 import contextlib
 import importlib.metadata

@@ -152,7 +152,8 @@ RECORD_FIELDS = {
     "pooling": STRING, "with_pooler": TRUE_OR_FALSE, "margin": NUMBER, "scale": NUMBER,
     "cross_device_negatives": TRUE_OR_FALSE, "max_seq_length": LENGTH_OR_NULL, "whitened_at": LENGTH_OR_NULL,
     "encoder_class": STRING, "encoder_config": OBJECT, "versions": OBJECT, "model": STRING, "precision": STRING,
-    "table": TRUE_OR_FALSE, "int8_cosines": OBJECT}
+    "table": TRUE_OR_FALSE, "int8_cosines": OBJECT,
+    "calibration": OBJECT, "hidden_size": SIZE, "vocab_size": SIZE}
 ENCODER_FIELDS = ("encoder_class", "encoder_config")  # what an encoder is made of
 GRAPH_FIELDS = ("embedding_size", "max_positions")  # what running a graph needs
 
@@ -187,13 +188,13 @@ def graph_record(model: Any) -> dict[str, int]:
 
 
 def layer_bytes(record: dict, weights_path: str) -> int:
-    """Return the bytes of a graph's weights without its table of tokens, which no kernel copies."""
+    """Return the bytes of a graph's weights without its token embeddings, which no kernel copies."""
     table = 4 * record.get("vocab_size", 0) * record.get("hidden_size", 0)
     return max(0, os.path.getsize(weights_path) - table)
 
 
 def activation_bytes(record: dict) -> int:
-    """Return about the bytes of a batch's activations on a CPU, those of a layer."""
+    """Estimate the bytes of a batch's activations on a CPU, those of a layer."""
     vectors_of_token = 20  # queries, keys and values, two of the feed-forward layer's size, sums
     return 4 * vectors_of_token * record.get("hidden_size", 0) * BATCH_TOKENS["cpu"]
 

@@ -1,4 +1,4 @@
-"""The index of another state of a corpus: what it has of the corpus now is not encoded again."""
+"""Use the vectors of an index that was built from an earlier state of the corpus again."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,11 +94,11 @@ class PreviousIndex:
         Raises:
             InputError: it is damaged.
         """
-        previous_vectors = find_keys(vector_map.keys, self.vector_map.keys)
+        previous_ids = find_keys(vector_map.keys, self.vector_map.keys)
         reused = []
         previous_rows = []
         for rows in pieces:
-            vector_ids = previous_vectors[vector_map.vector_of_row[rows]]
+            vector_ids = previous_ids[vector_map.vector_of_row[rows]]
             is_new = vector_ids == NOT_FOUND
             vectors = np.empty((len(rows), self.manifest.dimension), "float32")
             reused.append(ReusedVectors(rows, vectors, is_new))

@@ -48,7 +48,7 @@ class VectorMap(NamedTuple):
 
     @classmethod
     def of_own_vectors(cls, rows: int) -> "VectorMap":
-        """Return the map of so many rows, each of which has a vector of its own."""
+        """Return the identity map of so many rows."""
         return cls.of_keys(np.arange(rows))
 
     @classmethod
@@ -93,7 +93,7 @@ class VectorMap(NamedTuple):
         columns = np.cumsum(counts, axis=1) - counts  # where the rows of each vector begin in the result
         counts = np.minimum(counts, (k - columns).clip(min=0))
 
-        # An array element for each row that is given out, query by query: the query, the vector, and which of its rows.
+        # From here on there is an element for each row of the result: its query, its vector, its place in the vector.
         counts = counts.ravel()
         query = np.repeat(np.indices(vectors.shape)[0].ravel(), counts)
         vector = np.repeat(vectors.ravel(), counts)
