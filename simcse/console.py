@@ -1,6 +1,7 @@
 """What a user sees of a running script: log lines, progress and errors on stderr, results on stdout, exit codes."""
 
 import contextlib
+import errno
 import importlib.util
 import json
 import os
@@ -362,19 +363,10 @@ def _report_machine_error(error: Exception) -> None:
     message = describe_machine_error(error)
     if message is None and not isinstance(error, OSError):
         raise error
-    if isinstance(error, OSError) and not _can_flush_stdout():
-        message = f"stdout: {(error.strerror or str(error)).lower()}"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # files that a flag names are `files.name_output`'s
+        message = "no space left on the disk of stdout, or of temporary files"
         _discard_stdout()
     _print_error(message or str(error))
-
-
-def _can_flush_stdout() -> bool:
-    """Return whether what was printed can be written; a full disk does not take it."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        return False
-    return True
 
 
 def _discard_stdout() -> None:

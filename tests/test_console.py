@@ -208,3 +208,12 @@ def test_signals_that_come_while_paddle_is_imported(usual_signals, hold_signals)
         signal.raise_signal(signal.SIGINT)
         seen.append("later")
     assert seen == [signal.SIGTERM, "later"]
+
+
+def test_a_full_disk_of_stdout_is_one_line(tmp_path):
+    """Also of what Python flushes when it ends."""
+    code = "from simcse import console; console.run(lambda: print('语义'))"
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr == "-c: error: no space left on the disk of stdout, or of temporary files\n"
