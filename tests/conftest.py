@@ -32,7 +32,7 @@ def read_texts(path, flag="--flag"):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="all 50 recorded training steps, not the first ten alone")
+    parser.addoption("--slow", action="store_true", help="all 50 recorded training steps, not the first ten alone, and the whole quickstart")
 
 
 # The tests of a file go to one worker of xdist, and so do files that share what is costly: one browser, the launcher.
@@ -139,10 +139,11 @@ def wait_for_answer(address, seconds=120, process=None):
             time.sleep(0.2)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def usual_signals():
-    """The handlers of SIGTERM and SIGINT, which `console.run` changes, are after the test as they were before."""
+    """Every test has Python's own handlers of SIGINT and SIGTERM, which `console.run` changes; none passes its on."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     yield
     for number, handler in handlers.items():

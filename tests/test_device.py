@@ -213,7 +213,6 @@ def ended(error, capsys):
     return end.value.code, capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("usual_signals")
 @pytest.mark.parametrize("error, said", [
     (MemoryError(FULL), "out of memory: Out of memory error on GPU 0. Cannot allocate 15.258789GB memory on GPU 0, "
      "15.6GB memory has been allocated.; "), (OSError(LATE), "out of memory: CUDA error(2), out of memory.; "),
@@ -234,7 +233,6 @@ def test_trouble_with_memory_or_cuda_is_one_line(monkeypatch, capsys, error, sai
     assert printed.endswith("; a lower --batch_size or --max_seq_length takes less\n") == ("out of memory: " in said)
 
 
-@pytest.mark.usefixtures("usual_signals")
 @pytest.mark.parametrize("error", [RuntimeError("x"), ValueError(FULL), NotImplementedError("CUDA"), SystemError("y")])
 def test_a_mistake_of_the_program_keeps_its_traceback(error):
     def main():
@@ -244,7 +242,7 @@ def test_a_mistake_of_the_program_keeps_its_traceback(error):
         console.run(main)
 
 
-def test_memory_that_paddle_does_not_get_is_one_line(usual_signals, capsys):
+def test_memory_that_paddle_does_not_get_is_one_line(capsys):
     with pytest.raises(MemoryError) as error:
         paddle.empty([1 << 44])
     code, printed = ended(error.value, capsys)

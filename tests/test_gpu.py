@@ -143,9 +143,9 @@ def test_tf32_is_on_where_it_is_asked_for_alone(gpus):
     ("cpu", "fp16", "fp32"), ("cpu", "bf16", "bf16")])
 def test_an_index_of_a_gpu_is_served_in_what_is_next_to_its_precision(monkeypatch, tmp_path, device, kept, used):
     """recall.py asks it in no other than its own, and not on a CPU where that has none such."""
-    monkeypatch.setattr(opening.predictor, "load_predictor", lambda *args, **options: options["precision"])
+    monkeypatch.setattr(opening.predictor, "load_predictor", lambda *args, **options: Mock(**options, calibration=""))
     args = argparse.Namespace(model_dir=str(tmp_path), device=device, cpu_threads=0, precision=None)
-    assert opening.open_engine(args, kept, 9) == used
+    assert opening.open_engine(args, kept, 9).precision == used
     (tmp_path / "manifest.json").write_text(json.dumps({"precision": kept}))
     own = device == "gpu" or kept == "bf16"
     assert ann_util.query_precision(str(tmp_path), device) == (kept if own else "auto")

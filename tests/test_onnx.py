@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from importlib import metadata
+from types import SimpleNamespace
 
 import model as m
 from deploy.python.predictor import load_predictor
@@ -124,6 +125,7 @@ def test_an_operator_that_paddle2onnx_does_not_know_is_one_line(tmp_path):
     """It aborts the process that it runs in."""
     class Unknown(m.nn.Layer):
         embedding_size, max_positions, with_pooler = 4, 8, True
+        ptm = SimpleNamespace(config=SimpleNamespace(hidden_size=4, vocab_size=9))
 
         def get_pooled_embedding(self, input_ids, token_type_ids, with_pooler=True):
             return m.paddle.linalg.qr((input_ids + token_type_ids).astype("float32"))[0]

@@ -106,7 +106,7 @@ def test_deploy_scores_a_pair_file(exported, checkpoint, sample):
 
 @pytest.mark.parametrize("script, flags, message", [
     ("recall.py", ["--output_emb_size", 64], "--output_emb_size 64: .* has 128"),
-    ("recall.py", ["--hnsw_max_elements", 5], "--hnsw_max_elements 5: the corpus takes 120 vectors"),
+    ("recall.py", ["--hnsw_max_elements", 5], "--hnsw_max_elements 5: the corpus takes 119 vectors"),
     ("recall.py", ["--max_seq_length", 600], "--max_seq_length 600: the encoder has 513 positions")])
 def test_what_is_found_out_late_is_still_one_line(checkpoint, sample, tmp_path, script, flags, message):
     line = refuse(script, "--device", "cpu", "--params_path", checkpoint, "--corpus_file", sample / "corpus.csv",

@@ -80,7 +80,7 @@ def test_an_index_is_kept_used_again_and_refused_for_anything_else(checkpoint, s
     assert re.search(r"ANN recall@10 against exact search, 60 queries: (1\.0|0\.9[89])", first.stderr)
     again = succeed("recall.py", *flags("--recall_result_file", "again.txt"), cwd=tmp_path)
     assert "using the index" in again.stderr and "encoding" not in again.stderr
-    kept = "ANN recall@10 against exact search, 60 documents: "
+    kept = "ANN recall@10 against exact search, 60 halves of documents: "
     assert kept in first.stderr and kept in again.stderr
     deeper = succeed("recall.py", *flags("--hnsw_ef", 50, "--recall_result_file", "deeper.txt"), cwd=tmp_path)
     assert f"{kept}1.0000 with --hnsw_ef 100; this search has --hnsw_ef 50" in deeper.stderr
@@ -149,7 +149,7 @@ def test_copies_are_given_out_line_by_line_or_once(checkpoint, tmp_path):
     once = succeed("recall.py", *model, "--distinct", "--top_k", 4, cwd=tmp_path)
     assert sorted(hit["line"] for hit in json.loads(once.stdout)["results"]) == [1, 3, 5]
     assert "the corpus has only 3 distinct documents" in once.stderr
-    assert "ANN recall@3 against exact search, 3 documents: 1.0000 with --hnsw_ef 100" in once.stderr
+    assert "ANN recall@3 against exact search, 3 halves of documents: 1.0000 with --hnsw_ef 100" in once.stderr
 
 
 def test_exact_engine(checkpoint, sample, recalled, tmp_path):
@@ -159,4 +159,4 @@ def test_exact_engine(checkpoint, sample, recalled, tmp_path):
     exact, graph = [[line.split("\t") for line in (folder / "recall_result_dir" / "recall_result.txt").read_text(
         encoding="utf-8").splitlines()] for folder in (tmp_path, recalled)]
     np.testing.assert_allclose([float(line[2]) for line in exact], [float(line[2]) for line in graph], atol=1e-5)
-    assert sum(len(np.load(path)) for path in (tmp_path / "index").glob("shard_*.bin")) == 120
+    assert sum(len(np.load(path)) for path in (tmp_path / "index").glob("shard_*.bin")) == 119

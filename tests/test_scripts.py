@@ -266,20 +266,23 @@ def test_a_damaged_archive_is_not_unpacked(bare_clone, archive, damage):
 
 
 # ------------------------------------------------------------------------------------------------------ quickstart
-def test_quickstart(clone):
-    """As a user runs it, with a smaller sample and the environment that the tests run in: recall rises by the training.
+def test_quickstart(clone, request):
+    """As a user runs it, with the environment that the tests run in, and but for --slow with a smaller sample.
+
+    Recall rises by the training, too, if the sample is a whole one.
     """
+    is_slow = request.config.getoption("--slow")
     if not os.path.isfile(os.path.join(sys.prefix, "installed")):
         pytest.skip("only in the environment that scripts/run_tests.sh makes: it would install packages here")
     os.symlink(sys.prefix, clone / ".venv")
     result = subprocess.run(["bash", "scripts/quickstart.sh"], cwd=clone, capture_output=True, text=True, timeout=1800,
-                            env={**os.environ, "PAPERS": "450"})
+                            env={**os.environ, "PAPERS": "1500" if is_slow else "120"})
     assert result.returncode == 0, result.stderr
     rows = [re.search(rf"^{name} +((?:[\d.]+ +){{5}})\d+ s$", result.stdout, re.M)[1].split() for name in (
         "untrained", "SimCSE, epochs: 1", "first_last_avg, whitened", "the same, with BM25")]
     untrained, simcse, recipe, hybrid = ([float(value) for value in row] for row in rows)
-    assert all(b < a for b, a in zip(untrained, simcse)), (untrained, simcse)
-    assert recipe[0] > simcse[0] and hybrid[0] >= recipe[0], (simcse, recipe, hybrid)
+    assert not is_slow or all(b < a for b, a in zip(untrained, simcse)), (untrained, simcse)
+    assert recipe[0] > max(untrained[0], simcse[0]) and hybrid[0] >= recipe[0], (simcse, recipe, hybrid)
     assert max(map(len, result.stdout.splitlines())) < 200 and "made-up sample data" in result.stdout
     for name in ("scores.txt", "corpus.npy", "output/simcse_config.json", "deploy.txt", "hybrid/recall_result.txt"):
         assert (clone / "quickstart" / name).stat().st_size > 0
