@@ -32,7 +32,8 @@ def read_texts(path, flag="--flag"):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="all 50 recorded training steps, not the first ten alone, and the whole quickstart")
+    parser.addoption("--slow", action="store_true",
+                     help="all 50 recorded training steps, not the first ten alone, and the whole quickstart")
 
 
 # The tests of a file go to one worker of xdist, and so do files that share what is costly: one browser, the launcher.
