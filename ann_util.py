@@ -240,17 +240,17 @@ def map_rows_to_vectors(documents: Documents, encoder: "Encoder", previous: Prev
     from simcse.ranks import gather_arrays
 
     keys = np.zeros(documents.row_count, "int64")
-    new_rows = np.arange(len(keys))
+    rows_to_tokenize = np.arange(len(keys))
     if previous is not None and not console.settings.strict_data:
         known_keys = previous.vector_keys(documents.row_keys())
-        is_new = known_keys == NOT_FOUND
-        new_rows = np.flatnonzero(is_new)
+        has_new_text = known_keys == NOT_FOUND
+        rows_to_tokenize = np.flatnonzero(has_new_text)
         if not RANK:
-            keys[~is_new] = known_keys[~is_new]
+            keys[~has_new_text] = known_keys[~has_new_text]
     warnings = TextWarnings(encoder.max_seq_length)
-    with progress("tokenizing", len(new_rows), "texts") as advance:
-        for start in range(0, len(new_rows), WINDOW):
-            rows = new_rows[start : start + WINDOW]
+    with progress("tokenizing", len(rows_to_tokenize), "texts") as advance:
+        for start in range(0, len(rows_to_tokenize), WINDOW):
+            rows = rows_to_tokenize[start : start + WINDOW]
             if start // WINDOW % RANKS == RANK:
                 inputs = encoder.tokenize(documents.row_texts[rows])
                 warnings.add(inputs, rows)
@@ -258,7 +258,7 @@ def map_rows_to_vectors(documents: Documents, encoder: "Encoder", previous: Prev
             advance(len(rows))
     keys = sum(gather_arrays(keys))  # one rank has the key of a row, the others 0
     if documents.passages is not None:
-        keys[new_rows] = documents.passages.keys_in_context(new_rows, keys[new_rows])
+        keys[rows_to_tokenize] = documents.passages.keys_in_context(rows_to_tokenize, keys[rows_to_tokenize])
     warnings = warnings.gather()
     if not RANK or console.settings.strict_data:  # then it is an error, which ends all ranks
         warnings.report(places_of(documents.row_texts))

@@ -358,6 +358,7 @@ def lock_unless_current(path: str, wanted: Manifest) -> contextlib.AbstractConte
     previous = ann_util.read_manifest(path, wanted) if os.path.exists(path) else None
     if previous is not None and previous.has_corpus_of(wanted):
         return contextlib.nullcontext()
+    check_writable(path, "--index_path", is_folder=True)
     return lock_folder(path, wanted, ann_util.manifest_to_build(wanted, previous))
 
 

@@ -110,12 +110,14 @@ def parse_object(line: str, place: str) -> tuple[str, str]:
         content = json.loads(line)
         if not isinstance(content["_id"], (str, int)):
             raise TypeError
+        if not isinstance(content["text"], (str, type(None))):
+            raise TypeError
         id = str(content["_id"])
         words = f"{content.get('title') or ''} {content['text'] or ''}".split()
         " ".join([id, *words]).encode()  # a half of a surrogate pair is a ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f'{place}: expected a JSON object with "_id" and "text", of valid Unicode') from None
-    if len(id.split()) != 1:
+    if id.split() != [id]:
         raise InputError(f"{place}: the id {id!r} is empty, or has white space")
     return id, " ".join(words)
 

@@ -352,8 +352,9 @@ def run(main: Callable[[], None]) -> None:
     restore_default_handlers()
     if RANKS > 1:
         # With several processes paddle's threads now and then crash while Python shuts down. All is written by now.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 

@@ -24,11 +24,13 @@ STDIN = "-"  # the path that means stdin
 def hidden_path(path: str, owner: int | str) -> str:
     """Return the path of the hidden file or folder .NAME.OWNER.tmp beside `path`, whose name is NAME.
 
+    A link is followed, as by `new_file` and `new_folder`.
+
     Args:
         path: what is going to be written.
         owner: id of the process that writes it, or "lock" for the file that locks `path` against other processes.
     """
-    parent, name = os.path.split(os.path.abspath(path))
+    parent, name = os.path.split(os.path.realpath(path))
     return os.path.join(parent, f".{name}.{owner}.tmp")
 
 

@@ -13,6 +13,8 @@ INTERRUPTED = 130
 TERMINATED = 143
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SCRIPT_FOLDERS = [os.path.join(PROJECT, folder).rstrip(os.sep)
+                  for folder in ("", "scripts", "benchmarks", "deploy/python", "deploy/serving")]
 
 
 def report_interrupted_imports() -> None:
@@ -21,7 +23,8 @@ def report_interrupted_imports() -> None:
     That takes a second, and `console.run` reports an interrupt only from then on. An interrupt is remembered, since
     numpy makes an ImportError of its KeyboardInterrupt. Programs that import simcse as a library are left alone.
     """
-    is_script = os.path.abspath(sys.argv[0]).startswith(PROJECT + os.sep)
+    script = os.path.abspath(sys.argv[0])
+    is_script = os.path.isfile(script) and os.path.dirname(script) in SCRIPT_FOLDERS
     if not is_script or signal.getsignal(signal.SIGINT) != signal.default_int_handler:
         return
     interrupted = False
@@ -55,7 +58,7 @@ def _raise_system_exit(number: int, _) -> None:
 
 
 def restore_default_handlers() -> None:
-    """Let Ctrl-C and SIGTERM end the process at once, as while Python shuts down, when all work is done."""
+    """Let Ctrl-C and SIGTERM end the process at once: all work is done, and a handler would raise at shutdown."""
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)

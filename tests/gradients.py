@@ -47,7 +47,7 @@ def batch_of(ids: list[list[int]], keys: bool = True, columns: int = 1) -> data.
     that as its hard negative."""
     texts = [rotated(ids, by) for by in range(columns)]
     sides = texts if columns > 1 else texts * 2
-    names = ("query", "title", "negative")
+    names = ("query", "title", "hard_negative")
     duplicate_keys = None
     if keys:
         duplicate_keys = data.DuplicateKeys(**{name: data.hash_token_ids(side) for name, side in zip(names, sides)})

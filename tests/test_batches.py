@@ -98,7 +98,7 @@ def test_pairs_and_triples_are_sides(tokenizer):
     assert data.make_batch(triples, tokenizer, keeping, [0], 0).duplicate_keys is None
     chunks = batch.chunks(2)
     assert [chunk.size for chunk in chunks] == [2, 1] and [list(chunk.rows) for chunk in chunks] == [[0, 1], [2]]
-    for number, name in enumerate(("query", "title", "negative")):
+    for number, name in enumerate(("query", "title", "hard_negative")):
         rows = [token_ids(getattr(chunk, name)) for chunk in chunks]
         assert rows == [expected[number][:2], expected[number][2:]]
         whole = getattr(batch, name)
@@ -110,7 +110,7 @@ def test_pairs_and_triples_are_sides(tokenizer):
 
 def test_chunks_of_a_batch_have_all_its_fields(tokenizer):
     """A field that is added to Batch is to be thought of in Batch.chunks."""
-    assert [field.name for field in fields(Batch)] == ["query", "title", "negative", "duplicate_keys", "rows"]
+    assert [field.name for field in fields(Batch)] == ["query", "title", "hard_negative", "duplicate_keys", "rows"]
 
 
 def test_steps_after_a_step_are_those_of_the_whole_run(tokenizer):

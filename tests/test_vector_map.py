@@ -89,7 +89,7 @@ def test_vectors_are_numbered_by_their_first_rows(tmp_path):
         assert each.vector_of_row.tolist() == [0, 1, 0, 2, 1, 0]
         assert each.first_rows(slice(None)).tolist() == [0, 1, 3]
         assert each.first_rows(np.array([2, 0])).tolist() == [3, 0]
-        assert each.vectors_of(np.array([5, -1, 3])).tolist() == [0, -1, 2]
+        assert each.vector_ids_of(np.array([5, -1, 3])).tolist() == [0, -1, 2]
 
 
 @pytest.mark.parametrize("k", [1, 3, 5, 9])

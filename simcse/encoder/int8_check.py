@@ -23,8 +23,8 @@ import numpy as np
 CALIBRATION_ROWS = 256  # every second of them calibrates
 FEWEST_ROWS = 32  # with fewer the ranges of activations are a guess
 SAMPLE_ROWS = 64  # most rows of a file on which int8 is compared with fp32
-LOWEST_COSINE = 0.98  # mean cosine of int8 to float32: below, results are no longer those of the checkpoint
-LOW_COSINE = 0.9  # of a single text: below it there is a warning
+MIN_MEAN_COSINE = 0.98  # mean cosine of int8 to float32: below, results are no longer those of the checkpoint
+MIN_TEXT_COSINE = 0.9  # of a single text: below it there is a warning
 COMPARISONS_FILE = "int8_comparisons.json"  # beside the graph
 MOST_REMEMBERED = 100  # comparisons, the latest
 
@@ -142,7 +142,7 @@ def check_int8(int8: Encoder, load_network: Callable[[], Encoder], sources: Sequ
         The comparisons of all sources, in their order.
 
     Raises:
-        InputError: the mean cosine of a source is below LOWEST_COSINE.
+        InputError: the mean cosine of a source is below MIN_MEAN_COSINE.
     """
     network = None
     comparisons: Comparisons = {}
@@ -158,11 +158,11 @@ def check_int8(int8: Encoder, load_network: Callable[[], Encoder], sources: Sequ
             network = network or load_network()
             comparison = compare(int8, network, texts)
         description = comparison.describe(source.name)
-        if not comparison.mean >= LOWEST_COSINE:
-            raise InputError(f"--precision int8: {description}; the mean is below {LOWEST_COSINE}; the graph was "
+        if not comparison.mean >= MIN_MEAN_COSINE:
+            raise InputError(f"--precision int8: {description}; the mean is below {MIN_MEAN_COSINE}; the graph was "
                              f"{calibrated}: calibrate it with texts like these (--calibration_file makes it again), "
                              "or use --precision bf16 or fp32")
-        if comparison.lowest < LOW_COSINE and not RANK:
+        if comparison.lowest < MIN_TEXT_COSINE and not RANK:
             console.warn(f"--precision int8: {description}; the graph was {calibrated}, which some of these are unlike")
         comparisons[key] = comparison
         descriptions.append(description)
@@ -186,7 +186,7 @@ def compare(int8: Encoder, network: Encoder, texts: Sequence[str]) -> Comparison
     return Comparison(len(cosines), float(cosines.mean()), float(cosines.min()))
 
 
-# -------------------------------------------------------------------------------------------------------------- memory
+# ---------------------------------------------------------------------------------------------- remembered comparisons
 def read_comparisons(folder: str) -> Comparisons:
     """Return the comparisons that are remembered beside a graph; {}: none, or the file is damaged."""
     try:

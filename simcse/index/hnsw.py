@@ -114,6 +114,6 @@ class HnswEngine(LocalEngine):
         except (MemoryError, RuntimeError):
             needed = self.bytes_needed(self.dimension, self.capacity, self.settings)
             raise InputError(f"hnswlib gets no memory for a graph of {self.capacity:,} vectors of {self.dimension}, "
-                             f"{needed / 1e9:.1f} GB; use several processes or machines, or --ann_engine milvus"
+                             f"{needed / 1e9:.1f} GB; use several machines, or --ann_engine milvus"
                              ) from None
         self._has_memory = True

@@ -20,20 +20,20 @@ class ReusedVectors:
     Attributes:
         rows: the piece, int64.
         vectors: float32 [rows, dim]; undefined for rows that have to be encoded.
-        is_new: bool [rows], whether a row has to be encoded.
+        needs_encoding: bool [rows], whether the previous index has no vector for the tokens of a row.
     """
 
     rows: np.ndarray
     vectors: np.ndarray
-    is_new: np.ndarray
+    needs_encoding: np.ndarray
 
     def rows_to_encode(self) -> np.ndarray:
         """Return the rows that the previous index lacks, int64."""
-        return self.rows[self.is_new]
+        return self.rows[self.needs_encoding]
 
     def completed_with(self, encoded: np.ndarray) -> np.ndarray:
         """Return the vectors of all rows, float32 [rows, dim]; `encoded` are those of `rows_to_encode`."""
-        self.vectors[self.is_new] = encoded
+        self.vectors[self.needs_encoding] = encoded
         return self.vectors
 
 
@@ -99,10 +99,11 @@ class PreviousIndex:
         previous_rows = []
         for rows in pieces:
             vector_ids = previous_ids[vector_map.vector_of_row[rows]]
-            is_new = vector_ids == NOT_FOUND
+            needs_encoding = vector_ids == NOT_FOUND
             vectors = np.empty((len(rows), self.manifest.dimension), "float32")
-            reused.append(ReusedVectors(rows, vectors, is_new))
-            previous_rows.append(np.where(is_new, NOT_FOUND, self.vector_map.first_rows(vector_ids)))
+            reused.append(ReusedVectors(rows, vectors, needs_encoding))
+            # `copy_vectors` takes rows, of which any of a vector will do.
+            previous_rows.append(np.where(needs_encoding, NOT_FOUND, self.vector_map.first_rows(vector_ids)))
         shards = self.manifest.index_shards
         for shard in range(shards):  # as if each were on a rank of its own, so that one is in memory
             index = ShardedIndex(self.manifest, threads=1, vector_map=self.vector_map, rank=shard, ranks=shards)

@@ -13,7 +13,7 @@ from simcse.index.exact import QUERY_BLOCK, exact_search
 from simcse.index.manifest import AnnRecall, Manifest
 from simcse.index.protocols import NO_SCORE, NOT_FOUND, LocalEngine, SearchResult, merge_results
 from simcse.index.vector_map import VectorMap
-from simcse.machine import CPU_THREADS, RANK, RANKS, available_memory
+from simcse.machine import CPU_THREADS, LOCAL_RANKS, RANK, RANKS, available_memory
 from simcse.text.tokens import WINDOW
 
 import numpy as np
@@ -26,9 +26,10 @@ POOR = 0.99  # an ANN recall below it is a warning, with advice
 class ShardedIndex:
     """An index in parts: an `Index` of a local engine.
 
-    Rows of which the encoder reads the same share a vector; see `VectorMap`. The vectors are cut into pieces. Piece i
-    is in shard i % shards, and shard s on rank s % ranks. So which vector goes where, and in what order, depends on
-    neither ranks nor threads, and results do not either. A shard numbers its vectors from 0 as they are added.
+    Rows with the same token ids after truncation share a vector; see `VectorMap`. The vectors are cut into pieces.
+    Piece i is in shard i % shards, and shard s on rank s % ranks. So which vector goes where, and in what order,
+    depends on neither ranks nor threads, and results do not either. A shard numbers its vectors from 0 as they are
+    added.
 
     It is empty at first: `add` its `missing_rows` or `load` what was saved.
 
@@ -85,11 +86,12 @@ class ShardedIndex:
         """
         dimension = self.manifest.dimension
         needed = sum(self._engine.bytes_needed(dimension, capacity, settings) for capacity in capacities)
+        needed_here = LOCAL_RANKS * needed
         free = available_memory()
-        if needed > free:
-            raise InputError(f"the index of {sum(capacities):,} vectors of {dimension} needs {needed / 1e9:.1f} GB of "
-                             f"memory, and {free / 1e9:.1f} are free: use several processes or machines, or "
-                             "--ann_engine milvus")
+        if needed_here > free:
+            raise InputError(f"the index of {LOCAL_RANKS * sum(capacities):,} vectors of {dimension} needs "
+                             f"{needed_here / 1e9:.1f} GB of memory, and {free / 1e9:.1f} are free: use several "
+                             "machines, or --ann_engine milvus")
         return needed
 
     # ---------------------------------------------------------------------------------------- vectors of the shards
@@ -193,7 +195,7 @@ class ShardedIndex:
 
     def copy_vectors(self, rows: np.ndarray, vectors: np.ndarray) -> None:
         """Write the vectors of those rows that are on this rank to their places in `vectors`, float32 [rows, dim]."""
-        vector_ids = self.vector_map.vectors_of(rows)
+        vector_ids = self.vector_map.vector_ids_of(rows)
         shard_of_row = np.where(vector_ids == NOT_FOUND, NOT_FOUND, self._shard_of(vector_ids))
         for number, shard in self._shards.items():
             places = np.flatnonzero(shard_of_row == number)
@@ -297,7 +299,7 @@ def pick_evenly(items: Sequence) -> Any:
 def ann_recall(cosines: np.ndarray, exact_cosines: np.ndarray) -> float:
     """Return the fraction of the exact result that an approximate one has.
 
-    Documents of equal cosine stand for each other.
+    A hit counts if its cosine is at least that of the exact k-th, so ties count.
 
     Args:
         cosines, exact_cosines: [queries, k] of the same queries, best first.
@@ -319,11 +321,12 @@ def report_ann_recall(measured: AnnRecall | None, search_settings: dict[str, Any
                f"with {_as_flags(measured.settings)}")
     is_deeper = search_settings == measured.deeper_settings
     is_poor = (measured.deeper_recall if is_deeper else measured.recall) < POOR
-    if is_poor and measured.deeper_recall > measured.recall + 0.001:
+    is_deeper_better = measured.deeper_recall > measured.recall + 0.001
+    if is_poor and is_deeper_better and not is_deeper:
         message += f"; {_as_flags(measured.deeper_settings)} finds {measured.deeper_recall:.4f}"
     elif is_poor:
         message += "; --ann_engine exact finds all"
-        if measured.deeper_settings:
+        if measured.deeper_settings and not is_deeper_better:
             message += f", {_as_flags(measured.deeper_settings)} does not help"
     if search_settings is not None and search_settings != measured.settings:
         message += f"; this search has {_as_flags(search_settings)}"

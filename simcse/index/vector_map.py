@@ -76,15 +76,15 @@ class VectorMap(NamedTuple):
         """Return the first row of each of some vectors, int64."""
         return self.rows[self.starts[:-1][vectors]].astype("int64")
 
-    def vectors_of(self, rows: np.ndarray) -> np.ndarray:
-        """Return the vector of each row, int64 of the same shape; NOT_FOUND stays."""
+    def vector_ids_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the number of each row's vector, int64 of the same shape; NOT_FOUND stays."""
         return np.where(rows == NOT_FOUND, NOT_FOUND, self.vector_of_row[rows].astype("int64"))
 
     def rows_of(self, result: SearchResult, k: int) -> SearchResult:
         """Return the k best rows of each query for its best vectors; the rows of a vector follow each other.
 
         Args:
-            result: vectors instead of rows, [queries, any].
+            result: its `rows` are numbers of vectors, [queries, any].
             k: how many.
         """
         is_found = result.rows != NOT_FOUND

@@ -94,7 +94,8 @@ def _rank_factor(model: Any) -> int:
 
 def _backward_by_chunks(network: nn.Layer, model: Any, batch: Any, scale_loss: Callable, chunk_size: int,
                         ) -> BatchLoss:
-    """Do what `backward` does in the memory of a chunk (Gao et al. 2021, GradCache, arXiv:2101.06983).
+    """Compute the same gradients with the activations of one chunk at a time (Gao et al. 2021, GradCache,
+    arXiv:2101.06983).
 
     Encode all chunks without a graph, take the gradients of the embeddings, then encode each chunk again, under the
     same dropout, and pass these gradients on to the parameters.
