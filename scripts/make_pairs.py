@@ -23,6 +23,7 @@ from simcse.files import check_not_input, check_writable, new_file
 from simcse.index.documents import Documents
 from simcse.machine import CPU_CORES
 from simcse.text import words
+from simcse.text.formats import CORPUS_COLUMNS
 from simcse.text.textfile import Corpus
 from simcse.text.tokens import WINDOW
 from simcse.training import pairs
@@ -54,8 +55,9 @@ def parse_args() -> argparse.Namespace:
         help="query and document, tab-separated, for train.py --train_set_file")
     add("--query_file", type=flags.readable_file, help="queries of users, one a line, or an id, a tab and a query; the "
         "queries that are made get lengths like theirs, as far as the kinds allow")
-    group = parser.add_argument_group("reading")
-    flags.add_data_arguments(group)
+    add("--corpus_columns", type=int, choices=CORPUS_COLUMNS,
+        help="1: a text a line; 2: an id, a tab and the text (default: as most lines of --corpus_file)")
+    flags.add_data_arguments(parser.add_argument_group("reading"))
     add = parser.add_argument_group("pairs").add_argument
     add("--pairs_per_document", type=flags.positive_int, metavar="N", default=10, help="most pairs of a document")
     descriptions = "; ".join(f"{name}: {kind.description}" for name, kind in KINDS.items())
@@ -184,7 +186,7 @@ def describe(args: argparse.Namespace, documents: Documents, report: PairReport)
 
 def main() -> None:
     args = parse_args()
-    documents = Documents(Corpus(args.corpus_file, "--corpus_file"))
+    documents = Documents(Corpus(args.corpus_file, "--corpus_file", args.corpus_columns))
     query_lengths = read_query_lengths(args)
     document_frequency = count_words(args, documents)
     statistics = Statistics(len(documents), document_frequency, query_lengths)
