@@ -122,6 +122,16 @@ def test_a_query_lacks_a_word_of_the_document():
     assert queries == {"一 二", "一 三", "二 三"}
 
 
+def test_words_are_drawn_in_the_order_of_successive_draws():
+    """The first two of three words, in their order, against the product of two probabilities."""
+    weights = np.array([0.5, 2.0, 1.5])
+    draws = 4000
+    drawn = Counter(map(tuple, p.draw_words(weights, draws, 2, random()).tolist()))
+    for first, second in itertools.permutations(range(3), 2):
+        expected = weights[first] / weights.sum() * weights[second] / (weights.sum() - weights[first])
+        assert abs(drawn[first, second] - draws * expected) < 4 * math.sqrt(draws * expected * (1 - expected))
+
+
 def test_words_are_drawn_by_tf_idf():
     """Against the probabilities of drawing two of three words one after the other."""
     frequency = Counter({"alpha": 1, "beta": 60, "gamma": 90})

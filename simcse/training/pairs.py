@@ -186,6 +186,25 @@ def word_weights(words: Sequence[str], statistics: Statistics) -> dict[str, floa
     return weights
 
 
+def draw_words(weights: np.ndarray, draws: int, count: int, random: np.random.Generator) -> np.ndarray:
+    """Draw words by their weights without replacement, several times.
+
+    In each draw every word gets an exponential waiting time whose rate is its weight, and the first ones count. That is
+    the same as drawing one after the other, by the weights of those that are left (Efraimidis and Spirakis 2006).
+
+    Args:
+        weights: float64 [words], above 0.
+        draws: how many times.
+        count: words of a draw.
+        random: draws them.
+
+    Returns:
+        int64 [draws, count], places of words, in the order in which they are drawn.
+    """
+    waiting_times = random.exponential(size=(draws, len(weights))) / weights
+    return np.argsort(waiting_times, axis=1)[:, :count]
+
+
 def word_pairs(text: str, count: int, random: np.random.Generator, statistics: Statistics) -> list[Pair]:
     """Return pairs of MIN_WORDS to MAX_WORDS words of a document, in their order, and the document (query extraction;
     Meng et al. 2022, arXiv:2212.08841).
@@ -204,15 +223,13 @@ def word_pairs(text: str, count: int, random: np.random.Generator, statistics: S
     most = min(MAX_WORDS, len(words) - 1)
     if most < MIN_WORDS:
         return []
-    probabilities = np.array(list(weights.values()))
-    probabilities /= probabilities.sum()
+    draws = draw_words(np.array(list(weights.values())), DRAWS_PER_PAIR * count, most, random)
     queries: dict[str, None] = {}  # a set in the order of drawing
-    for _ in range(DRAWS_PER_PAIR * count):
-        if len(queries) == count:
-            break
-        drawn = random.choice(len(words), size=most, replace=False, p=probabilities)
+    for drawn in draws.tolist():
         kept = choose_word_count([words[place] for place in drawn], random, statistics)
         queries[" ".join(words[place] for place in sorted(drawn[:kept]))] = None
+        if len(queries) == count:
+            break
     return [Pair(query, text) for query in queries]
 
 
