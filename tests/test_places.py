@@ -89,6 +89,8 @@ def test_a_file_that_is_read_is_not_written(tmp_path):
     ("deploy/python/predict.py", ["--input_file", "b", "--output_file", "x.npy"],
      "--output_file x.npy: .* --input_file b"),
     ("scripts/to_tsv.py", ["--input_file", "b", "--output_file", "x.npy"], "--output_file x.npy: .* --input_file b"),
+    ("scripts/make_pairs.py", ["--corpus_file", "a", "--query_file", "b", "--output_file", "x.npy"],
+     "--output_file x.npy: .* --query_file b"),
     ("scripts/mine_negatives.py", ["--similar_text_pair", "a", "--positive_scores", "b", "--recall_result_file", "a",
                                    "--output_file", "x.npy"], "--output_file x.npy: .* --positive_scores b")])
 def test_each_script_refuses_to_write_what_it_reads(tmp_path, script, flags, message):

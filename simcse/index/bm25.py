@@ -1,70 +1,24 @@
 """Search by words: BM25 over jieba's words of Chinese, and its fusion with the ranking of embeddings."""
 
-import itertools
 import logging
 import os
-import re
 import time
-import unicodedata
 from collections.abc import Sequence
 
 from simcse import console
 from simcse.files import new_folder, read_json, write_json
 from simcse.index.hits import Ranking
 from simcse.index.protocols import NO_SCORE, NOT_FOUND, SearchResult
+from simcse.text.words import query_words, words
 
 import bm25s
-import jieba
 import numpy as np
 
 K1 = 1.5
 B = 0.75
 CORPUS_FILE = "corpus.json"  # beside the files of bm25s: the corpus, and the version of `words`
 WORDS_VERSION = 2
-PARTS = re.compile("[a-z]+|[0-9]+")
-# Letters and digits in turns, with nothing, a space, - or _ between them.
-CHAIN = re.compile(r"(?<![a-z0-9.])(?:[a-z]+[ _-]?(?=[0-9])|[0-9]+[ _-]?(?=[a-z]))+(?:[a-z]+|[0-9]+)(?![a-z0-9])")
-# It logs a traceback where its cache, in the folder of temporary files, belongs to another user.
-jieba.setLogLevel(logging.CRITICAL)
-jieba.dt.cache_file = f"jieba-{os.getuid()}.cache"
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # else it logs wherever another library has set up logging
-
-
-def fold(text: str) -> str:
-    """Return a text in one width and one case: Unicode's NFKC, case folded."""
-    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-
-
-def words(text: str) -> list[str]:
-    """Return the words of a text, folded, without those that have neither letter nor digit.
-
-    Of a word of letters and digits, such as "iphone14", the letters and the digits are words as well, unless they are
-    a single one, which would say little.
-    """
-    found = []
-    for word in jieba.cut(fold(text)):
-        if not any(map(str.isalnum, word)):
-            continue
-        found.append(word)
-        parts = PARTS.findall(word)
-        if len(parts) > 1 and "".join(parts) == word:
-            found += [part for part in parts if len(part) > 1]
-    return found
-
-
-def query_words(text: str) -> list[str]:
-    """Return the words that a query searches for: its own, and what its letters and digits are if written in one.
-
-    So "iphone 14" and "covid-19" find "iphone14" and "covid19", too. The reverse follows from `words`.
-    """
-    found = words(text)
-    for chain in CHAIN.findall(fold(text)):
-        parts = PARTS.findall(chain)
-        joined = [first + second for first, second in itertools.pairwise(parts)]
-        if len(parts) > 2:
-            joined.append("".join(parts))
-        found += [word for word in joined if word not in found]
-    return found
 
 
 class Bm25:

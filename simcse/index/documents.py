@@ -114,6 +114,10 @@ class Documents(Sequence):
         rows = self._lines[self._starts[document] : self._starts[document + 1]][:max_lines]
         return [Line(self.corpus.line_number(row), id) for row, id in zip(rows, self.corpus.ids(rows))]
 
+    def copies(self) -> np.ndarray:
+        """Return the rows of the corpus whose text stands in an earlier row too, ascending, int32."""
+        return np.sort(np.delete(self._lines, self._starts[:-1]))
+
     def read(self, documents: Sequence[int], max_lines: int | None = None) -> list[Document]:
         """Return some documents, each with its first lines; None: with all of them."""
         return [Document(self[document], self.lines(document, max_lines)) for document in documents]

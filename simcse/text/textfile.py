@@ -246,6 +246,12 @@ class TextFile(Sequence):
         """Return where a row stands, as file:line."""
         return f"{self.name}:{self.line_number(row)}"
 
+    def blank_or_skipped(self) -> np.ndarray:
+        """Return the numbers, from 1, of the lines that are no rows, ascending, int64."""
+        if self._row_lines is None:
+            return np.empty(0, "int64")
+        return np.setdiff1d(np.arange(1, len(self._offsets)), self._row_lines + 1, assume_unique=True)
+
     def sample_rows(self, count: int) -> list[tuple[str, Any]]:
         """Return `count` rows at even distances in the file, in its order, each as (place, row)."""
         rows = np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)

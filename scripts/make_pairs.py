@@ -1,0 +1,198 @@
+"""Make training pairs of query and document from documents alone, without labels.
+
+    python scripts/make_pairs.py --corpus_file recall/corpus.csv --output_file pairs.csv
+    python train.py --init_from_ckpt ... --train_set_file pairs.csv
+
+Writes query and document, tab-separated. The pairs of a document stand together; train.py shuffles them. A text that
+is there twice counts once. The same seed gives the same file, whatever the number of workers. It needs neither paddle
+nor a checkpoint.
+"""
+
+import argparse
+import functools
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+
+from simcse import console, flags
+from simcse.files import check_not_input, check_writable, new_file
+from simcse.index.documents import Documents
+from simcse.machine import CPU_CORES
+from simcse.text import words
+from simcse.text.formats import CORPUS_COLUMNS
+from simcse.text.textfile import Corpus
+from simcse.text.tokens import WINDOW
+from simcse.training import pairs
+from simcse.training.pairs import KINDS, PairReport, Statistics
+from simcse.workers import map_in_order
+
+import numpy as np
+
+Result = TypeVar("Result")
+BLOCK_DOCUMENTS = 256  # that a worker takes at a time
+
+
+def kinds(text: str) -> list[str]:
+    """Return the kinds that a flag names, with commas between them, in the order of KINDS."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in KINDS:
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(KINDS)}, with commas between them, got "
+                                             f"{name!r}")
+    return [kind for kind in KINDS if kind in names]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = flags.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument_group("files").add_argument
+    add("--corpus_file", type=flags.readable_file, required=True,
+        help="documents: a text a line, or an id, a tab and a text")
+    add("--output_file", type=flags.nonempty_text, required=True,
+        help="query and document, tab-separated, for train.py --train_set_file")
+    add("--query_file", type=flags.readable_file, help="queries of users, one a line, or an id, a tab and a query; the "
+        "queries that are made get lengths like theirs, as far as the kinds allow")
+    add("--corpus_columns", type=int, choices=CORPUS_COLUMNS,
+        help="1: a text a line; 2: an id, a tab and the text (default: as most lines of --corpus_file)")
+    flags.add_data_arguments(parser.add_argument_group("reading"))
+    add = parser.add_argument_group("pairs").add_argument
+    add("--pairs_per_document", type=flags.positive_int, metavar="N", default=10, help="most pairs of a document")
+    descriptions = "; ".join(f"{name}: {kind.description}" for name, kind in KINDS.items())
+    add("--kinds", type=kinds, default=",".join(KINDS), help="kinds of queries, with commas between them. Each gets "
+        "the same share of --pairs_per_document; a later one makes up for what an earlier one cannot make of a "
+        f"document. {descriptions}")
+    add("--seed", type=flags.non_negative_int, default=1000, help="random seed")
+    parser.add_argument_group("device").add_argument(
+        "--workers", type=flags.positive_int, default=CPU_CORES, help="processes")
+    args = parser.parse_args()
+    check_writable(args.output_file, "--output_file")
+    check_not_input(args.output_file, "--output_file", args, "--corpus_file", "--query_file")
+    return args
+
+
+class Block(NamedTuple):
+    """The pairs of some documents.
+
+    Attributes:
+        lines: those to write.
+        report: what was made of which documents.
+    """
+
+    lines: list[str]
+    report: PairReport
+
+
+def map_blocks(function: Callable[[range], Result], documents: Documents, workers: int, work: str) -> Iterator[Result]:
+    """Yield what a function returns for each block of documents, in their order, and show how far it is.
+
+    Args:
+        function: computes a block, given by the numbers of its documents.
+        documents: all of them.
+        workers: processes.
+        work: a participle, for the progress.
+    """
+    starts = range(0, len(documents), BLOCK_DOCUMENTS)
+    blocks = [range(start, min(start + BLOCK_DOCUMENTS, len(documents))) for start in starts]
+    results = map_in_order(function, blocks, min(workers, len(blocks)))
+    with console.progress(work, len(documents), "documents") as advance:
+        for result, block in zip(results, blocks):
+            yield result
+            advance(len(block))
+
+
+def read_query_lengths(args: argparse.Namespace) -> np.ndarray | None:
+    """Return the lengths of the queries of --query_file, of a sample where there are many; None without the flag."""
+    if not args.query_file:
+        return None
+    queries = Corpus(args.query_file, "--query_file")
+    return np.array([pairs.query_length(query) for _, query in queries.sample_rows(WINDOW)])
+
+
+def count_block(block: range, documents: Documents) -> Counter[str]:
+    """Return for each word in how many documents of a block it is."""
+    return pairs.count_documents(documents[block.start : block.stop])
+
+
+def count_words(args: argparse.Namespace, documents: Documents) -> Counter[str]:
+    """Return for each word in how many documents it is: the first pass, which only some kinds need."""
+    document_frequency: Counter[str] = Counter()
+    if not any(KINDS[kind].counts_words for kind in args.kinds):
+        return document_frequency
+    words.load_dictionary()  # the workers inherit it
+    count = functools.partial(count_block, documents=documents)
+    for counts in map_blocks(count, documents, args.workers, "counting words"):
+        document_frequency.update(counts)
+    return document_frequency
+
+
+def make_block(block: range, args: argparse.Namespace, documents: Documents, statistics: Statistics) -> Block:
+    """Return the pairs of a block of documents.
+
+    Each document has random numbers of its own, so that the pairs of a block do not depend on the others.
+    """
+    lines = []
+    report = PairReport()
+    for document, text in zip(block, documents[block.start : block.stop]):
+        random = np.random.default_rng([args.seed, document])
+        pairs_of_kind = pairs.make_pairs(text, args.kinds, args.pairs_per_document, random, statistics)
+        report.add(document, pairs_of_kind)
+        for pairs_of_one_kind in pairs_of_kind.values():
+            lines += [f"{query}\t{title}\n" for query, title in pairs_of_one_kind]
+    return Block(lines, report)
+
+
+def write_pairs(args: argparse.Namespace, documents: Documents, statistics: Statistics) -> PairReport:
+    """Write the pairs of all documents: the second pass.
+
+    Raises:
+        InputError: no document gives a pair; nothing is written.
+    """
+    make = functools.partial(make_block, args=args, documents=documents, statistics=statistics)
+    report = PairReport()
+    with new_file(args.output_file, flag="--output_file") as file:
+        for block in map_blocks(make, documents, args.workers, "making pairs"):
+            file.writelines(block.lines)
+            report.merge(block.report)
+        if not report.pairs.total():
+            raise console.InputError(f"--corpus_file {args.corpus_file}: its texts are too short for --kinds "
+                                     f"{','.join(args.kinds)}; not one gives a pair")
+    return report
+
+
+def describe(args: argparse.Namespace, documents: Documents, report: PairReport) -> str:
+    """Return one line about what was made of which documents."""
+    of_each_kind = ", ".join(f"{report.pairs[kind]:,} {kind}" for kind in args.kinds)
+    parts = [f"wrote {args.output_file}: {console.count(report.pairs.total(), 'pair')} of "
+             f"{console.count(len(documents) - report.empty.count, 'document')}, {of_each_kind}"]
+    for kind, tally in report.without.items():
+        places = ", ".join(documents.place(document) for document in tally.first)
+        parts.append(f"{console.count(tally.count, 'document')} too short for {kind} ({places})")
+    if report.empty.count:
+        places = ", ".join(documents.place(document) for document in report.empty.first)
+        parts.append(f"{console.count(report.empty.count, 'document')} without any pair ({places})")
+    copies = documents.copies()
+    if len(copies):
+        places = ", ".join(documents.corpus.place(row) for row in copies[:3])
+        parts.append(f"{len(copies):,} {'copy' if len(copies) == 1 else 'copies'} of an earlier document ({places})")
+    blank = documents.corpus.blank_or_skipped()
+    if len(blank):
+        places = ", ".join(f"{args.corpus_file}:{line}" for line in blank[:3])
+        parts.append(f"{console.count(len(blank), 'line')} blank or skipped ({places})")
+    return "; ".join(parts)
+
+
+def main() -> None:
+    args = parse_args()
+    documents = Documents(Corpus(args.corpus_file, "--corpus_file", args.corpus_columns))
+    query_lengths = read_query_lengths(args)
+    document_frequency = count_words(args, documents)
+    statistics = Statistics(len(documents), document_frequency, query_lengths)
+    report = write_pairs(args, documents, statistics)
+    console.log(describe(args, documents, report))
+
+
+if __name__ == "__main__":
+    console.run(main)
