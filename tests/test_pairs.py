@@ -243,7 +243,7 @@ def test_training_takes_the_pairs(sample, tmp_path):
     assert len(texts) == len((tmp_path / "pairs.csv").read_text(encoding="utf-8").splitlines())
     args = argparse.Namespace(max_seq_length=32, keep_duplicate_negatives=False, crop_rate=0.0, seed=1)
     batch = data.make_batch(texts, load_tokenizer(str(ENCODER)), args, range(0, 40, 3), epoch=0)
-    assert batch.size == 14 and batch.negative is None
+    assert batch.size == 14 and batch.hard_negative is None
 
 
 def test_lengths_of_a_query_file_leave_out_blanks(tmp_path):
