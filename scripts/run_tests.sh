@@ -43,7 +43,8 @@ files=0
 for word in "$@"; do # files that are named are run instead of all
     case $word in tests/*) tests='' files=$((files + 1)) ;; esac
 done
-workers="-n 2 --dist loadgroup --no-loadscope-reorder"
+# After a crash xdist's replacement waits for ever with --dist loadgroup; this ends the run with the test's name.
+workers="-n 2 --dist loadgroup --no-loadscope-reorder --max-worker-restart=0"
 [ "$files" = 1 ] && workers="-n 0" # the tests of a file are one worker's
 # shellcheck disable=SC2086  # a word a file on purpose
 exec "$venv/bin/python" -m pytest $tests -ra -p no:schemathesis -m "$marked" $workers "$@"

@@ -226,24 +226,16 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(commands):
         assert process.wait(60) == 141
 
 
-def test_control_c_while_it_waits_for_a_line(commands):
+@pytest.mark.parametrize("number, message, code", [
+    (signal.SIGINT, b"inference.py: interrupted\n", 130), (signal.SIGTERM, b"", 143)])
+def test_a_signal_while_it_waits_for_a_line(commands, number, message, code):
     with start(*commands["inference"], "--quiet") as process:
         process.stdin.write("语义检索\n".encode())
         process.stdin.flush()
         process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        assert process.stderr.read() == b"inference.py: interrupted\n"
-        assert process.wait(60) == 130
-
-
-def test_sigterm_while_it_waits_for_a_line(commands):
-    with start(*commands["inference"], "--quiet") as process:
-        process.stdin.write("语义检索\n".encode())
-        process.stdin.flush()
-        process.stdout.readline()
-        process.send_signal(signal.SIGTERM)
-        assert process.stderr.read() == b""
-        assert process.wait(60) == 143
+        process.send_signal(number)
+        assert process.stderr.read() == message
+        assert process.wait(60) == code
 
 
 def test_embeddings_of_stdin_to_a_file(commands, tmp_path):

@@ -62,8 +62,6 @@ def test_after_the_last_step_signals_end_the_process_at_once():
     assert not set(usual) & {signal.getsignal(number) for number in stopping.STOP_SIGNALS}
     run.finish_signal_handling()
     assert [signal.getsignal(number) for number in stopping.STOP_SIGNALS] == usual
-    with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
     assert run.stop_signal.number == 0
 
 
