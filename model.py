@@ -37,12 +37,12 @@ from simcse.encoder.weights import (
     PARAMS_FILE,
     TOKENIZER_FILE,
     load_state,
+    new_checkpoint_folder,
     read_record,
     read_weights,
     write_record,
     write_weights,
 )
-from simcse.files import new_folder
 from simcse.flags import DEFAULT_MODEL, ENCODE_LENGTH, checkpoint_file
 from simcse.machine import BATCH_TOKENS, RANK, RANKS
 from simcse.ranks import gather_rows
@@ -68,7 +68,8 @@ class LossSettings:
     """Settings of the training loss; train.py fills each from the flag of the same name,
     which flags.SHARED_FLAGS names, too.
 
-    A checkpoint records all of them. One that predates a field counts as trained with its default.
+    A checkpoint records all of them; weights.RECORD_FIELDS says which values each may have. A checkpoint that predates
+    a field counts as trained with its default.
 
     Attributes:
         margin: how much more similar than a negative a positive has to be, in cosine.
@@ -486,7 +487,7 @@ def make_record(model: SimCSE, model_name_or_path: str, max_seq_length: int | No
 
 def save_checkpoint(folder: str, model: SimCSE, tokenizer: Any, record: dict) -> None:
     """Write weights, tokenizer and simcse_config.json to `folder`, which appears complete or not at all."""
-    with new_folder(folder) as temporary:
+    with new_checkpoint_folder(folder) as temporary:
         write_checkpoint(temporary, model, tokenizer, record)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from simcse import console
-from simcse.encoder.weights import CONFIG_FILE, DEFAULT_MODEL, read_record
+from simcse.encoder.weights import CONFIG_FILE, DEFAULT_MODEL, WEIGHT_FILES, read_record
 from simcse.files import STDIN, read_json
 from simcse.machine import CPU_THREADS, RANK, RANKS, TRAIN_PRECISIONS, auto_precision
 from simcse.training.checkpoints import STATE_RECORD, newest_resumable
@@ -22,7 +22,6 @@ from simcse.training.checkpoints import STATE_RECORD, newest_resumable
 ENCODE_LENGTH = 64
 TRAIN_LENGTH = 128
 DEFAULT_PARAMS = "checkpoints/model_20000/model_state.pdparams"
-WEIGHT_FILES = ("model_state.safetensors", "model_state.pdparams")  # of a checkpoint folder; the first one is loaded
 COLLECTION = "simcse"  # of Milvus
 AUTO_ON_GPU = "on a GPU bf16 from compute capability 8.0 on, fp16 on 7.x"
 README_TEXT = "国有企业引入非国有资本对创新绩效的影响——基于制造业国有上市公司的经验证据"  # of the original README

@@ -1,17 +1,19 @@
 """Checkpoints that come from elsewhere, files and folders of weights; losses that are no numbers."""
 
+import argparse
 import functools
 import json
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 from simcse import files
 from simcse.console import InputError
 from simcse.encoder import weights as w
 from simcse.text import lines as line_reading
 from simcse.text.textfile import TextFile
-from simcse.training import checkpoints
+from simcse.training import checkpoints, trainer
 
 import numpy as np
 import pytest
@@ -148,6 +150,21 @@ def test_max_grad_norm(flags, tmp_path):
     free, clipped = (weights(tmp_path / name / "model_16") for name in ("free", "clipped"))
     start = {name: abs(free[name] - clipped[name]).max() for name in free}
     assert max(start.values()) > 1e-5
+
+
+def test_a_step_that_is_saved_again_leaves_no_other_weights(tmp_path, monkeypatch):
+    """They would be loaded instead of the new ones, and trained on from."""
+    run = object.__new__(trainer.Trainer)
+    run.args = argparse.Namespace(save_dir=str(tmp_path), keep_checkpoints=0)
+    run.step, run.last_saved_step, run.model, run.optimization, run.settings = 1, None, None, None, None
+    run.check_weights = lambda skipped: None
+    run.write_model = lambda folder: Path(folder, w.PARAMS_FILE).write_text("")
+    monkeypatch.setattr(trainer, "write_state", lambda *_, **__: None)
+    (tmp_path / "model_1").mkdir()
+    for name in ("model_state.safetensors", "notes.txt"):
+        (tmp_path / "model_1" / name).write_text("")
+    run.save()
+    assert sorted(os.listdir(tmp_path / "model_1")) == [w.PARAMS_FILE, "notes.txt"]
 
 
 def test_line_numbers(tmp_path, monkeypatch):

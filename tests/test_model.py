@@ -11,6 +11,7 @@ from simcse.console import InputError
 from simcse.encoder import paddle_patches, pretrained, weights
 from simcse.encoder.encoder import Encoder
 from simcse.encoder.engine import make_engine
+from simcse.flags import checkpoint_file
 from simcse.text.tokens import pad
 from simcse.text.wordpiece import load_tokenizer
 
@@ -176,6 +177,10 @@ def test_a_record_older_than_a_setting_of_the_loss_counts_as_its_default():
     assert m.recorded_loss_settings({}) == m.LossSettings()
 
 
+def test_settings_of_the_loss_are_checked_when_a_record_is_read():
+    assert asdict(m.LossSettings()).keys() <= weights.RECORD_FIELDS.keys()
+
+
 @pytest.mark.parametrize("change, message", [
     (lambda s: s.pop("ptm.pooler.dense.bias"), r"missing: ptm\.pooler\.dense\.bias"),
     (lambda s: s.update({"ptm.extra": s["ptm.pooler.dense.bias"]}), r"unexpected: ptm\.extra"),
@@ -215,6 +220,17 @@ def test_a_failed_save_leaves_the_old_checkpoint(saved, monkeypatch):
         m.save_checkpoint(str(folder), tiny(), None, {})
     assert (folder / weights.PARAMS_FILE).read_bytes() == before
     assert [path.name for path in folder.parent.iterdir()] == ["model_1"]
+
+
+def test_weights_of_another_file_do_not_outlive_a_save(saved):
+    """They would be loaded instead of the new ones; other files of the user's stay."""
+    network, folder = saved
+    weights.write_weights(str(folder / "model_state.safetensors"), weights.read_weights(
+        str(folder / weights.PARAMS_FILE), "--flag"))
+    (folder / "notes.txt").write_text("kept")
+    m.save_checkpoint(str(folder), network, load_tokenizer(str(ENCODER)), {})
+    assert checkpoint_file(str(folder)) == str(folder / weights.PARAMS_FILE)
+    assert (folder / "notes.txt").read_text() == "kept"
 
 
 def test_another_encoder_of_automodel(tmp_path):

@@ -1,5 +1,6 @@
 """Read and write files of weights, without running what may be in them, and the record of a checkpoint beside them."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -10,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from simcse.console import InputError, as_input_error, some, some_characters
-from simcse.files import file_digest, read_json, write_json
+from simcse.files import file_digest, new_folder, read_json, write_json
 from simcse.machine import BATCH_TOKENS
 
 import numpy as np
@@ -21,6 +22,7 @@ CONFIG_FILE = "simcse_config.json"
 TOKENIZER_FILE = "tokenizer_config.json"
 VOCABULARY_FILE = "vocab.txt"
 PARAMS_FILE = "model_state.pdparams"
+WEIGHT_FILES = ("model_state.safetensors", PARAMS_FILE)  # of a checkpoint folder; the first one is loaded
 WEIGHTS = (".pdparams", ".safetensors")
 OPENVINO_FILE = "inference.xml"  # and its weights, inference.bin
 ONNX_FILE = "inference.onnx"
@@ -87,6 +89,12 @@ def write_weights(path: str, state: Mapping[str, Any]) -> None:
         import paddle
 
         paddle.save(dict(state), path)
+
+
+def new_checkpoint_folder(path: str) -> contextlib.AbstractContextManager[str]:
+    """Make a folder for a checkpoint like `new_folder`; no weights of an older folder stay, since they may be loaded.
+    """
+    return new_folder(path, obsolete=WEIGHT_FILES)
 
 
 def load_state(model: Any, state: dict[str, np.ndarray], source: str) -> None:

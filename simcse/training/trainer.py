@@ -16,7 +16,8 @@ from simcse import console
 from simcse.console import InputError, log, warn
 from simcse.device import set_device, set_gpu_precision
 from simcse.encoder.paddle_patches import train_faster_on_cpu
-from simcse.files import file_digest, name_output, new_folder
+from simcse.encoder.weights import new_checkpoint_folder
+from simcse.files import file_digest, name_output
 from simcse.machine import RANK, RANKS, TRAIN_PRECISIONS
 from simcse.ranks import all_equal, any_rank, join_ranks, wait_for_ranks
 from simcse.training.checkpoints import checkpoint_path, prepare_save_dir, remove_old
@@ -224,7 +225,7 @@ class Trainer:
         self.check_weights("checkpoint not saved")
         if not RANK:
             folder = checkpoint_path(self.args.save_dir, self.step)
-            with name_output(folder, "--save_dir"), new_folder(folder) as temporary:
+            with name_output(folder, "--save_dir"), new_checkpoint_folder(folder) as temporary:
                 self.write_model(temporary)
                 write_state(temporary, self.model, self.optimization, step=self.step, settings=self.settings)
             log(f"saved {folder}")
