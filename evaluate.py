@@ -138,7 +138,9 @@ def check_plot(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     if not os.path.isdir(folder):
         parser.error(f"argument --plot: {folder}: no such folder")
     check_writable(args.plot, "--plot")
-    check_not_input(args.plot, "--plot", args, "--similar_text_pair", "--qrels", "--recall_result_file")
+    check_not_input(args.plot, "--plot", {
+        "--similar_text_pair": args.similar_text_pair, "--qrels": args.qrels,
+        "--recall_result_file": args.recall_result_file})
     if importlib.util.find_spec("matplotlib") is None:
         parser.error(f"--plot: matplotlib {console.HOW_TO_INSTALL}")
 

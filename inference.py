@@ -85,7 +85,9 @@ def embed_texts(args: argparse.Namespace) -> None:
     """Write or print the embeddings of --text and --input_file."""
     if args.output_file:
         check_writable(args.output_file, "--output_file")
-        check_not_input(args.output_file, "--output_file", args, "--input_file", "--calibration_file", "--params_path")
+        check_not_input(args.output_file, "--output_file", {
+            "--input_file": args.input_file, "--calibration_file": args.calibration_file,
+            "--params_path": args.params_path})
     texts = [Text("--text", text) for text in args.text]
     columns = 1
     if args.input_file:

@@ -552,8 +552,10 @@ def check_outputs(args: argparse.Namespace) -> None:
     """Raise InputError, before anything takes time, where the result or the index cannot be written."""
     if not args.query:  # whose answers go to stdout
         check_writable(result_path(args), "--recall_result_file")
-        check_not_input(result_path(args), "--recall_result_file", args, "--corpus_file", "--query_file",
-                        "--similar_text_pair", "--calibration_file", "--params_path")
+        check_not_input(result_path(args), "--recall_result_file", {
+            "--corpus_file": args.corpus_file, "--query_file": args.query_file,
+            "--similar_text_pair": args.similar_text_pair, "--calibration_file": args.calibration_file,
+            "--params_path": args.params_path})
     if args.index_path and args.corpus_file and not os.path.isdir(args.index_path):
         check_writable(args.index_path, "--index_path", is_folder=True)
 

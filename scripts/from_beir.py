@@ -11,7 +11,7 @@ The folder (Thakur et al. 2021) has corpus.jsonl, queries.jsonl and qrels/*.tsv.
 - qrels.tsv: query id, document id, grade;
 - dev.csv: query and document id, of grades above 0, for `--targets id`;
 - train_unsupervised.csv: the texts of the corpus;
-- train.csv: query and text, where there are judgements for training.
+- train.csv: query and text, where there are judgements for training; otherwise one of an earlier set is removed.
 
 A run of white space in a text becomes a blank. What is left out is counted on stderr. It needs no paddle.
 """
@@ -27,7 +27,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 from simcse import console, flags
 from simcse.console import InputError
-from simcse.files import check_not_input, check_writable, new_file
+from simcse.files import check_not_input, check_writable, name_output, new_file
 from simcse.measures import read_judgements
 
 OUTPUTS = ("corpus.csv", "queries.csv", "qrels.tsv", "dev.csv", "train_unsupervised.csv", "train.csv")
@@ -136,16 +136,19 @@ def is_known(judgement: Judgement, queries: dict[str, str], documents: dict[str,
     return judgement.query_id in queries and judgement.document_id in documents
 
 
-def select_known(judgements: Sequence[Judgement], queries: dict[str, str], documents: dict[str, str],
-                 path: str) -> list[Judgement]:
-    """Return the judgements of queries and documents that exist; `path` is their file, for the error message.
+def select_known(judgements: Sequence[Judgement], queries: dict[str, str], documents: dict[str, str], path: str,
+                 consequence: str) -> list[Judgement]:
+    """Return the judgements of queries and documents that exist, and warn of the others.
 
-    Raises:
-        InputError: none of them has a grade above 0.
+    Args:
+        path: the file of the judgements, for the warning.
+        consequence: what becomes of the others, for the warning.
     """
     known = [judgement for judgement in judgements if is_known(judgement, queries, documents)]
-    if not any(judgement.grade > 0 for judgement in known):
-        raise InputError(f"{path}: judges no document that exists to be relevant")
+    unknown = len(judgements) - len(known)
+    if unknown:
+        console.warn(f"{path}: {console.part(unknown, len(judgements), 'judgement', 'are')} of queries or documents "
+                     f"that do not exist; {consequence}")
     return known
 
 
@@ -170,47 +173,55 @@ def write_split(args: argparse.Namespace, queries: dict[str, str], documents: di
     """Write the files of the queries that --split judges.
 
     The judgements stay as they came, so that measures by them are those of the set.
+
+    Raises:
+        InputError: no judgement of a query and a document that exist has a grade above 0.
     """
     path = qrels_path(args, args.split)
     judgements = read_split(path)
-    known = select_known(judgements, queries, documents, path)
-    unknown = len(judgements) - len(known)
-    if unknown:
-        console.warn(f"{path}: {console.part(unknown, len(judgements), 'judgement', 'are')} of queries or documents "
-                     "that do not exist; they stay in qrels.tsv, and what they judge relevant counts as missed")
+    known = select_known(judgements, queries, documents, path,
+                         "they stay in qrels.tsv, and what they judge relevant counts as missed")
+    relevant = [(queries[query], document) for query, document, grade in known if grade > 0]
+    if not relevant:
+        raise InputError(f"{path}: judges no document that exists to be relevant")
     judged = dict.fromkeys(judgement.query_id for judgement in judgements if judgement.query_id in queries)
     judged_queries = [(id, queries[id]) for id in judged]
     judgement_rows = [(query, document, str(grade)) for query, document, grade in judgements]
-    relevant = [(queries[query], document) for query, document, grade in known if grade > 0]
     write_rows(args, "queries.csv", judged_queries, "query", f" of {args.split}")
     write_rows(args, "qrels.tsv", judgement_rows, "judgement")
     write_rows(args, "dev.csv", relevant, "pair", " of query and id of a relevant document")
 
 
-def write_training_pairs(args: argparse.Namespace, queries: dict[str, str], documents: dict[str, str]) -> None:
-    """Write the pairs of the split "train", unless it is missing, has no pair or is the split that --split judges."""
+def read_training_pairs(args: argparse.Namespace, queries: dict[str, str],
+                        documents: dict[str, str]) -> list[tuple[str, str]]:
+    """Return the pairs of the split "train"; []: it is missing, or is the split that --split judges."""
     path = qrels_path(args, "train")
     if args.split == "train" or not os.path.isfile(path):
-        return
-    judgements = read_split(path)
-    known = [judgement for judgement in judgements if is_known(judgement, queries, documents)]
-    pairs = [(queries[query], documents[document]) for query, document, grade in known if grade > 0]
-    unknown = len(judgements) - len(known)
-    if unknown:
-        console.warn(f"{path}: {console.part(unknown, len(judgements), 'judgement', 'are')} of queries or documents "
-                     "that do not exist; left out of train.csv")
+        return []
+    known = select_known(read_split(path), queries, documents, path, "left out of train.csv")
+    return [(queries[query], documents[document]) for query, document, grade in known if grade > 0]
+
+
+def write_training_pairs(args: argparse.Namespace, pairs: Sequence[tuple[str, str]]) -> None:
+    """Write train.csv; where there are no pairs, remove that of an earlier set, with a warning."""
     if pairs:
         write_rows(args, "train.csv", pairs, "pair", " of query and text of a relevant document, of train")
+        return
+    path = os.path.join(args.output_dir, "train.csv")
+    if os.path.isfile(path):
+        with name_output(path, "--output_dir"):
+            os.remove(path)
+        console.warn(f"removed {path}, which was of an earlier set: {args.folder} has no pairs for training")
 
 
 def check_outputs(args: argparse.Namespace) -> None:
     """Raise InputError, before any work, where a file cannot be written or is one of those to read."""
-    read = argparse.Namespace(folder=[os.path.join(args.folder, name) for name in ("corpus.jsonl", "queries.jsonl")])
-    read.folder += [qrels_path(args, split) for split in (args.split, "train")]
+    inputs = [os.path.join(args.folder, name) for name in ("corpus.jsonl", "queries.jsonl")]
+    inputs += [qrels_path(args, split) for split in (args.split, "train")]
     for name in OUTPUTS:
         path = os.path.join(args.output_dir, name)
         check_writable(path, "--output_dir")
-        check_not_input(path, "--output_dir", read, "folder")
+        check_not_input(path, "--output_dir", {"folder": inputs})
 
 
 def main() -> None:
@@ -221,7 +232,7 @@ def main() -> None:
     write_rows(args, "corpus.csv", documents.items(), "document")
     write_split(args, queries, documents)
     write_rows(args, "train_unsupervised.csv", ([text] for text in documents.values()), "text")
-    write_training_pairs(args, queries, documents)
+    write_training_pairs(args, read_training_pairs(args, queries, documents))
 
 
 if __name__ == "__main__":

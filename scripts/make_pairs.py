@@ -69,7 +69,8 @@ def parse_args() -> argparse.Namespace:
         "--workers", type=flags.positive_int, default=CPU_CORES, help="processes")
     args = parser.parse_args()
     check_writable(args.output_file, "--output_file")
-    check_not_input(args.output_file, "--output_file", args, "--corpus_file", "--query_file")
+    check_not_input(args.output_file, "--output_file", {
+        "--corpus_file": args.corpus_file, "--query_file": args.query_file})
     return args
 
 

@@ -65,8 +65,9 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--negatives_per_pair {args.negatives_per_pair}: --negative_depth {first} {last} has only "
                      f"{console.count(rank_count, 'rank')}")
     check_writable(args.output_file, "--output_file")
-    check_not_input(args.output_file, "--output_file", args, "--similar_text_pair", "--positive_scores",
-                    "--recall_result_file", "--corpus_file")
+    check_not_input(args.output_file, "--output_file", {
+        "--similar_text_pair": args.similar_text_pair, "--positive_scores": args.positive_scores,
+        "--recall_result_file": args.recall_result_file, "--corpus_file": args.corpus_file})
     return args
 
 

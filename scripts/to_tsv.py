@@ -74,7 +74,7 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.output_file != STDIN:
         check_writable(args.output_file, "--output_file")
-        check_not_input(args.output_file, "--output_file", args, "--input_file")
+        check_not_input(args.output_file, "--output_file", {"--input_file": args.input_file})
     if args.format == "jsonl" and args.header:
         parser.error("--header is for csv and tsv")
     args.input_name = "stdin" if args.input_file == STDIN else args.input_file

@@ -1,6 +1,5 @@
 """Files and folders that are written completely or not at all, JSON and SHA-256 of files, and work done ahead."""
 
-import argparse
 import contextlib
 import ctypes
 import hashlib
@@ -10,7 +9,7 @@ import queue
 import re
 import shutil
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, NamedTuple, TypeVar
 
@@ -187,20 +186,19 @@ def check_writable(path: str, flag: str, *, is_folder: bool = False) -> None:
         raise InputError(f"{where}: {parent} cannot be written")
 
 
-def check_not_input(path: str, flag: str, args: argparse.Namespace, *input_flags: str) -> None:
+def check_not_input(path: str, flag: str, inputs: Mapping[str, str | Sequence[str] | None]) -> None:
     """Raise InputError, before any work, where a file to write is also read, under this name or another.
 
     Args:
         path: the file to write; it need not exist.
         flag: the flag that names it, for the message.
-        args: the flags of the script.
-        input_flags: those that name files to read, with --; one that is not given, or stdin, is skipped.
+        inputs: the path or the paths to read, by the flag that names them; stdin is skipped, and None, too.
     """
     if not os.path.isfile(path):  # a device may be both
         return
-    for input_flag in input_flags:
-        value = getattr(args, input_flag.removeprefix("--"))
-        for input_path in value if isinstance(value, list) else [value]:
+    for input_flag, value in inputs.items():
+        input_paths = [value] if value is None or isinstance(value, str) else value
+        for input_path in input_paths:
             is_file = input_path not in (None, STDIN) and os.path.isfile(input_path)
             if is_file and os.path.samefile(path, input_path):
                 raise InputError(f"{flag} {path}: is the same file as {input_flag} {input_path}; name another file")

@@ -1,11 +1,13 @@
 """scripts/from_beir.py, and what evaluate.py makes of judgements and runs; its measures are in test_metrics."""
 
+import argparse
 import codecs
 import json
 
 from simcse.console import InputError
 from simcse.measures import rank_documents, read_judgements, read_run
 
+import from_beir
 import pytest
 from conftest import refuse, succeed
 
@@ -24,7 +26,7 @@ def write_folder(folder, documents=DOCUMENTS, **splits):
 
 
 def test_a_folder_becomes_this_layout(tmp_path):
-    write_folder(tmp_path, test="q1\td1\t2\nq1\td2\t0\nq2\td2\t1\nq2\td9\t1\n", train="q2\t3\t1\n")
+    write_folder(tmp_path, test="q1\td1\t2\nq1\td2\t0\nq2\td2\t1\nq2\td9\t1\n", train="q2\t3\t1\nq2\td9\t1\n")
     said = succeed("scripts/from_beir.py", ".", cwd=tmp_path).stderr
     expected = {"corpus.csv": "d1\t标题 甲 乙\nd2\t丙 丁\n3\t戊\n", "queries.csv": "q1\t甲 乙\nq2\t丙\n",
                 "qrels.tsv": "q1\td1\t2\nq1\td2\t0\nq2\td2\t1\nq2\td9\t1\n", "dev.csv": "甲 乙\td1\n丙\td2\n",
@@ -32,6 +34,20 @@ def test_a_folder_becomes_this_layout(tmp_path):
     assert {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "recall").iterdir()} == expected
     assert "1 of 4 texts is empty; left out: " in said and "corpus.jsonl:4" in said
     assert "1 of 4 judgements is of queries or documents that do not exist; they stay in qrels.tsv" in said
+    assert "1 of 2 judgements is of queries or documents that do not exist; left out of train.csv" in said
+
+
+def test_training_pairs_of_an_earlier_set_are_removed(tmp_path, capsys):
+    (tmp_path / "train.csv").write_text("甲\t乙\n", encoding="utf-8")
+    args = argparse.Namespace(folder="set", output_dir=str(tmp_path))
+    from_beir.write_training_pairs(args, [("丙", "戊")])
+    assert (tmp_path / "train.csv").read_text(encoding="utf-8") == "丙\t戊\n"
+    assert "removed" not in capsys.readouterr().err
+    for _ in range(2):
+        from_beir.write_training_pairs(args, [])
+        assert not (tmp_path / "train.csv").exists()
+    assert capsys.readouterr().err == (f"removed {tmp_path}/train.csv, which was of an earlier set: set has no pairs "
+                                       "for training\n")
 
 
 def test_of_several_lines_with_an_id_the_first_counts(tmp_path):

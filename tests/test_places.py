@@ -1,6 +1,5 @@
 """Where results are written, and what the machine grants."""
 
-import argparse
 import errno
 import os
 import re
@@ -69,15 +68,15 @@ def test_a_file_that_is_read_is_not_written(tmp_path):
     (tmp_path / "read").write_text("text")
     (tmp_path / "link").symlink_to("read")
     (tmp_path / "hard_link").hardlink_to(tmp_path / "read")
-    args = argparse.Namespace(input_file=[STDIN, str(tmp_path / "read")], query_file=None, text="/dev/null")
+    inputs = {"--input_file": [STDIN, str(tmp_path / "read")], "--query_file": None, "--corpus_file": "/dev/null"}
     for name in ("read", "link", "hard_link", "../" + tmp_path.name + "/read"):
         path = f"{tmp_path}/{name}"
         message = f"--output_file {path}: is the same file as --input_file {tmp_path}/read;"
         with pytest.raises(InputError, match=message):
-            check_not_input(path, "--output_file", args, "--query_file", "--input_file")
+            check_not_input(path, "--output_file", inputs)
     (tmp_path / "other").write_text("text")
     for path in ("new", "other", "/dev/null"):
-        check_not_input(str(tmp_path / path), "--output_file", args, "--query_file", "--input_file", "--text")
+        check_not_input(str(tmp_path / path), "--output_file", inputs)
 
 
 @pytest.mark.parametrize("script, flags, message", [
