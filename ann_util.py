@@ -10,6 +10,7 @@ import dataclasses
 import os
 import shutil
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from simcse.index.documents import Documents, report_changes
 from simcse.index.engines import DEFAULT_ENGINE, ENGINES, LOCAL_ENGINES
 from simcse.index.manifest import DAMAGE, MANIFEST_FILE, REBUILD, Manifest, check_digest, is_as_written
 from simcse.index.milvus import MilvusIndex
-from simcse.index.previous import PreviousIndex, ReusedVectors
+from simcse.index.previous import PreviousIndex
 from simcse.index.protocols import NOT_FOUND, DocumentStore, Index
 from simcse.index.settings import Setting
 from simcse.index.shards import MEASURED_K, ShardedIndex, pick_evenly, report_ann_recall
@@ -34,7 +35,7 @@ from simcse.text.tokens import WINDOW
 import numpy as np
 
 if TYPE_CHECKING:  # the encoder imports paddle, which opening an index does without
-    from simcse.encoder.encoder import Encoder, TextWarnings
+    from simcse.encoder.encoder import Encoder
     from simcse.index.bm25 import Bm25
 
 SHARDS = 8  # parts of an index, if --index_shards is not given
@@ -194,8 +195,10 @@ def build_index(corpus: Corpus, encoder: "Encoder", manifest: Manifest, *, threa
     engine = LOCAL_ENGINES[manifest.ann_engine]
     manifest.build_settings = engine.complete_settings(manifest.build_settings, vector_map.vector_count)
     index = ShardedIndex(manifest, threads, vector_map)
-    reused = None if previous is None else previous.read_vectors(vector_map, index.missing_rows)
-    add_missing(index, documents, encoder, reused, warn=False)  # `map_rows_to_vectors` has warned
+    if previous is None:
+        add_missing(index, documents, encoder)
+    else:
+        add_missing_or_reused(index, documents, encoder, previous)
     if engine.approximate:
         vectors = encoder.encode(halves_of(documents), warn=False)
         manifest.ann_recall = index.measure(vectors, MEASURED_K, "halves of documents")
@@ -236,7 +239,6 @@ def map_rows_to_vectors(documents: Documents, encoder: "Encoder", previous: Prev
         previous: of another state of the corpus. What it has is tokenized again only with --strict_data, which refuses
             a text that is cut wherever it is met.
     """
-    from simcse.encoder.encoder import TextWarnings, places_of
     from simcse.ranks import gather_arrays
 
     keys = np.zeros(documents.row_count, "int64")
@@ -247,21 +249,12 @@ def map_rows_to_vectors(documents: Documents, encoder: "Encoder", previous: Prev
         rows_to_tokenize = np.flatnonzero(has_new_text)
         if not RANK:
             keys[~has_new_text] = known_keys[~has_new_text]
-    warnings = TextWarnings(encoder.max_seq_length)
-    with progress("tokenizing", len(rows_to_tokenize), "texts") as advance:
-        for start in range(0, len(rows_to_tokenize), WINDOW):
-            rows = rows_to_tokenize[start : start + WINDOW]
-            if start // WINDOW % RANKS == RANK:
-                inputs = encoder.tokenize(documents.row_texts[rows])
-                warnings.add(inputs, rows)
-                keys[rows] = inputs.keys()
-            advance(len(rows))
+    windows = np.arange(len(rows_to_tokenize)) // WINDOW
+    rows_of_rank = rows_to_tokenize[windows % RANKS == RANK]
+    keys[rows_of_rank] = tokenize_rows(documents, encoder, rows_of_rank)
     keys = sum(gather_arrays(keys))  # one rank has the key of a row, the others 0
     if documents.passages is not None:
         keys[rows_to_tokenize] = documents.passages.keys_in_context(rows_to_tokenize, keys[rows_to_tokenize])
-    warnings = warnings.gather()
-    if not RANK or console.settings.strict_data:  # then it is an error, which ends all ranks
-        warnings.report(places_of(documents.row_texts))
     vector_map = VectorMap.of_keys(keys)
     if not RANK and vector_map.vector_count < len(keys):
         unit = "passages" if documents.has_passages else "documents"
@@ -270,54 +263,84 @@ def map_rows_to_vectors(documents: Documents, encoder: "Encoder", previous: Prev
     return vector_map
 
 
-def add_missing(index: Index, documents: Documents, encoder: "Encoder",
-                reused: Sequence[ReusedVectors] | None = None, *, warn: bool = True) -> None:
-    """Encode the rows that an index lacks and add them; one piece is added while the next is encoded.
+def tokenize_rows(documents: Documents, encoder: "Encoder", rows: np.ndarray) -> np.ndarray:
+    """Tokenize some rows, and warn of those that are truncated or all [UNK].
+
+    All ranks call it together, each with other rows; rank 0 warns of those of all ranks.
 
     Args:
-        index: lacks some rows.
         documents: have their texts.
-        encoder: turns them into vectors.
-        reused: vectors of a previous index, for each piece of the missing rows; None: encode all rows, and log the
-            rate.
-        warn: warn of texts that the encoder reads only in part, or nothing of.
+        encoder: has the tokenizer.
+        rows: int64.
+
+    Returns:
+        The key of each row's tokens, int64 [rows]; see `EncoderInput.keys`.
+
+    Raises:
+        InputError: --strict_data is set, and there are such rows.
     """
     from simcse.encoder.encoder import TextWarnings, places_of
 
+    keys = np.empty(len(rows), "int64")
+    warnings = TextWarnings(encoder.max_seq_length)
+    with progress("tokenizing", len(rows), "texts") as advance:
+        for start in range(0, len(rows), WINDOW):
+            window = rows[start : start + WINDOW]
+            inputs = encoder.tokenize(documents.row_texts[window])
+            warnings.add(inputs, window)
+            keys[start : start + WINDOW] = inputs.keys()
+            advance(len(window))
+    warnings = warnings.gather()
+    if not RANK or console.settings.strict_data:  # then it is an error, which ends all ranks
+        warnings.report(places_of(documents.row_texts))
+    return keys
+
+
+def add_missing(index: Index, documents: Documents, encoder: "Encoder") -> None:
+    """Encode the rows that an index lacks and add them; one piece is added while the next is encoded.
+
+    Args:
+        index: lacks some rows, of which `tokenize_rows` has warned.
+        documents: have their texts.
+        encoder: turns them into vectors.
+    """
     pieces = list(index.missing_rows)
-    if pieces:
-        announce_memory(index.bytes_needed + encoder.bytes_needed(sum(map(len, pieces))))
-    # On several ranks warnings are counted, and rank 0 reports those of all; one rank reports its own while it encodes.
-    warnings = TextWarnings(encoder.max_seq_length) if warn and RANKS > 1 else None
-    warn_here = warn and warnings is None
-    if reused is None:
-        _encode_and_add(index, documents, encoder, pieces, warn_here, warnings)
-    else:
-        rows_to_encode = [piece.rows_to_encode() for piece in reused]
-        encoded = _encode_rows(encoder, documents, rows_to_encode, warn_here, warnings)
-        for vectors, previous in zip(encoded, reused, strict=True):
-            index.add(previous.rows, previous.completed_with(vectors))
-        index.finish()
-    if warnings is not None:
-        warnings = warnings.gather()
-        if not RANK or console.settings.strict_data:  # then it is an error, which ends all ranks
-            warnings.report(places_of(documents.row_texts))
-
-
-def _encode_and_add(index: Index, documents: Documents, encoder: "Encoder", pieces: Sequence[np.ndarray],
-                    warn: bool, warnings: "TextWarnings | None") -> None:
-    """Encode all rows of some pieces and add them; log the beginning and the rate."""
-    started = time.time()
-    row_count = sum(len(rows) for rows in pieces)
+    row_count = sum(map(len, pieces))
     if row_count:
+        announce_memory(index.bytes_needed + encoder.bytes_needed(row_count))
         _log_start(documents, encoder, row_count)
-    encoded = _encode_rows(encoder, documents, pieces, warn, warnings)
-    for vectors, rows in zip(encoded, pieces, strict=True):  # to the end of both: `encoded` reports warnings there
+    started = time.time()
+    encoded = _encode_rows(encoder, documents, pieces)
+    for vectors, rows in zip(encoded, pieces, strict=True):
         index.add(rows, vectors)
     index.finish()
     if row_count:
         unit = "passages" if documents.has_passages else "documents"
         log(f"{row_count / (time.time() - started):.1f} {unit}/s")
+
+
+def add_missing_or_reused(index: ShardedIndex, documents: Documents, encoder: "Encoder",
+                          previous: PreviousIndex) -> None:
+    """Add the rows that an index lacks, with the vectors of a previous index; encode what that lacks, too.
+
+    The vectors of the previous index are in memory once, in the pieces that are not added yet or in the index.
+
+    Args:
+        index: lacks some rows, of which `tokenize_rows` has warned.
+        documents: have their texts.
+        encoder: turns them into vectors.
+        previous: that of another state of the corpus.
+    """
+    row_count = sum(map(len, index.missing_rows))
+    bytes_beside = max(previous.bytes_of_shard, encoder.bytes_needed(row_count))  # one after the other
+    announce_memory(index.bytes_needed + bytes_beside)
+    pieces = deque(previous.read_vectors(index.vector_map, index.missing_rows))
+    rows_to_encode = [piece.rows_to_encode() for piece in pieces]
+    for vectors in _encode_rows(encoder, documents, rows_to_encode):
+        piece = pieces.popleft()
+        index.add(piece.rows, piece.completed_with(vectors))
+        del piece  # its vectors are freed as soon as they are added
+    index.finish()
 
 
 def _log_start(documents: Documents, encoder: "Encoder", rows: int) -> None:
@@ -330,15 +353,14 @@ def _log_start(documents: Documents, encoder: "Encoder", rows: int) -> None:
     log(message)
 
 
-def _encode_rows(encoder: "Encoder", documents: Documents, pieces: Sequence[np.ndarray], warn: bool,
-                 warnings: "TextWarnings | None") -> Iterator[np.ndarray]:
+def _encode_rows(encoder: "Encoder", documents: Documents, pieces: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
     """Return an iterator over the vectors of each piece, float32 [rows, dim]; passages are in their documents' context.
     """
     passages = documents.passages
     if passages is None:
-        return encoder.stream(documents, windows=pieces, warn=warn, warnings=warnings)
+        return encoder.stream(documents, windows=pieces, warn=False)
     windows = passages.rows_to_encode(pieces)
-    encoded = encoder.stream(passages, windows=windows, warn=warn, warnings=warnings)
+    encoded = encoder.stream(passages, windows=windows, warn=False)
     return passages.blend_with_documents(pieces, encoded)
 
 
@@ -368,6 +390,8 @@ def open_collection(uri: str, collection: str, wanted: Manifest, *, corpus: Corp
     manifest = manifest_to_build(wanted, index.manifest)
     documents = read_documents(corpus, encoder, manifest)
     index.follow(documents, with_sizes(manifest, documents, encoder))
+    missing_rows = np.concatenate([np.empty(0, "int64"), *index.missing_rows])
+    tokenize_rows(documents, encoder, missing_rows)  # for its warnings; a collection has keys of its own
     add_missing(index, documents, encoder)
     wait_for_ranks()
     return index, documents

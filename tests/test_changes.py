@@ -4,12 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 import zlib
 
 import ann_util
 from simcse.encoder.encoder import EncoderInput
 from simcse.files import file_digest
-from simcse.index import shards
+from simcse.index import previous, shards
 from simcse.index.engines import DEFAULT_ENGINE
 from simcse.index.hits import hits_of, search
 from simcse.index.manifest import Manifest
@@ -129,7 +130,7 @@ class StandInEncoder:
         vectors = np.array([np.random.default_rng(zlib.crc32(text.encode())).standard_normal(16) for text in texts])
         return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype("float32")
 
-    def stream(self, texts, windows, warn=True, warnings=None):
+    def stream(self, texts, windows, warn=True):
         for rows in windows:
             block = [texts[int(row)] for row in rows]
             self.encoded += block
@@ -149,6 +150,32 @@ def build(folder, name, engine, texts, previous=False):
                                             previous_path=path if previous else None)
     ann_util.save_index(path, index, documents)
     return encoder.encoded
+
+
+def test_vectors_that_are_taken_over_are_in_memory_once(tmp_path, monkeypatch):
+    """The memory is announced before they are read, and a piece of them is freed when it is added."""
+    events = []
+    pieces = []
+    read_vectors = previous.PreviousIndex.read_vectors
+    finish = shards.ShardedIndex.finish
+
+    def note_pieces(*arguments):
+        events.append("read")
+        read = read_vectors(*arguments)
+        pieces.extend(map(weakref.ref, read))
+        return read
+
+    def count_pieces(index):
+        events.append(sum(piece() is not None for piece in pieces))
+        finish(index)
+
+    monkeypatch.setattr(shards, "WINDOW", 16)
+    build(tmp_path, "kept", "exact", [f"文本 {number}" for number in range(100)])
+    monkeypatch.setattr(ann_util, "announce_memory", lambda needed: events.append(needed))
+    monkeypatch.setattr(previous.PreviousIndex, "read_vectors", note_pieces)
+    monkeypatch.setattr(shards.ShardedIndex, "finish", count_pieces)
+    build(tmp_path, "kept", "exact", [f"文本 {number}" for number in range(1, 101)], previous=True)
+    assert events == [4 * 16 * (100 + 34), "read", 0] and len(pieces) == 7
 
 
 @pytest.mark.parametrize("engine", for_engines())

@@ -1,6 +1,8 @@
 """Rows of which the encoder reads the same share a vector: the map, the index, and what a changed corpus does to it."""
 
 import ann_util
+from simcse import console
+from simcse.console import InputError
 from simcse.encoder.encoder import EncoderInput
 from simcse.files import file_digest
 from simcse.index import shards
@@ -51,7 +53,7 @@ class LowercaseEncoder:
         vectors[inputs.unknown] = 0
         return (vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)).astype("float32")
 
-    def stream(self, texts, windows, warn=True, warnings=None):
+    def stream(self, texts, windows, warn=True):
         for rows in windows:
             block = texts[np.asarray(rows)]
             self.encoded += block
@@ -181,6 +183,38 @@ def test_passages_share_a_vector_where_their_documents_have_the_same_tokens(tmp_
     np.testing.assert_allclose(found.scores, -np.sort(-np.array(of_documents)), atol=1e-6)
     hits, = hits_of(Ranking(*(column[:1] for column in found)), documents, [2])
     assert [(hit.line, hit.passage) for hit in hits] == [(1, "cd。"), (2, "CD。")]
+
+
+def test_rows_that_a_collection_lacks_are_warned_of_before_they_are_encoded(tmp_path, capfd, monkeypatch):
+    class Collection:
+        manifest = None
+        bytes_needed = 0
+        missing_rows = [np.array([1, 2]), np.array([4])]
+
+        def __init__(self, *_):
+            pass
+
+        def follow(self, *_):
+            pass
+
+        def add(self, *_):
+            assert "longer than" in capfd.readouterr().err
+
+        def finish(self):
+            pass
+
+    monkeypatch.setattr(ann_util, "MilvusIndex", Collection)
+    (tmp_path / "corpus.csv").write_text("??\n一二三四五\nab\n一二三四六\ncd\n", encoding="utf-8")
+    corpus = Corpus(str(tmp_path / "corpus.csv"), "--corpus_file")
+    encoder = LowercaseEncoder()
+    monkeypatch.setattr(console.settings, "strict_data", True)
+    with pytest.raises(InputError, match=r"1 of 3 texts is longer than 6 tokens and cut; .*corpus.csv:2 "):
+        ann_util.open_collection("x.db", "texts", Manifest(ann_engine="milvus"), corpus=corpus, encoder=encoder)
+    assert encoder.encoded == []
+    monkeypatch.setattr(console.settings, "strict_data", False)
+    Collection.missing_rows = [np.array([1, 2])]
+    ann_util.open_collection("x.db", "texts", Manifest(ann_engine="milvus"), corpus=corpus, encoder=encoder)
+    assert encoder.encoded == ["一二三四五", "ab"]
 
 
 def test_all_unknown_texts_have_one_key():

@@ -289,8 +289,7 @@ class Encoder:
         return embeddings[: len(pairs)], embeddings[len(pairs) :]
 
     def stream(self, texts: Sequence[str], *, places: Sequence[str] | None = None,
-               windows: Sequence[range | np.ndarray] | None = None, warn: bool = True,
-               warnings: TextWarnings | None = None) -> Iterator[np.ndarray]:
+               windows: Sequence[range | np.ndarray] | None = None, warn: bool = True) -> Iterator[np.ndarray]:
         """Yield the embeddings of texts block by block, float32 [texts of the block, embedding_size].
 
         Args:
@@ -298,15 +297,13 @@ class Encoder:
             places: where each text stands, as file:line, for warnings; see `places_of`.
             windows: the rows of each block, in which batches are formed; None: all rows, WINDOW at a time.
             warn: warn of truncated and unknown texts at the end, and with --strict_data as soon as there is one.
-            warnings: counts truncated and unknown texts, for a caller that reports them and sets `warn` to False.
 
         Raises:
             NotFiniteError: an embedding is not finite.
         """
         if windows is None:
             windows = [range(start, min(start + WINDOW, len(texts))) for start in range(0, len(texts), WINDOW)]
-        if warnings is None:
-            warnings = TextWarnings(self.max_seq_length)
+        warnings = TextWarnings(self.max_seq_length)
         place_of = places_of(texts, places)
         # A thread tokenizes the next window while the engine computes this one.
         inputs_of_windows = prefetch(self.tokenize(_select(texts, rows)) for rows in windows)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from simcse.console import as_input_error
 from simcse.index.documents import Documents, find_keys
+from simcse.index.engines import LOCAL_ENGINES
 from simcse.index.manifest import DAMAGE, REBUILD, Manifest
 from simcse.index.protocols import NOT_FOUND
 from simcse.index.shards import ShardedIndex
@@ -73,6 +74,14 @@ class PreviousIndex:
     def where(self) -> str:
         """The flag that names it, and its value, for messages."""
         return f"--index_path {self.path}"
+
+    @property
+    def bytes_of_shard(self) -> int:
+        """About the bytes of memory that one of its shards takes; `read_vectors` has one in memory at a time."""
+        vector_count = -(-self.vector_map.vector_count // self.manifest.index_shards)
+        settings = {**self.manifest.build_settings, **self.manifest.search_settings}
+        engine = LOCAL_ENGINES[self.manifest.ann_engine]
+        return engine.bytes_needed(self.manifest.dimension, vector_count, settings)
 
     def vector_keys(self, row_keys: np.ndarray) -> np.ndarray:
         """Return the key of the vector of each row, int64 [rows]; NOT_FOUND: the index lacks the row.

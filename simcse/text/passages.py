@@ -148,7 +148,7 @@ class Passages(Sequence):
         Yields:
             float32 [rows, dim].
         """
-        for embeddings, rows in zip(encoded, pieces):  # `encoded` first: zip then runs it to its end, where it warns
+        for embeddings, rows in zip(encoded, pieces):  # `encoded` first: zip then runs it to its end
             document_rows = self._rows_of_same_documents(rows)
             _, embedding_of_row = np.unique(self.first_row_of_text[document_rows], return_inverse=True)
             text_embeddings = embeddings[embedding_of_row]
