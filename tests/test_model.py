@@ -1,5 +1,6 @@
 """The network, its loss and its checkpoints, function by function, on a tiny encoder with random weights."""
 
+import errno
 import json
 import os
 import pickle
@@ -17,6 +18,7 @@ from simcse.text.wordpiece import load_tokenizer
 
 import numpy as np
 import paddle
+import paddlenlp
 import pytest
 from conftest import ENCODER
 from paddlenlp.transformers import BertConfig, BertModel, ErnieConfig, ErnieModel
@@ -267,6 +269,29 @@ def test_an_encoder_with_missing_layers_is_an_error(tmp_path, capsys):
     for uses_pooler in (True, False):
         with pytest.raises(InputError, match=r"lack .*layers\.1\.linear1"):
             pretrained.load_pretrained(str(tmp_path), uses_pooler=uses_pooler)
+
+
+def raise_after(cause, error):
+    """Raise an error while another one is handled, as paddlenlp does."""
+    try:
+        raise cause
+    except type(cause):
+        raise error  # noqa: B904
+
+
+@pytest.mark.parametrize("cause, error, reason", [
+    (KeyError(), OSError("Can't load the model\nMore"), "neither a folder with an encoder nor one that can be fetched "
+     "by that name: Can't load the model"),
+    (OSError(errno.ENOSPC, "No space left on device"), OSError("Can't load the model"),
+     "cannot be loaded: [Errno 28] No space left on device"),
+    (KeyError(), MemoryError(), "cannot be loaded: out of memory: MemoryError"),
+    (KeyError(), ValueError("config.json: no JSON"), "cannot be loaded: config.json: no JSON")])
+def test_only_an_encoder_that_is_not_found_is_called_so(monkeypatch, cause, error, reason):
+    monkeypatch.setattr(paddlenlp.transformers.AutoModel, "from_pretrained",
+                        lambda *_, **__: raise_after(cause, error))
+    with pytest.raises(InputError) as raised:
+        pretrained.load_pretrained("a-name")
+    assert str(raised.value) == f"--model_name_or_path a-name: {reason}"
 
 
 def test_record_is_plain_json(saved):

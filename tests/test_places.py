@@ -6,6 +6,7 @@ import re
 import stat
 import threading
 
+from deploy.python import predictor
 from simcse import machine
 from simcse.console import InputError
 from simcse.files import STDIN, check_not_input, check_writable, name_output, new_file, new_folder
@@ -143,8 +144,9 @@ def cgroup(tmp_path, monkeypatch):
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(text)
 
-    monkeypatch.setattr(machine, "CGROUPS", str(tmp_path / "fs"))
-    monkeypatch.setattr(machine, "CGROUP_OF_PROCESS", str(tmp_path / "cgroup"))
+    for module in (machine, predictor):
+        monkeypatch.setattr(module, "CGROUPS", str(tmp_path / "fs"))
+        monkeypatch.setattr(module, "CGROUP_OF_PROCESS", str(tmp_path / "cgroup"))
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: set(range(8)))
     return write
 
@@ -154,7 +156,7 @@ def test_cores_and_memory_of_a_container_of_version_2(cgroup):
            box__memory_DOT_max="500000000\n", box__memory_DOT_current="200000000\n",
            box__memory_DOT_stat="anon 1\ninactive_file 50000000\n", box__inner__memory_DOT_max="max\n",
            box__inner__memory_DOT_current="1\n", box__inner__memory_DOT_stat="inactive_file 0\n")
-    assert machine.count_cores() == 3
+    assert machine.count_cores() == predictor.count_cores() == 3
     assert machine.available_memory() == 350_000_000
 
 
@@ -164,7 +166,7 @@ def test_cores_and_memory_of_a_container_of_version_1(cgroup):
            **{"cpu,cpuacct__box__cpu_DOT_cfs_period_us": "100000\n"},
            memory__box__memory_DOT_limit_in_bytes="400000000\n", memory__box__memory_DOT_usage_in_bytes="100000000\n",
            memory__box__memory_DOT_stat="total_inactive_file 7\n")
-    assert machine.count_cores() == 2
+    assert machine.count_cores() == predictor.count_cores() == 2
     assert machine.available_memory() == 300_000_007
 
 

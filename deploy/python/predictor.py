@@ -27,7 +27,36 @@ OPENVINO_FILE = "inference.xml"
 INTEGER_FIELDS = ("embedding_size", "max_positions", "max_seq_length", "whitened_at")  # of simcse_config.json
 BATCH_TOKENS = {"cpu": 2048, "gpu": 65536}  # tokens of a batch, padding included, that keep the device busy
 
-CPU_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CGROUPS = "/sys/fs/cgroup"
+CGROUP_OF_PROCESS = "/proc/self/cgroup"
+
+
+def count_cores() -> int:
+    """Return how many cores this process may use: by its affinity, and by the quota of its control groups."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError), open(CGROUP_OF_PROCESS, encoding="utf-8") as groups:
+        for line in groups:
+            _, controllers, path = line.rstrip("\n").split(":", 2)
+            if controllers == "":  # version 2
+                root = CGROUPS
+                names = ["cpu.max"]
+            elif "cpu" in controllers.split(","):
+                root = os.path.join(CGROUPS, controllers)
+                names = ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+            else:
+                continue
+            folder = Path(os.path.normpath(root + path))
+            while folder.is_relative_to(root):  # the group, and those that it is in
+                with contextlib.suppress(OSError):
+                    # Microseconds of all cores together in a period, and the period.
+                    quota, period = " ".join((folder / name).read_text() for name in names).split()
+                    if quota not in ("max", "-1"):
+                        cores = min(cores, max(1, int(quota) // int(period)))
+                folder = folder.parent
+    return cores
+
+
+CPU_CORES = count_cores()
 CPU_FLAGS = ""  # Linux' description of the first processor
 with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as cpuinfo:
     CPU_FLAGS = cpuinfo.read(4096)

@@ -1,14 +1,16 @@
 """Load PaddleNLP's encoders strictly, and change what of them is computed or trained."""
 
+import errno
 import os
 import re
 
-from simcse.console import InputError, as_input_error, some, warn
+from simcse.console import InputError, as_input_error, describe_machine_error, some, summarize_error, warn
 from simcse.encoder.paddle_patches import captured_paddlenlp_log, quiet_paddlenlp, zero_initial_weights
 from simcse.encoder.weights import read_weights
 
 from paddle import nn
 
+DISK_ERRORS = (errno.EACCES, errno.EDQUOT, errno.EIO, errno.ENOSPC, errno.EPERM, errno.EROFS)
 # What paddle and paddlenlp raise of a configuration with odd values. RuntimeError and MemoryError tell of the machine.
 CONFIG_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
 
@@ -26,7 +28,7 @@ def load_pretrained(model_name_or_path: str, dropout: float | None = None, kind:
             output, or its weights are loaded afterwards.
 
     Raises:
-        InputError: there is no such encoder, or its weights lack other layers.
+        InputError: there is no such encoder, it cannot be loaded, or its weights lack other layers.
     """
     import paddlenlp
 
@@ -34,11 +36,12 @@ def load_pretrained(model_name_or_path: str, dropout: float | None = None, kind:
     advice = _advise_on_layout(model_name_or_path)
     _check_pickles(model_name_or_path)
     rates = {} if dropout is None else {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    what = (f"--model_name_or_path {model_name_or_path}: neither a folder with an encoder nor one that can be fetched "
-            "by that name")
-    # paddlenlp raises OSError, ValueError, KeyError or RuntimeError, and only logs which layers it left at random.
-    with as_input_error(what, Exception, remedy=advice), captured_paddlenlp_log() as messages:
-        encoder = getattr(paddlenlp.transformers, kind).from_pretrained(model_name_or_path, **rates)
+    try:
+        with captured_paddlenlp_log() as messages:  # it only logs which layers it left at random
+            encoder = getattr(paddlenlp.transformers, kind).from_pretrained(model_name_or_path, **rates)
+    except Exception as error:  # of a damaged folder paddlenlp raises anything
+        reason = describe_load_error(error)
+        raise InputError(f"--model_name_or_path {model_name_or_path}: {reason}{advice}") from None
     random_layers = _random_layers(messages)
     if not uses_pooler:
         random_layers = [name for name in random_layers if "pooler" not in name]
@@ -48,6 +51,26 @@ def load_pretrained(model_name_or_path: str, dropout: float | None = None, kind:
     if random_layers:
         warn(f"{model_name_or_path} has no trained {optional_part}: {some(random_layers)} start at random")
     return encoder
+
+
+def describe_load_error(error: Exception) -> str:
+    """Return one line about an error that paddlenlp has raised while it loaded an encoder.
+
+    It raises OSError where it finds no encoder. It also does so in place of an error of the disk, which is then the
+    context of the one that it raises.
+    """
+    machine_error = describe_machine_error(error)
+    if machine_error is not None:
+        return f"cannot be loaded: {machine_error}"
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:
+            return f"cannot be loaded: {cause}"
+        cause = cause.__context__
+    if isinstance(error, OSError):
+        return ("neither a folder with an encoder nor one that can be fetched by that name: "
+                f"{summarize_error(error)}")
+    return f"cannot be loaded: {summarize_error(error)}"
 
 
 def _advise_on_layout(folder: str) -> str:
