@@ -37,12 +37,13 @@ class EncoderInput(NamedTuple):
     unknown: list[int]
 
     def keys(self) -> np.ndarray:
-        """Return a key for each text, int64 [texts], >= 0: texts that the encoder cannot tell apart have the same.
+        """Return the key of each text's token ids, int64 [texts], >= 0: texts with one embedding have one key.
 
-        Others have the same with the probability of `text_keys`.
+        These are texts with the same token ids, and all texts that are all [UNK], whose embeddings are zeros. Two other
+        texts have the same key with the probability that `text_keys` names.
         """
         keys = sequence_keys(self.ids.flat, self.ids.ends)
-        keys[self.unknown] = UNKNOWN_KEY  # their embeddings are zeros
+        keys[self.unknown] = UNKNOWN_KEY
         return keys
 
 

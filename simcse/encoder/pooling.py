@@ -63,7 +63,8 @@ class Pooling:
         all_layers: it reads `EncoderOutputs.hidden_states`, which are not kept otherwise.
         first_token_only: it reads no other token of the last layer, so that layer computes no other.
         uses_pooler: it reads `EncoderOutputs.pooler_output`; otherwise the encoder's pooler is frozen in training.
-        pool_without_pooler: pools instead of `pool` without --infer_with_fc_pooler; None: `pool` does.
+        pool_without_pooler: takes the place of `pool` in evaluation and all later stages, not in training, where the
+            network was trained without --infer_with_fc_pooler; None: `pool` is used there, too.
         removes_layers: the encoder's layers are deleted; `last_hidden_state` is what would go into the first one.
     """
 

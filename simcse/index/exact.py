@@ -95,9 +95,9 @@ class ExactEngine(LocalEngine):
         """Return the k most similar vectors of each query; see `exact_search`."""
         return exact_search(queries, self, k, threads)
 
-    def vectors(self, numbers: slice | np.ndarray) -> np.ndarray:
-        """Return the vectors of some numbers, float32 [numbers, dimension]."""
-        return self._vectors[: self._count][numbers]
+    def vectors(self, rows: slice | np.ndarray) -> np.ndarray:
+        """Return the vectors of some rows, float32 [rows, dimension]."""
+        return self._vectors[: self._count][rows]
 
     def save(self, path: str) -> None:
         """Write the array in numpy's format."""

@@ -76,19 +76,19 @@ class HnswEngine(LocalEngine):
         while True:
             self._index.set_ef(ef)
             try:
-                numbers, distances = self._index.knn_query(queries, k, threads)
-                return SearchResult(numbers.astype("int64"), 1.0 - distances)
+                rows, distances = self._index.knn_query(queries, k, threads)
+                return SearchResult(rows.astype("int64"), 1.0 - distances)
             except RuntimeError:  # hnswlib reached fewer than k with this ef
                 if ef >= len(self):
                     raise InputError(f"--hnsw_m is too small: the index does not reach {k} documents from every query; "
                                      "raise --hnsw_m or --hnsw_ef") from None
                 ef = min(2 * ef, len(self))
 
-    def vectors(self, numbers: slice | np.ndarray) -> np.ndarray:
-        """Return the vectors of some numbers, float32 [numbers, dimension]."""
-        if isinstance(numbers, slice):
-            numbers = np.arange(len(self))[numbers]
-        return np.asarray(self._index.get_items(numbers), "float32")
+    def vectors(self, rows: slice | np.ndarray) -> np.ndarray:
+        """Return the vectors of some rows, float32 [rows, dimension]."""
+        if isinstance(rows, slice):
+            rows = np.arange(len(self))[rows]
+        return np.asarray(self._index.get_items(rows), "float32")
 
     def save(self, path: str) -> None:
         """Write the graph in hnswlib's format; see `LocalEngine`."""

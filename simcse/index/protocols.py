@@ -1,8 +1,8 @@
 """The interfaces of the index: a local engine, an index of a whole corpus, and the documents of its rows.
 
-Two levels search vectors. A `LocalEngine` holds vectors in the memory of one process, and numbers them as they are
-added. An `Index` is what recall.py and the service search: `ShardedIndex`, which wraps one `LocalEngine` a
-shard, or `MilvusIndex`. A `DocumentStore` says which document a row of an index is.
+Two levels search vectors. A `LocalEngine` holds vectors in the memory of one process; its rows are these vectors, in
+the order in which they were added. An `Index` is what recall.py and the service search: `ShardedIndex`, which wraps one
+`LocalEngine` a shard, or `MilvusIndex`. A `DocumentStore` says which document a row of an index is.
 
 To add a local engine, write a subclass of `LocalEngine` and add it to LOCAL_ENGINES in engines.py. Its flags, their
 checks, its entries in the manifest and its tests follow from that. README.md and README_en.md list its file in their
@@ -52,7 +52,9 @@ def merge_results(parts: Iterable[SearchResult], k: int) -> SearchResult:
 
 
 class LocalEngine(ABC):
-    """Vectors in memory, numbered from 0 as they are added; in what `search` returns, these numbers are the rows.
+    """Vectors in memory. A row is the number of one of them, from 0 in the order in which they are added.
+
+    The rows of an `Index` are others; `ShardedIndex` maps them to the rows of its engines.
 
     All vectors are float32 and L2-normalized (an unknown text has zeros), so that inner products are cosines. Subclass
     it: what an engine does not define is as it stands here. An engine prints nothing, and turns errors of its library
@@ -66,8 +68,8 @@ class LocalEngine(ABC):
         search_settings: what a search may change. They are never compared with those of a kept index.
         approximate: whether `search` may miss some of the nearest. Then recall.py measures how many.
         training_size: how many vectors `train` asks for; 0: none.
-        queries_per_thread: with no more queries than this per thread, `search` leaves threads idle. `ShardedIndex` then
-            searches several shards at the same time, each by one thread.
+        queries_per_thread: `search` uses all of its threads only for more queries than this per thread. For fewer
+            `ShardedIndex` searches several shards at the same time, each by one thread.
     """
 
     description: str
@@ -128,7 +130,7 @@ class LocalEngine(ABC):
 
     @abstractmethod
     def add(self, vectors: np.ndarray) -> None:
-        """Add vectors, float32 [n, dimension]; their numbers follow those of the vectors before.
+        """Add vectors, float32 [n, dimension]; their rows follow those that are there.
 
         It uses one thread, and makes the same index of the same vectors.
         """
@@ -147,8 +149,8 @@ class LocalEngine(ABC):
         """
 
     @abstractmethod
-    def vectors(self, numbers: slice | np.ndarray) -> np.ndarray:
-        """Return the vectors of some numbers, float32 [numbers, dimension], as they were added."""
+    def vectors(self, rows: slice | np.ndarray) -> np.ndarray:
+        """Return the vectors of some rows, float32 [rows, dimension], as they were added."""
 
     @abstractmethod
     def save(self, path: str) -> None:

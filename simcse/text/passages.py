@@ -75,20 +75,20 @@ class Passages(Sequence):
     def __len__(self) -> int:
         return len(self.offsets)
 
-    def __getitem__(self, row):
-        """Return the text of a row, or the texts of a slice or of an array of rows."""
-        if isinstance(row, slice):
-            row = np.arange(len(self))[row]
-        rows = np.atleast_1d(row)
-        documents, text_of_row = np.unique(self.documents_of(rows), return_inverse=True)
-        texts = self.documents[documents]
-        ends = self.starts[documents + 1]  # of the rows of each document
-        passages = []
-        for passage, document in zip(rows.tolist(), text_of_row.tolist()):
-            is_last = passage + 1 == ends[document]
-            end = None if is_last else self.offsets[passage + 1]
-            passages.append(texts[document][self.offsets[passage] : end].strip())
-        return passages if np.ndim(row) else passages[0]
+    def __getitem__(self, rows):
+        """Return the text of a row, or the list of the texts of a slice or of an array of rows."""
+        if isinstance(rows, slice):
+            rows = np.arange(len(self))[rows]
+        row_list = np.atleast_1d(rows).tolist()
+        documents, places = np.unique(self.documents_of(np.atleast_1d(rows)), return_inverse=True)
+        document_texts = self.documents[documents]
+        document_ends = self.starts[documents + 1]  # the row after the last one of each document
+        texts = []
+        for row, place in zip(row_list, places.tolist()):  # `place` is that of the row's document in `documents`
+            is_last = row + 1 == document_ends[place]
+            end = None if is_last else self.offsets[row + 1]
+            texts.append(document_texts[place][self.offsets[row] : end].strip())
+        return texts if np.ndim(rows) else texts[0]
 
     def documents_of(self, rows: np.ndarray) -> np.ndarray:
         """Return the document of each row, int64 [rows]."""
