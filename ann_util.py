@@ -60,6 +60,7 @@ def manifest_to_build(wanted: Manifest, previous: Manifest | None = None) -> Man
         ann_engine=ann_engine,
         index_shards=wanted.index_shards or previous.index_shards or SHARDS,
         passages=bool(previous.passages if wanted.passages is None else wanted.passages),
+        calibration=previous.calibration or wanted.calibration,  # most vectors are those of the previous index
         build_settings=choose_settings(engine.build_settings, wanted.build_settings, previous.build_settings),
         search_settings=choose_settings(engine.search_settings, wanted.search_settings, previous.search_settings))
 
@@ -382,8 +383,11 @@ def open_collection(uri: str, collection: str, wanted: Manifest, *, corpus: Corp
 
     index = MilvusIndex(uri, collection)
     if index.manifest is not None:
-        index.manifest.check(wanted, f"--milvus_collection {collection}",
-                             "name another collection, or drop this one to build it again")
+        where = f"--milvus_collection {collection}"
+        remedy = "name another collection, or drop this one to build it again"
+        index.manifest.check(wanted, where, remedy)
+        if not RANK:
+            index.manifest.warn_other_calibration(wanted, where, remedy)
     if corpus is None:
         index.open(wanted.search_settings)
         return index, index

@@ -611,8 +611,10 @@ def _open_int8(params_path: str, options: EncoderOptions, sources: Sequence[Text
 
     tokenizer = checkpoint_tokenizer(params_path, options.model_name_or_path)
     engine = open_engine(kept.folder, "int8", options.cpu_threads)
-    encoder = Encoder(engine, tokenizer, options.max_seq_length, options.batch_size, source=source)
-    comparisons = check_int8(encoder, load_network, sources, calibration=read_record(kept.folder)["calibration"],
+    calibration = read_record(kept.folder)["calibration"]
+    encoder = Encoder(engine, tokenizer, options.max_seq_length, options.batch_size, source=source,
+                      calibration=calibration["sha256"])
+    comparisons = check_int8(encoder, load_network, sources, calibration=calibration,
                              known=read_comparisons(kept.folder))
     remember_comparisons(kept.folder, comparisons)
     return encoder
@@ -631,7 +633,8 @@ def _make_int8(params_path: str, options: EncoderOptions, sources: Sequence[Text
     with tempfile.TemporaryDirectory() as folder:
         export_fastest(model, folder, make_calibration(calibration.texts, tokenizer, options.max_seq_length))
         engine = open_engine(folder, "int8", options.cpu_threads)
-        encoder = Encoder(engine, tokenizer, options.max_seq_length, options.batch_size, source=source)
+        encoder = Encoder(engine, tokenizer, options.max_seq_length, options.batch_size, source=source,
+                          calibration=record["calibration"]["sha256"])
         network = Encoder(model, tokenizer, options.max_seq_length, source=source)
         comparisons = check_int8(encoder, lambda: network, sources, calibration=record["calibration"], known={})
         record["int8_cosines"] = next(iter(comparisons.values()))._asdict()

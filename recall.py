@@ -29,7 +29,7 @@ from simcse.index.engines import DEFAULT_ENGINE, ENGINES, check_installed
 from simcse.index.hits import FUSION_DEPTH, Hit, Ranking, hits_of
 from simcse.index.hits import search as search_index
 from simcse.index.lock import lock_folder
-from simcse.index.manifest import Manifest
+from simcse.index.manifest import REBUILD, Manifest
 from simcse.index.protocols import DocumentStore, Index
 from simcse.index.settings import Setting
 from simcse.index.shards import pick_evenly, report_ann_recall
@@ -340,6 +340,8 @@ def open_or_rebuild_index(args: argparse.Namespace, wanted: Manifest, corpus: te
     """Open the index in --index_path; build it and keep it if there is none, or one of another state of the corpus."""
     path = args.index_path
     previous = ann_util.read_manifest(path, wanted) if os.path.exists(path) else None
+    if previous is not None and not RANK:
+        previous.warn_other_calibration(wanted, f"--index_path {path}", REBUILD)
     if previous is not None and previous.has_corpus_of(wanted):
         return ann_util.load_index(path, previous, threads=args.cpu_threads, corpus=corpus,
                                    search_settings=wanted.search_settings)
@@ -368,6 +370,7 @@ def wanted_manifest(args: argparse.Namespace, corpus: textfile.Corpus | None, en
     wanted = Manifest(
         max_seq_length=args.max_seq_length,
         precision=encoder.precision,
+        calibration=encoder.calibration,
         passages=True if args.passages else None,
         ann_engine=args.ann_engine,
         index_shards=args.index_shards,

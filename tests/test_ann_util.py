@@ -266,6 +266,25 @@ def test_a_manifest_says_what_differs(tmp_path):
     assert not kept.has_corpus_of(Manifest(corpus="other")) and not kept.has_corpus_of(Manifest(corpus_columns=2))
 
 
+def test_an_index_of_another_int8_graph_is_warned_of(tmp_path, capsys):
+    """As far as both are known: a manifest may lack what its graph was calibrated with."""
+    kept = Manifest(precision="int8", calibration="a")
+    for wanted in ("a", None):
+        kept.warn_other_calibration(Manifest(calibration=wanted), "--index_path x", "remove it")
+    Manifest().warn_other_calibration(Manifest(calibration="b"), "--index_path x", "remove it")
+    assert not capsys.readouterr().err
+    kept.warn_other_calibration(Manifest(calibration="b"), "--index_path x", "remove it")
+    assert capsys.readouterr().err == ("--index_path x: was made by an int8 graph with another calibration file, so "
+                                       "that cosines are a little off; use that graph, or remove it\n")
+    assert ann_util.manifest_to_build(Manifest(calibration="b"), kept).calibration == "a"
+    content = dataclasses.asdict(kept)
+    del content["calibration"]
+    assert Manifest.from_dict(content, "", "").calibration is None
+    del content["model"]
+    with pytest.raises(InputError, match="its manifest lacks fields"):
+        Manifest.from_dict(content, "", "")
+
+
 def test_what_an_index_is_built_with():
     """What is wanted, else what the previous index has, else the defaults; what depends on the corpus is new."""
     first = ann_util.manifest_to_build(Manifest(max_seq_length=9, build_settings={"hnsw_m": 16}))

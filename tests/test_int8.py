@@ -14,6 +14,7 @@ from simcse.encoder import openvino as int8
 from simcse.encoder.engine import make_engine
 from simcse.encoder.int8_check import COMPARISONS_FILE, TextSource, read_comparisons
 from simcse.encoder.kept_graph import FINGERPRINT_FILE, KeptGraph
+from simcse.index.manifest import Manifest
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ DEPLOYED = ("deploy/python/predict.py", "--model_dir")
 
 
 def test_recall_makes_it_once_and_says_what_it_costs(quantized, sample):
-    folder, _, result = quantized
+    folder, index, result = quantized
     assert result.stdout.startswith("语义检索\t") and result.stdout.count("\n") == 10
     assert ("int8 graph calibrated with 60 texts of corpus.csv; cosine to fp32 on 60 texts of "
             f"{sample / 'corpus.csv'}: 0.99") in result.stderr
@@ -62,6 +63,7 @@ def test_recall_makes_it_once_and_says_what_it_costs(quantized, sample):
     record = json.loads((folder / "model_state.int8" / "simcse_config.json").read_text(encoding="utf-8"))
     digest = hashlib.sha256((sample / "corpus.csv").read_bytes()).hexdigest()
     assert record["calibration"] == {"file": "corpus.csv", "sha256": digest, "texts": 60}
+    assert Manifest.load(str(index), "", "").calibration == digest
     assert record["precision"] == "int8" and 0.99 < record["int8_cosines"]["lowest"] <= record["int8_cosines"]["mean"]
 
 

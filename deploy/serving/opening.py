@@ -13,7 +13,7 @@ from simcse.encoder.encoder import Encoder
 from simcse.encoder.weights import CONFIG_FILE, read_record
 from simcse.index.documents import Documents
 from simcse.index.engines import check_installed
-from simcse.index.manifest import Manifest
+from simcse.index.manifest import REBUILD, Manifest
 from simcse.index.milvus import MilvusIndex
 from simcse.index.protocols import DocumentStore, Index
 from simcse.text.wordpiece import load_tokenizer
@@ -28,9 +28,10 @@ def open_searcher(args: argparse.Namespace) -> Searcher:
     record = read_record(args.model_dir)
     if not record.get("model"):
         raise InputError(f"--model_dir {args.model_dir}: {CONFIG_FILE} does not name the checkpoint; export it again")
-    wanted = Manifest(model=record["model"])
+    wanted = Manifest(model=record["model"], calibration=record.get("calibration", {}).get("sha256"))
     if args.index_path:
         manifest = ann_util.read_manifest(args.index_path, wanted)
+        manifest.warn_other_calibration(wanted, f"--index_path {args.index_path}", REBUILD)
         check_installed(manifest.ann_engine)
         encoder, shapes = open_encoder(args, manifest)
         index, documents = ann_util.load_index(args.index_path, manifest, threads=args.cpu_threads)

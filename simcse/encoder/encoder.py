@@ -238,15 +238,18 @@ class Encoder:
             has texts.
         source: names the checkpoint in the message about embeddings that are not finite, as "--params_path model";
             None: it is being trained.
+        calibration: SHA-256 of the file that an int8 graph was calibrated with; None: it is not int8, or not known.
     """
 
     def __init__(self, engine: Engine, tokenizer: Any, max_seq_length: int, batch_size: int | None = None,
-                 make_batches: BatchMaker | None = None, source: str | None = None) -> None:
+                 make_batches: BatchMaker | None = None, source: str | None = None,
+                 calibration: str | None = None) -> None:
         check_length(engine, max_seq_length)
         self.engine = engine
         self.tokenizer = tokenizer
         self.max_seq_length = max_seq_length
         self.source = source
+        self.calibration = calibration
         self._make_batches = make_batches or functools.partial(
             tokens.make_batches, batch_size=batch_size, batch_tokens=engine.batch_tokens)
 

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from simcse.console import InputError
+from simcse.console import InputError, warn
 from simcse.files import file_digest, read_json, write_json
 
 FORMAT = 6  # of an index folder and of a collection; one of another format is refused
@@ -61,6 +61,8 @@ class Manifest:
         corpus_columns: 1, texts, or 2, ids and texts.
 
     What is only recorded:
+        calibration: SHA-256 of the file that the int8 graph was calibrated with; None: it is not int8, or not known.
+            `warn_other_calibration` compares it.
         search_settings: those of a search that asks for no others.
         lines, documents, rows: how many it has; see `DocumentStore`.
         ann_recall: measured when it was built.
@@ -78,6 +80,7 @@ class Manifest:
     build_settings: dict[str, Any] = field(default_factory=dict)
     corpus: str | None = None
     corpus_columns: int | None = None
+    calibration: str | None = None
     search_settings: dict[str, Any] = field(default_factory=dict)
     lines: int | None = None
     documents: int | None = None
@@ -88,6 +91,7 @@ class Manifest:
 
     COMPARED = ("model", "max_seq_length", "precision", "passages", "ann_engine", "index_shards", "dimension")
     HIDDEN = ("model",)  # compared, and not shown
+    OPTIONAL = ("calibration",)  # which a manifest of this FORMAT may lack
 
     def differences(self, wanted: "Manifest") -> list[str]:
         """Return how it differs from `wanted`, such as "max_seq_length 32, not 64"; []: it can be used."""
@@ -119,6 +123,16 @@ class Manifest:
         return (wanted.corpus in (None, self.corpus)
                 and wanted.corpus_columns in (None, self.corpus_columns))
 
+    def warn_other_calibration(self, wanted: "Manifest", where: str, remedy: str) -> None:
+        """Warn if the index was made by another int8 graph than the one of `wanted`, as far as both are known.
+
+        Args:
+            where, remedy: see `check`.
+        """
+        if wanted.calibration and self.calibration and wanted.calibration != self.calibration:
+            warn(f"{where}: was made by an int8 graph with another calibration file, so that cosines are a little off; "
+                 f"use that graph, or {remedy}")
+
     def check_arrays(self, folder: str) -> None:
         """Raise ValueError if an array in the folder is not what was written; shards are checked when they are read."""
         for name, digest in self.files.items():
@@ -143,7 +157,8 @@ class Manifest:
         if content.get("format") != FORMAT:
             raise InputError(f"{where}: another version of recall.py built it; {remedy}")
         try:
-            if content.keys() != {each.name for each in dataclasses.fields(cls)}:
+            names = {each.name for each in dataclasses.fields(cls)}
+            if not names - set(cls.OPTIONAL) <= content.keys() <= names:
                 raise TypeError
             manifest = cls(**content)
             if manifest.ann_recall:
