@@ -84,7 +84,8 @@ def parse_args() -> argparse.Namespace:
     add("--eval_steps", type=flags.positive_int, default=10000, help="steps between evaluations")
     add("--whiten", nargs="?", type=flags.non_negative_int, const=0, metavar="SIZE",
         help="after training, make embeddings of SIZE uncorrelated numbers of equal variance, in a checkpoint "
-        "model_<step>_whitened of its own; 0 (or no value): as many as they have (default: no whitening)")
+        "model_<step>_whitened of its own; 0 (or no value): as many as they have (default: no whitening). An fc that "
+        "has not been trained is left out")
     add("--visualdl_embeddings", type=flags.non_negative_int, default=0,
         help="training texts whose embeddings VisualDL shows after training; 0: none")
     return flags.parse_training_arguments(parser)
@@ -298,10 +299,28 @@ def build_model(args: argparse.Namespace) -> Any:
                        precision=args.precision, loss_settings=loss_settings)
         tokenizer = wordpiece.load_tokenizer(encoder_name)
     check_length(model, args.max_seq_length)
-    if args.whiten and args.whiten > model.embedding_size:
-        raise console.InputError(f"--whiten {args.whiten}: embeddings have {model.embedding_size} numbers")
+    if args.epochs:  # every checkpoint but one of step 0 has a trained fc
+        model.fc_is_random = False
+    if args.whiten is not None:
+        check_whitened_size(args.whiten, model)
     model.batch_tokens = min(model.batch_tokens, evaluation_tokens(args))
     return LoadedModel(model, tokenizer, make_record(model, encoder_name, args.max_seq_length))
+
+
+def check_whitened_size(size: int, model: Any) -> None:
+    """Raise InputError where whitening cannot make embeddings of a size.
+
+    Args:
+        size: the value of --whiten; 0: the size that embeddings have.
+        model: the network to whiten.
+    """
+    if size > model.embedding_size:
+        raise console.InputError(f"--whiten {size}: embeddings have {model.embedding_size} numbers")
+    hidden_size = model.ptm.config.hidden_size
+    if model.fc_is_random and (size or model.embedding_size) > hidden_size:
+        raise console.InputError(f"--output_emb_size {model.output_emb_size}: --whiten leaves out an fc that has not "
+                                 f"been trained, and there are {hidden_size} numbers before it; give at most "
+                                 f"{hidden_size}")
 
 
 def train(args: argparse.Namespace, texts: textfile.TextFile, test_set: Sequence[textfile.Row]) -> None:
@@ -383,16 +402,21 @@ def run_steps(args: argparse.Namespace, trainer: Any, batches: Iterable[data.Bat
 
 
 def whiten_model(args: argparse.Namespace, model: Any, tokenizer: Any, texts: textfile.TextFile) -> None:
-    """Whiten the network's embeddings, by a sample of the training texts."""
-    from simcse.encoder.whitening import SAMPLE, cut_runs, unnormalized, whiten_network
+    """Whiten the network's embeddings, by a sample of the training texts. An fc of random numbers is left out."""
+    from simcse.encoder.whitening import SAMPLE, cut_runs, remove_fc, unnormalized, whiten_network
 
+    size = args.whiten or model.embedding_size
+    if model.fc_is_random:
+        remove_fc(model)
+        console.log(f"--whiten: the fc has not been trained and is left out; whitening keeps {size} of the "
+                    f"{model.embedding_size} numbers before it")
     sample = texts.sample_texts(SAMPLE)
     sample += cut_runs(sample, tokenizer, args.max_seq_length)
     unknown = set(wordpiece.find_unknown(tokenizer, tokenizer(sample, args.max_seq_length)))
     known = [text for row, text in enumerate(sample) if row not in unknown]  # embeddings of the others are zeros
     with unnormalized(model):  # the fc that whitens comes before the norm
         embeddings = make_encode(args, model, tokenizer, "fp32")(known)
-    whiten_network(model, embeddings, args.whiten or model.embedding_size, args.max_seq_length)
+    whiten_network(model, embeddings, size, args.max_seq_length)
 
 
 def save_whitened(args: argparse.Namespace, trainer: Any, tokenizer: Any, encoder_name: str) -> None:

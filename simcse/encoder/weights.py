@@ -152,7 +152,7 @@ RECORD_FIELDS = {
     "pooling": STRING, "with_pooler": TRUE_OR_FALSE, "margin": NUMBER, "scale": NUMBER,
     "cross_device_negatives": TRUE_OR_FALSE, "max_seq_length": LENGTH_OR_NULL, "whitened_at": LENGTH_OR_NULL,
     "encoder_class": STRING, "encoder_config": OBJECT, "versions": OBJECT, "model": STRING, "precision": STRING,
-    "table": TRUE_OR_FALSE, "int8_cosines": OBJECT}
+    "table": TRUE_OR_FALSE, "int8_cosines": OBJECT, "fc_is_random": TRUE_OR_FALSE}
 ENCODER_FIELDS = ("encoder_class", "encoder_config")  # what an encoder is made of
 GRAPH_FIELDS = ("embedding_size", "max_positions")  # what running a graph needs
 
