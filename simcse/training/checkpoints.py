@@ -1,5 +1,7 @@
 """The folder of a run's checkpoints, model_<step>: which it has, which can be resumed, and which of them stay.
 
+model_best is there as well with --save_best. It is none of them: it is not resumed from, and does not go with the old.
+
 This file imports no paddle, since command lines ask for the newest checkpoint before it is loaded.
 """
 
@@ -19,6 +21,11 @@ STATE_RECORD = "training_state.json"
 def checkpoint_path(save_dir: str, step: int) -> str:
     """Return the path of the checkpoint of a step."""
     return os.path.join(save_dir, f"model_{step}")
+
+
+def best_path(save_dir: str) -> str:
+    """Return the path of the checkpoint of the best evaluation so far."""
+    return os.path.join(save_dir, "model_best")
 
 
 def saved_steps(save_dir: str) -> list[int]:

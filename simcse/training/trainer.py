@@ -16,14 +16,16 @@ from simcse import console
 from simcse.console import InputError, log, warn
 from simcse.device import set_device, set_gpu_precision
 from simcse.encoder.paddle_patches import train_faster_on_cpu
+from simcse.encoder.weights import add_to_record
 from simcse.files import file_digest, name_output, new_folder
 from simcse.machine import RANK, RANKS, TRAIN_PRECISIONS
 from simcse.ranks import all_equal, any_rank, join_ranks, wait_for_ranks
-from simcse.training.checkpoints import checkpoint_path, prepare_save_dir, remove_old
+from simcse.training.best import BestEvaluation, digest_run, read_best
+from simcse.training.checkpoints import best_path, checkpoint_path, prepare_save_dir, remove_old
 from simcse.training.gradients import BatchLoss
 from simcse.training.log import TrainingLog
 from simcse.training.optimization import Optimization
-from simcse.training.state import PROCESSES, TRAINING_FILE, RunSettings, restore_state, write_state
+from simcse.training.state import PROCESSES, TRAINING_FILE, Progress, RunSettings, restore_state, write_state
 from simcse.training.stopping import Stopped, StopSignal
 
 import numpy as np
@@ -79,6 +81,7 @@ class Trainer:
         texts: the training file, a `TextFile`.
         steps_per_epoch: steps of an epoch.
         write_model: writes the network's files into a folder.
+        test_set: digest of the test set by which evaluations are compared; None: they are not.
 
     Attributes:
         network: the model, or the DataParallel that holds it, which exchanges gradients between ranks.
@@ -91,11 +94,13 @@ class Trainer:
         optimization: optimizer, schedule and loss scaler.
         settings: what a resumed run has to have in common with this one.
         stop_signal: notes SIGINT and SIGTERM.
+        evaluated_step: the step after which the weights were evaluated last; None: they were not since the start.
+        best: the best evaluation so far, by the test set.
         log: writes the log of the run.
     """
 
     def __init__(self, args: argparse.Namespace, model: nn.Layer, texts: Any, steps_per_epoch: int,
-                 write_model: Callable[[str], None]) -> None:
+                 write_model: Callable[[str], None], test_set: str | None = None) -> None:
         join_ranks()
         check_one_precision(args.precision)
         if not RANK:
@@ -117,6 +122,8 @@ class Trainer:
             values[name] = getattr(args, name)
         self.settings = RunSettings(values, defaults=args.shared_defaults)
         self.last_saved_step: int | None = None
+        self.evaluated_step: int | None = None
+        self.best = BestEvaluation(test_set=test_set)
         if args.resume:
             self._resume(args.resume)
         self.checked_step = self.step
@@ -128,11 +135,14 @@ class Trainer:
 
     def _resume(self, folder: str) -> None:
         """Restore the state of the run that left a checkpoint folder."""
-        self.step = restore_state(folder, self.model, self.optimization, self.settings)
-        progress = f"step {self.step:,} of {self.total_steps:,}"
+        progress = restore_state(folder, self.model, self.optimization, self.settings)
+        self.step = progress.step
+        if progress.best.test_set == self.best.test_set:  # measures of another test set cannot be compared
+            self.best = progress.best
+        how_far = f"step {self.step:,} of {self.total_steps:,}"
         if self.step == self.total_steps:
-            progress = "all steps of the run are done"
-        log(f"resuming from {folder}: {progress}")
+            how_far = "all steps of the run are done"
+        log(f"resuming from {folder}: {how_far}")
         is_saved = os.path.abspath(folder) == os.path.abspath(checkpoint_path(self.args.save_dir, self.step))
         if any_rank(not is_saved):  # another --save_dir, which gets a checkpoint of its own
             return
@@ -226,11 +236,57 @@ class Trainer:
             folder = checkpoint_path(self.args.save_dir, self.step)
             with name_output(folder, "--save_dir"), new_folder(folder) as temporary:
                 self.write_model(temporary)
-                write_state(temporary, self.model, self.optimization, step=self.step, settings=self.settings)
+                write_state(temporary, self.model, self.optimization, progress=Progress(self.step, self.best),
+                            settings=self.settings)
             log(f"saved {folder}")
             remove_old(self.args.save_dir, self.step, self.args.keep_checkpoints)
         self.last_saved_step = self.step
         wait_for_ranks()
+
+    def compare_with_best(self, measures: Mapping[str, float]) -> bool:
+        """Return whether an evaluation of the weights as they are now is the best so far, and count it.
+
+        All ranks call it together, and get the same answer.
+
+        Args:
+            measures: by name, in percent; the first one counts. {} on other ranks than the first.
+        """
+        return self.best.compare(self.step, measures)
+
+    def save_best(self) -> None:
+        """Write the weights as they are now to model_best, in place of those before: on rank 0, while the others wait.
+
+        All ranks call it together, after `compare_with_best`, whose measures go into the record. There is no training
+        state beside the weights.
+        """
+        if not RANK:
+            folder = best_path(self.args.save_dir)
+            obsolete = os.listdir(folder) if os.path.isdir(folder) else ()  # of other weights, all of it
+            with name_output(folder, "--save_dir"), new_folder(folder, obsolete) as temporary:
+                self.write_model(temporary)
+                add_to_record(temporary, {"step": self.step, "measures": self.best.measures, "run": self._run_digest()})
+            log(f"saved {folder}: {self.best.describe()}")
+        wait_for_ranks()
+
+    def restore_best(self) -> None:
+        """Go on with the best evaluation of the run that is resumed, see `read_best`; all ranks call it together."""
+        self.best = read_best(best_path(self.args.save_dir), self._run_digest(), self.best)
+
+    def _run_digest(self) -> str:
+        """Return what tells a model_best of this run from that of another."""
+        return digest_run(self.settings.values, self.best.test_set)
+
+    def stops_early(self) -> bool:
+        """Return whether --early_stopping ends the run before the next step, and log why; all ranks get the same
+        answer."""
+        patience = self.args.early_stopping
+        if patience is None or self.best.evaluations_since < patience:
+            return False
+        if not RANK:
+            evaluations = console.count(self.best.evaluations_since, "evaluation")
+            log(f"stopping early after step {self.step}: {evaluations} in a row were not better than the best; "
+                f"the best: {self.best.describe()}")
+        return True
 
     def stop_requested(self) -> bool:
         """Return whether a signal asks to stop after this step; all ranks call it, and get the same answer."""
@@ -256,6 +312,7 @@ class Trainer:
     def log_measures(self, group: str, measures: Mapping[str, float]) -> None:
         """Log an evaluation of the weights as they are now; see `TrainingLog.log_measures`."""
         self.log.log_measures(self.step, group, measures)
+        self.evaluated_step = self.step
 
     def finish(self, hyper_parameters: Mapping[str, Any]) -> None:
         """Close the log, and wait for the other ranks."""
