@@ -98,8 +98,7 @@ class SimCSE(nn.Layer):
     Attributes:
         whitened_at: the --max_seq_length at which `whitening.whiten_network` was fitted; None: the network is not
             whitened.
-        fc_is_random: there is an fc, and its numbers are those that it was made with: it has been neither trained nor
-            fitted.
+        fc_is_random: whether there is an fc with its initial, random weights: neither trained nor whitened.
     """
 
     def __init__(self, pretrained_model: nn.Layer, dropout: float | None = None,

@@ -84,21 +84,26 @@ def parse_args() -> argparse.Namespace:
     flags.add_run_arguments(parser.add_argument_group("device"), output)
     add = output.add_argument
     add("--eval_steps", type=flags.positive_int, default=10000, help="steps between evaluations")
-    add("--save_best", action="store_true", help="keep the checkpoint with the best of the first measure of "
-        "--test_set_file so far (Recall@1, or Spearman's rho) as model_best, beside the others. It cannot be resumed")
+    add("--save_best", action="store_true", help="keep the weights of the best evaluation so far, by the first measure "
+        "of --test_set_file (Recall@1, or Spearman's rho), in a checkpoint model_best, which cannot be resumed")
     add("--early_stopping", type=flags.positive_int, metavar="N", help="end the run after N evaluations in a row that "
         "are not better than the best so far (default: train for all --epochs)")
     add("--whiten", nargs="?", type=flags.non_negative_int, const=0, metavar="SIZE",
         help="after training, make embeddings of SIZE uncorrelated numbers of equal variance, in a checkpoint "
-        "model_<step>_whitened of its own; 0 (or no value): as many as they have (default: no whitening). An fc that "
-        "has not been trained is left out")
+        "model_<step>_whitened of its own; 0 (or no value): as many as they have (default: no whitening). Whitening "
+        "leaves out an fc that has not been trained")
     add("--visualdl_embeddings", type=flags.non_negative_int, default=0,
         help="training texts whose embeddings VisualDL shows after training; 0: none")
     args = flags.parse_training_arguments(parser)
     for flag in ("save_best", "early_stopping"):
         if getattr(args, flag) and not args.test_set_file:
-            parser.error(f"--{flag} compares evaluations, and needs --test_set_file")
+            parser.error(f"--{flag} compares evaluations; give --test_set_file")
     return args
+
+
+def compares_evaluations(args: argparse.Namespace) -> bool:
+    """Return whether the run has to know which evaluation is the best so far."""
+    return args.save_best or args.early_stopping is not None
 
 
 # ----------------------------------------------------------------------------------------------- what the files hold
@@ -107,7 +112,7 @@ def read_test_set(args: argparse.Namespace) -> list[textfile.Row]:
     where all labels are the same, since Spearman's rho is undefined then.
 
     Raises:
-        InputError: there is nothing to evaluate, and --save_best or --early_stopping compares evaluations.
+        InputError: all labels are the same, and --save_best or --early_stopping needs an evaluation.
     """
     path = args.test_set_file
     flag = "--test_set_file"
@@ -122,7 +127,7 @@ def read_test_set(args: argparse.Namespace) -> list[textfile.Row]:
     labels = {float(row.fields[2]) for row in rows}
     if len(labels) == 1:
         problem = f"{flag} {path}: every label is {rows[0].fields[2]}, of which Spearman's rho is undefined"
-        if args.save_best or args.early_stopping:
+        if compares_evaluations(args):
             raise console.InputError(f"{problem}; --save_best and --early_stopping need an evaluation")
         console.warn_data(f"{problem}; there is no evaluation")
         return []
@@ -316,7 +321,7 @@ def build_model(args: argparse.Namespace) -> Any:
                        precision=args.precision, loss_settings=loss_settings)
         tokenizer = wordpiece.load_tokenizer(encoder_name)
     check_length(model, args.max_seq_length)
-    if args.epochs:  # every checkpoint but one of step 0 has a trained fc
+    if args.epochs:  # the run trains the fc
         model.fc_is_random = False
     if args.whiten is not None:
         check_whitened_size(args.whiten, model)
@@ -336,7 +341,7 @@ def check_whitened_size(size: int, model: Any) -> None:
     hidden_size = model.ptm.config.hidden_size
     if model.fc_is_random and (size or model.embedding_size) > hidden_size:
         raise console.InputError(f"--output_emb_size {model.output_emb_size}: --whiten leaves out an fc that has not "
-                                 f"been trained, and there are {hidden_size} numbers before it; give at most "
+                                 f"been trained, and vectors before it have {hidden_size} dimensions; give at most "
                                  f"{hidden_size}")
 
 
@@ -355,19 +360,19 @@ def train(args: argparse.Namespace, texts: textfile.TextFile, test_set: Sequence
     check_texts_as_encoded(args, texts, test_set, tokenizer)
     sampler = data.ShuffledBatches(len(texts), args.batch_size, RANK, RANKS)
     write_model = functools.partial(write_checkpoint, model=model, tokenizer=tokenizer, record=record)
-    test_set_digest = file_digest(args.test_set_file) if args.save_best or args.early_stopping else None
+    test_set_digest = file_digest(args.test_set_file) if compares_evaluations(args) else None
     trainer = Trainer(args, model, texts, steps_per_epoch=len(sampler), write_model=write_model,
-                      test_set=test_set_digest)
-    if not args.save_best:
-        warn_of_other_best(args.save_dir)
-    elif args.resume:
+                      test_set_digest=test_set_digest)
+    if args.save_best and args.resume:
         trainer.restore_best()
+    if not args.save_best:
+        warn_of_older_best(args.save_dir)
     make_batch = functools.partial(data.make_batch, texts, tokenizer, args)
     batches = data.batches_after(trainer.step, args.epochs, sampler, make_batch)
     evaluate_model = functools.partial(evaluate_on_ranks, args, model, tokenizer, test_set)
 
     run_steps(args, trainer, batches, evaluate_model)
-    if trainer.evaluated_step != trainer.step:  # an early stop follows an evaluation
+    if trainer.evaluated_step != trainer.step:  # equal where --early_stopping has ended the run
         evaluate_step(args, trainer, evaluate_model)
     if args.whiten is not None and not RANK:
         whiten_model(args, model, tokenizer, texts)
@@ -407,7 +412,7 @@ def run_steps(args: argparse.Namespace, trainer: Any, batches: Iterable[data.Bat
     model = trainer.model
     with console.progress("training", trainer.total_steps, "steps", lines=False, done=trainer.step) as advance:
         for step, batch in enumerate(batches, start=trainer.step + 1):
-            if trainer.stops_early():  # before the first step, too: the run that is resumed may have stopped early
+            if trainer.stops_early():  # asked before a step, since the run that is resumed may have stopped early
                 break
             is_save_step = step % args.save_steps == 0
             is_eval_step = step % args.eval_steps == 0 and step < trainer.total_steps  # the last one follows the loop
@@ -430,37 +435,37 @@ def run_steps(args: argparse.Namespace, trainer: Any, batches: Iterable[data.Bat
 
 
 def evaluate_step(args: argparse.Namespace, trainer: Any, evaluate_model: Callable[[], dict[str, float]]) -> None:
-    """Evaluate the weights as they are now, and with --save_best save them where they are the best so far.
+    """Evaluate the weights as they are now, and with --save_best save them if they are the best so far.
 
-    All ranks call it together. Arguments as in `run_steps`.
+    All ranks call it together. The arguments are those of `run_steps`.
     """
     measures = evaluate_model()
     trainer.log_measures("eval", measures)
-    if args.save_best or args.early_stopping:
-        is_best = trainer.compare_with_best(measures)
+    if compares_evaluations(args):
+        is_best = trainer.update_best(measures)
         if is_best and args.save_best:
             trainer.save_best()
 
 
-def warn_of_other_best(save_dir: str) -> None:
-    """Warn of a model_best in a folder to which a run without --save_best writes its checkpoints."""
+def warn_of_older_best(save_dir: str) -> None:
+    """Warn where a run without --save_best writes to a folder that has a model_best, which it does not replace."""
     from simcse.training.checkpoints import best_path
 
     folder = best_path(save_dir)
     if not RANK and os.path.isdir(folder):
-        console.warn(f"{folder} stays as it is without --save_best, and the shell scripts take it before newer "
+        console.warn(f"{folder}: not updated without --save_best, but the shell scripts use it before newer "
                      "checkpoints; remove it, or set PARAMS_PATH")
 
 
 def whiten_model(args: argparse.Namespace, model: Any, tokenizer: Any, texts: textfile.TextFile) -> None:
-    """Whiten the network's embeddings, by a sample of the training texts. An fc of random numbers is left out."""
+    """Whiten the network's embeddings, by a sample of the training texts; remove an fc of random numbers first."""
     from simcse.encoder.whitening import SAMPLE, cut_runs, remove_fc, unnormalized, whiten_network
 
     size = args.whiten or model.embedding_size
     if model.fc_is_random:
         remove_fc(model)
-        console.log(f"--whiten: the fc has not been trained and is left out; whitening keeps {size} of the "
-                    f"{model.embedding_size} numbers before it")
+        console.log(f"--whiten: leaving out the fc, which has not been trained; whitening keeps {size} of the "
+                    f"{model.embedding_size} dimensions before it")
     sample = texts.sample_texts(SAMPLE)
     sample += cut_runs(sample, tokenizer, args.max_seq_length)
     unknown = set(wordpiece.find_unknown(tokenizer, tokenizer(sample, args.max_seq_length)))

@@ -55,7 +55,7 @@ params_path() {
     fi
     for weights in "$SAVE_DIR"/model_best/model_state.pdparams "$SAVE_DIR"/model_best/model_state.safetensors; do
         if [ -f "$weights" ]; then
-            echo "using $SAVE_DIR/model_best, the best by its evaluations; PARAMS_PATH names another" >&2
+            echo "using $SAVE_DIR/model_best, the checkpoint of the best evaluation; set PARAMS_PATH to use another" >&2
             echo "$weights"
             return
         fi

@@ -314,6 +314,7 @@ def test_the_checkpoint_is_the_best_or_that_of_the_newest_weights(bare_clone, tm
     weights.write_text("")
     os.utime(weights, (1, 1))
     assert newest() == str(weights)
-    assert run().stderr == f"using {tmp_path}/ck/model_best, the best by its evaluations; PARAMS_PATH names another\n"
+    assert run().stderr == (f"using {tmp_path}/ck/model_best, the checkpoint of the best evaluation; "
+                            "set PARAMS_PATH to use another\n")
     named = run(PARAMS_PATH="model_4")
     assert named.stdout == "model_4\n" and not named.stderr

@@ -149,7 +149,8 @@ def test_an_fc_that_is_not_trained_is_left_out(build, texts, tmp_path, capsys):
         found.append(Encoder(network, tokenizer, 16).encode(lines, warn=False))
     for embeddings_of_lines in found[:-1]:
         np.testing.assert_array_equal(embeddings_of_lines, found[-1])
-    line = "--whiten: the fc has not been trained and is left out; whitening keeps 24 of the 256 numbers before it\n"
+    line = ("--whiten: leaving out the fc, which has not been trained; whitening keeps 24 of the 256 dimensions before "
+            "it\n")
     assert capsys.readouterr().err.count(line) == 3
 
 
@@ -167,6 +168,6 @@ def test_an_fc_counts_as_trained_from_the_first_epoch_on(build, tmp_path):
 
 def test_more_directions_than_there_are_before_an_fc_that_is_not_trained(build):
     flags_of_run = ["--epochs", 0, "--output_emb_size", 300, "--whiten"]
-    with pytest.raises(InputError, match="--output_emb_size 300: .* there are 256 numbers before it; give at most 256"):
+    with pytest.raises(InputError, match="--output_emb_size 300: .* before it have 256 dimensions; give at most 256"):
         build(*flags_of_run)
     build(*flags_of_run, 256)

@@ -74,7 +74,7 @@ def unnormalized(model: nn.Layer) -> Iterator[None]:
 
 
 def remove_fc(model: nn.Layer) -> None:
-    """Take the fc off a network, whose embeddings then are what went into it."""
+    """Remove the fc of a network, so that its embeddings are the vectors that went into the fc."""
     del model.emb_reduce_linear
     model.output_emb_size = 0
     model.embedding_size = model.ptm.config.hidden_size

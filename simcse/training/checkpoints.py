@@ -1,6 +1,7 @@
 """The folder of a run's checkpoints, model_<step>: which it has, which can be resumed, and which of them stay.
 
-model_best is there as well with --save_best. It is none of them: it is not resumed from, and does not go with the old.
+With --save_best the folder also has model_best, which is not one of them: no run is resumed from it, and it is not
+removed with old checkpoints.
 
 This file imports no paddle, since command lines ask for the newest checkpoint before it is loaded.
 """
@@ -24,7 +25,7 @@ def checkpoint_path(save_dir: str, step: int) -> str:
 
 
 def best_path(save_dir: str) -> str:
-    """Return the path of the checkpoint of the best evaluation so far."""
+    """Return the path of the checkpoint of the best evaluation."""
     return os.path.join(save_dir, "model_best")
 
 

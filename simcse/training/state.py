@@ -38,7 +38,7 @@ class RunSettings:
 
 
 class Progress(NamedTuple):
-    """How far a run is.
+    """How far a run has come.
 
     Attributes:
         step: steps that are done.
@@ -76,7 +76,7 @@ def restore_state(folder: str, model: nn.Layer, optimization: Optimization, sett
         settings: of this run.
 
     Returns:
-        How far the run was when the checkpoint was saved.
+        How far the run had come when the checkpoint was saved.
 
     Raises:
         InputError: the state is of a run with other settings.
@@ -91,7 +91,7 @@ def restore_state(folder: str, model: nn.Layer, optimization: Optimization, sett
     optimization.optimizer.set_state_dict(state)
     if record["scaler"]:
         restore_scaler(optimization.scaler, record["scaler"])
-    best = BestEvaluation(**record.get("best", {}))  # older states have none
+    best = BestEvaluation(**record.get("best", {}))  # a state older than --save_best has none
     return Progress(record["step"], best)
 
 

@@ -81,7 +81,7 @@ class Trainer:
         texts: the training file, a `TextFile`.
         steps_per_epoch: steps of an epoch.
         write_model: writes the network's files into a folder.
-        test_set: digest of the test set by which evaluations are compared; None: they are not.
+        test_set_digest: SHA-256 of the test set; None: evaluations are not compared.
 
     Attributes:
         network: the model, or the DataParallel that holds it, which exchanges gradients between ranks.
@@ -94,13 +94,13 @@ class Trainer:
         optimization: optimizer, schedule and loss scaler.
         settings: what a resumed run has to have in common with this one.
         stop_signal: notes SIGINT and SIGTERM.
-        evaluated_step: the step after which the weights were evaluated last; None: they were not since the start.
-        best: the best evaluation so far, by the test set.
+        evaluated_step: the last one after which this process evaluated the weights; None: there is none.
+        best: the best evaluation so far.
         log: writes the log of the run.
     """
 
     def __init__(self, args: argparse.Namespace, model: nn.Layer, texts: Any, steps_per_epoch: int,
-                 write_model: Callable[[str], None], test_set: str | None = None) -> None:
+                 write_model: Callable[[str], None], test_set_digest: str | None = None) -> None:
         join_ranks()
         check_one_precision(args.precision)
         if not RANK:
@@ -123,7 +123,7 @@ class Trainer:
         self.settings = RunSettings(values, defaults=args.shared_defaults)
         self.last_saved_step: int | None = None
         self.evaluated_step: int | None = None
-        self.best = BestEvaluation(test_set=test_set)
+        self.best = BestEvaluation(test_set_digest=test_set_digest)
         if args.resume:
             self._resume(args.resume)
         self.checked_step = self.step
@@ -137,12 +137,12 @@ class Trainer:
         """Restore the state of the run that left a checkpoint folder."""
         progress = restore_state(folder, self.model, self.optimization, self.settings)
         self.step = progress.step
-        if progress.best.test_set == self.best.test_set:  # measures of another test set cannot be compared
+        if progress.best.test_set_digest == self.best.test_set_digest:  # only measures of one test set are comparable
             self.best = progress.best
-        how_far = f"step {self.step:,} of {self.total_steps:,}"
+        message = f"step {self.step:,} of {self.total_steps:,}"
         if self.step == self.total_steps:
-            how_far = "all steps of the run are done"
-        log(f"resuming from {folder}: {how_far}")
+            message = "all steps of the run are done"
+        log(f"resuming from {folder}: {message}")
         is_saved = os.path.abspath(folder) == os.path.abspath(checkpoint_path(self.args.save_dir, self.step))
         if any_rank(not is_saved):  # another --save_dir, which gets a checkpoint of its own
             return
@@ -243,42 +243,36 @@ class Trainer:
         self.last_saved_step = self.step
         wait_for_ranks()
 
-    def compare_with_best(self, measures: Mapping[str, float]) -> bool:
-        """Return whether an evaluation of the weights as they are now is the best so far, and count it.
-
-        All ranks call it together, and get the same answer.
-
-        Args:
-            measures: by name, in percent; the first one counts. {} on other ranks than the first.
+    def update_best(self, measures: Mapping[str, float]) -> bool:
+        """Compare an evaluation of the weights as they are now with the best one so far; see `BestEvaluation.update`.
         """
-        return self.best.compare(self.step, measures)
+        return self.best.update(self.step, measures)
 
     def save_best(self) -> None:
-        """Write the weights as they are now to model_best, in place of those before: on rank 0, while the others wait.
+        """Write the weights as they are now to model_best, which they replace: on rank 0, while the others wait.
 
-        All ranks call it together, after `compare_with_best`, whose measures go into the record. There is no training
-        state beside the weights.
+        All ranks call it together, after `update_best` has returned True. The record gets the step and the measures.
+        The training state is not written.
         """
         if not RANK:
             folder = best_path(self.args.save_dir)
-            obsolete = os.listdir(folder) if os.path.isdir(folder) else ()  # of other weights, all of it
+            obsolete = os.listdir(folder) if os.path.isdir(folder) else ()  # every file there is of the older weights
             with name_output(folder, "--save_dir"), new_folder(folder, obsolete) as temporary:
                 self.write_model(temporary)
-                add_to_record(temporary, {"step": self.step, "measures": self.best.measures, "run": self._run_digest()})
+                add_to_record(temporary, {"step": self.step, "measures": self.best.measures,
+                                          "run_digest": self._run_digest()})
             log(f"saved {folder}: {self.best.describe()}")
         wait_for_ranks()
 
     def restore_best(self) -> None:
-        """Go on with the best evaluation of the run that is resumed, see `read_best`; all ranks call it together."""
+        """Restore the best evaluation of a run that is resumed with --save_best; see `read_best`."""
         self.best = read_best(best_path(self.args.save_dir), self._run_digest(), self.best)
 
     def _run_digest(self) -> str:
-        """Return what tells a model_best of this run from that of another."""
-        return digest_run(self.settings.values, self.best.test_set)
+        return digest_run(self.settings.values, self.best.test_set_digest)
 
     def stops_early(self) -> bool:
-        """Return whether --early_stopping ends the run before the next step, and log why; all ranks get the same
-        answer."""
+        """Return whether --early_stopping ends the run before the next step, the same on all ranks, and log why."""
         patience = self.args.early_stopping
         if patience is None or self.best.evaluations_since < patience:
             return False
