@@ -99,6 +99,7 @@ class SimCSE(nn.Layer):
     Attributes:
         whitened_at: the --max_seq_length at which `whitening.whiten_network` was fitted; None: the network is not
             whitened.
+        fc_is_random: whether there is an fc with its initial, random weights: neither trained nor whitened.
     """
 
     def __init__(self, pretrained_model: nn.Layer, dropout: float | None = None,
@@ -123,6 +124,7 @@ class SimCSE(nn.Layer):
         hidden_size = pretrained_model.config.hidden_size
         self.output_emb_size = output_emb_size or 0
         self.embedding_size = output_emb_size or hidden_size
+        self.fc_is_random = self.output_emb_size > 0
         self.max_positions = getattr(pretrained_model.config, "max_position_embeddings", 512)
         self.batch_tokens = BATCH_TOKENS[paddle.device.get_device().split(":")[0]]
         if self.output_emb_size:
@@ -402,6 +404,7 @@ def load_model(params_path: str, model_name_or_path: str | None = None, output_e
     model = SimCSE(encoder, dropout=output_dropout, output_emb_size=size, pooling=pooling, with_pooler=with_pooler,
                    precision=precision, loss_settings=loss_settings or recorded_loss_settings(record))
     model.whitened_at = record.get("whitened_at")
+    model.fc_is_random = record.get("fc_is_random", False)
 
     if find_pooling(pooling).removes_layers:  # the checkpoint may be of another pooling
         state = weights_without_layers(state)
@@ -482,6 +485,8 @@ def make_record(model: SimCSE, model_name_or_path: str, max_seq_length: int | No
               "versions": {"paddlepaddle": paddle.__version__, "paddlenlp": paddlenlp.__version__}}
     if find_pooling(model.pooling).pool_without_pooler:
         record["with_pooler"] = model.with_pooler
+    if model.fc_is_random:
+        record["fc_is_random"] = True
     return record
 
 

@@ -11,9 +11,9 @@
     # pairs (query, title) or triples (and a hard negative) from there on
     python train.py --init_from_ckpt checkpoints/model_900 --train_set_file recall/train.csv
 
-It saves `model_<step>/` in --save_dir every --save_steps and at the end. Ctrl-C saves too, and the same command with
---resume goes on from there. Evaluations go to stdout. scripts/pretrain.py trains an encoder by masked language
-modelling first.
+It saves `model_<step>/` in --save_dir every --save_steps and at the end, and with --save_best `model_best/` after each
+evaluation that is the best so far. Ctrl-C saves too, and the same command with --resume goes on from there.
+Evaluations go to stdout. scripts/pretrain.py trains an encoder by masked language modelling first.
 """
 
 import argparse
@@ -84,18 +84,36 @@ def parse_args() -> argparse.Namespace:
     flags.add_run_arguments(parser.add_argument_group("device"), output)
     add = output.add_argument
     add("--eval_steps", type=flags.positive_int, default=10000, help="steps between evaluations")
+    add("--save_best", action="store_true", help="keep the weights of the best evaluation so far, by the first measure "
+        "of --test_set_file (Recall@1, or Spearman's rho), in a checkpoint model_best, which cannot be resumed")
+    add("--early_stopping", type=flags.positive_int, metavar="N", help="end the run after N evaluations in a row that "
+        "are not better than the best so far (default: train for all --epochs)")
     add("--whiten", nargs="?", type=flags.non_negative_int, const=0, metavar="SIZE",
         help="after training, make embeddings of SIZE uncorrelated numbers of equal variance, in a checkpoint "
-        "model_<step>_whitened of its own; 0 (or no value): as many as they have (default: no whitening)")
+        "model_<step>_whitened of its own; 0 (or no value): as many as they have (default: no whitening). Whitening "
+        "leaves out an fc that has not been trained")
     add("--visualdl_embeddings", type=flags.non_negative_int, default=0,
         help="training texts whose embeddings VisualDL shows after training; 0: none")
-    return flags.parse_training_arguments(parser)
+    args = flags.parse_training_arguments(parser)
+    for flag in ("save_best", "early_stopping"):
+        if getattr(args, flag) and not args.test_set_file:
+            parser.error(f"--{flag} compares evaluations; give --test_set_file")
+    return args
+
+
+def compares_evaluations(args: argparse.Namespace) -> bool:
+    """Return whether the run has to know which evaluation is the best so far."""
+    return args.save_best or args.early_stopping is not None
 
 
 # ----------------------------------------------------------------------------------------------- what the files hold
 def read_test_set(args: argparse.Namespace) -> list[textfile.Row]:
     """Return the rows of --test_set_file: text, text, label; or query, target. There are none without the flag, or
-    where all labels are the same, since Spearman's rho is undefined then."""
+    where all labels are the same, since Spearman's rho is undefined then.
+
+    Raises:
+        InputError: all labels are the same, and --save_best or --early_stopping needs an evaluation.
+    """
     path = args.test_set_file
     flag = "--test_set_file"
     if not path:
@@ -108,8 +126,10 @@ def read_test_set(args: argparse.Namespace) -> list[textfile.Row]:
     rows = list(textfile.read_rows(path, columns, flag, textfile.find_label_problem))
     labels = {float(row.fields[2]) for row in rows}
     if len(labels) == 1:
-        console.warn_data(f"{flag} {path}: every label is {rows[0].fields[2]}, of which Spearman's rho is "
-                          "undefined; there is no evaluation")
+        problem = f"{flag} {path}: every label is {rows[0].fields[2]}, of which Spearman's rho is undefined"
+        if compares_evaluations(args):
+            raise console.InputError(f"{problem}; --save_best and --early_stopping need an evaluation")
+        console.warn_data(f"{problem}; there is no evaluation")
         return []
     return rows
 
@@ -301,10 +321,28 @@ def build_model(args: argparse.Namespace) -> Any:
                        precision=args.precision, loss_settings=loss_settings)
         tokenizer = wordpiece.load_tokenizer(encoder_name)
     check_length(model, args.max_seq_length)
-    if args.whiten and args.whiten > model.embedding_size:
-        raise console.InputError(f"--whiten {args.whiten}: embeddings have {model.embedding_size} numbers")
+    if args.epochs:  # the run trains the fc
+        model.fc_is_random = False
+    if args.whiten is not None:
+        check_whitened_size(args.whiten, model)
     model.batch_tokens = min(model.batch_tokens, evaluation_tokens(args))
     return LoadedModel(model, tokenizer, make_record(model, encoder_name, args.max_seq_length))
+
+
+def check_whitened_size(size: int, model: Any) -> None:
+    """Raise InputError where whitening cannot make embeddings of a size.
+
+    Args:
+        size: the value of --whiten; 0: the size that embeddings have.
+        model: the network to whiten.
+    """
+    if size > model.embedding_size:
+        raise console.InputError(f"--whiten {size}: embeddings have {model.embedding_size} numbers")
+    hidden_size = model.ptm.config.hidden_size
+    if model.fc_is_random and (size or model.embedding_size) > hidden_size:
+        raise console.InputError(f"--output_emb_size {model.output_emb_size}: --whiten leaves out an fc that has not "
+                                 f"been trained, and vectors before it have {hidden_size} dimensions; give at most "
+                                 f"{hidden_size}")
 
 
 def train(args: argparse.Namespace, texts: textfile.TextFile, test_set: Sequence[textfile.Row]) -> None:
@@ -315,19 +353,27 @@ def train(args: argparse.Namespace, texts: textfile.TextFile, test_set: Sequence
         Stopped: a signal has stopped the run, which has saved a checkpoint.
     """
     from model import write_checkpoint
+    from simcse.files import file_digest
     from simcse.training.trainer import Trainer
 
     model, tokenizer, record = build_model(args)
     check_texts_as_encoded(args, texts, test_set, tokenizer)
     sampler = data.ShuffledBatches(len(texts), args.batch_size, RANK, RANKS)
     write_model = functools.partial(write_checkpoint, model=model, tokenizer=tokenizer, record=record)
-    trainer = Trainer(args, model, texts, steps_per_epoch=len(sampler), write_model=write_model)
+    test_set_digest = file_digest(args.test_set_file) if compares_evaluations(args) else None
+    trainer = Trainer(args, model, texts, steps_per_epoch=len(sampler), write_model=write_model,
+                      test_set_digest=test_set_digest)
+    if args.save_best and args.resume:
+        trainer.restore_best()
+    if not args.save_best:
+        warn_of_older_best(args.save_dir)
     make_batch = functools.partial(data.make_batch, texts, tokenizer, args)
     batches = data.batches_after(trainer.step, args.epochs, sampler, make_batch)
     evaluate_model = functools.partial(evaluate_on_ranks, args, model, tokenizer, test_set)
 
     run_steps(args, trainer, batches, evaluate_model)
-    trainer.log_measures("eval", evaluate_model())
+    if trainer.evaluated_step != trainer.step:  # equal where --early_stopping has ended the run
+        evaluate_step(args, trainer, evaluate_model)
     if args.whiten is not None and not RANK:
         whiten_model(args, model, tokenizer, texts)
         save_whitened(args, trainer, tokenizer, record["model_name_or_path"])
@@ -346,8 +392,9 @@ def run_steps(args: argparse.Namespace, trainer: Any, batches: Iterable[data.Bat
     """Take all steps that are left: each computes the gradients of a batch, then updates the weights.
 
     The gradients are those of `gradients.backward`. Checkpoints are saved here: every --save_steps, and at the end of
-    the run, by --epochs or by a signal. Two others are decided elsewhere: where the loss is NaN or Inf
-    `Trainer.update` saves before it raises Diverged, and `train` saves the whitened network beside the last one.
+    the run, by --epochs, by --early_stopping or by a signal. Three others are decided elsewhere: where the loss is NaN
+    or Inf `Trainer.update` saves before it raises Diverged, `evaluate_step` saves model_best, and `train` saves the
+    whitened network beside the last one.
 
     Args:
         args: the flags.
@@ -365,6 +412,8 @@ def run_steps(args: argparse.Namespace, trainer: Any, batches: Iterable[data.Bat
     model = trainer.model
     with console.progress("training", trainer.total_steps, "steps", lines=False, done=trainer.step) as advance:
         for step, batch in enumerate(batches, start=trainer.step + 1):
+            if trainer.stops_early():  # asked before a step, since the run that is resumed may have stopped early
+                break
             is_save_step = step % args.save_steps == 0
             is_eval_step = step % args.eval_steps == 0 and step < trainer.total_steps  # the last one follows the loop
 
@@ -376,26 +425,54 @@ def run_steps(args: argparse.Namespace, trainer: Any, batches: Iterable[data.Bat
                 trainer.log_step(batch_loss.value, batch_loss)
             if is_eval_step:
                 trainer.check_weights("not evaluated")
-                trainer.log_measures("eval", evaluate_model())
+                evaluate_step(args, trainer, evaluate_model)
             if is_save_step:
                 trainer.save()
             if trainer.stop_requested():
                 break
-    trainer.save()  # at the end, by --epochs or a signal, or with --epochs 0 untrained; not if it is saved already
+    trainer.save()  # the last step; with --epochs 0 the untrained network; nothing where it is saved already
     trainer.finish_signal_handling()
 
 
-def whiten_model(args: argparse.Namespace, model: Any, tokenizer: Any, texts: textfile.TextFile) -> None:
-    """Whiten the network's embeddings, by a sample of the training texts."""
-    from simcse.encoder.whitening import SAMPLE, cut_runs, unnormalized, whiten_network
+def evaluate_step(args: argparse.Namespace, trainer: Any, evaluate_model: Callable[[], dict[str, float]]) -> None:
+    """Evaluate the weights as they are now, and with --save_best save them if they are the best so far.
 
+    All ranks call it together. The arguments are those of `run_steps`.
+    """
+    measures = evaluate_model()
+    trainer.log_measures("eval", measures)
+    if compares_evaluations(args):
+        is_best = trainer.update_best(measures)
+        if is_best and args.save_best:
+            trainer.save_best()
+
+
+def warn_of_older_best(save_dir: str) -> None:
+    """Warn where a run without --save_best writes to a folder that has a model_best, which it does not replace."""
+    from simcse.training.checkpoints import best_path
+
+    folder = best_path(save_dir)
+    if not RANK and os.path.isdir(folder):
+        console.warn(f"{folder}: not updated without --save_best, but the shell scripts use it before newer "
+                     "checkpoints; remove it, or set PARAMS_PATH")
+
+
+def whiten_model(args: argparse.Namespace, model: Any, tokenizer: Any, texts: textfile.TextFile) -> None:
+    """Whiten the network's embeddings, by a sample of the training texts; remove an fc of random numbers first."""
+    from simcse.encoder.whitening import SAMPLE, cut_runs, remove_fc, unnormalized, whiten_network
+
+    size = args.whiten or model.embedding_size
+    if model.fc_is_random:
+        remove_fc(model)
+        console.log(f"--whiten: leaving out the fc, which has not been trained; whitening keeps {size} of the "
+                    f"{model.embedding_size} dimensions before it")
     sample = texts.sample_texts(SAMPLE)
     sample += cut_runs(sample, tokenizer, args.max_seq_length)
     unknown = set(wordpiece.find_unknown(tokenizer, tokenizer(sample, args.max_seq_length)))
     known = [text for row, text in enumerate(sample) if row not in unknown]  # embeddings of the others are zeros
     with unnormalized(model):  # the fc that whitens comes before the norm
         embeddings = make_encode(args, model, tokenizer, "fp32")(known)
-    whiten_network(model, embeddings, args.whiten or model.embedding_size, args.max_seq_length)
+    whiten_network(model, embeddings, size, args.max_seq_length)
 
 
 def save_whitened(args: argparse.Namespace, trainer: Any, tokenizer: Any, encoder_name: str) -> None:

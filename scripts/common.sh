@@ -47,12 +47,19 @@ given() {
     return 1
 }
 
-# The checkpoint of PARAMS_PATH; without it the newest in SAVE_DIR.
+# The checkpoint of PARAMS_PATH; without it model_best in SAVE_DIR, which train.py --save_best keeps, else the newest.
 params_path() {
     if [ -n "${PARAMS_PATH:-}" ]; then
         echo "$PARAMS_PATH"
         return
     fi
+    for weights in "$SAVE_DIR"/model_best/model_state.pdparams "$SAVE_DIR"/model_best/model_state.safetensors; do
+        if [ -f "$weights" ]; then
+            echo "using $SAVE_DIR/model_best, the checkpoint of the best evaluation; set PARAMS_PATH to use another" >&2
+            echo "$weights"
+            return
+        fi
+    done
     # By the weights' own age: older folders lose their training state, and are younger for it, when a new one is saved.
     newest=$(ls -t "$SAVE_DIR"/model_*/model_state.* 2>/dev/null | head -n 1)
     echo "${newest:-$SAVE_DIR/model_20000/model_state.pdparams}"

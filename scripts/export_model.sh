@@ -1,6 +1,6 @@
 #!/bin/sh
 # Export a checkpoint as a static graph. Further flags are passed on and win over those here.
-#   PARAMS_PATH  checkpoint       (the newest in SAVE_DIR)
+#   PARAMS_PATH  checkpoint       (model_best in SAVE_DIR, else the newest there)
 #   OUTPUT_DIR   folder to write  (./output)
 #   MODEL        encoder, for a checkpoint that has no simcse_config.json
 cd "$(dirname "$0")/.." || exit 1

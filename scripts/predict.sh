@@ -2,7 +2,7 @@
 # Cosine of text pairs. Further flags are passed on and win over those here.
 #   GPUS         GPU to run on                          (the first)
 #   DEVICE       gpu or cpu                             (gpu)
-#   PARAMS_PATH  checkpoint                             (the newest in SAVE_DIR)
+#   PARAMS_PATH  checkpoint                             (model_best in SAVE_DIR, else the newest there)
 #   DATA_DIR     folder of test.csv                     (./recall)
 #   MODEL        encoder, for a checkpoint that has no simcse_config.json
 #   BATCH_SIZE MAX_SEQ_LENGTH

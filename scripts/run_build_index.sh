@@ -2,7 +2,7 @@
 # Encode the corpus, build the index, recall. Further flags are passed on and win over those here.
 #   GPUS         GPUs to encode on, as in 0,1,2,3       (the first)
 #   DEVICE       gpu or cpu                             (gpu)
-#   PARAMS_PATH  checkpoint                             (the newest in SAVE_DIR)
+#   PARAMS_PATH  checkpoint                             (model_best in SAVE_DIR, else the newest there)
 #   DATA_DIR     folder of corpus.csv and dev.csv       (./recall)
 #   MODEL        encoder, for a checkpoint that has no simcse_config.json
 #   RESULT_DIR   folder of recall_result.txt            (recall_result_dir)

@@ -392,7 +392,8 @@ SHARED_FLAGS = (
 # FREE_FLAGS may be changed by a resumed run. (The training file may have moved; its content is compared.)
 FREE_FLAGS = (
     "quiet", "train_set_file", "test_set_file", "strict_data", "plain_text", "device", "cpu_threads", "resume",
-    "keep_checkpoints", "save_dir", "save_steps", "visualdl_dir", "eval_steps", "whiten", "visualdl_embeddings")
+    "keep_checkpoints", "save_dir", "save_steps", "visualdl_dir", "eval_steps", "save_best", "early_stopping", "whiten",
+    "visualdl_embeddings")
 
 
 def check_resume_tables(names: Iterable[str]) -> None:
@@ -434,7 +435,7 @@ def add_run_arguments(device: argparse._ActionsContainer, output: argparse._Acti
         "optimizer, schedule and place in the data, as if it had not been interrupted; auto (or no value): the newest "
         "checkpoint in --save_dir, or a new run if there is none")
     add("--keep_checkpoints", type=non_negative_int, default=0,
-        help="how many of the newest checkpoints to keep; 0: all. Only the newest can be resumed")
+        help="how many of the newest checkpoints model_<step> to keep; 0: all. Only the newest can be resumed")
     add("--save_dir", default="./checkpoints", help="folder of the checkpoints")
     add("--save_steps", type=positive_int, default=10000, help="steps between checkpoints")
     add("--visualdl_dir", default="./log", help="folder of the VisualDL log")

@@ -209,7 +209,7 @@ def test_a_model_is_known_by_its_content(tmp_path, monkeypatch):
         return w.model_digest("ck/model_state.pdparams", name)
 
     same = digest()
-    renamed = {**record, "model_name_or_path": "./tiny", "versions": {}}
+    renamed = {**record, "model_name_or_path": "./tiny", "versions": {}, "step": 4, "measures": {}, "run_digest": "1"}
     assert digest(**{"ck/simcse_config.json": json.dumps(renamed)}) == same
     assert digest("tiny") == digest("./tiny") == digest(f"{tmp_path}/tiny")
     for path in ("ck/model_state.pdparams", "ck/vocab.txt", "ck/tokenizer_config.json"):

@@ -8,7 +8,7 @@ import time
 
 import model as m
 from data import ShuffledBatches
-from simcse.encoder.weights import read_weights
+from simcse.encoder.weights import read_record, read_weights
 from simcse.training.checkpoints import saved_steps
 from simcse.training.gradients import Embeddings, backward
 
@@ -289,14 +289,18 @@ def wait_for(condition, seconds=120):
 
 def test_two_processes_train_one_model(sample, tmp_path):
     """paddle.distributed.launch with gloo: both ranks work, rank 0 alone logs and saves, and measures what one process
-    does."""
+    does. Both stop early after the same step, where an evaluation of much the same weights is not better."""
     result, logs = launch("train.py", *train_flags(
         sample, "--test_set_file", sample / "dev.csv", "--save_dir", tmp_path / "ck", "--batch_size", 4,
-        "--visualdl_dir", tmp_path / "log"), cwd=tmp_path)
+        "--visualdl_dir", tmp_path / "log", "--eval_steps", 6, "--learning_rate", 1e-12, "--save_best",
+        "--early_stopping", 1), cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "global step 10," in logs[0] and "recall@1=" in logs[0]
     assert "global step" not in logs[1] and "saved" not in logs[1]
-    assert os.listdir(tmp_path / "ck") == ["model_16"], "128 texts in batches of 4 on each of two ranks"
+    assert "stopping early after step 12: 1 evaluation in a row" in logs[0] and "stopping early" not in logs[1]
+    assert logs[0].count("recall@50=") == 2, "after steps 6 and 12; the last one once, although the run ends there"
+    assert sorted(os.listdir(tmp_path / "ck")) == ["model_12", "model_best"]
+    assert read_record(str(tmp_path / "ck" / "model_best"))["step"] == 6
     alone = succeed("train.py", *train_flags(sample, "--test_set_file", sample / "dev.csv", "--epochs", 0, "--save_dir",
-                                             "alone", "--init_from_ckpt", tmp_path / "ck" / "model_16"), cwd=tmp_path)
+                                             "alone", "--init_from_ckpt", tmp_path / "ck" / "model_12"), cwd=tmp_path)
     assert alone.stdout.removeprefix("global step 0") in logs[0] and "recall@50=" in alone.stdout

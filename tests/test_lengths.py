@@ -144,7 +144,8 @@ def test_the_graph_finds_its_way_past_zeros():
 # ------------------------------------------------------------------------------------------------ training, evaluation
 def arguments(path, **changed):
     return argparse.Namespace(**{"train_set_file": str(path), "test_set_file": str(path), "max_seq_length": 8,
-                                 "batch_size": 8, "cross_device_negatives": False, **changed})
+                                 "batch_size": 8, "cross_device_negatives": False, "save_best": False,
+                                 "early_stopping": None, **changed})
 
 
 def test_training_texts_that_are_one_after_cutting(tokenizer, tmp_path, capsys):

@@ -289,11 +289,14 @@ def test_quickstart(clone, request):
     assert (clone / "quickstart" / "query.txt").read_text(encoding="utf-8").count("\n") == 5
 
 
-def test_the_newest_checkpoint_is_that_of_the_newest_weights(bare_clone, tmp_path):
+def test_the_checkpoint_is_the_best_or_that_of_the_newest_weights(bare_clone, tmp_path):
     """Whatever is removed from an older folder afterwards."""
-    def newest():
+    def run(**env):
         return subprocess.run(["sh", "-c", ". scripts/common.sh; params_path"], cwd=bare_clone, capture_output=True,
-                              text=True, env={**os.environ, "SAVE_DIR": str(tmp_path / "ck")}).stdout.strip()
+                              text=True, env={**os.environ, "SAVE_DIR": str(tmp_path / "ck"), **env})
+
+    def newest():
+        return run().stdout.strip()
 
     assert newest() == f"{tmp_path}/ck/model_20000/model_state.pdparams"
     for age, (name, kind) in enumerate((("model_9", "pdparams"), ("model_4", "safetensors"), ("model_10", "pdparams"))):
@@ -304,4 +307,14 @@ def test_the_newest_checkpoint_is_that_of_the_newest_weights(bare_clone, tmp_pat
         os.utime(folder / f"model_state.{kind}", (1000 + age, 1000 + age))
         assert newest() == str(folder / f"model_state.{kind}")
     (tmp_path / "ck" / "model_9" / "training_state.json").unlink()
-    assert newest().endswith("model_10/model_state.pdparams")
+    assert newest().endswith("model_10/model_state.pdparams") and not run().stderr
+    (tmp_path / "ck" / "model_best" / "model_state.graph").mkdir(parents=True)
+    assert newest().endswith("model_10/model_state.pdparams"), "it has no weights"
+    weights = tmp_path / "ck" / "model_best" / "model_state.pdparams"
+    weights.write_text("")
+    os.utime(weights, (1, 1))
+    assert newest() == str(weights)
+    assert run().stderr == (f"using {tmp_path}/ck/model_best, the checkpoint of the best evaluation; "
+                            "set PARAMS_PATH to use another\n")
+    named = run(PARAMS_PATH="model_4")
+    assert named.stdout == "model_4\n" and not named.stderr

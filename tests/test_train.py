@@ -31,7 +31,7 @@ def trained(sample, tmp_path_factory):
         "train.py", "--device", "cpu", "--model_name_or_path", ENCODER, "--train_set_file",
         sample / "train_unsupervised.csv", "--test_set_file", sample / "dev.csv", "--max_seq_length", 32,
         "--output_emb_size", 128, "--infer_with_fc_pooler", "--eval_steps", 4, "--save_steps", 3, "--epochs", 3,
-        cwd=folder)
+        "--save_best", cwd=folder)
 
 
 def test_training_logs_evaluates_and_saves(trained):
@@ -44,7 +44,7 @@ def test_training_logs_evaluates_and_saves(trained):
     assert unexplained == [], "nothing on stderr is a library's"
     evaluations = [line for line in result.stdout.splitlines() if line]
     assert [int(re.match(r"global step (\d+), recall@1=", line)[1]) for line in evaluations] == [4, 8, 12]
-    assert sorted(os.listdir(folder / "checkpoints")) == ["model_12", "model_3", "model_6", "model_9"]
+    assert sorted(os.listdir(folder / "checkpoints")) == ["model_12", "model_3", "model_6", "model_9", "model_best"]
     assert [name for name in os.listdir(folder / "log") if name.startswith("vdlrecords")]
 
 
@@ -67,6 +67,16 @@ def test_the_last_evaluation_is_what_the_checkpoint_gives(trained, sample):
     ranks = rank_first_targets(rows, targets)
     assert trained[1].stdout.splitlines()[-1] == "global step 12, " + ", ".join(
         f"recall@{k}={round(100 * float(np.mean(ranks < k)), 3)}" for k in (1, 5, 10, 20, 50))
+
+
+def test_model_best_is_a_checkpoint_of_the_best_evaluation(trained):
+    evaluations = re.findall(r"global step (\d+), recall@1=([\d.]+)", trained[1].stdout)
+    step, recall = max(evaluations, key=lambda evaluation: float(evaluation[1]))  # the first of equal ones
+    folder = trained[0] / "checkpoints" / "model_best"
+    record = json.loads((folder / "simcse_config.json").read_text(encoding="utf-8"))
+    assert (record["step"], record["measures"]["recall@1"]) == (int(step), float(recall))
+    assert "training_state.json" not in os.listdir(folder)
+    m.load_model(str(folder / "model_state.pdparams"))
 
 
 def test_record_beside_the_checkpoint(checkpoint):

@@ -1,10 +1,13 @@
 """Whitening, by its formula, by what it is fitted on, and by train.py --whiten."""
 
 import argparse
+import sys
 
 import model as m
+import train
 from deploy.serving import opening
 from simcse import flags
+from simcse.console import InputError
 from simcse.encoder import whitening
 from simcse.encoder.encoder import Encoder
 from simcse.encoder.pretrained import load_pretrained
@@ -78,12 +81,12 @@ def test_what_was_whitened_at_a_length_is_told_of_longer_texts(tmp_path, capsys)
                                    ["--output_emb_size", 24]])
 def test_a_whitened_checkpoint(texts, tmp_path, more):
     """Beside the trained one, which is as without --whiten; white on the training texts; in every stage."""
-    train = ["train.py", *START, "--train_set_file", texts, *more]
-    result = succeed(*train, "--save_dir", "white", "--whiten", 20, "--test_set_file", texts.parent / "dev.csv",
+    words = ["train.py", *START, "--train_set_file", texts, *more]
+    result = succeed(*words, "--save_dir", "white", "--whiten", 20, "--test_set_file", texts.parent / "dev.csv",
                      cwd=tmp_path)
     assert "global step 8, whitened, recall@1=" in result.stdout
     if more[0] == "--pooling":
-        succeed(*train, "--save_dir", "plain", cwd=tmp_path)
+        succeed(*words, "--save_dir", "plain", cwd=tmp_path)
         one, other = (weights(tmp_path / name / "model_8") for name in ("plain", "white"))
         assert one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
     folder = tmp_path / "white" / "model_8_whitened"
@@ -113,3 +116,54 @@ def test_a_whitened_checkpoint(texts, tmp_path, more):
 def test_whiten_to_more_than_there_is(texts, tmp_path):
     error = refuse("train.py", *START, "--train_set_file", texts, "--output_emb_size", 24, "--whiten", 30, cwd=tmp_path)
     assert "--whiten 30: embeddings have 24 numbers" in error
+
+
+# ---------------------------------------------------------------------------------------------- an fc of random numbers
+@pytest.fixture
+def build(monkeypatch, texts, tmp_path):
+    """Makes the network that train.py whitens: build(*flags) -> flags, network, tokenizer, record."""
+    def build_model(*more):
+        words = [*START, "--train_set_file", texts, "--save_dir", tmp_path / "ck", *more]
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
+        args = flags.resolve_training(train.parse_args())
+        return args, *train.build_model(args)
+
+    return build_model
+
+
+def test_an_fc_that_is_not_trained_is_left_out(build, texts, capsys):
+    """So the embeddings are those of as many directions without fc."""
+    training_texts = textfile.TextFile(str(texts), "--flag")
+    lines = training_texts.sample_texts(16)
+    results = []
+    for more in (["--output_emb_size", 24, "--whiten"], ["--output_emb_size", 32, "--whiten", 24],
+                 ["--output_emb_size", 0, "--whiten", 24]):
+        args, network, tokenizer, _ = build("--epochs", 0, "--pooling", "first_avg", *more)
+        train.whiten_model(args, network, tokenizer, training_texts)
+        assert network.embedding_size == network.output_emb_size == 24
+        assert "fc_is_random" not in m.make_record(network, "encoder", 16)
+        results.append(Encoder(network, tokenizer, 16).encode(lines, warn=False))
+    for embeddings_of_lines in results[:-1]:
+        np.testing.assert_array_equal(embeddings_of_lines, results[-1])
+    line = ("--whiten: leaving out the fc, which has not been trained; whitening keeps 24 of the 256 dimensions before "
+            "it\n")
+    assert capsys.readouterr().err.count(line) == 2
+
+
+def test_an_fc_counts_as_trained_from_the_first_epoch_on(build, tmp_path):
+    """Whether a run trains it, or the checkpoint's record does not say that it is random."""
+    _, network, tokenizer, record = build("--output_emb_size", 24, "--epochs", 0)
+    assert network.fc_is_random and record["fc_is_random"]
+    m.save_checkpoint(str(tmp_path / "untrained"), network, tokenizer, record)
+    assert build("--init_from_ckpt", tmp_path / "untrained", "--epochs", 0)[1].fc_is_random
+    _, network, tokenizer, record = build("--init_from_ckpt", tmp_path / "untrained", "--epochs", 1)
+    assert not network.fc_is_random and "fc_is_random" not in record
+    m.save_checkpoint(str(tmp_path / "trained"), network, tokenizer, record)
+    assert not build("--init_from_ckpt", tmp_path / "trained", "--epochs", 0)[1].fc_is_random
+
+
+def test_more_directions_than_there_are_before_an_fc_that_is_not_trained(build):
+    flags_of_run = ["--epochs", 0, "--output_emb_size", 300, "--whiten"]
+    with pytest.raises(InputError, match="--output_emb_size 300: .* before it have 256 dimensions; give at most 256"):
+        build(*flags_of_run)
+    build(*flags_of_run, 256)

@@ -160,8 +160,10 @@ RECORD_FIELDS = {
     "pooling": STRING, "with_pooler": TRUE_OR_FALSE, "margin": NUMBER, "scale": NUMBER,
     "cross_device_negatives": TRUE_OR_FALSE, "max_seq_length": LENGTH_OR_NULL, "whitened_at": LENGTH_OR_NULL,
     "encoder_class": STRING, "encoder_config": OBJECT, "versions": OBJECT, "model": STRING, "precision": STRING,
-    "table": TRUE_OR_FALSE, "int8_cosines": OBJECT,
-    "calibration": OBJECT, "hidden_size": SIZE, "vocab_size": SIZE}
+    "table": TRUE_OR_FALSE, "int8_cosines": OBJECT, "calibration": OBJECT, "hidden_size": SIZE, "vocab_size": SIZE,
+    "fc_is_random": TRUE_OR_FALSE, "step": SIZE_OR_ZERO, "measures": OBJECT, "run_digest": STRING}
+# Fields that do not change the embeddings: the name of the encoder, the libraries, and what --save_best records.
+FIELDS_WITHOUT_EFFECT = ("model_name_or_path", "versions", "step", "measures", "run_digest")
 ENCODER_FIELDS = ("encoder_class", "encoder_config")  # what an encoder is made of
 GRAPH_FIELDS = ("embedding_size", "max_positions")  # what running a graph needs
 
@@ -213,14 +215,21 @@ def write_record(folder: str, record: dict, tokenizer: Any) -> None:
     write_json(os.path.join(folder, CONFIG_FILE), record)
 
 
+def add_to_record(folder: str, more: Mapping[str, Any]) -> None:
+    """Add fields to the simcse_config.json of a folder."""
+    path = os.path.join(folder, CONFIG_FILE)
+    record = read_json(path)
+    record.update(more)
+    write_json(path, record)
+
+
 @functools.cache  # weights are large, and a process reads them once
 def model_digest(params_path: str, model_name_or_path: str | None) -> str:
     """Return SHA-256 of what makes the embeddings, by content, in hexadecimal.
 
     It covers the weights, and the record and the tokenizer beside them. Where an encoder is named, or the checkpoint
     lacks record or tokenizer, it covers the encoder as well: the files that describe it in its folder, or its hub name.
-    Of the record it leaves out `model_name_or_path` and `versions`: neither another name of the encoder nor other
-    libraries change it.
+    Of the record it leaves out FIELDS_WITHOUT_EFFECT.
 
     Args:
         model_name_or_path: the encoder that --model_name_or_path names.
@@ -235,7 +244,7 @@ def model_digest(params_path: str, model_name_or_path: str | None) -> str:
     if os.path.isdir(encoder):
         paths += [os.path.join(encoder, name) for name in sorted(os.listdir(encoder)) if not name.endswith(WEIGHTS)]
         encoder = ""  # known by its files
-    content = {name: value for name, value in record.items() if name not in ("model_name_or_path", "versions")}
+    content = {name: value for name, value in record.items() if name not in FIELDS_WITHOUT_EFFECT}
     digest = hashlib.sha256(json.dumps([content, encoder], sort_keys=True).encode())
     for path in paths:
         if os.path.isfile(path):

@@ -73,6 +73,14 @@ def unnormalized(model: nn.Layer) -> Iterator[None]:
         model.normalizes = True
 
 
+def remove_fc(model: nn.Layer) -> None:
+    """Remove the fc of a network, so that its embeddings are the vectors that went into the fc."""
+    del model.emb_reduce_linear
+    model.output_emb_size = 0
+    model.embedding_size = model.ptm.config.hidden_size
+    model.fc_is_random = False
+
+
 def whiten_network(model: nn.Layer, embeddings: np.ndarray, dim: int, max_seq_length: int) -> None:
     """Whiten the network's embeddings: it gets an fc of `dim`, into which the one that it has is multiplied.
 
@@ -89,6 +97,7 @@ def whiten_network(model: nn.Layer, embeddings: np.ndarray, dim: int, max_seq_le
     model.output_emb_size = dim
     model.embedding_size = dim
     model.whitened_at = max_seq_length
+    model.fc_is_random = False
     model.emb_reduce_linear = nn.Linear(*weight.shape)
     model.emb_reduce_linear.weight.set_value(weight.astype("float32"))
     model.emb_reduce_linear.bias.set_value(bias.astype("float32"))

@@ -1,5 +1,8 @@
 """The folder of a run's checkpoints, model_<step>: which it has, which can be resumed, and which of them stay.
 
+With --save_best the folder also has model_best, which is not one of them: no run is resumed from it, and it is not
+removed with old checkpoints.
+
 This file imports no paddle, since command lines ask for the newest checkpoint before it is loaded.
 """
 
@@ -19,6 +22,11 @@ STATE_RECORD = "training_state.json"
 def checkpoint_path(save_dir: str, step: int) -> str:
     """Return the path of the checkpoint of a step."""
     return os.path.join(save_dir, f"model_{step}")
+
+
+def best_path(save_dir: str) -> str:
+    """Return the path of the checkpoint of the best evaluation."""
+    return os.path.join(save_dir, "model_best")
 
 
 def saved_steps(save_dir: str) -> list[int]:

@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 from simcse.console import InputError
 from simcse.encoder.weights import read_weights, write_weights
 from simcse.files import read_json, write_json
+from simcse.training.best import BestEvaluation
 from simcse.training.checkpoints import STATE_FILE, STATE_RECORD
 from simcse.training.optimization import Optimization, restore_scaler, scaler_record
 
@@ -36,10 +37,22 @@ class RunSettings:
     defaults: Mapping[str, Any]
 
 
-def write_state(folder: str, model: nn.Layer, optimization: Optimization, *, step: int,
+class Progress(NamedTuple):
+    """How far a run has come.
+
+    Attributes:
+        step: steps that are done.
+        best: its best evaluation so far.
+    """
+
+    step: int
+    best: BestEvaluation
+
+
+def write_state(folder: str, model: nn.Layer, optimization: Optimization, *, progress: Progress,
                 settings: RunSettings) -> None:
     """Write the state of a run: the optimizer's moments, by the names of the model's parameters, and a record of its
-    step, schedule, loss scaler and settings."""
+    progress, schedule, loss scaler and settings."""
     state = optimization.optimizer.state_dict()
     moments = {}
     for name, parameter in model.named_parameters():
@@ -49,11 +62,11 @@ def write_state(folder: str, model: nn.Layer, optimization: Optimization, *, ste
                 moments[f"{name}|{key.removeprefix(prefix)}"] = tensor
     write_weights(os.path.join(folder, STATE_FILE), moments)
     write_json(os.path.join(folder, STATE_RECORD), {
-        "step": step, "run": dict(settings.values), "scaler": scaler_record(optimization.scaler),
-        "schedule": state["LR_Scheduler"]})
+        "step": progress.step, "best": asdict(progress.best), "run": dict(settings.values),
+        "scaler": scaler_record(optimization.scaler), "schedule": state["LR_Scheduler"]})
 
 
-def restore_state(folder: str, model: nn.Layer, optimization: Optimization, settings: RunSettings) -> int:
+def restore_state(folder: str, model: nn.Layer, optimization: Optimization, settings: RunSettings) -> Progress:
     """Restore the state that `write_state` wrote: of optimizer, schedule and loss scaler.
 
     Args:
@@ -63,7 +76,7 @@ def restore_state(folder: str, model: nn.Layer, optimization: Optimization, sett
         settings: of this run.
 
     Returns:
-        The step after which the checkpoint was saved.
+        How far the run had come when the checkpoint was saved.
 
     Raises:
         InputError: the state is of a run with other settings.
@@ -78,7 +91,8 @@ def restore_state(folder: str, model: nn.Layer, optimization: Optimization, sett
     optimization.optimizer.set_state_dict(state)
     if record["scaler"]:
         restore_scaler(optimization.scaler, record["scaler"])
-    return record["step"]
+    best = BestEvaluation(**record.get("best", {}))  # a state older than --save_best has none
+    return Progress(record["step"], best)
 
 
 def check_settings(folder: str, settings: RunSettings, recorded: Mapping[str, Any]) -> None:

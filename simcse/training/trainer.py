@@ -16,15 +16,16 @@ from simcse import console
 from simcse.console import InputError, log, warn
 from simcse.device import set_device, set_gpu_precision
 from simcse.encoder.paddle_patches import train_faster_on_cpu
-from simcse.encoder.weights import new_checkpoint_folder
+from simcse.encoder.weights import add_to_record, new_checkpoint_folder
 from simcse.files import file_digest, name_output
 from simcse.machine import RANK, RANKS, TRAIN_PRECISIONS
 from simcse.ranks import all_equal, any_rank, join_ranks, wait_for_ranks
-from simcse.training.checkpoints import checkpoint_path, prepare_save_dir, remove_old
+from simcse.training.best import BestEvaluation, digest_run, read_best
+from simcse.training.checkpoints import best_path, checkpoint_path, prepare_save_dir, remove_old
 from simcse.training.gradients import BatchLoss
 from simcse.training.log import TrainingLog
 from simcse.training.optimization import Optimization
-from simcse.training.state import PROCESSES, TRAINING_FILE, RunSettings, restore_state, write_state
+from simcse.training.state import PROCESSES, TRAINING_FILE, Progress, RunSettings, restore_state, write_state
 from simcse.training.stopping import Stopped, StopSignal
 
 import numpy as np
@@ -80,6 +81,7 @@ class Trainer:
         texts: the training file, a `TextFile`.
         steps_per_epoch: steps of an epoch.
         write_model: writes the network's files into a folder.
+        test_set_digest: SHA-256 of the test set; None: evaluations are not compared.
 
     Attributes:
         network: the model, or the DataParallel that holds it, which exchanges gradients between ranks.
@@ -92,11 +94,13 @@ class Trainer:
         optimization: optimizer, schedule and loss scaler.
         settings: what a resumed run has to have in common with this one.
         stop_signal: notes SIGINT and SIGTERM.
+        evaluated_step: the last one after which this process evaluated the weights; None: there is none.
+        best: the best evaluation so far.
         log: writes the log of the run.
     """
 
     def __init__(self, args: argparse.Namespace, model: nn.Layer, texts: Any, steps_per_epoch: int,
-                 write_model: Callable[[str], None]) -> None:
+                 write_model: Callable[[str], None], test_set_digest: str | None = None) -> None:
         join_ranks()
         check_one_precision(args.precision)
         if not RANK:
@@ -118,6 +122,8 @@ class Trainer:
             values[name] = getattr(args, name)
         self.settings = RunSettings(values, defaults=args.shared_defaults)
         self.last_saved_step: int | None = None
+        self.evaluated_step: int | None = None
+        self.best = BestEvaluation(test_set_digest=test_set_digest)
         if args.resume:
             self._resume(args.resume)
         self.checked_step = self.step
@@ -129,11 +135,14 @@ class Trainer:
 
     def _resume(self, folder: str) -> None:
         """Restore the state of the run that left a checkpoint folder."""
-        self.step = restore_state(folder, self.model, self.optimization, self.settings)
-        progress = f"step {self.step:,} of {self.total_steps:,}"
+        progress = restore_state(folder, self.model, self.optimization, self.settings)
+        self.step = progress.step
+        if progress.best.test_set_digest == self.best.test_set_digest:  # only measures of one test set are comparable
+            self.best = progress.best
+        message = f"step {self.step:,} of {self.total_steps:,}"
         if self.step == self.total_steps:
-            progress = "all steps of the run are done"
-        log(f"resuming from {folder}: {progress}")
+            message = "all steps of the run are done"
+        log(f"resuming from {folder}: {message}")
         is_saved = os.path.abspath(folder) == os.path.abspath(checkpoint_path(self.args.save_dir, self.step))
         if any_rank(not is_saved):  # another --save_dir, which gets a checkpoint of its own
             return
@@ -227,11 +236,50 @@ class Trainer:
             folder = checkpoint_path(self.args.save_dir, self.step)
             with name_output(folder, "--save_dir"), new_checkpoint_folder(folder) as temporary:
                 self.write_model(temporary)
-                write_state(temporary, self.model, self.optimization, step=self.step, settings=self.settings)
+                write_state(temporary, self.model, self.optimization, progress=Progress(self.step, self.best),
+                            settings=self.settings)
             log(f"saved {folder}")
             remove_old(self.args.save_dir, self.step, self.args.keep_checkpoints)
         self.last_saved_step = self.step
         wait_for_ranks()
+
+    def update_best(self, measures: Mapping[str, float]) -> bool:
+        """Compare an evaluation of the weights as they are now with the best one so far; see `BestEvaluation.update`.
+        """
+        return self.best.update(self.step, measures)
+
+    def save_best(self) -> None:
+        """Write the weights as they are now to model_best, which they replace: on rank 0, while the others wait.
+
+        All ranks call it together, after `update_best` has returned True. The record gets the step and the measures.
+        The training state is not written.
+        """
+        if not RANK:
+            folder = best_path(self.args.save_dir)
+            with name_output(folder, "--save_dir"), new_checkpoint_folder(folder) as temporary:
+                self.write_model(temporary)
+                add_to_record(temporary, {"step": self.step, "measures": self.best.measures,
+                                          "run_digest": self._run_digest()})
+            log(f"saved {folder}: {self.best.describe()}")
+        wait_for_ranks()
+
+    def restore_best(self) -> None:
+        """Restore the best evaluation of a run that is resumed with --save_best; see `read_best`."""
+        self.best = read_best(best_path(self.args.save_dir), self._run_digest(), self.best)
+
+    def _run_digest(self) -> str:
+        return digest_run(self.settings.values, self.best.test_set_digest)
+
+    def stops_early(self) -> bool:
+        """Return whether --early_stopping ends the run before the next step, the same on all ranks, and log why."""
+        patience = self.args.early_stopping
+        if patience is None or self.best.evaluations_since < patience:
+            return False
+        if not RANK:
+            evaluations = console.count(self.best.evaluations_since, "evaluation")
+            log(f"stopping early after step {self.step}: {evaluations} in a row were not better than the best; "
+                f"the best: {self.best.describe()}")
+        return True
 
     def stop_requested(self) -> bool:
         """Return whether a signal asks to stop after this step; all ranks call it, and get the same answer."""
@@ -257,6 +305,7 @@ class Trainer:
     def log_measures(self, group: str, measures: Mapping[str, float]) -> None:
         """Log an evaluation of the weights as they are now; see `TrainingLog.log_measures`."""
         self.log.log_measures(self.step, group, measures)
+        self.evaluated_step = self.step
 
     def finish(self, hyper_parameters: Mapping[str, Any]) -> None:
         """Close the log, and wait for the other ranks."""
