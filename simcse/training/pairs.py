@@ -29,7 +29,7 @@ LEFT_OUT = 0.5  # fraction of the cloze pairs whose document lacks the query
 # Words of a query of words.
 MIN_WORDS = 2
 MAX_WORDS = 6
-DRAWS_PER_PAIR = 4  # of a query of words; some draw what was drawn before
+ROUNDS = 8  # of drawing the queries of words that are missing, since some draw what was drawn before
 
 
 class Pair(NamedTuple):
@@ -218,16 +218,18 @@ def word_pairs(text: str, count: int, random: np.random.Generator, statistics: S
         random: draws the words, and how many.
         statistics: of the corpus.
     """
-    weights = word_weights(split_words(text), statistics)
-    words = list(weights)
+    weight_of = word_weights(split_words(text), statistics)
+    words = list(weight_of)
+    weights = np.array(list(weight_of.values()))
     most = min(MAX_WORDS, len(words) - 1)
     if most < MIN_WORDS:
         return []
-    draws = draw_words(np.array(list(weights.values())), DRAWS_PER_PAIR * count, most, random)
     queries: dict[str, None] = {}  # a set in the order of drawing
-    for drawn in draws.tolist():
-        kept = choose_word_count([words[place] for place in drawn], random, statistics)
-        queries[" ".join(words[place] for place in sorted(drawn[:kept]))] = None
+    for _ in range(ROUNDS):
+        missing = count - len(queries)
+        for drawn in draw_words(weights, missing, most, random).tolist():
+            kept = choose_word_count([words[place] for place in drawn], random, statistics)
+            queries[" ".join(words[place] for place in sorted(drawn[:kept]))] = None
         if len(queries) == count:
             break
     return [Pair(query, text) for query in queries]
