@@ -12,6 +12,7 @@ import argparse
 import functools
 import os
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
@@ -22,12 +23,14 @@ from simcse import console, flags
 from simcse.files import check_not_input, check_writable, new_file
 from simcse.index.documents import Documents
 from simcse.machine import CPU_CORES
-from simcse.text import words
+from simcse.text import word_file
 from simcse.text.formats import CORPUS_COLUMNS
 from simcse.text.textfile import Corpus
 from simcse.text.tokens import WINDOW
+from simcse.text.word_file import WordFile
+from simcse.text.words import load_dictionary, split_words
 from simcse.training import pairs
-from simcse.training.pairs import KINDS, PairReport, Statistics
+from simcse.training.pairs import KINDS, Document, PairReport, Statistics
 from simcse.workers import map_in_order
 
 import numpy as np
@@ -112,46 +115,69 @@ def read_query_lengths(args: argparse.Namespace) -> np.ndarray | None:
     return np.array([pairs.query_length(query) for _, query in queries.sample_rows(WINDOW)])
 
 
-def count_block(block: range, documents: Documents) -> Counter[str]:
-    """Return for each word in how many documents of a block it is."""
-    return pairs.count_documents(documents[block.start : block.stop])
+class SplitBlock(NamedTuple):
+    """The words of some documents.
+
+    Attributes:
+        words: for `WordFile.append`.
+        document_frequency: for each word, how many of these documents have it.
+    """
+
+    words: str
+    document_frequency: Counter[str]
 
 
-def count_words(args: argparse.Namespace, documents: Documents) -> Counter[str]:
-    """Return for each word in how many documents it is: the first pass, which only some kinds need."""
+def split_block(block: range, documents: Documents) -> SplitBlock:
+    """Return the words of a block of documents."""
+    words_of_documents = [split_words(text) for text in documents[block.start : block.stop]]
+    return SplitBlock(word_file.encode(words_of_documents), pairs.count_documents(words_of_documents))
+
+
+def split_documents(args: argparse.Namespace, documents: Documents, words: WordFile) -> Counter[str]:
+    """Write the words of all documents to `words`: the first pass. Return for each word how many documents have it."""
     document_frequency: Counter[str] = Counter()
-    if not any(KINDS[kind].counts_words for kind in args.kinds):
-        return document_frequency
-    words.load_dictionary()  # the workers inherit it
-    count = functools.partial(count_block, documents=documents)
-    for counts in map_blocks(count, documents, args.workers, "counting words"):
-        document_frequency.update(counts)
+    load_dictionary()  # the workers inherit it
+    split = functools.partial(split_block, documents=documents)
+    for block in map_blocks(split, documents, args.workers, "splitting into words"):
+        words.append(block.words)
+        document_frequency.update(block.document_frequency)
     return document_frequency
 
 
-def make_block(block: range, args: argparse.Namespace, documents: Documents, statistics: Statistics) -> Block:
+def read_documents(block: range, documents: Documents, words: WordFile | None) -> list[Document]:
+    """Return the documents of a block, with their words where there are any."""
+    texts = documents[block.start : block.stop]
+    if words is None:
+        return [Document(text) for text in texts]
+    words_of_documents = words.read(block.start // BLOCK_DOCUMENTS)
+    return [Document(text, words_of_text) for text, words_of_text in zip(texts, words_of_documents)]
+
+
+def make_block(block: range, args: argparse.Namespace, documents: Documents, words: WordFile | None,
+               statistics: Statistics) -> Block:
     """Return the pairs of a block of documents.
 
     Each document has random numbers of its own, so that the pairs of a block do not depend on the others.
     """
     lines = []
     report = PairReport()
-    for document, text in zip(block, documents[block.start : block.stop]):
-        random = np.random.default_rng([args.seed, document])
-        pairs_of_kind = pairs.make_pairs(text, args.kinds, args.pairs_per_document, random, statistics)
-        report.add(document, pairs_of_kind)
+    for number, document in zip(block, read_documents(block, documents, words)):
+        random = np.random.default_rng([args.seed, number])
+        pairs_of_kind = pairs.make_pairs(document, args.kinds, args.pairs_per_document, random, statistics)
+        report.add(number, pairs_of_kind)
         for pairs_of_one_kind in pairs_of_kind.values():
             lines += [f"{query}\t{title}\n" for query, title in pairs_of_one_kind]
     return Block(lines, report)
 
 
-def write_pairs(args: argparse.Namespace, documents: Documents, statistics: Statistics) -> PairReport:
+def write_pairs(args: argparse.Namespace, documents: Documents, words: WordFile | None,
+                statistics: Statistics) -> PairReport:
     """Write the pairs of all documents: the second pass.
 
     Raises:
         InputError: no document gives a pair; nothing is written.
     """
-    make = functools.partial(make_block, args=args, documents=documents, statistics=statistics)
+    make = functools.partial(make_block, args=args, documents=documents, words=words, statistics=statistics)
     report = PairReport()
     with new_file(args.output_file, flag="--output_file") as file:
         for block in map_blocks(make, documents, args.workers, "making pairs"):
@@ -185,13 +211,28 @@ def describe(args: argparse.Namespace, documents: Documents, report: PairReport)
     return "; ".join(parts)
 
 
+def make_all(args: argparse.Namespace, documents: Documents) -> PairReport:
+    """Write the pairs of all documents, whose words are split once, into a temporary file beside --output_file."""
+    query_lengths = read_query_lengths(args)
+    if not any(KINDS[kind].needs_words for kind in args.kinds):
+        return write_pairs(args, documents, None, Statistics(len(documents), Counter(), query_lengths))
+    with tempfile.TemporaryFile(dir=disk_folder(args.output_file)) as file:
+        words = WordFile(file)
+        document_frequency = split_documents(args, documents, words)
+        return write_pairs(args, documents, words, Statistics(len(documents), document_frequency, query_lengths))
+
+
+def disk_folder(output_file: str) -> str | None:
+    """Return the folder of a regular output file, which has room for its pairs; None for a device or a named pipe."""
+    if os.path.exists(output_file) and not os.path.isfile(output_file):
+        return None
+    return os.path.dirname(os.path.realpath(output_file))
+
+
 def main() -> None:
     args = parse_args()
     documents = Documents(Corpus(args.corpus_file, "--corpus_file", args.corpus_columns))
-    query_lengths = read_query_lengths(args)
-    document_frequency = count_words(args, documents)
-    statistics = Statistics(len(documents), document_frequency, query_lengths)
-    report = write_pairs(args, documents, statistics)
+    report = make_all(args, documents)
     console.log(describe(args, documents, report))
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 
@@ -16,6 +17,7 @@ from simcse import workers
 from simcse.console import InputError
 from simcse.index.documents import Documents
 from simcse.text.textfile import Corpus, TextFile
+from simcse.text.word_file import WordFile, encode
 from simcse.text.wordpiece import load_tokenizer
 from simcse.text.words import split_words
 from simcse.training import pairs as p
@@ -27,7 +29,11 @@ from conftest import ENCODER, ROOT, read_texts, refuse, succeed
 DOCUMENT = ("语义索引把每条文本变成一个向量，再为所有的向量建立近似检索的索引。"
             "用户输入一句话，系统就找出意思最接近的那些文本！它不要求字面相同，所以同义的说法也能召回。训练只需要没有标注的文本。")
 SHORT = "联通流量不够用怎么办？"
-PLAIN = p.Statistics(documents=2, document_frequency=p.count_documents([DOCUMENT, SHORT]))
+PLAIN = p.Statistics(documents=2, document_frequency=p.count_documents([split_words(DOCUMENT), split_words(SHORT)]))
+
+
+def document_of(text):
+    return p.Document(text, split_words(text))
 
 
 def random(seed=0):
@@ -64,7 +70,7 @@ def test_a_cloze_query_is_a_part_of_the_document_which_half_of_the_time_lacks_it
     left_out = 0
     runs = 400
     for seed in range(runs):
-        (pair,) = p.cloze_pairs(DOCUMENT, 1, random(seed), PLAIN)
+        (pair,) = p.cloze_pairs(document_of(DOCUMENT), 1, random(seed), PLAIN)
         begin = DOCUMENT.index(pair.query)
         before, after = DOCUMENT[:begin], DOCUMENT[begin + len(pair.query) :]
         if pair.document != DOCUMENT:
@@ -74,13 +80,13 @@ def test_a_cloze_query_is_a_part_of_the_document_which_half_of_the_time_lacks_it
 
 
 def test_cloze_queries_are_different_and_no_more_than_half_of_the_document():
-    pairs = p.cloze_pairs(DOCUMENT, 100, random(), PLAIN)
+    pairs = p.cloze_pairs(document_of(DOCUMENT), 100, random(), PLAIN)
     queries = [pair.query for pair in pairs]
     assert len(set(queries)) == len(queries) == 9
     assert all(p.MIN_UNITS <= p.count_units(query) <= p.count_units(DOCUMENT) / 2 for query in queries)
     assert "用户输入一句话" not in queries, "shorter than MIN_UNITS"
-    assert p.cloze_pairs(SHORT, 5, random(), PLAIN) == []
-    assert p.cloze_pairs(2 * "这是同样的一个句子。", 5, random(), PLAIN)[0].query == "这是同样的一个句子"
+    assert p.cloze_pairs(document_of(SHORT), 5, random(), PLAIN) == []
+    assert p.cloze_pairs(document_of(2 * "这是同样的一个句子。"), 5, random(), PLAIN)[0].query == "这是同样的一个句子"
 
 
 def test_words_of_other_scripts_count_as_a_chinese_character_does():
@@ -93,17 +99,18 @@ def test_cloze_queries_have_the_lengths_of_given_ones():
     lengths = sorted(len(query) for query in p.cloze_queries(DOCUMENT))
     for wanted, nearest in ((1, lengths[0]), (99, lengths[-1]), (lengths[4], lengths[4])):
         statistics = p.Statistics(1, Counter(), np.array([wanted]))
-        (pair,) = p.cloze_pairs(DOCUMENT, 1, random(), statistics)
+        (pair,) = p.cloze_pairs(document_of(DOCUMENT), 1, random(), statistics)
         assert len(pair.query) == nearest
     statistics = p.Statistics(1, Counter(), np.array([1, 1, 1, 99]))
-    drawn = Counter(len(p.cloze_pairs(DOCUMENT, 1, random(seed), statistics)[0].query) for seed in range(400))
+    document = document_of(DOCUMENT)
+    drawn = Counter(len(p.cloze_pairs(document, 1, random(seed), statistics)[0].query) for seed in range(400))
     assert set(drawn) == {lengths[0], lengths[-1]}
     assert abs(drawn[lengths[-1]] - 100) < 4 * math.sqrt(400 * 3 / 16)
 
 
 # --------------------------------------------------------------------------------------------------------------- words
 def test_queries_of_words_have_words_of_the_document_in_their_order():
-    pairs = p.word_pairs(DOCUMENT, 50, random(), PLAIN)
+    pairs = p.word_pairs(document_of(DOCUMENT), 50, random(), PLAIN)
     all_words = list(dict.fromkeys(split_words(DOCUMENT)))
     counts = Counter()
     for query, document in pairs:
@@ -116,9 +123,9 @@ def test_queries_of_words_have_words_of_the_document_in_their_order():
 
 def test_a_query_lacks_a_word_of_the_document():
     statistics = p.Statistics(9, Counter(["一", "二", "三"]))
-    assert p.word_pairs("一。二", 5, random(), statistics) == []
-    assert p.word_pairs("。！", 5, random(), statistics) == []
-    queries = {pair.query for pair in p.word_pairs("一。二 三、二", 9, random(), statistics)}
+    assert p.word_pairs(document_of("一。二"), 5, random(), statistics) == []
+    assert p.word_pairs(document_of("。！"), 5, random(), statistics) == []
+    queries = {pair.query for pair in p.word_pairs(document_of("一。二 三、二"), 9, random(), statistics)}
     assert queries == {"一 二", "一 三", "二 三"}
 
 
@@ -139,7 +146,8 @@ def test_words_are_drawn_by_tf_idf():
     weight = {"alpha": math.log(100), "beta": 2 * math.log(100 / 60), "gamma": math.log(100 / 90)}
     total = sum(weight.values())
     runs = 1000
-    drawn = Counter(p.word_pairs("Alpha beta gamma beta", 1, random(seed), statistics)[0].query for seed in range(runs))
+    document = document_of("Alpha beta gamma beta")
+    drawn = Counter(p.word_pairs(document, 1, random(seed), statistics)[0].query for seed in range(runs))
     for one, other in itertools.combinations(weight, 2):
         first, second = weight[one] / total, weight[other] / total
         expected = first * second / (1 - first) + second * first / (1 - second)
@@ -150,7 +158,7 @@ def test_words_are_drawn_by_tf_idf():
 
 def test_a_word_of_all_documents_can_be_drawn():
     statistics = p.Statistics(5, Counter({"一": 5, "二": 5, "三": 5}))
-    assert len(p.word_pairs("一 二 三", 3, random(), statistics)) == 3
+    assert len(p.word_pairs(document_of("一 二 三"), 3, random(), statistics)) == 3
 
 
 def test_queries_of_words_have_the_lengths_of_given_ones():
@@ -158,23 +166,34 @@ def test_queries_of_words_have_the_lengths_of_given_ones():
     frequency = Counter(text.split())
     for length, count in ((1, 2), (4, 4), (99, 6)):
         statistics = p.Statistics(1, frequency, np.array([length]))
-        assert {len(pair.query.split()) for pair in p.word_pairs(text, 9, random(), statistics)} == {count}
+        assert {len(pair.query.split()) for pair in p.word_pairs(document_of(text), 9, random(), statistics)} == {count}
 
 
 def test_documents_are_counted_once_for_each_word():
-    assert p.count_documents(["语义 语义", "语义 检索", "ＡＢ", "ab。"]) == {"语义": 2, "检索": 1, "ab": 2}
+    words = map(split_words, ["语义 语义", "语义 检索", "ＡＢ", "ab。"])
+    assert p.count_documents(words) == {"语义": 2, "检索": 1, "ab": 2}
 
 
 # --------------------------------------------------------------------------------------------------------------- kinds
 def test_kinds_share_the_pairs_and_make_up_for_each_other():
-    made = p.make_pairs(DOCUMENT, ["cloze", "words"], 10, random(), PLAIN)
+    made = p.make_pairs(document_of(DOCUMENT), ["cloze", "words"], 10, random(), PLAIN)
     assert {kind: len(pairs) for kind, pairs in made.items()} == {"cloze": 5, "words": 5}
-    made = p.make_pairs(DOCUMENT, ["cloze", "words"], 40, random(), PLAIN)
+    made = p.make_pairs(document_of(DOCUMENT), ["cloze", "words"], 40, random(), PLAIN)
     assert {kind: len(pairs) for kind, pairs in made.items()} == {"cloze": 9, "words": 31}
-    made = p.make_pairs(SHORT, ["cloze", "words"], 4, random(), PLAIN)
+    made = p.make_pairs(document_of(SHORT), ["cloze", "words"], 4, random(), PLAIN)
     assert made["cloze"] == [] and len(made["words"]) == 4
-    kinds = Counter(kind for seed in range(400) for kind in p.make_pairs(DOCUMENT, p.KINDS, 1, random(seed), PLAIN))
+    document = document_of(DOCUMENT)
+    kinds = Counter(kind for seed in range(400) for kind in p.make_pairs(document, p.KINDS, 1, random(seed), PLAIN))
     assert kinds.total() == 400 and abs(kinds["cloze"] - 200) < 4 * math.sqrt(400 / 4)
+
+
+def test_words_are_kept_by_blocks():
+    with tempfile.TemporaryFile() as file:
+        words = WordFile(file)
+        blocks = [[["语义", "a\"\n"], []], [["索引"]]]
+        for block in blocks:
+            words.append(encode(block))
+        assert [words.read(1), words.read(0)] == [blocks[1], blocks[0]]
 
 
 # -------------------------------------------------------------------------------------------------------------- script
@@ -196,8 +215,7 @@ def arguments(corpus, output, **changed):
 def make(args):
     """What the script does with its flags; the report."""
     documents = Documents(Corpus(args.corpus_file, "--corpus_file"))
-    statistics = p.Statistics(len(documents), script.count_words(args, documents), script.read_query_lengths(args))
-    return script.describe(args, documents, script.write_pairs(args, documents, statistics))
+    return script.describe(args, documents, script.make_all(args, documents))
 
 
 def test_the_report_says_what_was_made_of_which_documents(corpus, tmp_path):

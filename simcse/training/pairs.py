@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from simcse.text.words import split_words
-
 import numpy as np
 
 # A full stop ends a sentence before white space, and before or after a letter that is not ASCII: "4.2" has none.
@@ -37,6 +35,18 @@ class Pair(NamedTuple):
 
     query: str
     document: str
+
+
+class Document(NamedTuple):
+    """A document that pairs are made of.
+
+    Attributes:
+        text: as it is in the corpus.
+        words: those of `split_words`; empty where no kind draws words.
+    """
+
+    text: str
+    words: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -122,26 +132,26 @@ def cloze_queries(text: str) -> dict[str, Span]:
     return queries
 
 
-def cloze_pairs(text: str, count: int, random: np.random.Generator, statistics: Statistics) -> list[Pair]:
+def cloze_pairs(document: Document, count: int, random: np.random.Generator, statistics: Statistics) -> list[Pair]:
     """Return pairs of a sentence or clause and its document, which half of the time lacks it (inverse cloze task; Lee
     et al. 2019, arXiv:1906.00300).
 
     Args:
-        text: the document.
-        count: pairs to make; there are fewer where the text has not as many sentences and clauses.
+        document: what they are made of.
+        count: pairs to make; there are fewer where it has not as many sentences and clauses.
         random: draws the queries, and whether the document lacks them.
         statistics: has the query lengths to imitate; without them each query is as likely as any other.
     """
-    span_of = cloze_queries(text)
+    span_of = cloze_queries(document.text)
     queries = list(span_of)
     random.shuffle(queries)
     pairs = []
     for query in choose_by_length(queries, count, random, statistics):
-        document = text
+        answer = document.text
         if random.random() < LEFT_OUT:
             span = span_of[query]
-            document = (text[: span.begin] + text[span.next :]).strip()
-        pairs.append(Pair(query, document))
+            answer = (answer[: span.begin] + answer[span.next :]).strip()
+        pairs.append(Pair(query, answer))
     return pairs
 
 
@@ -163,11 +173,11 @@ def choose_by_length(queries: Sequence[str], count: int, random: np.random.Gener
 
 
 # --------------------------------------------------------------------------------------------------------------- words
-def count_documents(texts: Iterable[str]) -> Counter[str]:
-    """Return for each word in how many of the texts it is."""
+def count_documents(words_of_documents: Iterable[Sequence[str]]) -> Counter[str]:
+    """Return for each word how many of the documents have it, which are given by their words."""
     document_frequency: Counter[str] = Counter()
-    for text in texts:
-        document_frequency.update(set(split_words(text)))
+    for words in words_of_documents:
+        document_frequency.update(set(words))
     return document_frequency
 
 
@@ -205,7 +215,7 @@ def draw_words(weights: np.ndarray, draws: int, count: int, random: np.random.Ge
     return np.argsort(waiting_times, axis=1)[:, :count]
 
 
-def word_pairs(text: str, count: int, random: np.random.Generator, statistics: Statistics) -> list[Pair]:
+def word_pairs(document: Document, count: int, random: np.random.Generator, statistics: Statistics) -> list[Pair]:
     """Return pairs of MIN_WORDS to MAX_WORDS words of a document, in their order, and the document (query extraction;
     Meng et al. 2022, arXiv:2212.08841).
 
@@ -213,12 +223,12 @@ def word_pairs(text: str, count: int, random: np.random.Generator, statistics: S
     document's words is left out.
 
     Args:
-        text: the document.
-        count: pairs to make; there are fewer where the text has not enough words for as many different queries.
+        document: what they are made of.
+        count: pairs to make; there are fewer where it has not enough words for as many different queries.
         random: draws the words, and how many.
         statistics: of the corpus.
     """
-    weight_of = word_weights(split_words(text), statistics)
+    weight_of = word_weights(document.words, statistics)
     words = list(weight_of)
     weights = np.array(list(weight_of.values()))
     most = min(MAX_WORDS, len(words) - 1)
@@ -232,7 +242,7 @@ def word_pairs(text: str, count: int, random: np.random.Generator, statistics: S
             queries[" ".join(words[place] for place in sorted(drawn[:kept]))] = None
         if len(queries) == count:
             break
-    return [Pair(query, text) for query in queries]
+    return [Pair(query, document.text) for query in queries]
 
 
 def choose_word_count(words: Sequence[str], random: np.random.Generator, statistics: Statistics) -> int:
@@ -252,33 +262,33 @@ class Kind(NamedTuple):
     """A way to make pairs.
 
     Attributes:
-        make: returns up to `count` pairs of a text: `make(text, count, random, statistics)`.
-        counts_words: whether it needs `Statistics.document_frequency`.
+        make: returns up to `count` pairs of a document: `make(document, count, random, statistics)`.
+        needs_words: whether it needs `Document.words` and `Statistics.document_frequency`.
         description: of its queries, for the help text.
     """
 
-    make: Callable[[str, int, np.random.Generator, Statistics], list[Pair]]
-    counts_words: bool
+    make: Callable[[Document, int, np.random.Generator, Statistics], list[Pair]]
+    needs_words: bool
     description: str
 
 
 # What may give fewer pairs than it is asked for comes first: the kinds after it make up for them.
 KINDS = {
-    "cloze": Kind(cloze_pairs, counts_words=False,
+    "cloze": Kind(cloze_pairs, needs_words=False,
                   description="a sentence or clause of the document, which half of the time lacks it"),
-    "words": Kind(word_pairs, counts_words=True,
+    "words": Kind(word_pairs, needs_words=True,
                   description=f"{MIN_WORDS} to {MAX_WORDS} words of the document, drawn by tf-idf"),
 }
 
 
-def make_pairs(text: str, kinds: Sequence[str], count: int, random: np.random.Generator,
+def make_pairs(document: Document, kinds: Sequence[str], count: int, random: np.random.Generator,
                statistics: Statistics) -> dict[str, list[Pair]]:
     """Return the pairs of a document by kind, of the kinds that were to make any.
 
     All kinds get the same share of `count`, and what one of them cannot make is shared by those after it.
 
     Args:
-        text: the document.
+        document: what they are made of.
         kinds: names of KINDS, in its order.
         count: pairs of all kinds together.
         random: the document's own.
@@ -290,7 +300,7 @@ def make_pairs(text: str, kinds: Sequence[str], count: int, random: np.random.Ge
         share = left / (len(kinds) - place)
         wanted = int(share + random.random())  # a share of 2.5 is 2 or 3, each half of the time
         if wanted:
-            pairs_of_kind[kind] = KINDS[kind].make(text, wanted, random, statistics)
+            pairs_of_kind[kind] = KINDS[kind].make(document, wanted, random, statistics)
             left -= len(pairs_of_kind[kind])
     return pairs_of_kind
 
