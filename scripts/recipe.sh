@@ -1,5 +1,5 @@
-# Read by quickstart.sh: recall for documents without labels, as docs/en/better-recall.md has it. An encoder is whitened
-# on the documents, trained on pairs that are made from them, and whitened again.
+# Read by quickstart.sh, under bash: recall for documents without labels, as docs/en/better-recall.md has it. An encoder
+# is whitened on the documents, trained on pairs that are made from them, and whitened again.
 # run_recipe does that with a file of the user, builds the index and answers queries; the other functions are its parts.
 ENCODER=pretrained/ernie_mini_zh
 MAX_PAIRS=120000           # about as many as 2 cores train on within minutes
@@ -204,15 +204,23 @@ answer_queries() {
         --hybrid_bm25 --distinct --top_k "$TOP_K" "${queries[@]}" >"$1/answers.tsv"
 }
 
-quoted() { printf "'%s'" "${1//\'/\'\\\'\'}"; } # quoted WORD: as a shell reads it
+# quoted WORD: as a shell reads it.
+quoted() {
+    case $1 in
+    *[!A-Za-z0-9_./-]*) printf "'%s'" "${1//\'/\'\\\'\'}" ;;
+    *) printf '%s' "$1" ;;
+    esac
+}
 
 # print_next_commands FOLDER FILE
 print_next_commands() {
-    local folder file model recall
-    folder=$(quoted "$1")
+    local file index model output recall result
     file=$(quoted "$2")
+    index=$(quoted "$1/index")
     model=$(quoted "$checkpoint")
-    recall=".venv/bin/python recall.py --device $DEVICE --params_path $model --index_path $(quoted "$1/index") --hybrid_bm25"
+    output=$(quoted "$1/output")
+    result=$(quoted "$1/result")
+    recall=".venv/bin/python recall.py --device $DEVICE --params_path $model --index_path $index --hybrid_bm25"
     cat <<END
 
 The commands below are for the folder $PWD.
@@ -222,12 +230,12 @@ More queries:
 
 The search page of these documents, at http://127.0.0.1:8000:
   .venv/bin/pip install -r requirements-serving.txt
-  PARAMS_PATH=$model OUTPUT_DIR=$folder/output sh scripts/export_model.sh
-  DEVICE=$DEVICE OUTPUT_DIR=$folder/output INDEX_PATH=$folder/index sh scripts/serve.sh
+  PARAMS_PATH=$model OUTPUT_DIR=$output sh scripts/export_model.sh
+  DEVICE=$DEVICE OUTPUT_DIR=$output INDEX_PATH=$index sh scripts/serve.sh
 
 Recall@k, with a dev.csv of queries and their documents, tab-separated:
-  $recall --corpus_file $file --similar_text_pair dev.csv --recall_num 50 --recall_result_dir $folder/result
-  .venv/bin/python evaluate.py --similar_text_pair dev.csv --recall_result_file $folder/result/recall_result.txt
+  $recall --corpus_file $file --similar_text_pair dev.csv --recall_num 50 --recall_result_dir $result
+  .venv/bin/python evaluate.py --similar_text_pair dev.csv --recall_result_file $result/recall_result.txt
 END
 }
 
