@@ -4,6 +4,7 @@
 ENCODER=pretrained/ernie_mini_zh
 MAX_PAIRS=120000           # about as many as 2 cores train on within minutes
 MAX_PAIRS_PER_DOCUMENT=20  # a small file has many of each document
+MIN_WHITENING_TEXTS=500    # documents and clauses; on fewer, whitening and training do harm
 PAIR_EPOCHS=2              # passes over the pairs
 SHORT_LENGTH=64            # tokens, for titles and questions
 QUERIES=3                  # that are taken out of the documents where none is given
@@ -41,7 +42,7 @@ choose_recipe() {
         POOLING=first_last_avg
         LONG_LENGTH=128  # every token goes through the layers
         MAX_BATCH_SIZE=128
-        PAIR_LEARNING_RATE=2e-4 # layers diverge at the rate of a table of tokens
+        PAIR_LEARNING_RATE=2e-4  # the layers are trained too, in smaller steps than a table of tokens
         ;;
     *) refuse "DEVICE=$DEVICE: expected cpu or gpu" ;;
     esac
@@ -87,7 +88,8 @@ train_encoder() {
 
 # whiten_encoder FOLDER TEXTS LENGTH: writes FOLDER/model_0_whitened.
 whiten_encoder() {
-    train_encoder "$1" "$2" --model_name_or_path "$ENCODER" --pooling "$POOLING" --max_seq_length "$3" --epochs 0 --whiten
+    train_encoder "$1" "$2" --model_name_or_path "$ENCODER" --pooling "$POOLING" --max_seq_length "$3" \
+        --epochs 0 --whiten
 }
 
 # make_document_pairs TEXTS DOCUMENTS PAIRS: writes the file PAIRS.
@@ -154,44 +156,51 @@ clear_folder() {
     done
 }
 
-# whiten_texts FOLDER TEXTS DOCUMENTS LENGTH: sets `checkpoint`.
-whiten_texts() {
-    if [ "$3" -ge 2 ]; then
-        whiten_encoder "$1/whitened" "$2" "$4"
-        checkpoint=$1/whitened/model_0_whitened
-    else
-        say "a single document is too few to whiten on; the encoder stays as it is"
-        train_encoder "$1/whitened" "$2" --model_name_or_path "$ENCODER" --pooling "$POOLING" --max_seq_length "$4" \
-            --epochs 0
-        checkpoint=$1/whitened/model_0
-    fi
+# attempt COMMAND...: run it; return 2 where it refuses its input, and end with its exit code where it fails otherwise.
+attempt() {
+    local code=0
+    "$@" || code=$?
+    case $code in
+    0 | 2) return "$code" ;;
+    *) exit "$code" ;;
+    esac
 }
 
-# pair_texts TEXTS DOCUMENTS PAIRS: writes the file PAIRS where the texts give pairs enough for batches.
-pair_texts() {
-    local code=0
-    if [ "$2" -lt 2 ]; then
-        say "a single document gives no pairs that differ"
+# whiten_texts FOLDER TEXTS COUNT LENGTH: sets `checkpoint`, and `is_whitened` to true or false.
+whiten_texts() {
+    is_whitened=true
+    if [ "$3" -ge "$MIN_WHITENING_TEXTS" ] && attempt whiten_encoder "$1/whitened" "$2" "$4"; then
+        checkpoint=$1/whitened/model_0_whitened
         return
     fi
-    make_document_pairs "$@" || code=$?
-    if [ "$code" -ne 0 ] && [ "$code" -ne 2 ]; then
-        exit "$code"
+    say "too few texts to whiten and to train on ($3 documents and clauses, $MIN_WHITENING_TEXTS are needed);" \
+        "the encoder stays as it is"
+    is_whitened=false
+    train_encoder "$1/whitened" "$2" --model_name_or_path "$ENCODER" --pooling "$POOLING" --max_seq_length "$4" \
+        --epochs 0
+    checkpoint=$1/whitened/model_0
+}
+
+# pair_texts TEXTS DOCUMENTS PAIRS: writes the file PAIRS where there are pairs to make.
+pair_texts() {
+    if [ "$is_whitened" = false ]; then
+        say "no pairs are made"
+    elif ! attempt make_document_pairs "$@"; then
+        say "no pairs; the texts are too short"
     fi
 }
 
-# train_on_texts FOLDER PAIRS: sets `checkpoint` where there are pairs enough for batches of two.
+# train_on_texts FOLDER PAIRS: sets `checkpoint` where there are pairs to learn from, in batches of two or more.
 train_on_texts() {
     local count=0
     if [ -e "$2" ]; then
         count=$(wc -l <"$2")
     fi
-    if [ "$(pair_batch_size "$count")" -lt 2 ]; then
-        say "pairs to train on: $((count)), too few; the checkpoint of the step before stays as it is"
+    if [ "$(pair_batch_size "$count")" -gt 1 ] && attempt train_on_pairs "$1/trained" "$2" "$checkpoint"; then
+        checkpoint=$(trained_checkpoint "$1/trained")
         return
     fi
-    train_on_pairs "$1/trained" "$2" "$checkpoint"
-    checkpoint=$(trained_checkpoint "$1/trained")
+    say "too few pairs to train on ($((count))); the checkpoint stays $checkpoint"
 }
 
 # answer_queries FOLDER FILE: build the index and answer the queries of FOLDER/queries.txt.
@@ -241,7 +250,7 @@ END
 
 # run_recipe FILE [QUERY ...]: from a file of documents to answers and a kept index, in OUT. Sets PYTHON and DEVICE.
 run_recipe() {
-    local corpus=$1 name out size documents tokens length query queries=() started=$SECONDS
+    local corpus=$1 name out size documents whitening_texts tokens length query queries=() started=$SECONDS
     shift
     check_file "$corpus"
     name=$(basename "$corpus")
@@ -263,14 +272,15 @@ run_recipe() {
     mkdir -p "$out"
     touch "$out/$OWN_MARK"
     size=$("$PYTHON" scripts/sample_texts.py --corpus_file "$corpus" --texts_file "$out/texts.txt" \
-        --query_file "$out/queries.txt" --max_texts "$MAX_PAIRS" --queries "$QUERIES" ${queries[@]+"${queries[@]}"})
-    read -r documents tokens <<<"$size"
+        --whitening_file "$out/whitening.txt" --query_file "$out/queries.txt" --max_texts "$MAX_PAIRS" \
+        --queries "$QUERIES" ${queries[@]+"${queries[@]}"})
+    read -r documents whitening_texts tokens <<<"$size"
     length=$(sequence_length "$tokens")
     clear_folder "$out"
     finish
 
     begin "3/6 whiten $POOLING, $length tokens"
-    whiten_texts "$out" "$out/texts.txt" "$documents" "$length"
+    whiten_texts "$out" "$out/whitening.txt" "$whitening_texts" "$length"
     finish
 
     begin "4/6 pairs from documents"

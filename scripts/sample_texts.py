@@ -1,10 +1,12 @@
 """Sample a corpus for scripts/quickstart.sh: write texts to train on and queries to search for.
 
-    python scripts/sample_texts.py --corpus_file my_texts.txt --texts_file texts.txt --query_file queries.txt
+    python scripts/sample_texts.py --corpus_file my_texts.txt --texts_file texts.txt \\
+        --whitening_file whitening.txt --query_file queries.txt
 
 The texts are distinct documents without their ids, the queries clauses of documents. Both are taken at even distances
-in the corpus, so that the same corpus always gives the same files. Prints how many texts there are, a blank, and how
-many tokens nine tenths of them have at most, by an estimate. It needs neither paddle nor a checkpoint.
+in the corpus, so that the same corpus always gives the same files. Prints three numbers with blanks between them: of
+texts, of texts to whiten on, and of tokens that nine tenths of the texts do not exceed, by an estimate. It needs
+neither paddle nor a checkpoint.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from simcse.training.pairs import MIN_UNITS, clauses_of, count_units
 import numpy as np
 
 MAX_UNITS = 30  # Chinese characters, or words of another script, of a query: what one reads at a glance
+FEW_TEXTS = 1000  # which give too few embeddings to whiten on
 QUANTILE = 0.9  # of the lengths
 SPECIAL_TOKENS = 2  # [CLS] and [SEP]
 
@@ -33,6 +36,8 @@ def parse_args() -> argparse.Namespace:
     add("--corpus_file", type=flags.readable_file, required=True,
         help="documents: a text a line, or an id, a tab and a text")
     add("--texts_file", type=flags.nonempty_text, required=True, help="texts to train on, one a line")
+    add("--whitening_file", type=flags.nonempty_text, required=True,
+        help=f"texts to whiten on: the same, and their clauses if there are fewer than {FEW_TEXTS:,}")
     add("--query_file", type=flags.nonempty_text, required=True, help="queries, one a line")
     add = parser.add_argument_group("sample").add_argument
     add("--max_texts", type=flags.positive_int, default=120000, help="most texts to write")
@@ -40,7 +45,7 @@ def parse_args() -> argparse.Namespace:
         help="a query, instead of clauses of documents; may be given several times")
     add("--queries", type=flags.positive_int, default=3, help="most queries to take out of documents")
     args = parser.parse_args()
-    for flag in ("--texts_file", "--query_file"):
+    for flag in ("--texts_file", "--whitening_file", "--query_file"):
         path = getattr(args, flag[2:])
         check_writable(path, flag)
         check_not_input(path, flag, args, "--corpus_file")
@@ -53,10 +58,24 @@ def sample_documents(documents: Documents, count: int) -> list[str]:
     return documents[rows]
 
 
+def split_clauses(text: str) -> list[str]:
+    """Return the clauses of a text that are not blank."""
+    clauses = [text[span.begin : span.end].strip() for span in clauses_of(text)]
+    return [clause for clause in clauses if clause]
+
+
+def add_clauses(texts: Sequence[str]) -> list[str]:
+    """Return the texts to whiten on: a covariance needs more embeddings than few documents have, and clauses have some.
+    """
+    if len(texts) >= FEW_TEXTS:
+        return list(texts)
+    clauses = [clause for text in texts for clause in split_clauses(text)]
+    return distinct([*texts, *clauses])
+
+
 def choose_query(text: str) -> str:
     """Return the longest clause of a text that can be read at a glance, or the text's beginning if there is none."""
-    clauses = [text[span.begin : span.end].strip() for span in clauses_of(text)]
-    readable = [clause for clause in clauses if MIN_UNITS <= count_units(clause) <= MAX_UNITS]
+    readable = [clause for clause in split_clauses(text) if MIN_UNITS <= count_units(clause) <= MAX_UNITS]
     if not readable:
         return text[:MAX_UNITS].strip()
     return max(readable, key=count_units)
@@ -83,10 +102,12 @@ def main() -> None:
     args = parse_args()
     documents = Documents(Corpus(args.corpus_file, "--corpus_file"))
     texts = sample_documents(documents, args.max_texts)
+    whitening_texts = add_clauses(texts)
     queries = args.query or draw_queries(texts, args.queries)
     write_lines(args.texts_file, texts, "--texts_file")
+    write_lines(args.whitening_file, whitening_texts, "--whitening_file")
     write_lines(args.query_file, queries, "--query_file")
-    console.print_result(f"{len(texts)} {estimate_tokens(texts)}")
+    console.print_result(f"{len(texts)} {len(whitening_texts)} {estimate_tokens(texts)}")
 
 
 if __name__ == "__main__":

@@ -332,7 +332,7 @@ def answers_of(stdout):
 
 def test_quickstart_with_documents_of_the_user(installed, tmp_path):
     """From documents with ids to the answers of their own clauses; what an earlier run left is gone."""
-    documents = [paper.document for paper in make_papers(random.Random(1), 30)]
+    documents = [paper.document for paper in make_papers(random.Random(1), 150)]
     file = tmp_path / "my papers.csv"
     file.write_text("".join(f"d{row}\t{text}\n" for row, text in enumerate(documents)), encoding="utf-8")
     before = file.read_bytes()
@@ -344,7 +344,7 @@ def test_quickstart_with_documents_of_the_user(installed, tmp_path):
     assert result.returncode == 0, result.stderr
     assert file.read_bytes() == before and not (out / "trained" / "model_1_whitened").exists()
     assert re.findall(r"^== (\d)/6 .*: \d+ s$", result.stderr, re.M) == list("123456")
-    assert "whiten first_avg, 512 tokens" in result.stderr and "600 pairs of 30 documents" in result.stderr
+    assert "whiten first_avg, 512 tokens" in result.stderr and "3,000 pairs of 150 documents" in result.stderr
     answers = answers_of(result.stdout)
     assert [len(found) for found in answers.values()] == [5, 5, 5]
     for query in answers:
@@ -357,18 +357,15 @@ def test_quickstart_with_documents_of_the_user(installed, tmp_path):
     assert asked.stdout.count("\n") == 5, asked.stderr
 
 
-@pytest.mark.parametrize("texts, remarks, absent", [
-    ("苹果 香蕉 语义 检索 编码 索引 白化 训练 文档 查询".split(),
-     ["make_pairs.py: error: --corpus_file", "pairs to train on: 0, too few"], "single document"),
-    (["语义索引把每条文本变成一个向量。"] * 3, ["a single document is too few to whiten on"], "error")])
-def test_quickstart_with_few_documents(installed, tmp_path, texts, remarks, absent):
-    """In a folder of the user's choice, from elsewhere, with a query of the user's."""
-    (tmp_path / "texts").write_text("\n".join(texts), encoding="utf-8")
-    result = quickstart(installed, "texts", "语义 检索", cwd=tmp_path, OUT=str(tmp_path / "out"))
+def test_quickstart_with_few_documents(installed, tmp_path):
+    """Which are too few to train on; in a folder of the user's choice, from elsewhere, with a query of the user's."""
+    (tmp_path / "words").write_text("苹果\n香蕉\n语义\n检索\n编码\n索引\n白化\n训练\n文档\n查询", encoding="utf-8")
+    result = quickstart(installed, "words", "语义 检索", cwd=tmp_path, OUT=str(tmp_path / "out"))
     assert result.returncode == 0, result.stderr
-    assert all(remark in result.stderr for remark in remarks) and absent not in result.stderr, result.stderr
+    assert "too few texts to whiten and to train on (10 documents and clauses, 500 are needed)" in result.stderr
+    assert f"too few pairs to train on (0); the checkpoint stays {tmp_path}/out/whitened/model_0\n" in result.stderr
     answers = answers_of(result.stdout)
-    assert list(answers) == ["语义 检索"] and len(answers["语义 检索"]) == min(5, len(set(texts)))
+    assert list(answers) == ["语义 检索"] and set(answers["语义 检索"]) >= {"语义", "检索"}
 
 
 def test_quickstart_refuses_what_it_cannot_use_before_it_installs(bare_clone, tmp_path):
@@ -439,11 +436,38 @@ def test_the_recipe_follows_the_size_of_the_file(call, expected):
     assert ran.stdout.strip() == expected, ran.stderr
 
 
+@pytest.mark.parametrize("call, code, checkpoint", [
+    ("whiten_texts out texts 500 64", 0, "out/whitened/model_0_whitened"),
+    ("whiten_texts out texts 499 64", 0, "out/whitened/model_0"),
+    ("whiten_encoder() { return 2; }; whiten_texts out texts 500 64", 0, "out/whitened/model_0"),
+    ("whiten_encoder() { return 1; }; whiten_texts out texts 500 64", 1, ""),
+    ("train_on_texts out pairs", 0, "out/trained/model_3_whitened"),
+    ("train_encoder() { return 2; }; train_on_texts out pairs", 0, "whitened"),
+    ("train_encoder() { return 130; }; train_on_texts out pairs", 130, ""),
+    ("train_on_texts out no_pairs", 0, "whitened"),
+    ("is_whitened=true; make_document_pairs() { return 2; }; pair_texts texts 9 no_pairs", 0, "whitened"),
+    ("is_whitened=false; make_document_pairs() { return 1; }; pair_texts texts 9 no_pairs", 0, "whitened")])
+def test_the_recipe_goes_on_from_what_there_is(tmp_path, call, code, checkpoint):
+    """train.py is a stub; a refusal (exit code 2) skips its step, and anything else ends the script."""
+    (tmp_path / "pairs").write_text("a\tb\n" * 8)
+    (tmp_path / "out" / "trained" / "model_3_whitened").mkdir(parents=True)
+    lines = (f"set -eu; . {ROOT}/scripts/recipe.sh; DEVICE=cpu; choose_recipe; train_encoder() {{ :; }}; "
+             f"checkpoint=whitened; {call}; echo $checkpoint")
+    ran = subprocess.run(["bash", "-c", lines], cwd=tmp_path, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout.strip()) == (code, checkpoint), ran.stderr
+
+
 @pytest.mark.parametrize("text, query", [
     ("目的探讨，为临床提供参考意见。方法采用随机对照试验和回归分析。好", "方法采用随机对照试验和回归分析"),
     ("苹果", "苹果"), ("长" * 40, "长" * 30)])
 def test_a_query_taken_out_of_a_document_can_be_read_at_a_glance(text, query):
     assert sample_texts.choose_query(text) == query
+
+
+def test_few_documents_are_whitened_on_with_their_clauses():
+    assert sample_texts.add_clauses(["苹果，香蕉。 ", "苹果"]) == ["苹果，香蕉。 ", "苹果", "香蕉"]
+    many = [f"第{row}篇，完" for row in range(1000)]
+    assert sample_texts.add_clauses(many) == many
 
 
 def test_queries_are_of_documents_all_over_the_corpus():
