@@ -332,7 +332,7 @@ def answers_of(stdout):
 
 def test_quickstart_with_documents_of_the_user(installed, tmp_path):
     """From documents with ids to the answers of their own clauses; what an earlier run left is gone."""
-    documents = [paper.document for paper in make_papers(random.Random(1), 150)]
+    documents = [paper.document for paper in make_papers(random.Random(1), 200)]
     file = tmp_path / "my papers.csv"
     file.write_text("".join(f"d{row}\t{text}\n" for row, text in enumerate(documents)), encoding="utf-8")
     before = file.read_bytes()
@@ -344,7 +344,7 @@ def test_quickstart_with_documents_of_the_user(installed, tmp_path):
     assert result.returncode == 0, result.stderr
     assert file.read_bytes() == before and not (out / "trained" / "model_1_whitened").exists()
     assert re.findall(r"^== (\d)/6 .*: \d+ s$", result.stderr, re.M) == list("123456")
-    assert "whiten first_avg, 512 tokens" in result.stderr and "3,000 pairs of 150 documents" in result.stderr
+    assert "whiten first_avg, 512 tokens" in result.stderr and "4,000 pairs of 200 documents" in result.stderr
     answers = answers_of(result.stdout)
     assert [len(found) for found in answers.values()] == [5, 5, 5]
     for query in answers:
