@@ -1,25 +1,46 @@
 #!/usr/bin/env bash
-# The whole application on a CPU, without a download of models or data: makes .venv, installs, generates sample data,
-# recalls and evaluates without training, after SimCSE, and by the recipe of docs/ without and with BM25, predicts,
-# exports and deploys. Everything goes to quickstart/.
+# The whole application in one command, without a download of models: makes .venv and installs, then
+#   bash scripts/quickstart.sh                        shows everything on a CPU, on sample data
+#   bash scripts/quickstart.sh FILE [QUERY ...]       searches your own documents; no labels are needed
+# With a file (a document a line, or an id, a tab and a document) it whitens an encoder on the documents, trains it on
+# pairs made from them, builds an index with BM25 and answers the queries, or three clauses of the file. Without a file
+# it recalls and evaluates without training, after SimCSE, and by the recipes of docs/ without and with BM25, predicts,
+# exports and deploys; everything goes to quickstart/.
+#   PYTHON  the Python to make .venv with
+# with a file:
+#   OUT     folder to write to  (quickstart/<name of the file>)
+#   DEVICE  gpu or cpu  (gpu where .venv has paddlepaddle-gpu and there is a GPU)
+# without a file:
 #   EPOCHS  passes of SimCSE over the sample texts  (1)
 #   PAPERS  documents of the sample  (1500)
-#   PYTHON  the Python to make .venv with
 set -euo pipefail
+trap 'exit 130' INT # whatever the program that it interrupts makes of it
+caller=$PWD
 cd "$(dirname "$0")/.."
 . scripts/venv.sh
+. scripts/recipe.sh
+if [ $# -gt 0 ]; then
+    file=$1
+    shift
+    case $file in
+    /* | -*) ;;
+    *) [ "$caller" = "$PWD" ] || file=$caller/$file ;;
+    esac
+    run_recipe "$file" "$@"
+    exit
+fi
+
 make_venv .venv requirements.txt
 export PYTHON=$PWD/.venv/bin/python DEVICE=cpu DATA_DIR=quickstart/recall OUTPUT_DIR=quickstart/output MODEL=''
 unset PARAMS_PATH
 . scripts/common.sh
+choose_recipe
 out=quickstart
-encoder=pretrained/ernie_mini_zh
-rm -rf "$out/untrained" "$out/simcse" "$out/recipe" "$out/hybrid" "$out/output" "$out/index"
+rm -rf "$out/untrained" "$out/simcse" "$out/recipe" "$out/paired" "$out/hybrid" "$out/output" "$out/index"
 mkdir -p "$out"
 started=$SECONDS
 figures=()
 
-say() { printf '== %s\n' "$*" >&2; }
 row() { # row FOLDER NAME SINCE CHECKPOINT FLAGS...: recall and evaluate; what it took, since then, is part of the table
     local folder=$out/$1 name=$2 from=$3 checkpoint=$4 values
     shift 4
@@ -30,29 +51,37 @@ row() { # row FOLDER NAME SINCE CHECKPOINT FLAGS...: recall and evaluate; what i
 }
 
 say "sample data, all made up by scripts/make_sample_data.py: they show that everything works, not how well"
-"$PYTHON" scripts/make_sample_data.py "$DATA_DIR" --papers "${PAPERS:-1500}" >&2
+papers=${PAPERS:-1500}
+"$PYTHON" scripts/make_sample_data.py "$DATA_DIR" --papers "$papers" >&2
 
 say "an encoder that was not trained for this: recall, evaluate"
 from=$SECONDS
-SAVE_DIR=$out/untrained MODEL=$encoder EPOCHS=0 bash scripts/train.sh --visualdl_dir "$out/log_untrained" >&2
+SAVE_DIR=$out/untrained MODEL=$ENCODER EPOCHS=0 bash scripts/train.sh --visualdl_dir "$out/log_untrained" >&2
 row untrained "untrained" "$from" "$out/untrained/model_0"
 
 say "SimCSE: train, recall, evaluate"
 from=$SECONDS
-SAVE_DIR=$out/simcse MODEL=$encoder EPOCHS=${EPOCHS:-1} DROPOUT=0.1 bash scripts/train.sh --warmup_proportion 0.1 \
+SAVE_DIR=$out/simcse MODEL=$ENCODER EPOCHS=${EPOCHS:-1} DROPOUT=0.1 bash scripts/train.sh --warmup_proportion 0.1 \
     --visualdl_dir "$out/log" >&2
 row simcse "SimCSE, epochs: ${EPOCHS:-1}" "$from" "$(SAVE_DIR=$out/simcse params_path)"
 
 say "the recipe of docs/zh/better-recall.md: whiten, recall, evaluate"
 from=$SECONDS
-"$PYTHON" train.py --device cpu --epochs 0 --model_name_or_path "$encoder" --pooling first_last_avg --whiten \
+"$PYTHON" train.py --device cpu --epochs 0 --model_name_or_path "$ENCODER" --pooling first_last_avg --whiten \
     --max_seq_length 64 --train_set_file "$DATA_DIR/train_unsupervised.csv" --save_dir "$out/recipe" \
     --visualdl_dir "$out/log_recipe"
 export PARAMS_PATH=$out/recipe/model_0_whitened
 row recipe "first_last_avg, whitened" "$from" "$PARAMS_PATH" --index_path "$out/index"
 
-say "the same, fused with BM25"
-row hybrid "the same, with BM25" "$SECONDS" "$PARAMS_PATH" --index_path "$out/index" --hybrid_bm25
+say "the recipe without labels: whiten $POOLING, train on pairs made from documents, whiten again; recall, evaluate"
+from=$SECONDS
+whiten_encoder "$out/paired/whitened" "$DATA_DIR/corpus.csv" "$LONG_LENGTH"
+make_document_pairs "$DATA_DIR/corpus.csv" "$papers" "$out/paired/pairs.csv"
+train_on_pairs "$out/paired/trained" "$out/paired/pairs.csv" "$out/paired/whitened/model_0_whitened"
+row paired "$POOLING, trained on pairs" "$from" "$(trained_checkpoint "$out/paired/trained")"
+
+say "first_last_avg, fused with BM25"
+row hybrid "first_last_avg, with BM25" "$SECONDS" "$PARAMS_PATH" --index_path "$out/index" --hybrid_bm25
 
 say "scores of pairs, embeddings, the static graph, Paddle Inference"
 sh scripts/predict.sh >"$out/scores.txt"
@@ -70,8 +99,8 @@ printf '%-36s %6s %6s %6s %6s %6s %8s\n' "" @1 @5 @10 @20 @50 took
 printf '%s\n' "${figures[@]}"
 printf '\nThe deployed model (deploy.txt): an embedding, of which the first numbers, and cosines of two pairs:\n\n'
 printf '%s ...\n%s\n' "$(sed -n 1,2p "$out/deploy.txt")" "$(tail -n 1 "$out/deploy.txt")"
-printf '\nFive documents for the query %s, and their fused scores:\n\n' "$query"
-cut -f 2- "$out/query.txt"
+printf '\nFive documents for a query, with their fused scores:\n'
+"$PYTHON" scripts/print_answers.py <"$out/query.txt"
 printf '\nThe search page of these documents, at http://127.0.0.1:8000:\n\n'
 printf '  .venv/bin/pip install -r requirements-serving.txt\n'
 printf '  DEVICE=cpu OUTPUT_DIR=%s INDEX_PATH=%s/index sh scripts/serve.sh\n' "$OUTPUT_DIR" "$out"

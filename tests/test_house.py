@@ -91,7 +91,7 @@ def test_deploy_python_imports_nothing_of_the_project(path):
 
 @pytest.mark.parametrize("script", ["train.py", "recall.py", "evaluate.py", "predict.py", "inference.py",
                                     "export_model.py", "scripts/pretrain.py", "scripts/make_pairs.py",
-                                    "scripts/mine_negatives.py"])
+                                    "scripts/mine_negatives.py", "scripts/sample_texts.py"])
 def test_the_environment_is_set_before_numpy_and_paddle(script):
     """The project's modules come before third-party ones, and simcse is the first that any of them imports."""
     for node in ast.parse((ROOT / script).read_text(encoding="utf-8")).body:

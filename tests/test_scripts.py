@@ -3,12 +3,17 @@
 import filecmp
 import http.server
 import os
+import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import zipfile
+
+from scripts import sample_texts
+from scripts.make_sample_data import make_papers
 
 import numpy as np
 import pytest
@@ -279,14 +284,196 @@ def test_quickstart(clone, request):
                             env={**os.environ, "PAPERS": "1500" if is_slow else "120"})
     assert result.returncode == 0, result.stderr
     rows = [re.search(rf"^{name} +((?:[\d.]+ +){{5}})\d+ s$", result.stdout, re.M)[1].split() for name in (
-        "untrained", "SimCSE, epochs: 1", "first_last_avg, whitened", "the same, with BM25")]
-    untrained, simcse, recipe, hybrid = ([float(value) for value in row] for row in rows)
+        "untrained", "SimCSE, epochs: 1", "first_last_avg, whitened", "first_avg, trained on pairs",
+        "first_last_avg, with BM25")]
+    untrained, simcse, recipe, paired, hybrid = ([float(value) for value in row] for row in rows)
     assert not is_slow or all(b < a for b, a in zip(untrained, simcse)), (untrained, simcse)
     assert recipe[0] > max(untrained[0], simcse[0]) and hybrid[0] >= recipe[0], (simcse, recipe, hybrid)
+    assert paired[0] > max(untrained[0], simcse[0]), (simcse, paired)
     assert max(map(len, result.stdout.splitlines())) < 200 and "made-up sample data" in result.stdout
     for name in ("scores.txt", "corpus.npy", "output/simcse_config.json", "deploy.txt", "hybrid/recall_result.txt"):
         assert (clone / "quickstart" / name).stat().st_size > 0
     assert (clone / "quickstart" / "query.txt").read_text(encoding="utf-8").count("\n") == 5
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The project, with a .venv whose Python is the forked one, so that the quickstart installs nothing."""
+    folder = tmp_path_factory.mktemp("installed")
+    for path in ROOT.iterdir():
+        if path.name[0] != "." and path.name not in ("quickstart", "recall"):
+            (folder / path.name).symlink_to(path)
+    python = folder / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(command("")[0])
+    checksum = subprocess.run("cksum <requirements.txt", shell=True, cwd=folder, capture_output=True, text=True).stdout
+    (folder / ".venv" / "installed").write_text(f"requirements.txt {checksum}")
+    return folder
+
+
+def quickstart(folder, *words, cwd=None, **env):
+    return subprocess.run(["bash", folder / "scripts" / "quickstart.sh", *words], cwd=cwd or folder,
+                          capture_output=True, text=True, timeout=600,
+                          env={**os.environ, "OUT": "", "DEVICE": "", **env})
+
+
+def answers_of(stdout):
+    """The answers that the quickstart prints: for each query its documents."""
+    answers = {}
+    query = None
+    for line in stdout.partition("\nThe commands below")[0].splitlines():
+        if line.startswith("  "):
+            answers[query].append(line.split(maxsplit=1)[1])
+        elif line:
+            query = line
+            answers[query] = []
+    return answers
+
+
+def test_quickstart_with_documents_of_the_user(installed, tmp_path):
+    """From documents with ids to the answers of their own clauses; what an earlier run left is gone."""
+    documents = [paper.document for paper in make_papers(random.Random(1), 200)]
+    file = tmp_path / "my papers.csv"
+    file.write_text("".join(f"d{row}\t{text}\n" for row, text in enumerate(documents)), encoding="utf-8")
+    before = file.read_bytes()
+    out = installed / "quickstart" / "my papers"
+    (out / "trained" / "model_1_whitened").mkdir(parents=True)
+    (out / "made_by_quickstart").touch()
+
+    result = quickstart(installed, file)
+    assert result.returncode == 0, result.stderr
+    assert file.read_bytes() == before and not (out / "trained" / "model_1_whitened").exists()
+    assert re.findall(r"^== (\d)/6 .*: \d+ s$", result.stderr, re.M) == list("123456")
+    assert "whiten first_avg, 512 tokens" in result.stderr and "4,000 pairs of 200 documents" in result.stderr
+    answers = answers_of(result.stdout)
+    assert [len(found) for found in answers.values()] == [5, 5, 5]
+    for query in answers:
+        assert any(query in text for text in documents) and len(query) <= 30
+    ranked_first = next(line.split("\t") for line in (out / "answers.tsv").read_text(encoding="utf-8").splitlines())
+    assert ranked_first[0] in ranked_first[1]
+
+    more = re.search(r"^More queries:\n  (.*) --query TEXT$", result.stdout, re.M)[1]
+    asked = subprocess.run(["bash", "-c", f"{more} --query 糖尿病"], cwd=installed, capture_output=True, text=True)
+    assert asked.stdout.count("\n") == 5, asked.stderr
+
+
+def test_quickstart_with_few_documents(installed, tmp_path):
+    """Which are too few to train on; in a folder of the user's choice, from elsewhere, with a query of the user's."""
+    (tmp_path / "words").write_text("苹果\n香蕉\n语义\n检索\n编码\n索引\n白化\n训练\n文档\n查询", encoding="utf-8")
+    result = quickstart(installed, "words", "语义 检索", cwd=tmp_path, OUT=str(tmp_path / "out"))
+    assert result.returncode == 0, result.stderr
+    assert "too few texts to whiten and to train on (10 documents and clauses, 500 are needed)" in result.stderr
+    assert f"too few pairs to train on (0); the checkpoint stays {tmp_path}/out/whitened/model_0\n" in result.stderr
+    answers = answers_of(result.stdout)
+    assert list(answers) == ["语义 检索"] and set(answers["语义 检索"]) >= {"语义", "检索"}
+
+
+def test_quickstart_refuses_what_it_cannot_use_before_it_installs(bare_clone, tmp_path):
+    texts = bare_clone / "texts.txt"
+    texts.write_text("语义\n检索\n", encoding="utf-8")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "index").touch()
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "made_by_quickstart").touch()
+    (own / "pairs.csv").write_text("语义\n检索\n", encoding="utf-8")
+    for words, env, message in [
+            (["no.txt"], {}, "no.txt: no such file"),
+            (["scripts"], {}, "scripts: not a regular file; it is read several times"),
+            (["--help"], {}, "--help: no such flag; usage: bash scripts/quickstart.sh [FILE [QUERY ...]]"),
+            (["texts.txt", "-"], {}, "-: queries from stdin are not read; recall.py --query reads them"),
+            (["texts.txt"], {"OUT": str(tmp_path / "mine")}, f"OUT={tmp_path}/mine: it is there already, and not of an "
+             "earlier run with a file; name another folder"),
+            ([own / "pairs.csv"], {"OUT": str(own)}, f"OUT={own}: {own}/pairs.csv is in it; name another folder")]:
+        result = quickstart(bare_clone, *words, **env)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr == f"quickstart.sh: error: {message}\n"
+    assert sorted(os.listdir(bare_clone)) == ["scripts", "texts.txt"] and texts.stat().st_size
+    assert (own / "pairs.csv").stat().st_size and (tmp_path / "mine" / "index").exists()
+
+
+@pytest.mark.parametrize("content, message", [
+    ("语义索引\n相似检索\n".encode("gbk"), "GBK"), (b"", "the file is empty")])
+def test_quickstart_refuses_a_file_with_the_scripts_own_line(installed, tmp_path, content, message):
+    """And what an earlier run has made stays."""
+    (tmp_path / "texts.txt").write_bytes(content)
+    out = tmp_path / "out"
+    (out / "index").mkdir(parents=True)
+    (out / "made_by_quickstart").touch()
+    result = quickstart(installed, "texts.txt", cwd=tmp_path, OUT=str(out))
+    assert result.returncode == 2 and not result.stdout and "Traceback" not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("sample_texts.py: error: --corpus_file") and message in last
+    assert (out / "index").is_dir()
+
+
+def test_quickstart_ends_by_ctrl_c(bare_clone):
+    """With exit code 130, also where the program that it interrupts has another one, as pip has."""
+    (bare_clone / "texts.txt").write_text("语义\n检索\n", encoding="utf-8")
+    python = bare_clone / "python"
+    python.write_text("#!/bin/sh\ntrap 'exit 1' INT\necho started >&2\nsleep 60\n")
+    python.chmod(0o755)
+    (bare_clone / "requirements.txt").touch()
+    process = subprocess.Popen(["bash", "scripts/quickstart.sh", "texts.txt"], cwd=bare_clone, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                               env={**os.environ, "PYTHON": str(python)})
+    assert process.stderr.readline() == "== 1/6 install into .venv ...\n"
+    assert process.stderr.readline() == "started\n"
+    os.killpg(process.pid, signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130 and not stdout and "Traceback" not in stderr, stderr
+
+
+@pytest.mark.parametrize("call, expected", [
+    ("pairs_per_document 300", "20"), ("pairs_per_document 12000", "10"), ("pairs_per_document 100000", "1"),
+    ("pairs_per_document 1000000", "1"),
+    ("pair_batch_size 6000", "512"), ("pair_batch_size 200", "50"), ("pair_batch_size 3", "0"),
+    ("sequence_length 64", "64"), ("sequence_length 65", "512"),
+    ("DEVICE=gpu; choose_recipe; echo $POOLING; sequence_length 65", "first_last_avg\n128")])
+def test_the_recipe_follows_the_size_of_the_file(call, expected):
+    ran = subprocess.run(["bash", "-c", f"set -eu; . scripts/recipe.sh; DEVICE=cpu; choose_recipe; {call}"], cwd=ROOT,
+                         capture_output=True, text=True)
+    assert ran.stdout.strip() == expected, ran.stderr
+
+
+@pytest.mark.parametrize("call, code, checkpoint", [
+    ("whiten_texts out texts 500 64", 0, "out/whitened/model_0_whitened"),
+    ("whiten_texts out texts 499 64", 0, "out/whitened/model_0"),
+    ("whiten_encoder() { return 2; }; whiten_texts out texts 500 64", 0, "out/whitened/model_0"),
+    ("whiten_encoder() { return 1; }; whiten_texts out texts 500 64", 1, ""),
+    ("train_on_texts out pairs", 0, "out/trained/model_3_whitened"),
+    ("train_encoder() { return 2; }; train_on_texts out pairs", 0, "whitened"),
+    ("train_encoder() { return 130; }; train_on_texts out pairs", 130, ""),
+    ("train_on_texts out no_pairs", 0, "whitened"),
+    ("is_whitened=true; make_document_pairs() { return 2; }; pair_texts texts 9 no_pairs", 0, "whitened"),
+    ("is_whitened=false; make_document_pairs() { return 1; }; pair_texts texts 9 no_pairs", 0, "whitened")])
+def test_the_recipe_goes_on_from_what_there_is(tmp_path, call, code, checkpoint):
+    """train.py is a stub; a refusal (exit code 2) skips its step, and anything else ends the script."""
+    (tmp_path / "pairs").write_text("a\tb\n" * 8)
+    (tmp_path / "out" / "trained" / "model_3_whitened").mkdir(parents=True)
+    lines = (f"set -eu; . {ROOT}/scripts/recipe.sh; DEVICE=cpu; choose_recipe; train_encoder() {{ :; }}; "
+             f"checkpoint=whitened; {call}; echo $checkpoint")
+    ran = subprocess.run(["bash", "-c", lines], cwd=tmp_path, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout.strip()) == (code, checkpoint), ran.stderr
+
+
+@pytest.mark.parametrize("text, query", [
+    ("目的探讨，为临床提供参考意见。方法采用随机对照试验和回归分析。好", "方法采用随机对照试验和回归分析"),
+    ("苹果", "苹果"), ("长" * 40, "长" * 30)])
+def test_a_query_taken_out_of_a_document_can_be_read_at_a_glance(text, query):
+    assert sample_texts.choose_query(text) == query
+
+
+def test_few_documents_are_whitened_on_with_their_clauses():
+    assert sample_texts.add_clauses(["苹果，香蕉。 ", "苹果"]) == ["苹果，香蕉。 ", "苹果", "香蕉"]
+    many = [f"第{row}篇，完" for row in range(1000)]
+    assert sample_texts.add_clauses(many) == many
+
+
+def test_queries_are_of_documents_all_over_the_corpus():
+    texts = [f"第{row}篇" for row in range(9)]
+    assert sample_texts.draw_queries(texts, 3) == ["第1篇", "第4篇", "第7篇"]
+    assert sample_texts.draw_queries(texts[:1], 3) == ["第0篇"]
 
 
 def test_the_checkpoint_is_the_best_or_that_of_the_newest_weights(bare_clone, tmp_path):
