@@ -14,6 +14,7 @@ from simcse.encoder import openvino as int8
 from simcse.encoder.engine import make_engine
 from simcse.encoder.int8_check import COMPARISONS_FILE, TextSource, read_comparisons
 from simcse.encoder.kept_graph import FINGERPRINT_FILE, KeptGraph
+from simcse.encoder.paddle_patches import read_signal_stack
 from simcse.index.manifest import Manifest
 
 import numpy as np
@@ -165,7 +166,9 @@ def test_float_graphs_are_openvinos_on_a_processor_with_amx(arguments, monkeypat
     monkeypatch.setattr(engine, "CPU_HAS_AMX", False)
     slow = m.load_encoder_for(arguments)
     monkeypatch.setattr(engine, "CPU_HAS_AMX", True)
+    stack = read_signal_stack().address
     first, again = m.load_encoder_for(arguments), m.load_encoder_for(arguments)
+    assert read_signal_stack().address == stack, "Ctrl-C would be a segmentation fault when both are freed"
     assert capsys.readouterr().err.count("kept the graph") == 2
     assert [type(each.engine) for each in (slow, first, again)] == [engine.PaddleEngine, *[engine.OpenVinoEngine] * 2]
     texts = [f"第{number}条" + "语义检索" * (number % 7) for number in range(300)]

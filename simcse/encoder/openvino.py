@@ -7,7 +7,7 @@ from typing import Any
 
 from simcse.console import InputError, as_input_error, count, log
 from simcse.encoder.onnx import export_onnx
-from simcse.encoder.paddle_patches import import_openvino, quiet_nncf
+from simcse.encoder.paddle_patches import import_openvino, keep_signal_stack, quiet_nncf
 from simcse.encoder.weights import (
     CONFIG_FILE,
     GRAPH_FIELDS,
@@ -75,9 +75,10 @@ class OpenVinoEngine:
             raise InputError(f"--precision {precision}: OpenVINO computes in fp32, bf16 or int8")
         self.bytes_needed = self.AT_A_TIME * activation_bytes(record)
         in_bf16 = self.precision == "bf16" or (self.precision == "int8" and CPU_BF16_IS_FASTER)
-        graph = openvino.Core().compile_model(os.path.join(folder, OPENVINO_FILE), "CPU", {
-            "NUM_STREAMS": str(self.AT_A_TIME), "INFERENCE_NUM_THREADS": cpu_threads or CPU_THREADS,
-            "INFERENCE_PRECISION_HINT": "bf16" if in_bf16 else "f32"})
+        with keep_signal_stack():
+            graph = openvino.Core().compile_model(os.path.join(folder, OPENVINO_FILE), "CPU", {
+                "NUM_STREAMS": str(self.AT_A_TIME), "INFERENCE_NUM_THREADS": cpu_threads or CPU_THREADS,
+                "INFERENCE_PRECISION_HINT": "bf16" if in_bf16 else "f32"})
         self._requests = [graph.create_infer_request() for _ in range(self.AT_A_TIME)]
         self._pending: list[PendingEmbeddings | None] = [None] * self.AT_A_TIME  # what each request computes
         self._next = 0  # the request to use next

@@ -89,6 +89,37 @@ def import_openvino() -> ModuleType:
     return openvino
 
 
+class SignalStack(ctypes.Structure):
+    """C's `stack_t`, as Linux has it: the memory in which the signal handlers of a thread run."""
+
+    _fields_ = [("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+
+def read_signal_stack() -> SignalStack:
+    """Return the stack of signal handlers of this thread; only on Linux."""
+    stack = SignalStack()
+    ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack))
+    return stack
+
+
+@contextlib.contextmanager
+def keep_signal_stack() -> Iterator[None]:
+    """Give this thread the stack of signal handlers back that it had before models were compiled by OpenVINO (2026).
+
+    OpenVINO sets a stack for each model, and gives back the one from before when the model is freed. Where two models
+    are freed in the order in which they were made, that is the stack of the first one, which is gone: the next signal,
+    Ctrl-C for instance, is a segmentation fault.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    stack = read_signal_stack()
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None)
+
+
 @contextlib.contextmanager
 def quiet_nncf() -> Iterator[None]:
     """Keep NNCF (3.x) from logging, and from stdout, which is for results; it reports to nobody, as OpenVINO."""
@@ -96,7 +127,7 @@ def quiet_nncf() -> Iterator[None]:
     import nncf
 
     nncf.set_log_level(logging.ERROR)
-    with contextlib.redirect_stdout(io.StringIO()):  # of its progress bars
+    with contextlib.redirect_stdout(io.StringIO()), keep_signal_stack():  # stdout: of its progress bars
         yield
 
 
