@@ -48,7 +48,7 @@ def parse_args() -> argparse.Namespace:
     for flag in ("--texts_file", "--whitening_file", "--query_file"):
         path = getattr(args, flag[2:])
         check_writable(path, flag)
-        check_not_input(path, flag, args, "--corpus_file")
+        check_not_input(path, flag, {"--corpus_file": args.corpus_file})
     return args
 
 
