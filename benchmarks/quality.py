@@ -41,9 +41,22 @@ TRIPLES = ["recall.py --params_path {0} --corpus_file {corpus} --similar_text_pa
            "predict.py --params_path {0} --text_pair_file {pairs}",
            "scripts/mine_negatives.py --similar_text_pair {pairs} --positive_scores {2} --output_file {new} "
            "--recall_result_file recall_result_dir/recall_result.txt", FROM + " --train_set_file {3}"]
+MAKE_PAIRS = "scripts/make_pairs.py --corpus_file {corpus} --output_file {new} --pairs_per_document 20"
+WHITE_TOKENS = (f"train.py {ENCODER} --epochs 0 --pooling first_avg --whiten --max_seq_length 512 "
+                "--train_set_file {corpus}")
+TRAIN_TOKENS = ("train.py --init_from_ckpt {0} --train_set_file {1} --max_seq_length 512 --batch_size 1024 --epochs 2 "
+                "--learning_rate 4e-3 --dropout 0 --output_dropout 0")
+TRAIN_POOLER = (f"train.py {ENCODER} {PLAIN} --train_set_file {{0}} --max_seq_length 64 --epochs 2 "
+                "--learning_rate 1e-4")
 SEEN = 62  # characters of a document that an encoder of 64 tokens sees, roughly
 SHORT = {f", first {SEEN} characters": "--corpus_file {corpus_seen} --similar_text_pair {queries_seen}"}
 HYBRID = {f"{cut} + BM25": f"{flags} --hybrid_bm25" for cut, flags in {"": "", **SHORT}.items()}
+
+
+LONG = "--max_seq_length 512"
+PASSAGES = "--max_seq_length 64 --passages"
+RECALLS_LONG = {"": LONG, ", passages": PASSAGES, " + BM25": f"{LONG} --hybrid_bm25",
+                ", passages + BM25": f"{PASSAGES} --hybrid_bm25"}
 
 
 class Recipe(NamedTuple):
@@ -77,7 +90,12 @@ RECIPES: dict[str, Recipe] = {
                                   {"": "", " + BM25": "--hybrid_bm25"}),
     "first_avg, whitened at 512": Recipe(
         [f"train.py {ENCODER} {WHITE} --pooling first_avg --max_seq_length 512"],
-        {"": "--max_seq_length 512", " + BM25": "--max_seq_length 512 --hybrid_bm25"}),
+        {"": LONG, " + BM25": f"{LONG} --hybrid_bm25"}),
+    "first_avg, pairs of documents": Recipe([WHITE_TOKENS, MAKE_PAIRS, TRAIN_TOKENS], RECALLS_LONG),
+    "first_avg, pairs of documents, whitened again": Recipe(
+        [WHITE_TOKENS, MAKE_PAIRS, f"{TRAIN_TOKENS} --whiten"], RECALLS_LONG),
+    "pooler, pairs of documents": Recipe([MAKE_PAIRS, TRAIN_POOLER]),
+    "pooler, pairs of documents, whitened": Recipe([MAKE_PAIRS, f"{TRAIN_POOLER} --whiten"]),
     "whitened, pairs": Recipe([f"train.py {ENCODER} {WHITE}", *PAIRS]),
     "whitened, triples": Recipe([f"train.py {ENCODER} {WHITE}", *TRIPLES]),
     "whitened, SimCSE": Recipe([f"train.py {ENCODER} {WHITE}", FROM + " --learning_rate 1e-5 --crop_rate 0.5"]),
@@ -88,7 +106,8 @@ TRAINING = ("--device cpu --batch_size 64 --max_seq_length 32 --save_steps 10000
             "--train_set_file {texts}")
 COMMON = {"train.py": TRAINING, "scripts/pretrain.py": TRAINING,
           "recall.py": "--device cpu --ann_engine exact --max_seq_length 64",
-          "predict.py": "--device cpu --max_seq_length 64", "scripts/mine_negatives.py": ""}
+          "predict.py": "--device cpu --max_seq_length 64", "scripts/mine_negatives.py": "",
+          "scripts/make_pairs.py": ""}
 
 
 def parse_args() -> argparse.Namespace:
