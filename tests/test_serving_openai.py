@@ -1,5 +1,7 @@
 """POST /v1/embeddings by OpenAI's own client."""
 
+from deploy.serving.openai_api import check_input
+
 import numpy as np
 import pytest
 from conftest import FP32, ROOT, succeed
@@ -56,6 +58,12 @@ def test_errors_have_openais_form(service, given, error, message):
         client(service).embeddings.create(model="m", **given)
     assert message in found.value.body["message"] and "\n" not in found.value.body["message"]
     assert found.value.body["type"] == "invalid_request_error" and found.value.status_code in (400, 413)
+
+
+def test_half_a_surrogate_pair_is_refused():
+    """JSON's escapes can have one."""
+    with pytest.raises(ValueError, match="number 1 is not valid Unicode"):
+        check_input(["a", "\ud800"])
 
 
 def test_as_many_texts_as_openai_takes(service):

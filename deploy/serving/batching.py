@@ -99,15 +99,20 @@ class Batcher:
         return batch
 
     async def _answer(self, batch: list[Waiting]) -> None:
-        """Compute a batch in the thread, and pass its answers on, or its error."""
+        """Compute a batch in the thread, and pass its answers on.
+
+        Where it fails, each job is computed alone, so that only those that cannot be answered get an error.
+        """
         jobs = [waiting.job for waiting in batch]
         self.on_batch(len(jobs), sum(len(job.texts) for job in jobs))
         try:
             answers = await asyncio.get_running_loop().run_in_executor(self._thread, self.answer, jobs)
         except Exception as error:
-            for waiting in batch:
-                if not waiting.future.done():
-                    waiting.future.set_exception(error)
+            if len(batch) > 1:
+                for waiting in batch:
+                    await self._answer([waiting])
+            elif not batch[0].future.done():
+                batch[0].future.set_exception(error)
             return
         for waiting, answer in zip(batch, answers):
             if not waiting.future.done():

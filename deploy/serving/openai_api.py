@@ -100,7 +100,7 @@ def check_input(value: Any) -> str | list[str]:
     """Return the input of a request.
 
     Raises:
-        ValueError: it is no text and no list of texts, or one of them is empty.
+        ValueError: it is no text and no list of texts, or one of them is empty or not valid Unicode.
     """
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list):
@@ -117,7 +117,18 @@ def check_input(value: Any) -> str | list[str]:
             raise ValueError(f"number {number} is no text")
         if not text.strip():
             raise ValueError(f"number {number} is {'blank' if text else 'an empty text'}; leave it out")
+        if not is_valid_unicode(text):
+            raise ValueError(f"number {number} is not valid Unicode; it has half of a surrogate pair")
     return value
+
+
+def is_valid_unicode(text: str) -> bool:
+    """Return whether a text can be written as UTF-8; JSON's escapes can be halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def holds_token_ids(values: list[Any]) -> bool:
