@@ -11,7 +11,7 @@
 #   predict; embed; export; deploy
 # Settings from the environment:
 #   PYTHON  the Python to make .venv with
-# with a file:
+# with a file (FILE and OUT are relative to the folder from which you call):
 #   OUT     folder to write to  (quickstart/files/<name of the file>, in the project)
 #   DEVICE  gpu or cpu  (gpu where .venv has paddlepaddle-gpu and there is a GPU)
 # without a file:
