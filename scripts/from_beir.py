@@ -11,7 +11,7 @@ The folder (Thakur et al. 2021) has corpus.jsonl, queries.jsonl and qrels/*.tsv.
 - qrels.tsv: query id, document id, grade;
 - dev.csv: query and document id, of grades above 0, for `--targets id`;
 - train_unsupervised.csv: the texts of the corpus;
-- train.csv: query and text, where there are judgements for training; otherwise one of an earlier set is removed.
+- train.csv: query and text, where there are judgements for training; otherwise one of an earlier data set is removed.
 
 A run of white space in a text becomes a blank. What is left out is counted on stderr. It needs no paddle.
 """
@@ -97,7 +97,7 @@ def read_texts(path: str) -> dict[str, str]:
             else:
                 empty.append(place)
     if duplicates:
-        console.warn(f"{console.part(len(duplicates), count, 'id', 'stand')} on an earlier line too; left out: "
+        console.warn(f"{console.part(len(duplicates), count, 'id', 'repeat')} an earlier id; left out: "
                      f"{console.some(duplicates, 3)}")
     if empty:
         console.warn(f"{console.part(len(empty), count, 'text', 'are')} empty; left out: {console.some(empty, 3)}")
@@ -131,11 +131,6 @@ def read_split(path: str) -> list[Judgement]:
     return judgements
 
 
-def is_known(judgement: Judgement, queries: dict[str, str], documents: dict[str, str]) -> bool:
-    """Return whether a judgement is of a query and a document that exist."""
-    return judgement.query_id in queries and judgement.document_id in documents
-
-
 def select_known(judgements: Sequence[Judgement], queries: dict[str, str], documents: dict[str, str], path: str,
                  consequence: str) -> list[Judgement]:
     """Return the judgements of queries and documents that exist, and warn of the others.
@@ -144,11 +139,14 @@ def select_known(judgements: Sequence[Judgement], queries: dict[str, str], docum
         path: the file of the judgements, for the warning.
         consequence: what becomes of the others, for the warning.
     """
-    known = [judgement for judgement in judgements if is_known(judgement, queries, documents)]
+    known = []
+    for judgement in judgements:
+        if judgement.query_id in queries and judgement.document_id in documents:
+            known.append(judgement)
     unknown = len(judgements) - len(known)
     if unknown:
         console.warn(f"{path}: {console.part(unknown, len(judgements), 'judgement', 'are')} of queries or documents "
-                     f"that do not exist; {consequence}")
+                     f"not in queries.jsonl or corpus.jsonl; {consequence}")
     return known
 
 
@@ -169,21 +167,33 @@ def write_rows(args: argparse.Namespace, name: str, rows: Iterable[Iterable[str]
     console.log(f"wrote {path}: {console.count(count, noun)}{detail}")
 
 
-def write_split(args: argparse.Namespace, queries: dict[str, str], documents: dict[str, str]) -> None:
-    """Write the files of the queries that --split judges.
-
-    The judgements stay as they came, so that measures by them are those of the set.
+def select_relevant(args: argparse.Namespace, judgements: Sequence[Judgement], queries: dict[str, str],
+                    documents: dict[str, str]) -> list[tuple[str, str]]:
+    """Return the text of the query and the id of the document of each judgement of --split with a grade above 0.
 
     Raises:
         InputError: no judgement of a query and a document that exist has a grade above 0.
     """
     path = qrels_path(args, args.split)
-    judgements = read_split(path)
     known = select_known(judgements, queries, documents, path,
                          "they stay in qrels.tsv, and what they judge relevant counts as missed")
     relevant = [(queries[query], document) for query, document, grade in known if grade > 0]
     if not relevant:
-        raise InputError(f"{path}: judges no document that exists to be relevant")
+        raise InputError(f"{path}: no existing document is judged relevant")
+    return relevant
+
+
+def write_split(args: argparse.Namespace, judgements: Sequence[Judgement], relevant: Sequence[tuple[str, str]],
+                queries: dict[str, str]) -> None:
+    """Write the files of the queries that --split judges.
+
+    The judgements stay as they came, so that measures by them are those of the set.
+
+    Args:
+        judgements: all of the split.
+        relevant: what `select_relevant` returns.
+        queries: texts by id.
+    """
     judged = dict.fromkeys(judgement.query_id for judgement in judgements if judgement.query_id in queries)
     judged_queries = [(id, queries[id]) for id in judged]
     judgement_rows = [(query, document, str(grade)) for query, document, grade in judgements]
@@ -211,7 +221,7 @@ def write_training_pairs(args: argparse.Namespace, pairs: Sequence[tuple[str, st
     if os.path.isfile(path):
         with name_output(path, "--output_dir"):
             os.remove(path)
-        console.warn(f"removed {path}, which was of an earlier set: {args.folder} has no pairs for training")
+        console.warn(f"no {path} was written, so that of an earlier data set was removed")
 
 
 def check_outputs(args: argparse.Namespace) -> None:
@@ -229,10 +239,13 @@ def main() -> None:
     check_outputs(args)
     documents = read_texts(os.path.join(args.folder, "corpus.jsonl"))
     queries = read_texts(os.path.join(args.folder, "queries.jsonl"))
+    judgements = read_split(qrels_path(args, args.split))
+    relevant = select_relevant(args, judgements, queries, documents)
+    training_pairs = read_training_pairs(args, queries, documents)
     write_rows(args, "corpus.csv", documents.items(), "document")
-    write_split(args, queries, documents)
+    write_split(args, judgements, relevant, queries)
     write_rows(args, "train_unsupervised.csv", ([text] for text in documents.values()), "text")
-    write_training_pairs(args, read_training_pairs(args, queries, documents))
+    write_training_pairs(args, training_pairs)
 
 
 if __name__ == "__main__":

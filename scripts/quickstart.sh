@@ -2,13 +2,17 @@
 # The whole application in one command, without a download of models: makes .venv and installs, then
 #   bash scripts/quickstart.sh                        shows everything on a CPU, on sample data
 #   bash scripts/quickstart.sh FILE [QUERY ...]       searches your own documents; no labels are needed
-# With a file (a document a line, or an id, a tab and a document) it whitens an encoder on the documents, trains it on
-# pairs made from them, builds an index with BM25 and answers the queries, or three clauses of the file. Without a file
-# it recalls and evaluates without training, after SimCSE, and by the recipes of docs/ without and with BM25, predicts,
-# exports and deploys; everything goes to quickstart/.
+#   bash scripts/quickstart.sh --help                 prints this
+# With a file (a document a line, or an id, a tab and a document):
+#   whiten an encoder on the documents; make pairs from them; train on the pairs and whiten again; build an index with
+#   BM25; answer the queries, or three clauses of the file
+# Without a file, everything in quickstart/:
+#   make sample data; recall and evaluate untrained, after SimCSE, whitened, after training on pairs, and with BM25;
+#   predict; embed; export; deploy
+# Settings from the environment:
 #   PYTHON  the Python to make .venv with
-# with a file:
-#   OUT     folder to write to  (quickstart/<name of the file>)
+# with a file (FILE and OUT are relative to the folder from which you call):
+#   OUT     folder to write to  (quickstart/files/<name of the file>, in the project)
 #   DEVICE  gpu or cpu  (gpu where .venv has paddlepaddle-gpu and there is a GPU)
 # without a file:
 #   EPOCHS  passes of SimCSE over the sample texts  (1)
@@ -18,25 +22,53 @@ trap 'exit 130' INT # whatever the program that it interrupts makes of it
 caller=$PWD
 cd "$(dirname "$0")/.."
 . scripts/venv.sh
-. scripts/recipe.sh
-if [ $# -gt 0 ]; then
-    file=$1
-    shift
-    case $file in
-    /* | -*) ;;
-    *) [ "$caller" = "$PWD" ] || file=$caller/$file ;;
+. scripts/own_texts.sh
+
+# print_usage: the comment at the top of this file.
+print_usage() { sed -n '2,/^set/s/^# \{0,1\}//p' scripts/quickstart.sh; }
+
+# from_caller PATH: a path that the user gave, relative to the folder in which the user called.
+from_caller() {
+    case $1 in
+    /*) printf '%s' "$1" ;;
+    *) if [ "$caller" = "$PWD" ]; then printf '%s' "$1"; else printf '%s' "$caller/$1"; fi ;;
     esac
-    run_recipe "$file" "$@"
+}
+
+case ${1:-} in
+-h | --help)
+    print_usage
+    exit
+    ;;
+-*) refuse "$1: no such flag; usage: bash scripts/quickstart.sh [FILE [QUERY ...]]" ;;
+esac
+if [ $# -gt 0 ]; then
+    corpus=$(from_caller "$1")
+    shift
+    if [ -n "${OUT:-}" ]; then
+        folder=$(from_caller "$OUT")
+    else
+        folder=$(default_folder "$corpus")
+    fi
+    run_on_file "$folder" "$corpus" "$@"
     exit
 fi
 
+out=quickstart
+results="untrained simcse recipe paired hybrid output index"
+for name in '' recall $results; do
+    if [ -e "$out/$name/$OWN_MARK" ]; then
+        refuse "$out/$name: holds the results of a run with a file, and the sample run writes to it; move it elsewhere"
+    fi
+done
 make_venv .venv requirements.txt
 export PYTHON=$PWD/.venv/bin/python DEVICE=cpu DATA_DIR=quickstart/recall OUTPUT_DIR=quickstart/output MODEL=''
 unset PARAMS_PATH
 . scripts/common.sh
-choose_recipe
-out=quickstart
-rm -rf "$out/untrained" "$out/simcse" "$out/recipe" "$out/paired" "$out/hybrid" "$out/output" "$out/index"
+choose_settings
+for name in $results; do
+    rm -rf "${out:?}/$name"
+done
 mkdir -p "$out"
 started=$SECONDS
 figures=()
@@ -73,7 +105,7 @@ from=$SECONDS
 export PARAMS_PATH=$out/recipe/model_0_whitened
 row recipe "first_last_avg, whitened" "$from" "$PARAMS_PATH" --index_path "$out/index"
 
-say "the recipe without labels: whiten $POOLING, train on pairs made from documents, whiten again; recall, evaluate"
+say "documents without labels: whiten $POOLING, train on pairs made from documents, whiten again; recall, evaluate"
 from=$SECONDS
 whiten_encoder "$out/paired/whitened" "$DATA_DIR/corpus.csv" "$LONG_LENGTH"
 make_document_pairs "$DATA_DIR/corpus.csv" "$papers" "$out/paired/pairs.csv"
@@ -101,6 +133,6 @@ printf '\nThe deployed model (deploy.txt): an embedding, of which the first numb
 printf '%s ...\n%s\n' "$(sed -n 1,2p "$out/deploy.txt")" "$(tail -n 1 "$out/deploy.txt")"
 printf '\nFive documents for a query, with their fused scores:\n'
 "$PYTHON" scripts/print_answers.py <"$out/query.txt"
-printf '\nThe search page of these documents, at http://127.0.0.1:8000:\n\n'
+printf '\nThe search page of these documents, at http://127.0.0.1:8000; run this in %s:\n\n' "$PWD"
 printf '  .venv/bin/pip install -r requirements-serving.txt\n'
-printf '  DEVICE=cpu OUTPUT_DIR=%s INDEX_PATH=%s/index sh scripts/serve.sh\n' "$OUTPUT_DIR" "$out"
+printf '  PYTHON=.venv/bin/python DEVICE=cpu OUTPUT_DIR=%s INDEX_PATH=%s/index sh scripts/serve.sh\n' "$OUTPUT_DIR" "$out"

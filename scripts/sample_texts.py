@@ -4,9 +4,12 @@
         --whitening_file whitening.txt --query_file queries.txt
 
 The texts are distinct documents without their ids, the queries clauses of documents. Both are taken at even distances
-in the corpus, so that the same corpus always gives the same files. Prints three numbers with blanks between them: of
-texts, of texts to whiten on, and of tokens that nine tenths of the texts do not exceed, by an estimate. It needs
-neither paddle nor a checkpoint.
+in the corpus, so that the same corpus always gives the same files. It needs neither paddle nor a checkpoint. Prints
+
+- documents=N: texts to train on;
+- whitening_texts=N: texts to whiten on;
+- tokens=N: an estimate of the tokens that nine tenths of the texts do not exceed;
+- can_make_pairs=yes or no: whether scripts/make_pairs.py can take a query out of one of the texts.
 """
 
 import argparse
@@ -20,12 +23,12 @@ from simcse import console, flags
 from simcse.files import check_not_input, check_writable, new_file
 from simcse.index.documents import Documents
 from simcse.text.textfile import Corpus, distinct
-from simcse.training.pairs import MIN_UNITS, clauses_of, count_units
+from simcse.training.pairs import MIN_UNITS, UNIT, can_make_pairs, clauses_of, count_units
 
 import numpy as np
 
-MAX_UNITS = 30  # Chinese characters, or words of another script, of a query: what one reads at a glance
-FEW_TEXTS = 1000  # which give too few embeddings to whiten on
+QUERY_MAX_UNITS = 30  # Chinese characters, or words of another script, of a query: what one reads at a glance
+ADD_CLAUSES_BELOW = 1000  # texts
 QUANTILE = 0.9  # of the lengths
 SPECIAL_TOKENS = 2  # [CLS] and [SEP]
 
@@ -37,7 +40,7 @@ def parse_args() -> argparse.Namespace:
         help="documents: a text a line, or an id, a tab and a text")
     add("--texts_file", type=flags.nonempty_text, required=True, help="texts to train on, one a line")
     add("--whitening_file", type=flags.nonempty_text, required=True,
-        help=f"texts to whiten on: the same, and their clauses if there are fewer than {FEW_TEXTS:,}")
+        help=f"texts to whiten on: the same, and their clauses if there are fewer than {ADD_CLAUSES_BELOW:,}")
     add("--query_file", type=flags.nonempty_text, required=True, help="queries, one a line")
     add = parser.add_argument_group("sample").add_argument
     add("--max_texts", type=flags.positive_int, default=120000, help="most texts to write")
@@ -64,20 +67,30 @@ def split_clauses(text: str) -> list[str]:
     return [clause for clause in clauses if clause]
 
 
-def add_clauses(texts: Sequence[str]) -> list[str]:
-    """Return the texts to whiten on: a covariance needs more embeddings than few documents have, and clauses have some.
+def choose_whitening_texts(texts: Sequence[str]) -> list[str]:
+    """Return the texts to whiten on.
+
+    Few documents give too few embeddings for a covariance, so their clauses are added.
     """
-    if len(texts) >= FEW_TEXTS:
+    if len(texts) >= ADD_CLAUSES_BELOW:
         return list(texts)
     clauses = [clause for text in texts for clause in split_clauses(text)]
     return distinct([*texts, *clauses])
 
 
+def cut_after_units(text: str, count: int) -> str:
+    """Return the beginning of a text up to its Chinese character or word number `count`."""
+    units = list(UNIT.finditer(text))
+    if len(units) <= count:
+        return text
+    return text[: units[count - 1].end()]
+
+
 def choose_query(text: str) -> str:
     """Return the longest clause of a text that can be read at a glance, or the text's beginning if there is none."""
-    readable = [clause for clause in split_clauses(text) if MIN_UNITS <= count_units(clause) <= MAX_UNITS]
+    readable = [clause for clause in split_clauses(text) if MIN_UNITS <= count_units(clause) <= QUERY_MAX_UNITS]
     if not readable:
-        return text[:MAX_UNITS].strip()
+        return cut_after_units(text, QUERY_MAX_UNITS).strip()
     return max(readable, key=count_units)
 
 
@@ -102,12 +115,15 @@ def main() -> None:
     args = parse_args()
     documents = Documents(Corpus(args.corpus_file, "--corpus_file"))
     texts = sample_documents(documents, args.max_texts)
-    whitening_texts = add_clauses(texts)
+    whitening_texts = choose_whitening_texts(texts)
     queries = args.query or draw_queries(texts, args.queries)
     write_lines(args.texts_file, texts, "--texts_file")
     write_lines(args.whitening_file, whitening_texts, "--whitening_file")
     write_lines(args.query_file, queries, "--query_file")
-    console.print_result(f"{len(texts)} {len(whitening_texts)} {estimate_tokens(texts)}")
+    console.print_result(f"documents={len(texts)}")
+    console.print_result(f"whitening_texts={len(whitening_texts)}")
+    console.print_result(f"tokens={estimate_tokens(texts)}")
+    console.print_result(f"can_make_pairs={'yes' if any(map(can_make_pairs, texts)) else 'no'}")
 
 
 if __name__ == "__main__":

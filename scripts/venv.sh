@@ -2,9 +2,8 @@
 # files into it, those that it does not have yet as they are now.
 #   PYTHON  the Python to make it with  (python3.11 where there is one, else python3)
 make_venv() { # make_venv FOLDER REQUIREMENTS...
-    venv=$1
+    local venv=$1 options='' file base
     shift
-    options=
     for file in "$@"; do
         grep -qxF "$file $(cksum <"$file")" "$venv/installed" 2>/dev/null || options="$options -r $file"
     done

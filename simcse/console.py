@@ -137,7 +137,8 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun[:-1]}ies" if noun.endswith("y") else f"{number:,} {noun}s"
 
 
-SINGULAR = {"are": "is", "count": "counts", "have": "has", "match": "matches", "stand": "stands"}  # of plural verbs
+# Of plural verbs.
+SINGULAR = {"are": "is", "count": "counts", "have": "has", "match": "matches", "repeat": "repeats", "stand": "stands"}
 
 
 def verb(number: int, plural: str) -> str:

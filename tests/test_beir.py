@@ -33,8 +33,8 @@ def test_a_folder_becomes_this_layout(tmp_path):
                 "train_unsupervised.csv": "标题 甲 乙\n丙 丁\n戊\n", "train.csv": "丙\t戊\n"}
     assert {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "recall").iterdir()} == expected
     assert "1 of 4 texts is empty; left out: " in said and "corpus.jsonl:4" in said
-    assert "1 of 4 judgements is of queries or documents that do not exist; they stay in qrels.tsv" in said
-    assert "1 of 2 judgements is of queries or documents that do not exist; left out of train.csv" in said
+    assert "1 of 4 judgements is of queries or documents not in queries.jsonl or corpus.jsonl; they stay in" in said
+    assert "1 of 2 judgements is of queries or documents not in queries.jsonl or corpus.jsonl; left out of" in said
 
 
 def test_training_pairs_of_an_earlier_set_are_removed(tmp_path, capsys):
@@ -46,8 +46,8 @@ def test_training_pairs_of_an_earlier_set_are_removed(tmp_path, capsys):
     for _ in range(2):
         from_beir.write_training_pairs(args, [])
         assert not (tmp_path / "train.csv").exists()
-    assert capsys.readouterr().err == (f"removed {tmp_path}/train.csv, which was of an earlier set: set has no pairs "
-                                       "for training\n")
+    assert capsys.readouterr().err == (f"no {tmp_path}/train.csv was written, so that of an earlier data set was "
+                                       "removed\n")
 
 
 def test_of_several_lines_with_an_id_the_first_counts(tmp_path):
@@ -58,7 +58,7 @@ def test_of_several_lines_with_an_id_the_first_counts(tmp_path):
     corpus.write_bytes(codecs.BOM_UTF8 + corpus.read_bytes())
     said = succeed("scripts/from_beir.py", ".", cwd=tmp_path).stderr
     assert (tmp_path / "recall" / "corpus.csv").read_text(encoding="utf-8") == "d1\t标题 甲 乙\nd2\t丙 丁\n"
-    assert "2 of 4 ids stand on an earlier line too; left out: " in said and "jsonl:3, " in said
+    assert "2 of 4 ids repeat an earlier id; left out: " in said and "jsonl:3, " in said
 
 
 def test_documents_that_are_queries(tmp_path):
@@ -81,11 +81,14 @@ def test_documents_that_are_queries(tmp_path):
     (lambda folder: (folder / "queries.jsonl").write_text('{"_id": "q1"}\n'), "jsonl:1: expected a JSON object"),
     (lambda folder: (folder / "queries.jsonl").write_text('{"_id": "q 1", "text": "a"}\n'), "the id 'q 1' is"),
     (lambda folder: (folder / "corpus.jsonl").write_bytes("甲".encode("gbk")), "corpus.jsonl: "),
-    (lambda folder: (folder / "qrels" / "test.tsv").write_text(HEADER + "q1\td1\t0\n"), "judges no document")])
+    (lambda folder: (folder / "qrels" / "test.tsv").write_text(HEADER + "q1\td1\t0\n"),
+     "test.tsv: no existing document is judged relevant"),
+    (lambda folder: (folder / "qrels" / "test.tsv").write_text("q1\n"), "test.tsv:1: expected")])
 def test_what_is_no_such_folder(tmp_path, break_it, message):
     write_folder(tmp_path, test="q1\td1\t1\n")
     break_it(tmp_path)
     assert message in refuse("scripts/from_beir.py", ".", cwd=tmp_path)
+    assert not (tmp_path / "recall" / "corpus.csv").exists()
 
 
 def test_judgements_of_trec_and_beir(tmp_path):

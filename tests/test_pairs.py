@@ -29,7 +29,7 @@ from conftest import ENCODER, ROOT, read_texts, refuse, succeed
 DOCUMENT = ("语义索引把每条文本变成一个向量，再为所有的向量建立近似检索的索引。"
             "用户输入一句话，系统就找出意思最接近的那些文本！它不要求字面相同，所以同义的说法也能召回。训练只需要没有标注的文本。")
 SHORT = "联通流量不够用怎么办？"
-PLAIN = p.Statistics(documents=2, document_frequency=p.count_documents([split_words(DOCUMENT), split_words(SHORT)]))
+PLAIN = p.Statistics(2, p.count_documents([split_words(DOCUMENT), split_words(SHORT)]))
 
 
 def document_of(text):
@@ -176,14 +176,16 @@ def test_documents_are_counted_once_for_each_word():
 
 # --------------------------------------------------------------------------------------------------------------- kinds
 def test_kinds_share_the_pairs_and_make_up_for_each_other():
-    made = p.make_pairs(document_of(DOCUMENT), ["cloze", "words"], 10, random(), PLAIN)
+    made = p.make_document_pairs(document_of(DOCUMENT), ["cloze", "words"], 10, random(), PLAIN)
     assert {kind: len(pairs) for kind, pairs in made.items()} == {"cloze": 5, "words": 5}
-    made = p.make_pairs(document_of(DOCUMENT), ["cloze", "words"], 40, random(), PLAIN)
+    made = p.make_document_pairs(document_of(DOCUMENT), ["cloze", "words"], 40, random(), PLAIN)
     assert {kind: len(pairs) for kind, pairs in made.items()} == {"cloze": 9, "words": 31}
-    made = p.make_pairs(document_of(SHORT), ["cloze", "words"], 4, random(), PLAIN)
+    made = p.make_document_pairs(document_of(SHORT), ["cloze", "words"], 4, random(), PLAIN)
     assert made["cloze"] == [] and len(made["words"]) == 4
     document = document_of(DOCUMENT)
-    kinds = Counter(kind for seed in range(400) for kind in p.make_pairs(document, p.KINDS, 1, random(seed), PLAIN))
+    kinds = Counter()
+    for seed in range(400):
+        kinds.update(p.make_document_pairs(document, p.KINDS, 1, random(seed), PLAIN).keys())
     assert kinds.total() == 400 and abs(kinds["cloze"] - 200) < 4 * math.sqrt(400 / 4)
 
 
@@ -193,7 +195,26 @@ def test_words_are_kept_by_blocks():
         blocks = [[["语义", "a\"\n"], []], [["索引"]]]
         for block in blocks:
             words.append(encode(block))
+        words.flush()
         assert [words.read(1), words.read(0)] == [blocks[1], blocks[0]]
+
+
+def test_workers_do_not_write_the_words_again(sample, tmp_path, monkeypatch):
+    """What is left in the buffer when they are forked would be written by each of them."""
+    class CompleteWordFile(WordFile):
+        def read(self, block):
+            assert os.fstat(self._file.fileno()).st_size == self._begins[-1]
+            return super().read(block)
+
+    monkeypatch.setattr(script, "WordFile", CompleteWordFile)
+    monkeypatch.setattr(script, "BLOCK_DOCUMENTS", 7)
+    make(arguments(sample / "corpus.csv", tmp_path / "pairs.csv", workers=2))
+
+
+@pytest.mark.parametrize("text, expected", [
+    (DOCUMENT, True), (SHORT, True), ("语义 检索 编码", True), ("语义 检索", False), ("。", False)])
+def test_whether_a_text_gives_pairs(text, expected):
+    assert p.can_make_pairs(text) is expected
 
 
 # -------------------------------------------------------------------------------------------------------------- script
@@ -215,15 +236,15 @@ def arguments(corpus, output, **changed):
 def make(args):
     """What the script does with its flags; the report."""
     documents = Documents(Corpus(args.corpus_file, "--corpus_file"))
-    return script.describe(args, documents, script.make_all(args, documents))
+    return script.describe(args, documents, script.make_corpus_pairs(args, documents))
 
 
 def test_the_report_says_what_was_made_of_which_documents(corpus, tmp_path):
     report = make(arguments(corpus, tmp_path / "pairs.csv"))
     assert report == (
         f"wrote {tmp_path}/pairs.csv: 8 pairs of 2 documents, 2 cloze, 6 words; "
-        f"3 documents too short for cloze ({corpus}:2, {corpus}:5, {corpus}:6); "
-        f"2 documents too short for words ({corpus}:5, {corpus}:6); "
+        f"3 documents gave no cloze pairs ({corpus}:2, {corpus}:5, {corpus}:6); "
+        f"2 documents gave no words pairs ({corpus}:5, {corpus}:6); "
         f"2 documents without any pair ({corpus}:5, {corpus}:6); "
         f"1 copy of an earlier document ({corpus}:4); 1 line blank or skipped ({corpus}:3)")
     rows = TextFile(str(tmp_path / "pairs.csv"), "--flag", 2)
@@ -279,10 +300,10 @@ def test_a_corpus_that_gives_no_pair_is_refused(tmp_path):
 
 
 def test_flags():
-    assert script.kinds("words, cloze,words") == ["cloze", "words"]
+    assert script.kind_list("words, cloze,words") == ["cloze", "words"]
     line = refuse("scripts/make_pairs.py", "--corpus_file", __file__, "--output_file", "x", "--kinds", "cloze,span")
-    assert line.startswith("make_pairs.py: error: argument --kinds: expected some of cloze, words, with commas between "
-                           "them, got 'span'")
+    assert line.startswith("make_pairs.py: error: argument --kinds: "
+                           "expected a comma-separated list of cloze, words; got 'span'")
 
 
 def test_copies_and_lines_that_are_no_rows(tmp_path):

@@ -321,7 +321,7 @@ def answers_of(stdout):
     """The answers that the quickstart prints: for each query its documents."""
     answers = {}
     query = None
-    for line in stdout.partition("\nThe commands below")[0].splitlines():
+    for line in stdout.partition("\nRun these commands in ")[0].splitlines():
         if line.startswith("  "):
             answers[query].append(line.split(maxsplit=1)[1])
         elif line:
@@ -336,7 +336,7 @@ def test_quickstart_with_documents_of_the_user(installed, tmp_path):
     file = tmp_path / "my papers.csv"
     file.write_text("".join(f"d{row}\t{text}\n" for row, text in enumerate(documents)), encoding="utf-8")
     before = file.read_bytes()
-    out = installed / "quickstart" / "my papers"
+    out = installed / "quickstart" / "files" / "my papers"
     (out / "trained" / "model_1_whitened").mkdir(parents=True)
     (out / "made_by_quickstart").touch()
 
@@ -353,14 +353,16 @@ def test_quickstart_with_documents_of_the_user(installed, tmp_path):
     assert ranked_first[0] in ranked_first[1]
 
     more = re.search(r"^More queries:\n  (.*) --query TEXT$", result.stdout, re.M)[1]
+    assert "--distinct" in more
+    assert set(re.findall(r"(\S+) .*sh scripts/", result.stdout)) == {"PYTHON=.venv/bin/python"}
     asked = subprocess.run(["bash", "-c", f"{more} --query 糖尿病"], cwd=installed, capture_output=True, text=True)
     assert asked.stdout.count("\n") == 5, asked.stderr
 
 
 def test_quickstart_with_few_documents(installed, tmp_path):
-    """Which are too few to train on; in a folder of the user's choice, from elsewhere, with a query of the user's."""
+    """Which are too few to train on; file and folder of the user's are both relative to the user's own folder."""
     (tmp_path / "words").write_text("苹果\n香蕉\n语义\n检索\n编码\n索引\n白化\n训练\n文档\n查询", encoding="utf-8")
-    result = quickstart(installed, "words", "语义 检索", cwd=tmp_path, OUT=str(tmp_path / "out"))
+    result = quickstart(installed, "words", "语义 检索", cwd=tmp_path, OUT="out")
     assert result.returncode == 0, result.stderr
     assert "too few texts to whiten and to train on (10 documents and clauses, 500 are needed)" in result.stderr
     assert f"too few pairs to train on (0); the checkpoint stays {tmp_path}/out/whitened/model_0\n" in result.stderr
@@ -380,9 +382,10 @@ def test_quickstart_refuses_what_it_cannot_use_before_it_installs(bare_clone, tm
     for words, env, message in [
             (["no.txt"], {}, "no.txt: no such file"),
             (["scripts"], {}, "scripts: not a regular file; it is read several times"),
-            (["--help"], {}, "--help: no such flag; usage: bash scripts/quickstart.sh [FILE [QUERY ...]]"),
+            (["--out"], {}, "--out: no such flag; usage: bash scripts/quickstart.sh [FILE [QUERY ...]]"),
+            (["texts.txt"], {"DEVICE": "tpu"}, "DEVICE=tpu: expected cpu or gpu"),
             (["texts.txt", "-"], {}, "-: queries from stdin are not read; recall.py --query reads them"),
-            (["texts.txt"], {"OUT": str(tmp_path / "mine")}, f"OUT={tmp_path}/mine: it is there already, and not of an "
+            (["texts.txt"], {"OUT": str(tmp_path / "mine")}, f"OUT={tmp_path}/mine: exists and was not made by an "
              "earlier run with a file; name another folder"),
             ([own / "pairs.csv"], {"OUT": str(own)}, f"OUT={own}: {own}/pairs.csv is in it; name another folder")]:
         result = quickstart(bare_clone, *words, **env)
@@ -390,6 +393,23 @@ def test_quickstart_refuses_what_it_cannot_use_before_it_installs(bare_clone, tm
         assert result.stderr == f"quickstart.sh: error: {message}\n"
     assert sorted(os.listdir(bare_clone)) == ["scripts", "texts.txt"] and texts.stat().st_size
     assert (own / "pairs.csv").stat().st_size and (tmp_path / "mine" / "index").exists()
+
+
+@pytest.mark.parametrize("folder", ["", "index", "recall"])
+def test_the_sample_run_keeps_the_results_of_a_users_file(bare_clone, folder):
+    mark = bare_clone / "quickstart" / folder / "made_by_quickstart"
+    mark.parent.mkdir(parents=True)
+    mark.touch()
+    result = quickstart(bare_clone, PYTHON="false")
+    assert (result.returncode, result.stdout) == (2, "") and mark.exists()
+    assert result.stderr == (f"quickstart.sh: error: quickstart/{folder}: holds the results of a run with a file, and "
+                             "the sample run writes to it; move it elsewhere\n")
+
+
+def test_quickstart_prints_its_usage(bare_clone):
+    result = quickstart(bare_clone, "--help", cwd=bare_clone.parent)
+    assert result.returncode == 0 and not result.stderr
+    assert "\n  bash scripts/quickstart.sh FILE [QUERY ...] " in result.stdout and "set -" not in result.stdout
 
 
 @pytest.mark.parametrize("content, message", [
@@ -429,45 +449,72 @@ def test_quickstart_ends_by_ctrl_c(bare_clone):
     ("pairs_per_document 1000000", "1"),
     ("pair_batch_size 6000", "512"), ("pair_batch_size 200", "50"), ("pair_batch_size 3", "0"),
     ("sequence_length 64", "64"), ("sequence_length 65", "512"),
-    ("DEVICE=gpu; choose_recipe; echo $POOLING; sequence_length 65", "first_last_avg\n128")])
-def test_the_recipe_follows_the_size_of_the_file(call, expected):
-    ran = subprocess.run(["bash", "-c", f"set -eu; . scripts/recipe.sh; DEVICE=cpu; choose_recipe; {call}"], cwd=ROOT,
-                         capture_output=True, text=True)
+    ("default_folder 'x/my papers.txt'", "quickstart/files/my papers"),
+    ("default_folder .txt", "quickstart/files/texts"),
+    ("DEVICE=gpu; choose_settings; echo $POOLING; sequence_length 65", "first_last_avg\n128")])
+def test_settings_follow_the_file_and_the_device(call, expected):
+    lines = f"set -eu; . scripts/own_texts.sh; DEVICE=cpu; choose_settings; {call}"
+    ran = subprocess.run(["bash", "-c", lines], cwd=ROOT, capture_output=True, text=True)
     assert ran.stdout.strip() == expected, ran.stderr
 
 
-@pytest.mark.parametrize("call, code, checkpoint", [
-    ("whiten_texts out texts 500 64", 0, "out/whitened/model_0_whitened"),
-    ("whiten_texts out texts 499 64", 0, "out/whitened/model_0"),
-    ("whiten_encoder() { return 2; }; whiten_texts out texts 500 64", 0, "out/whitened/model_0"),
-    ("whiten_encoder() { return 1; }; whiten_texts out texts 500 64", 1, ""),
-    ("train_on_texts out pairs", 0, "out/trained/model_3_whitened"),
-    ("train_encoder() { return 2; }; train_on_texts out pairs", 0, "whitened"),
-    ("train_encoder() { return 130; }; train_on_texts out pairs", 130, ""),
-    ("train_on_texts out no_pairs", 0, "whitened"),
-    ("is_whitened=true; make_document_pairs() { return 2; }; pair_texts texts 9 no_pairs", 0, "whitened"),
-    ("is_whitened=false; make_document_pairs() { return 1; }; pair_texts texts 9 no_pairs", 0, "whitened")])
-def test_the_recipe_goes_on_from_what_there_is(tmp_path, call, code, checkpoint):
-    """train.py is a stub; a refusal (exit code 2) skips its step, and anything else ends the script."""
-    (tmp_path / "pairs").write_text("a\tb\n" * 8)
-    (tmp_path / "out" / "trained" / "model_3_whitened").mkdir(parents=True)
-    lines = (f"set -eu; . {ROOT}/scripts/recipe.sh; DEVICE=cpu; choose_recipe; train_encoder() {{ :; }}; "
-             f"checkpoint=whitened; {call}; echo $checkpoint")
-    ran = subprocess.run(["bash", "-c", lines], cwd=tmp_path, capture_output=True, text=True)
-    assert (ran.returncode, ran.stdout.strip()) == (code, checkpoint), ran.stderr
+PLENTY = {"documents": 400, "whitening_texts": 500, "can_make_pairs": "yes"}
+STUBS = """
+train_encoder() {
+    model=model_9
+    case "$*" in *"--epochs 0"*) model=model_0 ;; esac
+    case "$*" in *--whiten) model=${model}_whitened ;; esac
+    mkdir -p "$1/$model"
+    touch "$1/$model/model_state.pdparams"
+}
+make_document_pairs() { printf '%8s' | tr ' ' '\\n' >"$3"; }
+"""
+
+
+@pytest.mark.parametrize("sizes, changes, checkpoint, said", [
+    ({}, "", "trained/model_9_whitened", ""),
+    ({}, "SECOND_WHITENING=", "trained/model_9", ""),
+    ({"whitening_texts": 499}, "", "whitened/model_0", "too few texts to whiten and to train on (499 documents"),
+    ({"can_make_pairs": "no"}, "", "whitened/model_0_whitened", "every text is too short for a query to be taken"),
+    ({}, "make_document_pairs() { echo 'a\tb' >$3; }", "whitened/model_0_whitened", "too few pairs to train on (1)")])
+def test_what_the_texts_do_not_suffice_for_is_left_out(tmp_path, sizes, changes, checkpoint, said):
+    """train.py and make_pairs.py are stubs."""
+    ran = train_on_file(tmp_path, {**PLENTY, **sizes}, changes)
+    assert (ran.returncode, ran.stdout) == (0, f"{checkpoint}\n"), ran.stderr
+    assert said in ran.stderr
+
+
+@pytest.mark.parametrize("step", ["whiten_encoder", "make_document_pairs", "train_on_pairs"])
+@pytest.mark.parametrize("code", [2, 130])
+def test_a_step_that_fails_ends_the_quickstart(tmp_path, step, code):
+    """With its own exit code: 2 may be a full disk, which is no reason to go on without the step."""
+    ran = train_on_file(tmp_path, PLENTY, f"{step}() {{ return {code}; }}")
+    assert (ran.returncode, ran.stdout) == (code, ""), ran.stderr
+    assert ran.stderr.splitlines()[-1].endswith("/6 ...")
+
+
+def train_on_file(folder, sizes, changes):
+    """Run the steps between reading the file and the index, with stubs, and print the checkpoint that they leave."""
+    (folder / "sizes.txt").write_text("".join(f"{name}={value}\n" for name, value in sizes.items()))
+    lines = [f"set -euo pipefail; . {ROOT}/scripts/own_texts.sh; DEVICE=cpu; choose_settings", STUBS, changes,
+             "run_step 3/6 whiten_if_enough . 64", "run_step 4/6 make_pairs_if_possible .",
+             "run_step 5/6 train_if_enough .", "last_checkpoint ."]
+    ran = subprocess.run(["bash", "-c", "\n".join(lines)], cwd=folder, capture_output=True, text=True)
+    ran.stdout = ran.stdout.replace("./", "")
+    return ran
 
 
 @pytest.mark.parametrize("text, query", [
     ("目的探讨，为临床提供参考意见。方法采用随机对照试验和回归分析。好", "方法采用随机对照试验和回归分析"),
-    ("苹果", "苹果"), ("长" * 40, "长" * 30)])
+    ("苹果", "苹果"), ("长" * 40, "长" * 30), ("word " * 40, ("word " * 30).strip())])
 def test_a_query_taken_out_of_a_document_can_be_read_at_a_glance(text, query):
     assert sample_texts.choose_query(text) == query
 
 
 def test_few_documents_are_whitened_on_with_their_clauses():
-    assert sample_texts.add_clauses(["苹果，香蕉。 ", "苹果"]) == ["苹果，香蕉。 ", "苹果", "香蕉"]
+    assert sample_texts.choose_whitening_texts(["苹果，香蕉。 ", "苹果"]) == ["苹果，香蕉。 ", "苹果", "香蕉"]
     many = [f"第{row}篇，完" for row in range(1000)]
-    assert sample_texts.add_clauses(many) == many
+    assert sample_texts.choose_whitening_texts(many) == many
 
 
 def test_queries_are_of_documents_all_over_the_corpus():

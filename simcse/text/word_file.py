@@ -9,7 +9,7 @@ from typing import BinaryIO
 class WordFile:
     """The words of blocks of documents, in a temporary file.
 
-    Workers that are forked when it is complete read it, too.
+    Workers forked after `flush` can read it.
 
     Args:
         file: an empty binary file, open for reading and writing.
@@ -23,13 +23,16 @@ class WordFile:
         """Add a block that `encode` has encoded."""
         self._begins.append(self._begins[-1] + self._file.write(encoded.encode()))
 
+    def flush(self) -> None:
+        """Write what is buffered, after the last `append` and before the first `read`."""
+        self._file.flush()
+
     def read(self, block: int) -> list[list[str]]:
         """Return for each document of a block its words.
 
         Args:
             block: its number, from 0, in the order of `append`.
         """
-        self._file.flush()
         begin = self._begins[block]
         # Workers share one place in the file, which pread leaves alone.
         return json.loads(os.pread(self._file.fileno(), self._begins[block + 1] - begin, begin))

@@ -5,10 +5,12 @@ A kind of pairs is a function and an entry in KINDS.
 
 import math
 import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from simcse.text.words import split_words
 
 import numpy as np
 
@@ -54,12 +56,12 @@ class Statistics:
     """What pairs depend on besides the text of their document.
 
     Attributes:
-        documents: how many the corpus has.
+        document_count: how many documents the corpus has.
         document_frequency: for each word, how many documents have it; empty where no kind draws words.
         query_lengths: int64 [queries], as `query_length` counts them, of queries to imitate; None: there are none.
     """
 
-    documents: int
+    document_count: int
     document_frequency: Counter[str]
     query_lengths: np.ndarray | None = None
 
@@ -192,7 +194,7 @@ def word_weights(words: Sequence[str], statistics: Statistics) -> dict[str, floa
     """
     weights = {}
     for word, frequency in Counter(words).items():
-        weights[word] = frequency * math.log((statistics.documents + 1) / statistics.document_frequency[word])
+        weights[word] = frequency * math.log((statistics.document_count + 1) / statistics.document_frequency[word])
     return weights
 
 
@@ -281,8 +283,8 @@ KINDS = {
 }
 
 
-def make_pairs(document: Document, kinds: Sequence[str], count: int, random: np.random.Generator,
-               statistics: Statistics) -> dict[str, list[Pair]]:
+def make_document_pairs(document: Document, kinds: Sequence[str], count: int, random: np.random.Generator,
+                        statistics: Statistics) -> dict[str, list[Pair]]:
     """Return the pairs of a document by kind, of the kinds that were to make any.
 
     All kinds get the same share of `count`, and what one of them cannot make is shared by those after it.
@@ -305,57 +307,11 @@ def make_pairs(document: Document, kinds: Sequence[str], count: int, random: np.
     return pairs_of_kind
 
 
-class Tally:
-    """Count documents, and keep the numbers of the first ones.
-
-    Attributes:
-        count: how many there are.
-        first: the numbers of up to FIRST of them.
-    """
-
-    FIRST = 3
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.first: list[int] = []
-
-    def add(self, document: int) -> None:
-        self.count += 1
-        if len(self.first) < self.FIRST:
-            self.first.append(document)
-
-    def merge(self, later: "Tally") -> None:
-        """Add a tally of documents that come after these."""
-        self.count += later.count
-        self.first = (self.first + later.first)[: self.FIRST]
-
-
-class PairReport:
-    """Count what was made of which documents.
-
-    Attributes:
-        pairs: how many pairs there are of each kind.
-        without: for each kind the documents that were to give pairs of it, and gave none.
-        empty: the documents that gave no pair of any kind.
-    """
-
-    def __init__(self) -> None:
-        self.pairs: Counter[str] = Counter()
-        self.without: defaultdict[str, Tally] = defaultdict(Tally)
-        self.empty = Tally()
-
-    def add(self, document: int, pairs_of_kind: Mapping[str, Sequence[Pair]]) -> None:
-        """Count what `make_pairs` has made of a document, given by its number."""
-        for kind, pairs in pairs_of_kind.items():
-            self.pairs[kind] += len(pairs)
-            if not pairs:
-                self.without[kind].add(document)
-        if not any(pairs_of_kind.values()):
-            self.empty.add(document)
-
-    def merge(self, later: "PairReport") -> None:
-        """Add the counts of documents that come after these."""
-        self.pairs.update(later.pairs)
-        for kind, tally in later.without.items():
-            self.without[kind].merge(tally)
-        self.empty.merge(later.empty)
+def can_make_pairs(text: str) -> bool:
+    """Return whether one of the KINDS can make a pair of a text."""
+    words = split_words(text)
+    statistics = Statistics(1, count_documents([words]))
+    one_of_each_kind = len(KINDS)
+    pairs_of_kind = make_document_pairs(Document(text, words), list(KINDS), one_of_each_kind, np.random.default_rng(0),
+                                        statistics)
+    return any(pairs_of_kind.values())

@@ -1,0 +1,328 @@
+# Read by quickstart.sh, under bash: train an encoder on documents without labels and search them. The encoder is
+# whitened on the documents, trained on pairs that are made from them (docs/en/better-recall.md#pairs-from-documents), and
+# whitened again. run_on_file does that with a file of the user, builds the index and answers queries.
+ENCODER=pretrained/ernie_mini_zh
+MAX_PAIRS=120000           # about as many as 2 cores train on within minutes
+MAX_PAIRS_PER_DOCUMENT=20  # a small file has many of each document
+MIN_WHITENING_TEXTS=500    # documents and clauses; on fewer, whitening and training do harm
+MIN_BATCH_SIZE=2           # a query needs the document of another one as a negative
+PAIR_EPOCHS=2              # passes over the pairs
+SECOND_WHITENING=--whiten  # flags of the training on pairs; empty: the trained encoder stays as it is
+SHORT_LENGTH=64            # tokens, for titles and questions
+QUERIES=3                  # taken out of the documents where the user gives none
+TOP_K=5                    # documents printed for each query
+# What run_on_file and the commands that it prints write to its folder, besides files that are always written over.
+OWN_FILES="pairs.csv whitened trained index answers.tsv output result"
+OWN_MARK=made_by_quickstart  # an empty file in a folder that run_on_file may clear
+
+say() { printf '== %s\n' "$*" >&2; }
+
+refuse() { # refuse MESSAGE: end with one line and exit code 2
+    printf 'quickstart.sh: error: %s\n' "$*" >&2
+    exit 2
+}
+
+# run_step NAME COMMAND...: run it, and say before and after what it is and how long it took.
+run_step() {
+    local name=$1 started=$SECONDS
+    shift
+    say "$name ..."
+    "$@"
+    say "$name: $((SECONDS - started)) s"
+}
+
+# The settings that depend on DEVICE.
+choose_settings() {
+    case $DEVICE in
+    cpu)
+        POOLING=first_avg   # no layers: fast without a GPU
+        LONG_LENGTH=512     # tokens of long documents, which cost little without layers
+        MAX_BATCH_SIZE=512  # many negatives for each query
+        PAIR_LEARNING_RATE=1e-3
+        ;;
+    gpu)
+        POOLING=first_last_avg
+        LONG_LENGTH=128  # every token goes through the layers
+        MAX_BATCH_SIZE=128
+        PAIR_LEARNING_RATE=2e-4  # the layers are trained too, in smaller steps than token embeddings
+        ;;
+    *) refuse "DEVICE=$DEVICE: expected cpu or gpu" ;;
+    esac
+}
+
+# sequence_length TOKENS: --max_seq_length for texts of so many tokens.
+sequence_length() {
+    if [ "$1" -gt "$SHORT_LENGTH" ]; then
+        echo "$LONG_LENGTH"
+    else
+        echo "$SHORT_LENGTH"
+    fi
+}
+
+# pairs_per_document DOCUMENTS: at most MAX_PAIRS_PER_DOCUMENT, and at most MAX_PAIRS for all documents together.
+pairs_per_document() {
+    local count=$((MAX_PAIRS / $1))
+    if [ "$count" -gt "$MAX_PAIRS_PER_DOCUMENT" ]; then
+        count=$MAX_PAIRS_PER_DOCUMENT
+    elif [ "$count" -lt 1 ]; then
+        count=1
+    fi
+    echo "$count"
+}
+
+# pair_batch_size PAIRS: at most MAX_BATCH_SIZE, and at most a quarter of the pairs.
+pair_batch_size() {
+    local quarter=$(($1 / 4))
+    if [ "$quarter" -lt "$MAX_BATCH_SIZE" ]; then
+        echo "$quarter"
+    else
+        echo "$MAX_BATCH_SIZE"
+    fi
+}
+
+# train_encoder FOLDER TEXTS FLAGS...: train.py on a file of one text or pair a line; checkpoints go to FOLDER.
+train_encoder() {
+    local folder=$1 texts=$2
+    shift 2
+    "$PYTHON" train.py --device "$DEVICE" --plain_text --train_set_file "$texts" --save_dir "$folder" \
+        --visualdl_dir "$folder/log" "$@" >&2
+}
+
+# save_encoder FOLDER TEXTS LENGTH FLAGS...: writes FOLDER/model_0, the encoder without training.
+save_encoder() {
+    local folder=$1 texts=$2 length=$3
+    shift 3
+    train_encoder "$folder" "$texts" --model_name_or_path "$ENCODER" --pooling "$POOLING" --max_seq_length "$length" \
+        --epochs 0 "$@"
+}
+
+# whiten_encoder FOLDER TEXTS LENGTH: writes FOLDER/model_0_whitened.
+whiten_encoder() { save_encoder "$@" --whiten; }
+
+# make_document_pairs TEXTS DOCUMENTS PAIRS: writes the file PAIRS.
+make_document_pairs() {
+    "$PYTHON" scripts/make_pairs.py --plain_text --corpus_file "$1" --corpus_columns 1 --output_file "$3" \
+        --pairs_per_document "$(pairs_per_document "$2")"
+}
+
+# train_on_pairs FOLDER PAIRS CHECKPOINT: writes a checkpoint to FOLDER, which trained_checkpoint names.
+train_on_pairs() {
+    local pairs
+    pairs=$(wc -l <"$2")
+    # shellcheck disable=SC2086  # SECOND_WHITENING may be empty
+    train_encoder "$1" "$2" --init_from_ckpt "$3" --epochs "$PAIR_EPOCHS" --batch_size "$(pair_batch_size "$pairs")" \
+        --learning_rate "$PAIR_LEARNING_RATE" --dropout 0 --output_dropout 0 $SECOND_WHITENING
+}
+
+# trained_checkpoint FOLDER: the checkpoint that train_on_pairs wrote there last.
+trained_checkpoint() {
+    local weights
+    weights=$(ls -t "$1"/model_*/model_state.pdparams | head -n 1)
+    dirname "$weights"
+}
+
+# --------------------------------------------------------------------------------------------------- a file of the user
+# check_file FILE: refuse what the shell can see without Python.
+check_file() {
+    [ -e "$1" ] || refuse "$1: no such file"
+    [ -f "$1" ] || refuse "$1: not a regular file; it is read several times"
+    [ -r "$1" ] || refuse "$1: permission denied"
+}
+
+# check_folder FOLDER FILE: refuse a folder that run_on_file has not made, or that holds FILE.
+check_folder() {
+    if [ ! -e "$1" ]; then
+        return
+    fi
+    if [ ! -d "$1" ] || { [ ! -e "$1/$OWN_MARK" ] && [ -n "$(ls -A "$1")" ]; }; then
+        refuse "OUT=$1: exists and was not made by an earlier run with a file; name another folder"
+    fi
+    local file_folder own_folder
+    file_folder=$(cd "$(dirname "$2")" && pwd -P)
+    own_folder=$(cd "$1" && pwd -P)
+    case $file_folder/ in "$own_folder"/*) refuse "OUT=$1: $2 is in it; name another folder" ;; esac
+}
+
+# check_device: refuse a DEVICE other than cpu and gpu.
+check_device() {
+    case ${DEVICE:-cpu} in
+    cpu | gpu) ;;
+    *) refuse "DEVICE=$DEVICE: expected cpu or gpu" ;;
+    esac
+}
+
+# check_queries QUERY...: refuse -, which recall.py takes for stdin.
+check_queries() {
+    local query
+    for query in "$@"; do
+        [ "$query" != - ] || refuse "-: queries from stdin are not read; recall.py --query reads them"
+    done
+}
+
+# default_folder FILE: where the results of a file go without OUT. The sample run writes nothing to quickstart/files.
+default_folder() {
+    local name
+    name=$(basename "$1")
+    name=${name%.*}
+    echo "quickstart/files/${name:-texts}"
+}
+
+# install_for_device: make .venv, and set DEVICE where the user has not: to gpu with a GPU and paddle for it, else to cpu.
+install_for_device() {
+    if compgen -G '.venv/lib/python*/site-packages/paddlepaddle_gpu-*' >/dev/null; then
+        # Somebody has installed it as docs/en/training.md says; requirements.txt would write over it.
+        if [ -z "${DEVICE:-}" ] && nvidia-smi -L >/dev/null 2>&1; then
+            DEVICE=gpu
+        fi
+    else
+        make_venv .venv requirements.txt
+    fi
+    DEVICE=${DEVICE:-cpu}
+}
+
+# clear_folder FOLDER: remove what an earlier run has written to it.
+clear_folder() {
+    local name
+    for name in $OWN_FILES; do
+        rm -rf "${1:?}/$name"
+    done
+}
+
+# sample_corpus FOLDER FILE QUERY...: writes the texts to train on, the queries and the sizes of both to FOLDER, and
+# removes what an earlier run has made there. Where the file is refused, that stays.
+sample_corpus() {
+    local folder=$1 corpus=$2 query queries=()
+    shift 2
+    for query in "$@"; do
+        queries+=(--query="$query")
+    done
+    mkdir -p "$folder"
+    touch "$folder/$OWN_MARK"
+    "$PYTHON" scripts/sample_texts.py --corpus_file "$corpus" --texts_file "$folder/texts.txt" \
+        --whitening_file "$folder/whitening.txt" --query_file "$folder/queries.txt" --max_texts "$MAX_PAIRS" \
+        --queries "$QUERIES" ${queries[@]+"${queries[@]}"} >"$folder/sizes.txt"
+    clear_folder "$folder"
+}
+
+# read_size FOLDER NAME: what sample_texts.py printed for NAME.
+read_size() { sed -n "s/^$2=//p" "$1/sizes.txt"; }
+
+# whiten_if_enough FOLDER LENGTH: whiten the encoder on FOLDER/whitening.txt, or save it as it is.
+whiten_if_enough() {
+    local count
+    count=$(read_size "$1" whitening_texts)
+    if [ "$count" -ge "$MIN_WHITENING_TEXTS" ]; then
+        whiten_encoder "$1/whitened" "$1/whitening.txt" "$2"
+    else
+        say "too few texts to whiten and to train on ($count documents and clauses, $MIN_WHITENING_TEXTS are needed);" \
+            "the encoder stays as it is"
+        save_encoder "$1/whitened" "$1/whitening.txt" "$2"
+    fi
+}
+
+# make_pairs_if_possible FOLDER: write FOLDER/pairs.csv, unless the texts are too few or too short.
+make_pairs_if_possible() {
+    if [ "$(read_size "$1" whitening_texts)" -lt "$MIN_WHITENING_TEXTS" ]; then
+        say "no pairs are made"
+    elif [ "$(read_size "$1" can_make_pairs)" = no ]; then
+        say "no pairs are made: every text is too short for a query to be taken out of it"
+    else
+        make_document_pairs "$1/texts.txt" "$(read_size "$1" documents)" "$1/pairs.csv"
+    fi
+}
+
+# train_if_enough FOLDER: train on FOLDER/pairs.csv, where it has enough pairs for a batch.
+train_if_enough() {
+    local checkpoint count=0
+    checkpoint=$(last_checkpoint "$1")
+    if [ -e "$1/pairs.csv" ]; then
+        count=$(wc -l <"$1/pairs.csv")
+    fi
+    if [ "$(pair_batch_size "$count")" -ge "$MIN_BATCH_SIZE" ]; then
+        train_on_pairs "$1/trained" "$1/pairs.csv" "$checkpoint"
+    else
+        say "too few pairs to train on ($((count))); the checkpoint stays $checkpoint"
+    fi
+}
+
+# last_checkpoint FOLDER: that of the last step which has written one.
+last_checkpoint() {
+    if [ -d "$1/trained" ]; then
+        trained_checkpoint "$1/trained"
+    elif [ -d "$1/whitened/model_0_whitened" ]; then
+        echo "$1/whitened/model_0_whitened"
+    else
+        echo "$1/whitened/model_0"
+    fi
+}
+
+# answer_queries FOLDER FILE: build the index and answer the queries of FOLDER/queries.txt.
+answer_queries() {
+    local checkpoint query queries=()
+    checkpoint=$(last_checkpoint "$1")
+    while IFS= read -r query; do
+        queries+=(--query="$query")
+    done <"$1/queries.txt"
+    "$PYTHON" recall.py --device "$DEVICE" --params_path "$checkpoint" --corpus_file "$2" --index_path "$1/index" \
+        --hybrid_bm25 --distinct --top_k "$TOP_K" "${queries[@]}" >"$1/answers.tsv"
+}
+
+# quoted TEXT: the text as one word of a shell command.
+quoted() {
+    case $1 in
+    *[!A-Za-z0-9_./-]*) printf "'%s'" "${1//\'/\'\\\'\'}" ;;
+    *) printf '%s' "$1" ;;
+    esac
+}
+
+# print_next_commands FOLDER FILE: commands to copy, for the index and the checkpoint in FOLDER.
+print_next_commands() {
+    local file index model output recall result
+    file=$(quoted "$2")
+    index=$(quoted "$1/index")
+    model=$(quoted "$(last_checkpoint "$1")")
+    output=$(quoted "$1/output")
+    result=$(quoted "$1/result")
+    recall=".venv/bin/python recall.py --device $DEVICE --params_path $model --index_path $index --hybrid_bm25"
+    cat <<END
+
+Run these commands in $PWD:
+
+More queries:
+  $recall --distinct --top_k $TOP_K --query TEXT
+
+The search page of these documents, at http://127.0.0.1:8000:
+  .venv/bin/pip install -r requirements-serving.txt
+  PYTHON=.venv/bin/python PARAMS_PATH=$model OUTPUT_DIR=$output sh scripts/export_model.sh
+  PYTHON=.venv/bin/python DEVICE=$DEVICE OUTPUT_DIR=$output INDEX_PATH=$index sh scripts/serve.sh
+
+Recall@k, with a dev.csv of queries and their documents, tab-separated:
+  $recall --corpus_file $file --similar_text_pair dev.csv --recall_num 50 --recall_result_dir $result
+  .venv/bin/python evaluate.py --similar_text_pair dev.csv --recall_result_file $result/recall_result.txt
+END
+}
+
+# run_on_file FOLDER FILE [QUERY ...]: from a file of documents to answers and a kept index, in FOLDER. Sets PYTHON and
+# DEVICE.
+run_on_file() {
+    local out=$1 corpus=$2 length started=$SECONDS
+    shift 2
+    check_file "$corpus"
+    check_folder "$out" "$corpus"
+    check_queries "$@"
+    check_device
+
+    run_step "1/6 install into .venv" install_for_device
+    PYTHON=$PWD/.venv/bin/python
+    choose_settings
+    run_step "2/6 read $corpus" sample_corpus "$out" "$corpus" "$@"
+    length=$(sequence_length "$(read_size "$out" tokens)")
+    run_step "3/6 whiten $POOLING, $length tokens" whiten_if_enough "$out" "$length"
+    run_step "4/6 pairs from documents" make_pairs_if_possible "$out"
+    run_step "5/6 train on the pairs${SECOND_WHITENING:+, whiten again}" train_if_enough "$out"
+    run_step "6/6 index with BM25, answers" answer_queries "$out" "$corpus"
+    say "$((SECONDS - started)) s in all; files in $out/"
+
+    "$PYTHON" scripts/print_answers.py <"$out/answers.tsv"
+    print_next_commands "$out" "$corpus"
+}
