@@ -156,6 +156,12 @@ def test_a_resumed_run_does_not_compare_with_the_model_best_of_another(tmp_path,
     assert capsys.readouterr().err == ("" if of_other_run is None else line)
 
 
+def test_a_resumed_run_keeps_the_count_of_its_undefined_evaluations(tmp_path):
+    run = trainer_with(best.BestEvaluation(evaluations_since=2, test_set_digest="digest"), tmp_path, early_stopping=3)
+    run.restore_best()
+    assert not run.best.update(10, {}) and run.best.evaluations_since == 3 and run.stops_early()
+
+
 def test_other_ranks_have_the_step_that_the_first_has_on_its_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(best, "gather_numbers", lambda number: [12, number])
     run = trainer_with(evaluation(4, 51.0, since=1), tmp_path)

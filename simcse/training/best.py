@@ -99,7 +99,8 @@ def read_best(folder: str, run_digest: str, state: BestEvaluation) -> BestEvalua
 
     It may be later than the one in the training state, since a run that was killed repeats the steps after its last
     checkpoint. Where model_best is missing or of another run, there is no best evaluation yet. That is so where the run
-    had another --save_dir, or no --save_best. All ranks call it together.
+    had another --save_dir, or no --save_best, and where all its evaluations were undefined, whose number is kept for
+    --early_stopping. All ranks call it together.
 
     Args:
         folder: of model_best; it need not exist.
@@ -112,6 +113,8 @@ def read_best(folder: str, run_digest: str, state: BestEvaluation) -> BestEvalua
     if step == NO_STEP:
         if record and not RANK:
             log(f"{folder} is not of the run that is resumed; the next evaluation replaces it")
+        if state.step is None:
+            return state
         return BestEvaluation(test_set_digest=state.test_set_digest)
     if step == state.step:
         return state
