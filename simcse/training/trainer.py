@@ -34,6 +34,7 @@ from paddle import nn
 
 LOG_STEPS = 10  # steps between log lines
 CHECK_STEPS = 10  # steps between checks of the loss where a check has to wait for it
+MOST_LINES = 100  # lines of a batch that an error message lists
 REMEDY = "A lower --learning_rate, --max_grad_norm 1 or --warmup_proportion 0.1 may help"
 
 
@@ -192,8 +193,9 @@ class Trainer:
 
     def _describe_loss(self, loss: float, batch: Any) -> str:
         lines = sorted(self.texts.line_number(row) for row in batch.rows)
-        message = (f"{console.PROGRAM}: error: the loss of step {self.step + 1} is {loss}; its batch is lines "
-                   f"{', '.join(map(str, lines[:100]))} of --train_set_file")
+        listed = console.some([str(line) for line in lines], MOST_LINES)
+        message = (f"{console.PROGRAM}: error: the loss of step {self.step + 1} is {loss} "
+                   f"(batch: lines {listed} of --train_set_file)")
         if self.checked_step < self.step:
             message += (f"; losses from step {self.checked_step + 1} on were not checked, so that an earlier batch may "
                         "be the cause")
