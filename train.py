@@ -33,6 +33,7 @@ from simcse.machine import RANK, RANKS
 from simcse.measures import RECALL_KS, mean_percent, measure_queries, percent, rank_first_targets
 from simcse.text import textfile, tokens, wordpiece
 
+COLUMN_NAMES = {1: ["texts"], 2: ["queries", "titles"]}  # of training files that bring no negatives of their own
 MIN_EVAL_TOKENS = 8192  # of an evaluation batch on a GPU, which has room for so many whatever is trained
 
 
@@ -156,21 +157,19 @@ def column_of(texts: textfile.TextFile, column: int) -> Iterator[str]:
         yield row if isinstance(row, str) else row[column]
 
 
-def check_learnable(args: argparse.Namespace, texts: textfile.TextFile) -> None:
+def check_negatives(args: argparse.Namespace, texts: textfile.TextFile) -> None:
     """Refuse training texts among which there are no negatives, and warn of batches that have none.
 
     There are none where all texts, all queries or all titles are the same, or where a batch is a single text. Triples
     bring their own.
     """
-    if texts.columns == 3:
+    if texts.columns not in COLUMN_NAMES:
         return
-    names = ["texts"] if texts.columns == 1 else ["queries", "titles"]
-    for column, name in enumerate(names):
+    for column, name in enumerate(COLUMN_NAMES[texts.columns]):
         first = next(column_of(texts, column))
         if all(text == first for text in column_of(texts, column)):
-            lines = console.count(len(texts), "line")
-            raise console.InputError(f"--train_set_file {args.train_set_file}: {lines} without two different {name}; "
-                                     "SimCSE learns by telling them apart")
+            raise console.InputError(f"--train_set_file {args.train_set_file}: all {name} are the same; contrastive "
+                                     "training needs at least two different ones")
     batch_size = min(args.batch_size, math.ceil(len(texts) / RANKS))
     if args.cross_device_negatives:
         batch_size *= RANKS
@@ -184,7 +183,8 @@ def check_texts_as_encoded(args: argparse.Namespace, texts: textfile.TextFile, t
     """Warn of texts of both files that the encoder reads only in part, or nothing of.
 
     Raises:
-        InputError: the encoder reads no two different texts, queries or titles to learn from.
+        InputError: all texts, all queries or all titles to train on are the same to the encoder, or all texts to
+            whiten on.
     """
     from simcse.encoder.encoder import tokenize_rows, warn_unusable
 
@@ -192,14 +192,15 @@ def check_texts_as_encoded(args: argparse.Namespace, texts: textfile.TextFile, t
     warn_unusable(training, args.max_seq_length)
     test_rows = [(f"{args.test_set_file}:{row.line_number}", row.fields[:2]) for row in test_set]
     warn_unusable(tokenize_rows(test_rows, tokenizer, args.max_seq_length), args.max_seq_length)
-    learns = args.epochs > 0 or args.whiten is not None
-    if texts.columns == 3 or not learns:
-        return
     known_ids = training.known_ids()
-    for side in range(texts.columns):
-        if not two_differ(known_ids[side :: texts.columns], args.max_seq_length):
-            raise console.InputError(f"--train_set_file {texts.name}: there are no two different texts as the encoder "
-                                     "sees them; SimCSE learns by telling them apart")
+    if args.epochs > 0 and texts.columns in COLUMN_NAMES:
+        for column, name in enumerate(COLUMN_NAMES[texts.columns]):
+            if not two_differ(known_ids[column :: texts.columns], args.max_seq_length):
+                raise console.InputError(f"--train_set_file {texts.name}: all {name} are the same to the encoder; "
+                                         "contrastive training needs at least two different ones")
+    if args.whiten is not None and not two_differ(known_ids, args.max_seq_length):
+        raise console.InputError(f"--train_set_file {texts.name}: all texts are the same to the encoder; --whiten "
+                                 "needs at least two different ones")
 
 
 def two_differ(all_ids: Sequence[tokens.Ids | None], max_seq_length: int) -> bool:
@@ -494,8 +495,8 @@ def main() -> None:
     if texts.columns > 1 and args.crop_rate:
         raise console.InputError(f"--crop_rate is for texts, one a line; {args.train_set_file} has {texts.columns} "
                                  "columns")
-    if args.epochs > 0 or args.whiten is not None:
-        check_learnable(args, texts)
+    if args.epochs > 0:
+        check_negatives(args, texts)
 
     args = flags.resolve_training(args)
     kind = {1: "training text", 2: "training pair", 3: "training triple"}[texts.columns]
