@@ -442,6 +442,7 @@ def evaluate_step(args: argparse.Namespace, trainer: Any, evaluate_model: Callab
     """
     measures = evaluate_model()
     trainer.log_measures("eval", measures)
+    trainer.evaluated_step = trainer.step
     if compares_evaluations(args):
         is_best = trainer.update_best(measures)
         if is_best and args.save_best:

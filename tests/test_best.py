@@ -76,11 +76,11 @@ def test_a_run_that_has_stopped_early_takes_no_step_when_it_is_resumed():
 def test_an_evaluation_is_logged_compared_and_saved(save_best, early_stopping, calls):
     called = []
     run = types.SimpleNamespace(
-        log_measures=lambda group, measures: called.append("log"), save_best=lambda: called.append("save"),
+        step=8, log_measures=lambda group, measures: called.append("log"), save_best=lambda: called.append("save"),
         update_best=lambda measures: called.append("update") or measures["recall@1"] > 50)
     args = argparse.Namespace(save_best=save_best, early_stopping=early_stopping)
     train.evaluate_step(args, run, lambda: {"recall@1": 60.0})
-    assert called == calls
+    assert called == calls and run.evaluated_step == 8
     train.evaluate_step(args, run, lambda: {"recall@1": 40.0})
     assert called == calls + [call for call in calls if call != "save"]
 

@@ -167,16 +167,16 @@ class Trainer:
         Args:
             loss: a scalar.
             batch: has the `rows` of its texts, for the error message.
-            check_loss: check the loss in this step. One process on a CPU checks it in every step. On a GPU or on
-                several ranks, where a check waits for it, others are checked every CHECK_STEPS steps, and the last.
+            check_loss: always check the loss of this step. On one CPU process every step is checked anyway; on a GPU or
+                several ranks, where reading the loss blocks, every CHECK_STEPS steps and the last.
 
         Raises:
             Diverged: the loss is not finite on some rank. The weights are left as they were, and have been saved, if
                 they are finite.
         """
-        has_to_wait = self.args.device != "cpu" or RANKS > 1
+        check_is_cheap = self.args.device == "cpu" and RANKS == 1
         step = self.step + 1
-        if check_loss or not has_to_wait or step % CHECK_STEPS == 0 or step == self.total_steps:
+        if check_loss or check_is_cheap or step % CHECK_STEPS == 0 or step == self.total_steps:
             self._save_and_raise_if_diverged(float(loss), batch)
         self.optimization.step()
         self.step = step
@@ -201,22 +201,17 @@ class Trainer:
                         "be the cause")
         return message
 
-    def weights_are_finite(self) -> bool:
-        """Return whether no weight is NaN or Inf, on any rank; all ranks call it together."""
-        if self.finite_step != self.step:
-            is_finite = all(bool(paddle.isfinite(parameter).all()) for parameter in self.model.parameters())
-            if any_rank(not is_finite):
-                return False
-            self.finite_step = self.step
-        return True
-
     def check_weights(self, skipped: str) -> None:
         """Report weights that are NaN or Inf, and raise Diverged; all ranks call it together.
 
         Args:
             skipped: what is not done with such weights, for the message.
         """
-        if self.weights_are_finite():
+        if self.finite_step == self.step:
+            return
+        is_finite = all(bool(paddle.isfinite(parameter).all()) for parameter in self.model.parameters())
+        if not any_rank(not is_finite):
+            self.finite_step = self.step
             return
         if not RANK:
             warn(f"{console.PROGRAM}: error: after step {self.step} weights contain NaN or Inf; {skipped}")
@@ -307,7 +302,6 @@ class Trainer:
     def log_measures(self, group: str, measures: Mapping[str, float]) -> None:
         """Log an evaluation of the weights as they are now; see `TrainingLog.log_measures`."""
         self.log.log_measures(self.step, group, measures)
-        self.evaluated_step = self.step
 
     def finish(self, hyper_parameters: Mapping[str, Any]) -> None:
         """Close the log, and wait for the other ranks."""
