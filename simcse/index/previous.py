@@ -1,4 +1,4 @@
-"""Use the vectors of an index that was built from an earlier state of the corpus again."""
+"""Reuse the vectors of an index that was built from an earlier version of the corpus."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,10 +32,9 @@ class ReusedVectors:
         """Return the rows that the previous index lacks, int64."""
         return self.rows[self.needs_encoding]
 
-    def completed_with(self, encoded: np.ndarray) -> np.ndarray:
-        """Return the vectors of all rows, float32 [rows, dim]; `encoded` are those of `rows_to_encode`."""
+    def fill(self, encoded: np.ndarray) -> None:
+        """Write the vectors of `rows_to_encode`, float32 [rows to encode, dim], into `vectors`."""
         self.vectors[self.needs_encoding] = encoded
-        return self.vectors
 
 
 @dataclass
@@ -44,6 +43,7 @@ class PreviousIndex:
 
     Attributes:
         path: its folder.
+        where: the flag that names it, and its value, for messages.
         manifest: what it is made of.
         document_keys: int64 [documents]; see `Documents.keys`.
         row_keys: int64 [rows]; see `Documents.row_keys`.
@@ -51,6 +51,7 @@ class PreviousIndex:
     """
 
     path: str
+    where: str
     manifest: Manifest
     document_keys: np.ndarray
     row_keys: np.ndarray
@@ -67,13 +68,10 @@ class PreviousIndex:
         manifest = Manifest.load(path, where, REBUILD)
         with as_input_error(f"{where}: damaged", *DAMAGE):
             manifest.check_arrays(path)
-            return cls(path, manifest, Documents.load_keys(path), Documents.load_row_keys(path, manifest.passages),
-                       VectorMap.load(path, manifest.rows))
-
-    @property
-    def where(self) -> str:
-        """The flag that names it, and its value, for messages."""
-        return f"--index_path {self.path}"
+            document_keys = Documents.load_keys(path)
+            row_keys = Documents.load_row_keys(path, manifest.passages)
+            vector_map = VectorMap.load(path, manifest.rows)
+        return cls(path, where, manifest, document_keys, row_keys, vector_map)
 
     @property
     def bytes_of_shard(self) -> int:
@@ -111,7 +109,7 @@ class PreviousIndex:
             needs_encoding = vector_ids == NOT_FOUND
             vectors = np.empty((len(rows), self.manifest.dimension), "float32")
             reused.append(ReusedVectors(rows, vectors, needs_encoding))
-            # `copy_vectors` takes rows, of which any of a vector will do.
+            # `copy_vectors` takes rows; any row of a vector will do.
             previous_rows.append(np.where(needs_encoding, NOT_FOUND, self.vector_map.first_rows(vector_ids)))
         shards = self.manifest.index_shards
         for shard in range(shards):  # as if each were on a rank of its own, so that one is in memory
