@@ -1,4 +1,4 @@
-"""Train SimCSE: each text against itself under another dropout, or against its title; other texts are the negatives.
+"""Train SimCSE: positives are two dropout views of a text, or query and title; negatives are the batch's other texts.
 
     # a CPU
     python train.py --device cpu --train_set_file recall/train_unsupervised.csv --test_set_file recall/dev.csv
@@ -57,7 +57,7 @@ def parse_args() -> argparse.Namespace:
         help="size of the embedding; 0: the encoder's hidden size, without fc (default: the size of --init_from_ckpt, "
         "or 0)")
     add = parser.add_argument_group("model").add_argument
-    add("--pooling", choices=tuple(POOLINGS), help="how tokens become a vector, here and in all later stages. "
+    add("--pooling", choices=tuple(POOLINGS), help="how token vectors are pooled into one; recorded in the checkpoint. "
         f"{describe_poolings()} (default: the pooling of --init_from_ckpt, or pooler)")
     with_choice = " or ".join(name for name, pooling in POOLINGS.items() if pooling.pool_without_pooler)
     add("--infer_with_fc_pooler", action="store_true", help=f"for --pooling {with_choice}: evaluation and later stages "
@@ -65,7 +65,7 @@ def parse_args() -> argparse.Namespace:
         "first token through the fc. The other poolings use no pooler and ignore this flag")
     add("--output_dropout", type=flags.fraction_below_one, default=0.1, help="dropout rate of the output vector")
     add("--margin", type=flags.non_negative_float, default=0.0,
-        help="how much more similar than a negative a positive has to be, in cosine")
+        help="margin subtracted from the positive's cosine")
     add("--scale", type=flags.positive_float, default=20,
         help="factor on the cosines before the softmax, the inverse of the temperature")
     optimization = parser.add_argument_group("optimization")
@@ -90,9 +90,8 @@ def parse_args() -> argparse.Namespace:
     add("--early_stopping", type=flags.positive_int, metavar="N", help="end the run after N evaluations in a row that "
         "are not better than the best so far (default: train for all --epochs)")
     add("--whiten", nargs="?", type=flags.non_negative_int, const=0, metavar="SIZE",
-        help="after training, make embeddings of SIZE uncorrelated numbers of equal variance, in a checkpoint "
-        "model_<step>_whitened of its own; 0 (or no value): as many as they have (default: no whitening). Whitening "
-        "leaves out an fc that has not been trained")
+        help="whiten the embeddings after training, to SIZE dimensions (0 or no value: all), and save the network as "
+        "model_<step>_whitened, without an fc that has not been trained (default: no whitening)")
     add("--visualdl_embeddings", type=flags.non_negative_int, default=0,
         help="training texts whose embeddings VisualDL shows after training; 0: none")
     args = flags.parse_training_arguments(parser)
@@ -338,7 +337,7 @@ def check_whitened_size(size: int, model: Any) -> None:
         model: the network to whiten.
     """
     if size > model.embedding_size:
-        raise console.InputError(f"--whiten {size}: embeddings have {model.embedding_size} numbers")
+        raise console.InputError(f"--whiten {size}: embeddings have {model.embedding_size} dimensions")
     hidden_size = model.ptm.config.hidden_size
     if model.fc_is_random and (size or model.embedding_size) > hidden_size:
         raise console.InputError(f"--output_emb_size {model.output_emb_size}: --whiten leaves out an fc that has not "
@@ -461,15 +460,15 @@ def warn_of_older_best(save_dir: str) -> None:
 
 def whiten_model(args: argparse.Namespace, model: Any, tokenizer: Any, texts: textfile.TextFile) -> None:
     """Whiten the network's embeddings, by a sample of the training texts; remove an fc of random numbers first."""
-    from simcse.encoder.whitening import SAMPLE, cut_runs, remove_fc, unnormalized, whiten_network
+    from simcse.encoder.whitening import SAMPLE, cut_spans, unnormalized, whiten_network
 
     size = args.whiten or model.embedding_size
     if model.fc_is_random:
-        remove_fc(model)
+        model.remove_fc()
         console.log(f"--whiten: leaving out the fc, which has not been trained; whitening keeps {size} of the "
                     f"{model.embedding_size} dimensions before it")
     sample = texts.sample_texts(SAMPLE)
-    sample += cut_runs(sample, tokenizer, args.max_seq_length)
+    sample += cut_spans(sample, tokenizer, args.max_seq_length)
     unknown = set(wordpiece.find_unknown(tokenizer, tokenizer(sample, args.max_seq_length)))
     known = [text for row, text in enumerate(sample) if row not in unknown]  # embeddings of the others are zeros
     with unnormalized(model):  # the fc that whitens comes before the norm
