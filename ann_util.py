@@ -199,7 +199,7 @@ def build_index(corpus: Corpus, encoder: "Encoder", manifest: Manifest, *, threa
     if previous is None:
         add_missing(index, documents, encoder)
     else:
-        add_missing_or_reused(index, documents, encoder, previous)
+        add_with_previous(index, documents, encoder, previous)
     if engine.approximate:
         vectors = encoder.encode(halves_of(documents), warn=False)
         manifest.ann_recall = index.measure(vectors, MEASURED_K, "halves of documents")
@@ -230,7 +230,21 @@ def with_sizes(manifest: Manifest, documents: Documents, encoder: "Encoder") -> 
 
 
 def map_rows_to_vectors(documents: Documents, encoder: "Encoder", previous: PreviousIndex | None = None) -> VectorMap:
-    """Tokenize the rows, warn of what is cut or unknown, and map rows with the same tokens to one vector.
+    """Return the map of rows to vectors, in which rows with the same tokens share one.
+
+    All ranks call it together. The arguments are those of `keys_of_rows`.
+    """
+    keys = keys_of_rows(documents, encoder, previous)
+    vector_map = VectorMap.of_keys(keys)
+    if not RANK and vector_map.vector_count < len(keys):
+        unit = "passages" if documents.has_passages else "documents"
+        log(f"{vector_map.vector_count:,} vectors for {len(keys):,} {unit}: those that are the same to the encoder "
+            "share one")
+    return vector_map
+
+
+def keys_of_rows(documents: Documents, encoder: "Encoder", previous: PreviousIndex | None = None) -> np.ndarray:
+    """Return the key of each row's vector, int64 [rows], the same on all ranks; warn of what is cut or unknown.
 
     All ranks call it together; each tokenizes a share.
 
@@ -256,12 +270,7 @@ def map_rows_to_vectors(documents: Documents, encoder: "Encoder", previous: Prev
     keys = sum(gather_arrays(keys))  # one rank has the key of a row, the others 0
     if documents.passages is not None:
         keys[rows_to_tokenize] = documents.passages.keys_in_context(rows_to_tokenize, keys[rows_to_tokenize])
-    vector_map = VectorMap.of_keys(keys)
-    if not RANK and vector_map.vector_count < len(keys):
-        unit = "passages" if documents.has_passages else "documents"
-        log(f"{vector_map.vector_count:,} vectors for {len(keys):,} {unit}: those that are the same to the encoder "
-            "share one")
-    return vector_map
+    return keys
 
 
 def tokenize_rows(documents: Documents, encoder: "Encoder", rows: np.ndarray) -> np.ndarray:
@@ -309,20 +318,15 @@ def add_missing(index: Index, documents: Documents, encoder: "Encoder") -> None:
     row_count = sum(map(len, pieces))
     if row_count:
         announce_memory(index.bytes_needed + encoder.bytes_needed(row_count))
-        _log_start(documents, encoder, row_count)
-    started = time.time()
-    encoded = _encode_rows(encoder, documents, pieces)
-    for vectors, rows in zip(encoded, pieces, strict=True):
-        index.add(rows, vectors)
-    index.finish()
-    if row_count:
-        unit = "passages" if documents.has_passages else "documents"
-        log(f"{row_count / (time.time() - started):.1f} {unit}/s")
+    with _log_encoding(documents, encoder, row_count):
+        encoded = _encode_rows(encoder, documents, pieces)
+        for vectors, rows in zip(encoded, pieces, strict=True):
+            index.add(rows, vectors)
+        index.finish()
 
 
-def add_missing_or_reused(index: ShardedIndex, documents: Documents, encoder: "Encoder",
-                          previous: PreviousIndex) -> None:
-    """Add the rows that an index lacks, with the vectors of a previous index; encode what that lacks, too.
+def add_with_previous(index: ShardedIndex, documents: Documents, encoder: "Encoder", previous: PreviousIndex) -> None:
+    """Add the rows that an index lacks: with the vector that a previous index has, or else by encoding them.
 
     The vectors of the previous index are in memory once, in the pieces that are not added yet or in the index.
 
@@ -337,11 +341,26 @@ def add_missing_or_reused(index: ShardedIndex, documents: Documents, encoder: "E
     announce_memory(index.bytes_needed + bytes_beside)
     pieces = deque(previous.read_vectors(index.vector_map, index.missing_rows))
     rows_to_encode = [piece.rows_to_encode() for piece in pieces]
-    for vectors in _encode_rows(encoder, documents, rows_to_encode):
-        piece = pieces.popleft()
-        index.add(piece.rows, piece.completed_with(vectors))
-        del piece  # its vectors are freed as soon as they are added
-    index.finish()
+    with _log_encoding(documents, encoder, sum(map(len, rows_to_encode))):
+        for vectors in _encode_rows(encoder, documents, rows_to_encode):
+            piece = pieces.popleft()
+            piece.fill(vectors)
+            index.add(piece.rows, piece.vectors)
+            del piece  # its vectors are freed as soon as they are added
+        index.finish()
+
+
+@contextlib.contextmanager
+def _log_encoding(documents: Documents, encoder: "Encoder", row_count: int) -> Iterator[None]:
+    """Log how many rows are encoded, and at the end how fast; nothing where there are none."""
+    if not row_count:
+        yield
+        return
+    _log_start(documents, encoder, row_count)
+    started = time.time()
+    yield
+    unit = "passages" if documents.has_passages else "documents"
+    log(f"{row_count / (time.time() - started):.1f} {unit}/s")
 
 
 def _log_start(documents: Documents, encoder: "Encoder", rows: int) -> None:
@@ -428,7 +447,7 @@ def save_index(path: str, index: ShardedIndex, documents: Documents, hybrid: boo
         index.vector_map.save(folder)
         _write_documents(folder, index.manifest, documents, hybrid)
     if BM25_FOLDER in obsolete and not hybrid:
-        log("BM25 of the corpus before is gone; --hybrid_bm25 builds it again")
+        log("removed the BM25 index of the previous corpus; --hybrid_bm25 builds it again")
     log(f"kept the index in {path}")
 
 
@@ -459,16 +478,16 @@ def _write_documents(folder: str, manifest: Manifest, documents: Documents, hybr
         raise InputError(f"{documents.corpus.name}: was changed while the index was built; run recall.py again")
     manifest.save(folder)
     if hybrid:
-        open_bm25(documents, manifest.corpus, folder)
+        build_or_open_bm25(documents, manifest.corpus, folder)
 
 
-def open_bm25(documents: Documents, corpus: str | None, folder: str | None) -> "Bm25":
-    """Return the BM25 index of some documents.
+def build_or_open_bm25(documents: Documents, corpus: str | None, folder: str | None) -> "Bm25":
+    """Return the BM25 index of some documents: the one in an index folder, or a new one, which is kept there.
 
     Args:
         documents: their texts.
         corpus: SHA-256 of the file that they are of.
-        folder: the index folder in which it is kept; None: it is not kept.
+        folder: the index folder; None: a new one is built and not kept.
     """
     from simcse.index.bm25 import Bm25
 

@@ -72,7 +72,7 @@ class LossSettings:
     a field counts as trained with its default.
 
     Attributes:
-        margin: how much more similar than a negative a positive has to be, in cosine.
+        margin: subtracted from the cosine of a positive.
         scale: factor on the cosines, the inverse of the temperature.
         cross_device_negatives: take the loss over the batches of all ranks together.
     """
@@ -132,6 +132,27 @@ class SimCSE(nn.Layer):
             self.emb_reduce_linear = nn.Linear(hidden_size, self.output_emb_size, weight_attr=weight_attr)
 
     bytes_needed = 0  # of the host's memory, as an engine on a GPU; see `engine.Engine`
+
+    def remove_fc(self) -> None:
+        """Remove the fc, so that embeddings are the vectors that went into it."""
+        del self.emb_reduce_linear
+        self.output_emb_size = 0
+        self.embedding_size = self.ptm.config.hidden_size
+        self.fc_is_random = False
+
+    def replace_fc(self, weight: np.ndarray, bias: np.ndarray) -> None:
+        """Replace the fc, or add one where there is none.
+
+        Args:
+            weight: [hidden, size], where `size` is that of the embeddings from now on.
+            bias: [size].
+        """
+        self.emb_reduce_linear = nn.Linear(*weight.shape)
+        self.emb_reduce_linear.weight.set_value(weight.astype("float32"))
+        self.emb_reduce_linear.bias.set_value(bias.astype("float32"))
+        self.output_emb_size = len(bias)
+        self.embedding_size = len(bias)
+        self.fc_is_random = False
 
     def pool(self, input_ids: paddle.Tensor, token_type_ids: paddle.Tensor | None = None,
              with_pooler: bool = True) -> paddle.Tensor:

@@ -411,7 +411,7 @@ class Retriever:
         if args.hybrid_bm25:
             self.depth = max(args.recall_num, FUSION_DEPTH)
         if args.hybrid_bm25 and not RANK:
-            self.bm25 = ann_util.open_bm25(documents, index.manifest.corpus, args.index_path)
+            self.bm25 = ann_util.build_or_open_bm25(documents, index.manifest.corpus, args.index_path)
         self._has_to_measure = not args.query  # the recall of a few queries would say little
 
     def search(self, texts: Sequence[str], places: Sequence[str]) -> Ranking:

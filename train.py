@@ -1,4 +1,4 @@
-"""Train SimCSE: each text against itself under another dropout, or against its title; other texts are the negatives.
+"""Train SimCSE: positives are two dropout views of a text, or query and title; negatives are the batch's other texts.
 
     # a CPU
     python train.py --device cpu --train_set_file recall/train_unsupervised.csv --test_set_file recall/dev.csv
@@ -33,6 +33,7 @@ from simcse.machine import RANK, RANKS
 from simcse.measures import RECALL_KS, mean_percent, measure_queries, percent, rank_first_targets
 from simcse.text import textfile, tokens, wordpiece
 
+COLUMN_NAMES = {1: ["texts"], 2: ["queries", "titles"]}  # of training files that bring no negatives of their own
 MIN_EVAL_TOKENS = 8192  # of an evaluation batch on a GPU, which has room for so many whatever is trained
 
 
@@ -56,7 +57,7 @@ def parse_args() -> argparse.Namespace:
         help="size of the embedding; 0: the encoder's hidden size, without fc (default: the size of --init_from_ckpt, "
         "or 0)")
     add = parser.add_argument_group("model").add_argument
-    add("--pooling", choices=tuple(POOLINGS), help="how tokens become a vector, here and in all later stages. "
+    add("--pooling", choices=tuple(POOLINGS), help="how token vectors are pooled into one; recorded in the checkpoint. "
         f"{describe_poolings()} (default: the pooling of --init_from_ckpt, or pooler)")
     with_choice = " or ".join(name for name, pooling in POOLINGS.items() if pooling.pool_without_pooler)
     add("--infer_with_fc_pooler", action="store_true", help=f"for --pooling {with_choice}: evaluation and later stages "
@@ -64,7 +65,7 @@ def parse_args() -> argparse.Namespace:
         "first token through the fc. The other poolings use no pooler and ignore this flag")
     add("--output_dropout", type=flags.fraction_below_one, default=0.1, help="dropout rate of the output vector")
     add("--margin", type=flags.non_negative_float, default=0.0,
-        help="how much more similar than a negative a positive has to be, in cosine")
+        help="margin subtracted from the positive's cosine")
     add("--scale", type=flags.positive_float, default=20,
         help="factor on the cosines before the softmax, the inverse of the temperature")
     optimization = parser.add_argument_group("optimization")
@@ -89,9 +90,8 @@ def parse_args() -> argparse.Namespace:
     add("--early_stopping", type=flags.positive_int, metavar="N", help="end the run after N evaluations in a row that "
         "are not better than the best so far (default: train for all --epochs)")
     add("--whiten", nargs="?", type=flags.non_negative_int, const=0, metavar="SIZE",
-        help="after training, make embeddings of SIZE uncorrelated numbers of equal variance, in a checkpoint "
-        "model_<step>_whitened of its own; 0 (or no value): as many as they have (default: no whitening). Whitening "
-        "leaves out an fc that has not been trained")
+        help="whiten the embeddings after training, to SIZE dimensions (0 or no value: all), and save the network as "
+        "model_<step>_whitened, without an fc that has not been trained (default: no whitening)")
     add("--visualdl_embeddings", type=flags.non_negative_int, default=0,
         help="training texts whose embeddings VisualDL shows after training; 0: none")
     args = flags.parse_training_arguments(parser)
@@ -156,21 +156,19 @@ def column_of(texts: textfile.TextFile, column: int) -> Iterator[str]:
         yield row if isinstance(row, str) else row[column]
 
 
-def check_learnable(args: argparse.Namespace, texts: textfile.TextFile) -> None:
+def check_negatives(args: argparse.Namespace, texts: textfile.TextFile) -> None:
     """Refuse training texts among which there are no negatives, and warn of batches that have none.
 
     There are none where all texts, all queries or all titles are the same, or where a batch is a single text. Triples
     bring their own.
     """
-    if texts.columns == 3:
+    if texts.columns not in COLUMN_NAMES:
         return
-    names = ["texts"] if texts.columns == 1 else ["queries", "titles"]
-    for column, name in enumerate(names):
+    for column, name in enumerate(COLUMN_NAMES[texts.columns]):
         first = next(column_of(texts, column))
         if all(text == first for text in column_of(texts, column)):
-            lines = console.count(len(texts), "line")
-            raise console.InputError(f"--train_set_file {args.train_set_file}: {lines} without two different {name}; "
-                                     "SimCSE learns by telling them apart")
+            raise console.InputError(f"--train_set_file {args.train_set_file}: all {name} are the same; contrastive "
+                                     "training needs at least two different ones")
     batch_size = min(args.batch_size, math.ceil(len(texts) / RANKS))
     if args.cross_device_negatives:
         batch_size *= RANKS
@@ -184,7 +182,8 @@ def check_texts_as_encoded(args: argparse.Namespace, texts: textfile.TextFile, t
     """Warn of texts of both files that the encoder reads only in part, or nothing of.
 
     Raises:
-        InputError: the encoder reads no two different texts, queries or titles to learn from.
+        InputError: all texts, all queries or all titles to train on are the same to the encoder, or all texts to
+            whiten on.
     """
     from simcse.encoder.encoder import tokenize_rows, warn_unusable
 
@@ -192,14 +191,15 @@ def check_texts_as_encoded(args: argparse.Namespace, texts: textfile.TextFile, t
     warn_unusable(training, args.max_seq_length)
     test_rows = [(f"{args.test_set_file}:{row.line_number}", row.fields[:2]) for row in test_set]
     warn_unusable(tokenize_rows(test_rows, tokenizer, args.max_seq_length), args.max_seq_length)
-    learns = args.epochs > 0 or args.whiten is not None
-    if texts.columns == 3 or not learns:
-        return
     known_ids = training.known_ids()
-    for side in range(texts.columns):
-        if not two_differ(known_ids[side :: texts.columns], args.max_seq_length):
-            raise console.InputError(f"--train_set_file {texts.name}: there are no two different texts as the encoder "
-                                     "sees them; SimCSE learns by telling them apart")
+    if args.epochs > 0 and texts.columns in COLUMN_NAMES:
+        for column, name in enumerate(COLUMN_NAMES[texts.columns]):
+            if not two_differ(known_ids[column :: texts.columns], args.max_seq_length):
+                raise console.InputError(f"--train_set_file {texts.name}: all {name} are the same to the encoder; "
+                                         "contrastive training needs at least two different ones")
+    if args.whiten is not None and not two_differ(known_ids, args.max_seq_length):
+        raise console.InputError(f"--train_set_file {texts.name}: all texts are the same to the encoder; --whiten "
+                                 "needs at least two different ones")
 
 
 def two_differ(all_ids: Sequence[tokens.Ids | None], max_seq_length: int) -> bool:
@@ -337,7 +337,7 @@ def check_whitened_size(size: int, model: Any) -> None:
         model: the network to whiten.
     """
     if size > model.embedding_size:
-        raise console.InputError(f"--whiten {size}: embeddings have {model.embedding_size} numbers")
+        raise console.InputError(f"--whiten {size}: embeddings have {model.embedding_size} dimensions")
     hidden_size = model.ptm.config.hidden_size
     if model.fc_is_random and (size or model.embedding_size) > hidden_size:
         raise console.InputError(f"--output_emb_size {model.output_emb_size}: --whiten leaves out an fc that has not "
@@ -441,6 +441,7 @@ def evaluate_step(args: argparse.Namespace, trainer: Any, evaluate_model: Callab
     """
     measures = evaluate_model()
     trainer.log_measures("eval", measures)
+    trainer.evaluated_step = trainer.step
     if compares_evaluations(args):
         is_best = trainer.update_best(measures)
         if is_best and args.save_best:
@@ -459,15 +460,15 @@ def warn_of_older_best(save_dir: str) -> None:
 
 def whiten_model(args: argparse.Namespace, model: Any, tokenizer: Any, texts: textfile.TextFile) -> None:
     """Whiten the network's embeddings, by a sample of the training texts; remove an fc of random numbers first."""
-    from simcse.encoder.whitening import SAMPLE, cut_runs, remove_fc, unnormalized, whiten_network
+    from simcse.encoder.whitening import SAMPLE, cut_spans, unnormalized, whiten_network
 
     size = args.whiten or model.embedding_size
     if model.fc_is_random:
-        remove_fc(model)
+        model.remove_fc()
         console.log(f"--whiten: leaving out the fc, which has not been trained; whitening keeps {size} of the "
                     f"{model.embedding_size} dimensions before it")
     sample = texts.sample_texts(SAMPLE)
-    sample += cut_runs(sample, tokenizer, args.max_seq_length)
+    sample += cut_spans(sample, tokenizer, args.max_seq_length)
     unknown = set(wordpiece.find_unknown(tokenizer, tokenizer(sample, args.max_seq_length)))
     known = [text for row, text in enumerate(sample) if row not in unknown]  # embeddings of the others are zeros
     with unnormalized(model):  # the fc that whitens comes before the norm
@@ -494,8 +495,8 @@ def main() -> None:
     if texts.columns > 1 and args.crop_rate:
         raise console.InputError(f"--crop_rate is for texts, one a line; {args.train_set_file} has {texts.columns} "
                                  "columns")
-    if args.epochs > 0 or args.whiten is not None:
-        check_learnable(args, texts)
+    if args.epochs > 0:
+        check_negatives(args, texts)
 
     args = flags.resolve_training(args)
     kind = {1: "training text", 2: "training pair", 3: "training triple"}[texts.columns]

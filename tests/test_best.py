@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 import types
 
@@ -76,11 +77,11 @@ def test_a_run_that_has_stopped_early_takes_no_step_when_it_is_resumed():
 def test_an_evaluation_is_logged_compared_and_saved(save_best, early_stopping, calls):
     called = []
     run = types.SimpleNamespace(
-        log_measures=lambda group, measures: called.append("log"), save_best=lambda: called.append("save"),
+        step=8, log_measures=lambda group, measures: called.append("log"), save_best=lambda: called.append("save"),
         update_best=lambda measures: called.append("update") or measures["recall@1"] > 50)
     args = argparse.Namespace(save_best=save_best, early_stopping=early_stopping)
     train.evaluate_step(args, run, lambda: {"recall@1": 60.0})
-    assert called == calls
+    assert called == calls and run.evaluated_step == 8
     train.evaluate_step(args, run, lambda: {"recall@1": 40.0})
     assert called == calls + [call for call in calls if call != "save"]
 
@@ -154,6 +155,21 @@ def test_a_resumed_run_does_not_compare_with_the_model_best_of_another(tmp_path,
     assert run.best == best.BestEvaluation(test_set_digest="digest")
     line = f"{tmp_path}/model_best is not of the run that is resumed; the next evaluation replaces it\n"
     assert capsys.readouterr().err == ("" if of_other_run is None else line)
+
+
+@pytest.mark.parametrize("record, message", [
+    ({"measures": {"recall@1": 51.0}}, "step: missing"),
+    ({"step": 4}, "measures: expected a number for each name, got None"),
+    ({"step": 4, "measures": {}}, "got {}"), ({"step": 4, "measures": {"recall@1": "abc"}}, "got {'recall@1': 'abc'}")])
+def test_a_record_of_model_best_that_lacks_something_is_an_input_error(record, message):
+    with pytest.raises(InputError, match=f"folder/simcse_config.json: .*{re.escape(message)}"):
+        best.check_best_record(record, "folder")
+
+
+def test_a_resumed_run_keeps_the_count_of_its_undefined_evaluations(tmp_path):
+    run = trainer_with(best.BestEvaluation(evaluations_since=2, test_set_digest="digest"), tmp_path, early_stopping=3)
+    run.restore_best()
+    assert not run.best.update(10, {}) and run.best.evaluations_since == 3 and run.stops_early()
 
 
 def test_other_ranks_have_the_step_that_the_first_has_on_its_disk(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """An index that follows its corpus: what is encoded again, and that the result is as if built from nothing."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -55,7 +56,7 @@ def check_following(checkpoint, sample, changed, engine, ranks):
     (changed / "kept" / "notes.txt").write_text("the user's own")
     said = succeed_on(ranks, *flags, "--corpus_file", "after.csv", "--index_path", "kept", cwd=changed)
     assert "120 documents: 3 new, 3 gone" in said
-    assert "BM25 of the corpus before is gone; --hybrid_bm25 builds it again" in said
+    assert "removed the BM25 index of the previous corpus; --hybrid_bm25 builds it again" in said
     result = (changed / "recall_result_dir" / "recall_result.txt").read_bytes()
     succeed(*flags, "--corpus_file", "after.csv", "--index_path", "new", cwd=changed)
     assert (changed / "recall_result_dir" / "recall_result.txt").read_bytes() == result
@@ -186,7 +187,9 @@ def test_every_engine_is_built_kept_opened_searched_and_follows(engine, tmp_path
     after = ["新 1", *before[30:150], "新 2", *before[150:], before[40], "新 3"]
     assert build(tmp_path, "kept", engine, [*before, before[7]]) == before
     assert build(tmp_path, "kept", engine, after, previous=True) == ["新 1", "新 2", "新 3"]
-    assert "173 documents: 3 new, 30 gone" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "173 documents: 3 new, 30 gone" in said
+    assert re.search("\nencoding and indexing 3 of 173 documents in fp32.*\n[0-9.]+ documents/s\n", said)
     assert len(build(tmp_path, "new", engine, after)) == 173
     assert contents(tmp_path / "kept") == contents(tmp_path / "new")
 

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 from simcse import files
 from simcse.console import InputError
@@ -124,14 +125,24 @@ def test_a_loss_that_is_no_number_stops_with_lines(flags, tmp_path):
     w.write_weights(str(path), state)
     result = run_script("train.py", *flags("--init_from_ckpt", path, "--save_dir", "after"), cwd=tmp_path)
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "error: the loss of step 1 is nan; its batch is lines " in result.stderr
+    assert "error: the loss of step 1 is nan (batch: lines " in result.stderr
     assert "error: after step 0 weights contain NaN or Inf; checkpoint not saved\n" in result.stderr
     assert "--max_grad_norm" in result.stderr and os.listdir(tmp_path / "after") == []
 
 
+def test_the_message_of_a_loss_counts_the_lines_that_it_leaves_out():
+    run = object.__new__(trainer.Trainer)
+    run.texts = SimpleNamespace(line_number=lambda row: row + 1)
+    run.step = 11
+    run.checked_step = 11
+    message = run._describe_loss(float("nan"), SimpleNamespace(rows=range(512)))
+    assert "the loss of step 12 is nan (batch: lines 1, 2, 3, " in message
+    assert message.endswith(" 99, 100 and 412 more of --train_set_file)")
+
+
 def test_a_loss_that_becomes_no_number_leaves_the_weights_before_it(flags, tmp_path):
     result = run_script("train.py", *flags("--learning_rate", 1e30, "--warmup_proportion", 0, "--quiet"), cwd=tmp_path)
-    assert result.returncode == 1 and "its batch is lines" in result.stderr, "an error is said with --quiet, too"
+    assert result.returncode == 1 and "(batch: lines " in result.stderr, "an error is said with --quiet, too"
 
 
 def test_weights_that_are_no_numbers_are_not_saved(flags, tmp_path):

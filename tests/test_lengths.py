@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import sys
 from types import SimpleNamespace
 
 import train
@@ -12,6 +13,7 @@ from simcse.console import InputError
 from simcse.encoder import encoder
 from simcse.encoder.encoder import Encoder, tokenize_rows, warn_unusable
 from simcse.text import textfile, wordpiece
+from simcse.training import trainer
 
 import numpy as np
 import pytest
@@ -166,12 +168,18 @@ def test_training_texts_that_are_one_after_cutting(tokenizer, tmp_path, capsys):
 def test_texts_that_are_one_to_the_encoder_are_no_training(tokenizer, tmp_path, capsys):
     """All [UNK], or alike but for case and blanks; of pairs the titles."""
     path = tmp_path / "train.csv"
-    for content in ("😀\n😀😀\n👍\n", "Hello 你好\nhello  你好\nＨ\n", "甲\tX\n乙\tx\n"):
+    for content, name in (("😀\n😀😀\n👍\n", "texts"), ("Hello 你好\nhello  你好\nＨ\n", "texts"),
+                          ("甲\tX\n乙\tx\n", "titles")):
         path.write_text(content, encoding="utf-8")
-        texts = textfile.TextFile(str(path), "--flag", content.count("\t") and 2 or 1)
-        with pytest.raises(InputError, match="train.csv: there are no two different texts as the encoder sees them"):
-            train.check_texts_as_encoded(arguments(path, epochs=0, whiten=0), texts, [], tokenizer)
+        texts = textfile.TextFile(str(path), "--flag", 1 if name == "texts" else 2)
+        with pytest.raises(InputError, match=f"train.csv: all {name} are the same to the encoder; contrastive"):
+            train.check_texts_as_encoded(arguments(path, epochs=1, whiten=None), texts, [], tokenizer)
         train.check_texts_as_encoded(arguments(path, epochs=0, whiten=None), texts, [], tokenizer)
+        if name == "texts":
+            with pytest.raises(InputError, match="train.csv: all texts are the same to the encoder; --whiten"):
+                train.check_texts_as_encoded(arguments(path, epochs=0, whiten=0), texts, [], tokenizer)
+        else:  # whitening reads queries and titles alike, and the queries differ
+            train.check_texts_as_encoded(arguments(path, epochs=0, whiten=0), texts, [], tokenizer)
     path.write_text("承担单位见附件一\n承担单位见附件二\n", encoding="utf-8")  # they are but cut, which is warned of
     texts = textfile.TextFile(str(path), "--flag")
     train.check_texts_as_encoded(arguments(path, epochs=1, whiten=None), texts, [], tokenizer)
@@ -206,10 +214,24 @@ def test_ranks_count_together(tokenizer, monkeypatch, capsys):
 def test_a_batch_of_one_is_warned_about(tmp_path, capsys):
     path = tmp_path / "train.csv"
     path.write_text("甲\n乙\n", encoding="utf-8")
-    train.check_learnable(arguments(path, batch_size=1), textfile.TextFile(str(path), "--flag"))
+    train.check_negatives(arguments(path, batch_size=1), textfile.TextFile(str(path), "--flag"))
     assert "batches of one text have no negatives" in capsys.readouterr().err
-    train.check_learnable(arguments(path), textfile.TextFile(str(path), "--flag"))
+    train.check_negatives(arguments(path), textfile.TextFile(str(path), "--flag"))
     assert not capsys.readouterr().err
+
+
+def test_whitening_without_training_needs_no_negatives(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "train.csv"
+    path.write_text("问\t甲\n问\t乙\n", encoding="utf-8")
+    words = ["train.py", "--device", "cpu", "--train_set_file", str(path), "--batch_size", "1", "--whiten", "--epochs"]
+    started = []
+    monkeypatch.setattr(trainer, "run_training", lambda args, train: started.append(args.epochs))
+    monkeypatch.setattr(sys, "argv", [*words, "1"])
+    with pytest.raises(InputError, match="train.csv: all queries are the same; contrastive training needs"):
+        train.main()
+    monkeypatch.setattr(sys, "argv", [*words, "0"])
+    train.main()
+    assert started == [0] and "no negatives" not in capsys.readouterr().err
 
 
 def test_a_measure_that_is_undefined_says_why(tmp_path, capsys):

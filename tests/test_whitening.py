@@ -40,10 +40,10 @@ def test_whitened_vectors_are_uncorrelated_and_of_one_variance():
 
 @pytest.mark.parametrize("texts", [["天地玄黄,宇宙洪荒。日月盈昃" * 20] * 400, ["天地玄黄宇宙洪荒", "日月"] * 200,
                                    ["bidirectional transformers for language understanding " * 30] * 400, ["日"]])
-def test_runs_are_of_all_lengths_and_none_is_cut(texts):
+def test_spans_are_of_all_lengths_and_none_is_cut(texts):
     """Of long texts and of short ones, of few letters a token and of many; as many lengths are short as are long."""
     tokenizer = wordpiece.load_tokenizer(str(ENCODER))
-    found = whitening.cut_runs([f"{row}{text}" for row, text in enumerate(texts)], tokenizer, 64)
+    found = whitening.cut_spans([f"{row}{text}" for row, text in enumerate(texts)], tokenizer, 64)
     lengths = np.array([len(ids) for ids in tokenizer(found, 512)])
     assert lengths.max() <= 64
     if len(texts) > 1:
@@ -57,7 +57,7 @@ def test_fitted_on_documents_alone_it_recalls_for_queries(real_data):
     network = m.SimCSE(load_pretrained(str(ENCODER), 0.1), pooling="first_last_avg")
     tokenizer = wordpiece.load_tokenizer(str(ENCODER))
     queries, documents = ([pair[side] for pair in pairs] for side in (0, 1))
-    sample = documents + whitening.cut_runs(documents, tokenizer, 48)
+    sample = documents + whitening.cut_spans(documents, tokenizer, 48)
     with whitening.unnormalized(network):
         embeddings_of_sample = Encoder(network, tokenizer, 48).encode(sample)
     whitening.whiten_network(network, embeddings_of_sample, 256, 48)
@@ -95,7 +95,7 @@ def test_a_whitened_checkpoint(texts, tmp_path, more):
     assert record["whitened_at"] == 16
     lines = list(dict.fromkeys(texts.read_text(encoding="utf-8").split("\n")[:-1]))
     model.normalizes = False
-    white = Encoder(model, tokenizer, 16).encode(lines + whitening.cut_runs(lines, tokenizer, 16))
+    white = Encoder(model, tokenizer, 16).encode(lines + whitening.cut_spans(lines, tokenizer, 16))
     np.testing.assert_allclose(white.mean(axis=0), 0, atol=1e-4)
     covariance = white.T @ white / len(white)
     np.testing.assert_allclose(covariance - np.diag(np.diag(covariance)), 0, atol=1e-3)
@@ -115,7 +115,7 @@ def test_a_whitened_checkpoint(texts, tmp_path, more):
 
 def test_whiten_to_more_than_there_is(texts, tmp_path):
     error = refuse("train.py", *START, "--train_set_file", texts, "--output_emb_size", 24, "--whiten", 30, cwd=tmp_path)
-    assert "--whiten 30: embeddings have 24 numbers" in error
+    assert "--whiten 30: embeddings have 24 dimensions" in error
 
 
 # ---------------------------------------------------------------------------------------------- an fc of random numbers

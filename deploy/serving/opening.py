@@ -62,7 +62,7 @@ def open_bm25(index_path: str, documents: Documents, corpus: str | None) -> Any:
     """
     if not os.path.isdir(os.path.join(index_path, ann_util.BM25_FOLDER)):
         return None
-    bm25 = ann_util.open_bm25(documents, corpus, index_path)
+    bm25 = ann_util.build_or_open_bm25(documents, corpus, index_path)
     bm25.search(["语义检索"], 1)  # so that no request waits while jieba reads its dictionary
     return bm25
 

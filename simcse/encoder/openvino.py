@@ -63,24 +63,24 @@ class OpenVinoEngine:
     """
 
     batch_tokens = BATCH_TOKENS["cpu"]
-    AT_A_TIME = 2
+    STREAMS = 2  # batches that are computed at a time
 
     def __init__(self, folder: str, precision: str = "auto", cpu_threads: int = 0) -> None:
+        self.precision = auto_precision("cpu") if precision == "auto" else precision
+        if self.precision not in ("fp32", "bf16", "int8"):
+            raise InputError(f"--precision {precision}: OpenVINO computes in fp32, bf16 or int8")
         openvino = import_openvino()
         record = read_record(folder, GRAPH_FIELDS)
         self.embedding_size = record["embedding_size"]
         self.max_positions = record["max_positions"]
-        self.precision = auto_precision("cpu") if precision == "auto" else precision
-        if self.precision not in ("fp32", "bf16", "int8"):
-            raise InputError(f"--precision {precision}: OpenVINO computes in fp32, bf16 or int8")
-        self.bytes_needed = self.AT_A_TIME * activation_bytes(record)
+        self.bytes_needed = self.STREAMS * activation_bytes(record)
         in_bf16 = self.precision == "bf16" or (self.precision == "int8" and CPU_BF16_IS_FASTER)
         with keep_signal_stack():
             graph = openvino.Core().compile_model(os.path.join(folder, OPENVINO_FILE), "CPU", {
-                "NUM_STREAMS": str(self.AT_A_TIME), "INFERENCE_NUM_THREADS": cpu_threads or CPU_THREADS,
+                "NUM_STREAMS": str(self.STREAMS), "INFERENCE_NUM_THREADS": cpu_threads or CPU_THREADS,
                 "INFERENCE_PRECISION_HINT": "bf16" if in_bf16 else "f32"})
-        self._requests = [graph.create_infer_request() for _ in range(self.AT_A_TIME)]
-        self._pending: list[PendingEmbeddings | None] = [None] * self.AT_A_TIME  # what each request computes
+        self._requests = [graph.create_infer_request() for _ in range(self.STREAMS)]
+        self._pending: list[PendingEmbeddings | None] = [None] * self.STREAMS  # what each request computes
         self._next = 0  # the request to use next
 
     def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> PendingEmbeddings:
@@ -97,7 +97,7 @@ class OpenVinoEngine:
             earlier.wait()  # read before its request is used again
         embeddings = PendingEmbeddings(self._requests[self._next], input_ids, token_type_ids)
         self._pending[self._next] = embeddings
-        self._next = (self._next + 1) % self.AT_A_TIME
+        self._next = (self._next + 1) % self.STREAMS
         return embeddings
 
 
@@ -143,12 +143,13 @@ def _quantize(graph: Any, calibration: Sequence[IdArrays], has_fc: bool) -> Any:
     """
     log(f"quantizing with {count(len(calibration), 'text')}, which takes a minute or two, once")
     products = [node for node in graph.get_ordered_ops() if node.get_type_name() == "MatMul"]
-    in_float = [node for node in products if node.input_value(1).get_node().get_type_name() != "Constant"]
+    kept_in_float = [node for node in products if node.input_value(1).get_node().get_type_name() != "Constant"]
     if has_fc:
-        in_float.append(products[-1])
+        kept_in_float.append(products[-1])  # the fc is the last product: only the norm comes after it
     with quiet_nncf(), as_input_error("--precision int8: NNCF cannot quantize the network", Exception):
         import nncf
 
         inputs = nncf.Dataset([{"input_ids": ids, "token_type_ids": types} for ids, types in calibration])
+        names_in_float = [node.get_friendly_name() for node in kept_in_float]
         return nncf.quantize(graph, inputs, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(calibration),
-                             ignored_scope=nncf.IgnoredScope([node.get_friendly_name() for node in in_float]))
+                             ignored_scope=nncf.IgnoredScope(names_in_float))

@@ -32,14 +32,9 @@ class ReusedVectors:
         """Return the rows that the previous index lacks, int64."""
         return self.rows[self.needs_encoding]
 
-    def completed_with(self, encoded: np.ndarray) -> np.ndarray:
-        """Write the vectors of `rows_to_encode` into `vectors`, and return it.
-
-        Args:
-            encoded: float32 [rows to encode, dim].
-        """
+    def fill(self, encoded: np.ndarray) -> None:
+        """Write the vectors of `rows_to_encode`, float32 [rows to encode, dim], into `vectors`."""
         self.vectors[self.needs_encoding] = encoded
-        return self.vectors
 
 
 @dataclass
@@ -73,9 +68,10 @@ class PreviousIndex:
         manifest = Manifest.load(path, where, REBUILD)
         with as_input_error(f"{where}: damaged", *DAMAGE):
             manifest.check_arrays(path)
-            return cls(path, where, manifest, document_keys=Documents.load_keys(path),
-                       row_keys=Documents.load_row_keys(path, manifest.passages),
-                       vector_map=VectorMap.load(path, manifest.rows))
+            document_keys = Documents.load_keys(path)
+            row_keys = Documents.load_row_keys(path, manifest.passages)
+            vector_map = VectorMap.load(path, manifest.rows)
+        return cls(path, where, manifest, document_keys, row_keys, vector_map)
 
     @property
     def bytes_of_shard(self) -> int:

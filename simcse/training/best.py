@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from simcse.console import log
-from simcse.encoder.weights import read_record
+from simcse.console import InputError, log
+from simcse.encoder.weights import CONFIG_FILE, read_record
 from simcse.machine import RANK
 from simcse.ranks import any_rank, gather_numbers
 
@@ -94,24 +95,42 @@ def digest_run(settings: Mapping[str, Any], test_set_digest: str | None) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
+def check_best_record(record: Mapping[str, Any], folder: str) -> None:
+    """Raise InputError if the record of model_best does not say after which step it was, or with which measures."""
+    path = os.path.join(folder, CONFIG_FILE)
+    if "step" not in record:
+        raise InputError(f"{path}: step: missing")
+    measures = record.get("measures")
+    if not measures or not all(isinstance(value, float | int) for value in measures.values()):
+        raise InputError(f"{path}: measures: expected a number for each name, got {measures!r}")
+
+
 def read_best(folder: str, run_digest: str, state: BestEvaluation) -> BestEvaluation:
     """Return the best evaluation of a run that is resumed with --save_best: the one in the record of model_best.
 
     It may be later than the one in the training state, since a run that was killed repeats the steps after its last
     checkpoint. Where model_best is missing or of another run, there is no best evaluation yet. That is so where the run
-    had another --save_dir, or no --save_best. All ranks call it together.
+    had another --save_dir, or no --save_best, and where all its evaluations were undefined, whose number is kept for
+    --early_stopping. All ranks call it together.
 
     Args:
         folder: of model_best; it need not exist.
         run_digest: what `digest_run` returns of the run.
         state: the best evaluation in the training state.
+
+    Raises:
+        InputError: see `check_best_record`.
     """
     record = read_record(folder)
     is_of_run = record.get("run_digest") == run_digest
+    if is_of_run:
+        check_best_record(record, folder)
     step = gather_numbers(record["step"] if is_of_run else NO_STEP)[0]  # only rank 0's disk has to have the folder
     if step == NO_STEP:
         if record and not RANK:
             log(f"{folder} is not of the run that is resumed; the next evaluation replaces it")
+        if state.step is None:
+            return state
         return BestEvaluation(test_set_digest=state.test_set_digest)
     if step == state.step:
         return state

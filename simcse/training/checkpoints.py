@@ -3,7 +3,7 @@
 With --save_best the folder also has model_best, which is not one of them: no run is resumed from it, and it is not
 removed with old checkpoints.
 
-This file imports no paddle, since command lines ask for the newest checkpoint before it is loaded.
+This file imports no paddle, so that flags can be parsed without loading paddle.
 """
 
 import os

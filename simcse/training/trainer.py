@@ -34,6 +34,7 @@ from paddle import nn
 
 LOG_STEPS = 10  # steps between log lines
 CHECK_STEPS = 10  # steps between checks of the loss where a check has to wait for it
+MOST_LINES = 100  # lines of a batch that an error message lists
 REMEDY = "A lower --learning_rate, --max_grad_norm 1 or --warmup_proportion 0.1 may help"
 
 
@@ -166,16 +167,16 @@ class Trainer:
         Args:
             loss: a scalar.
             batch: has the `rows` of its texts, for the error message.
-            check_loss: check the loss in this step. One process on a CPU checks it in every step. On a GPU or on
-                several ranks, where a check waits for it, others are checked every CHECK_STEPS steps, and the last.
+            check_loss: always check the loss of this step. On one CPU process every step is checked anyway; on a GPU or
+                several ranks, where reading the loss blocks, every CHECK_STEPS steps and the last.
 
         Raises:
             Diverged: the loss is not finite on some rank. The weights are left as they were, and have been saved, if
                 they are finite.
         """
-        has_to_wait = self.args.device != "cpu" or RANKS > 1
+        check_is_cheap = self.args.device == "cpu" and RANKS == 1
         step = self.step + 1
-        if check_loss or not has_to_wait or step % CHECK_STEPS == 0 or step == self.total_steps:
+        if check_loss or check_is_cheap or step % CHECK_STEPS == 0 or step == self.total_steps:
             self._save_and_raise_if_diverged(float(loss), batch)
         self.optimization.step()
         self.step = step
@@ -192,21 +193,13 @@ class Trainer:
 
     def _describe_loss(self, loss: float, batch: Any) -> str:
         lines = sorted(self.texts.line_number(row) for row in batch.rows)
-        message = (f"{console.PROGRAM}: error: the loss of step {self.step + 1} is {loss}; its batch is lines "
-                   f"{', '.join(map(str, lines[:100]))} of --train_set_file")
+        listed = console.some([str(line) for line in lines], MOST_LINES)
+        message = (f"{console.PROGRAM}: error: the loss of step {self.step + 1} is {loss} "
+                   f"(batch: lines {listed} of --train_set_file)")
         if self.checked_step < self.step:
             message += (f"; losses from step {self.checked_step + 1} on were not checked, so that an earlier batch may "
                         "be the cause")
         return message
-
-    def weights_are_finite(self) -> bool:
-        """Return whether no weight is NaN or Inf, on any rank; all ranks call it together."""
-        if self.finite_step != self.step:
-            is_finite = all(bool(paddle.isfinite(parameter).all()) for parameter in self.model.parameters())
-            if any_rank(not is_finite):
-                return False
-            self.finite_step = self.step
-        return True
 
     def check_weights(self, skipped: str) -> None:
         """Report weights that are NaN or Inf, and raise Diverged; all ranks call it together.
@@ -214,7 +207,11 @@ class Trainer:
         Args:
             skipped: what is not done with such weights, for the message.
         """
-        if self.weights_are_finite():
+        if self.finite_step == self.step:
+            return
+        is_finite = all(bool(paddle.isfinite(parameter).all()) for parameter in self.model.parameters())
+        if not any_rank(not is_finite):
+            self.finite_step = self.step
             return
         if not RANK:
             warn(f"{console.PROGRAM}: error: after step {self.step} weights contain NaN or Inf; {skipped}")
@@ -305,7 +302,6 @@ class Trainer:
     def log_measures(self, group: str, measures: Mapping[str, float]) -> None:
         """Log an evaluation of the weights as they are now; see `TrainingLog.log_measures`."""
         self.log.log_measures(self.step, group, measures)
-        self.evaluated_step = self.step
 
     def finish(self, hyper_parameters: Mapping[str, Any]) -> None:
         """Close the log, and wait for the other ranks."""
