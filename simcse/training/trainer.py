@@ -17,7 +17,7 @@ from simcse.console import InputError, log, warn
 from simcse.device import set_device, set_gpu_precision
 from simcse.encoder.paddle_patches import train_faster_on_cpu
 from simcse.encoder.weights import add_to_record, new_checkpoint_folder
-from simcse.files import file_digest, name_output
+from simcse.files import file_digest, name_output, new_folder
 from simcse.machine import RANK, RANKS, TRAIN_PRECISIONS
 from simcse.ranks import all_equal, any_rank, join_ranks, wait_for_ranks
 from simcse.training.best import BestEvaluation, digest_run, read_best
@@ -253,7 +253,8 @@ class Trainer:
         """
         if not RANK:
             folder = best_path(self.args.save_dir)
-            with name_output(folder, "--save_dir"), new_checkpoint_folder(folder) as temporary:
+            obsolete = os.listdir(folder) if os.path.isdir(folder) else ()  # every file there is of the older weights
+            with name_output(folder, "--save_dir"), new_folder(folder, obsolete) as temporary:
                 self.write_model(temporary)
                 add_to_record(temporary, {"step": self.step, "measures": self.best.measures,
                                           "run_digest": self._run_digest()})
