@@ -1,5 +1,6 @@
 """What the scripts share. Import it first: it sets the environment in which numpy and paddle are loaded."""
 
+import contextlib
 import importlib.util
 import os
 import sys
@@ -13,8 +14,9 @@ from simcse.signals import report_interrupted_imports
 report_interrupted_imports()
 if not os.access(os.path.expanduser("~"), os.W_OK):
     # Libraries keep settings and caches in the home folder, and some end with an error without one.
-    home = tempfile.TemporaryDirectory(prefix="simcse-home-")
-    os.environ["HOME"] = home.name
+    with contextlib.suppress(OSError):  # there is no folder of temporary files either
+        home = tempfile.TemporaryDirectory(prefix="simcse-home-")
+        os.environ["HOME"] = home.name
 if importlib.util.find_spec("numpy") is None:
     from simcse.console import HOW_TO_INSTALL
 

@@ -46,11 +46,20 @@ def test_tokens_agree_with_paddlenlp(tokenizer, tmp_path):
     ("vocab.txt", b"", r"vocab.txt: not a vocabulary, .*: it lacks \[CLS\], \[SEP\], \[PAD\], \[UNK\]"),
     ("vocab.txt", b"[PAD]\n[CLS]\n[SEP]\n\xe8\xaf", "vocab.txt: not a vocabulary in UTF-8"),
     ("tokenizer_config.json", b'{"tokenizer_class": "ErnieTokenizer", "do_lower_case": "x"}',
-     'tokenizer_config.json: do_lower_case: expected true or false, got "x"')])
+     'tokenizer_config.json: do_lower_case: expected true or false, got "x"'),
+    ("tokenizer.json", '{"added_tokens": [{"content": "[CLS]"}, {"content": "新词"}]}'.encode(),
+     "tokenizer.json adds tokens that vocab.txt lacks: 新词; append them to vocab.txt")])
 def test_a_damaged_tokenizer_is_an_input_error(tokenizer, tmp_path, name, content, message):
     tokenizer.save_pretrained(str(tmp_path))
     (tmp_path / name).write_bytes(content)
     with pytest.raises(console.InputError, match=message):
+        wordpiece.load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_json_without_a_vocabulary_is_named(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    with pytest.raises(console.InputError, match="; the folder has a tokenizer.json, .* and no vocab.txt$"):
         wordpiece.load_tokenizer(str(tmp_path))
 
 

@@ -41,13 +41,18 @@ def load_pretrained(model_name_or_path: str, dropout: float | None = None, kind:
             encoder = getattr(paddlenlp.transformers, kind).from_pretrained(model_name_or_path, **rates)
     except Exception as error:  # of a damaged folder paddlenlp raises anything
         reason = describe_load_error(error)
-        raise InputError(f"--model_name_or_path {model_name_or_path}: {reason}{advice}") from None
+        if advice:
+            reason = f"cannot be loaded; {advice} (PaddleNLP says: {summarize_error(error)})"
+        raise InputError(f"--model_name_or_path {model_name_or_path}: {reason}") from None
     random_layers = _random_layers(messages)
     if not uses_pooler:
         random_layers = [name for name in random_layers if "pooler" not in name]
     missing = [name for name in random_layers if optional_part not in name]
     if missing:
-        raise InputError(f"--model_name_or_path {model_name_or_path}: its weights lack {some(missing)}{advice}")
+        reason = f"its weights lack {some(missing)}"
+        if advice:
+            reason = f"{reason}; {advice}"
+        raise InputError(f"--model_name_or_path {model_name_or_path}: {reason}")
     if random_layers:
         warn(f"{model_name_or_path} has no trained {optional_part}: {some(random_layers)} start at random")
     return encoder
@@ -81,7 +86,7 @@ def _advise_on_layout(folder: str) -> str:
     foreign = [name for name in names if name.endswith((".safetensors", ".bin"))]
     if not foreign or any(name.endswith(".pdparams") for name in names):
         return ""
-    return (f"; {foreign[0]} may be in the layout of Hugging Face transformers, which is not read: convert encoder and "
+    return (f"{foreign[0]} may be in the layout of Hugging Face transformers, which is not read: convert encoder and "
             "tokenizer with PaddleNLP: AutoModel.from_pretrained(old, convert_from_torch=True).save_pretrained(new)")
 
 

@@ -87,10 +87,10 @@ class ShardedIndex:
         dimension = self.manifest.dimension
         needed = sum(self._engine.bytes_needed(dimension, capacity, settings) for capacity in capacities)
         needed_here = LOCAL_RANKS * needed
-        free = available_memory()
+        free = max(0, available_memory())
         if needed_here > free:
             raise InputError(f"the index of {LOCAL_RANKS * sum(capacities):,} vectors of {dimension} needs "
-                             f"{needed_here / 1e9:.1f} GB of memory, and {free / 1e9:.1f} are free: use several "
+                             f"{needed_here / 1e9:.2f} GB of memory, and {free / 1e9:.2f} are free: use several "
                              "machines, or --ann_engine milvus")
         return needed
 

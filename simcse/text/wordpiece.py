@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from simcse.console import InputError, as_input_error, some_characters
+from simcse.console import InputError, as_input_error, some, some_characters
 from simcse.files import read_json
 from simcse.text.tokens import Ids, Tokens
 
@@ -241,10 +241,14 @@ def load_tokenizer(name_or_path: str) -> WordPiece | PaddleTokenizer:
     from paddlenlp.transformers import AutoTokenizer
 
     # paddlenlp raises OSError, ValueError, KeyError or errors of its own; IndexError for a class that it does not have.
+    names = os.listdir(name_or_path) if os.path.isdir(name_or_path) else []
+    remedy = ""
+    if "tokenizer.json" in names and "vocab.txt" not in names:
+        remedy = "; the folder has a tokenizer.json, which PaddleNLP may not read, and no vocab.txt"
     unknown_class = (f"no tokenizer in {name_or_path}: PaddleNLP does not have the tokenizer_class that "
                      "tokenizer_config.json names; write BertTokenizer there if it is BertTokenizerFast")
-    with as_input_error(unknown_class, IndexError), as_input_error(f"no tokenizer in {name_or_path}", OSError,
-                                                                   ValueError, KeyError, TypeError, AttributeError):
+    with as_input_error(unknown_class, IndexError), as_input_error(
+            f"no tokenizer in {name_or_path}", OSError, ValueError, KeyError, TypeError, AttributeError, remedy=remedy):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)  # nosec B615  the user names what is fetched
     kind = type(tokenizer).__name__
     if kind in WORDPIECE_CLASSES:
@@ -266,11 +270,23 @@ def _read_wordpiece(folder: str) -> WordPiece | None:
     missing = [token for token in ("[CLS]", "[SEP]", "[PAD]", "[UNK]") if token not in vocab]
     if missing:
         raise InputError(f"{vocabulary}: not a vocabulary, a token a line: it lacks {', '.join(missing)}")
+    _check_added_tokens(folder, vocab)
     lowercase = config.get("do_lower_case", True)
     if not isinstance(lowercase, bool):
         raise InputError(f"{os.path.join(folder, 'tokenizer_config.json')}: do_lower_case: expected true or false, "
                          f"got {some_characters(json.dumps(lowercase))}")
     return WordPiece(vocab, lowercase, kind)
+
+
+def _check_added_tokens(folder: str, vocab: dict[str, int]) -> None:
+    """Raise InputError where tokenizer.json adds tokens that vocab.txt lacks; their texts would lose them."""
+    path = os.path.join(folder, "tokenizer.json")
+    added = read_json(path).get("added_tokens") or []
+    with as_input_error(f"{path}: added_tokens", TypeError, KeyError):
+        missing = [token["content"] for token in added if token["content"] not in vocab]
+    if missing:
+        raise InputError(f"{path} adds tokens that vocab.txt lacks: {some(missing)}; append them to vocab.txt, in the "
+                         "order of their ids")
 
 
 def find_unknown(tokenizer: WordPiece | PaddleTokenizer, ids: Sequence[Ids]) -> list[int]:

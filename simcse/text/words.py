@@ -4,6 +4,7 @@ import itertools
 import logging
 import os
 import re
+import tempfile
 import unicodedata
 
 import jieba
@@ -14,6 +15,10 @@ CHAIN = re.compile(r"(?<![a-z0-9.])(?:[a-z]+[ _-]?(?=[0-9])|[0-9]+[ _-]?(?=[a-z]
 # It logs a traceback where its cache, in the folder of temporary files, belongs to another user.
 jieba.setLogLevel(logging.CRITICAL)
 jieba.dt.cache_file = f"jieba-{os.getuid()}.cache"
+try:
+    tempfile.gettempdir()
+except OSError:  # there is no folder of temporary files: it goes without the cache, which cannot be made in a file
+    jieba.dt.tmp_dir = os.devnull
 
 
 def load_dictionary() -> None:
