@@ -26,8 +26,9 @@ def test_quality_shows_the_commands_of_its_recipes(tmp_path):
     """And every command is one that its script takes, files aside."""
     shown = succeed("benchmarks/quality.py", "--show", "--data_dir", tmp_path).stdout
     lines = [line.strip() for line in shown.splitlines() if "    python " in line]
-    assert len(lines) > 30 and all(line.startswith(tuple(f"python {script}.py " for script in (
-        "train", "recall", "predict", "scripts/pretrain", "scripts/mine_negatives"))) for line in lines)
+    scripts = ("train", "recall", "predict", "scripts/pretrain", "scripts/mine_negatives", "scripts/make_pairs")
+    beginnings = tuple(f"python {script}.py " for script in scripts)
+    assert len(lines) > 30 and all(line.startswith(beginnings) for line in lines)
     assert "--pooling first_last_avg --whiten" in shown and "recall.py ... --hybrid_bm25" in shown
     assert "no such recipe: plane; there are untrained, plain" in refuse("benchmarks/quality.py", "plane", "--data_dir",
                                                                          tmp_path)

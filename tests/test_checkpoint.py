@@ -168,6 +168,7 @@ def test_a_step_that_is_saved_again_leaves_no_other_weights(tmp_path, monkeypatc
     run = object.__new__(trainer.Trainer)
     run.args = argparse.Namespace(save_dir=str(tmp_path), keep_checkpoints=0)
     run.step, run.last_saved_step, run.model, run.optimization, run.settings = 1, None, None, None, None
+    run.best = None
     run.check_weights = lambda skipped: None
     run.write_model = lambda folder: Path(folder, w.PARAMS_FILE).write_text("")
     monkeypatch.setattr(trainer, "write_state", lambda *_, **__: None)
