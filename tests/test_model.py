@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 import model as m
 from data import Batch, Inputs
+from simcse import console
 from simcse.console import InputError
 from simcse.encoder import paddle_patches, pretrained, weights
 from simcse.encoder.encoder import Encoder
@@ -287,6 +288,7 @@ def raise_after(cause, error):
     (KeyError(), MemoryError(), "cannot be loaded: out of memory: MemoryError"),
     (KeyError(), ValueError("config.json: no JSON"), "cannot be loaded: config.json: no JSON")])
 def test_only_an_encoder_that_is_not_found_is_called_so(monkeypatch, cause, error, reason):
+    monkeypatch.setattr(console.settings, "memory_flags", ())
     monkeypatch.setattr(paddlenlp.transformers.AutoModel, "from_pretrained",
                         lambda *_, **__: raise_after(cause, error))
     with pytest.raises(InputError) as raised:
