@@ -46,5 +46,6 @@ done
 # After a crash xdist's replacement waits for ever with --dist loadgroup; this ends the run with the test's name.
 workers="-n 2 --dist loadgroup --no-loadscope-reorder --max-worker-restart=0"
 [ "$files" = 1 ] && workers="-n 0" # the tests of a file are one worker's
+# Each test that has passed takes its files along: the tests write 11 GB, and pytest would keep those of three runs.
 # shellcheck disable=SC2086  # a word a file on purpose
-exec "$venv/bin/python" -m pytest $tests -ra -p no:schemathesis -m "$marked" $workers "$@"
+exec "$venv/bin/python" -m pytest $tests -ra -p no:schemathesis -o tmp_path_retention_policy=failed -m "$marked" $workers "$@"
