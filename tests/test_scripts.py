@@ -271,31 +271,6 @@ def test_a_damaged_archive_is_not_unpacked(bare_clone, archive, damage):
 
 
 # ------------------------------------------------------------------------------------------------------ quickstart
-def test_quickstart(clone, request):
-    """As a user runs it, with the environment that the tests run in, and but for --slow with a smaller sample.
-
-    Recall rises by the training, too, if the sample is a whole one.
-    """
-    is_slow = request.config.getoption("--slow")
-    if not os.path.isfile(os.path.join(sys.prefix, "installed")):
-        pytest.skip("only in the environment that scripts/run_tests.sh makes: it would install packages here")
-    os.symlink(sys.prefix, clone / ".venv")
-    result = subprocess.run(["bash", "scripts/quickstart.sh"], cwd=clone, capture_output=True, text=True, timeout=1800,
-                            env={**os.environ, "PAPERS": "1500" if is_slow else "120"})
-    assert result.returncode == 0, result.stderr
-    rows = [re.search(rf"^{name} +((?:[\d.]+ +){{5}})\d+ s$", result.stdout, re.M)[1].split() for name in (
-        "untrained", "SimCSE, epochs: 1", "first_last_avg, whitened", "first_avg, trained on pairs",
-        "first_last_avg, with BM25")]
-    untrained, simcse, recipe, paired, hybrid = ([float(value) for value in row] for row in rows)
-    assert not is_slow or all(b < a for b, a in zip(untrained, simcse)), (untrained, simcse)
-    assert recipe[0] > max(untrained[0], simcse[0]) and hybrid[0] >= recipe[0], (simcse, recipe, hybrid)
-    assert paired[0] > max(untrained[0], simcse[0]), (simcse, paired)
-    assert max(map(len, result.stdout.splitlines())) < 200 and "made-up sample data" in result.stdout
-    for name in ("scores.txt", "corpus.npy", "output/simcse_config.json", "deploy.txt", "hybrid/recall_result.txt"):
-        assert (clone / "quickstart" / name).stat().st_size > 0
-    assert (clone / "quickstart" / "query.txt").read_text(encoding="utf-8").count("\n") == 5
-
-
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """The project, with a .venv whose Python is the forked one, so that the quickstart installs nothing."""
@@ -309,6 +284,33 @@ def installed(tmp_path_factory):
     checksum = subprocess.run("cksum <requirements.txt", shell=True, cwd=folder, capture_output=True, text=True).stdout
     (folder / ".venv" / "installed").write_text(f"requirements.txt {checksum}")
     return folder
+
+
+def test_quickstart(clone, installed, request):
+    """With --slow as a user runs it, in the environment that the tests run in; else with a small sample, and forked.
+
+    Recall rises by the training, too, if the sample is a whole one.
+    """
+    is_slow = request.config.getoption("--slow")
+    folder = clone if is_slow else installed
+    if is_slow:
+        if not os.path.isfile(os.path.join(sys.prefix, "installed")):
+            pytest.skip("only in the environment that scripts/run_tests.sh makes: it would install packages here")
+        os.symlink(sys.prefix, clone / ".venv")
+    result = subprocess.run(["bash", "scripts/quickstart.sh"], cwd=folder, capture_output=True, text=True, timeout=1800,
+                            env={**os.environ, "PAPERS": "1500" if is_slow else "120"})
+    assert result.returncode == 0, result.stderr
+    rows = [re.search(rf"^{name} +((?:[\d.]+ +){{5}})\d+ s$", result.stdout, re.M)[1].split() for name in (
+        "untrained", "SimCSE, epochs: 1", "first_last_avg, whitened", "first_avg, trained on pairs",
+        "first_last_avg, with BM25")]
+    untrained, simcse, recipe, paired, hybrid = ([float(value) for value in row] for row in rows)
+    assert not is_slow or all(b < a for b, a in zip(untrained, simcse)), (untrained, simcse)
+    assert recipe[0] > max(untrained[0], simcse[0]) and hybrid[0] >= recipe[0], (simcse, recipe, hybrid)
+    assert paired[0] > max(untrained[0], simcse[0]), (simcse, paired)
+    assert max(map(len, result.stdout.splitlines())) < 200 and "made-up sample data" in result.stdout
+    for name in ("scores.txt", "corpus.npy", "output/simcse_config.json", "deploy.txt", "hybrid/recall_result.txt"):
+        assert (folder / "quickstart" / name).stat().st_size > 0
+    assert (folder / "quickstart" / "query.txt").read_text(encoding="utf-8").count("\n") == 5
 
 
 def quickstart(folder, *words, cwd=None, **env):
