@@ -167,10 +167,20 @@ default_folder() {
     echo "quickstart/files/${name:-texts}"
 }
 
+# has_gpu_paddle: whether .venv has the paddle for GPUs, which somebody has installed as docs/en/training.md says.
+has_gpu_paddle() { compgen -G '.venv/lib/python*/site-packages/paddlepaddle_gpu-*' >/dev/null; }
+
+# check_gpu_paddle: refuse DEVICE=gpu without it, before anything is installed or an earlier run's results are removed.
+check_gpu_paddle() {
+    if [ "${DEVICE:-}" = gpu ] && ! has_gpu_paddle; then
+        refuse "DEVICE=gpu: there is no paddlepaddle-gpu in .venv; docs/en/training.md says how to install it"
+    fi
+}
+
 # install_for_device: make .venv, and set DEVICE where the user has not: to gpu with a GPU and paddle for it, else to cpu.
 install_for_device() {
-    if compgen -G '.venv/lib/python*/site-packages/paddlepaddle_gpu-*' >/dev/null; then
-        # Somebody has installed it as docs/en/training.md says; requirements.txt would write over it.
+    if has_gpu_paddle; then
+        # requirements.txt would write over it.
         if [ -z "${DEVICE:-}" ] && nvidia-smi -L >/dev/null 2>&1; then
             DEVICE=gpu
         fi
@@ -267,6 +277,11 @@ answer_queries() {
         --hybrid_bm25 --distinct --top_k "$TOP_K" "${queries[@]}" >"$1/answers.tsv"
 }
 
+# explain_scores: what the numbers of a search with --hybrid_bm25 are.
+explain_scores() {
+    echo "Before each document: its cosine with the query, plus its BM25 score divided by the query's highest."
+}
+
 # quoted TEXT: the text as one word of a shell command.
 quoted() {
     case $1 in
@@ -311,6 +326,7 @@ run_on_file() {
     check_folder "$out" "$corpus"
     check_queries "$@"
     check_device
+    check_gpu_paddle
 
     run_step "1/6 install into .venv" install_for_device
     PYTHON=$PWD/.venv/bin/python
@@ -323,6 +339,7 @@ run_on_file() {
     run_step "6/6 index with BM25, answers" answer_queries "$out" "$corpus"
     say "$((SECONDS - started)) s in all; files in $out/"
 
+    explain_scores
     "$PYTHON" scripts/print_answers.py <"$out/answers.tsv"
     print_next_commands "$out" "$corpus"
 }

@@ -131,7 +131,8 @@ printf '%-36s %6s %6s %6s %6s %6s %8s\n' "" @1 @5 @10 @20 @50 took
 printf '%s\n' "${figures[@]}"
 printf '\nThe deployed model (deploy.txt): an embedding, of which the first numbers, and cosines of two pairs:\n\n'
 printf '%s ...\n%s\n' "$(sed -n 1,2p "$out/deploy.txt")" "$(tail -n 1 "$out/deploy.txt")"
-printf '\nFive documents for a query, with their fused scores:\n'
+printf '\nFive documents for a query. '
+explain_scores
 "$PYTHON" scripts/print_answers.py <"$out/query.txt"
 printf '\nThe search page of these documents, at http://127.0.0.1:8000; run this in %s:\n\n' "$PWD"
 printf '  .venv/bin/pip install -r requirements-serving.txt\n'

@@ -321,9 +321,11 @@ def quickstart(folder, *words, cwd=None, **env):
 
 def answers_of(stdout):
     """The answers that the quickstart prints: for each query its documents."""
+    explanation, *lines = stdout.partition("\nRun these commands in ")[0].splitlines()
+    assert explanation.startswith("Before each document: its cosine with the query, plus its BM25 score"), explanation
     answers = {}
     query = None
-    for line in stdout.partition("\nRun these commands in ")[0].splitlines():
+    for line in lines:
         if line.startswith("  "):
             answers[query].append(line.split(maxsplit=1)[1])
         elif line:
@@ -386,6 +388,8 @@ def test_quickstart_refuses_what_it_cannot_use_before_it_installs(bare_clone, tm
             (["scripts"], {}, "scripts: not a regular file; it is read several times"),
             (["--out"], {}, "--out: no such flag; usage: bash scripts/quickstart.sh [FILE [QUERY ...]]"),
             (["texts.txt"], {"DEVICE": "tpu"}, "DEVICE=tpu: expected cpu or gpu"),
+            (["texts.txt"], {"DEVICE": "gpu"}, "DEVICE=gpu: there is no paddlepaddle-gpu in .venv; docs/en/training.md "
+             "says how to install it"),
             (["texts.txt", "-"], {}, "-: queries from stdin are not read; recall.py --query reads them"),
             (["texts.txt"], {"OUT": str(tmp_path / "mine")}, f"OUT={tmp_path}/mine: exists and was not made by an "
              "earlier run with a file; name another folder"),
