@@ -28,9 +28,8 @@ from simcse.encoder.pretrained import (
     encoder_from_record,
     freeze_pooler,
     load_pretrained,
-    remove_layers,
-    weights_without_layers,
 )
+from simcse.encoder.table import TokenTable, weights_without_layers
 from simcse.encoder.weights import (
     CONFIG_FILE,
     ENCODER_FIELDS,
@@ -108,7 +107,7 @@ class SimCSE(nn.Layer):
         super().__init__()
         needs = find_pooling(pooling)
         if needs.removes_layers:
-            remove_layers(pretrained_model)
+            pretrained_model = TokenTable(pretrained_model)
         if needs.first_token_only:
             compute_first_token_only(pretrained_model)
         if not needs.uses_pooler:
@@ -158,6 +157,8 @@ class SimCSE(nn.Layer):
              with_pooler: bool = True) -> paddle.Tensor:
         """Return a vector a text, float [batch, hidden]; arguments as in `get_pooled_embedding`."""
         pooling = find_pooling(self.pooling)
+        if self._averages_table():
+            return self.ptm.average(input_ids)
         if pooling.all_layers:
             outputs = self.ptm(input_ids, token_type_ids=token_type_ids, output_hidden_states=True)
         else:
@@ -166,6 +167,10 @@ class SimCSE(nn.Layer):
         if pooling.pool_without_pooler and not with_pooler:
             return pooling.pool_without_pooler(encoded)
         return pooling.pool(encoded)
+
+    def _averages_table(self) -> bool:
+        """Return whether a `TokenTable` pools by itself, for which texts need not be of like length."""
+        return isinstance(self.ptm, TokenTable) and self.ptm.can_average()
 
     def get_pooled_embedding(self, input_ids: paddle.Tensor, token_type_ids: paddle.Tensor | None = None,
                              with_pooler: bool = True) -> paddle.Tensor:
@@ -212,8 +217,11 @@ class SimCSE(nn.Layer):
         pad_id = self.ptm.config.pad_token_id
         texts = join_sides(sides, pad_id)
         lengths = count_tokens(texts.input_ids, pad_id)
-        cost_key = "cpu" if paddle.device.get_device() == "cpu" else self.precision
-        groups = group_by_length(lengths, PASS_TOKENS[cost_key])
+        if self._averages_table():
+            groups = [np.argsort(lengths)]
+        else:
+            cost_key = "cpu" if paddle.device.get_device() == "cpu" else self.precision
+            groups = group_by_length(lengths, PASS_TOKENS[cost_key])
 
         embeddings = []
         for rows in groups:
@@ -427,8 +435,8 @@ def load_model(params_path: str, model_name_or_path: str | None = None, output_e
     model.whitened_at = record.get("whitened_at")
     model.fc_is_random = record.get("fc_is_random", False)
 
-    if find_pooling(pooling).removes_layers:  # the checkpoint may be of another pooling
-        state = weights_without_layers(state)
+    if find_pooling(pooling).removes_layers:
+        state = weights_of_table(state, record, source)
     load_state(model, state, source)
     model.eval()
     tokenizer = checkpoint_tokenizer(params_path, name)
@@ -481,6 +489,28 @@ def choose_pooling(record: Mapping[str, Any], wanted: str | None, source: str) -
     return pooling
 
 
+def weights_of_table(state: Mapping[str, np.ndarray], record: Mapping[str, Any],
+                     source: str) -> Mapping[str, np.ndarray]:
+    """Return the weights of a checkpoint as those of a network with a `TokenTable`.
+
+    Args:
+        state: the checkpoint's weights. It may be of a pooling that needs layers.
+        record: the checkpoint's.
+        source: names the checkpoint in messages.
+
+    Raises:
+        InputError: it is of an earlier version, whose table had positions.
+    """
+    is_table = not any(name.startswith("ptm.embeddings.") for name in state)
+    if is_table:
+        return state
+    if find_pooling(record.get("pooling", "pooler")).removes_layers:
+        raise InputError(f"{source}: was made by an earlier version, in which --pooling {record['pooling']} had "
+                         "positions; make it again")
+    with as_input_error(source, ValueError):
+        return weights_without_layers(state)
+
+
 def recorded_loss_settings(record: Mapping[str, Any]) -> LossSettings:
     """Return the settings of the loss in a checkpoint's record; those that it lacks have their defaults."""
     return LossSettings(**{field.name: record[field.name] for field in fields(LossSettings) if field.name in record})
@@ -501,7 +531,7 @@ def make_record(model: SimCSE, model_name_or_path: str, max_seq_length: int | No
     record = {"model_name_or_path": model_name_or_path, "output_emb_size": model.output_emb_size,
               "embedding_size": model.embedding_size, "max_positions": model.max_positions, "pooling": model.pooling,
               **asdict(model.loss_settings), "max_seq_length": max_seq_length, "whitened_at": model.whitened_at,
-              "encoder_class": type(model.ptm).__name__,
+              "encoder_class": encoder_class(model.ptm),
               "encoder_config": drop_incompatible_keys(model.ptm.config.to_dict()),
               "versions": {"paddlepaddle": paddle.__version__, "paddlenlp": paddlenlp.__version__}}
     if find_pooling(model.pooling).pool_without_pooler:
@@ -509,6 +539,11 @@ def make_record(model: SimCSE, model_name_or_path: str, max_seq_length: int | No
     if model.fc_is_random:
         record["fc_is_random"] = True
     return record
+
+
+def encoder_class(encoder: nn.Layer) -> str:
+    """Return the name of an encoder's class in PaddleNLP; of a `TokenTable`, that of the encoder it was made of."""
+    return encoder.encoder_class if isinstance(encoder, TokenTable) else type(encoder).__name__
 
 
 def save_checkpoint(folder: str, model: SimCSE, tokenizer: Any, record: dict) -> None:

@@ -11,7 +11,7 @@ from simcse.encoder import weights
 from simcse.encoder.engine import make_engine
 from simcse.encoder.paddle_engine import PaddleEngine, export_graph
 from simcse.encoder.pooling import POOLINGS, describe_poolings
-from simcse.encoder.table import TableEngine
+from simcse.encoder.table import TableEngine, TokenTable, write_table
 from simcse.text.tokens import pad
 from simcse.text.wordpiece import load_tokenizer
 
@@ -19,7 +19,7 @@ import numpy as np
 import paddle
 import pytest
 from conftest import ENCODER, ROOT
-from paddlenlp.transformers import BertConfig, BertModel
+from paddlenlp.transformers import BertConfig, BertModel, ElectraConfig, ElectraModel, ErnieConfig, ErnieModel
 from test_model import SIZES, ids, tiny
 
 
@@ -29,29 +29,46 @@ def texts_of_3_to_9_tokens():
 
 
 # ------------------------------------------------------------------------------------------------------- by definition
-# Of one text: its pooler's output, [hidden], and of its tokens the first layer's input and all layers' outputs,
-# [length, hidden] each.
+# Of one text: its pooler's output, [hidden]; of its tokens the first layer's input and all layers' outputs, and what
+# goes into the first layer without positions, [length, hidden] each.
 DEFINITIONS = {
-    "pooler": lambda pooler, layers: pooler,
-    "mean": lambda pooler, layers: layers[-1][1:-1].mean(axis=0),
-    "first_last_avg": lambda pooler, layers: ((layers[0] + layers[-1]) / 2)[1:-1].mean(axis=0),
-    "first_avg": lambda pooler, layers: layers[0][1:-1].mean(axis=0)}
+    "pooler": lambda pooler, layers, tokens: pooler,
+    "mean": lambda pooler, layers, tokens: layers[-1][1:-1].mean(axis=0),
+    "first_last_avg": lambda pooler, layers, tokens: ((layers[0] + layers[-1]) / 2)[1:-1].mean(axis=0),
+    "first_avg": lambda pooler, layers, tokens: tokens[1:-1].mean(axis=0)}
 
 
 def test_every_pooling_has_a_definition():
     assert DEFINITIONS.keys() == POOLINGS.keys()
 
 
-def expected_embeddings(network, pooling, texts):
-    """Text by text, without padding, by an encoder of which all tokens are computed."""
-    layers = network.ptm.encoder.layers
-    patched = [(layer, layer.__dict__.pop("forward")) for layer in layers if "forward" in layer.__dict__]
+def make_encoder(kind):
+    """The same weights each time."""
+    paddle.seed(1)
+    sizes = {**SIZES, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return BertModel(BertConfig(**sizes)) if kind == "bert" else ErnieModel(ErnieConfig(**sizes))
+
+
+def normed_tokens(encoder, text):
+    """The layer norm of token, token type 0 and the mean position, by numpy."""
+    weights = {name: tensor.numpy() for name, tensor in encoder.embeddings.state_dict().items()}
+    rows = weights["word_embeddings.weight"][text]
+    rows = rows + weights["position_embeddings.weight"].mean(axis=0) + weights["token_type_embeddings.weight"][0]
+    if "task_type_embeddings.weight" in weights:
+        rows = rows + weights["task_type_embeddings.weight"][0]
+    rows = rows - rows.mean(axis=1, keepdims=True)
+    rows = rows / np.sqrt((rows**2).mean(axis=1, keepdims=True) + encoder.embeddings.layer_norm._epsilon)
+    return rows * weights["layer_norm.weight"] + weights["layer_norm.bias"]
+
+
+def expected_embeddings(encoder, network, texts):
+    """Text by text, without padding, by an encoder of which all tokens are computed, and the network's fc."""
+    encoder.eval()
     rows = []
     for text in texts:
-        outputs = network.ptm(paddle.to_tensor([text]), output_hidden_states=True)
-        rows.append(DEFINITIONS[pooling](outputs[1].numpy()[0], [layer.numpy()[0] for layer in outputs[2]]))
-    for layer, forward in patched:
-        layer.forward = forward
+        outputs = encoder(paddle.to_tensor([text]), output_hidden_states=True)
+        layers = [layer.numpy()[0] for layer in outputs[2]]
+        rows.append(DEFINITIONS[network.pooling](outputs[1].numpy()[0], layers, normed_tokens(encoder, text)))
     rows = np.stack(rows) @ network.emb_reduce_linear.weight.numpy() + network.emb_reduce_linear.bias.numpy()
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
@@ -61,13 +78,10 @@ def expected_embeddings(network, pooling, texts):
 def test_pooling_is_its_definition(pooling, kind, tmp_path):
     """Texts of three to nine tokens in one padded batch, in dynamic graph and in the static one."""
     texts = texts_of_3_to_9_tokens()
-    network = tiny(pooling=pooling)
-    if kind == "bert":
-        network = m.SimCSE(BertModel(BertConfig(**SIZES)), output_emb_size=8, pooling=pooling)
+    network = m.SimCSE(make_encoder(kind), output_emb_size=8, pooling=pooling)
     network.eval()
-    assert len(network.ptm.encoder.layers) == network.ptm.config.num_hidden_layers == (
-        0 if pooling == "first_avg" else SIZES["num_hidden_layers"])
-    expected = expected_embeddings(network, pooling, texts)
+    assert network.ptm.config.num_hidden_layers == (0 if pooling == "first_avg" else SIZES["num_hidden_layers"])
+    expected = expected_embeddings(make_encoder(kind), network, texts)
     batch = pad(texts, 0)
     np.testing.assert_allclose(network.embed(*batch).numpy(), expected, atol=1e-6)
     engine = make_engine(network, "fp32")
@@ -128,7 +142,10 @@ def test_an_entry_says_what_its_function_reads(name):
     network.loss(network(Batch(Inputs(ids()), Inputs(ids(seed=1))))).value.backward()
     trained = {name for name, parameter in network.named_parameters() if parameter.grad is not None}
     assert any("pooler" in name for name in trained) == POOLINGS[name].uses_pooler
-    assert len(trained) > (20 if len(network.ptm.encoder.layers) else 5)
+    if POOLINGS[name].removes_layers:
+        assert len(trained) == 5, "the table, its norm, the fc"
+        return
+    assert len(trained) > 20
     before = network.embed(*batch).numpy()
     for layer in network.ptm.encoder.layers:
         layer.__dict__.pop("forward", None)
@@ -164,6 +181,67 @@ def test_a_checkpoint_without_layers_is_not_trained_on_with_a_pooling_that_needs
     m.save_checkpoint(folder, network, load_tokenizer(str(ENCODER)), m.make_record(network, "an encoder", 16))
     with pytest.raises(InputError, match="--pooling first_avg and has no layers, which --pooling mean needs"):
         m.load_model(f"{folder}/{weights.PARAMS_FILE}", pooling="mean")
+
+
+def test_a_table_is_trained_as_the_sum_over_all_its_tokens_is(monkeypatch):
+    """The loss and all gradients of the sparse product, against those through the embeddings of padded texts."""
+    gradients = {}
+    for sparse in (True, False):
+        if not sparse:
+            monkeypatch.setattr(TokenTable, "can_average", lambda table: False)
+        network = tiny(pooling="first_avg")
+        network.train()
+        assert network._averages_table() == sparse
+        sides = [Inputs(pad([row[:length].tolist() for row, length in zip(ids(6, seed=seed), lengths)], 0)[0])
+                 for seed, lengths in [(0, [3, 9, 2, 5, 5, 8]), (1, [9, 4, 4, 3, 7, 6])]]
+        value = network.loss(network(Batch(*sides))).value
+        value.backward()
+        gradients[sparse] = {"loss": value.numpy()}
+        gradients[sparse] |= {name: tensor.grad.numpy() for name, tensor in network.named_parameters()}
+    assert gradients[True].keys() == gradients[False].keys()
+    for name, gradient in gradients[True].items():
+        np.testing.assert_allclose(gradient, gradients[False][name], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_dropout_of_tokens_is_drawn_for_each_place():
+    """So that there is no sum over equal tokens to take."""
+    network = tiny(pooling="first_avg", encoder_dropout=0.5)
+    network.eval()
+    assert network._averages_table(), "evaluation drops nothing"
+    network.train()
+    assert not network._averages_table()
+
+
+def test_layers_leave_a_checkpoint_of_another_pooling(tmp_path):
+    """Its table is that of the encoder that was trained."""
+    network = tiny(pooling="mean")
+    folder = str(tmp_path / "model_1")
+    m.save_checkpoint(folder, network, load_tokenizer(str(ENCODER)), m.make_record(network, "an encoder", 16))
+    loaded = m.load_model(f"{folder}/{weights.PARAMS_FILE}", pooling="first_avg").model
+    texts = texts_of_3_to_9_tokens()
+    expected = expected_embeddings(network.ptm, loaded, texts)
+    np.testing.assert_allclose(loaded.embed(*pad(texts, 0)).numpy(), expected, atol=1e-6)
+
+
+def test_a_table_with_positions_is_refused(tmp_path):
+    """A checkpoint and an exported folder of earlier versions: their vectors were others."""
+    network, folder = tiny(pooling="mean"), str(tmp_path / "model_1")
+    record = {**m.make_record(network, "an encoder", 16), "pooling": "first_avg"}
+    m.save_checkpoint(folder, network, load_tokenizer(str(ENCODER)), record)
+    with pytest.raises(InputError, match="was made by an earlier version, in which --pooling first_avg had"):
+        m.load_model(f"{folder}/{weights.PARAMS_FILE}")
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    assert write_table(tiny(pooling="first_avg"), str(exported))
+    np.savez(exported / weights.TABLE_FILE, tokens=np.zeros((2, 2)), positions=np.zeros((2, 2)))
+    with pytest.raises(InputError, match=f"{weights.TABLE_FILE}: a table of an earlier version; train and export it"):
+        TableEngine(str(exported))
+
+
+def test_an_encoder_whose_layers_cannot_go_is_refused():
+    """ELECTRA's token embeddings are smaller than its layers."""
+    with pytest.raises(InputError, match="--pooling: ElectraModel has no token embeddings that can be used without"):
+        m.SimCSE(ElectraModel(ElectraConfig(embedding_size=8, **SIZES)), pooling="first_avg")
 
 
 @pytest.mark.parametrize("language", ["zh", "en"])

@@ -161,11 +161,6 @@ def without_dropout(model: nn.Layer) -> Iterator[None]:
         yield
 
 
-def without_norm(embeddings: nn.Layer) -> contextlib.AbstractContextManager[None]:
-    """Have the embeddings layer of an encoder return the sum of its tables, without the layer norm after it."""
-    return replaced(embeddings.layer_norm, "forward", lambda x: x)
-
-
 # ------------------------------------------------------------------------------------------------------ faster networks
 def compute_first_token_only(encoder: nn.Layer) -> None:
     """Let the last layer of an encoder compute only [CLS], with keys and values of all tokens.

@@ -65,7 +65,8 @@ class Pooling:
         uses_pooler: it reads `EncoderOutputs.pooler_output`; otherwise the encoder's pooler is frozen in training.
         pool_without_pooler: takes the place of `pool` in evaluation and all later stages, not in training, where the
             network was trained without --infer_with_fc_pooler; None: `pool` is used there, too.
-        removes_layers: the encoder's layers are deleted; `last_hidden_state` is what would go into the first one.
+        removes_layers: the encoder is replaced by its token embeddings, a `table.TokenTable`; `last_hidden_state` is
+            what they are, and there are no other outputs.
     """
 
     pool: Callable[[EncoderOutputs], Tensor]
@@ -119,8 +120,7 @@ POOLINGS: dict[str, Pooling] = {
     "mean": Pooling(average_last, "the mean over the text's tokens, without [CLS] and [SEP]"),
     "first_last_avg": Pooling(average_first_and_last, "the same mean, of the average of the first "
                               "layer's input and the last layer's output", all_layers=True),
-    # Without layers the last layer's output is the first layer's input.
-    "first_avg": Pooling(average_last, "the same mean, of the first layer's input, without layers",
+    "first_avg": Pooling(average_last, "the same mean, of the token embeddings, without positions and layers",
                          removes_layers=True),
 }
 

@@ -139,25 +139,6 @@ def drop_incompatible_keys(config: dict) -> dict:
     return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
-def remove_layers(encoder: nn.Layer) -> None:
-    """Take the layers out of an encoder, whose output then is what would go into the first one.
-
-    Raises:
-        InputError: the encoder is no stack of layers after embeddings.
-    """
-    layers = getattr(getattr(encoder, "encoder", None), "layers", None)
-    if layers is None or not hasattr(encoder, "embeddings"):
-        raise InputError(f"--pooling: {type(encoder).__name__} has no layers that can be removed")
-    encoder.encoder.layers = nn.LayerList()
-    encoder.encoder.num_layers = 0
-    encoder.config.num_hidden_layers = 0
-
-
-def weights_without_layers(state: dict) -> dict:
-    """Return the weights of a network whose encoder is without layers, of a checkpoint that has them."""
-    return {name: tensor for name, tensor in state.items() if not name.startswith("ptm.encoder.layers.")}
-
-
 def freeze_pooler(encoder: nn.Layer) -> None:
     """Take the pooler of an encoder, if it has one, out of training."""
     pooler = getattr(encoder, "pooler", None)

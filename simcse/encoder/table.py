@@ -1,9 +1,9 @@
-"""Run a network without layers as a table of tokens and one of positions, without paddle."""
+"""An encoder without layers: a table of token embeddings, to be trained with paddle and to encode with numpy."""
 
 import os
+from collections.abc import Mapping
 
 from simcse.console import InputError
-from simcse.encoder.paddle_patches import without_norm
 from simcse.encoder.pooling import find_pooling
 from simcse.encoder.weights import CONFIG_FILE, GRAPH_FIELDS, TABLE_FILE, read_record
 from simcse.files import write_json
@@ -11,74 +11,163 @@ from simcse.files import write_json
 import numpy as np
 import paddle
 from paddle import nn
+from scipy.sparse import csr_matrix
 
-TOLERANCE = 1e-5  # of the table's embeddings, to the network's
+WORDS, NORM = "word_embeddings", "layer_norm"  # as PaddleNLP names them in an encoder's `embeddings`
+# What an encoder adds to the embedding of a token besides, by the names of the tables: of each, the row that all texts
+# of one segment have, or the mean where the rows differ.
+ADDED_ROWS = {"position_embeddings.weight": lambda rows: rows.mean(axis=0),
+              "token_type_embeddings.weight": lambda rows: rows[0],
+              "task_type_embeddings.weight": lambda rows: rows[0]}
+
+
+class TokenTable(nn.Layer):
+    """What goes into the first layer of an encoder for each token, whatever its position: a row of a table, normed.
+
+    Takes the encoder's place as `SimCSE.ptm`. In place of a token's position there is the mean of all positions:
+    positions are noise without layers, which would make something of the order.
+
+    Args:
+        encoder: as PaddleNLP makes it. Its tables are taken over, not copied.
+
+    Attributes:
+        config: the encoder's, without layers.
+        encoder_class: the encoder's class, by its name in PaddleNLP.
+
+    Raises:
+        InputError: it has no table of tokens with a layer norm after it.
+    """
+
+    def __init__(self, encoder: nn.Layer) -> None:
+        super().__init__()
+        embeddings = getattr(encoder, "embeddings", None)
+        if not all(hasattr(embeddings, part) for part in (WORDS, NORM, "dropout")) or (
+                embeddings.word_embeddings.weight.shape[1] != encoder.config.hidden_size):
+            raise InputError(f"--pooling: {type(encoder).__name__} has no token embeddings that can be used without "
+                             "layers")
+        self.config = encoder.config
+        self.config.num_hidden_layers = 0
+        self.encoder_class = type(encoder).__name__
+        self.word_embeddings = embeddings.word_embeddings
+        self.layer_norm = embeddings.layer_norm
+        self.dropout = embeddings.dropout
+        arrays = {name: tensor.numpy() for name, tensor in embeddings.state_dict().items()}
+        with np.errstate(all="ignore"):  # an encoder whose weights are loaded afterwards has any numbers
+            rows = _rows_of_tokens(arrays)
+        self.word_embeddings.weight.set_value(rows)
+
+    def forward(self, input_ids: paddle.Tensor, token_type_ids: paddle.Tensor | None = None) -> tuple:
+        """Return the embeddings of all tokens, float [batch, length, hidden], and None for the output of a pooler.
+
+        Args:
+            input_ids: int64 [batch, length].
+            token_type_ids: are taken for 0.
+        """
+        if token_type_ids is not None:
+            input_ids = input_ids + 0 * token_type_ids  # paddle exports no graph that leaves out one of its inputs
+        return self.dropout(self.layer_norm(self.word_embeddings(input_ids))), None
+
+    def can_average(self) -> bool:
+        """Return whether `average` can take the place of `pooling.average_tokens` now.
+
+        It has no graph to export, is for CPUs, and knows no dropout, which differs each time that a token occurs.
+        """
+        drops = self.training and self.dropout.p > 0
+        return paddle.in_dynamic_mode() and paddle.device.get_device() == "cpu" and not drops
+
+    def average(self, input_ids: paddle.Tensor) -> paddle.Tensor:
+        """Return the mean embedding of each text's tokens, float [batch, hidden], without [CLS], [SEP] and padding.
+
+        It is the product of `count_fractions` and the embeddings of the tokens that occur, each normed once.
+        """
+        fractions = count_fractions(input_ids.numpy(), self.config.pad_token_id, len(self.word_embeddings.weight))
+        tokens, columns = np.unique(fractions.indices, return_inverse=True)
+        fractions = csr_matrix((fractions.data, columns, fractions.indptr), (len(input_ids), len(tokens)))
+        rows = self.word_embeddings(paddle.to_tensor(tokens.astype("int64")))
+        return SparseProduct.apply(self.layer_norm(rows), fractions)
+
+
+class SparseProduct(paddle.autograd.PyLayer):
+    """The product of a sparse matrix, which has no gradient, and a dense one."""
+
+    @staticmethod
+    def forward(ctx, dense: paddle.Tensor, sparse: csr_matrix) -> paddle.Tensor:
+        ctx.sparse = sparse
+        return paddle.to_tensor(sparse @ dense.numpy())
+
+    @staticmethod
+    def backward(ctx, gradient: paddle.Tensor) -> paddle.Tensor:
+        return paddle.to_tensor(ctx.sparse.T @ gradient.numpy())
+
+
+def _rows_of_tokens(embeddings: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return the rows of a `TokenTable`, float32 [tokens, hidden], of the weights of an encoder's embeddings."""
+    rows = embeddings[f"{WORDS}.weight"]
+    for name, choose_row in ADDED_ROWS.items():
+        if name in embeddings:
+            rows = rows + choose_row(embeddings[name])
+    return rows
+
+
+def weights_without_layers(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the weights of a SimCSE network with a `TokenTable`, of those of one with an encoder's layers.
+
+    What is missing there is missing here, too.
+
+    Raises:
+        ValueError: the shapes of its embeddings do not match.
+    """
+    prefix = "ptm.embeddings."
+    embeddings = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith("ptm.")}
+    for name in (f"{WORDS}.weight", f"{NORM}.weight", f"{NORM}.bias"):
+        if name in embeddings:
+            kept[f"ptm.{name}"] = embeddings[name]
+    if f"{WORDS}.weight" in embeddings:
+        kept[f"ptm.{WORDS}.weight"] = _rows_of_tokens(embeddings)
+    return kept
+
+
+def count_fractions(input_ids: np.ndarray, pad_token_id: int, tokens: int) -> csr_matrix:
+    """Return of each text which fraction of it each token is, float32 [batch, tokens].
+
+    [CLS], [SEP] and padding count for nothing; the row of a text that has nothing else is 0. A token that occurs
+    several times has several entries, which add up in products.
+
+    Args:
+        input_ids: int64 [batch, length].
+        pad_token_id: what shorter texts are filled up with.
+        tokens: size of the vocabulary.
+    """
+    texts = len(input_ids)
+    inner = input_ids != pad_token_id
+    inner[np.arange(texts), inner.sum(axis=1) - 1] = False  # [SEP]
+    inner[:, 0] = False  # [CLS]
+    counts = inner.sum(axis=1)
+    fractions = np.repeat(1 / np.maximum(counts, 1), counts).astype("float32")
+    return csr_matrix((fractions, input_ids[inner].astype("int32"), np.append(0, np.cumsum(counts))), (texts, tokens))
 
 
 def write_table(model: nn.Layer, folder: str) -> bool:
-    """Write the tables of a network for a `TableEngine`, if its embeddings are what that computes.
-
-    Returns:
-        False if they are not: the network has layers, or embeddings or a pooling of another kind.
-    """
-    tables = _make_tables(model)
-    if tables is None:
+    """Write the table of a network for a `TableEngine`; return False if the network has layers."""
+    if not find_pooling(model.pooling).removes_layers:
         return False
-    path = os.path.join(folder, TABLE_FILE)
-    np.savez(path, **tables)
+    table = model.ptm
+    with paddle.no_grad():
+        embeddings = table.layer_norm(table.word_embeddings.weight).numpy()
+    shift = np.zeros(embeddings.shape[1], "float32")
+    if model.output_emb_size:
+        embeddings = embeddings @ model.emb_reduce_linear.weight.numpy()
+        shift = model.emb_reduce_linear.bias.numpy()
+    np.savez(os.path.join(folder, TABLE_FILE), embeddings=embeddings, shift=shift, pad=table.config.pad_token_id,
+             normalizes=model.normalizes)
     write_json(os.path.join(folder, CONFIG_FILE), {
         "embedding_size": model.embedding_size, "max_positions": model.max_positions, "pooling": model.pooling})
-    if _is_same(TableEngine(folder), model, len(tables["tokens"]), len(tables["positions"])):
-        return True
-    os.remove(path)
-    return False
-
-
-def _make_tables(model: nn.Layer) -> dict[str, np.ndarray] | None:
-    """Return what a `TableEngine` reads of the network; None if it has layers or embeddings of another kind."""
-    if not find_pooling(model.pooling).removes_layers:
-        return None
-    embeddings = model.ptm.embeddings
-    if not all(hasattr(embeddings, part) for part in ("word_embeddings", "position_embeddings", "layer_norm")):
-        return None
-    model.eval()
-    words = embeddings.word_embeddings.weight.numpy()
-    # A text that repeats one token shows the positions: without the token's own embedding, its inputs to the layer norm
-    # are the embeddings of the positions, with that of token type 0. (The padding token's own embedding is not used.)
-    token = 1 if model.ptm.config.pad_token_id != 1 else 0
-    with paddle.no_grad(), without_norm(embeddings):
-        ids = paddle.full([1, len(embeddings.position_embeddings.weight)], token, "int64")
-        positions = embeddings(ids, token_type_ids=paddle.zeros_like(ids)).numpy()[0] - words[token]
-    hidden_size = words.shape[1]
-    if model.output_emb_size:
-        weight = model.emb_reduce_linear.weight.numpy()
-        shift = model.emb_reduce_linear.bias.numpy()
-    else:
-        weight = np.eye(hidden_size, dtype="float32")
-        shift = np.zeros(hidden_size, "float32")
-    return {"tokens": words - words.mean(axis=1, keepdims=True),
-            "positions": positions - positions.mean(axis=1, keepdims=True),
-            "scale": embeddings.layer_norm.weight.numpy(), "bias": embeddings.layer_norm.bias.numpy(),
-            "epsilon": np.array(embeddings.layer_norm._epsilon), "weight": weight, "shift": shift,
-            "pad": np.array(model.ptm.config.pad_token_id), "normalizes": np.array(model.normalizes)}
-
-
-def _is_same(engine: "TableEngine", model: nn.Layer, tokens: int, positions: int) -> bool:
-    """Tell whether the embeddings of random ids, some of them padded, are the network's."""
-    ids = np.random.default_rng(0).integers(0, tokens, (8, min(32, positions)))
-    ids[::2, -8:] = model.ptm.config.pad_token_id
-    types = np.zeros_like(ids)
-    return np.allclose(engine.embed(ids, types), model.embed(ids, types), atol=TOLERANCE)
+    return True
 
 
 class TableEngine:
-    """The mean of what goes into the first layer, from a table of tokens and one of positions, in float32.
-
-    What goes into the first layer is the layer norm of the sum of a token's and a position's embedding. With both
-    centred, t and p, its variance is (|t|^2 + |p|^2 + 2 t p) / hidden size. The mean over a text's n tokens is then a
-    weighted sum of rows of the tables, sum(w t) + sum(w p) with w = 1 / (n standard deviation), times the norm's scale
-    and plus its bias. These are two sparse products; the graph would fill an array of tokens x hidden size several
-    times.
+    """The mean of token embeddings, by a table of them that has been through the fc: one sparse product, in float32.
 
     Args:
         folder: filled by `write_table`.
@@ -86,12 +175,12 @@ class TableEngine:
         cpu_threads: not used: scipy has one thread.
 
     Raises:
-        InputError: another precision.
+        InputError: another precision, or a table of an earlier version.
     """
 
     batch_tokens = 16384
+    bytes_needed = 0
     precision = "fp32"
-    STEP = 64  # positions that the products of tokens and positions, t p, are made for at a time
 
     def __init__(self, folder: str, precision: str = "auto", cpu_threads: int = 0) -> None:
         record = read_record(folder, (*GRAPH_FIELDS, "pooling"))
@@ -99,19 +188,14 @@ class TableEngine:
             raise InputError(f"--precision {precision}: pooling {record['pooling']} is computed in fp32")
         self.embedding_size = record["embedding_size"]
         self.max_positions = record["max_positions"]
-        with np.load(os.path.join(folder, TABLE_FILE)) as tables:
-            weight = tables["weight"]
-            self._centred_tokens = tables["tokens"]
-            self._centred_positions = tables["positions"]
-            self._tokens = (self._centred_tokens * tables["scale"]) @ weight
-            self._positions = (self._centred_positions * tables["scale"]) @ weight
-            self._bias = tables["bias"] @ weight
+        path = os.path.join(folder, TABLE_FILE)
+        with np.load(path) as tables:
+            if "embeddings" not in tables:
+                raise InputError(f"{path}: a table of an earlier version; train and export it again")
+            self._embeddings = tables["embeddings"]
             self._shift = tables["shift"]
-            self._epsilon = tables["epsilon"].item()
             self._pad = tables["pad"].item()
             self._normalizes = tables["normalizes"].item()
-        self._weights = np.empty((0, 0), "float32")
-        self.bytes_needed = 4 * len(self._tokens) * self.max_positions  # of `_weights`, which grows with the texts
 
     def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
         """Return L2-normalized embeddings, float32 [batch, embedding_size].
@@ -120,30 +204,7 @@ class TableEngine:
             input_ids: int64 [batch, length].
             token_type_ids: are taken for 0.
         """
-        from scipy.sparse import csr_matrix
-
-        texts, length = input_ids.shape
-        if length > self._weights.shape[1]:
-            steps = -(-length // self.STEP)
-            self._weights = self._inverse_deviations(steps * self.STEP)
-        inner = input_ids != self._pad
-        inner[np.arange(texts), inner.sum(axis=1) - 1] = False  # [SEP]
-        inner[:, 0] = False  # [CLS]
-        counts = inner.sum(axis=1)
-        weights = self._weights.take(input_ids * self._weights.shape[1] + np.arange(length)) * inner
-        row_ends = np.append(0, np.cumsum(counts))
-        weights_of_tokens = csr_matrix((weights[inner], input_ids[inner].astype("int32"), row_ends),
-                                       (texts, len(self._tokens)))
-        summed = weights_of_tokens @ self._tokens + weights @ self._positions[:length]
-        vectors = summed / np.maximum(counts, 1)[:, None].astype("float32")
-        vectors += self._bias * (counts > 0)[:, None] + self._shift
+        vectors = count_fractions(input_ids, self._pad, len(self._embeddings)) @ self._embeddings + self._shift
         if self._normalizes:
             vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         return vectors
-
-    def _inverse_deviations(self, length: int) -> np.ndarray:
-        """Return 1 / standard deviation of the embedding of each token at each position, float32 [tokens, length]."""
-        tokens = self._centred_tokens
-        positions = self._centred_positions[:length]
-        squares = 2 * (tokens @ positions.T) + (tokens**2).sum(axis=1)[:, None] + (positions**2).sum(axis=1)
-        return 1 / np.sqrt(squares / tokens.shape[1] + self._epsilon)
