@@ -44,7 +44,7 @@ TRIPLES = ["recall.py --params_path {0} --corpus_file {corpus} --similar_text_pa
 MAKE_PAIRS = "scripts/make_pairs.py --corpus_file {corpus} --output_file {new} --pairs_per_document 20"
 WHITE_TOKENS = (f"train.py {ENCODER} --epochs 0 --pooling first_avg --whiten --max_seq_length 512 "
                 "--train_set_file {corpus}")
-TRAIN_TOKENS = ("train.py --init_from_ckpt {0} --train_set_file {1} --max_seq_length 512 --batch_size 1024 --epochs 2 "
+TRAIN_TOKENS = ("train.py --init_from_ckpt {0} --train_set_file {1} --max_seq_length 512 --batch_size 4096 --epochs 4 "
                 "--learning_rate 4e-3 --dropout 0 --output_dropout 0")
 TRAIN_POOLER = (f"train.py {ENCODER} {PLAIN} --train_set_file {{0}} --max_seq_length 64 --epochs 2 "
                 "--learning_rate 1e-4")

@@ -1,13 +1,12 @@
 # Read by quickstart.sh, under bash: train an encoder on documents without labels and search them. The encoder is
-# whitened on the documents, trained on pairs that are made from them (docs/en/better-recall.md#pairs-from-documents), and
-# whitened again. run_on_file does that with a file of the user, builds the index and answers queries.
+# whitened on the documents and trained on pairs that are made from them (docs/en/better-recall.md#pairs-from-documents).
+# run_on_file does that with a file of the user, builds the index and answers queries.
 ENCODER=pretrained/ernie_mini_zh
-MAX_PAIRS=120000           # about as many as 2 cores train on within minutes
+MAX_PAIRS=240000           # about as many as 2 cores train on within minutes
 MAX_PAIRS_PER_DOCUMENT=20  # a small file has many of each document
 MIN_WHITENING_TEXTS=500    # documents and clauses; on fewer, whitening and training do harm
 MIN_BATCH_SIZE=2           # a query needs the document of another one as a negative
-PAIR_EPOCHS=2              # passes over the pairs
-SECOND_WHITENING=--whiten  # flags of the training on pairs; empty: the trained encoder stays as it is
+PAIR_EPOCHS=4              # passes over the pairs
 SHORT_LENGTH=64            # tokens, for titles and questions
 QUERIES=3                  # taken out of the documents where the user gives none
 TOP_K=5                    # documents printed for each query
@@ -36,9 +35,9 @@ choose_settings() {
     case $DEVICE in
     cpu)
         POOLING=first_avg   # no layers: fast without a GPU
-        LONG_LENGTH=512     # tokens of long documents, which cost little without layers
-        MAX_BATCH_SIZE=512  # many negatives for each query
-        PAIR_LEARNING_RATE=1e-3
+        LONG_LENGTH=512      # tokens of long documents, which cost little without layers
+        MAX_BATCH_SIZE=4096  # many negatives for each query
+        PAIR_LEARNING_RATE=4e-3
         ;;
     gpu)
         POOLING=first_last_avg
@@ -109,9 +108,8 @@ make_document_pairs() {
 train_on_pairs() {
     local pairs
     pairs=$(wc -l <"$2")
-    # shellcheck disable=SC2086  # SECOND_WHITENING may be empty
     train_encoder "$1" "$2" --init_from_ckpt "$3" --epochs "$PAIR_EPOCHS" --batch_size "$(pair_batch_size "$pairs")" \
-        --learning_rate "$PAIR_LEARNING_RATE" --dropout 0 --output_dropout 0 $SECOND_WHITENING
+        --learning_rate "$PAIR_LEARNING_RATE" --dropout 0 --output_dropout 0
 }
 
 # trained_checkpoint FOLDER: the checkpoint that train_on_pairs wrote there last.
@@ -335,7 +333,7 @@ run_on_file() {
     length=$(sequence_length "$(read_size "$out" tokens)")
     run_step "3/6 whiten $POOLING, $length tokens" whiten_if_enough "$out" "$length"
     run_step "4/6 pairs from documents" make_pairs_if_possible "$out"
-    run_step "5/6 train on the pairs${SECOND_WHITENING:+, whiten again}" train_if_enough "$out"
+    run_step "5/6 train on the pairs" train_if_enough "$out"
     run_step "6/6 index with BM25, answers" answer_queries "$out" "$corpus"
     say "$((SECONDS - started)) s in all; files in $out/"
 

@@ -4,8 +4,8 @@
 #   bash scripts/quickstart.sh FILE [QUERY ...]       searches your own documents; no labels are needed
 #   bash scripts/quickstart.sh --help                 prints this
 # With a file (a document a line, or an id, a tab and a document):
-#   whiten an encoder on the documents; make pairs from them; train on the pairs and whiten again; build an index with
-#   BM25; answer the queries, or three clauses of the file
+#   whiten an encoder on the documents; make pairs from them; train on the pairs; build an index with BM25; answer the
+#   queries, or three clauses of the file
 # Without a file, everything in quickstart/:
 #   make sample data; recall and evaluate untrained, after SimCSE, whitened, after training on pairs, and with BM25;
 #   predict; embed; export; deploy
@@ -105,7 +105,7 @@ from=$SECONDS
 export PARAMS_PATH=$out/recipe/model_0_whitened
 row recipe "first_last_avg, whitened" "$from" "$PARAMS_PATH" --index_path "$out/index"
 
-say "documents without labels: whiten $POOLING, train on pairs made from documents, whiten again; recall, evaluate"
+say "documents without labels: whiten $POOLING, train on pairs made from documents; recall, evaluate"
 from=$SECONDS
 whiten_encoder "$out/paired/whitened" "$DATA_DIR/corpus.csv" "$LONG_LENGTH"
 make_document_pairs "$DATA_DIR/corpus.csv" "$papers" "$out/paired/pairs.csv"

@@ -43,7 +43,7 @@ def parse_args() -> argparse.Namespace:
         help=f"texts to whiten on: the same, and their clauses if there are fewer than {ADD_CLAUSES_BELOW:,}")
     add("--query_file", type=flags.nonempty_text, required=True, help="queries, one a line")
     add = parser.add_argument_group("sample").add_argument
-    add("--max_texts", type=flags.positive_int, default=120000, help="most texts to write")
+    add("--max_texts", type=flags.positive_int, default=240000, help="most texts to write")
     add("--query", action="append", type=flags.given_text, default=[],
         help="a query, instead of clauses of documents; may be given several times")
     add("--queries", type=flags.positive_int, default=3, help="most queries to take out of documents")
