@@ -69,11 +69,11 @@ pairs_per_document() {
     echo "$count"
 }
 
-# pair_batch_size PAIRS: at most MAX_BATCH_SIZE, and at most a quarter of the pairs.
+# pair_batch_size PAIRS: at most MAX_BATCH_SIZE, and at most a tenth of the pairs, so that there are ten steps an epoch.
 pair_batch_size() {
-    local quarter=$(($1 / 4))
-    if [ "$quarter" -lt "$MAX_BATCH_SIZE" ]; then
-        echo "$quarter"
+    local tenth=$(($1 / 10))
+    if [ "$tenth" -lt "$MAX_BATCH_SIZE" ]; then
+        echo "$tenth"
     else
         echo "$MAX_BATCH_SIZE"
     fi
