@@ -108,6 +108,7 @@ COMMON = {"train.py": TRAINING, "scripts/pretrain.py": TRAINING,
           "recall.py": "--device cpu --ann_engine exact --max_seq_length 64",
           "predict.py": "--device cpu --max_seq_length 64", "scripts/mine_negatives.py": "",
           "scripts/make_pairs.py": ""}
+SEEDED = ("train.py", "scripts/pretrain.py", "scripts/make_pairs.py")
 
 
 def parse_args() -> argparse.Namespace:
@@ -196,7 +197,7 @@ def train(name: str, seed: int, paths: dict[str, str], folder: str) -> str:
         new = f"{folder}/{number}"
         words = [template.format(*made, new=new, **paths) for template in templates]
         trains = COMMON[script] == TRAINING
-        if trains:
+        if script in SEEDED:
             words += ["--seed", str(seed)]
         printed = run(script, words, folder)
         if script == "predict.py":  # mine_negatives.py reads what it prints
