@@ -34,7 +34,7 @@ run_step() {
 choose_settings() {
     case $DEVICE in
     cpu)
-        POOLING=first_avg   # no layers: fast without a GPU
+        POOLING=first_avg    # no layers: fast without a GPU
         LONG_LENGTH=512      # tokens of long documents, which cost little without layers
         MAX_BATCH_SIZE=4096  # many negatives for each query
         PAIR_LEARNING_RATE=4e-3
@@ -69,7 +69,7 @@ pairs_per_document() {
     echo "$count"
 }
 
-# pair_batch_size PAIRS: at most MAX_BATCH_SIZE, and at most a tenth of the pairs, so that there are ten steps an epoch.
+# pair_batch_size PAIRS: at most MAX_BATCH_SIZE, and at most a tenth of the pairs, for ten steps an epoch or more.
 pair_batch_size() {
     local tenth=$(($1 / 10))
     if [ "$tenth" -lt "$MAX_BATCH_SIZE" ]; then

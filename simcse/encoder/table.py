@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from simcse.console import InputError
 from simcse.encoder.pooling import find_pooling
@@ -11,7 +12,9 @@ from simcse.files import write_json
 import numpy as np
 import paddle
 from paddle import nn
-from scipy.sparse import csr_matrix
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix  # imported where it is used: networks with layers start without it
 
 WORDS, NORM = "word_embeddings", "layer_norm"  # as PaddleNLP names them in an encoder's `embeddings`
 # What an encoder adds to the embedding of a token besides, by the names of the tables: of each, the row that all texts
@@ -52,7 +55,7 @@ class TokenTable(nn.Layer):
         self.layer_norm = embeddings.layer_norm
         self.dropout = embeddings.dropout
         arrays = {name: tensor.numpy() for name, tensor in embeddings.state_dict().items()}
-        with np.errstate(all="ignore"):  # an encoder whose weights are loaded afterwards has any numbers
+        with np.errstate(all="ignore"):  # they are uninitialized memory where a checkpoint is loaded afterwards
             rows = _rows_of_tokens(arrays)
         self.word_embeddings.weight.set_value(rows)
 
@@ -80,6 +83,8 @@ class TokenTable(nn.Layer):
 
         It is the product of `count_fractions` and the embeddings of the tokens that occur, each normed once.
         """
+        from scipy.sparse import csr_matrix
+
         fractions = count_fractions(input_ids.numpy(), self.config.pad_token_id, len(self.word_embeddings.weight))
         tokens, columns = np.unique(fractions.indices, return_inverse=True)
         fractions = csr_matrix((fractions.data, columns, fractions.indptr), (len(input_ids), len(tokens)))
@@ -91,7 +96,7 @@ class SparseProduct(paddle.autograd.PyLayer):
     """The product of a sparse matrix, which has no gradient, and a dense one."""
 
     @staticmethod
-    def forward(ctx, dense: paddle.Tensor, sparse: csr_matrix) -> paddle.Tensor:
+    def forward(ctx, dense: paddle.Tensor, sparse: "csr_matrix") -> paddle.Tensor:
         ctx.sparse = sparse
         return paddle.to_tensor(sparse @ dense.numpy())
 
@@ -120,7 +125,7 @@ def weights_without_layers(state: Mapping[str, np.ndarray]) -> dict[str, np.ndar
     prefix = "ptm.embeddings."
     embeddings = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
     kept = {name: tensor for name, tensor in state.items() if not name.startswith("ptm.")}
-    for name in (f"{WORDS}.weight", f"{NORM}.weight", f"{NORM}.bias"):
+    for name in (f"{NORM}.weight", f"{NORM}.bias"):
         if name in embeddings:
             kept[f"ptm.{name}"] = embeddings[name]
     if f"{WORDS}.weight" in embeddings:
@@ -128,7 +133,7 @@ def weights_without_layers(state: Mapping[str, np.ndarray]) -> dict[str, np.ndar
     return kept
 
 
-def count_fractions(input_ids: np.ndarray, pad_token_id: int, tokens: int) -> csr_matrix:
+def count_fractions(input_ids: np.ndarray, pad_token_id: int, tokens: int) -> "csr_matrix":
     """Return of each text which fraction of it each token is, float32 [batch, tokens].
 
     [CLS], [SEP] and padding count for nothing; the row of a text that has nothing else is 0. A token that occurs
@@ -139,6 +144,8 @@ def count_fractions(input_ids: np.ndarray, pad_token_id: int, tokens: int) -> cs
         pad_token_id: what shorter texts are filled up with.
         tokens: size of the vocabulary.
     """
+    from scipy.sparse import csr_matrix
+
     texts = len(input_ids)
     inner = input_ids != pad_token_id
     inner[np.arange(texts), inner.sum(axis=1) - 1] = False  # [SEP]
