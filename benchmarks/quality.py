@@ -91,6 +91,7 @@ RECIPES: dict[str, Recipe] = {
     "first_avg, whitened at 512": Recipe(
         [f"train.py {ENCODER} {WHITE} --pooling first_avg --max_seq_length 512"],
         {"": LONG, " + BM25": f"{LONG} --hybrid_bm25"}),
+    "first_avg, whitened on corpus.csv": Recipe([WHITE_TOKENS], {"": LONG, " + BM25": f"{LONG} --hybrid_bm25"}),
     "first_avg, pairs of documents": Recipe([WHITE_TOKENS, MAKE_PAIRS, TRAIN_TOKENS], RECALLS_LONG),
     "first_avg, pairs of documents, whitened again": Recipe(
         [WHITE_TOKENS, MAKE_PAIRS, f"{TRAIN_TOKENS} --whiten"], RECALLS_LONG),
@@ -108,6 +109,7 @@ COMMON = {"train.py": TRAINING, "scripts/pretrain.py": TRAINING,
           "recall.py": "--device cpu --ann_engine exact --max_seq_length 64",
           "predict.py": "--device cpu --max_seq_length 64", "scripts/mine_negatives.py": "",
           "scripts/make_pairs.py": ""}
+# Scripts that have --seed.
 SEEDED = ("train.py", "scripts/pretrain.py", "scripts/make_pairs.py")
 
 
