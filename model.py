@@ -29,7 +29,7 @@ from simcse.encoder.pretrained import (
     freeze_pooler,
     load_pretrained,
 )
-from simcse.encoder.table import TokenTable, weights_without_layers
+from simcse.encoder.table import TokenTable, remove_layers
 from simcse.encoder.weights import (
     CONFIG_FILE,
     ENCODER_FIELDS,
@@ -157,7 +157,7 @@ class SimCSE(nn.Layer):
              with_pooler: bool = True) -> paddle.Tensor:
         """Return a vector a text, float [batch, hidden]; arguments as in `get_pooled_embedding`."""
         pooling = find_pooling(self.pooling)
-        if self._averages_table():
+        if self._pools_by_table():
             return self.ptm.average(input_ids)
         if pooling.all_layers:
             outputs = self.ptm(input_ids, token_type_ids=token_type_ids, output_hidden_states=True)
@@ -168,9 +168,9 @@ class SimCSE(nn.Layer):
             return pooling.pool_without_pooler(encoded)
         return pooling.pool(encoded)
 
-    def _averages_table(self) -> bool:
+    def _pools_by_table(self) -> bool:
         """Return whether a `TokenTable` pools by itself, for which texts need not be of like length."""
-        return isinstance(self.ptm, TokenTable) and self.ptm.can_average()
+        return find_pooling(self.pooling).removes_layers and self.ptm.can_average()
 
     def get_pooled_embedding(self, input_ids: paddle.Tensor, token_type_ids: paddle.Tensor | None = None,
                              with_pooler: bool = True) -> paddle.Tensor:
@@ -217,7 +217,7 @@ class SimCSE(nn.Layer):
         pad_id = self.ptm.config.pad_token_id
         texts = join_sides(sides, pad_id)
         lengths = count_tokens(texts.input_ids, pad_id)
-        if self._averages_table():
+        if self._pools_by_table():
             groups = [np.argsort(lengths)]
         else:
             cost_key = "cpu" if paddle.device.get_device() == "cpu" else self.precision
@@ -436,7 +436,7 @@ def load_model(params_path: str, model_name_or_path: str | None = None, output_e
     model.fc_is_random = record.get("fc_is_random", False)
 
     if find_pooling(pooling).removes_layers:
-        state = weights_of_table(state, record, source)
+        state = read_table_weights(state, record, source)
     load_state(model, state, source)
     model.eval()
     tokenizer = checkpoint_tokenizer(params_path, name)
@@ -489,8 +489,8 @@ def choose_pooling(record: Mapping[str, Any], wanted: str | None, source: str) -
     return pooling
 
 
-def weights_of_table(state: Mapping[str, np.ndarray], record: Mapping[str, Any],
-                     source: str) -> Mapping[str, np.ndarray]:
+def read_table_weights(state: Mapping[str, np.ndarray], record: Mapping[str, Any],
+                       source: str) -> Mapping[str, np.ndarray]:
     """Return the weights of a checkpoint as those of a network with a `TokenTable`.
 
     Args:
@@ -506,9 +506,9 @@ def weights_of_table(state: Mapping[str, np.ndarray], record: Mapping[str, Any],
         return state
     if find_pooling(record.get("pooling", "pooler")).removes_layers:
         raise InputError(f"{source}: was made by an earlier version, in which --pooling {record['pooling']} had "
-                         "positions; make it again")
+                         "positions; make it again with train.py")
     with as_input_error(source, ValueError):
-        return weights_without_layers(state)
+        return remove_layers(state)
 
 
 def recorded_loss_settings(record: Mapping[str, Any]) -> LossSettings:
@@ -531,7 +531,7 @@ def make_record(model: SimCSE, model_name_or_path: str, max_seq_length: int | No
     record = {"model_name_or_path": model_name_or_path, "output_emb_size": model.output_emb_size,
               "embedding_size": model.embedding_size, "max_positions": model.max_positions, "pooling": model.pooling,
               **asdict(model.loss_settings), "max_seq_length": max_seq_length, "whitened_at": model.whitened_at,
-              "encoder_class": encoder_class(model.ptm),
+              "encoder_class": find_encoder_name(model.ptm),
               "encoder_config": drop_incompatible_keys(model.ptm.config.to_dict()),
               "versions": {"paddlepaddle": paddle.__version__, "paddlenlp": paddlenlp.__version__}}
     if find_pooling(model.pooling).pool_without_pooler:
@@ -541,9 +541,9 @@ def make_record(model: SimCSE, model_name_or_path: str, max_seq_length: int | No
     return record
 
 
-def encoder_class(encoder: nn.Layer) -> str:
+def find_encoder_name(encoder: nn.Layer) -> str:
     """Return the name of an encoder's class in PaddleNLP; of a `TokenTable`, that of the encoder it was made of."""
-    return encoder.encoder_class if isinstance(encoder, TokenTable) else type(encoder).__name__
+    return encoder.encoder_name if isinstance(encoder, TokenTable) else type(encoder).__name__
 
 
 def save_checkpoint(folder: str, model: SimCSE, tokenizer: Any, record: dict) -> None:

@@ -11,7 +11,7 @@ from simcse.encoder import weights
 from simcse.encoder.engine import make_engine
 from simcse.encoder.paddle_engine import PaddleEngine, export_graph
 from simcse.encoder.pooling import POOLINGS, describe_poolings
-from simcse.encoder.table import TableEngine, TokenTable, write_table
+from simcse.encoder.table import TableEngine, TokenTable, token_fractions, write_table
 from simcse.text.tokens import pad
 from simcse.text.wordpiece import load_tokenizer
 
@@ -134,18 +134,24 @@ def test_trained_saved_loaded_and_exported_it_is_the_same(name, raw, tmp_path):
 
 
 @pytest.mark.parametrize("name", POOLINGS)
-def test_an_entry_says_what_its_function_reads(name):
-    """Whether the pooler is used, and so trained; and that a last layer of the first token alone changes nothing."""
+def test_training_reaches_what_the_pooling_uses(name):
+    """Of the layers and the pooler."""
     network = tiny(pooling=name)
-    batch = pad(texts_of_3_to_9_tokens(), 0)
     network.train()
     network.loss(network(Batch(Inputs(ids()), Inputs(ids(seed=1))))).value.backward()
     trained = {name for name, parameter in network.named_parameters() if parameter.grad is not None}
     assert any("pooler" in name for name in trained) == POOLINGS[name].uses_pooler
     if POOLINGS[name].removes_layers:
         assert len(trained) == 5, "the table, its norm, the fc"
-        return
-    assert len(trained) > 20
+    else:
+        assert len(trained) > 20
+
+
+@pytest.mark.parametrize("name", [name for name, pooling in POOLINGS.items() if not pooling.removes_layers])
+def test_an_entry_says_what_its_function_reads(name):
+    """A last layer of the first token alone changes nothing, and the pooler changes what uses it."""
+    network = tiny(pooling=name)
+    batch = pad(texts_of_3_to_9_tokens(), 0)
     before = network.embed(*batch).numpy()
     for layer in network.ptm.encoder.layers:
         layer.__dict__.pop("forward", None)
@@ -191,7 +197,7 @@ def test_a_table_is_trained_as_the_sum_over_all_its_tokens_is(monkeypatch):
             monkeypatch.setattr(TokenTable, "can_average", lambda table: False)
         network = tiny(pooling="first_avg")
         network.train()
-        assert network._averages_table() == sparse
+        assert network._pools_by_table() == sparse
         sides = [Inputs(pad([row[:length].tolist() for row, length in zip(ids(6, seed=seed), lengths)], 0)[0])
                  for seed, lengths in [(0, [3, 9, 2, 5, 5, 8]), (1, [9, 4, 4, 3, 7, 6])]]
         value = network.loss(network(Batch(*sides))).value
@@ -203,13 +209,43 @@ def test_a_table_is_trained_as_the_sum_over_all_its_tokens_is(monkeypatch):
         np.testing.assert_allclose(gradient, gradients[False][name], rtol=1e-3, atol=1e-5, err_msg=name)
 
 
+def test_a_token_like_padding_within_a_text_leaves_its_sep_in_place():
+    """A tokenizer may give the padding's id to a text that spells it out."""
+    fractions = token_fractions(np.array([[1, 7, 0, 8, 2], [1, 7, 2, 0, 0], [1, 2, 0, 0, 0]]), 0, 10).toarray()
+    expected = np.zeros((3, 10))
+    expected[0, [7, 8]] = 0.5
+    expected[1, 7] = 1
+    np.testing.assert_array_equal(fractions, expected)
+
+
+def test_a_token_beyond_the_table_is_refused():
+    with pytest.raises(InputError, match="token ids go from 5 to 10; the encoder has 10 tokens"):
+        token_fractions(np.array([[1, 5, 10, 2]]), 0, 10)
+
+
+def test_an_encoder_that_adds_more_to_its_tokens_is_refused():
+    """The table would leave it out without a word."""
+    encoder = ErnieModel(ErnieConfig(**SIZES))
+    encoder.embeddings.glyph_embeddings = paddle.nn.Embedding(8, SIZES["hidden_size"])
+    with pytest.raises(InputError, match="ErnieModel has glyph_embeddings.weight besides its token embeddings"):
+        m.SimCSE(encoder, pooling="first_avg")
+    with pytest.raises(InputError, match="ErnieModel has task_id 1; without layers only task 0"):
+        m.SimCSE(ErnieModel(ErnieConfig(use_task_id=True, task_id=1, **SIZES)), pooling="first_avg")
+
+
+def test_a_table_leaves_the_config_of_its_encoder_as_it_was():
+    encoder = ErnieModel(ErnieConfig(**SIZES))
+    assert TokenTable(encoder).config.num_hidden_layers == 0
+    assert encoder.config.num_hidden_layers == SIZES["num_hidden_layers"]
+
+
 def test_dropout_of_tokens_is_drawn_for_each_place():
     """So that there is no sum over equal tokens to take."""
     network = tiny(pooling="first_avg", encoder_dropout=0.5)
     network.eval()
-    assert network._averages_table(), "evaluation drops nothing"
+    assert network._pools_by_table(), "evaluation drops nothing"
     network.train()
-    assert not network._averages_table()
+    assert not network._pools_by_table()
 
 
 def test_layers_leave_a_checkpoint_of_another_pooling(tmp_path):

@@ -66,7 +66,8 @@ class Pooling:
         pool_without_pooler: takes the place of `pool` in evaluation and all later stages, not in training, where the
             network was trained without --infer_with_fc_pooler; None: `pool` is used there, too.
         removes_layers: the encoder is replaced by its token embeddings, a `table.TokenTable`; `last_hidden_state` is
-            what they are, and there are no other outputs.
+            what they are, and there are no other outputs. `pool` must be their mean, which `TokenTable.average` and
+            `TableEngine` compute in its place.
     """
 
     pool: Callable[[EncoderOutputs], Tensor]

@@ -1,7 +1,8 @@
 """An encoder without layers: a table of token embeddings, to be trained with paddle and to encode with numpy."""
 
+import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from simcse.console import InputError
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 WORDS, NORM = "word_embeddings", "layer_norm"  # as PaddleNLP names them in an encoder's `embeddings`
 # What an encoder adds to the embedding of a token besides, by the names of the tables: of each, the row that all texts
-# of one segment have, or the mean where the rows differ.
+# of one segment and task have, or the mean where the rows differ.
 ADDED_ROWS = {"position_embeddings.weight": lambda rows: rows.mean(axis=0),
               "token_type_embeddings.weight": lambda rows: rows[0],
               "task_type_embeddings.weight": lambda rows: rows[0]}
@@ -31,14 +32,15 @@ class TokenTable(nn.Layer):
     positions are noise without layers, which would make something of the order.
 
     Args:
-        encoder: as PaddleNLP makes it. Its tables are taken over, not copied.
+        encoder: as PaddleNLP makes it. Its table of tokens is taken over, not copied.
 
     Attributes:
         config: the encoder's, without layers.
-        encoder_class: the encoder's class, by its name in PaddleNLP.
+        encoder_name: the name of the encoder's class in PaddleNLP.
 
     Raises:
-        InputError: it has no table of tokens with a layer norm after it.
+        InputError: it has no table of tokens with a layer norm after it, or adds to the tokens what `ADDED_ROWS` does
+            not name.
     """
 
     def __init__(self, encoder: nn.Layer) -> None:
@@ -48,9 +50,10 @@ class TokenTable(nn.Layer):
                 embeddings.word_embeddings.weight.shape[1] != encoder.config.hidden_size):
             raise InputError(f"--pooling: {type(encoder).__name__} has no token embeddings that can be used without "
                              "layers")
-        self.config = encoder.config
+        _check_added(encoder, embeddings.state_dict())
+        self.config = copy.deepcopy(encoder.config)
         self.config.num_hidden_layers = 0
-        self.encoder_class = type(encoder).__name__
+        self.encoder_name = type(encoder).__name__
         self.word_embeddings = embeddings.word_embeddings
         self.layer_norm = embeddings.layer_norm
         self.dropout = embeddings.dropout
@@ -81,11 +84,11 @@ class TokenTable(nn.Layer):
     def average(self, input_ids: paddle.Tensor) -> paddle.Tensor:
         """Return the mean embedding of each text's tokens, float [batch, hidden], without [CLS], [SEP] and padding.
 
-        It is the product of `count_fractions` and the embeddings of the tokens that occur, each normed once.
+        It is the product of `token_fractions` and the embeddings of the tokens that occur, each normed once.
         """
         from scipy.sparse import csr_matrix
 
-        fractions = count_fractions(input_ids.numpy(), self.config.pad_token_id, len(self.word_embeddings.weight))
+        fractions = token_fractions(input_ids.numpy(), self.config.pad_token_id, len(self.word_embeddings.weight))
         tokens, columns = np.unique(fractions.indices, return_inverse=True)
         fractions = csr_matrix((fractions.data, columns, fractions.indptr), (len(input_ids), len(tokens)))
         rows = self.word_embeddings(paddle.to_tensor(tokens.astype("int64")))
@@ -105,6 +108,23 @@ class SparseProduct(paddle.autograd.PyLayer):
         return paddle.to_tensor(ctx.sparse.T @ gradient.numpy())
 
 
+def _check_added(encoder: nn.Layer, names: Iterable[str]) -> None:
+    """Refuse an encoder that adds to its token embeddings what `_rows_of_tokens` would leave out.
+
+    Args:
+        encoder: as PaddleNLP makes it.
+        names: of the weights of its embeddings.
+    """
+    known = {f"{WORDS}.weight", f"{NORM}.weight", f"{NORM}.bias", *ADDED_ROWS}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise InputError(f"--pooling: {type(encoder).__name__} has {unknown[0]} besides its token embeddings, which "
+                         "cannot be used without layers")
+    if getattr(encoder.config, "task_id", 0):
+        raise InputError(f"--pooling: {type(encoder).__name__} has task_id {encoder.config.task_id}; without layers "
+                         "only task 0 is supported")
+
+
 def _rows_of_tokens(embeddings: Mapping[str, np.ndarray]) -> np.ndarray:
     """Return the rows of a `TokenTable`, float32 [tokens, hidden], of the weights of an encoder's embeddings."""
     rows = embeddings[f"{WORDS}.weight"]
@@ -114,10 +134,10 @@ def _rows_of_tokens(embeddings: Mapping[str, np.ndarray]) -> np.ndarray:
     return rows
 
 
-def weights_without_layers(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return the weights of a SimCSE network with a `TokenTable`, of those of one with an encoder's layers.
+def remove_layers(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the weights of a SimCSE network with layers as those of a network with a `TokenTable`.
 
-    What is missing there is missing here, too.
+    A weight that is missing there is missing here, too.
 
     Raises:
         ValueError: the shapes of its embeddings do not match.
@@ -133,8 +153,8 @@ def weights_without_layers(state: Mapping[str, np.ndarray]) -> dict[str, np.ndar
     return kept
 
 
-def count_fractions(input_ids: np.ndarray, pad_token_id: int, tokens: int) -> "csr_matrix":
-    """Return of each text which fraction of it each token is, float32 [batch, tokens].
+def token_fractions(input_ids: np.ndarray, pad_token_id: int, vocab_size: int) -> "csr_matrix":
+    """Return which fraction of each text each token is, float32 [batch, vocab_size].
 
     [CLS], [SEP] and padding count for nothing; the row of a text that has nothing else is 0. A token that occurs
     several times has several entries, which add up in products.
@@ -142,17 +162,25 @@ def count_fractions(input_ids: np.ndarray, pad_token_id: int, tokens: int) -> "c
     Args:
         input_ids: int64 [batch, length].
         pad_token_id: what shorter texts are filled up with.
-        tokens: size of the vocabulary.
+        vocab_size: number of tokens.
+
+    Raises:
+        InputError: a token is not in the vocabulary.
     """
     from scipy.sparse import csr_matrix
 
-    texts = len(input_ids)
+    texts, length = input_ids.shape
     inner = input_ids != pad_token_id
-    inner[np.arange(texts), inner.sum(axis=1) - 1] = False  # [SEP]
+    last = length - 1 - inner[:, ::-1].argmax(axis=1)
+    inner[np.arange(texts), last] = False  # [SEP]
     inner[:, 0] = False  # [CLS]
+    tokens = input_ids[inner]
+    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < vocab_size:
+        # scipy would read what lies beyond the table.
+        raise InputError(f"token ids go from {tokens.min()} to {tokens.max()}; the encoder has {vocab_size} tokens")
     counts = inner.sum(axis=1)
     fractions = np.repeat(1 / np.maximum(counts, 1), counts).astype("float32")
-    return csr_matrix((fractions, input_ids[inner].astype("int32"), np.append(0, np.cumsum(counts))), (texts, tokens))
+    return csr_matrix((fractions, tokens.astype("int32"), np.append(0, np.cumsum(counts))), (texts, vocab_size))
 
 
 def write_table(model: nn.Layer, folder: str) -> bool:
@@ -211,7 +239,8 @@ class TableEngine:
             input_ids: int64 [batch, length].
             token_type_ids: are taken for 0.
         """
-        vectors = count_fractions(input_ids, self._pad, len(self._embeddings)) @ self._embeddings + self._shift
+        fractions = token_fractions(input_ids, self._pad, len(self._embeddings))
+        vectors = fractions @ self._embeddings + self._shift
         if self._normalizes:
             vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         return vectors
