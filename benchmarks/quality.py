@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -41,11 +41,19 @@ TRIPLES = ["recall.py --params_path {0} --corpus_file {corpus} --similar_text_pa
            "predict.py --params_path {0} --text_pair_file {pairs}",
            "scripts/mine_negatives.py --similar_text_pair {pairs} --positive_scores {2} --output_file {new} "
            "--recall_result_file recall_result_dir/recall_result.txt", FROM + " --train_set_file {3}"]
-MAKE_PAIRS = "scripts/make_pairs.py --corpus_file {corpus} --output_file {new} --pairs_per_document 20"
+MAKE_FEWER_PAIRS = "scripts/make_pairs.py --corpus_file {corpus} --output_file {new}"
+MAKE_PAIRS = f"{MAKE_FEWER_PAIRS} --pairs_per_document 20"
 WHITE_TOKENS = (f"train.py {ENCODER} --epochs 0 --pooling first_avg --whiten --max_seq_length 512 "
                 "--train_set_file {corpus}")
-TRAIN_TOKENS = ("train.py --init_from_ckpt {0} --train_set_file {1} --max_seq_length 512 --batch_size 4096 --epochs 4 "
-                "--learning_rate 4e-3 --dropout 0 --output_dropout 0")
+TRAIN_TOKENS = ("train.py --init_from_ckpt {0} --train_set_file {1} --max_seq_length 512 --batch_size 4096 --dropout 0 "
+                "--output_dropout 0 --epochs {epochs} --learning_rate {rate}")
+WHITE_LAYERS = (f"train.py {ENCODER} --epochs 0 --pooling first_last_avg --whiten --max_seq_length 128 "
+                "--train_set_file {corpus}")
+TRAIN_LAYERS = ("train.py --init_from_ckpt {0} --train_set_file {1} --max_seq_length 128 --batch_size 128 --epochs 1 "
+                "--dropout 0 --output_dropout 0 --learning_rate {layers_rate}")
+# For pairs of long documents and of short ones, as scripts/own_texts.sh has it.
+SCHEDULES = {"csl": {"epochs": 4, "rate": "4e-3", "layers_rate": "2e-4"},
+             "lcqmc": {"epochs": 2, "rate": "2e-4", "layers_rate": "1e-4"}}
 TRAIN_POOLER = (f"train.py {ENCODER} {PLAIN} --train_set_file {{0}} --max_seq_length 64 --epochs 2 "
                 "--learning_rate 1e-4")
 SEEN = 62  # characters of a document that an encoder of 64 tokens sees, roughly
@@ -64,7 +72,8 @@ class Recipe(NamedTuple):
 
     Attributes:
         commands: {0}, {1} and so on stand for what the commands before made, {new} for what this one makes, and
-            {encoder}, {texts}, {pairs} and {corpus} for files.
+            {encoder}, {texts}, {pairs} and {corpus} for files, {epochs}, {rate} and {layers_rate} for the data set's
+            SCHEDULES.
         recalls: by a suffix of the recipe's name, flags of recall.py. {corpus_seen} and {queries_seen} are files that
             have only as much of every document as an encoder sees.
     """
@@ -95,6 +104,11 @@ RECIPES: dict[str, Recipe] = {
     "first_avg, pairs of documents": Recipe([WHITE_TOKENS, MAKE_PAIRS, TRAIN_TOKENS], RECALLS_LONG),
     "first_avg, pairs of documents, whitened again": Recipe(
         [WHITE_TOKENS, MAKE_PAIRS, f"{TRAIN_TOKENS} --whiten"], RECALLS_LONG),
+    "first_last_avg, whitened on corpus.csv": Recipe(
+        [WHITE_LAYERS], {"": "--max_seq_length 128", " + BM25": "--max_seq_length 128 --hybrid_bm25"}),
+    "first_last_avg, pairs of documents": Recipe(
+        [WHITE_LAYERS, MAKE_FEWER_PAIRS, TRAIN_LAYERS],
+        {"": "--max_seq_length 128", " + BM25": "--max_seq_length 128 --hybrid_bm25"}),
     "pooler, pairs of documents": Recipe([MAKE_PAIRS, TRAIN_POOLER]),
     "pooler, pairs of documents, whitened": Recipe([MAKE_PAIRS, f"{TRAIN_POOLER} --whiten"]),
     "whitened, pairs": Recipe([f"train.py {ENCODER} {WHITE}", *PAIRS]),
@@ -147,14 +161,14 @@ def newest_checkpoint(folder: str) -> str:
     return os.path.join(folder, names[-1])
 
 
-def write_files(args: argparse.Namespace, data_set: str, folder: str) -> dict[str, str]:
+def write_files(args: argparse.Namespace, data_set: str, folder: str) -> dict[str, Any]:
     """Write training texts, training pairs, and queries that are not among these, to `folder`.
 
     CSL's train.csv has other titles than dev.csv. LCQMC's dev_labeled.csv is a part of dev.csv, which is left out of
     the queries.
 
     Returns:
-        The paths of all files of the data set, by the name that RECIPES has for them.
+        The paths of all files of the data set and its SCHEDULES, by the names that RECIPES has for them.
     """
     source = os.path.abspath(os.path.join(args.data_dir, data_set, "recall"))
     texts = list(textfile.TextFile(f"{source}/{TRAINING_FILES[data_set]}", "--data_dir"))
@@ -174,7 +188,7 @@ def write_files(args: argparse.Namespace, data_set: str, folder: str) -> dict[st
     for name, rows in contents.items():
         write_rows(f"{folder}/{name}.csv", rows)
     return {"encoder": os.path.join(ROOT, "pretrained", "ernie_mini_zh"), "corpus": f"{source}/corpus.csv",
-            **{name: f"{folder}/{name}.csv" for name in contents}}
+            **SCHEDULES[data_set], **{name: f"{folder}/{name}.csv" for name in contents}}
 
 
 def write_rows(path: str, rows: Iterable[Iterable[str]]) -> None:
@@ -192,7 +206,7 @@ def split_commands(name: str) -> list[list[str]]:
     return commands
 
 
-def train(name: str, seed: int, paths: dict[str, str], folder: str) -> str:
+def train(name: str, seed: int, paths: dict[str, Any], folder: str) -> str:
     """Run a recipe's commands, and return the checkpoint or the file that the last of them made."""
     made: list[str] = []
     for number, (script, *templates) in enumerate(split_commands(name)):

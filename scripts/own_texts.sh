@@ -6,8 +6,7 @@ MAX_PAIRS=240000           # about as many as 2 cores train on within minutes
 MAX_PAIRS_PER_DOCUMENT=20  # a small file has many of each document
 MIN_WHITENING_TEXTS=500    # documents and clauses; on fewer, whitening and training do harm
 MIN_BATCH_SIZE=2           # a query needs the document of another one as a negative
-PAIR_EPOCHS=4              # passes over the pairs
-SHORT_LENGTH=64            # tokens, for titles and questions
+SHORT_LENGTH=64            # tokens of titles and questions; texts with more are long
 QUERIES=3                  # taken out of the documents where the user gives none
 TOP_K=5                    # documents printed for each query
 # What run_on_file and the commands that it prints write to its folder, besides files that are always written over.
@@ -30,32 +29,31 @@ run_step() {
     say "$name: $((SECONDS - started)) s"
 }
 
-# The settings that depend on DEVICE.
+# choose_settings TOKENS: those that depend on DEVICE, and on whether texts of so many tokens are long. Short texts give
+# queries of words alone, on which long training does harm.
 choose_settings() {
+    local texts=long
+    if [ "$1" -le "$SHORT_LENGTH" ]; then
+        texts=short
+    fi
     case $DEVICE in
     cpu)
         POOLING=first_avg    # no layers: fast without a GPU
-        LONG_LENGTH=512      # tokens of long documents, which cost little without layers
         MAX_BATCH_SIZE=4096  # many negatives for each query
-        PAIR_LEARNING_RATE=4e-3
         ;;
     gpu)
         POOLING=first_last_avg
-        LONG_LENGTH=128  # every token goes through the layers
         MAX_BATCH_SIZE=128
-        PAIR_LEARNING_RATE=2e-4  # the layers are trained too, in smaller steps than token embeddings
         ;;
     *) refuse "DEVICE=$DEVICE: expected cpu or gpu" ;;
     esac
-}
-
-# sequence_length TOKENS: --max_seq_length for texts of so many tokens.
-sequence_length() {
-    if [ "$1" -gt "$SHORT_LENGTH" ]; then
-        echo "$LONG_LENGTH"
-    else
-        echo "$SHORT_LENGTH"
-    fi
+    # LENGTH: tokens that are read of a text. PAIR_EPOCHS: passes over the pairs.
+    case $DEVICE-$texts in
+    cpu-long) LENGTH=512 PAIR_EPOCHS=4 PAIR_LEARNING_RATE=4e-3 ;;
+    cpu-short) LENGTH=$SHORT_LENGTH PAIR_EPOCHS=2 PAIR_LEARNING_RATE=2e-4 ;;
+    gpu-long) LENGTH=128 PAIR_EPOCHS=1 PAIR_LEARNING_RATE=2e-4 ;; # every token goes through the layers
+    gpu-short) LENGTH=$SHORT_LENGTH PAIR_EPOCHS=1 PAIR_LEARNING_RATE=1e-4 ;;
+    esac
 }
 
 # pairs_per_document DOCUMENTS: at most MAX_PAIRS_PER_DOCUMENT, and at most MAX_PAIRS for all documents together.
@@ -87,15 +85,15 @@ train_encoder() {
         --visualdl_dir "$folder/log" "$@" >&2
 }
 
-# save_encoder FOLDER TEXTS LENGTH FLAGS...: writes FOLDER/model_0, the encoder without training.
+# save_encoder FOLDER TEXTS FLAGS...: writes FOLDER/model_0, the encoder without training.
 save_encoder() {
-    local folder=$1 texts=$2 length=$3
-    shift 3
-    train_encoder "$folder" "$texts" --model_name_or_path "$ENCODER" --pooling "$POOLING" --max_seq_length "$length" \
+    local folder=$1 texts=$2
+    shift 2
+    train_encoder "$folder" "$texts" --model_name_or_path "$ENCODER" --pooling "$POOLING" --max_seq_length "$LENGTH" \
         --epochs 0 "$@"
 }
 
-# whiten_encoder FOLDER TEXTS LENGTH: writes FOLDER/model_0_whitened.
+# whiten_encoder FOLDER TEXTS: writes FOLDER/model_0_whitened.
 whiten_encoder() { save_encoder "$@" --whiten; }
 
 # make_document_pairs TEXTS DOCUMENTS PAIRS: writes the file PAIRS.
@@ -141,10 +139,13 @@ check_folder() {
     case $file_folder/ in "$own_folder"/*) refuse "OUT=$1: $2 is in it; name another folder" ;; esac
 }
 
-# check_device: refuse a DEVICE other than cpu and gpu.
+# check_device: refuse a DEVICE other than cpu and gpu, and gpu without the paddle for it, before anything is installed or
+# an earlier run's results are removed.
 check_device() {
     case ${DEVICE:-cpu} in
-    cpu | gpu) ;;
+    cpu) ;;
+    gpu) has_gpu_paddle ||
+        refuse "DEVICE=gpu: there is no paddlepaddle-gpu in .venv; docs/en/training.md says how to install it" ;;
     *) refuse "DEVICE=$DEVICE: expected cpu or gpu" ;;
     esac
 }
@@ -167,13 +168,6 @@ default_folder() {
 
 # has_gpu_paddle: whether .venv has the paddle for GPUs, which somebody has installed as docs/en/training.md says.
 has_gpu_paddle() { compgen -G '.venv/lib/python*/site-packages/paddlepaddle_gpu-*' >/dev/null; }
-
-# check_gpu_paddle: refuse DEVICE=gpu without it, before anything is installed or an earlier run's results are removed.
-check_gpu_paddle() {
-    if [ "${DEVICE:-}" = gpu ] && ! has_gpu_paddle; then
-        refuse "DEVICE=gpu: there is no paddlepaddle-gpu in .venv; docs/en/training.md says how to install it"
-    fi
-}
 
 # install_for_device: make .venv, and set DEVICE where the user has not: to gpu with a GPU and paddle for it, else to cpu.
 install_for_device() {
@@ -215,16 +209,16 @@ sample_corpus() {
 # read_size FOLDER NAME: what sample_texts.py printed for NAME.
 read_size() { sed -n "s/^$2=//p" "$1/sizes.txt"; }
 
-# whiten_if_enough FOLDER LENGTH: whiten the encoder on FOLDER/whitening.txt, or save it as it is.
+# whiten_if_enough FOLDER: whiten the encoder on FOLDER/whitening.txt, or save it as it is.
 whiten_if_enough() {
     local count
     count=$(read_size "$1" whitening_texts)
     if [ "$count" -ge "$MIN_WHITENING_TEXTS" ]; then
-        whiten_encoder "$1/whitened" "$1/whitening.txt" "$2"
+        whiten_encoder "$1/whitened" "$1/whitening.txt"
     else
         say "too few texts to whiten and to train on ($count documents and clauses, $MIN_WHITENING_TEXTS are needed);" \
             "the encoder stays as it is"
-        save_encoder "$1/whitened" "$1/whitening.txt" "$2"
+        save_encoder "$1/whitened" "$1/whitening.txt"
     fi
 }
 
@@ -318,20 +312,18 @@ END
 # run_on_file FOLDER FILE [QUERY ...]: from a file of documents to answers and a kept index, in FOLDER. Sets PYTHON and
 # DEVICE.
 run_on_file() {
-    local out=$1 corpus=$2 length started=$SECONDS
+    local out=$1 corpus=$2 started=$SECONDS
     shift 2
     check_file "$corpus"
     check_folder "$out" "$corpus"
     check_queries "$@"
     check_device
-    check_gpu_paddle
 
     run_step "1/6 install into .venv" install_for_device
     PYTHON=$PWD/.venv/bin/python
-    choose_settings
     run_step "2/6 read $corpus" sample_corpus "$out" "$corpus" "$@"
-    length=$(sequence_length "$(read_size "$out" tokens)")
-    run_step "3/6 whiten $POOLING, $length tokens" whiten_if_enough "$out" "$length"
+    choose_settings "$(read_size "$out" tokens)"
+    run_step "3/6 whiten $POOLING, $LENGTH tokens" whiten_if_enough "$out"
     run_step "4/6 pairs from documents" make_pairs_if_possible "$out"
     run_step "5/6 train on the pairs" train_if_enough "$out"
     run_step "6/6 index with BM25, answers" answer_queries "$out" "$corpus"

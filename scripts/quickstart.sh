@@ -65,7 +65,7 @@ make_venv .venv requirements.txt
 export PYTHON=$PWD/.venv/bin/python DEVICE=cpu DATA_DIR=quickstart/recall OUTPUT_DIR=quickstart/output MODEL=''
 unset PARAMS_PATH
 . scripts/common.sh
-choose_settings
+choose_settings 512 # its documents are abstracts
 for name in $results; do
     rm -rf "${out:?}/$name"
 done
@@ -107,7 +107,7 @@ row recipe "first_last_avg, whitened" "$from" "$PARAMS_PATH" --index_path "$out/
 
 say "documents without labels: whiten $POOLING, train on pairs made from documents; recall, evaluate"
 from=$SECONDS
-whiten_encoder "$out/paired/whitened" "$DATA_DIR/corpus.csv" "$LONG_LENGTH"
+whiten_encoder "$out/paired/whitened" "$DATA_DIR/corpus.csv"
 make_document_pairs "$DATA_DIR/corpus.csv" "$papers" "$out/paired/pairs.csv"
 train_on_pairs "$out/paired/trained" "$out/paired/pairs.csv" "$out/paired/whitened/model_0_whitened"
 row paired "$POOLING, trained on pairs" "$from" "$(trained_checkpoint "$out/paired/trained")"

@@ -454,12 +454,14 @@ def test_quickstart_ends_by_ctrl_c(bare_clone):
     ("pairs_per_document 300", "20"), ("pairs_per_document 24000", "10"), ("pairs_per_document 200000", "1"),
     ("pairs_per_document 1000000", "1"),
     ("pair_batch_size 60000", "4096"), ("pair_batch_size 200", "20"), ("pair_batch_size 9", "0"),
-    ("sequence_length 64", "64"), ("sequence_length 65", "512"),
+    ("choose_settings 64; echo $POOLING $LENGTH $PAIR_EPOCHS $PAIR_LEARNING_RATE", "first_avg 64 2 2e-4"),
+    ("choose_settings 65; echo $POOLING $LENGTH $PAIR_EPOCHS $PAIR_LEARNING_RATE", "first_avg 512 4 4e-3"),
+    ("DEVICE=gpu; choose_settings 64; echo $POOLING $LENGTH $PAIR_LEARNING_RATE", "first_last_avg 64 1e-4"),
+    ("DEVICE=gpu; choose_settings 65; echo $POOLING $LENGTH $PAIR_LEARNING_RATE", "first_last_avg 128 2e-4"),
     ("default_folder 'x/my papers.txt'", "quickstart/files/my papers"),
-    ("default_folder .txt", "quickstart/files/texts"),
-    ("DEVICE=gpu; choose_settings; echo $POOLING; sequence_length 65", "first_last_avg\n128")])
+    ("default_folder .txt", "quickstart/files/texts")])
 def test_settings_follow_the_file_and_the_device(call, expected):
-    lines = f"set -eu; . scripts/own_texts.sh; DEVICE=cpu; choose_settings; {call}"
+    lines = f"set -eu; . scripts/own_texts.sh; DEVICE=cpu; choose_settings 65; {call}"
     ran = subprocess.run(["bash", "-c", lines], cwd=ROOT, capture_output=True, text=True)
     assert ran.stdout.strip() == expected, ran.stderr
 
@@ -501,8 +503,8 @@ def test_a_step_that_fails_ends_the_quickstart(tmp_path, step, code):
 def train_on_file(folder, sizes, changes):
     """Run the steps between reading the file and the index, with stubs, and print the checkpoint that they leave."""
     (folder / "sizes.txt").write_text("".join(f"{name}={value}\n" for name, value in sizes.items()))
-    lines = [f"set -euo pipefail; . {ROOT}/scripts/own_texts.sh; DEVICE=cpu; choose_settings", STUBS, changes,
-             "run_step 3/6 whiten_if_enough . 64", "run_step 4/6 make_pairs_if_possible .",
+    lines = [f"set -euo pipefail; . {ROOT}/scripts/own_texts.sh; DEVICE=cpu; choose_settings 65", STUBS, changes,
+             "run_step 3/6 whiten_if_enough .", "run_step 4/6 make_pairs_if_possible .",
              "run_step 5/6 train_if_enough .", "last_checkpoint ."]
     ran = subprocess.run(["bash", "-c", "\n".join(lines)], cwd=folder, capture_output=True, text=True)
     ran.stdout = ran.stdout.replace("./", "")

@@ -25,7 +25,7 @@ UNIT = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+")
 # Units of a cloze query. Shorter ones are phrases such as "研究结果表明", which stand in many documents.
 MIN_UNITS = 8
 MAX_UNITS = 64
-LEFT_OUT = 0.5  # fraction of the cloze pairs whose document lacks the query
+LEFT_OUT = 0.9  # fraction of the cloze pairs whose document lacks the query, as Lee et al. have it
 # Words of a query of words.
 MIN_WORDS = 2
 MAX_WORDS = 6
@@ -135,8 +135,8 @@ def cloze_queries(text: str) -> dict[str, Span]:
 
 
 def cloze_pairs(document: Document, count: int, random: np.random.Generator, statistics: Statistics) -> list[Pair]:
-    """Return pairs of a sentence or clause and its document, which half of the time lacks it (inverse cloze task; Lee
-    et al. 2019, arXiv:1906.00300).
+    """Return pairs of a sentence or clause and its document, which mostly lacks it (inverse cloze task; Lee et al.
+    2019, arXiv:1906.00300).
 
     Args:
         document: what they are made of.
@@ -277,7 +277,7 @@ class Kind(NamedTuple):
 # What may give fewer pairs than it is asked for comes first: the kinds after it make up for them.
 KINDS = {
     "cloze": Kind(cloze_pairs, needs_words=False,
-                  description="a sentence or clause of the document, which half of the time lacks it"),
+                  description="a sentence or clause of the document, which mostly lacks it"),
     "words": Kind(word_pairs, needs_words=True,
                   description=f"{MIN_WORDS} to {MAX_WORDS} words of the document, drawn by tf-idf"),
 }
