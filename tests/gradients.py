@@ -27,7 +27,9 @@ COUNTS = (1, 5, 6)  # of texts that ranks share out
 CASES = {
     "plain": {}, "cross": {"cross": True}, "cached": {"chunk": 4}, "cross_cached": {"cross": True, "chunk": 4},
     "triples": {"columns": 3}, "cross_triples": {"columns": 3, "cross": True},
-    "cross_triples_cached": {"columns": 3, "cross": True, "chunk": 4}}
+    "cross_triples_cached": {"columns": 3, "cross": True, "chunk": 4},
+    "cross_table": {"cross": True, "pooling": "first_avg"},
+    "cross_table_cached": {"cross": True, "pooling": "first_avg", "chunk": 4}}
 
 
 def texts(number: int, rows: int = ROWS) -> list[list[int]]:
@@ -55,19 +57,19 @@ def batch_of(ids: list[list[int]], keys: bool = True, columns: int = 1) -> data.
     return data.Batch(**inputs, duplicate_keys=duplicate_keys)
 
 
-def tiny(dropout: float = 0.0, **loss_settings) -> m.SimCSE:
+def tiny(dropout: float = 0.0, pooling: str = "pooler", **loss_settings) -> m.SimCSE:
     paddle.seed(1)
     encoder = ErnieModel(ErnieConfig(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **SIZES))
-    network = m.SimCSE(encoder, dropout=dropout, output_emb_size=8,
+    network = m.SimCSE(encoder, dropout=dropout, output_emb_size=8, pooling=pooling,
                        loss_settings=m.LossSettings(margin=0.1, **loss_settings))
     network.train()
     return network
 
 
 def gradients(ids: list[list[int]], dropout: float = 0.0, chunk: int | None = None, cross: bool = False,
-              keys: bool = True, columns: int = 1) -> dict[str, np.ndarray]:
+              keys: bool = True, columns: int = 1, pooling: str = "pooler") -> dict[str, np.ndarray]:
     """The loss of a step, and its gradients."""
-    model = tiny(dropout, cross_device_negatives=cross)
+    model = tiny(dropout, pooling, cross_device_negatives=cross)
     network = paddle.DataParallel(model) if paddle.distributed.get_world_size() > 1 else model
     paddle.seed(7)
     loss = backward(network, model, batch_of(ids, keys, columns), lambda loss: loss, chunk)
