@@ -1,7 +1,9 @@
 """This project's side of what a script's command line does not time by itself; see original.py."""
 
+import multiprocessing
 import os
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -117,6 +119,68 @@ def shapes(checkpoint: str, precision: str, batches: list[int], lengths: list[in
             seconds = median_seconds(3, partial(engine.embed, ids, token_types))
             speeds[f"batch {batch}, {length} tokens"] = batch / seconds
     return speeds
+
+
+def make_pairs(corpus: str, output: str) -> dict[str, float]:
+    """Return documents/s of scripts/make_pairs.py as a whole, on all cores."""
+    command = [sys.executable, f"{ROOT}/scripts/make_pairs.py", "--quiet", "--corpus_file", corpus, "--output_file",
+               output]
+    seconds = side.seconds_of(partial(subprocess.run, command, check=True))
+    return {"pairs of documents": count_lines(corpus) / seconds}
+
+
+def split_words_alone(corpus: str) -> dict[str, float]:
+    """Return documents/s of jieba alone, in as many processes as there are cores, its dictionary read before."""
+    import jieba
+
+    jieba.initialize()
+    with open(corpus, encoding="utf-8") as file, multiprocessing.Pool() as pool:
+        texts = file.readlines()
+        seconds = side.seconds_of(partial(pool.map, count_words, texts, chunksize=256))
+    return {"pairs of documents": len(texts) / seconds}
+
+
+def count_words(text: str) -> int:
+    import jieba
+
+    return len(jieba.lcut(text))
+
+
+def count_lines(path: str) -> int:
+    with open(path, encoding="utf-8") as file:
+        return sum(1 for _ in file)
+
+
+def train_table(encoder: str, texts: list[str], sparse: bool) -> Iterator[dict[str, float]]:
+    """Yield pairs/s of training with --pooling first_avg, a step at a time: a clause of each text, and the text.
+
+    Args:
+        encoder: where the encoder is.
+        texts: of one batch.
+        sparse: as the project does it, by a sparse product; False: by the embeddings of all tokens of padded texts.
+    """
+    import model
+    from simcse.encoder.pretrained import load_pretrained
+    from simcse.encoder.table import TokenTable
+    from simcse.training.gradients import backward
+
+    import paddle
+
+    if not sparse:
+        TokenTable.can_average = lambda table: False
+    tokenizer = wordpiece.load_tokenizer(encoder)
+    network = model.SimCSE(load_pretrained(encoder, 0.0, uses_pooler=False), 0.0, 256, "first_avg")
+    network.train()
+    optimizer = paddle.optimizer.Adam(1e-3, parameters=network.parameters())
+    sides = [data.Inputs.of(tokenizer(side_texts, 512), 0) for side_texts in ([text[:20] for text in texts], texts)]
+
+    def step() -> None:
+        backward(network, network, data.Batch(*sides), lambda loss: loss)
+        optimizer.step()
+        optimizer.clear_grad()
+
+    while True:
+        yield {f"batch {len(texts)}, first_avg": len(texts) / side.seconds_of(step)}
 
 
 def lines(path: str) -> dict[str, float]:

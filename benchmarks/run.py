@@ -170,6 +170,22 @@ def measure_training(bench: Bench, path: str, batch: int, length: int, case: str
     return {case: batch * steps_per_second}
 
 
+def pairs(bench: Bench) -> None:
+    """Pairs from documents: making them, against splitting the documents into words; and training on them."""
+    texts = bench.texts("corpus", 10_000)
+    documents = [f"{texts[number % len(texts)]}{number}" for number in range(50_000)]  # all different
+    corpus = bench.write("documents", documents)
+    made = partial(bench.run_side, "ours", "make_pairs", corpus=corpus, output=f"{bench.scratch}/pairs")
+    bench.measure_in_turn("pairs", "docs/s", 3, made, {
+        "jieba alone on all cores": partial(bench.run_side, "ours", "split_words_alone", corpus=corpus)})
+
+    def trained(sparse: bool) -> Pass:
+        return bench.passes("ours", "train_table", encoder=MINI, texts=documents[:1024], sparse=sparse)
+
+    bench.measure_in_turn("pairs", "pairs/s", 3, trained(sparse=True), {
+        "the embeddings of all tokens": trained(sparse=False)})
+
+
 def lines(bench: Bench) -> None:
     """Opening a training file of 8 million lines, the size of the original's."""
     count = 8_000_000
@@ -359,7 +375,7 @@ def start_stages(bench: Bench, name: str, encoder: str, checkpoint: str) -> None
 
 # --------------------------------------------------------------------------------------------------------------- main
 MEASUREMENTS = {measure.__name__: measure for measure in (
-    tokenize, encode, int8, latency, train, index, memory, static, growth, lines, start, shapes, serving)}
+    tokenize, encode, int8, latency, train, pairs, index, memory, static, growth, lines, start, shapes, serving)}
 
 
 def parse_args() -> argparse.Namespace:
