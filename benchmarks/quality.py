@@ -54,8 +54,8 @@ TRAIN_LAYERS = ("train.py --init_from_ckpt {0} --train_set_file {1} --max_seq_le
 # For pairs of long documents and of short ones, as scripts/own_texts.sh has it.
 SCHEDULES = {"csl": {"epochs": 4, "rate": "4e-3", "layers_rate": "2e-4"},
              "lcqmc": {"epochs": 2, "rate": "2e-4", "layers_rate": "1e-4"}}
-TRAIN_POOLER = (f"train.py {ENCODER} {PLAIN} --train_set_file {{0}} --max_seq_length 64 --epochs 2 "
-                "--learning_rate 1e-4")
+TRAIN_POOLER = (f"train.py {ENCODER} {PLAIN} --train_set_file {{0}} --max_seq_length 64 --epochs 1 "
+                "--learning_rate 3e-4 --dropout 0 --output_dropout 0")
 SEEN = 62  # characters of a document that an encoder of 64 tokens sees, roughly
 SHORT = {f", first {SEEN} characters": "--corpus_file {corpus_seen} --similar_text_pair {queries_seen}"}
 HYBRID = {f"{cut} + BM25": f"{flags} --hybrid_bm25" for cut, flags in {"": "", **SHORT}.items()}
@@ -85,6 +85,7 @@ class Recipe(NamedTuple):
 RECIPES: dict[str, Recipe] = {
     "untrained": Recipe([f"train.py {ENCODER} {PLAIN} --epochs 0"]),
     "plain": Recipe([f"train.py {ENCODER} {PLAIN}"]),
+    "plain, 4 epochs": Recipe([f"train.py {ENCODER} {PLAIN} --epochs 4 --max_seq_length 64"]),
     "mean": Recipe([f"train.py {ENCODER} --pooling mean"]),
     "first_last_avg": Recipe([f"train.py {ENCODER} --pooling first_last_avg"]),
     "crop": Recipe([f"train.py {ENCODER} {PLAIN} --crop_rate 0.5"]),
