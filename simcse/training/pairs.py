@@ -16,7 +16,7 @@ import numpy as np
 
 # A full stop ends a sentence before white space, and before or after a letter that is not ASCII: "4.2" has none.
 SENTENCE_MARK = r"[。！？；…!?;]+|．(?!\d)|(?<=[^\x00-\x7f])\.|\.(?=\s|$|[^\x00-\x7f])|\n"
-COMMA = r"，|,(?!\d)|(?<!\d),"  # "10,000" has none
+COMMA = r"，|,(?!\d)|(?<!\d),"  # a comma between digits is none: "10,000"
 CLOSING = r"[”’」』）》】)\]\"']*\s*"  # what belongs to the sentence before it
 SENTENCE_END = re.compile(f"(?:{SENTENCE_MARK}){CLOSING}")
 CLAUSE_END = re.compile(f"(?:{SENTENCE_MARK}|{COMMA}){CLOSING}")
@@ -25,7 +25,7 @@ UNIT = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+")
 # Units of a cloze query. Shorter ones are phrases such as "研究结果表明", which stand in many documents.
 MIN_UNITS = 8
 MAX_UNITS = 64
-LEFT_OUT = 0.9  # fraction of the cloze pairs whose document lacks the query, as Lee et al. have it
+LEFT_OUT = 0.9  # fraction of the cloze pairs whose document lacks the query, as in Lee et al. (2019)
 # Words of a query of words.
 MIN_WORDS = 2
 MAX_WORDS = 6
@@ -121,16 +121,17 @@ def count_units(text: str) -> int:
 
 
 def cloze_queries(text: str) -> dict[str, Span]:
-    """Return the sentences and clauses of a text that can be queries, each with its first place.
+    """Return the sentences and clauses of a text that can be queries, each with its place.
 
-    They have MIN_UNITS to MAX_UNITS, and no more than half of the text's, so that the rest is still a document.
+    They have MIN_UNITS to MAX_UNITS, and no more than half of the text's, so that the rest is still a document. What
+    the text has twice is no query: the text would still have it without the one at its place.
     """
     most = min(MAX_UNITS, count_units(text) // 2)
     queries: dict[str, Span] = {}
     for span in sentences_of(text) + clauses_of(text):
         query = text[span.begin : span.end].strip()
-        if MIN_UNITS <= count_units(query) <= most:
-            queries.setdefault(query, span)
+        if MIN_UNITS <= count_units(query) <= most and text.count(query) == 1:
+            queries[query] = span
     return queries
 
 
@@ -140,7 +141,7 @@ def cloze_pairs(document: Document, count: int, random: np.random.Generator, sta
 
     Args:
         document: what they are made of.
-        count: pairs to make; there are fewer where it has not as many sentences and clauses.
+        count: pairs to make; fewer if the document has fewer sentences and clauses.
         random: draws the queries, and whether the document lacks them.
         statistics: has the query lengths to imitate; without them each query is as likely as any other.
     """
