@@ -169,7 +169,7 @@ class SimCSE(nn.Layer):
         return pooling.pool(encoded)
 
     def _pools_by_table(self) -> bool:
-        """Return whether a `TokenTable` pools by itself, for which texts need not be of like length."""
+        """Return whether a `TokenTable` pools by a sparse product, in which padding costs nothing."""
         return find_pooling(self.pooling).removes_layers and self.ptm.can_average()
 
     def get_pooled_embedding(self, input_ids: paddle.Tensor, token_type_ids: paddle.Tensor | None = None,
@@ -218,7 +218,7 @@ class SimCSE(nn.Layer):
         texts = join_sides(sides, pad_id)
         lengths = count_tokens(texts.input_ids, pad_id)
         if self._pools_by_table():
-            groups = [np.argsort(lengths)]
+            groups = [np.argsort(lengths)]  # one group; as everywhere, the longest text is the last
         else:
             cost_key = "cpu" if paddle.device.get_device() == "cpu" else self.precision
             groups = group_by_length(lengths, PASS_TOKENS[cost_key])
@@ -436,7 +436,7 @@ def load_model(params_path: str, model_name_or_path: str | None = None, output_e
     model.fc_is_random = record.get("fc_is_random", False)
 
     if find_pooling(pooling).removes_layers:
-        state = read_table_weights(state, record, source)
+        state = convert_to_table(state, record, source)
     load_state(model, state, source)
     model.eval()
     tokenizer = checkpoint_tokenizer(params_path, name)
@@ -489,12 +489,12 @@ def choose_pooling(record: Mapping[str, Any], wanted: str | None, source: str) -
     return pooling
 
 
-def read_table_weights(state: Mapping[str, np.ndarray], record: Mapping[str, Any],
-                       source: str) -> Mapping[str, np.ndarray]:
-    """Return the weights of a checkpoint as those of a network with a `TokenTable`.
+def convert_to_table(state: Mapping[str, np.ndarray], record: Mapping[str, Any],
+                     source: str) -> Mapping[str, np.ndarray]:
+    """Return the weights of a checkpoint, with layers or without, as those of a network with a `TokenTable`.
 
     Args:
-        state: the checkpoint's weights. It may be of a pooling that needs layers.
+        state: the checkpoint's weights.
         record: the checkpoint's.
         source: names the checkpoint in messages.
 
@@ -531,7 +531,7 @@ def make_record(model: SimCSE, model_name_or_path: str, max_seq_length: int | No
     record = {"model_name_or_path": model_name_or_path, "output_emb_size": model.output_emb_size,
               "embedding_size": model.embedding_size, "max_positions": model.max_positions, "pooling": model.pooling,
               **asdict(model.loss_settings), "max_seq_length": max_seq_length, "whitened_at": model.whitened_at,
-              "encoder_class": find_encoder_name(model.ptm),
+              "encoder_class": encoder_class_name(model.ptm),
               "encoder_config": drop_incompatible_keys(model.ptm.config.to_dict()),
               "versions": {"paddlepaddle": paddle.__version__, "paddlenlp": paddlenlp.__version__}}
     if find_pooling(model.pooling).pool_without_pooler:
@@ -541,9 +541,9 @@ def make_record(model: SimCSE, model_name_or_path: str, max_seq_length: int | No
     return record
 
 
-def find_encoder_name(encoder: nn.Layer) -> str:
+def encoder_class_name(encoder: nn.Layer) -> str:
     """Return the name of an encoder's class in PaddleNLP; of a `TokenTable`, that of the encoder it was made of."""
-    return encoder.encoder_name if isinstance(encoder, TokenTable) else type(encoder).__name__
+    return encoder.encoder_class_name if isinstance(encoder, TokenTable) else type(encoder).__name__
 
 
 def save_checkpoint(folder: str, model: SimCSE, tokenizer: Any, record: dict) -> None:

@@ -14,6 +14,7 @@ ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
 sys.path.insert(0, ROOT)
 
 import data  # noqa: E402
+from simcse.machine import CPU_CORES  # noqa: E402
 from simcse.text import textfile, tokens, wordpiece  # noqa: E402
 
 import graphs  # noqa: E402
@@ -130,11 +131,14 @@ def make_pairs(corpus: str, output: str) -> dict[str, float]:
 
 
 def split_words_alone(corpus: str) -> dict[str, float]:
-    """Return documents/s of jieba alone, in as many processes as there are cores, its dictionary read before."""
+    """Return documents/s of jieba alone, in as many processes as make_pairs.py has.
+
+    Unlike those of make_pairs.py, the seconds are without starting Python and reading jieba's dictionary.
+    """
     import jieba
 
     jieba.initialize()
-    with open(corpus, encoding="utf-8") as file, multiprocessing.Pool() as pool:
+    with open(corpus, encoding="utf-8") as file, multiprocessing.Pool(CPU_CORES) as pool:
         texts = file.readlines()
         seconds = side.seconds_of(partial(pool.map, count_words, texts, chunksize=256))
     return {"pairs of documents": len(texts) / seconds}

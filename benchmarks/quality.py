@@ -5,13 +5,14 @@
 
 --data_dir holds csl/recall/ and lcqmc/recall/. Each recipe is commands of this project, run as a user runs them from
 `pretrained/ernie_mini_zh` on (--show prints them), then recall.py with exact search over the whole corpus and
-evaluate.py. Runs that are in --json are not run again. Prints a table: the mean over the seeds, and their standard
-deviation.
+evaluate.py. Runs that are in --json are not run again, unless their commands have changed; after a change of the code
+name another file. Prints a table: the mean over the seeds, and their standard deviation.
 
 To add a recipe, put its commands into RECIPES.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -51,7 +52,8 @@ WHITE_LAYERS = (f"train.py {ENCODER} --epochs 0 --pooling first_last_avg --white
                 "--train_set_file {corpus}")
 TRAIN_LAYERS = ("train.py --init_from_ckpt {0} --train_set_file {1} --max_seq_length 128 --batch_size 128 --epochs 1 "
                 "--dropout 0 --output_dropout 0 --learning_rate {layers_rate}")
-# For pairs of long documents and of short ones, as scripts/own_texts.sh has it.
+# For pairs of long documents and of short ones: those of scripts/own_texts.sh. It reads short documents up to 64 tokens,
+# however, and makes 20 pairs of a document with layers, too.
 SCHEDULES = {"csl": {"epochs": 4, "rate": "4e-3", "layers_rate": "2e-4"},
              "lcqmc": {"epochs": 2, "rate": "2e-4", "layers_rate": "1e-4"}}
 TRAIN_POOLER = (f"train.py {ENCODER} {PLAIN} --train_set_file {{0}} --max_seq_length 64 --epochs 1 "
@@ -85,7 +87,7 @@ class Recipe(NamedTuple):
 RECIPES: dict[str, Recipe] = {
     "untrained": Recipe([f"train.py {ENCODER} {PLAIN} --epochs 0"]),
     "plain": Recipe([f"train.py {ENCODER} {PLAIN}"]),
-    "plain, 4 epochs": Recipe([f"train.py {ENCODER} {PLAIN} --epochs 4 --max_seq_length 64"]),
+    "plain, 4 epochs of 64 tokens": Recipe([f"train.py {ENCODER} {PLAIN} --epochs 4 --max_seq_length 64"]),
     "mean": Recipe([f"train.py {ENCODER} --pooling mean"]),
     "first_last_avg": Recipe([f"train.py {ENCODER} --pooling first_last_avg"]),
     "crop": Recipe([f"train.py {ENCODER} {PLAIN} --crop_rate 0.5"]),
@@ -117,7 +119,7 @@ RECIPES: dict[str, Recipe] = {
     "whitened, SimCSE": Recipe([f"train.py {ENCODER} {WHITE}", FROM + " --learning_rate 1e-5 --crop_rate 0.5"]),
     "mlm, whitened": Recipe([MLM, f"train.py {WHITE} --model_name_or_path {{0}}"]),
 }
-# Flags that all commands of a script have.
+# Flags of all commands of a script; those of a recipe come after them and win.
 TRAINING = ("--device cpu --batch_size 64 --max_seq_length 32 --save_steps 1000000 --save_dir {new} "
             "--train_set_file {texts}")
 COMMON = {"train.py": TRAINING, "scripts/pretrain.py": TRAINING,
@@ -270,15 +272,24 @@ def measure_bm25(args: argparse.Namespace, data_set: str) -> dict[str, dict[str,
     return results
 
 
+def run_key(args: argparse.Namespace, data_set: str, name: str, seed: int) -> str:
+    """Return the name of a run in --json, which differs if its commands or training lines differ."""
+    commands = json.dumps([split_commands(name), RECIPES[name].recalls, SCHEDULES[data_set], args.lines])
+    digest = hashlib.sha256(commands.encode()).hexdigest()[:8]
+    return f"{data_set}/{name}/{seed}/{digest}"
+
+
 def format_table(results: dict, args: argparse.Namespace, names: list[str]) -> str:
     """Return a table in Markdown: the mean over the seeds, and their standard deviation."""
     lines = []
     for data_set in args.data_sets:
         lines += ["", f"| {data_set} | {' | '.join(METRICS)} | seeds |", "| --- " * (len(METRICS) + 2) + "|"]
         for name in names:
-            runs = [values for key, values in results.items() if key.startswith(f"{data_set}/{name}/")]
-            if not runs:
-                continue
+            if name == "BM25":
+                keys = [f"{data_set}/BM25"]
+            else:
+                keys = [run_key(args, data_set, name, seed) for seed in args.seeds]
+            runs = [results[key] for key in keys]
             for suffix in runs[0]:
                 values = np.array([[run[suffix][metric] for metric in METRICS] for run in runs])
                 means = values.mean(axis=0)
@@ -311,7 +322,7 @@ def main() -> None:
     for seed in args.seeds:
         for name in names:
             for data_set in args.data_sets:
-                key = f"{data_set}/{name}/{seed}"
+                key = run_key(args, data_set, name, seed)
                 if key in results:
                     continue
                 results[key] = measure(args, data_set, name, seed)
@@ -319,7 +330,7 @@ def main() -> None:
                 with files.new_file(args.json) as file:
                     json.dump(results, file, ensure_ascii=False, indent=1)
     for data_set in args.data_sets:
-        results.setdefault(f"{data_set}/BM25/", measure_bm25(args, data_set))
+        results[f"{data_set}/BM25"] = measure_bm25(args, data_set)
     print(format_table(results, args, ["BM25", *names]))
 
 

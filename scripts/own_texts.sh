@@ -3,7 +3,7 @@
 # run_on_file does that with a file of the user, builds the index and answers queries.
 ENCODER=pretrained/ernie_mini_zh
 MAX_PAIRS=240000           # about as many as 2 cores train on within minutes
-MAX_PAIRS_PER_DOCUMENT=20  # a small file has many of each document
+MAX_PAIRS_PER_DOCUMENT=20  # reached by files of up to 12,000 documents
 MIN_WHITENING_TEXTS=500    # documents and clauses; on fewer, whitening and training do harm
 MIN_BATCH_SIZE=2           # a query needs the document of another one as a negative
 SHORT_LENGTH=64            # tokens of titles and questions; texts with more are long
@@ -29,8 +29,8 @@ run_step() {
     say "$name: $((SECONDS - started)) s"
 }
 
-# choose_settings TOKENS: those that depend on DEVICE, and on whether texts of so many tokens are long. Short texts give
-# queries of words alone, on which long training does harm.
+# choose_settings TOKENS: set POOLING, MAX_BATCH_SIZE, LENGTH, PAIR_EPOCHS and PAIR_LEARNING_RATE by DEVICE and by the length
+# of the texts. Short texts give hardly any queries but of words; long training on those lowers recall.
 choose_settings() {
     local texts=long
     if [ "$1" -le "$SHORT_LENGTH" ]; then

@@ -18,7 +18,7 @@
 #   EPOCHS  passes of SimCSE over the sample texts  (1)
 #   PAPERS  documents of the sample  (1500)
 set -euo pipefail
-trap 'exit 130' INT # whatever the program that it interrupts makes of it
+trap 'exit 130' INT # even if the interrupted program exits with another code
 caller=$PWD
 cd "$(dirname "$0")/.."
 . scripts/venv.sh
@@ -61,11 +61,12 @@ for name in '' recall $results; do
         refuse "$out/$name: holds the results of a run with a file, and the sample run writes to it; move it elsewhere"
     fi
 done
-make_venv .venv requirements.txt
-export PYTHON=$PWD/.venv/bin/python DEVICE=cpu DATA_DIR=quickstart/recall OUTPUT_DIR=quickstart/output MODEL=''
+DEVICE=cpu
+install_for_device
+export PYTHON=$PWD/.venv/bin/python DEVICE DATA_DIR=quickstart/recall OUTPUT_DIR=quickstart/output MODEL=''
 unset PARAMS_PATH
 . scripts/common.sh
-choose_settings 512 # its documents are abstracts
+choose_settings $((SHORT_LENGTH + 1)) # abstracts are long texts
 for name in $results; do
     rm -rf "${out:?}/$name"
 done
@@ -73,13 +74,14 @@ mkdir -p "$out"
 started=$SECONDS
 figures=()
 
-row() { # row FOLDER NAME SINCE CHECKPOINT FLAGS...: recall and evaluate; what it took, since then, is part of the table
-    local folder=$out/$1 name=$2 from=$3 checkpoint=$4 values
+# row FOLDER NAME STARTED CHECKPOINT FLAGS...: recall, evaluate, and add a row to the table, with the seconds since STARTED.
+row() {
+    local folder=$out/$1 name=$2 started=$3 checkpoint=$4 values
     shift 4
     RESULT_DIR=$folder PARAMS_PATH=$checkpoint sh scripts/run_build_index.sh "$@"
     RESULT_DIR=$folder sh scripts/evaluate.sh >"$folder/recall.txt"
     mapfile -t values < <(cut -d= -f2 "$folder/recall.txt")
-    figures+=("$(printf '%-36s %6.1f %6.1f %6.1f %6.1f %6.1f %6d s' "$name" "${values[@]}" $((SECONDS - from)))")
+    figures+=("$(printf '%-36s %6.1f %6.1f %6.1f %6.1f %6.1f %6d s' "$name" "${values[@]}" $((SECONDS - started)))")
 }
 
 say "sample data, all made up by scripts/make_sample_data.py: they show that everything works, not how well"

@@ -51,14 +51,14 @@ def make_encoder(kind):
 
 def normed_tokens(encoder, text):
     """The layer norm of token, token type 0 and the mean position, by numpy."""
-    weights = {name: tensor.numpy() for name, tensor in encoder.embeddings.state_dict().items()}
-    rows = weights["word_embeddings.weight"][text]
-    rows = rows + weights["position_embeddings.weight"].mean(axis=0) + weights["token_type_embeddings.weight"][0]
-    if "task_type_embeddings.weight" in weights:
-        rows = rows + weights["task_type_embeddings.weight"][0]
+    tables = {name: tensor.numpy() for name, tensor in encoder.embeddings.state_dict().items()}
+    rows = tables["word_embeddings.weight"][text]
+    rows = rows + tables["position_embeddings.weight"].mean(axis=0) + tables["token_type_embeddings.weight"][0]
+    if "task_type_embeddings.weight" in tables:
+        rows = rows + tables["task_type_embeddings.weight"][0]
     rows = rows - rows.mean(axis=1, keepdims=True)
     rows = rows / np.sqrt((rows**2).mean(axis=1, keepdims=True) + encoder.embeddings.layer_norm._epsilon)
-    return rows * weights["layer_norm.weight"] + weights["layer_norm.bias"]
+    return rows * tables["layer_norm.weight"] + tables["layer_norm.bias"]
 
 
 def expected_embeddings(encoder, network, texts):
@@ -218,6 +218,17 @@ def test_a_token_like_padding_within_a_text_leaves_its_sep_in_place():
     np.testing.assert_array_equal(fractions, expected)
 
 
+def test_tables_and_layers_leave_out_the_same_tokens(monkeypatch):
+    """Padding within a text, too, where the norm has a bias that makes its row other than 0."""
+    network = tiny(pooling="first_avg")
+    network.ptm.layer_norm.bias.set_value(network.ptm.layer_norm.bias + 1.0)
+    network.eval()
+    batch = pad([[1, 7, 0, 8, 2], [1, 7, 2], [1, 9, 8, 7, 2]], 0)
+    by_table = network.embed(*batch).numpy()
+    monkeypatch.setattr(TokenTable, "can_average", lambda table: False)
+    np.testing.assert_allclose(network.embed(*batch).numpy(), by_table, atol=1e-6)
+
+
 def test_a_token_beyond_the_table_is_refused():
     with pytest.raises(InputError, match="token ids go from 5 to 10; the encoder has 10 tokens"):
         token_fractions(np.array([[1, 5, 10, 2]]), 0, 10)
@@ -227,9 +238,9 @@ def test_an_encoder_that_adds_more_to_its_tokens_is_refused():
     """The table would leave it out without a word."""
     encoder = ErnieModel(ErnieConfig(**SIZES))
     encoder.embeddings.glyph_embeddings = paddle.nn.Embedding(8, SIZES["hidden_size"])
-    with pytest.raises(InputError, match="ErnieModel has glyph_embeddings.weight besides its token embeddings"):
+    with pytest.raises(InputError, match="ErnieModel also adds glyph_embeddings.weight to its token embeddings"):
         m.SimCSE(encoder, pooling="first_avg")
-    with pytest.raises(InputError, match="ErnieModel has task_id 1; without layers only task 0"):
+    with pytest.raises(InputError, match="ErnieModel has task_id 1; only task 0 is supported"):
         m.SimCSE(ErnieModel(ErnieConfig(use_task_id=True, task_id=1, **SIZES)), pooling="first_avg")
 
 
@@ -272,6 +283,18 @@ def test_a_table_with_positions_is_refused(tmp_path):
     np.savez(exported / weights.TABLE_FILE, tokens=np.zeros((2, 2)), positions=np.zeros((2, 2)))
     with pytest.raises(InputError, match=f"{weights.TABLE_FILE}: a table of an earlier version; train and export it"):
         TableEngine(str(exported))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 torn", None])
+def test_a_damaged_table_is_one_line(tmp_path, content):
+    assert write_table(tiny(pooling="first_avg"), str(tmp_path))
+    path = tmp_path / weights.TABLE_FILE
+    if content is None:
+        np.savez(path, embeddings=np.zeros((2, 2)))
+    else:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=f"{weights.TABLE_FILE}: damaged: .*; export it again"):
+        TableEngine(str(tmp_path))
 
 
 def test_an_encoder_whose_layers_cannot_go_is_refused():

@@ -63,7 +63,7 @@ class Pooling:
         all_layers: it reads `EncoderOutputs.hidden_states`, which are not kept otherwise.
         first_token_only: it reads no other token of the last layer, so that layer computes no other.
         uses_pooler: it reads `EncoderOutputs.pooler_output`; otherwise the encoder's pooler is frozen in training.
-        pool_without_pooler: takes the place of `pool` in evaluation and all later stages, not in training, where the
+        pool_without_pooler: takes the place of `pool` after training, in evaluation and all later stages, if the
             network was trained without --infer_with_fc_pooler; None: `pool` is used there, too.
         removes_layers: the encoder is replaced by its token embeddings, a `table.TokenTable`; `last_hidden_state` is
             what they are, and there are no other outputs. `pool` must be their mean, which `TokenTable.average` and
@@ -109,9 +109,11 @@ def average_tokens(encoded: EncoderOutputs, states: Tensor) -> Tensor:
         encoded: its input_ids tell tokens from padding.
         states: float [batch, length, hidden].
     """
-    # The count of tokens stops at [SEP]: padding has the position of [SEP], and is left out with it.
-    position = (encoded.input_ids != encoded.pad_token_id).astype("int32").cumsum(axis=1)
-    mask = ((position > 1) & (position < position[:, -1:])).astype(states.dtype).unsqueeze(-1)
+    # The count of tokens stops at [SEP]: the padding after it has the position of [SEP], and is left out with it.
+    is_token = encoded.input_ids != encoded.pad_token_id
+    position = is_token.astype("int32").cumsum(axis=1)
+    is_inner = is_token & (position > 1) & (position < position[:, -1:])
+    mask = is_inner.astype(states.dtype).unsqueeze(-1)
     return (states * mask).sum(axis=1) / mask.sum(axis=1).clip(min=1)
 
 

@@ -2,10 +2,11 @@
 
 import copy
 import os
-from collections.abc import Iterable, Mapping
+import zipfile
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
-from simcse.console import InputError
+from simcse.console import InputError, as_input_error
 from simcse.encoder.pooling import find_pooling
 from simcse.encoder.weights import CONFIG_FILE, GRAPH_FIELDS, TABLE_FILE, read_record
 from simcse.files import write_json
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix  # imported where it is used: networks with layers start without it
 
 WORDS, NORM = "word_embeddings", "layer_norm"  # as PaddleNLP names them in an encoder's `embeddings`
-# What an encoder adds to the embedding of a token besides, by the names of the tables: of each, the row that all texts
-# of one segment and task have, or the mean where the rows differ.
+# Other tables that an encoder adds to the embedding of a token, each with the function that reduces it to the one row
+# that is added to every token here.
 ADDED_ROWS = {"position_embeddings.weight": lambda rows: rows.mean(axis=0),
               "token_type_embeddings.weight": lambda rows: rows[0],
               "task_type_embeddings.weight": lambda rows: rows[0]}
@@ -28,15 +29,15 @@ ADDED_ROWS = {"position_embeddings.weight": lambda rows: rows.mean(axis=0),
 class TokenTable(nn.Layer):
     """What goes into the first layer of an encoder for each token, whatever its position: a row of a table, normed.
 
-    Takes the encoder's place as `SimCSE.ptm`. In place of a token's position there is the mean of all positions:
-    positions are noise without layers, which would make something of the order.
+    Takes the encoder's place as `SimCSE.ptm`. In place of a token's position there is the mean of all positions: only
+    layers can make use of the order of tokens, so that positions would be noise.
 
     Args:
-        encoder: as PaddleNLP makes it. Its table of tokens is taken over, not copied.
+        encoder: as PaddleNLP makes it. Its table of tokens is changed in place, so that it cannot be used afterwards.
 
     Attributes:
         config: the encoder's, without layers.
-        encoder_name: the name of the encoder's class in PaddleNLP.
+        encoder_class_name: that of the encoder, in PaddleNLP.
 
     Raises:
         InputError: it has no table of tokens with a layer norm after it, or adds to the tokens what `ADDED_ROWS` does
@@ -53,7 +54,7 @@ class TokenTable(nn.Layer):
         _check_added(encoder, embeddings.state_dict())
         self.config = copy.deepcopy(encoder.config)
         self.config.num_hidden_layers = 0
-        self.encoder_name = type(encoder).__name__
+        self.encoder_class_name = type(encoder).__name__
         self.word_embeddings = embeddings.word_embeddings
         self.layer_norm = embeddings.layer_norm
         self.dropout = embeddings.dropout
@@ -67,7 +68,7 @@ class TokenTable(nn.Layer):
 
         Args:
             input_ids: int64 [batch, length].
-            token_type_ids: are taken for 0.
+            token_type_ids: ignored; every token has type 0.
         """
         if token_type_ids is not None:
             input_ids = input_ids + 0 * token_type_ids  # paddle exports no graph that leaves out one of its inputs
@@ -76,7 +77,8 @@ class TokenTable(nn.Layer):
     def can_average(self) -> bool:
         """Return whether `average` can take the place of `pooling.average_tokens` now.
 
-        It has no graph to export, is for CPUs, and knows no dropout, which differs each time that a token occurs.
+        It computes by scipy, which is on a CPU and in no static graph, and it has no dropout, which is drawn for each
+        occurrence of a token.
         """
         drops = self.training and self.dropout.p > 0
         return paddle.in_dynamic_mode() and paddle.device.get_device() == "cpu" and not drops
@@ -108,7 +110,7 @@ class SparseProduct(paddle.autograd.PyLayer):
         return paddle.to_tensor(ctx.sparse.T @ gradient.numpy())
 
 
-def _check_added(encoder: nn.Layer, names: Iterable[str]) -> None:
+def _check_added(encoder: nn.Layer, names: Collection[str]) -> None:
     """Refuse an encoder that adds to its token embeddings what `_rows_of_tokens` would leave out.
 
     Args:
@@ -118,11 +120,12 @@ def _check_added(encoder: nn.Layer, names: Iterable[str]) -> None:
     known = {f"{WORDS}.weight", f"{NORM}.weight", f"{NORM}.bias", *ADDED_ROWS}
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise InputError(f"--pooling: {type(encoder).__name__} has {unknown[0]} besides its token embeddings, which "
-                         "cannot be used without layers")
-    if getattr(encoder.config, "task_id", 0):
-        raise InputError(f"--pooling: {type(encoder).__name__} has task_id {encoder.config.task_id}; without layers "
-                         "only task 0 is supported")
+        raise InputError(f"--pooling: {type(encoder).__name__} also adds {unknown[0]} to its token embeddings, which "
+                         "is not supported without layers; use another encoder or pooling")
+    task_id = getattr(encoder.config, "task_id", 0)
+    if task_id and "task_type_embeddings.weight" in names:
+        raise InputError(f"--pooling: {type(encoder).__name__} has task_id {task_id}; only task 0 is supported without "
+                         "layers; use another encoder or pooling")
 
 
 def _rows_of_tokens(embeddings: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -224,7 +227,8 @@ class TableEngine:
         self.embedding_size = record["embedding_size"]
         self.max_positions = record["max_positions"]
         path = os.path.join(folder, TABLE_FILE)
-        with np.load(path) as tables:
+        with as_input_error(f"{path}: damaged", EOFError, KeyError, ValueError, zipfile.BadZipFile,
+                            remedy="; export it again"), np.load(path) as tables:
             if "embeddings" not in tables:
                 raise InputError(f"{path}: a table of an earlier version; train and export it again")
             self._embeddings = tables["embeddings"]
@@ -237,7 +241,7 @@ class TableEngine:
 
         Args:
             input_ids: int64 [batch, length].
-            token_type_ids: are taken for 0.
+            token_type_ids: ignored; every token has type 0.
         """
         fractions = token_fractions(input_ids, self._pad, len(self._embeddings))
         vectors = fractions @ self._embeddings + self._shift
