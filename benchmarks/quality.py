@@ -52,8 +52,8 @@ WHITE_LAYERS = (f"train.py {ENCODER} --epochs 0 --pooling first_last_avg --white
                 "--train_set_file {corpus}")
 TRAIN_LAYERS = ("train.py --init_from_ckpt {0} --train_set_file {1} --max_seq_length 128 --batch_size 128 --epochs 1 "
                 "--dropout 0 --output_dropout 0 --learning_rate {layers_rate}")
-# For pairs of long documents and of short ones: those of scripts/own_texts.sh. It reads short documents up to 64 tokens,
-# however, and makes 20 pairs of a document with layers, too.
+# For pairs of long documents and of short ones: those of scripts/own_texts.sh, which however reads short documents up
+# to 64 tokens, and makes 20 pairs of a document with layers, too.
 SCHEDULES = {"csl": {"epochs": 4, "rate": "4e-3", "layers_rate": "2e-4"},
              "lcqmc": {"epochs": 2, "rate": "2e-4", "layers_rate": "1e-4"}}
 TRAIN_POOLER = (f"train.py {ENCODER} {PLAIN} --train_set_file {{0}} --max_seq_length 64 --epochs 1 "
