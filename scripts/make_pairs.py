@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeVar
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from simcse import console, flags
-from simcse.files import check_not_input, check_writable, new_file
+from simcse.files import check_not_input, check_writable, name_output, new_file
 from simcse.index.documents import Documents
 from simcse.machine import CPU_CORES
 from simcse.text import word_file
@@ -273,17 +273,23 @@ def make_corpus_pairs(args: argparse.Namespace, documents: Documents) -> PairRep
     query_lengths = read_query_lengths(args)
     if not any(KINDS[kind].needs_words for kind in args.kinds):
         return write_pairs(args, documents, None, Statistics(len(documents), Counter(), query_lengths))
-    with tempfile.TemporaryFile(dir=disk_folder(args.output_file)) as file:
+    with name_output(args.output_file, "--output_file"), \
+            tempfile.TemporaryFile(dir=make_disk_folder(args.output_file)) as file:
         words = WordFile(file)
         document_frequency = tokenize_documents(args, documents, words)
         return write_pairs(args, documents, words, Statistics(len(documents), document_frequency, query_lengths))
 
 
-def disk_folder(output_file: str) -> str | None:
-    """Return the folder of a regular output file, which has room for its pairs; None for a device or a named pipe."""
+def make_disk_folder(output_file: str) -> str | None:
+    """Return the folder of a regular output file, which has room for its words; None for a device or a named pipe.
+
+    The folder is made if it does not exist.
+    """
     if os.path.exists(output_file) and not os.path.isfile(output_file):
         return None
-    return os.path.dirname(os.path.realpath(output_file))
+    folder = os.path.dirname(os.path.realpath(output_file))
+    os.makedirs(folder, exist_ok=True)
+    return folder
 
 
 def main() -> None:

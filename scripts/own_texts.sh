@@ -125,9 +125,14 @@ check_file() {
     [ -r "$1" ] || refuse "$1: permission denied"
 }
 
-# check_folder FOLDER FILE: refuse a folder that run_on_file has not made, or that holds FILE.
+# check_folder FOLDER FILE: refuse a folder that run_on_file has not made, that holds FILE, or that cannot be made.
 check_folder() {
+    local parent=$1
     if [ ! -e "$1" ]; then
+        while [ ! -e "$parent" ]; do
+            parent=$(dirname "$parent")
+        done
+        { [ -d "$parent" ] && [ -w "$parent" ]; } || refuse "OUT=$1: cannot be written"
         return
     fi
     if [ ! -d "$1" ] || { [ ! -e "$1/$OWN_MARK" ] && [ -n "$(ls -A "$1")" ]; }; then
@@ -150,11 +155,12 @@ check_device() {
     esac
 }
 
-# check_queries QUERY...: refuse -, which recall.py takes for stdin.
+# check_queries QUERY...: refuse -, which recall.py takes for stdin, and blank ones.
 check_queries() {
     local query
     for query in "$@"; do
         [ "$query" != - ] || refuse "-: queries from stdin are not read; recall.py --query reads them"
+        [ -n "${query//[[:space:]]/}" ] || refuse "query '$query': is blank"
     done
 }
 
@@ -198,8 +204,7 @@ sample_corpus() {
     for query in "$@"; do
         queries+=(--query="$query")
     done
-    mkdir -p "$folder"
-    touch "$folder/$OWN_MARK"
+    { mkdir -p "$folder" && touch "$folder/$OWN_MARK"; } 2>/dev/null || refuse "OUT=$folder: cannot be written"
     "$PYTHON" scripts/sample_texts.py --corpus_file "$corpus" --texts_file "$folder/texts.txt" \
         --whitening_file "$folder/whitening.txt" --query_file "$folder/queries.txt" --max_texts "$MAX_PAIRS" \
         --queries "$QUERIES" ${queries[@]+"${queries[@]}"} >"$folder/sizes.txt"

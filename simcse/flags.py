@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from simcse import console
+from simcse.encoder.pooling import POOLINGS
 from simcse.encoder.weights import CONFIG_FILE, DEFAULT_MODEL, WEIGHT_FILES, read_record
 from simcse.files import STDIN, read_json
 from simcse.machine import CPU_THREADS, RANK, RANKS, TRAIN_PRECISIONS, auto_precision
@@ -359,6 +360,17 @@ def find_positions(args: argparse.Namespace) -> int | None:
     return None
 
 
+def choose_precision(args: argparse.Namespace) -> str:
+    """Return the number format that --precision names, and for "auto" the one that is taken."""
+    precision = getattr(args, "precision", "fp32")
+    if precision != "auto":
+        return precision
+    pooling = POOLINGS.get(read_checkpoint_record(args).get("pooling"))
+    if args.device == "cpu" and pooling and pooling.removes_layers:
+        return "fp32"  # a `TableEngine` has no other
+    return auto_precision(args.device)
+
+
 def announce(args: argparse.Namespace, *parts: str) -> None:
     """Log, before anything takes time, what the script is about to do.
 
@@ -368,11 +380,10 @@ def announce(args: argparse.Namespace, *parts: str) -> None:
     """
     if RANK:
         return
-    precision = getattr(args, "precision", "fp32")
     machine = [args.device]
     if args.device == "cpu":
         machine.append(console.count(getattr(args, "cpu_threads", 0) or CPU_THREADS, "thread"))
-    machine.append(auto_precision(args.device) if precision == "auto" else precision)
+    machine.append(choose_precision(args))
     if RANKS > 1:
         machine.append(f"{RANKS} processes")
     console.log(f"{console.PROGRAM}: " + "; ".join([", ".join(machine), *parts]))

@@ -66,10 +66,10 @@ def restore_default_handlers() -> None:
 
 @contextlib.contextmanager
 def hold_signals() -> Iterator[None]:
-    """Deliver Ctrl-C and SIGTERM after the context, in which paddle is imported, to the handlers from before it.
+    """Deliver Ctrl-C and SIGTERM after the context, to the handlers from before it.
 
-    Paddle (2.6 and 3.3) installs a handler of its own for SIGTERM, which prints a C++ stack on stdout, and makes an
-    ImportError of Ctrl-C.
+    For the import of paddle (2.6 and 3.3), which installs a handler of its own for SIGTERM that prints a C++ stack on
+    stdout, and makes an ImportError of Ctrl-C; and for forks, during which Python ignores what a handler raises.
     """
     handler = signal.getsignal(signal.SIGTERM)
     if handler is None or threading.current_thread() is not threading.main_thread():  # None: it is not Python's

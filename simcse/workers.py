@@ -11,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 from simcse.console import InputError
+from simcse.signals import SIGNALS, hold_signals
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -41,7 +42,9 @@ def map_in_order(function: Callable[[Item], Result], items: Iterable[Item], work
     pending = deque()
     try:
         for item in items:
-            pending.append(executor.submit(_compute, item))
+            with hold_signals():  # it forks: Python loses what a handler raises meanwhile, and workers wait for ever
+                future = executor.submit(_compute, item)
+            pending.append(future)
             if len(pending) == AHEAD * workers:
                 yield pending.popleft().result()
         while pending:
@@ -59,6 +62,7 @@ def _start_worker(function: Callable, parent: int) -> None:
     _function = function
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C goes to the parent too, which ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the fork was within hold_signals
     libc = ctypes.CDLL(None)
     if hasattr(libc, "prctl"):  # only Linux has it; elsewhere a killed parent leaves its workers
         pr_set_pdeathsig = 1

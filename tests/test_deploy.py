@@ -188,6 +188,13 @@ def test_requirements_are_pinned_as_the_projects():
     assert onnxruntime in (ROOT / "deploy/python/requirements.txt").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("config, expected", [
+    ({"num_hidden_layers": 0}, False), ({"num_hidden_layers": 4}, True), ({}, True), (None, True), ("4", True)])
+def test_a_network_without_layers_is_run_in_fp32(config, expected):
+    """As the stages do, so that their vectors are the same."""
+    assert predictor.has_layers({"encoder_config": config}) == expected
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_onednn_is_set_up_as_by_the_stages(exported, precision, monkeypatch):
     """simcse/encoder/paddle_engine.py and predictor.py make the same calls of paddle.inference.Config."""

@@ -10,12 +10,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 
 import data
 from scripts import make_pairs as script
 from simcse import workers
 from simcse.console import InputError
 from simcse.index.documents import Documents
+from simcse.signals import SIGNALS
 from simcse.text.textfile import Corpus, TextFile
 from simcse.text.word_file import WordFile, encode
 from simcse.text.wordpiece import load_tokenizer
@@ -257,6 +259,14 @@ def test_the_report_says_what_was_made_of_which_documents(corpus, tmp_path):
     assert [row[1] == SHORT for row in rows] == 4 * [False] + 4 * [True]
 
 
+def test_the_folder_of_the_output_is_made(corpus, tmp_path):
+    """Or the error names the flag, as where a file is in its place."""
+    make(arguments(corpus, tmp_path / "new" / "pairs.csv"))
+    assert (tmp_path / "new" / "pairs.csv").stat().st_size
+    with pytest.raises(InputError, match="--output_file /proc/none/pairs.csv"):
+        make(arguments(corpus, "/proc/none/pairs.csv"))
+
+
 def test_the_same_seed_gives_the_same_file_in_every_process(sample, tmp_path, monkeypatch):
     """By another process alone, with other hashes of texts; and by two workers of this one, in small blocks."""
     flags = ["--corpus_file", sample / "corpus.csv", "--query_file", sample / "train_unsupervised.csv", "--workers", 1]
@@ -361,6 +371,22 @@ def test_an_error_of_a_worker_is_the_callers():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends them")
+def test_signals_wait_while_workers_are_forked(monkeypatch):
+    """Python loses the exception of a handler that runs during a fork; workers take signals again."""
+    blocked = []
+
+    class Executor(ProcessPoolExecutor):
+        def submit(self, *arguments):
+            blocked.append(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+            return super().submit(*arguments)
+
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", Executor)
+    of_workers = list(workers.map_in_order(lambda item: signal.pthread_sigmask(signal.SIG_BLOCK, []), [1, 2], 2))
+    assert all(signals.issuperset(SIGNALS) for signals in blocked) and len(blocked) == 2
+    assert not any(signals.intersection(SIGNALS) for signals in of_workers)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []).intersection(SIGNALS)
+
+
 def test_workers_end_with_a_parent_that_is_killed():
     code = ("import os, time\nfrom simcse.workers import map_in_order\n"
             "def compute(item):\n    os.write(1, b'%d\\n' % os.getpid())\n    time.sleep(60)\n"

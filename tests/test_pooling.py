@@ -290,7 +290,7 @@ def test_a_damaged_table_is_one_line(tmp_path, content):
     assert write_table(tiny(pooling="first_avg"), str(tmp_path))
     path = tmp_path / weights.TABLE_FILE
     if content is None:
-        np.savez(path, embeddings=np.zeros((2, 2)))
+        np.savez(path, embeddings=np.zeros((2, 2)), shift=np.zeros(2), pad=0, normalizes=True)
     else:
         path.write_bytes(content)
     with pytest.raises(InputError, match=f"{weights.TABLE_FILE}: damaged: .*; export it again"):

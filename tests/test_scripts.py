@@ -391,6 +391,8 @@ def test_quickstart_refuses_what_it_cannot_use_before_it_installs(bare_clone, tm
             (["texts.txt"], {"DEVICE": "gpu"}, "DEVICE=gpu: there is no paddlepaddle-gpu in .venv; docs/en/training.md "
              "says how to install it"),
             (["texts.txt", "-"], {}, "-: queries from stdin are not read; recall.py --query reads them"),
+            (["texts.txt", "语义", " "], {}, "query ' ': is blank"),
+            (["texts.txt"], {"OUT": f"{texts}/x/y"}, f"OUT={texts}/x/y: cannot be written"),
             (["texts.txt"], {"OUT": str(tmp_path / "mine")}, f"OUT={tmp_path}/mine: exists and was not made by an "
              "earlier run with a file; name another folder"),
             ([own / "pairs.csv"], {"OUT": str(own)}, f"OUT={own}: {own}/pairs.csv is in it; name another folder")]:

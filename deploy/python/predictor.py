@@ -342,7 +342,7 @@ def load_predictor(model_dir: str, *, device: str = "cpu", precision: str = "aut
     exported_in = record.get("precision", "fp32")
     if precision == "auto":
         precision = "int8" if exported_in == "int8" else auto_precision(device, onednn=onednn_shapes > 0)
-        if precision not in runtime.PRECISIONS[device]:
+        if precision not in runtime.PRECISIONS[device] or not has_layers(record):
             precision = "fp32"
     if (precision == "int8") != (exported_in == "int8"):
         advice = "export it again without --precision int8 for others"
@@ -361,6 +361,12 @@ def load_predictor(model_dir: str, *, device: str = "cpu", precision: str = "aut
     except ModuleNotFoundError as error:
         raise InputError(f"{error.name} is not installed for {sys.executable}; requirements.txt of deploy/python names "
                          f"what {graph} needs") from None
+
+
+def has_layers(record: dict) -> bool:
+    """Return whether an exported encoder has layers; without them, bf16 would save next to nothing."""
+    config = record.get("encoder_config")
+    return not isinstance(config, dict) or config.get("num_hidden_layers") != 0
 
 
 def auto_precision(device: str, onednn: bool = True) -> str:

@@ -227,7 +227,7 @@ class TableEngine:
         self.embedding_size = record["embedding_size"]
         self.max_positions = record["max_positions"]
         path = os.path.join(folder, TABLE_FILE)
-        with as_input_error(f"{path}: damaged", EOFError, KeyError, ValueError, zipfile.BadZipFile,
+        with as_input_error(f"{path}: damaged", EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile,
                             remedy="; export it again"), np.load(path) as tables:
             if "embeddings" not in tables:
                 raise InputError(f"{path}: a table of an earlier version; train and export it again")
@@ -235,6 +235,9 @@ class TableEngine:
             self._shift = tables["shift"]
             self._pad = tables["pad"].item()
             self._normalizes = tables["normalizes"].item()
+            if self._embeddings.ndim != 2 or not (
+                    self._embeddings.shape[1] == len(self._shift) == self.embedding_size):
+                raise ValueError(f"its shapes do not match embedding_size {self.embedding_size}")
 
     def embed(self, input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
         """Return L2-normalized embeddings, float32 [batch, embedding_size].
