@@ -29,8 +29,8 @@ run_step() {
     say "$name: $((SECONDS - started)) s"
 }
 
-# choose_settings TOKENS: set POOLING, MAX_BATCH_SIZE, LENGTH, PAIR_EPOCHS and PAIR_LEARNING_RATE by DEVICE and by the length
-# of the texts. Short texts give hardly any queries but of words; long training on those lowers recall.
+# choose_settings TOKENS: set POOLING, MAX_BATCH_SIZE, LENGTH, PAIR_EPOCHS and PAIR_LEARNING_RATE by DEVICE and by the
+# length of the texts. Short texts give hardly any queries but of words; long training on those lowers recall.
 choose_settings() {
     local texts=long
     if [ "$1" -le "$SHORT_LENGTH" ]; then
@@ -123,6 +123,7 @@ check_file() {
     [ -e "$1" ] || refuse "$1: no such file"
     [ -f "$1" ] || refuse "$1: not a regular file; it is read several times"
     [ -r "$1" ] || refuse "$1: permission denied"
+    [ -s "$1" ] || refuse "$1: the file is empty"
 }
 
 # check_folder FOLDER FILE: refuse a folder that run_on_file has not made, that holds FILE, or that cannot be made.
@@ -155,11 +156,14 @@ check_device() {
     esac
 }
 
-# check_queries QUERY...: refuse -, which recall.py takes for stdin, and blank ones.
+# check_queries QUERY...: refuse -, which recall.py takes for stdin, flags, and blank ones.
 check_queries() {
     local query
     for query in "$@"; do
-        [ "$query" != - ] || refuse "-: queries from stdin are not read; recall.py --query reads them"
+        case $query in
+        -) refuse "-: queries from stdin are not read; recall.py --query reads them" ;;
+        -*) refuse "$query: only queries follow the file, no flags" ;;
+        esac
         [ -n "${query//[[:space:]]/}" ] || refuse "query '$query': is blank"
     done
 }
@@ -188,9 +192,12 @@ install_for_device() {
     DEVICE=${DEVICE:-cpu}
 }
 
-# clear_folder FOLDER: remove what an earlier run has written to it.
+# clear_folder FOLDER: remove what an earlier run has written to it, and say so.
 clear_folder() {
     local name
+    if [ -e "$1/index" ]; then
+        say "removing the results of an earlier run in $1/; everything is made again"
+    fi
     for name in $OWN_FILES; do
         rm -rf "${1:?}/$name"
     done
@@ -301,14 +308,14 @@ print_next_commands() {
 Run these commands in $PWD:
 
 More queries:
-  $recall --distinct --top_k $TOP_K --query TEXT
+  $recall --distinct --top_k $TOP_K --query 'TEXT'
 
 The search page of these documents, at http://127.0.0.1:8000:
   .venv/bin/pip install -r requirements-serving.txt
   PYTHON=.venv/bin/python PARAMS_PATH=$model OUTPUT_DIR=$output sh scripts/export_model.sh
   PYTHON=.venv/bin/python DEVICE=$DEVICE OUTPUT_DIR=$output INDEX_PATH=$index sh scripts/serve.sh
 
-Recall@k, with a dev.csv of queries and their documents, tab-separated:
+Recall@k, with a dev.csv in this folder, of queries and their documents, tab-separated:
   $recall --corpus_file $file --similar_text_pair dev.csv --recall_num 50 --recall_result_dir $result
   .venv/bin/python evaluate.py --similar_text_pair dev.csv --recall_result_file $result/recall_result.txt
 END

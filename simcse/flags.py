@@ -326,7 +326,10 @@ def read_checkpoint_record(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def warn_of_other_length(args: argparse.Namespace) -> None:
-    """Warn where --max_seq_length differs from the checkpoint's, or is more than it was whitened at."""
+    """Warn where --max_seq_length differs from the checkpoint's, or is more than it was whitened at.
+
+    Passages are split, not cut, so that theirs may differ.
+    """
     if RANK:
         return
     checkpoint = checkpoint_folder(args)
@@ -336,7 +339,7 @@ def warn_of_other_length(args: argparse.Namespace) -> None:
     if whitened_at and args.max_seq_length > whitened_at:
         console.warn(f"--max_seq_length {args.max_seq_length}: {checkpoint} was whitened at {whitened_at} tokens, and "
                      "does not suit longer texts; whiten it (train.py --whiten) at the length that you use")
-    elif trained_at and args.max_seq_length != trained_at:
+    elif trained_at and args.max_seq_length != trained_at and not getattr(args, "passages", False):
         console.warn(f"--max_seq_length {args.max_seq_length}: {checkpoint} was trained with {trained_at}; embeddings "
                      "of texts that are cut differ")
 

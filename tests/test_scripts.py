@@ -356,7 +356,7 @@ def test_quickstart_with_documents_of_the_user(installed, tmp_path):
     ranked_first = next(line.split("\t") for line in (out / "answers.tsv").read_text(encoding="utf-8").splitlines())
     assert ranked_first[0] in ranked_first[1]
 
-    more = re.search(r"^More queries:\n  (.*) --query TEXT$", result.stdout, re.M)[1]
+    more = re.search(r"^More queries:\n  (.*) --query 'TEXT'$", result.stdout, re.M)[1]
     assert "--distinct" in more
     assert set(re.findall(r"(\S+) .*sh scripts/", result.stdout)) == {"PYTHON=.venv/bin/python"}
     asked = subprocess.run(["bash", "-c", f"{more} --query 糖尿病"], cwd=installed, capture_output=True, text=True)
@@ -377,6 +377,7 @@ def test_quickstart_with_few_documents(installed, tmp_path):
 def test_quickstart_refuses_what_it_cannot_use_before_it_installs(bare_clone, tmp_path):
     texts = bare_clone / "texts.txt"
     texts.write_text("语义\n检索\n", encoding="utf-8")
+    (bare_clone / "empty.txt").touch()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "index").touch()
     own = tmp_path / "own"
@@ -392,6 +393,8 @@ def test_quickstart_refuses_what_it_cannot_use_before_it_installs(bare_clone, tm
              "says how to install it"),
             (["texts.txt", "-"], {}, "-: queries from stdin are not read; recall.py --query reads them"),
             (["texts.txt", "语义", " "], {}, "query ' ': is blank"),
+            (["texts.txt", "--query", "语义"], {}, "--query: only queries follow the file, no flags"),
+            (["empty.txt"], {}, "empty.txt: the file is empty"),
             (["texts.txt"], {"OUT": f"{texts}/x/y"}, f"OUT={texts}/x/y: cannot be written"),
             (["texts.txt"], {"OUT": str(tmp_path / "mine")}, f"OUT={tmp_path}/mine: exists and was not made by an "
              "earlier run with a file; name another folder"),
@@ -399,7 +402,7 @@ def test_quickstart_refuses_what_it_cannot_use_before_it_installs(bare_clone, tm
         result = quickstart(bare_clone, *words, **env)
         assert (result.returncode, result.stdout) == (2, "")
         assert result.stderr == f"quickstart.sh: error: {message}\n"
-    assert sorted(os.listdir(bare_clone)) == ["scripts", "texts.txt"] and texts.stat().st_size
+    assert sorted(os.listdir(bare_clone)) == ["empty.txt", "scripts", "texts.txt"] and texts.stat().st_size
     assert (own / "pairs.csv").stat().st_size and (tmp_path / "mine" / "index").exists()
 
 
