@@ -424,7 +424,7 @@ def test_quickstart_prints_its_usage(bare_clone):
 
 
 @pytest.mark.parametrize("content, message", [
-    ("语义索引\n相似检索\n".encode("gbk"), "GBK"), (b"", "the file is empty")])
+    ("语义索引\n相似检索\n".encode("gbk"), "GBK"), (b"\n \n", "the file is empty")])
 def test_quickstart_refuses_a_file_with_the_scripts_own_line(installed, tmp_path, content, message):
     """And what an earlier run has made stays."""
     (tmp_path / "texts.txt").write_bytes(content)
