@@ -273,8 +273,11 @@ def measure_bm25(args: argparse.Namespace, data_set: str) -> dict[str, dict[str,
 
 
 def run_key(args: argparse.Namespace, data_set: str, name: str, seed: int) -> str:
-    """Return the name of a run in --json, which differs if its commands or training lines differ."""
-    commands = json.dumps([split_commands(name), RECIPES[name].recalls, SCHEDULES[data_set], args.lines])
+    """Return the name of a run in --json, which differs if its commands, training lines or --data_dir differ."""
+    settings = {field: value for field, value in SCHEDULES[data_set].items()
+                if any(f"{{{field}}}" in command for command in RECIPES[name].commands)}
+    commands = json.dumps([split_commands(name), RECIPES[name].recalls, settings, args.lines,
+                           os.path.abspath(args.data_dir)])
     digest = hashlib.sha256(commands.encode()).hexdigest()[:8]
     return f"{data_set}/{name}/{seed}/{digest}"
 

@@ -194,9 +194,11 @@ def tokenize_documents(args: argparse.Namespace, documents: Documents, words: Wo
     load_dictionary()  # the workers inherit it
     tokenize = functools.partial(tokenize_block, documents=documents)
     for block in map_blocks(tokenize, documents, args.workers, "splitting into words"):
-        words.append(block.words)
+        with name_output(args.output_file, "--output_file"):  # the words are in its folder
+            words.append(block.words)
         document_frequency.update(block.document_frequency)
-    words.flush()
+    with name_output(args.output_file, "--output_file"):
+        words.flush()
     return document_frequency
 
 
@@ -273,8 +275,7 @@ def make_corpus_pairs(args: argparse.Namespace, documents: Documents) -> PairRep
     query_lengths = read_query_lengths(args)
     if not any(KINDS[kind].needs_words for kind in args.kinds):
         return write_pairs(args, documents, None, Statistics(len(documents), Counter(), query_lengths))
-    with name_output(args.output_file, "--output_file"), \
-            tempfile.TemporaryFile(dir=make_disk_folder(args.output_file)) as file:
+    with tempfile.TemporaryFile(dir=make_disk_folder(args.output_file)) as file:
         words = WordFile(file)
         document_frequency = tokenize_documents(args, documents, words)
         return write_pairs(args, documents, words, Statistics(len(documents), document_frequency, query_lengths))
@@ -288,7 +289,8 @@ def make_disk_folder(output_file: str) -> str | None:
     if os.path.exists(output_file) and not os.path.isfile(output_file):
         return None
     folder = os.path.dirname(os.path.realpath(output_file))
-    os.makedirs(folder, exist_ok=True)
+    with name_output(output_file, "--output_file"):
+        os.makedirs(folder, exist_ok=True)
     return folder
 
 

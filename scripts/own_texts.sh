@@ -133,7 +133,7 @@ check_folder() {
         while [ ! -e "$parent" ]; do
             parent=$(dirname "$parent")
         done
-        { [ -d "$parent" ] && [ -w "$parent" ]; } || refuse "OUT=$1: cannot be written"
+        { [ -d "$parent" ] && [ -w "$parent" ]; } || refuse "$1: cannot be written; set OUT to another folder"
         return
     fi
     if [ ! -d "$1" ] || { [ ! -e "$1/$OWN_MARK" ] && [ -n "$(ls -A "$1")" ]; }; then
@@ -156,13 +156,13 @@ check_device() {
     esac
 }
 
-# check_queries QUERY...: refuse -, which recall.py takes for stdin, flags, and blank ones.
+# check_queries QUERY...: refuse blank queries, flags, and -, which recall.py takes for stdin.
 check_queries() {
     local query
     for query in "$@"; do
         case $query in
         -) refuse "-: queries from stdin are not read; recall.py --query reads them" ;;
-        -*) refuse "$query: only queries follow the file, no flags" ;;
+        --* | -[A-Za-z]*) refuse "$query: only queries follow the file, no flags" ;;
         esac
         [ -n "${query//[[:space:]]/}" ] || refuse "query '$query': is blank"
     done
@@ -194,13 +194,16 @@ install_for_device() {
 
 # clear_folder FOLDER: remove what an earlier run has written to it, and say so.
 clear_folder() {
-    local name
-    if [ -e "$1/index" ]; then
-        say "removing the results of an earlier run in $1/; everything is made again"
-    fi
+    local name removed=
     for name in $OWN_FILES; do
-        rm -rf "${1:?}/$name"
+        if [ -e "$1/$name" ]; then
+            rm -rf "${1:?}/$name"
+            removed="$removed $name"
+        fi
     done
+    if [ -n "$removed" ]; then
+        say "removed what an earlier run made in $1/:$removed"
+    fi
 }
 
 # sample_corpus FOLDER FILE QUERY...: writes the texts to train on, the queries and the sizes of both to FOLDER, and
@@ -211,7 +214,8 @@ sample_corpus() {
     for query in "$@"; do
         queries+=(--query="$query")
     done
-    { mkdir -p "$folder" && touch "$folder/$OWN_MARK"; } 2>/dev/null || refuse "OUT=$folder: cannot be written"
+    { mkdir -p "$folder" && touch "$folder/$OWN_MARK"; } 2>/dev/null ||
+        refuse "$folder: cannot be written; set OUT to another folder"
     "$PYTHON" scripts/sample_texts.py --corpus_file "$corpus" --texts_file "$folder/texts.txt" \
         --whitening_file "$folder/whitening.txt" --query_file "$folder/queries.txt" --max_texts "$MAX_PAIRS" \
         --queries "$QUERIES" ${queries[@]+"${queries[@]}"} >"$folder/sizes.txt"
@@ -315,7 +319,7 @@ The search page of these documents, at http://127.0.0.1:8000:
   PYTHON=.venv/bin/python PARAMS_PATH=$model OUTPUT_DIR=$output sh scripts/export_model.sh
   PYTHON=.venv/bin/python DEVICE=$DEVICE OUTPUT_DIR=$output INDEX_PATH=$index sh scripts/serve.sh
 
-Recall@k, with a dev.csv in this folder, of queries and their documents, tab-separated:
+Recall@k, with a dev.csv in $PWD, of queries and their documents, tab-separated:
   $recall --corpus_file $file --similar_text_pair dev.csv --recall_num 50 --recall_result_dir $result
   .venv/bin/python evaluate.py --similar_text_pair dev.csv --recall_result_file $result/recall_result.txt
 END

@@ -74,14 +74,14 @@ mkdir -p "$out"
 started=$SECONDS
 figures=()
 
-# row FOLDER NAME STARTED CHECKPOINT FLAGS...: recall, evaluate, and add a row to the table, with the seconds since STARTED.
+# row FOLDER NAME SINCE CHECKPOINT FLAGS...: recall, evaluate, and add a row to the table, with the seconds since SINCE.
 row() {
-    local folder=$out/$1 name=$2 started=$3 checkpoint=$4 values
+    local folder=$out/$1 name=$2 since=$3 checkpoint=$4 values
     shift 4
     RESULT_DIR=$folder PARAMS_PATH=$checkpoint sh scripts/run_build_index.sh "$@"
     RESULT_DIR=$folder sh scripts/evaluate.sh >"$folder/recall.txt"
     mapfile -t values < <(cut -d= -f2 "$folder/recall.txt")
-    figures+=("$(printf '%-36s %6.1f %6.1f %6.1f %6.1f %6.1f %6d s' "$name" "${values[@]}" $((SECONDS - started)))")
+    figures+=("$(printf '%-36s %6.1f %6.1f %6.1f %6.1f %6.1f %6d s' "$name" "${values[@]}" $((SECONDS - since)))")
 }
 
 say "sample data, all made up by scripts/make_sample_data.py: they show that everything works, not how well"

@@ -28,7 +28,7 @@ CASES = {
     "plain": {}, "cross": {"cross": True}, "cached": {"chunk": 4}, "cross_cached": {"cross": True, "chunk": 4},
     "triples": {"columns": 3}, "cross_triples": {"columns": 3, "cross": True},
     "cross_triples_cached": {"columns": 3, "cross": True, "chunk": 4},
-    "cross_table": {"cross": True, "pooling": "first_avg"},
+    "table": {"pooling": "first_avg"}, "cross_table": {"cross": True, "pooling": "first_avg"},
     "cross_table_cached": {"cross": True, "pooling": "first_avg", "chunk": 4}}
 
 

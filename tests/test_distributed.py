@@ -31,8 +31,11 @@ def of_ranks(tmp_path_factory):
     return {name: [dict(np.load(folder / f"{name}_{rank}.npz")) for rank in (0, 1)] for name in [*CASES, "shares"]}
 
 
-def assert_same(got, expected):
-    assert got.keys() == expected.keys() and len(got) > 5
+TABLE_TENSORS = 6  # of first_avg: the table, its norm's two, the fc's two, and the loss
+
+
+def assert_same(got, expected, at_least=20):
+    assert got.keys() == expected.keys() and len(got) >= at_least
     for name, gradient in got.items():
         np.testing.assert_allclose(gradient, expected[name], atol=1e-5, rtol=1e-4, err_msg=name)
 
@@ -47,8 +50,9 @@ def test_negatives_of_all_ranks_are_one_process_with_a_larger_batch(of_ranks, na
     expected = gradients.gradients(texts(0) + texts(1), columns=3 if "triples" in name else 1,
                                    pooling="first_avg" if "table" in name else "pooler")
     for rank in of_ranks[name]:
-        assert_same(rank, expected)
-    assert abs(expected["loss"] - of_ranks["triples" if "triples" in name else "plain"][0]["loss"]) > 0.1
+        assert_same(rank, expected, TABLE_TENSORS if "table" in name else 20)
+    of_rank_alone = {"triples": "triples", "table": "table"}.get(name.split("_")[1] if "_" in name else "", "plain")
+    assert abs(expected["loss"] - of_ranks[of_rank_alone][0]["loss"]) > 0.1
 
 
 @pytest.mark.parametrize("name", ["plain", "cached"])
@@ -65,7 +69,7 @@ def test_without_them_gradients_are_the_mean_of_the_ranks(of_ranks, name):
 def test_a_cached_step_of_a_table_is_a_plain_one(chunk):
     ids = texts(1, 10)
     assert_same(gradients.gradients(ids, chunk=chunk, pooling="first_avg"),
-                gradients.gradients(ids, pooling="first_avg"))
+                gradients.gradients(ids, pooling="first_avg"), TABLE_TENSORS)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 5])

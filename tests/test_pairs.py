@@ -370,7 +370,6 @@ def test_an_error_of_a_worker_is_the_callers():
         list(workers.map_in_order(compute, [3, 4], 2))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends them")
 def test_signals_wait_while_workers_are_forked(monkeypatch):
     """Python loses the exception of a handler that runs during a fork; workers take signals again."""
     blocked = []
@@ -387,6 +386,7 @@ def test_signals_wait_while_workers_are_forked(monkeypatch):
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, []).intersection(SIGNALS)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends them")
 def test_workers_end_with_a_parent_that_is_killed():
     code = ("import os, time\nfrom simcse.workers import map_in_order\n"
             "def compute(item):\n    os.write(1, b'%d\\n' % os.getpid())\n    time.sleep(60)\n"

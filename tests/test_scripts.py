@@ -395,7 +395,8 @@ def test_quickstart_refuses_what_it_cannot_use_before_it_installs(bare_clone, tm
             (["texts.txt", "语义", " "], {}, "query ' ': is blank"),
             (["texts.txt", "--query", "语义"], {}, "--query: only queries follow the file, no flags"),
             (["empty.txt"], {}, "empty.txt: the file is empty"),
-            (["texts.txt"], {"OUT": f"{texts}/x/y"}, f"OUT={texts}/x/y: cannot be written"),
+            (["texts.txt"], {"OUT": f"{texts}/x/y"}, f"{texts}/x/y: cannot be written; set OUT to another "
+             "folder"),
             (["texts.txt"], {"OUT": str(tmp_path / "mine")}, f"OUT={tmp_path}/mine: exists and was not made by an "
              "earlier run with a file; name another folder"),
             ([own / "pairs.csv"], {"OUT": str(own)}, f"OUT={own}: {own}/pairs.csv is in it; name another folder")]:
@@ -461,8 +462,10 @@ def test_quickstart_ends_by_ctrl_c(bare_clone):
     ("pair_batch_size 60000", "4096"), ("pair_batch_size 200", "20"), ("pair_batch_size 9", "0"),
     ("choose_settings 64; echo $POOLING $LENGTH $PAIR_EPOCHS $PAIR_LEARNING_RATE", "first_avg 64 2 2e-4"),
     ("choose_settings 65; echo $POOLING $LENGTH $PAIR_EPOCHS $PAIR_LEARNING_RATE", "first_avg 512 4 4e-3"),
-    ("DEVICE=gpu; choose_settings 64; echo $POOLING $LENGTH $PAIR_LEARNING_RATE", "first_last_avg 64 1e-4"),
-    ("DEVICE=gpu; choose_settings 65; echo $POOLING $LENGTH $PAIR_LEARNING_RATE", "first_last_avg 128 2e-4"),
+    ("DEVICE=gpu; choose_settings 64; echo $POOLING $LENGTH $PAIR_EPOCHS $PAIR_LEARNING_RATE $MAX_BATCH_SIZE",
+     "first_last_avg 64 1 1e-4 128"),
+    ("DEVICE=gpu; choose_settings 65; echo $POOLING $LENGTH $PAIR_EPOCHS $PAIR_LEARNING_RATE $MAX_BATCH_SIZE",
+     "first_last_avg 128 1 2e-4 128"),
     ("default_folder 'x/my papers.txt'", "quickstart/files/my papers"),
     ("default_folder .txt", "quickstart/files/texts")])
 def test_settings_follow_the_file_and_the_device(call, expected):

@@ -27,6 +27,7 @@ OPENVINO_FILE = "inference.xml"
 INTEGER_FIELDS = ("embedding_size", "max_positions", "max_seq_length", "whitened_at")  # of simcse_config.json
 BATCH_TOKENS = {"cpu": 2048, "gpu": 65536}  # tokens of a batch, padding included, that keep the device busy
 
+STDERR = 2  # its file descriptor, to which C++ writes
 CGROUPS = "/sys/fs/cgroup"
 CGROUP_OF_PROCESS = "/proc/self/cgroup"
 
@@ -255,7 +256,7 @@ class PaddlePredictor(Predictor):
             configure_cpu(config, settings)
         else:
             configure_gpu(config, settings)
-        with reported(f"{graph} cannot be run", OSError, RuntimeError, ValueError):
+        with reported(f"{graph} cannot be run", OSError, RuntimeError, ValueError), quiet_passes(paddle.__version__):
             self._predictor = paddle.inference.create_predictor(config)
         input_ids, token_type_ids = self._predictor.get_input_names()
         self._input_ids = self._predictor.get_input_handle(input_ids)
@@ -268,6 +269,30 @@ class PaddlePredictor(Predictor):
         with reported(f"{self._graph} cannot be run", RuntimeError):  # a library of CUDA that paddle opens only now
             self._predictor.run()
         return self._output.copy_to_cpu().astype("float32", copy=False)
+
+
+@contextlib.contextmanager
+def quiet_passes(version: str) -> Iterator[None]:
+    """Discard what paddle 2.6 prints on stderr about each change of a bf16 graph ("--- marked 159 operators ...").
+
+    `disable_glog_info` leaves it. Errors are exceptions, which pass.
+
+    Args:
+        version: paddle's.
+    """
+    if not version.startswith("2."):
+        yield
+        return
+    sys.stderr.flush()
+    stderr = os.dup(STDERR)
+    discarded = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(discarded, STDERR)
+    os.close(discarded)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, STDERR)
+        os.close(stderr)
 
 
 # Graph file -> what runs it; a folder that holds several is run by the first. `paddle.jit.save` writes .json in
@@ -323,7 +348,7 @@ def load_predictor(model_dir: str, *, device: str = "cpu", precision: str = "aut
 
     Args:
         precision: a number format, or "auto": int8 if the folder was exported in it, bf16 on a CPU that is faster in
-            it, else fp32.
+            it, else fp32, as always without layers.
         cpu_threads: math threads on a CPU; 0: all cores.
         The others: see `Settings`.
 
@@ -342,7 +367,7 @@ def load_predictor(model_dir: str, *, device: str = "cpu", precision: str = "aut
     exported_in = record.get("precision", "fp32")
     if precision == "auto":
         precision = "int8" if exported_in == "int8" else auto_precision(device, onednn=onednn_shapes > 0)
-        if precision not in runtime.PRECISIONS[device] or not has_layers(record):
+        if precision not in runtime.PRECISIONS[device] or not has_layers(record):  # the stages have fp32 then, too
             precision = "fp32"
     if (precision == "int8") != (exported_in == "int8"):
         advice = "export it again without --precision int8 for others"
@@ -364,7 +389,7 @@ def load_predictor(model_dir: str, *, device: str = "cpu", precision: str = "aut
 
 
 def has_layers(record: dict) -> bool:
-    """Return whether an exported encoder has layers; without them, bf16 would save next to nothing."""
+    """Return whether an exported encoder has layers."""
     config = record.get("encoder_config")
     return not isinstance(config, dict) or config.get("num_hidden_layers") != 0
 

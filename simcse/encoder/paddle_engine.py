@@ -3,7 +3,7 @@
 import os
 
 from simcse.console import InputError
-from simcse.encoder.paddle_patches import without_dropout
+from simcse.encoder.paddle_patches import quiet_passes, without_dropout
 from simcse.encoder.weights import (
     CONFIG_FILE,
     GRAPH_FIELDS,
@@ -71,7 +71,8 @@ class PaddleEngine:
         weights = layer_bytes(record, os.path.join(folder, "inference.pdiparams"))
         bytes_of_number = 2 if self.precision == "bf16" else 4
         self.bytes_needed = self.SHAPES * weights * bytes_of_number // 4 + activation_bytes(record)
-        self._predictor = paddle.inference.create_predictor(self._configure(folder, cpu_threads or CPU_THREADS))
+        with quiet_passes():
+            self._predictor = paddle.inference.create_predictor(self._configure(folder, cpu_threads or CPU_THREADS))
         self._inputs = [self._predictor.get_input_handle(name) for name in self._predictor.get_input_names()]
         self._output = self._predictor.get_output_handle(self._predictor.get_output_names()[0])
 

@@ -10,6 +10,7 @@ import functools
 import inspect
 import io
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -19,6 +20,8 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
+
+STDERR = 2  # its file descriptor, to which C++ writes
 
 
 @contextlib.contextmanager
@@ -34,6 +37,28 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
             setattr(owner, name, before)
         else:
             delattr(owner, name)
+
+
+# ----------------------------------------------------------------------------------------------------- Paddle Inference
+@contextlib.contextmanager
+def quiet_passes() -> Iterator[None]:
+    """Discard what paddle 2.6 prints on stderr about each change of a bf16 graph ("--- marked 159 operators ...").
+
+    `disable_glog_info` leaves it. Errors are exceptions, which pass. deploy/python/predictor.py has the same.
+    """
+    if not paddle.__version__.startswith("2."):
+        yield
+        return
+    sys.stderr.flush()
+    stderr = os.dup(STDERR)
+    discarded = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(discarded, STDERR)
+    os.close(discarded)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, STDERR)
+        os.close(stderr)
 
 
 # ------------------------------------------------------------------------------------------------------ PaddleNLP, NNCF

@@ -63,8 +63,8 @@ class Pooling:
         all_layers: it reads `EncoderOutputs.hidden_states`, which are not kept otherwise.
         first_token_only: it reads no other token of the last layer, so that layer computes no other.
         uses_pooler: it reads `EncoderOutputs.pooler_output`; otherwise the encoder's pooler is frozen in training.
-        pool_without_pooler: takes the place of `pool` after training, in evaluation and all later stages, if the
-            network was trained without --infer_with_fc_pooler; None: `pool` is used there, too.
+        pool_without_pooler: takes the place of `pool` everywhere but in the training loss, if the network was trained
+            without --infer_with_fc_pooler; None: `pool` is used everywhere.
         removes_layers: the encoder is replaced by its token embeddings, a `table.TokenTable`; `last_hidden_state` is
             what they are, and there are no other outputs. `pool` must be their mean, which `TokenTable.average` and
             `TableEngine` compute in its place.

@@ -116,6 +116,9 @@ def _check_added(encoder: nn.Layer, names: Collection[str]) -> None:
     Args:
         encoder: as PaddleNLP makes it.
         names: of the weights of its embeddings.
+
+    Raises:
+        InputError: there is a table that is not in `ADDED_ROWS`, or a task other than 0.
     """
     known = {f"{WORDS}.weight", f"{NORM}.weight", f"{NORM}.bias", *ADDED_ROWS}
     unknown = [name for name in names if name not in known]
@@ -180,7 +183,8 @@ def token_fractions(input_ids: np.ndarray, pad_token_id: int, vocab_size: int) -
     tokens = input_ids[inner]
     if len(tokens) and not 0 <= tokens.min() <= tokens.max() < vocab_size:
         # scipy would read what lies beyond the table.
-        raise InputError(f"token ids go from {tokens.min()} to {tokens.max()}; the encoder has {vocab_size} tokens")
+        raise InputError(f"token ids go from {tokens.min()} to {tokens.max()}; the encoder has {vocab_size} tokens, "
+                         "and the tokenizer is of another one")
     counts = inner.sum(axis=1)
     fractions = np.repeat(1 / np.maximum(counts, 1), counts).astype("float32")
     return csr_matrix((fractions, tokens.astype("int32"), np.append(0, np.cumsum(counts))), (texts, vocab_size))
@@ -213,7 +217,7 @@ class TableEngine:
         cpu_threads: not used: scipy has one thread.
 
     Raises:
-        InputError: another precision, or a table of an earlier version.
+        InputError: another precision, or a table that is damaged or of an earlier version.
     """
 
     batch_tokens = 16384

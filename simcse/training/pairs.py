@@ -30,7 +30,7 @@ LEFT_OUT = 0.9  # fraction of the cloze pairs whose document lacks the query, as
 MIN_WORDS = 2
 MAX_WORDS = 6
 ROUNDS = 8  # of drawing the queries of words that are missing, since some draw what was drawn before
-MOST_DRAWS = 4096  # of a round, which takes memory for each word of the document
+MOST_NUMBERS = 10**6  # that a round draws, one for each query and word of the document
 
 
 class Pair(NamedTuple):
@@ -240,7 +240,7 @@ def word_pairs(document: Document, count: int, random: np.random.Generator, stat
         return []
     queries: dict[str, None] = {}  # a set in the order of drawing
     for _ in range(ROUNDS):
-        missing = min(count - len(queries), MOST_DRAWS)
+        missing = min(count - len(queries), max(1, MOST_NUMBERS // len(words)))
         for drawn in draw_words(weights, missing, most, random).tolist():
             kept = choose_word_count([words[place] for place in drawn], random, statistics)
             queries[" ".join(words[place] for place in sorted(drawn[:kept]))] = None
