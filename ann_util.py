@@ -17,14 +17,16 @@ from typing import TYPE_CHECKING, Any
 from simcse import console
 from simcse.console import InputError, accept_all_lines, as_input_error, log, progress
 from simcse.files import file_digest, hidden_path, name_output, new_folder, read_json
+from simcse.index.ann_recall import MEASURED_K, pick_evenly, report_ann_recall
 from simcse.index.documents import Documents, report_changes
 from simcse.index.engines import DEFAULT_ENGINE, ENGINES, LOCAL_ENGINES
 from simcse.index.manifest import DAMAGE, MANIFEST_FILE, REBUILD, Manifest, check_digest, is_as_written
-from simcse.index.milvus import MilvusIndex
+from simcse.index.milvus import MilvusIndex, manifest_to_follow
+from simcse.index.milvus_types import is_lite
 from simcse.index.previous import PreviousIndex
 from simcse.index.protocols import NOT_FOUND, DocumentStore, Index
 from simcse.index.settings import Setting
-from simcse.index.shards import MEASURED_K, ShardedIndex, pick_evenly, report_ann_recall
+from simcse.index.shards import ShardedIndex
 from simcse.index.vector_map import VectorMap
 from simcse.machine import RANK, RANKS
 from simcse.memory import announce_memory
@@ -410,11 +412,13 @@ def open_collection(uri: str, collection: str, wanted: Manifest, *, corpus: Corp
     if corpus is None:
         index.open(wanted.search_settings)
         return index, index
-    manifest = manifest_to_build(wanted, index.manifest)
+    manifest = manifest_to_follow(wanted, index.manifest, is_lite(uri))
     documents = read_documents(corpus, encoder, manifest)
     index.follow(documents, with_sizes(manifest, documents, encoder))
     missing_rows = np.concatenate([np.empty(0, "int64"), *index.missing_rows])
     tokenize_rows(documents, encoder, missing_rows)  # for its warnings; a collection has keys of its own
+    if index.has_to_be_measured():
+        index.measure_with(encoder.encode(halves_of(documents), warn=False))
     add_missing(index, documents, encoder)
     wait_for_ranks()
     return index, documents

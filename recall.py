@@ -25,6 +25,8 @@ import ann_util
 from simcse import console, flags
 from simcse.encoder.weights import model_digest
 from simcse.files import STDIN, check_not_input, check_writable, file_digest, new_file, stream_blocks
+from simcse.index import milvus_types
+from simcse.index.ann_recall import pick_evenly, report_ann_recall
 from simcse.index.engines import DEFAULT_ENGINE, ENGINES, check_installed
 from simcse.index.hits import FUSION_DEPTH, Hit, Ranking, hits_of
 from simcse.index.hits import search as search_index
@@ -32,7 +34,6 @@ from simcse.index.lock import lock_folder
 from simcse.index.manifest import REBUILD, Manifest
 from simcse.index.protocols import DocumentStore, Index
 from simcse.index.settings import Setting
-from simcse.index.shards import pick_evenly, report_ann_recall
 from simcse.machine import RANK, RANKS
 from simcse.text import formats, textfile
 from simcse.text.tokens import WINDOW
@@ -132,6 +133,15 @@ def add_index_arguments(parser: argparse.ArgumentParser) -> None:
         f"MILVUS_TOKEN; or a path ending in .db: Milvus Lite, without a server (default: {MILVUS_URI})")
     add("--milvus_collection", type=flags.nonempty_text, help="name of the collection, made if it does not exist, "
         f"completed if documents are missing (default: {flags.COLLECTION})")
+    types = [f"{name}: {index_type.description}" for name, index_type in milvus_types.INDEX_TYPES.items()]
+    to_build = milvus_types.describe_settings(milvus_types.build_settings())
+    to_search = milvus_types.describe_settings(milvus_types.search_settings())
+    add("--milvus_index", choices=tuple(milvus_types.INDEX_TYPES), help="how the server indexes vectors. "
+        f"{'; '.join(types)} (default: that of the collection, or {milvus_types.DEFAULT_TYPE}; "
+        f"{milvus_types.LITE_TYPE} in Milvus Lite, which has no other)")
+    add("--milvus_index_params", type=milvus_types.parse_parameters, metavar="NAME=VALUE,...",
+        help=f"parameters of the index, by Milvus's names. When it is built: {to_build}. When it is searched: "
+        f"{to_search}; a collection can be searched with other values of these")
 
 
 def engine_settings() -> list[Setting]:
@@ -219,16 +229,48 @@ def set_engine_defaults(args: argparse.Namespace) -> None:
 
 def check_milvus(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse flags that do not suit Milvus, and flags of Milvus without it."""
+    milvus_flags = ("milvus_uri", "milvus_collection", "milvus_index", "milvus_index_params")
     if args.ann_engine != "milvus":
-        if args.milvus_uri or args.milvus_collection:
-            parser.error("--milvus_uri and --milvus_collection need --ann_engine milvus")
+        given = [f"--{flag}" for flag in milvus_flags if getattr(args, flag)]
+        if given:
+            parser.error(f"{' and '.join(given)} {console.verb(len(given), 'need')} --ann_engine milvus")
         return
     if args.index_path or args.index_shards:
         parser.error("--index_path and --index_shards are not for --ann_engine milvus")
-    if settings_on_command_line(args) and not args.milvus_uri.startswith("http"):
-        parser.error("--hnsw_m and --hnsw_ef are not for Milvus Lite, which searches exactly")
+    check_milvus_index(parser, args)
     if args.hybrid_bm25 and not args.corpus_file:
         parser.error("--hybrid_bm25 with --ann_engine milvus needs --corpus_file")
+
+
+def check_milvus_index(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse parameters of the index that its type does not have, as far as the type is known, or that are given twice.
+
+    Those of an existing collection are checked when it is opened.
+    """
+    given = settings_on_command_line(args)
+    parameters = args.milvus_index_params or {}
+    if milvus_types.is_lite(args.milvus_uri):
+        if given or parameters or args.milvus_index not in (None, milvus_types.LITE_TYPE):
+            parser.error("--milvus_index, --milvus_index_params, --hnsw_m and --hnsw_ef are not for Milvus Lite, which "
+                         "searches exactly; name a server by --milvus_uri")
+        return
+    for setting in given:
+        parameter = milvus_types.SETTING_OF_FLAG[setting.name]
+        if parameter in parameters:
+            parser.error(f"--{setting.name} and {parameter} of --milvus_index_params are mutually exclusive")
+    if args.milvus_index:
+        try:
+            milvus_types.check_names(args.milvus_index, list(milvus_settings(args)))
+        except console.InputError as error:
+            parser.error(str(error))
+
+
+def milvus_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the parameters of Milvus's index that the command line has, by Milvus's names."""
+    values = dict(args.milvus_index_params or {})
+    for setting in settings_on_command_line(args):
+        values[milvus_types.SETTING_OF_FLAG[setting.name]] = getattr(args, setting.name)
+    return values
 
 
 def check_corpus(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -366,7 +408,7 @@ def lock_unless_current(path: str, wanted: Manifest) -> contextlib.AbstractConte
 
 def wanted_manifest(args: argparse.Namespace, corpus: textfile.Corpus | None, encoder: "Encoder") -> Manifest:
     """Return what an index has to be made of, as far as the flags say it."""
-    engine = ENGINES[args.ann_engine or DEFAULT_ENGINE]
+    build_settings, search_settings = wanted_settings(args)
     wanted = Manifest(
         max_seq_length=args.max_seq_length,
         precision=encoder.precision,
@@ -374,8 +416,8 @@ def wanted_manifest(args: argparse.Namespace, corpus: textfile.Corpus | None, en
         passages=True if args.passages else None,
         ann_engine=args.ann_engine,
         index_shards=args.index_shards,
-        build_settings=setting_values(args, engine.build_settings),
-        search_settings=setting_values(args, engine.search_settings))
+        build_settings=build_settings,
+        search_settings=search_settings)
     is_kept = args.index_path or args.ann_engine == "milvus"
     if is_kept:
         wanted.model = model_digest(args.params_path, args.model_name_or_path)
@@ -383,6 +425,17 @@ def wanted_manifest(args: argparse.Namespace, corpus: textfile.Corpus | None, en
         wanted.corpus = file_digest(corpus.path)
         wanted.corpus_columns = corpus.columns
     return wanted
+
+
+def wanted_settings(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings that the command line has, those of building an index and those of searching it, by name."""
+    if args.ann_engine == "milvus":
+        build_settings, search_settings = milvus_types.split_settings(milvus_settings(args))
+        if args.milvus_index:
+            build_settings[milvus_types.INDEX_TYPE] = args.milvus_index
+        return build_settings, search_settings
+    engine = ENGINES[args.ann_engine or DEFAULT_ENGINE]
+    return setting_values(args, engine.build_settings), setting_values(args, engine.search_settings)
 
 
 def warn_small_corpus(args: argparse.Namespace, documents: DocumentStore) -> None:

@@ -138,7 +138,8 @@ def count(number: int, noun: str) -> str:
 
 
 # Of plural verbs.
-SINGULAR = {"are": "is", "count": "counts", "have": "has", "match": "matches", "repeat": "repeats", "stand": "stands"}
+SINGULAR = {"are": "is", "count": "counts", "have": "has", "match": "matches", "need": "needs", "repeat": "repeats",
+            "stand": "stands"}
 
 
 def verb(number: int, plural: str) -> str:

@@ -1,5 +1,6 @@
 """Small indexes for tests, without an encoder."""
 
+import dataclasses
 import importlib.util
 
 from ann_util import manifest_to_build
@@ -55,19 +56,20 @@ def documents_of(folder, *lines):
 
 
 def milvus_manifest(documents, **values):
-    """Return the manifest of a collection of these documents, with vectors of 8."""
-    values = {"build_settings": {}, "search_settings": {}, **values}
-    return manifest_to_build(Manifest(
-        ann_engine="milvus", dimension=8, passages=documents.has_passages, lines=documents.line_count,
-        documents=len(documents), rows=documents.row_count, **values))
+    """Return the manifest of a collection of these documents, in Milvus Lite and with vectors of 8 if not told."""
+    from simcse.index.milvus import manifest_to_follow
+
+    manifest = manifest_to_follow(Manifest(), None, is_lite=True)
+    values = {"lines": documents.line_count, "documents": len(documents), "rows": documents.row_count, **values}
+    return dataclasses.replace(manifest, passages=documents.has_passages, **{"dimension": 8, **values})
 
 
-def fill_collection(documents, vectors, collection="texts", **values):
-    """Return a collection in ./x.db with these documents and the vectors, float32 [rows, 8], of all rows."""
+def fill_collection(documents, vectors, collection="texts", uri="x.db", **values):
+    """Return a collection with these documents and the vectors, float32 [rows, dim], of all rows."""
     from simcse.index.milvus import MilvusIndex
 
-    index = MilvusIndex("x.db", collection)
-    index.follow(documents, milvus_manifest(documents, **values))
+    index = MilvusIndex(uri, collection)
+    index.follow(documents, milvus_manifest(documents, dimension=vectors.shape[1], **values))
     for rows in index.missing_rows:
         index.add(rows, vectors[rows])
     index.finish()

@@ -13,13 +13,14 @@ from simcse.encoder.engine import make_engine
 from simcse.encoder.weights import layer_bytes
 from simcse.files import file_digest
 from simcse.index import exact, shards
+from simcse.index.ann_recall import ann_recall, report_ann_recall
 from simcse.index.documents import Documents
 from simcse.index.engines import LOCAL_ENGINES
 from simcse.index.exact import exact_search
 from simcse.index.manifest import FORMAT, AnnRecall, Manifest
 from simcse.index.previous import PreviousIndex
 from simcse.index.protocols import LocalEngine, SearchResult, merge_results
-from simcse.index.shards import ShardedIndex, ann_recall
+from simcse.index.shards import ShardedIndex
 from simcse.text.textfile import Corpus, read_text_pairs
 from simcse.text.tokens import WINDOW
 from simcse.text.wordpiece import load_tokenizer
@@ -27,7 +28,7 @@ from simcse.text.wordpiece import load_tokenizer
 import numpy as np
 import pytest
 from conftest import ENCODER, FP32, refuse
-from indexes import documents_of, engine_of, fill, for_engines, manifest_of
+from indexes import documents_of, engine_of, fill, fill_collection, for_engines, manifest_of
 
 
 @pytest.fixture(scope="module")
@@ -417,22 +418,12 @@ def test_csl_by_approximate_engines_against_exact(csl, engine):
     assert ann_recall(index.search(queries, 50).scores, exact.scores) >= 0.99
 
 
-@pytest.mark.parametrize("index_type", ["FLAT", "HNSW"])
-def test_csl_in_milvus_against_exact(csl, index_type, tmp_path, monkeypatch):
+def test_csl_in_milvus_lite_against_exact(csl, tmp_path, monkeypatch):
     pytest.importorskip("pymilvus", reason="requirements-milvus.txt is not installed")
-    from simcse.index.milvus import MilvusIndex
-
     monkeypatch.chdir(tmp_path)
     documents, vectors, queries = csl
     exact = exact_search(queries, vectors, 50)
-    index = MilvusIndex("csl.db", "csl")
-    index._collection.index_type = index_type
-    manifest = ann_util.manifest_to_build(Manifest(ann_engine="milvus"))
-    index.follow(documents, dataclasses.replace(manifest, dimension=vectors.shape[1], lines=documents.line_count,
-                                                documents=len(documents), rows=len(documents)))
-    for rows in list(index.missing_rows):
-        index.add(rows, vectors[np.asarray(rows)])
-    index.finish()
+    index = fill_collection(documents, vectors)
     assert ann_recall(index.search(queries, 50).scores, exact.scores) >= 0.99
     index.close()
 
@@ -446,20 +437,20 @@ def test_what_the_approximation_costs_is_measured_and_advice_was_tried(tmp_path,
     measured = index.measure(vectors[:100], 10, "documents")
     exact = index._search_vectors(vectors[:100], 10, exact=True)
     found = index.search(vectors[:100], 10)
-    assert measured.recall == round(shards.ann_recall(found.scores, exact.scores), 4) < 0.9
+    assert measured.recall == round(ann_recall(found.scores, exact.scores), 4) < 0.9
     assert measured.deeper_recall > measured.recall and index.search_settings == {"hnsw_ef": 2}
     assert (measured.settings, measured.deeper_settings) == ({"hnsw_ef": 2}, {"hnsw_ef": 80})
     Manifest(ann_recall=measured).save(str(tmp_path))
     assert Manifest.load(str(tmp_path), "", "").ann_recall == measured
-    shards.report_ann_recall(measured)
+    report_ann_recall(measured)
     line = capsys.readouterr().err
     assert line == (f"ANN recall@10 against exact search, 100 documents: {measured.recall:.4f} with --hnsw_ef 2; "
                     f"--hnsw_ef 80 finds {measured.deeper_recall:.4f}\n")
-    shards.report_ann_recall(dataclasses.replace(measured, deeper_recall=measured.recall))
+    report_ann_recall(dataclasses.replace(measured, deeper_recall=measured.recall))
     assert "; --ann_engine exact finds all, --hnsw_ef 80 does not help\n" in capsys.readouterr().err
-    shards.report_ann_recall(dataclasses.replace(measured, recall=0.999), {"hnsw_ef": 7})
+    report_ann_recall(dataclasses.replace(measured, recall=0.999), {"hnsw_ef": 7})
     assert capsys.readouterr().err.endswith(": 0.9990 with --hnsw_ef 2; this search has --hnsw_ef 7\n")
-    shards.report_ann_recall(AnnRecall(10, "9 queries", 1.0, {}, 1.0, {}))
+    report_ann_recall(AnnRecall(10, "9 queries", 1.0, {}, 1.0, {}))
     assert capsys.readouterr().err.endswith("9 queries: 1.0000 with its default settings\n")
 
 

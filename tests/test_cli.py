@@ -68,7 +68,7 @@ def test_usage_errors(tmp_path, script, flags, message):
     ("recall.py", ["--device", "cpu", "--precision", "fp16"], "--precision fp16 needs --device gpu"),
     ("recall.py", ["--ann_engine", "exact", "--hnsw_ef", 9], "--hnsw_ef needs --ann_engine hnswlib or milvus"),
     ("recall.py", ["--query", "x"], "--similar_text_pair and --query are mutually exclusive"),
-    ("recall.py", ["--milvus_uri", "x.db"], "--milvus_uri and --milvus_collection need --ann_engine milvus"),
+    ("recall.py", ["--milvus_uri", "x.db"], "--milvus_uri needs --ann_engine milvus"),
     ("recall.py", ["--ann_engine", "milvus", "--index_path", "x"], "are not for --ann_engine milvus"),
     ("recall.py", ["--ann_engine", "milvus", "--hnsw_m", 8], "--hnsw_m and --hnsw_ef are not for Milvus Lite"),
     ("recall.py", ["--index_shards", 0], "argument --index_shards: expected an integer >= 1, got '0'"),

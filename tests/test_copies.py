@@ -1,7 +1,8 @@
 """Copies in a corpus: each distinct text is one entry of the index, whose lines are given out."""
 
 from simcse.console import InputError
-from simcse.index import documents, shards
+from simcse.index import documents
+from simcse.index.ann_recall import ann_recall
 from simcse.index.documents import Documents, find_keys
 from simcse.index.exact import exact_search
 from simcse.index.hits import Hit, Ranking, hits_of, search
@@ -83,5 +84,5 @@ def test_copies_do_not_break_the_graph(tmp_path):
     got = hits_of(search(index, found, vectors[asked], 10), found, [10] * len(asked))
     assert [hits[0].document for hits in got] == [found[number] for number in asked]
     exact = exact_search(vectors[asked], vectors[[number_of[line] for line in lines]], 10)
-    assert shards.ann_recall(np.array([[hit.score for hit in hits] for hits in got]), exact.scores) > 0.98
+    assert ann_recall(np.array([[hit.score for hit in hits] for hits in got]), exact.scores) > 0.98
     assert all(lines[hit.line - 1] == hit.document for hits in got for hit in hits)

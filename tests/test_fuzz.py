@@ -7,7 +7,7 @@ from collections import Counter
 import data
 import evaluate
 from simcse import console, files, measures
-from simcse.index import shards
+from simcse.index.ann_recall import ann_recall
 from simcse.index.engines import LOCAL_ENGINES
 from simcse.index.exact import exact_search
 from simcse.index.protocols import merge_results
@@ -175,4 +175,4 @@ def test_shards_round_trip(documents, k, ranks, engine, seed):
     approximate = LOCAL_ENGINES[engine].approximate
     if not approximate:
         np.testing.assert_allclose(cosines, exact_search(queries, corpus, k)[1], atol=1e-6)
-    assert shards.ann_recall(cosines, exact_search(queries, corpus, k)[1]) > (0.9 if approximate else 0.999)
+    assert ann_recall(cosines, exact_search(queries, corpus, k)[1]) > (0.9 if approximate else 0.999)

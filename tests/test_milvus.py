@@ -8,12 +8,11 @@ import signal
 import subprocess
 
 from simcse.console import InputError
+from simcse.index.ann_recall import ann_recall
 from simcse.index.hits import hits_of, search
 from simcse.index.manifest import Manifest
 from simcse.index.milvus import MilvusIndex, join_ids
-from simcse.index.milvus_collection import Collection
 from simcse.index.protocols import NOT_FOUND, Document, Line
-from simcse.index.shards import ann_recall
 from simcse.text.keys import text_keys
 from simcse.text.passages import Passages
 
@@ -245,19 +244,13 @@ def test_asking_makes_no_file(in_a_folder):
 
 def test_the_settings_of_a_collection_are_kept_and_a_search_may_have_another_ef(in_a_folder, monkeypatch):
     """HNSW, as on a server."""
-    real = Collection.__init__
-
-    def with_hnsw(self, uri, name):
-        real(self, uri, name)
-        self.index_type = "HNSW"
-
-    monkeypatch.setattr(Collection, "__init__", with_hnsw)
     documents = documents_of(in_a_folder, "甲", "乙")
     vectors = np.eye(2, 8, dtype="float32")
-    fill_collection(documents, vectors, build_settings={"hnsw_m": 16}, search_settings={"hnsw_ef": 40}).close()
+    of_hnsw = {"milvus_index": "HNSW", "M": 16, "efConstruction": 50}
+    fill_collection(documents, vectors, build_settings=of_hnsw, search_settings={"ef": 40}).close()
     index = MilvusIndex("x.db", "texts")
-    index.open({"hnsw_ef": 77})
-    assert index.manifest.build_settings == {"hnsw_m": 16} and index.manifest.search_settings == {"hnsw_ef": 40}
+    index.open({"ef": 77})
+    assert index.manifest.build_settings == of_hnsw and index.manifest.search_settings == {"ef": 40}
     calls = []
     search = pymilvus.MilvusClient.search
 
@@ -268,7 +261,9 @@ def test_the_settings_of_a_collection_are_kept_and_a_search_may_have_another_ef(
     monkeypatch.setattr(pymilvus.MilvusClient, "search", recorded)
     assert index.search(vectors, 1).rows.ravel().tolist() == documents.keys.tolist()
     assert calls == [{"params": {"ef": 77}}]
-    assert index.manifest.differences(Manifest(build_settings={"hnsw_m": 8})) == ["hnsw_m 16, not 8"]
+    assert index.manifest.differences(Manifest(build_settings={"M": 8})) == ["M 16, not 8"]
+    with pytest.raises(InputError, match="--milvus_index_params: nprobe is not for HNSW, which has M, efConstr"):
+        index.open({"nprobe": 3})
     index.close()
 
 

@@ -1,9 +1,10 @@
 """Exact search by a matrix product: an engine for small corpora, and the reference for the others."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from simcse.index.protocols import LocalEngine, SearchResult, merge_results
+from simcse.index.protocols import NO_SCORE, LocalEngine, SearchResult, merge_results
 from simcse.machine import CPU_THREADS
 
 import numpy as np
@@ -70,6 +71,39 @@ def _lowest_best(cosines: np.ndarray, candidates: np.ndarray, k: int) -> np.ndar
     columns = np.flatnonzero(candidates)
     order = np.argsort(-cosines[columns], kind="stable")
     return np.sort(columns[order[:k]])
+
+
+class NearestCosines:
+    """The k highest cosines of some queries among vectors that come in pieces and are not kept.
+
+    Args:
+        queries: float32 [queries, dim], L2-normalized.
+        k: how many.
+
+    Attributes:
+        cosines: float32 [queries, k], best first; NO_SCORE where there are fewer vectors.
+    """
+
+    def __init__(self, queries: np.ndarray, k: int) -> None:
+        self.queries = queries
+        self.k = k
+        self.cosines = np.full((len(queries), k), NO_SCORE, "float32")
+
+    def add(self, vectors: np.ndarray) -> None:
+        """Look among more vectors, float32 [n, dim]."""
+        self._keep_best([self.cosines, self.queries @ vectors.T])
+
+    def gather(self) -> None:
+        """Look among the vectors of all ranks, which call it together."""
+        from simcse.ranks import gather_arrays
+
+        self._keep_best(gather_arrays(self.cosines))
+
+    def _keep_best(self, parts: Sequence[np.ndarray]) -> None:
+        """Keep the highest of some cosines, float32 [queries, any] each."""
+        candidates = np.hstack(parts)
+        best = np.partition(candidates, -self.k, axis=1)[:, -self.k :]
+        self.cosines = np.sort(best, axis=1)[:, ::-1]
 
 
 class ExactEngine(LocalEngine):

@@ -1,12 +1,15 @@
 """An index in a collection of Milvus, which follows its corpus in place."""
 
+import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from simcse.console import InputError, log, part, some
+from simcse.console import InputError, log, part, progress, some
+from simcse.index.ann_recall import MEASURED_K, ann_recall, report_ann_recall
 from simcse.index.documents import Documents, report_changes
+from simcse.index.exact import NearestCosines
 from simcse.index.manifest import AnnRecall, Manifest
 from simcse.index.milvus_collection import (
     BUILDING,
@@ -23,6 +26,18 @@ from simcse.index.milvus_collection import (
     Collection,
     Record,
 )
+from simcse.index.milvus_types import (
+    DEFAULT_TYPE,
+    INDEX_TYPE,
+    INDEX_TYPES,
+    LITE_TYPE,
+    IndexType,
+    check_names,
+    complete_settings,
+    deeper_settings,
+    parameters_to_search,
+    to_text,
+)
 from simcse.index.protocols import NO_SCORE, NOT_FOUND, Document, Line, SearchResult
 from simcse.index.settings import HNSW_EF, HNSW_M
 from simcse.machine import RANK, RANKS
@@ -31,6 +46,7 @@ from simcse.text.keys import passage_keys
 import numpy as np
 
 PIECE = 4096  # rows that are encoded and stored together
+EXACT = "--milvus_index FLAT"  # the flag of an index that misses nothing
 
 
 @dataclass
@@ -71,7 +87,7 @@ class MilvusIndex:
     description = "a collection of Milvus (requirements-milvus.txt)"
     packages = ("pymilvus",)
     requirements = "requirements-milvus.txt"
-    build_settings = (HNSW_M,)
+    build_settings = (HNSW_M,)  # of --milvus_index HNSW; those of all types are in milvus_types.py
     search_settings = (HNSW_EF,)
     max_k = 16384  # a limit of Milvus
     bytes_needed = 0  # the server has the vectors
@@ -81,9 +97,10 @@ class MilvusIndex:
         self._collection = Collection(uri, collection)
         self._record = self._collection.read_record()
         self.manifest = self._record.manifest if self._record else None
-        self._ef = HNSW_EF.default
+        self._search_settings: dict[str, Any] = {}
         self._documents: Documents | None = None
         self._changes: Changes | None = None
+        self._nearest: NearestCosines | None = None  # what a search of some queries has to find
         self._worker = ThreadPoolExecutor(1)
         self._adding: Future | None = None
 
@@ -118,12 +135,15 @@ class MilvusIndex:
         from simcse.ranks import wait_for_ranks
 
         self._documents = documents
-        self.manifest = manifest
+        build_settings, search_settings = complete_settings(
+            manifest.build_settings, manifest.search_settings, documents.row_count, manifest.dimension)
+        self.manifest = dataclasses.replace(manifest, build_settings=build_settings, search_settings=search_settings)
         self._keys = documents.row_keys()
         self._order = np.argsort(self._keys)
         self._sorted_keys = self._keys[self._order]
         if self._is_current():
-            self._open_complete(manifest, {})
+            self.manifest.ann_recall = self._record.manifest.ann_recall
+            self._open_complete(self.manifest, {})
             return
         self._changes = self._find_changes()
         if len(self._changes.previous):
@@ -134,7 +154,7 @@ class MilvusIndex:
             self._start_changing()
         wait_for_ranks()
         self._collection.load()
-        self._ef = manifest.search_settings["hnsw_ef"]
+        self._search_settings = self.manifest.search_settings
         self.missing_rows = self._missing_pieces()
 
     def _open_complete(self, manifest: Manifest, search_settings: dict[str, Any]) -> None:
@@ -145,8 +165,10 @@ class MilvusIndex:
             search_settings: those that are other than in the manifest.
         """
         self._collection.load()
-        self._ef = {**manifest.search_settings, **search_settings}["hnsw_ef"]
+        check_names(manifest.build_settings[INDEX_TYPE], list(search_settings))
+        self._search_settings = {**manifest.search_settings, **search_settings}
         log(f"using the collection {self._collection.name} in {self._collection.uri}")
+        report_ann_recall(manifest.ann_recall, _as_flag(self._search_settings), exact=EXACT)
 
     def _is_current(self) -> bool:
         """Return whether the collection has all of the corpus, and nothing else."""
@@ -229,8 +251,25 @@ class MilvusIndex:
         if self._record is not None and self._record.state == COMPLETE:
             self._collection.write_record(Record(self._record.manifest, CHANGING))
 
+    def has_to_be_measured(self) -> bool:
+        """Return whether rows are about to change of an index type that may miss some of the nearest."""
+        return self._changes is not None and bool(self._index_type.deeper)
+
+    def measure_with(self, queries: np.ndarray) -> None:
+        """Have `finish` measure the recall of a search for some queries, float32 [queries, dim].
+
+        Called before the first `add`.
+        """
+        self._nearest = NearestCosines(queries, min(MEASURED_K, len(self._keys)))
+
+    @property
+    def _index_type(self) -> IndexType:
+        return INDEX_TYPES[self.manifest.build_settings[INDEX_TYPE]]
+
     def add(self, rows: Sequence[int], vectors: np.ndarray) -> None:
         """Add the vectors, float32 [rows, dim], of one piece of `missing_rows` in the background; see `Index`."""
+        if self._nearest is not None:
+            self._nearest.add(vectors)
         self._wait_for_adding()
         self._adding = self._worker.submit(self._store, np.asarray(rows), vectors)
 
@@ -268,14 +307,19 @@ class MilvusIndex:
         if self._changes is None:
             return
         self._wait_for_adding()
+        if self._nearest is not None:
+            self._nearest.gather()
         wait_for_ranks()
         if not RANK:
             self._update_outdated()
             self._collection.delete(self._changes.gone)
             self._collection.flush()
+            is_indexed = self._collection.wait_until_indexed()
+            self.manifest.ann_recall = self._measure_recall() if is_indexed else None
             self._collection.write_record(Record(self.manifest, COMPLETE))
         wait_for_ranks()
         self._changes = None
+        self._nearest = None
         self.missing_rows = []
 
     def _update_outdated(self) -> None:
@@ -285,6 +329,29 @@ class MilvusIndex:
             rows = outdated[start : start + PIECE]
             self._store(rows, self._collection.get_vectors(self._keys[rows].tolist()))
 
+    def _measure_recall(self) -> AnnRecall | None:
+        """Return the recall of a search for the queries of `measure_with`; None: the search is exact."""
+        if self._nearest is None:
+            return None
+        kept = np.flatnonzero(~self._changes.missing)
+        with progress("measuring", len(kept), "vectors") as advance:
+            for start in range(0, len(kept), PIECE):
+                rows = kept[start : start + PIECE]
+                self._nearest.add(self.vectors(rows))
+                advance(len(rows))
+        queries, k, exact = self._nearest.queries, self._nearest.k, self._nearest.cosines
+        settings = self._search_settings
+        deeper = deeper_settings(self._index_type, settings, k)
+        recall = ann_recall(self.search(queries, k).scores, exact)
+        self._search_settings = deeper
+        deeper_recall = ann_recall(self.search(queries, k).scores, exact)
+        self._search_settings = settings
+        measured = AnnRecall(k=k, queries=f"{len(queries)} halves of documents", recall=round(recall, 4),
+                             settings=_as_flag(settings), deeper_recall=round(deeper_recall, 4),
+                             deeper_settings=_as_flag(deeper))
+        report_ann_recall(measured, exact=EXACT)
+        return measured
+
     # ----------------------------------------------------------------------------------------------------- searching
     def search(self, queries: np.ndarray, k: int) -> SearchResult:
         """Return the k best rows of each query on rank 0, and no rows on the other ranks; see `Index`."""
@@ -293,7 +360,9 @@ class MilvusIndex:
             return result
         if k > self.max_k:
             raise InputError(f"--recall_num {k}: Milvus gives at most {self.max_k}")
-        for query, hits in enumerate(self._collection.search(queries, k, max(self._ef, 2 * k))):
+        parameters = parameters_to_search(self._index_type, self._search_settings, k)
+        found = self._collection.search(queries, k, parameters, with_vectors=self._index_type.is_quantized)
+        for query, hits in enumerate(found):
             rows = np.array([key for key, _ in hits], "int64")
             cosines = np.array([cosine for _, cosine in hits], "float32")
             if self._documents is not None:
@@ -316,7 +385,7 @@ class MilvusIndex:
         return vectors
 
     def measure(self, queries: np.ndarray, k: int, kind: str) -> AnnRecall | None:
-        """Return None: Milvus has no exact search to compare an HNSW index with."""
+        """Return None: that takes all vectors, which are seen only when they are added; see `measure_with`."""
         return None
 
     def close(self) -> None:
@@ -373,6 +442,36 @@ class MilvusIndex:
     def passage_texts(self, rows: Sequence[int]) -> list[str]:
         """Return the texts of some passages."""
         return [stored[PASSAGE] for stored in self._collection.get(list(rows), [PASSAGE])]
+
+
+def manifest_to_follow(wanted: Manifest, previous: Manifest | None, is_lite: bool) -> Manifest:
+    """Return what a collection is to be made of: as wanted, else as it is, else the defaults.
+
+    `MilvusIndex.follow` adds defaults that depend on the corpus.
+
+    Args:
+        wanted: what the flags ask for.
+        previous: that of the collection, which has all that is wanted of its build settings; None: it does not exist.
+        is_lite: whether it is in a file of Milvus Lite.
+
+    Raises:
+        InputError: a parameter is not one of the index type.
+    """
+    previous = previous or Manifest(build_settings={INDEX_TYPE: LITE_TYPE if is_lite else DEFAULT_TYPE})
+    build_settings = {**previous.build_settings, **wanted.build_settings}
+    check_names(build_settings[INDEX_TYPE], [*wanted.build_settings, *wanted.search_settings])
+    return dataclasses.replace(
+        wanted,
+        ann_engine="milvus",
+        passages=bool(previous.passages if wanted.passages is None else wanted.passages),
+        calibration=previous.calibration or wanted.calibration,  # most vectors are those of the collection
+        build_settings=build_settings,
+        search_settings={**previous.search_settings, **wanted.search_settings})
+
+
+def _as_flag(settings: dict[str, Any]) -> dict[str, str]:
+    """Return search settings as the flag of recall.py that has them, for `report_ann_recall`."""
+    return {"milvus_index_params": to_text(settings)} if settings else {}
 
 
 def join_ids(ids: Sequence[str]) -> str:

@@ -7,13 +7,15 @@ import json
 import logging
 import os
 import re
+import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from simcse.console import InputError, progress, summarize_error
+from simcse.console import InputError, progress, summarize_error, warn
 from simcse.index.manifest import Manifest
+from simcse.index.milvus_types import EF, EF_CONSTRUCTION, INDEX_TYPE, LITE_TYPE, M, is_lite, parameters_to_build
 from simcse.machine import RANKS
 
 import numpy as np
@@ -32,6 +34,10 @@ PAGE = 1000  # how many rows, or queries, a request has at most
 MESSAGE_BYTES = 32 << 20  # of a request or an answer: half of what a server takes (proxy.grpc.serverMaxRecvSize)
 TEXT_FIELDS = (TEXT, PASSAGE, IDS)
 METRIC = "COSINE"
+POLL = 0.5  # seconds between two looks at how far the server has indexed
+STALLED = 1800  # seconds without progress after which indexing is no longer waited for
+SMALL_SEGMENT = 1024  # rows below which a segment has no index (indexCoord.segment.minSegmentNumRowsToEnableIndex)
+UNINDEXED = ("FLAT",)  # index types that are the rows themselves
 REBUILD = "name another collection, or drop this one to build it again"
 # States of a collection. One that is changing has every text of its last complete state until the very end.
 BUILDING = "building"
@@ -78,8 +84,7 @@ class Collection:
         self.uri = uri
         self.name = name
         self.where = f"--milvus_collection {name}"  # in messages
-        self.is_lite = not uri.startswith(("http://", "https://"))
-        self.index_type = "FLAT" if self.is_lite else "HNSW"
+        self.is_lite = is_lite(uri)
         self._connected: Any = None
         if self.is_lite and RANKS > 1:
             raise InputError(f"--milvus_uri {uri}: a file can be used by one process; {RANKS} need a server")
@@ -195,13 +200,12 @@ class Collection:
 
     def _index_params(self, manifest: Manifest) -> Any:
         """Return how vectors are indexed."""
-        params: dict[str, Any] = {}
-        if self.index_type == "HNSW":
-            params = {"M": manifest.build_settings["hnsw_m"], "efConstruction": manifest.search_settings["hnsw_ef"]}
+        params = parameters_to_build(manifest.build_settings)
         if self.is_lite:  # it reads the parameters from one that is called params
             params = {"params": params}
         index = self._client.prepare_index_params()
-        index.add_index(field_name=VECTOR, index_type=self.index_type, metric_type=METRIC, params=params)
+        index.add_index(field_name=VECTOR, index_type=manifest.build_settings[INDEX_TYPE], metric_type=METRIC,
+                        params=params)
         return index
 
     def has_index(self) -> bool:
@@ -218,6 +222,41 @@ class Collection:
         """Write its rows to the disk and have them indexed."""
         with self._errors():
             self._client.flush(self.name)
+
+    def wait_until_indexed(self) -> bool:
+        """Wait until all rows on the disk are indexed, and searches use the index; return whether they do.
+
+        A server does both after the flush. Until then it compares a query with every row. Where it gets nothing done
+        for STALLED seconds, there is a warning.
+        """
+        if self.is_lite:
+            return True
+        rows = self.count()
+        indexed = 0
+        last_progress = time.monotonic()
+        with progress("indexing", rows, "rows") as advance:
+            while indexed < rows:
+                time.sleep(POLL)
+                now_indexed = min(rows, self._count_indexed())
+                if now_indexed > indexed:
+                    last_progress = time.monotonic()
+                    advance(now_indexed - indexed)
+                    indexed = now_indexed
+                elif time.monotonic() > last_progress + STALLED:
+                    warn(f"{self.where}: the server has indexed {indexed:,} of {rows:,} rows and none for "
+                         f"{STALLED / 60:.0f} minutes; searches compare queries with the others one by one until it "
+                         "has. Its log says why: an index type that it lacks, or no disk or memory left")
+                    return False
+        return True
+
+    def _count_indexed(self) -> int:
+        """Return how many rows are in segments that searches use the index of, or that are too small to have one."""
+        with self._errors():
+            index = self._client.describe_index(self.name, VECTOR)
+            segments = self._client.list_loaded_segments(self.name)
+        if index["index_type"] in UNINDEXED:
+            return index["indexed_rows"]
+        return sum(segment.num_rows for segment in segments if segment.index_name or segment.num_rows < SMALL_SEGMENT)
 
     # ------------------------------------------------------------------------------------------------------- the record
     def read_record(self) -> Record | None:
@@ -236,7 +275,20 @@ class Collection:
         except (TypeError, ValueError):
             raise InputError(f"{self.where}: exists, but was not made by recall.py") from None
         manifest = Manifest.from_dict(record.get("manifest", {}), self.where, REBUILD)
+        self._name_index_type(manifest)
         return Record(manifest, record["state"])
+
+    def _name_index_type(self, manifest: Manifest) -> None:
+        """Change the settings of a manifest that was written before there was --milvus_index to those of today."""
+        if INDEX_TYPE in manifest.build_settings:
+            return
+        ef = manifest.search_settings.get("hnsw_ef")
+        links = manifest.build_settings.get("hnsw_m")
+        if self.is_lite:
+            manifest.build_settings, manifest.search_settings = {INDEX_TYPE: LITE_TYPE}, {}
+        else:
+            manifest.build_settings = {INDEX_TYPE: "HNSW", M.name: links, EF_CONSTRUCTION.name: ef}
+            manifest.search_settings = {EF.name: ef}
 
     def write_record(self, record: Record) -> None:
         """Replace the record, in one step."""
@@ -305,22 +357,31 @@ class Collection:
             with self._errors():
                 self._client.delete(self.name, ids=list(keys[start : start + PAGE]))
 
-    def search(self, queries: np.ndarray, k: int, ef: int) -> Iterator[list[tuple[int, float]]]:
+    def search(self, queries: np.ndarray, k: int, parameters: dict[str, Any],
+               with_vectors: bool = False) -> Iterator[list[tuple[int, float]]]:
         """Yield the keys and cosines of the k nearest rows for each query, best first.
 
         Args:
-            queries: float32 [queries, dim].
+            queries: float32 [queries, dim], L2-normalized.
             k: how many.
-            ef: candidates that a graph keeps.
+            parameters: those of the index type; see `parameters_to_search`.
+            with_vectors: compute the cosines from the rows' vectors, where Milvus gives those of compressed ones.
         """
-        params = {"ef": ef} if self.index_type == "HNSW" else {}
-        page = max(1, min(PAGE, MESSAGE_BYTES // (16 * k)))  # a hit is a key, a cosine and what separates them
+        hit_bytes = 16  # a key, a cosine and what separates them
+        if with_vectors:
+            hit_bytes += 4 * queries.shape[1]
+        page = max(1, min(PAGE, MESSAGE_BYTES // (hit_bytes * k)))
         for start in range(0, len(queries), page):
+            block = queries[start : start + page]
             with self._errors():
-                found = self._client.search(self.name, data=queries[start : start + page], anns_field=VECTOR, limit=k,
-                                            search_params={"params": params})
-            for hits in found:
-                yield [(hit[KEY], hit["distance"]) for hit in hits]
+                found = self._client.search(self.name, data=block, anns_field=VECTOR, limit=k,
+                                            output_fields=[VECTOR] if with_vectors else [],
+                                            search_params={"params": parameters})
+            for query, hits in zip(block, found, strict=True):
+                cosines = [hit["distance"] for hit in hits]
+                if with_vectors and hits:
+                    cosines = (np.array([hit["entity"][VECTOR] for hit in hits], "float32") @ query).tolist()
+                yield [(hit[KEY], cosine) for hit, cosine in zip(hits, cosines)]
 
 
 def describe_error(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""An index in shards, each of a local engine, on one or several ranks; and how much an approximate one misses."""
+"""An index in shards, each of a local engine, on one or several ranks."""
 
 import os
 from collections import deque
@@ -6,8 +6,9 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from simcse.console import InputError, count, log, progress, warn
+from simcse.console import InputError, count, progress
 from simcse.files import file_digest
+from simcse.index.ann_recall import ann_recall
 from simcse.index.engines import LOCAL_ENGINES
 from simcse.index.exact import QUERY_BLOCK, exact_search
 from simcse.index.manifest import AnnRecall, Manifest
@@ -17,10 +18,6 @@ from simcse.machine import CPU_THREADS, LOCAL_RANKS, RANK, RANKS, available_memo
 from simcse.text.tokens import WINDOW
 
 import numpy as np
-
-MEASURED = 100  # how many documents, or queries, an index is measured with
-MEASURED_K = 10  # how deep it is measured
-POOR = 0.99  # an ANN recall below it is a warning, with advice
 
 
 class ShardedIndex:
@@ -288,57 +285,3 @@ def _file_of_shard(shard: int) -> str:
 def _nothing_found(queries: int, k: int) -> SearchResult:
     """Return a result that is NOT_FOUND throughout; merged with others it pads queries that have fewer than k rows."""
     return SearchResult(np.full((queries, k), NOT_FOUND), np.full((queries, k), NO_SCORE, "float32"))
-
-
-def pick_evenly(items: Sequence) -> Any:
-    """Return every nth of some documents or embeddings, MEASURED at most, to measure an index with."""
-    step = -(-len(items) // MEASURED)
-    return items[::step]
-
-
-def ann_recall(cosines: np.ndarray, exact_cosines: np.ndarray) -> float:
-    """Return the fraction of the exact result that an approximate one has.
-
-    A hit counts if its cosine is at least that of the exact k-th, so ties count.
-
-    Args:
-        cosines, exact_cosines: [queries, k] of the same queries, best first.
-    """
-    kth_best = exact_cosines[:, -1:]
-    return float(np.mean(cosines >= kth_best - 1e-6))
-
-
-def report_ann_recall(measured: AnnRecall | None, search_settings: dict[str, Any] | None = None) -> None:
-    """Log what `ShardedIndex.measure` has found; warn and advise if much is missed. Only rank 0 does.
-
-    Args:
-        measured: None: nothing was measured.
-        search_settings: those of the search, if they may be other than the measured ones.
-    """
-    if RANK or measured is None:
-        return
-    message = (f"ANN recall@{measured.k} against exact search, {measured.queries}: {measured.recall:.4f} "
-               f"with {_as_flags(measured.settings)}")
-    is_deeper = search_settings == measured.deeper_settings
-    is_poor = (measured.deeper_recall if is_deeper else measured.recall) < POOR
-    is_deeper_better = measured.deeper_recall > measured.recall + 0.001
-    if is_poor and is_deeper_better and not is_deeper:
-        message += f"; {_as_flags(measured.deeper_settings)} finds {measured.deeper_recall:.4f}"
-    elif is_poor:
-        message += "; --ann_engine exact finds all"
-        if measured.deeper_settings and not is_deeper_better:
-            message += f", {_as_flags(measured.deeper_settings)} does not help"
-    if search_settings is not None and search_settings != measured.settings:
-        message += f"; this search has {_as_flags(search_settings)}"
-        if is_deeper:
-            message += f", which finds {measured.deeper_recall:.4f}"
-    if is_poor:
-        warn(message)
-    else:
-        log(message)
-
-
-def _as_flags(settings: dict[str, Any]) -> str:
-    """Return settings as they are given on the command line; "its default settings" if there are none."""
-    flags = [f"--{name} {value}" for name, value in settings.items()]
-    return " ".join(flags) or "its default settings"

@@ -1,0 +1,183 @@
+"""The index types of a Milvus server, by the names that --milvus_index has for them, and their parameters.
+
+To add one, add a line to INDEX_TYPES. Its check, its entries in the manifest and its help text follow from that.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from simcse.console import InputError
+from simcse.index.settings import HNSW_EF, HNSW_M, Setting, integer
+
+INDEX_TYPE = "milvus_index"  # the build setting that names the type
+DEEPER = 4  # how many times larger the settings are with which a search is compared
+
+M = Setting("M", integer(2), HNSW_M.default, "links per node")
+EF_CONSTRUCTION = Setting("efConstruction", integer(1), None, "candidates that building keeps", "ef")
+EF = Setting("ef", integer(1), HNSW_EF.default, "candidates that a search keeps")
+NLIST = Setting("nlist", integer(1), None, "clusters of a segment", "4 times the square root of its rows")
+NPROBE = Setting("nprobe", integer(1), None, "clusters that a search looks at", "an eighth of nlist, at least 16")
+SUBVECTORS = Setting("m", integer(1), None, "parts of a vector that are encoded separately", "a quarter of its size")
+NBITS = Setting("nbits", integer(1), 8, "bits of each part")
+REORDER_K = Setting("reorder_k", integer(1), 100, "candidates that are compared by their whole vectors")
+SEARCH_LIST = Setting("search_list", integer(1), 100, "candidates that a search keeps")
+SETTING_OF_FLAG = {HNSW_M.name: M.name, HNSW_EF.name: EF.name}  # other names that recall.py has for the same
+
+
+@dataclass(frozen=True)
+class IndexType:
+    """A way in which Milvus indexes vectors.
+
+    Attributes:
+        description: what --help says of it.
+        build_settings: the parameters with which vectors are indexed. A collection has them for good.
+        search_settings: the parameters of a search.
+        candidates: the search setting that a search for k raises to 2 k; None: it has none.
+        deeper: the search settings that a deeper search multiplies; none: the search is exact.
+        is_quantized: whether Milvus gives cosines of compressed vectors instead of the cosines.
+    """
+
+    description: str
+    build_settings: Sequence[Setting] = ()
+    search_settings: Sequence[Setting] = ()
+    candidates: Setting | None = None
+    deeper: Sequence[Setting] = ()
+    is_quantized: bool = False
+
+
+INDEX_TYPES: dict[str, IndexType] = {
+    "HNSW": IndexType("a graph", (M, EF_CONSTRUCTION), (EF,), candidates=EF, deeper=(EF,)),
+    "FLAT": IndexType("exact"),
+    "IVF_FLAT": IndexType("clusters", (NLIST,), (NPROBE,), deeper=(NPROBE,)),
+    "IVF_SQ8": IndexType("clusters, a byte a dimension", (NLIST,), (NPROBE,), deeper=(NPROBE,), is_quantized=True),
+    "IVF_PQ": IndexType("clusters, product quantization", (NLIST, SUBVECTORS, NBITS), (NPROBE,), deeper=(NPROBE,),
+                        is_quantized=True),
+    "SCANN": IndexType("clusters, 4-bit product quantization, the best compared by whole vectors", (NLIST,),
+                       (NPROBE, REORDER_K), candidates=REORDER_K, deeper=(NPROBE, REORDER_K)),
+    "DISKANN": IndexType("a graph on the server's disk", (), (SEARCH_LIST,), candidates=SEARCH_LIST,
+                         deeper=(SEARCH_LIST,)),
+}
+DEFAULT_TYPE = "HNSW"
+LITE_TYPE = "FLAT"  # the only one of a file of Milvus Lite
+
+_SEGMENT_BYTES = 512 << 20  # of vectors that Milvus indexes together at most (dataCoord.segment.maxSize)
+_MAX_NLIST = 65536  # a limit of Milvus
+
+
+def is_lite(uri: str) -> bool:
+    """Return whether an address is a file of Milvus Lite, and not a server."""
+    return not uri.startswith(("http://", "https://"))
+
+
+# ------------------------------------------------------------------------------------------------------ what users give
+def build_settings() -> dict[str, Setting]:
+    """Return the parameters with which vectors are indexed, those of all types, by name."""
+    return {setting.name: setting for index_type in INDEX_TYPES.values() for setting in index_type.build_settings}
+
+
+def search_settings() -> dict[str, Setting]:
+    """Return the parameters of a search, those of all types, by name; none is called as one of `build_settings`."""
+    return {setting.name: setting for index_type in INDEX_TYPES.values() for setting in index_type.search_settings}
+
+
+def split_settings(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return which of some values are of build settings, and which of search settings."""
+    to_build = {name: value for name, value in values.items() if name in build_settings()}
+    to_search = {name: value for name, value in values.items() if name in search_settings()}
+    return to_build, to_search
+
+
+def describe_settings(settings: dict[str, Setting]) -> str:
+    """Return a help text for some settings."""
+    texts = []
+    for name, setting in settings.items():
+        default = setting.default_help if setting.default is None else setting.default
+        texts.append(f"{name}: {setting.help} (default: {default})")
+    return "; ".join(texts)
+
+
+def parse_parameters(text: str) -> dict[str, int]:
+    """Return parameters such as "nlist=4096,nprobe=64" by name; an argparse type."""
+    settings = {**build_settings(), **search_settings()}
+    values: dict[str, int] = {}
+    for pair in text.split(","):
+        name, _, value = (part.strip() for part in pair.partition("="))
+        if name not in settings:
+            raise argparse.ArgumentTypeError(f"{name!r} is not among the parameters {', '.join(settings)}")
+        if name in values:
+            raise argparse.ArgumentTypeError(f"{name} is given twice")
+        try:
+            values[name] = settings[name].type(value)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{name}: {error}") from None
+    return values
+
+
+def check_names(index_type: str, settings: Sequence[str]) -> None:
+    """Raise InputError if an index type lacks one of some parameters."""
+    names = [setting.name for setting in (*INDEX_TYPES[index_type].build_settings,
+                                          *INDEX_TYPES[index_type].search_settings)]
+    for name in settings:
+        if name not in (INDEX_TYPE, *names):
+            known = f"which has {', '.join(names)}" if names else "which has no parameters"
+            raise InputError(f"--milvus_index_params: {name} is not for {index_type}, {known}")
+
+
+# -------------------------------------------------------------------------------------------------------------- values
+def complete_settings(given_to_build: dict[str, Any], given_to_search: dict[str, Any], rows: int,
+                      dimension: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a value for each setting of an index type: the given one, else its default.
+
+    Args:
+        given_to_build: the type, and any of its parameters.
+        given_to_search: any of its parameters.
+        rows: how many vectors there are.
+        dimension: of the vectors.
+
+    Raises:
+        InputError: the vectors cannot be cut into "m" equal parts.
+    """
+    index_type = INDEX_TYPES[given_to_build[INDEX_TYPE]]
+    build = {setting.name: given_to_build.get(setting.name, setting.default) for setting in index_type.build_settings}
+    search = {setting.name: given_to_search.get(setting.name, setting.default)
+              for setting in index_type.search_settings}
+    if EF_CONSTRUCTION.name in build and build[EF_CONSTRUCTION.name] is None:
+        build[EF_CONSTRUCTION.name] = search[EF.name]
+    if NLIST.name in build and build[NLIST.name] is None:
+        rows_of_segment = min(rows, _SEGMENT_BYTES // (4 * dimension))
+        build[NLIST.name] = max(1, min(_MAX_NLIST, round(4 * rows_of_segment**0.5)))
+    if NPROBE.name in search and search[NPROBE.name] is None:
+        search[NPROBE.name] = min(build[NLIST.name], max(16, build[NLIST.name] // 8))
+    if SUBVECTORS.name in build and build[SUBVECTORS.name] is None:
+        build[SUBVECTORS.name] = dimension // 4 if dimension % 4 == 0 else dimension
+    if SUBVECTORS.name in build and dimension % build[SUBVECTORS.name]:
+        raise InputError(f"--milvus_index_params m={build[SUBVECTORS.name]}: does not divide the dimension of the "
+                         f"vectors, {dimension}")
+    return {INDEX_TYPE: given_to_build[INDEX_TYPE], **build}, search
+
+
+def parameters_to_build(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what Milvus takes to index vectors with some build settings, without the name of the type."""
+    return {name: value for name, value in settings.items() if name != INDEX_TYPE}
+
+
+def parameters_to_search(index_type: IndexType, settings: dict[str, Any], k: int) -> dict[str, Any]:
+    """Return what Milvus takes to search for k vectors with some search settings."""
+    parameters = dict(settings)
+    if index_type.candidates is not None:
+        name = index_type.candidates.name
+        parameters[name] = max(parameters[name], 2 * k)
+    return parameters
+
+
+def deeper_settings(index_type: IndexType, settings: dict[str, Any], k: int) -> dict[str, Any]:
+    """Return search settings that find more than the given ones in a search for k; {}: there are none."""
+    parameters = parameters_to_search(index_type, settings, k)
+    return {setting.name: DEEPER * parameters[setting.name] for setting in index_type.deeper}
+
+
+def to_text(settings: dict[str, Any]) -> str:
+    """Return settings as --milvus_index_params takes them."""
+    return ",".join(f"{name}={value}" for name, value in settings.items())

@@ -1,0 +1,89 @@
+"""A real Milvus server of this machine, from the pip package `milvus`, for tests and benchmarks."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PROGRAM = Path(sys.executable).with_name("milvus-server")
+START_SECONDS = 180
+
+
+class MilvusServer:
+    """A server and its data, in a folder. Its processes are a group of their own, which signals are sent to.
+
+    Args:
+        folder: of its data, its configuration and its logs.
+        settings: of its configuration, such as "common.security.authorizationEnabled=true".
+    """
+
+    def __init__(self, folder, *settings):
+        self.folder = Path(folder)
+        self._settings = [word for setting in settings for word in ("--extra-config", setting)]
+        self._process = None
+        self._port = _free_port()
+
+    @property
+    def uri(self):
+        return f"http://127.0.0.1:{self._port}"
+
+    def start(self, token=""):
+        """Start it, on the port that it had before if it is free, and wait until it answers."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        words = [PROGRAM, "--data", self.folder, "--proxy-port", str(self._port), *self._settings]
+        with open(self.folder / "started.log", "ab") as log:
+            self._process = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
+        os.sched_setaffinity(self._process.pid, range(os.cpu_count()))  # a worker of the tests has one core
+        self._wait_until_it_answers(token)
+        return self
+
+    def _wait_until_it_answers(self, token):
+        from pymilvus import MilvusClient, MilvusException
+
+        end = time.monotonic() + START_SECONDS
+        while True:
+            assert self._process.poll() is None, f"the server has ended; its logs are in {self.folder}/logs"
+            assert time.monotonic() < end, f"the server does not answer; its logs are in {self.folder}/logs"
+            time.sleep(0.5)
+            self._read_port()
+            try:
+                client = MilvusClient(uri=self.uri, token=token, timeout=5, grpc_options={"grpc.enable_http_proxy": 0})
+                client.list_collections(timeout=5)
+                client.close()
+                return
+            except MilvusException:
+                pass
+
+    def _read_port(self):
+        """Read which port it has: the next free one where the wanted one is taken."""
+        configuration = self.folder / "configs" / "milvus.yaml"
+        if configuration.is_file():
+            of_proxy = configuration.read_text(encoding="utf-8").partition("\nproxy:\n")[2]
+            found = re.search(r"^  port: (\d+)", of_proxy, re.MULTILINE)
+            if found:  # it has been written to its end
+                self._port = int(found[1])
+
+    def signal(self, number):
+        """Send a signal to its processes."""
+        os.killpg(self._process.pid, number)
+
+    def kill(self):
+        """End it at once, as a machine does that fails."""
+        self.signal(signal.SIGKILL)
+        self._process.wait(60)
+
+    def stop(self):
+        """End it, if it runs."""
+        if self._process is not None and self._process.poll() is None:
+            self.kill()
+
+
+def _free_port():
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
