@@ -271,6 +271,25 @@ def serve(exported, kept_index, tmp_path):
 
 
 @pytest.fixture(scope="session")
+def milvus_server(tmp_path_factory):
+    """A running Milvus server, whose token is in the environment."""
+    pytest.importorskip("pymilvus", reason="requirements-milvus.txt is not installed")
+    from milvus_server import PROGRAM, MilvusServer
+
+    if not PROGRAM.is_file():
+        pytest.skip("milvus is not installed (requirements-test.txt)")
+    folder = tmp_path_factory.mktemp("milvus_server")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MILVUS_TOKEN", "root:Milvus")
+        server = MilvusServer(folder, "common.security.authorizationEnabled=true")
+        try:
+            yield server.start()
+        finally:
+            server.stop()
+            shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
 def compat(tmp_path_factory):
     """The original's checkpoint and figures; links, since a graph is kept beside a checkpoint."""
     source, folder = SHARED / "compat" / "simcse_tiny", tmp_path_factory.mktemp("compat")

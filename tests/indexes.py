@@ -10,6 +10,7 @@ from simcse.index.manifest import Manifest
 from simcse.text.textfile import Corpus
 
 import pytest
+from conftest import ENCODER
 
 INSTALLED_ENGINES = [name for name, engine in LOCAL_ENGINES.items()
                      if all(importlib.util.find_spec(package) for package in engine.packages)]
@@ -47,6 +48,22 @@ def engine_of(name, dimension, capacity, **settings):
     engine = LOCAL_ENGINES[name]
     defaults = {setting.name: setting.default for setting in (*engine.build_settings, *engine.search_settings)}
     return engine(dimension, capacity, {**defaults, **settings})
+
+
+def encode_csl(real_data):
+    """Return the 6,092 abstracts of csl, their vectors and those of 250 titles, of the beginning of each."""
+    from model import SimCSE
+    from simcse.encoder.encoder import Encoder
+    from simcse.encoder.engine import make_engine
+    from simcse.encoder.pretrained import load_pretrained
+    from simcse.text.textfile import read_text_pairs
+    from simcse.text.wordpiece import load_tokenizer
+
+    folder = real_data / "csl" / "recall"
+    documents = Documents(Corpus(str(folder / "corpus.csv"), "--flag"))
+    queries = [query for query, _ in read_text_pairs(str(folder / "dev.csv"), "--flag")[:250]]
+    encoder = Encoder(make_engine(SimCSE(load_pretrained(str(ENCODER)))), load_tokenizer(str(ENCODER)), 16)
+    return documents, encoder.encode(documents[:]), encoder.encode(queries)
 
 
 def documents_of(folder, *lines):

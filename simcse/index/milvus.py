@@ -409,17 +409,17 @@ class MilvusIndex:
     def __len__(self) -> int:
         return self.manifest.documents
 
+    # Another process may bring the collection up to another corpus between a search and these. What it has removed
+    # then has no document, or a document no lines, and is in no hit.
     def documents_of(self, rows: np.ndarray) -> np.ndarray:
-        """Return the key of each row's document, int64 of the same shape; NOT_FOUND stays."""
+        """Return the key of each row's document, int64 of the same shape; NOT_FOUND stays, and stands for a gone row.
+        """
         if not self.has_passages:
             return rows
-        keys = np.unique(rows)
-        keys = keys[keys != NOT_FOUND]
-        documents = np.array([stored[DOCUMENT] for stored in self._collection.get(keys.tolist(), [DOCUMENT])], "int64")
-        result = np.full(rows.shape, NOT_FOUND)
-        is_row = rows != NOT_FOUND
-        result[is_row] = documents[np.searchsorted(keys, rows[is_row])]
-        return result
+        keys, place = np.unique(rows, return_inverse=True)
+        row_of = self._collection.find(keys[keys != NOT_FOUND].tolist(), [DOCUMENT])
+        documents = [row_of[key][DOCUMENT] if key in row_of else NOT_FOUND for key in keys.tolist()]
+        return np.array(documents, "int64")[place].reshape(rows.shape)
 
     def rows_of(self, document: int) -> np.ndarray:
         """Return the keys of a document's rows, int64."""
@@ -432,8 +432,10 @@ class MilvusIndex:
         keys = np.asarray(documents, "int64")
         if self.has_passages:
             keys = passage_keys(keys, np.zeros(len(keys), "int64"))  # of the passages that begin them
+        row_of = self._collection.find(keys.tolist(), [TEXT, LINES, IDS])
         read = []
-        for stored in self._collection.get(keys.tolist(), [TEXT, LINES, IDS]):
+        for key in keys.tolist():
+            stored = row_of.get(key, {TEXT: "", LINES: 0, IDS: ""})
             count = stored[LINES] if max_lines is None else min(max_lines, stored[LINES])
             ids = iter(stored[IDS].split("\t") if stored[IDS] else [])
             read.append(Document(stored[TEXT], [Line(None, next(ids, None)) for _ in range(count)]))
@@ -441,7 +443,8 @@ class MilvusIndex:
 
     def passage_texts(self, rows: Sequence[int]) -> list[str]:
         """Return the texts of some passages."""
-        return [stored[PASSAGE] for stored in self._collection.get(list(rows), [PASSAGE])]
+        row_of = self._collection.find(list(rows), [PASSAGE])
+        return [row_of[row][PASSAGE] if row in row_of else "" for row in rows]
 
 
 def manifest_to_follow(wanted: Manifest, previous: Manifest | None, is_lite: bool) -> Manifest:

@@ -80,7 +80,7 @@ class Collection:
     """
 
     def __init__(self, uri: str, name: str) -> None:
-        _silence_loggers()
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before it is imported; what it logs, it raises as well
         self.uri = uri
         self.name = name
         self.where = f"--milvus_collection {name}"  # in messages
@@ -100,6 +100,7 @@ class Collection:
     def _connect(self) -> Any:
         from pymilvus import MilvusClient, MilvusException
 
+        _silence_loggers()  # importing pymilvus sets their levels
         options = {}
         if self.is_lite:
             options |= _WITHOUT_PINGS
@@ -134,6 +135,8 @@ class Collection:
             yield
         except (MilvusException, grpc.RpcError, ValueError) as error:
             message = f"--milvus_uri {self.uri}: {describe_error(error)}"
+            if _is_unauthenticated(error):
+                message += "; MILVUS_TOKEN in the environment is the token, such as user:password"
             proxy = self._proxy()
             if proxy is not None:
                 message += f"; it was asked through the proxy {proxy}; no_proxy={self._host} asks it without"
@@ -170,19 +173,29 @@ class Collection:
             return self._client.has_collection(self.name)
 
     def create(self, manifest: Manifest) -> None:
-        """Make the collection, which is then BUILDING; complete one whose making was interrupted.
+        """Make the collection, which is then BUILDING, if it does not exist.
 
         Args:
             manifest: its dimension, and its settings, with which vectors are indexed.
         """
-        if not self.exists():
-            record = _record_to_json(Record(manifest, BUILDING))
-            with self._errors():
-                self._client.create_collection(self.name, schema=self._schema(manifest.dimension),
-                                               consistency_level="Strong", properties={_RECORD: record})
-        if not self.has_index():
+        if self.exists() and self.has_index():
+            return
+        self._drop()  # one whose making was interrupted, which has no rows yet
+        record = _record_to_json(Record(manifest, BUILDING))
+        with self._errors():
+            self._client.create_collection(self.name, schema=self._schema(manifest.dimension),
+                                           consistency_level="Strong", properties={_RECORD: record})
+        try:
             with self._errors():
                 self._client.create_index(self.name, self._index_params(manifest))
+        except InputError:  # parameters that the server does not take, for instance
+            self._drop()
+            raise
+
+    def _drop(self) -> None:
+        """Remove the collection, if it exists."""
+        with self._errors():
+            self._client.drop_collection(self.name)
 
     def _schema(self, dimension: int) -> Any:
         """Return the fields of a row."""
@@ -260,10 +273,10 @@ class Collection:
 
     # ------------------------------------------------------------------------------------------------------- the record
     def read_record(self) -> Record | None:
-        """Return what the collection is made of; None: it does not exist.
+        """Return what the collection is made of; None: it does not exist, or its making was interrupted at once.
 
         Raises:
-            InputError: recall.py did not make it, or another version did.
+            InputError: recall.py did not make it, or another version did, or its fields are others.
         """
         if not self.exists():
             return None
@@ -276,7 +289,21 @@ class Collection:
             raise InputError(f"{self.where}: exists, but was not made by recall.py") from None
         manifest = Manifest.from_dict(record.get("manifest", {}), self.where, REBUILD)
         self._name_index_type(manifest)
+        self._check_fields(described["fields"], manifest)
+        if not self.has_index():
+            return None
         return Record(manifest, record["state"])
+
+    def _check_fields(self, fields: Sequence[dict[str, Any]], manifest: Manifest) -> None:
+        """Raise InputError if the fields of a row are not those that `create` makes."""
+        schema = self._schema(manifest.dimension)
+        found = {field["name"]: (field["type"], field["params"].get("dim")) for field in fields}
+        wanted = {field.name: (field.dtype, field.params.get("dim")) for field in schema.fields}
+        for name in sorted(wanted.keys() | found.keys()):
+            if found.get(name) != wanted.get(name):
+                problem = "another type" if name in found and name in wanted else "lacking" if name in wanted else "new"
+                raise InputError(f"{self.where}: its fields are not those that recall.py makes: {name} is {problem}; "
+                                 f"{REBUILD}")
 
     def _name_index_type(self, manifest: Manifest) -> None:
         """Change the settings of a manifest that was written before there was --milvus_index to those of today."""
@@ -291,9 +318,13 @@ class Collection:
             manifest.search_settings = {EF.name: ef}
 
     def write_record(self, record: Record) -> None:
-        """Replace the record, in one step."""
-        with self._errors():
-            self._client.alter_collection_properties(self.name, properties={_RECORD: _record_to_json(record)})
+        """Replace the record, in one step.
+
+        It is written twice: after a restart a server of Milvus 2.3.5 has the properties of before the last change.
+        """
+        for _ in range(2):
+            with self._errors():
+                self._client.alter_collection_properties(self.name, properties={_RECORD: _record_to_json(record)})
 
     # --------------------------------------------------------------------------------------------------------- its rows
     def count(self) -> int:
@@ -324,12 +355,8 @@ class Collection:
             rows = self._client.query(self.name, filter=f"{DOCUMENT} == {document}", output_fields=[KEY])
         return [row[KEY] for row in rows]
 
-    def get(self, keys: Sequence[int], fields: Sequence[str]) -> list[dict[str, Any]]:
-        """Return the rows of some keys, in their order, with the key and the given fields.
-
-        Raises:
-            InputError: a row is gone.
-        """
+    def find(self, keys: Sequence[int], fields: Sequence[str]) -> dict[int, dict[str, Any]]:
+        """Return the rows of some keys, by key, with the key and the given fields; those that are gone are missing."""
         row_of: dict[int, dict[str, Any]] = {}
         page = max_rows(fields)
         for start in range(0, len(keys), page):
@@ -337,13 +364,18 @@ class Collection:
                 found = self._client.get(self.name, ids=list(keys[start : start + page]), output_fields=[KEY, *fields])
             for row in found:
                 row_of[row[KEY]] = row
-        if any(key not in row_of for key in keys):
-            raise InputError(f"{self.where}: has changed meanwhile; run again")
-        return [row_of[key] for key in keys]
+        return row_of
 
     def get_vectors(self, keys: Sequence[int]) -> np.ndarray:
-        """Return the vectors of some keys, float32 [keys, dim]."""
-        return np.array([row[VECTOR] for row in self.get(keys, [VECTOR])], "float32")
+        """Return the vectors of some keys, float32 [keys, dim].
+
+        Raises:
+            InputError: a row is gone.
+        """
+        row_of = self.find(keys, [VECTOR])
+        if any(key not in row_of for key in keys):
+            raise InputError(f"{self.where}: has changed meanwhile; run again")
+        return np.array([row_of[key][VECTOR] for key in keys], "float32")
 
     def upsert(self, rows: Sequence[dict[str, Any]]) -> None:
         """Add rows, or replace those that have the same keys."""
@@ -387,10 +419,20 @@ class Collection:
 def describe_error(error: Exception) -> str:
     """Return one line about an error of Milvus, without the gRPC object that its text may hold."""
     text = getattr(error, "message", None) or str(error)
+    if hasattr(error.__cause__, "details"):  # of gRPC, of which pymilvus says only that connecting failed
+        text = error.__cause__.details()
     details = re.search(r'details = "(.*)"', text)
     if details:
         text = details[1]
     return summarize_error(ValueError(text))
+
+
+def _is_unauthenticated(error: Exception) -> bool:
+    """Return whether a server refuses the token, or asks for one."""
+    import grpc
+
+    causes = [each for each in (error, error.__cause__) if isinstance(each, grpc.RpcError)]
+    return any(cause.code() == grpc.StatusCode.UNAUTHENTICATED for cause in causes)
 
 
 def max_rows(fields: Sequence[str]) -> int:

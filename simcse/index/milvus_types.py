@@ -21,7 +21,7 @@ NLIST = Setting("nlist", integer(1), None, "clusters of a segment", "4 times the
 NPROBE = Setting("nprobe", integer(1), None, "clusters that a search looks at", "an eighth of nlist, at least 16")
 SUBVECTORS = Setting("m", integer(1), None, "parts of a vector that are encoded separately", "a quarter of its size")
 NBITS = Setting("nbits", integer(1), 8, "bits of each part")
-REORDER_K = Setting("reorder_k", integer(1), 100, "candidates that are compared by their whole vectors")
+REORDER_K = Setting("reorder_k", integer(1), 400, "candidates that are compared by their whole vectors")
 SEARCH_LIST = Setting("search_list", integer(1), 100, "candidates that a search keeps")
 SETTING_OF_FLAG = {HNSW_M.name: M.name, HNSW_EF.name: EF.name}  # other names that recall.py has for the same
 
