@@ -338,6 +338,42 @@ def test_hnsw_agrees_with_exact_on_a_small_corpus(vectors):
     np.testing.assert_allclose(cosines[same], exact_cosines[same], atol=1e-5)
 
 
+def huge_pages():
+    """The bytes of this process in pages of 2 MB."""
+    with open("/proc/self/smaps_rollup", encoding="ascii") as file:
+        return sum(1024 * int(line.split()[1]) for line in file if line.startswith("AnonHugePages"))
+
+
+def test_a_large_graph_is_built_in_huge_pages():
+    """The vectors, 3 MB, are too few for numpy to ask for such pages."""
+    if not memory._gives_huge_pages_on_request():
+        pytest.skip(f"{memory.HUGE_PAGE_POLICY} is not madvise")
+    vectors = np.random.default_rng(0).standard_normal((3000, 256), "float32")
+    small, large = (engine_of("hnswlib", 256, capacity, hnsw_m=8, hnsw_ef=8) for capacity in (3000, 80_000))
+    before = huge_pages()
+    small.add(vectors)
+    assert huge_pages() == before
+    large.add(vectors)
+    assert huge_pages() >= before + 2 * 2**20
+
+
+@pytest.mark.parametrize("missing", ["HUGE_PAGE_POLICY", "MEMORY_MAP", "madvise", None])
+def test_asking_for_huge_pages_never_fails(missing, tmp_path, monkeypatch):
+    """Whatever is not there, and where the system refuses."""
+    asked = []
+    library = SimpleNamespace(madvise=lambda start, size, advice: asked.append(size.value) or -1)
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object() if missing == "madvise" else library)
+    (tmp_path / "policy").write_text("always [madvise] never\n")
+    (tmp_path / "maps").write_text("10000000-20000000 rw-p 00000000 00:00 0 \n"
+                                   "20000000-30000000 r--p 00000000 00:00 0 \n"
+                                   "30000000-40000000 rw-p 00000000 00:00 0          [heap]\n"
+                                   "40000000-44000000 rw-p 00000000 00:00 0 \n")
+    for name, file in (("HUGE_PAGE_POLICY", "policy"), ("MEMORY_MAP", "maps")):
+        monkeypatch.setattr(memory, name, str(tmp_path / ("none" if missing == name else file)))
+    memory.request_huge_pages()
+    assert asked == ([] if missing else [0x10000000])
+
+
 @pytest.mark.parametrize("k", [400, 600, 5000])
 def test_more_neighbours_than_ef_or_elements(vectors, k):
     index = engine_of("hnswlib", 32, 1000, hnsw_m=16, hnsw_ef=10)
