@@ -258,6 +258,31 @@ runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
 
 
 @pytest.mark.default_stack
+def test_an_error_of_one_rank_that_encodes_ends_all(checkpoint, sample, tmp_path):
+    """Rank 0, which has the only shard, waits for the second piece of rank 1, which never comes."""
+    (tmp_path / "recall.py").write_text(f"""import runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+from simcse.console import InputError
+from simcse.encoder.encoder import Encoder
+from simcse.machine import RANK
+whole, pieces = Encoder.embed, []
+
+def broken(*args):
+    pieces.append(1)
+    if RANK == 1 and len(pieces) == 2:
+        raise InputError("the second piece")
+    return whole(*args)
+
+Encoder.embed = broken
+runpy.run_path({str(ROOT / "recall.py")!r}, run_name="__main__")
+""")
+    result, logs = launch(tmp_path / "recall.py", "--device", "cpu", "--params_path", checkpoint, "--corpus_file",
+                          sample / "corpus.csv", "--query", "语义", "--index_path", "index", cwd=tmp_path, timeout=120)
+    assert result.returncode and logs[1].endswith("recall.py: error: the second piece\n"), logs
+    assert "encoding and indexing 60 of 120 documents" in logs[0] and not (tmp_path / "index").exists()
+
+
+@pytest.mark.default_stack
 def test_two_ranks_broken_and_resumed_are_two_unbroken(sample, tmp_path):
     flags = ["--device", "cpu", "--model_name_or_path", ENCODER, "--train_set_file", sample / "train_unsupervised.csv",
              "--batch_size", 4, "--max_seq_length", 16, "--epochs", 1, "--save_steps", 6, "--cross_device_negatives",
