@@ -26,7 +26,7 @@ from simcse.index.milvus_types import is_lite
 from simcse.index.previous import PreviousIndex
 from simcse.index.protocols import NOT_FOUND, DocumentStore, Index
 from simcse.index.settings import Setting
-from simcse.index.shards import ShardedIndex
+from simcse.index.shards import ShardedIndex, choose_shard_count
 from simcse.index.vector_map import VectorMap
 from simcse.machine import RANK, RANKS
 from simcse.memory import announce_memory
@@ -40,7 +40,6 @@ if TYPE_CHECKING:  # the encoder imports paddle, which opening an index does wit
     from simcse.encoder.encoder import Encoder
     from simcse.index.bm25 import Bm25
 
-SHARDS = 8  # parts of an index, if --index_shards is not given
 DEVICE_OF_PRECISION = {"int8": "cpu", "fp16": "gpu", "tf32": "gpu"}  # the others are computed on both
 CORPUS_FILE = "corpus.csv"
 BM25_FOLDER = "bm25"
@@ -49,6 +48,9 @@ BM25_FOLDER = "bm25"
 # ------------------------------------------------------------------------------------------------------- the manifest
 def manifest_to_build(wanted: Manifest, previous: Manifest | None = None) -> Manifest:
     """Return the manifest of an index to build: as wanted, else as in the previous index, else the defaults.
+
+    Defaults that depend on the corpus, the number of shards among them, are None: `build_index` finds them. They are
+    never those of the previous index, so that an index of a corpus is the same whatever was there before.
 
     Args:
         wanted: what the flags ask for.
@@ -60,7 +62,6 @@ def manifest_to_build(wanted: Manifest, previous: Manifest | None = None) -> Man
     return dataclasses.replace(
         wanted,
         ann_engine=ann_engine,
-        index_shards=wanted.index_shards or previous.index_shards or SHARDS,
         passages=bool(previous.passages if wanted.passages is None else wanted.passages),
         calibration=previous.calibration or wanted.calibration,  # most vectors are those of the previous index
         build_settings=choose_settings(engine.build_settings, wanted.build_settings, previous.build_settings),
@@ -176,7 +177,7 @@ def _load_documents(path: str, manifest: Manifest, corpus: Corpus | None) -> Doc
 # ------------------------------------------------------------------------------------------------------- building
 def build_index(corpus: Corpus, encoder: "Encoder", manifest: Manifest, *, threads: int = 0,
                 previous_path: str | None = None) -> tuple[ShardedIndex, Documents]:
-    """Encode a corpus and build its index; of several ranks each encodes and has its shards.
+    """Encode a corpus and build its index; of several ranks each encodes a share and has its shards, if any.
 
     Args:
         corpus: the documents.
@@ -197,6 +198,7 @@ def build_index(corpus: Corpus, encoder: "Encoder", manifest: Manifest, *, threa
     vector_map = map_rows_to_vectors(documents, encoder, previous)
     engine = LOCAL_ENGINES[manifest.ann_engine]
     manifest.build_settings = engine.complete_settings(manifest.build_settings, vector_map.vector_count)
+    manifest.index_shards = manifest.index_shards or choose_shard_count(vector_map.vector_count)
     index = ShardedIndex(manifest, threads, vector_map)
     if previous is None:
         add_missing(index, documents, encoder)

@@ -34,6 +34,7 @@ from simcse.index.lock import lock_folder
 from simcse.index.manifest import REBUILD, Manifest
 from simcse.index.protocols import DocumentStore, Index
 from simcse.index.settings import Setting
+from simcse.index.shards import MAX_SHARDS, VECTORS_OF_ONE_SHARD, VECTORS_PER_SHARD
 from simcse.machine import RANK, RANKS
 from simcse.text import formats, textfile
 from simcse.text.tokens import WINDOW
@@ -116,8 +117,9 @@ def add_index_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{'; '.join(descriptions)} (default: that of the kept index, or {DEFAULT_ENGINE})")
     add("--index_path", help="folder of the index. If it has one, that is used, and must be of the same corpus, model "
         "and settings, as far as they are given; otherwise the index is built and kept there")
-    add("--index_shards", type=flags.positive_int, help="parts of the index, at least as many as processes; results "
-        f"depend on it, not on the number of processes (default: {ann_util.SHARDS})")
+    add("--index_shards", type=flags.positive_int, help="parts of the index; results depend on their number, not on "
+        f"that of processes or threads (default: 1 for up to {VECTORS_OF_ONE_SHARD:,} vectors, above that one for "
+        f"every {VECTORS_PER_SHARD:,}, from 2 to {MAX_SHARDS})")
     for setting in engine_settings():
         default = setting.default_help if setting.default is None else setting.default
         add(f"--{setting.name}", type=setting.type,

@@ -222,15 +222,15 @@ def vectors(folder: str, count: int, checkpoint: str | None, texts: list[str], q
     return {}
 
 
-def index(folder: str, m: int, ef: int, shards: int) -> dict[str, float]:
-    """Measure this project's index; see `graphs.measure`."""
+def index(folder: str, m: int, ef: int) -> dict[str, float]:
+    """Measure this project's index, in as many shards as recall.py makes of so many vectors; see `graphs.measure`."""
     from simcse.index.manifest import Manifest
-    from simcse.index.shards import ShardedIndex
+    from simcse.index.shards import ShardedIndex, choose_shard_count
 
     vectors, queries, exact = graphs.load(folder)
     index = ShardedIndex(Manifest(
-        ann_engine="hnswlib", index_shards=shards, dimension=vectors.shape[1], rows=len(vectors),
-        build_settings={"hnsw_m": m}, search_settings={"hnsw_ef": ef}), os.cpu_count())
+        ann_engine="hnswlib", index_shards=choose_shard_count(len(vectors)), dimension=vectors.shape[1],
+        rows=len(vectors), build_settings={"hnsw_m": m}, search_settings={"hnsw_ef": ef}), os.cpu_count())
 
     def search(queries: np.ndarray, effort: int) -> np.ndarray:
         index.set_search_settings({"hnsw_ef": effort})

@@ -23,8 +23,6 @@ from collections.abc import Callable
 from functools import partial
 
 from bench import BASE, FILES, MINI, ROOT, Bench, Values  # first: it makes the project importable
-
-from ann_util import SHARDS  # isort: skip
 from simcse import console, files, flags
 from simcse.index.settings import HNSW_EF, HNSW_M
 from simcse.machine import CPU_HAS_BF16
@@ -230,7 +228,7 @@ def measure_index(bench: Bench, case: str, repeats: int, **vectors) -> None:
         references["faiss HNSW"] = partial(side, "peer", "index_faiss", python=peer, kind="HNSW")
         references["faiss IVF"] = partial(side, "peer", "index_faiss", python=peer, kind="IVF")
     units = {f"{name}, {case}": unit for name, unit in graphs.UNITS.items()}
-    bench.measure_in_turn("index", units, repeats, partial(side, "ours", "index", shards=SHARDS), references)
+    bench.measure_in_turn("index", units, repeats, partial(side, "ours", "index"), references)
     shutil.rmtree(folder)
 
 

@@ -1,11 +1,19 @@
-"""Say, before a long piece of work, how much memory it needs and how much is available."""
+"""Say, before a long piece of work, how much memory it needs and how much is available; ask for large pages."""
 
+import contextlib
+import ctypes
 import math
+import mmap
 
 from simcse import console
 from simcse.machine import LOCAL_RANKS, RANK, available_memory, resident_memory
 
 LARGE_FRACTION = 0.5  # of what is granted; above it the announcement is a warning
+# Pages of 2 MB are asked for in larger blocks than this. It is the size of a heap of glibc's malloc, which small
+# objects share; what is larger has been allocated in one piece.
+SMALL_BLOCK_BYTES = 64 * 2**20
+HUGE_PAGE_POLICY = "/sys/kernel/mm/transparent_hugepage/enabled"
+MEMORY_MAP = "/proc/self/maps"
 
 
 def announce_memory(additional_bytes: float) -> None:
@@ -30,3 +38,39 @@ def announce_memory(additional_bytes: float) -> None:
         console.warn(message)
     else:
         console.log(message)
+
+
+def request_huge_pages() -> None:
+    """Ask Linux for pages of 2 MB in the large blocks of memory of this process.
+
+    It is for memory with random access, where pages of 4 KB are looked up in page tables all the time. Memory that is
+    written for the first time gets them at once; what has been written before gets them later, in the background.
+    Nothing happens where the system has no such pages, gives them without being asked, or refuses.
+    """
+    if not _gives_huge_pages_on_request():
+        return
+    with contextlib.suppress(OSError, AttributeError):  # no list of blocks, no madvise in the C library
+        madvise = ctypes.CDLL(None).madvise
+        for start, size in _find_large_blocks():
+            madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
+
+
+def _gives_huge_pages_on_request() -> bool:
+    """Return whether Linux is set up so that a program gets pages of 2 MB where it asks for them."""
+    with contextlib.suppress(OSError), open(HUGE_PAGE_POLICY, encoding="ascii") as file:
+        return "[madvise]" in file.read()
+    return False
+
+
+def _find_large_blocks() -> list[tuple[int, int]]:
+    """Return address and size of each writable block of memory beyond SMALL_BLOCK_BYTES that is of no file."""
+    blocks = []
+    with open(MEMORY_MAP, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            fields = line.split()  # addresses, rights, offset, device, inode, and the name of a file or of [heap]
+            if len(fields) > 5 or not fields[1].startswith("rw-p"):
+                continue
+            start, end = (int(address, 16) for address in fields[0].split("-"))
+            if end - start > SMALL_BLOCK_BYTES:
+                blocks.append((start, end - start))
+    return blocks

@@ -65,8 +65,9 @@ def gather_arrays(array: np.ndarray) -> list[np.ndarray]:
     """Return the arrays of all ranks, rank 0's first; all ranks call it together, with one shape and dtype."""
     if RANKS == 1:
         return [array]
-    rows = gather_rows(paddle.to_tensor(array)).numpy()
-    return np.split(rows, RANKS)
+    parts: list[paddle.Tensor] = []
+    paddle.distributed.all_gather(parts, paddle.to_tensor(array))
+    return [part.numpy() for part in parts]
 
 
 def gather_rows(tensor: paddle.Tensor) -> paddle.Tensor:

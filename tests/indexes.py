@@ -2,6 +2,9 @@
 
 import dataclasses
 import importlib.util
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 from ann_util import manifest_to_build
 from simcse.index.documents import Documents
@@ -41,6 +44,39 @@ def fill(index, vectors):
     for rows in list(index.missing_rows):
         index.add(rows, vectors[rows])
     index.finish()
+
+
+class ThreadRanks:
+    """Ranks that are threads of this process and gather arrays as processes do: all together, of one shape."""
+
+    def __init__(self, count):
+        self.count = count
+        self.barrier = threading.Barrier(count, timeout=60)
+        self.thread = threading.local()
+        self.arrays = [None] * count
+
+    def gather_arrays(self, array):
+        self.arrays[self.thread.rank] = array
+        self.barrier.wait()
+        gathered = list(self.arrays)
+        self.barrier.wait()
+        assert {(part.shape, part.dtype) for part in gathered} == {(array.shape, array.dtype)}
+        return gathered
+
+    def call(self, function, rank, *arguments):
+        self.thread.rank = rank
+        try:
+            return function(rank, *arguments)
+        except BaseException:
+            self.barrier.abort()  # so that the others do not wait for it
+            raise
+
+    def run(self, function, *arguments):
+        """Return what function(rank, *arguments) returns on each rank."""
+        with (mock.patch("simcse.ranks.gather_arrays", self.gather_arrays),
+              ThreadPoolExecutor(self.count) as threads):
+            running = [threads.submit(self.call, function, rank, *arguments) for rank in range(self.count)]
+            return [rank.result() for rank in running]
 
 
 def engine_of(name, dimension, capacity, **settings):

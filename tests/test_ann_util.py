@@ -19,7 +19,7 @@ from simcse.index.engines import LOCAL_ENGINES
 from simcse.index.exact import exact_search
 from simcse.index.manifest import FORMAT, AnnRecall, Manifest
 from simcse.index.previous import PreviousIndex
-from simcse.index.protocols import LocalEngine, SearchResult, merge_results
+from simcse.index.protocols import LocalEngine, SearchResult
 from simcse.index.shards import ShardedIndex
 from simcse.text.textfile import Corpus, read_text_pairs
 from simcse.text.tokens import WINDOW
@@ -28,7 +28,7 @@ from simcse.text.wordpiece import load_tokenizer
 import numpy as np
 import pytest
 from conftest import ENCODER, FP32, refuse
-from indexes import documents_of, engine_of, fill, fill_collection, for_engines, manifest_of
+from indexes import ThreadRanks, documents_of, engine_of, fill, fill_collection, for_engines, manifest_of
 
 
 @pytest.fixture(scope="module")
@@ -93,38 +93,57 @@ def test_of_equal_scores_the_lower_row_comes_first(seed, engine, monkeypatch):
             assert result.rows.tolist() == rows.tolist() and result.scores.tolist() == cosines.tolist()
 
 
+@pytest.mark.parametrize("vectors, shard_count", [
+    (1, 1), (200_000, 1), (200_001, 2), (10**6, 2), (10**6 + 1, 3), (4 * 10**6, 8), (10**9, 8)])
+def test_the_number_of_shards_follows_that_of_vectors(vectors, shard_count):
+    assert shards.choose_shard_count(vectors) == shard_count
+
+
 @pytest.mark.parametrize("engine", for_engines())
 @pytest.mark.parametrize("documents", [1, 3, 700])
-def test_shards_find_the_same_on_any_number_of_ranks(vectors, documents, engine, tmp_path, monkeypatch):
+@pytest.mark.parametrize("shard_count", [1, 2, 4])
+def test_shards_find_the_same_on_any_number_of_ranks(vectors, documents, shard_count, engine, tmp_path, monkeypatch):
     """Rows, cosines and what is on the disk; against one exact index, too, where the shards are."""
     monkeypatch.setattr(shards, "WINDOW", 64)
     corpus, queries = vectors[:documents], vectors[-30:]
-    manifest = manifest_of(engine, documents, 32, 4)
+    manifest = manifest_of(engine, documents, 32, shard_count)
+
+    def build_and_search(rank, ranks, threads, folder):
+        built = ShardedIndex(manifest, threads, rank=rank, ranks=ranks)
+        encoded = [len(rows) for rows in built.missing_rows]
+        fill(built, corpus)
+        built.save(folder)
+        return encoded, built.search(queries, 9), built._search_vectors(queries, 9, exact=True)
+
+    def open_and_search(rank, ranks, threads, folder):
+        kept = ShardedIndex(manifest, threads, rank=rank, ranks=ranks)
+        kept.load(folder)
+        assert not kept.missing_rows
+        return kept.search(queries, 9)
+
     results = []
-    for ranks, threads in ((1, 1), (1, 3), (1, 8), (3, 2)):  # 30 queries are few for 8 threads
+    for ranks, threads in ((1, 1), (1, 3), (1, 8), (2, 1), (3, 2)):  # 30 queries are few for 8 threads
         folder = tmp_path / f"{ranks}_{threads}"
         folder.mkdir()
-        found = []
-        for rank in range(ranks):
-            built = ShardedIndex(manifest, threads, rank=rank, ranks=ranks)
-            fill(built, corpus)
-            built.save(str(folder))
-            manifest.files = {path.name: file_digest(str(path)) for path in folder.iterdir()}
-            kept = ShardedIndex(manifest, threads, rank=rank, ranks=ranks)
-            kept.load(str(folder))
-            one, again = (index.search(queries, 9) for index in (built, kept))
-            assert not kept.missing_rows and all((a == b).all() for a, b in zip(one, again))
-            found.append((one, built._search_vectors(queries, 9, exact=True)))
-        k = min(9, documents)
-        results.append([merge_results(part, k) for part in zip(*found)])
-        assert sorted(path.name for path in folder.iterdir()) == [f"shard_{n}.bin" for n in range(min(4, documents))]
+        built = ThreadRanks(ranks).run(build_and_search, ranks, threads, str(folder))
+        manifest.files = {path.name: file_digest(str(path)) for path in folder.iterdir()}
+        opened = ThreadRanks(ranks).run(open_and_search, ranks, threads, str(folder))
+        shares, found, exact_found = zip(*built)
+        for result in (*found[1:], *opened):
+            assert all((one == other).all() for one, other in zip(found[0], result))
+        assert sum(map(sum, shares)) == documents
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        results.append([[column[:, :documents] for column in result] for result in (found[0], exact_found[0])])
+        kept_shards = range(min(shard_count, documents))
+        assert sorted(path.name for path in folder.iterdir()) == [f"shard_{n}.bin" for n in kept_shards]
     for (rows, cosines), (exact_rows, exact_cosines) in results:
         assert (rows == results[0][0][0]).all() and (cosines == results[0][0][1]).all()
-        expected = exact_search(queries, corpus, k)
+        expected = exact_search(queries, corpus, 9)
         np.testing.assert_allclose(exact_cosines, expected[1], atol=1e-6)
         assert np.mean(exact_rows == expected[0]) > 0.99 and np.mean(rows == exact_rows) > 0.97
     for path in (tmp_path / "1_1").iterdir():
-        assert path.read_bytes() == (tmp_path / "3_2" / path.name).read_bytes()
+        for several in ("2_1", "3_2"):
+            assert path.read_bytes() == (tmp_path / several / path.name).read_bytes()
 
 
 @pytest.mark.parametrize("engine", for_engines())
@@ -289,15 +308,16 @@ def test_an_index_of_another_int8_graph_is_warned_of(tmp_path, capsys):
 def test_what_an_index_is_built_with():
     """What is wanted, else what the previous index has, else the defaults; what depends on the corpus is new."""
     first = ann_util.manifest_to_build(Manifest(max_seq_length=9, build_settings={"hnsw_m": 16}))
-    assert (first.ann_engine, first.index_shards, first.passages) == ("hnswlib", ann_util.SHARDS, False)
+    assert (first.ann_engine, first.index_shards, first.passages) == ("hnswlib", None, False)
     assert first.build_settings == {"hnsw_m": 16, "hnsw_max_elements": None}
     assert first.search_settings == {"hnsw_ef": 100}
     previous = Manifest(ann_engine="hnswlib", index_shards=3, passages=True, corpus="before",
                         build_settings={"hnsw_m": 7, "hnsw_max_elements": 50}, search_settings={"hnsw_ef": 40})
     again = ann_util.manifest_to_build(Manifest(corpus="now"), previous)
-    assert (again.ann_engine, again.index_shards, again.passages, again.corpus) == ("hnswlib", 3, True, "now")
+    assert (again.ann_engine, again.index_shards, again.passages, again.corpus) == ("hnswlib", None, True, "now")
     assert again.build_settings == {"hnsw_m": 7, "hnsw_max_elements": None}
     assert again.search_settings == {"hnsw_ef": 40}
+    assert ann_util.manifest_to_build(Manifest(index_shards=5), previous).index_shards == 5
     assert ann_util.manifest_to_build(Manifest(ann_engine="exact")).build_settings == {}
 
 
@@ -316,6 +336,42 @@ def test_hnsw_agrees_with_exact_on_a_small_corpus(vectors):
     assert np.mean([len(set(a) & set(b)) / 50 for a, b in zip(rows, exact_rows)]) > 0.98
     same = rows == exact_rows
     np.testing.assert_allclose(cosines[same], exact_cosines[same], atol=1e-5)
+
+
+def huge_pages():
+    """The bytes of this process in pages of 2 MB."""
+    with open("/proc/self/smaps_rollup", encoding="ascii") as file:
+        return sum(1024 * int(line.split()[1]) for line in file if line.startswith("AnonHugePages"))
+
+
+def test_a_large_graph_is_built_in_huge_pages():
+    """The vectors, 3 MB, are too few for numpy to ask for such pages."""
+    if not memory._gives_huge_pages_on_request():
+        pytest.skip(f"{memory.HUGE_PAGE_POLICY} is not madvise")
+    vectors = np.random.default_rng(0).standard_normal((3000, 256), "float32")
+    small, large = (engine_of("hnswlib", 256, capacity, hnsw_m=8, hnsw_ef=8) for capacity in (3000, 80_000))
+    before = huge_pages()
+    small.add(vectors)
+    assert huge_pages() == before
+    large.add(vectors)
+    assert huge_pages() >= before + 2 * 2**20
+
+
+@pytest.mark.parametrize("missing", ["HUGE_PAGE_POLICY", "MEMORY_MAP", "madvise", None])
+def test_asking_for_huge_pages_never_fails(missing, tmp_path, monkeypatch):
+    """Whatever is not there, and where the system refuses."""
+    asked = []
+    library = SimpleNamespace(madvise=lambda start, size, advice: asked.append(size.value) or -1)
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object() if missing == "madvise" else library)
+    (tmp_path / "policy").write_text("always [madvise] never\n")
+    (tmp_path / "maps").write_text("10000000-20000000 rw-p 00000000 00:00 0 \n"
+                                   "20000000-30000000 r--p 00000000 00:00 0 \n"
+                                   "30000000-40000000 rw-p 00000000 00:00 0          [heap]\n"
+                                   "40000000-44000000 rw-p 00000000 00:00 0 \n")
+    for name, file in (("HUGE_PAGE_POLICY", "policy"), ("MEMORY_MAP", "maps")):
+        monkeypatch.setattr(memory, name, str(tmp_path / ("none" if missing == name else file)))
+    memory.request_huge_pages()
+    assert asked == ([] if missing else [0x10000000])
 
 
 @pytest.mark.parametrize("k", [400, 600, 5000])
@@ -376,6 +432,19 @@ def test_the_memory_of_an_index_is_counted():
     assert ShardedIndex(manifest, rank=1, ranks=2).bytes_needed == 4 * 256 * 500
 
 
+@pytest.mark.parametrize("rank", [0, 3])
+def test_the_memory_of_ranks_on_one_machine_is_that_of_their_shards(rank, monkeypatch):
+    """Whichever of them has these: the first of four, or two of the first four and one of the others."""
+    monkeypatch.setattr(shards, "LOCAL_RANKS", 4)
+    assert ShardedIndex(manifest_of("exact", 1000, 256, 1), rank=rank, ranks=4).bytes_needed == 256 * 1000
+    five = manifest_of("exact", 1000, 256, 5)
+    assert ShardedIndex(five, rank=rank, ranks=8).bytes_needed == 256 * 800
+    assert ShardedIndex(five, rank=rank + 4, ranks=8).bytes_needed == 256 * 200
+    monkeypatch.setattr(shards, "available_memory", lambda: 1023)
+    with pytest.raises(InputError, match="the index of 1,000 vectors of 256 needs 0.00 GB of memory, and 0.00 are"):
+        ShardedIndex(manifest_of("exact", 1000, 256, 1), rank=rank, ranks=4)
+
+
 def test_too_little_memory_says_how_much(monkeypatch):
     """All shards of the process together, before any is made; of several ranks each has a part of them."""
     monkeypatch.setattr(shards, "available_memory", lambda: 10**9)
@@ -413,7 +482,7 @@ def test_csl_by_approximate_engines_against_exact(csl, engine):
     """All find at least 0.99 of the exact 50 with their defaults."""
     documents, vectors, queries = csl
     exact = exact_search(queries, vectors, 50)
-    index = ShardedIndex(manifest_of(engine, len(documents), vectors.shape[1], ann_util.SHARDS))
+    index = ShardedIndex(manifest_of(engine, len(documents), vectors.shape[1], 1))
     fill(index, vectors)
     assert ann_recall(index.search(queries, 50).scores, exact.scores) >= 0.99
 

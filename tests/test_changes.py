@@ -88,8 +88,8 @@ def test_what_is_refused_and_what_is_nothing_new(checkpoint, sample, changed):
     assert "120 documents: 0 new, 0 gone" in said
     assert "d0" in succeed(*flags[:5], "--index_path", "kept", "--query", "甲", "--format", "jsonl", "--top_k", 121,
                            cwd=changed).stdout
-    (changed / "kept" / "shard_1.bin").write_bytes(b"damaged")
-    assert "shard_1.bin is not what was written" in refuse(*flags, "--corpus_file", "after.csv", cwd=changed)
+    (changed / "kept" / "shard_0.bin").write_bytes(b"damaged")
+    assert "shard_0.bin is not what was written" in refuse(*flags, "--corpus_file", "after.csv", cwd=changed)
 
 
 def test_killed_while_it_follows_the_old_index_stays(checkpoint, sample, changed):
@@ -138,13 +138,13 @@ class StandInEncoder:
             yield self.encode(block) if block else np.empty((0, 16), "float32")
 
 
-def build(folder, name, engine, texts, previous=False):
+def build(folder, name, engine, texts, previous=False, shard_count=3):
     """Build the index of some texts and keep it in a folder; returns the texts that were encoded."""
     write(folder / f"{name}.csv", texts)
     corpus = Corpus(str(folder / f"{name}.csv"), "--corpus_file")
     path, encoder = str(folder / name), StandInEncoder()
     kept = ann_util.read_manifest(path, Manifest(ann_engine=engine)) if previous else None
-    manifest = ann_util.manifest_to_build(Manifest(ann_engine=engine, index_shards=3), kept)
+    manifest = ann_util.manifest_to_build(Manifest(ann_engine=engine, index_shards=shard_count), kept)
     manifest.corpus = file_digest(corpus.path)
     manifest.corpus_columns = corpus.columns
     index, documents = ann_util.build_index(corpus, encoder, manifest, threads=2,
@@ -177,6 +177,24 @@ def test_vectors_that_are_taken_over_are_in_memory_once(tmp_path, monkeypatch):
     monkeypatch.setattr(shards.ShardedIndex, "finish", count_pieces)
     build(tmp_path, "kept", "exact", [f"文本 {number}" for number in range(1, 101)], previous=True)
     assert events == [4 * 16 * (100 + 34), "read", 0] and len(pieces) == 7
+
+
+@pytest.mark.parametrize("engine", for_engines())
+def test_an_index_of_another_number_of_shards_is_searched_and_followed(engine, tmp_path):
+    """One of eight, as earlier versions made them; of a changed corpus there are as many as in a new index."""
+    before = [f"文本 {number}" for number in range(200)]
+    build(tmp_path, "kept", engine, before, shard_count=8)
+    assert (tmp_path / "kept" / "shard_7.bin").exists()
+    manifest = ann_util.read_manifest(str(tmp_path / "kept"), Manifest())
+    index, documents = ann_util.load_index(str(tmp_path / "kept"), manifest, threads=2)
+    assert index.manifest.index_shards == 8
+    ranking = search(index, documents, StandInEncoder().encode(before), 3)
+    assert ranking.documents[:, 0].tolist() == list(range(200))
+
+    assert build(tmp_path, "kept", engine, [*before[30:], "新"], previous=True, shard_count=None) == ["新"]
+    build(tmp_path, "new", engine, [*before[30:], "新"], shard_count=None)
+    assert contents(tmp_path / "kept") == contents(tmp_path / "new")
+    assert not (tmp_path / "kept" / "shard_1.bin").exists()
 
 
 @pytest.mark.parametrize("engine", for_engines())

@@ -18,7 +18,6 @@ import paddle
 import pytest
 from conftest import ENCODER, ROOT, launch, succeed
 from gradients import CASES, batch_of, texts, tiny
-from indexes import for_engines
 from training import train_flags
 
 
@@ -154,29 +153,34 @@ def test_ranks_encode_their_shares_and_have_all(of_ranks):
             assert numbers.tolist() == list(range(count)) and by.sum() == count // 2 and (np.diff(by) >= 0).all()
 
 
-@pytest.mark.parametrize("engine", for_engines())
-def test_recall_on_two_ranks_is_the_same_file(checkpoint, sample, tmp_path, engine):
+@pytest.mark.parametrize("engine, shards, encoded", [
+    ("hnswlib", 1, [45, 44, 30]),  # one shard on three ranks: eight pieces of 15 documents, the last of 14
+    ("exact", 3, [79, 40]),  # three shards on two ranks: three pieces, of which the second belongs to rank 1
+    ("exact", 8, [60, 59])])  # four shards a rank, which exchange nothing
+def test_recall_on_several_ranks_is_the_same_file(checkpoint, sample, tmp_path, engine, shards, encoded):
     flags = ["--device", "cpu", "--params_path", checkpoint, "--corpus_file", sample / "corpus.csv",
              "--similar_text_pair", sample / "dev.csv", "--recall_num", 20, "--index_path", "index",
              "--ann_engine", engine]
+    if shards > 1:  # otherwise it is the default
+        flags += ["--index_shards", shards]
     results = []
-    for name in ("one", "two"):
+    for name in ("one", "several"):
         (tmp_path / name).mkdir()
         if name == "one":
             succeed("recall.py", *flags, cwd=tmp_path / name)
         else:
-            result, logs = launch("recall.py", *flags, cwd=tmp_path / name)
+            result, logs = launch("recall.py", *flags, cwd=tmp_path / name, ranks=len(encoded))
             assert result.returncode == 0, (result.stdout[-2000:], logs)
             assert "119 vectors for 120 documents" in logs[0]
-            assert all(f"encoding and indexing {rows} of 120 documents" in log for rows, log in zip((60, 59), logs))
+            assert all(f"encoding and indexing {rows} of 120 documents" in log for rows, log in zip(encoded, logs))
             assert "wrote" in logs[0] and "wrote" not in logs[1]
         results.append((tmp_path / name / "recall_result_dir" / "recall_result.txt").read_bytes())
         assert sorted(os.listdir(tmp_path / name / "index")) == [
             "corpus.csv", "documents.npy", "keys.npy", "manifest.json", "row_map.npy",
-            *(f"shard_{n}.bin" for n in range(8)), "vector_keys.npy"]
+            *(f"shard_{n}.bin" for n in range(shards)), "vector_keys.npy"]
     assert results[0] == results[1] and results[0].count(b"\n") == 60 * 20
     for path in (tmp_path / "one" / "index").iterdir():
-        assert path.read_bytes() == (tmp_path / "two" / "index" / path.name).read_bytes(), path.name
+        assert path.read_bytes() == (tmp_path / "several" / "index" / path.name).read_bytes(), path.name
 
 
 # ---------------------------------------------------------------------------------------------------------- errors
@@ -251,6 +255,31 @@ runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
                           cwd=tmp_path, timeout=120)
     assert result.returncode and not any("Traceback" in log for log in logs), logs
     assert "error: the loss of step 2 is nan (batch: lines" in logs[1] and "error" not in logs[0], logs
+
+
+@pytest.mark.default_stack
+def test_an_error_of_one_rank_that_encodes_ends_all(checkpoint, sample, tmp_path):
+    """Rank 0, which has the only shard, waits for the second piece of rank 1, which never comes."""
+    (tmp_path / "recall.py").write_text(f"""import runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+from simcse.console import InputError
+from simcse.encoder.encoder import Encoder
+from simcse.machine import RANK
+whole, pieces = Encoder.embed, []
+
+def broken(*args):
+    pieces.append(1)
+    if RANK == 1 and len(pieces) == 2:
+        raise InputError("the second piece")
+    return whole(*args)
+
+Encoder.embed = broken
+runpy.run_path({str(ROOT / "recall.py")!r}, run_name="__main__")
+""")
+    result, logs = launch(tmp_path / "recall.py", "--device", "cpu", "--params_path", checkpoint, "--corpus_file",
+                          sample / "corpus.csv", "--query", "语义", "--index_path", "index", cwd=tmp_path, timeout=120)
+    assert result.returncode and logs[1].endswith("recall.py: error: the second piece\n"), logs
+    assert "encoding and indexing 60 of 120 documents" in logs[0] and not (tmp_path / "index").exists()
 
 
 @pytest.mark.default_stack

@@ -1,5 +1,6 @@
 """Random input: readers, tokenizer, batches, evaluation, indexes. FUZZ_EXAMPLES says how many examples a test takes."""
 
+import dataclasses
 import os
 import tempfile
 from collections import Counter
@@ -10,7 +11,6 @@ from simcse import console, files, measures
 from simcse.index.ann_recall import ann_recall
 from simcse.index.engines import LOCAL_ENGINES
 from simcse.index.exact import exact_search
-from simcse.index.protocols import merge_results
 from simcse.index.shards import ShardedIndex
 from simcse.measures import mean_percent
 from simcse.text import lines as line_reading
@@ -22,7 +22,7 @@ import pytest
 from conftest import ENCODER, read_texts
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from indexes import INSTALLED_ENGINES, fill, manifest_of
+from indexes import INSTALLED_ENGINES, ThreadRanks, fill, manifest_of
 
 settings.register_profile("here", max_examples=int(os.environ.get("FUZZ_EXAMPLES", 60)), deadline=None,
                           derandomize=True, suppress_health_check=list(HealthCheck))
@@ -146,30 +146,31 @@ def test_recall_by_counting(path, pairs, result, depth):
     assert list(recall.values()) == sorted(recall.values()) and max(recall.values()) <= 100
 
 
-@given(documents=st.integers(1, 80), k=st.integers(1, 90), ranks=st.integers(1, 3),
+@given(documents=st.integers(1, 80), k=st.integers(1, 90), shard_count=st.integers(1, 5), ranks=st.integers(1, 4),
        engine=st.sampled_from(INSTALLED_ENGINES), seed=st.integers(0, 999))
-def test_shards_round_trip(documents, k, ranks, engine, seed):
+def test_shards_round_trip(documents, k, shard_count, ranks, engine, seed):
     """Any size on any number of ranks, kept and read again: exact rows where exact, all cosines true where not."""
     random = np.random.default_rng(seed)
     vectors = random.standard_normal((documents + 5, 8)).astype("float32")
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     corpus, queries = vectors[:-5], vectors[-5:]
-    found = []
-    manifest = manifest_of(engine, documents, 8, 3)
-    for rank in range(ranks):
+    manifest = manifest_of(engine, documents, 8, shard_count)
+
+    def build_and_open(rank):
         index = ShardedIndex(manifest, 2, rank=rank, ranks=ranks)
         fill(index, corpus)
         with tempfile.TemporaryDirectory() as folder:
             index.save(folder)
-            manifest.files = {name: files.file_digest(os.path.join(folder, name)) for name in os.listdir(folder)}
-            again = ShardedIndex(manifest, 2, rank=rank, ranks=ranks)
+            digests = {name: files.file_digest(os.path.join(folder, name)) for name in os.listdir(folder)}
+            again = ShardedIndex(dataclasses.replace(manifest, files=digests), 2, rank=rank, ranks=ranks)
             again.load(folder)
         one, other = index.search(queries, k), again.search(queries, k)
         assert all((a == b).all() for a, b in zip(one, other))
         index.close()
         again.close()
-        found.append(one)
-    rows, cosines = merge_results(found, min(k, documents))
+        return one
+
+    rows, cosines = (column[:, :documents] for column in ThreadRanks(ranks).run(build_and_open)[0])
     assert rows.shape == (5, min(k, documents)) and all(len(set(row)) == len(row) for row in rows.tolist())
     np.testing.assert_allclose(cosines, np.take_along_axis(queries @ corpus.T, rows, axis=1), atol=1e-5)
     approximate = LOCAL_ENGINES[engine].approximate

@@ -44,14 +44,14 @@ def test_two_builds_of_one_index(tmp_path, monkeypatch):
 
 
 def test_others_wait_for_what_is_built_of_a_changed_corpus(tmp_path, monkeypatch):
-    """It has the settings of the index before, whose shards are not the default."""
+    """It has the settings of the index before; how many shards it has follows from the corpus."""
     previous = manifest_of("hnswlib", 9, 32, 2, hnsw_m=16)
     previous.corpus = "before"
     built = []
     monkeypatch.setattr("ann_util.read_manifest", lambda path, wanted: previous)
     monkeypatch.setattr("recall.lock_folder", lambda path, wanted, manifest: built.append(manifest))
     recall.lock_unless_current(str(tmp_path), Manifest(corpus="now"))
-    assert built[0].index_shards == 2 and built[0].build_settings["hnsw_m"] == 16
+    assert built[0].index_shards is None and built[0].build_settings["hnsw_m"] == 16
 
 
 def test_two_who_waited_for_a_third_do_not_build_at_once(tmp_path, monkeypatch):

@@ -97,14 +97,14 @@ def test_an_index_is_kept_used_again_and_refused_for_anything_else(checkpoint, s
                        (["--params_path", other], "another model"),
                        (["--max_seq_length", 9], "max_seq_length 32, not 9"), (["--hnsw_m", 50], "hnsw_m 32, not 50"),
                        (["--ann_engine", "exact"], "ann_engine hnswlib, not exact"),
-                       (["--index_shards", 3], "index_shards 8, not 3"),
+                       (["--index_shards", 3], "index_shards 1, not 3"),
                        (["--hnsw_max_elements", 500], "hnsw_max_elements 119, not 500")):
         assert re.search(f"index: was built with {what};", refuse("recall.py", *flags(*more), cwd=tmp_path))
-    shard, kept_corpus = tmp_path / "index" / "shard_3.bin", tmp_path / "index" / "corpus.csv"
+    shard, kept_corpus = tmp_path / "index" / "shard_0.bin", tmp_path / "index" / "corpus.csv"
     whole = shard.read_bytes()
     for damaged in (b"", whole[:-1], whole[:500] + bytes([whole[500] ^ 1]) + whole[501:]):
         shard.write_bytes(damaged)
-        assert "damaged: shard_3.bin is not what was written" in refuse("recall.py", *flags(), cwd=tmp_path)
+        assert "damaged: shard_0.bin is not what was written" in refuse("recall.py", *flags(), cwd=tmp_path)
     shard.unlink()
     assert "damaged" in refuse("recall.py", *flags(), cwd=tmp_path)
     kept_corpus.write_bytes(kept_corpus.read_bytes()[:-1])

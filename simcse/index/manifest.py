@@ -52,7 +52,7 @@ class Manifest:
         precision: that in which the documents were encoded.
         passages: whether documents are split into passages.
         ann_engine: its name in ENGINES.
-        index_shards: parts of a folder index.
+        index_shards: parts of a folder index; None in one to build: `choose_shard_count` of its vectors.
         dimension: of the vectors.
         build_settings: values by name; see `LocalEngine.build_settings`.
 

@@ -191,7 +191,7 @@ class Index(Protocol):
         manifest: what it is made of.
         missing_rows: the rows that this rank has to encode and add, in pieces, int64 [rows]. In a new folder index the
             first row of each vector; in a collection those whose keys it lacks.
-        bytes_needed: the memory that its vectors take in this process.
+        bytes_needed: the memory that its vectors take in a process of this machine, the mean of all.
         max_k: the most rows that `search` gives; None: no limit.
     """
 
@@ -204,7 +204,7 @@ class Index(Protocol):
         """Add the vectors, float32 [rows, dimension], of one piece of `missing_rows`; the pieces come in their order.
 
         It may return before they are added, so that the next ones are encoded meanwhile. An error is raised by a later
-        call.
+        call. It may wait for the other ranks, until they have called `add` or `finish` as well.
         """
 
     def finish(self) -> None:
