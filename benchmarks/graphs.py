@@ -40,6 +40,12 @@ def measure(build: Callable[[], None], save: Callable[[str], None], search: Sear
     with tempfile.TemporaryDirectory() as folder:
         save(f"{folder}/index")
         values["size"] = size_of(folder) / 2**20
+    return values | measure_search(search, queries, exact)
+
+
+def measure_search(search: Search, queries: np.ndarray, exact: np.ndarray) -> dict[str, float]:
+    """Measure the searches of an index; see `measure`."""
+    values = {}
     efforts = iter(EFFORTS)
     effort = EFFORTS[0]
     recall = 0.0

@@ -263,5 +263,58 @@ def index_alone(folder: str, m: int, ef: int) -> dict[str, float]:
     return graphs.measure(lambda: index.add_items(vectors), index.save_index, search, queries, exact)
 
 
+def index_milvus(folder: str, uri: str, index_type: str, m: int, ef: int) -> dict[str, float]:
+    """Measure an index type of a Milvus server as recall.py uses it; see `graphs.measure`."""
+    import dataclasses
+
+    from simcse.index.documents import Documents
+    from simcse.index.manifest import Manifest
+    from simcse.index.milvus import MilvusIndex, manifest_to_follow
+    from simcse.text.textfile import Corpus
+
+    vectors, queries, exact = graphs.load(folder)
+    path = f"{folder}/corpus"
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(f"{number:08}\n" for number in range(len(vectors)))
+    documents = Documents(Corpus(path, "--corpus_file"))
+    graph = {"M": m, "efConstruction": ef} if index_type == "HNSW" else {}
+    manifest = manifest_to_follow(Manifest(build_settings={"milvus_index": index_type, **graph}), None, is_lite=False)
+    index = MilvusIndex(uri, index_type)
+    index.follow(documents, dataclasses.replace(manifest, dimension=vectors.shape[1], rows=len(vectors),
+                                                lines=len(vectors), documents=len(vectors)))
+
+    def insert() -> None:
+        for rows in index.missing_rows:
+            index.add(rows, vectors[rows])
+        index._wait_for_adding()
+
+    def search(queries: np.ndarray, effort: int) -> np.ndarray:
+        settings = {"ef": effort, "nprobe": effort, "reorder_k": max(effort, 100)}
+        index._search_settings = {name: settings[name] for name in index.manifest.search_settings}
+        return index.search(queries, graphs.K).rows
+
+    built = {"inserting": side.seconds_of(insert), "indexing": side.seconds_of(index.finish)}
+    return built | graphs.measure_search(search, queries, exact)
+
+
+def insert_alone(folder: str, uri: str) -> dict[str, float]:
+    """Measure how long pymilvus takes to insert the same rows, made beforehand, into the same fields."""
+    from simcse.index.manifest import Manifest
+    from simcse.index.milvus_collection import INSERTED, Collection
+
+    vectors, _, _ = graphs.load(folder)
+    collection = Collection(uri, "alone")
+    collection.create(Manifest(dimension=vectors.shape[1], build_settings={"milvus_index": "FLAT"}))
+    collection.load()
+    rows = [{"id": number, "document": number, "text": f"{number:08}", "passage": "", "lines": 1, "ids": "",
+             "embedding": vector} for number, vector in enumerate(vectors)]
+
+    def insert() -> None:
+        for start in range(0, len(rows), INSERTED):
+            collection._client.insert("alone", rows[start : start + INSERTED])
+
+    return {"inserting": side.seconds_of(insert)}
+
+
 if __name__ == "__main__":
     side.serve(globals())

@@ -12,6 +12,7 @@ To add a measurement, write a function of a Bench and put it into MEASUREMENTS.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -19,8 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 from bench import BASE, FILES, MINI, ROOT, Bench, Values  # first: it makes the project importable
 from simcse import console, files, flags
@@ -29,6 +31,9 @@ from simcse.machine import CPU_HAS_BF16
 
 import graphs
 from serving import serving
+
+# DISKANN is missing in the server of the pip package.
+MILVUS_TYPES = ("HNSW", "FLAT", "IVF_FLAT", "IVF_SQ8", "IVF_PQ", "SCANN")
 
 Pass = Callable[[], Values]  # runs a pass of one side
 
@@ -232,6 +237,50 @@ def measure_index(bench: Bench, case: str, repeats: int, **vectors) -> None:
     shutil.rmtree(folder)
 
 
+def milvus(bench: Bench) -> None:
+    """The index types of a Milvus server against the index of a folder, and that against hnswlib alone.
+
+    Inserting is compared with pymilvus alone. Each type has a server of its own, of the pip package `milvus`, on the
+    same machine, which takes part of it.
+    """
+    folder = tempfile.mkdtemp(dir=bench.scratch)
+    bench.run_side("ours", "vectors", folder=folder, count=bench.args.vectors, checkpoint=None, texts=[], queries=[])
+    settings = {"folder": folder, "m": HNSW_M.default, "ef": HNSW_EF.default}
+    of_folder = bench.run_side("ours", "index", **settings)
+    alone = bench.run_side("ours", "index_alone", **settings)
+    for case, value in of_folder.items():
+        bench.add("milvus", f"folder: {case}, against hnswlib alone", value, alone[case], graphs.UNITS[case])
+    with start_milvus(bench) as server:
+        inserted = bench.run_side("ours", "insert_alone", folder=folder, uri=server.uri)
+    for index_type in MILVUS_TYPES:
+        with start_milvus(bench) as server:
+            memory = server.memory_mb()
+            values = bench.run_side("ours", "index_milvus", uri=server.uri, index_type=index_type, **settings)
+            memory = server.memory_mb() - memory
+            disk = graphs.size_of(server.folder) / 2**20
+        inserting = values.pop("inserting")
+        bench.add("milvus", f"{index_type}: inserting, against pymilvus alone", inserting, inserted["inserting"], "s")
+        values["build"] = inserting + values.pop("indexing")
+        for case, value in values.items():
+            bench.add("milvus", f"{index_type}: {case}, against the folder", value, of_folder[case], graphs.UNITS[case])
+        bench.add("milvus", f"{index_type}: memory, against the folder's size", memory, of_folder["size"], "MB")
+        bench.add("milvus", f"{index_type}: disk, against the folder's size", disk, of_folder["size"], "MB")
+
+
+@contextlib.contextmanager
+def start_milvus(bench: Bench) -> Iterator[Any]:
+    """Start a Milvus server with an empty folder, and end it."""
+    sys.path.append(f"{ROOT}/tests")
+    from milvus_server import MilvusServer
+
+    server = MilvusServer(tempfile.mkdtemp(dir=bench.scratch), environment={})
+    try:
+        yield server.start()
+    finally:
+        server.stop()
+        shutil.rmtree(server.folder)
+
+
 def write_short_lines(bench: Bench, count: int) -> str:
     """Write a file of lines of four characters and a number, and return its path."""
     texts = bench.texts("titles", 1000)
@@ -373,7 +422,8 @@ def start_stages(bench: Bench, name: str, encoder: str, checkpoint: str) -> None
 
 # --------------------------------------------------------------------------------------------------------------- main
 MEASUREMENTS = {measure.__name__: measure for measure in (
-    tokenize, encode, int8, latency, train, pairs, index, memory, static, growth, lines, start, shapes, serving)}
+    tokenize, encode, int8, latency, train, pairs, index, milvus, memory, static, growth, lines, start, shapes,
+    serving)}
 
 
 def parse_args() -> argparse.Namespace:
@@ -388,7 +438,7 @@ def parse_args() -> argparse.Namespace:
                         "sentence-transformers[openvino] for encode, int8 and train, usearch and faiss-cpu for index "
                         "(default: they are not measured)")
     parser.add_argument("--vectors", type=flags.positive_int, default=300_000,
-                        help="how many clustered vectors `index` has")
+                        help="how many clustered vectors `index` and `milvus` have")
     args = parser.parse_args()
     unknown = [name for name in args.names if name not in MEASUREMENTS]
     if unknown:

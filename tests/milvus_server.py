@@ -28,10 +28,12 @@ class MilvusServer:
     Args:
         folder: of its data, its configuration and its logs.
         settings: of its configuration, such as "common.security.authorizationEnabled=true".
+        environment: further ones, by the names that they have in the environment.
     """
 
-    def __init__(self, folder, *settings):
+    def __init__(self, folder, *settings, environment=QUICK):
         self.folder = Path(folder)
+        self._environment = environment
         self._settings = [word for setting in settings for word in ("--extra-config", setting)]
         self._process = None
         self._port = free_port()
@@ -44,7 +46,7 @@ class MilvusServer:
         """Start it, on the port that it had before if it is free, and wait until it answers to MILVUS_TOKEN."""
         self.folder.mkdir(parents=True, exist_ok=True)
         words = [PROGRAM, "--data", self.folder, "--proxy-port", str(self._port), *self._settings]
-        env = {**os.environ, **QUICK, "ETCD_CONFIG_PATH": str(self._write_etcd_configuration()),
+        env = {**os.environ, **self._environment, "ETCD_CONFIG_PATH": str(self._write_etcd_configuration()),
                "PROXY_INTERNALPORT": str(free_port())}
         with open(self.folder / "started.log", "ab") as log:
             self._process = subprocess.Popen(words, env=env, stdout=log, stderr=log, start_new_session=True)
@@ -97,6 +99,17 @@ class MilvusServer:
     def signal(self, number):
         """Send a signal to its processes."""
         os.killpg(self._process.pid, number)
+
+    def memory_mb(self):
+        """Return the memory that its processes take, resident."""
+        kilobytes = 0
+        for status in Path("/proc").glob("[0-9]*/status"):
+            try:
+                if os.getpgid(int(status.parent.name)) == self._process.pid:
+                    kilobytes += int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1])
+            except (OSError, TypeError):  # it has ended
+                pass
+        return kilobytes / 1024
 
     def kill(self):
         """End it at once, as a machine does that fails."""

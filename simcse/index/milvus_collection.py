@@ -30,7 +30,8 @@ IDS = "ids"  # the ids of these lines, separated by tabs, as many as the field c
 VECTOR = "embedding"
 
 MAX_BYTES = 65535  # of a text field
-PAGE = 1000  # how many rows, or queries, a request has at most
+PAGE = 1000  # how many rows, or queries, a request for some of them has at most
+INSERTED = 4096  # how many rows a request adds at most; more at a time, or in several threads, is hardly faster
 MESSAGE_BYTES = 32 << 20  # of a request or an answer: half of what a server takes (proxy.grpc.serverMaxRecvSize)
 TEXT_FIELDS = (TEXT, PASSAGE, IDS)
 METRIC = "COSINE"
@@ -442,12 +443,12 @@ def max_rows(fields: Sequence[str]) -> int:
 
 
 def split_by_size(rows: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Yield rows in pieces of at most PAGE rows and MESSAGE_BYTES."""
+    """Yield rows in pieces of at most INSERTED rows and MESSAGE_BYTES."""
     piece: list[dict[str, Any]] = []
     size = 0
     for row in rows:
         row_size = row[VECTOR].nbytes + sum(len(row[field].encode()) for field in TEXT_FIELDS)
-        if piece and (len(piece) == PAGE or size + row_size > MESSAGE_BYTES):
+        if piece and (len(piece) == INSERTED or size + row_size > MESSAGE_BYTES):
             yield piece
             piece = []
             size = 0
