@@ -225,6 +225,8 @@ class ShardedIndex:
         from simcse.ranks import gather_arrays
 
         own = merge_results([_nothing_found(len(queries), k), *self._search_own(queries, k, exact)], k)
+        if RANKS == 1:
+            return own
         results = map(SearchResult, gather_arrays(own.rows), gather_arrays(own.scores))
         return merge_results(results, k)
 
@@ -234,7 +236,7 @@ class ShardedIndex:
         queries_per_thread = QUERY_BLOCK if exact else self._engine.queries_per_thread
         results = []
         with progress(f"searching {count(len(queries), 'query')}", len(shards), "shards") as advance:
-            if len(queries) <= self._threads * queries_per_thread:
+            if len(shards) > 1 and len(queries) <= self._threads * queries_per_thread:
                 # Too few to share out among the threads: each thread searches a share of the shards instead.
                 shares = [shards[thread :: self._threads] for thread in range(min(self._threads, len(shards)))]
                 running = [self._workers.submit(self._search_shards, share, queries, k, exact, 1) for share in shares]
