@@ -270,6 +270,7 @@ def index_milvus(folder: str, uri: str, index_type: str, m: int, ef: int) -> dic
     from simcse.index.documents import Documents
     from simcse.index.manifest import Manifest
     from simcse.index.milvus import MilvusIndex, manifest_to_follow
+    from simcse.index.milvus_collection import BOUNDED
     from simcse.text.textfile import Corpus
 
     vectors, queries, exact = graphs.load(folder)
@@ -294,6 +295,7 @@ def index_milvus(folder: str, uri: str, index_type: str, m: int, ef: int) -> dic
         return index.search(queries, graphs.K).rows
 
     built = {"inserting": side.seconds_of(insert), "indexing": side.seconds_of(index.finish)}
+    index._collection.consistency = BOUNDED  # as in the service
     return built | graphs.measure_search(search, queries, exact)
 
 

@@ -1,6 +1,7 @@
 """An index in a collection of Milvus, which follows its corpus in place."""
 
 import dataclasses
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from simcse.index.documents import Documents, report_changes
 from simcse.index.exact import NearestCosines
 from simcse.index.manifest import AnnRecall, Manifest
 from simcse.index.milvus_collection import (
+    BOUNDED,
     BUILDING,
     CHANGING,
     COMPLETE,
@@ -46,6 +48,7 @@ from simcse.text.keys import passage_keys
 import numpy as np
 
 PIECE = 4096  # rows that are encoded and stored together
+ADDING = 2  # how many pieces a server adds at a time: one is made ready while it works on another
 EXACT = "--milvus_index FLAT"  # the flag of an index that misses nothing
 
 
@@ -101,12 +104,15 @@ class MilvusIndex:
         self._documents: Documents | None = None
         self._changes: Changes | None = None
         self._nearest: NearestCosines | None = None  # what a search of some queries has to find
-        self._worker = ThreadPoolExecutor(1)
-        self._adding: Future | None = None
+        self._most_adding = 1 if self._collection.is_lite else ADDING
+        self._workers = ThreadPoolExecutor(self._most_adding)
+        self._adding = deque[Future]()
 
     # ------------------------------------------------------------------------------------------------------- opening
     def open(self, search_settings: dict[str, Any]) -> None:
         """Make the collection searchable without its corpus: a row is then a key.
+
+        A search does not wait for what others are writing at the time: it finds the rows of some seconds ago.
 
         Args:
             search_settings: those that are other than when it was built.
@@ -120,6 +126,7 @@ class MilvusIndex:
                              "it")
         if self._record.state == BUILDING:
             raise InputError(f"{where}: not all documents are in it yet; run recall.py again with --corpus_file")
+        self._collection.consistency = BOUNDED
         self._open_complete(self._record.manifest, search_settings)
 
     def follow(self, documents: Documents, manifest: Manifest) -> None:
@@ -270,30 +277,32 @@ class MilvusIndex:
         """Add the vectors, float32 [rows, dim], of one piece of `missing_rows` in the background; see `Index`."""
         if self._nearest is not None:
             self._nearest.add(vectors)
-        self._wait_for_adding()
-        self._adding = self._worker.submit(self._store, np.asarray(rows), vectors)
+        self._wait_for_adding(self._most_adding - 1)
+        self._adding.append(self._workers.submit(self._store, np.asarray(rows), vectors))
 
-    def _wait_for_adding(self) -> None:
-        """Wait for the piece that is being added; raise its error."""
-        if self._adding is not None:
-            self._adding.result()
-            self._adding = None
+    def _wait_for_adding(self, most: int = 0) -> None:
+        """Wait until at most so many pieces are still being added; raise their errors."""
+        while len(self._adding) > most:
+            self._adding.popleft().result()
 
     def _store(self, rows: np.ndarray, vectors: np.ndarray) -> None:
         """Write rows of the corpus to the collection, with their vectors, float32 [rows, dim]."""
-        documents = self._documents.documents_of(rows).tolist()
+        documents = self._documents.documents_of(rows)
+        texts = self._documents[documents]
         passages = self._documents.passage_texts(rows) if self._documents.has_passages else [""] * len(rows)
+        keys = self._keys[rows].tolist()
+        document_keys = self._documents.keys[documents].tolist()
         stored = []
-        for row, document, passage, vector in zip(rows.tolist(), documents, passages, vectors):
+        for place, row in enumerate(rows.tolist()):
             lines, ids = self._lines_and_ids(row)
             stored.append({
-                KEY: int(self._keys[row]),
-                DOCUMENT: int(self._documents.keys[document]),
-                TEXT: self._documents[document] if lines else "",
-                PASSAGE: passage,
+                KEY: keys[place],
+                DOCUMENT: document_keys[place],
+                TEXT: texts[place] if lines else "",
+                PASSAGE: passages[place],
                 LINES: lines,
                 IDS: ids,
-                VECTOR: vector,
+                VECTOR: vectors[place],
             })
         self._collection.upsert(stored)
 
@@ -390,7 +399,7 @@ class MilvusIndex:
 
     def close(self) -> None:
         """Release the file, or the connection."""
-        self._worker.shutdown()
+        self._workers.shutdown()
         self._collection.close()
 
     # ------------------------------------------------------------------------- what a DocumentStore has, by their keys

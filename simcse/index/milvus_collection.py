@@ -35,6 +35,9 @@ INSERTED = 4096  # how many rows a request adds at most; more at a time, or in s
 MESSAGE_BYTES = 32 << 20  # of a request or an answer: half of what a server takes (proxy.grpc.serverMaxRecvSize)
 TEXT_FIELDS = (TEXT, PASSAGE, IDS)
 METRIC = "COSINE"
+# What a search or a read has to see.
+STRONG = "Strong"  # all that was written before; a server waits for that, 0.2 s as a rule
+BOUNDED = "Bounded"  # what was written some seconds before
 POLL = 0.5  # seconds between two looks at how far the server has indexed
 STALLED = 1800  # seconds without progress after which indexing is no longer waited for
 SMALL_SEGMENT = 1024  # rows below which a segment has no index (indexCoord.segment.minSegmentNumRowsToEnableIndex)
@@ -76,6 +79,9 @@ class Collection:
         uri: http://host:port of a server, or a path ending in .db: Milvus Lite, which runs in this process.
         name: that of the collection, or an alias of it.
 
+    Attributes:
+        consistency: of searches, and of reading what they found: STRONG or BOUNDED.
+
     Raises:
         InputError: several ranks would use a file. All methods raise it if Milvus reports an error.
     """
@@ -86,6 +92,7 @@ class Collection:
         self.name = name
         self.where = f"--milvus_collection {name}"  # in messages
         self.is_lite = is_lite(uri)
+        self.consistency = STRONG
         self._connected: Any = None
         if self.is_lite and RANKS > 1:
             raise InputError(f"--milvus_uri {uri}: a file can be used by one process; {RANKS} need a server")
@@ -185,7 +192,7 @@ class Collection:
         record = _record_to_json(Record(manifest, BUILDING))
         with self._errors():
             self._client.create_collection(self.name, schema=self._schema(manifest.dimension),
-                                           consistency_level="Strong", properties={_RECORD: record})
+                                           consistency_level=STRONG, properties={_RECORD: record})
         try:
             with self._errors():
                 self._client.create_index(self.name, self._index_params(manifest))
@@ -353,7 +360,8 @@ class Collection:
     def keys_of_document(self, document: int) -> list[int]:
         """Return the keys of the rows of a document, given by its own key."""
         with self._errors():
-            rows = self._client.query(self.name, filter=f"{DOCUMENT} == {document}", output_fields=[KEY])
+            rows = self._client.query(self.name, filter=f"{DOCUMENT} == {document}", output_fields=[KEY],
+                                      consistency_level=self.consistency)
         return [row[KEY] for row in rows]
 
     def find(self, keys: Sequence[int], fields: Sequence[str]) -> dict[int, dict[str, Any]]:
@@ -362,7 +370,8 @@ class Collection:
         page = max_rows(fields)
         for start in range(0, len(keys), page):
             with self._errors():
-                found = self._client.get(self.name, ids=list(keys[start : start + page]), output_fields=[KEY, *fields])
+                found = self._client.get(self.name, ids=list(keys[start : start + page]), output_fields=[KEY, *fields],
+                                         consistency_level=self.consistency)
             for row in found:
                 row_of[row[KEY]] = row
         return row_of
@@ -409,7 +418,7 @@ class Collection:
             with self._errors():
                 found = self._client.search(self.name, data=block, anns_field=VECTOR, limit=k,
                                             output_fields=[VECTOR] if with_vectors else [],
-                                            search_params={"params": parameters})
+                                            search_params={"params": parameters}, consistency_level=self.consistency)
             for query, hits in zip(block, found, strict=True):
                 cosines = [hit["distance"] for hit in hits]
                 if with_vectors and hits:
