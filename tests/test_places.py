@@ -12,7 +12,17 @@ from simcse.console import InputError
 from simcse.files import STDIN, check_not_input, check_writable, name_output, new_file, new_folder
 from simcse.index import lock
 from simcse.index.manifest import Manifest
-from simcse.index.milvus_collection import IDS, MESSAGE_BYTES, PAGE, PASSAGE, TEXT, VECTOR, max_rows, split_by_size
+from simcse.index.milvus_collection import (
+    IDS,
+    INSERTED,
+    MESSAGE_BYTES,
+    PAGE,
+    PASSAGE,
+    TEXT,
+    VECTOR,
+    max_rows,
+    split_by_size,
+)
 from simcse.training.log import TrainingLog
 
 import numpy as np
@@ -178,7 +188,7 @@ def test_messages_to_milvus_are_counted_in_bytes():
     pieces = list(split_by_size(rows))
     assert sum(map(len, pieces)) == 1500 and len(pieces) == 3
     assert all(len(piece) * (3 * 20_000 + 32) <= MESSAGE_BYTES for piece in pieces)
-    assert [len(piece) for piece in split_by_size([row(1)] * (PAGE + 1))] == [PAGE, 1]
+    assert [len(piece) for piece in split_by_size([row(1)] * (INSERTED + 1))] == [INSERTED, 1]
     assert [len(piece) for piece in split_by_size([row(MESSAGE_BYTES)] * 2)] == [1, 1]
     assert list(split_by_size([])) == []
     assert max_rows([]) == PAGE and max_rows([TEXT, IDS]) * 2 * 65535 <= MESSAGE_BYTES

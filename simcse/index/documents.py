@@ -114,6 +114,10 @@ class Documents(Sequence):
         rows = self._lines[self._starts[document] : self._starts[document + 1]][:max_lines]
         return [Line(self.corpus.line_number(row), id) for row, id in zip(rows, self.corpus.ids(rows))]
 
+    def line_counts(self, documents: np.ndarray) -> np.ndarray:
+        """Return how many lines have the text of each of some documents, int32."""
+        return self._starts[1:][documents] - self._starts[:-1][documents]
+
     def copies(self) -> np.ndarray:
         """Return the rows of the corpus whose text stands in an earlier row too, ascending, int32."""
         return np.sort(np.delete(self._lines, self._starts[:-1]))
@@ -154,6 +158,12 @@ class Documents(Sequence):
         if self.passages is None:
             return rows
         return np.where(rows < 0, NOT_FOUND, self.passages.documents_of(rows))
+
+    def begin_documents(self, rows: np.ndarray) -> np.ndarray:
+        """Return whether each row is the first one of its document, bool [rows]."""
+        if self.passages is None:
+            return np.ones(len(rows), bool)
+        return rows == self.passages.starts[self.documents_of(rows)]
 
     def rows_of(self, document: int) -> np.ndarray:
         """Return the rows of a document, int64."""

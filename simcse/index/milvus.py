@@ -196,13 +196,13 @@ class MilvusIndex:
         documents = set()
         for page in self._collection.read_pages([DOCUMENT, LINES, IDS]):
             rows = self._rows_of(np.array([stored[KEY] for stored in page], "int64"))
-            for row, stored in zip(rows.tolist(), page):
-                documents.add(stored[DOCUMENT])
-                if row == NOT_FOUND:
-                    changes.gone.append(stored[KEY])
-                    continue
-                changes.missing[row] = False
-                if (stored[LINES], stored[IDS]) != self._lines_and_ids(row):
+            documents.update(stored[DOCUMENT] for stored in page)
+            changes.gone += [stored[KEY] for row, stored in zip(rows.tolist(), page) if row == NOT_FOUND]
+            stored_rows = [stored for row, stored in zip(rows.tolist(), page) if row != NOT_FOUND]
+            rows = rows[rows != NOT_FOUND]
+            changes.missing[rows] = False
+            for row, stored, lines, ids in zip(rows.tolist(), stored_rows, *self._lines_and_ids(rows)):
+                if (stored[LINES], stored[IDS]) != (lines, ids):
                     changes.outdated.append(row)
         changes.previous = np.array(sorted(documents), "int64")
         return changes
@@ -213,18 +213,16 @@ class MilvusIndex:
         places = np.minimum(places, len(self._sorted_keys) - 1)
         return np.where(self._sorted_keys[places] == keys, self._order[places], NOT_FOUND)
 
-    def _lines_and_ids(self, row: int) -> tuple[int, str]:
-        """Return what a row of the corpus has in its fields LINES and IDS."""
-        document = self._document_that_begins(row)
-        if document is None:
-            return 0, ""
-        lines = self._documents.lines(document)
-        return len(lines), join_ids([line.id for line in lines if line.id is not None])
-
-    def _document_that_begins(self, row: int) -> int | None:
-        """Return the document whose first row it is; None: it is a later passage."""
-        document = int(self._documents.documents_of(np.array([row]))[0])
-        return document if self._documents.rows_of(document)[0] == row else None
+    def _lines_and_ids(self, rows: np.ndarray) -> tuple[list[int], list[str]]:
+        """Return what rows of the corpus have in their fields LINES and IDS."""
+        documents = self._documents.documents_of(rows)
+        begins = self._documents.begin_documents(rows)
+        lines = np.where(begins, self._documents.line_counts(documents), 0).tolist()
+        ids = [""] * len(rows)
+        if self._documents.corpus.has_ids:
+            for place in np.flatnonzero(begins).tolist():
+                ids[place] = join_ids([line.id for line in self._documents.lines(int(documents[place]))])
+        return lines, ids
 
     def _missing_pieces(self) -> list[np.ndarray]:
         """Return the missing rows that this rank adds, in pieces."""
@@ -292,16 +290,16 @@ class MilvusIndex:
         passages = self._documents.passage_texts(rows) if self._documents.has_passages else [""] * len(rows)
         keys = self._keys[rows].tolist()
         document_keys = self._documents.keys[documents].tolist()
+        lines, ids = self._lines_and_ids(rows)
         stored = []
-        for place, row in enumerate(rows.tolist()):
-            lines, ids = self._lines_and_ids(row)
+        for place in range(len(rows)):
             stored.append({
                 KEY: keys[place],
                 DOCUMENT: document_keys[place],
-                TEXT: texts[place] if lines else "",
+                TEXT: texts[place] if lines[place] else "",
                 PASSAGE: passages[place],
-                LINES: lines,
-                IDS: ids,
+                LINES: lines[place],
+                IDS: ids[place],
                 VECTOR: vectors[place],
             })
         self._collection.upsert(stored)
