@@ -429,8 +429,9 @@ class Collection:
 def describe_error(error: Exception) -> str:
     """Return one line about an error of Milvus, without the gRPC object that its text may hold."""
     text = getattr(error, "message", None) or str(error)
-    if hasattr(error.__cause__, "details"):  # of gRPC, of which pymilvus says only that connecting failed
-        text = error.__cause__.details()
+    cause = _grpc_cause(error)
+    if cause is not None:  # of which pymilvus says only that connecting failed
+        text = cause.details()
     details = re.search(r'details = "(.*)"', text)
     if details:
         text = details[1]
@@ -441,8 +442,21 @@ def _is_unauthenticated(error: Exception) -> bool:
     """Return whether a server refuses the token, or asks for one."""
     import grpc
 
-    causes = [each for each in (error, error.__cause__) if isinstance(each, grpc.RpcError)]
-    return any(cause.code() == grpc.StatusCode.UNAUTHENTICATED for cause in causes)
+    cause = _grpc_cause(error)
+    return cause is not None and cause.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
+def _grpc_cause(error: BaseException) -> Any:
+    """Return the error of gRPC that an error of pymilvus comes from, or is; None: there is none."""
+    import grpc
+
+    seen: list[BaseException | None] = []
+    while error is not None and error not in seen:  # pymilvus has errors that are their own cause
+        if isinstance(error, grpc.RpcError) and hasattr(error, "details"):
+            return error
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def max_rows(fields: Sequence[str]) -> int:
