@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from simcse.console import InputError, log, part, progress, some
+from simcse.console import InputError, log, part, some
 from simcse.index.ann_recall import MEASURED_K, ann_recall, report_ann_recall
 from simcse.index.documents import Documents, report_changes
 from simcse.index.exact import NearestCosines
@@ -48,6 +48,7 @@ from simcse.text.keys import passage_keys
 import numpy as np
 
 PIECE = 4096  # rows that are encoded and stored together
+MEASURED_KEPT = 2_000_000  # rows whose vectors are read again to measure the recall after a change, at most
 ADDING = 2  # how many pieces a server adds at a time: one is made ready while it works on another
 EXACT = "--milvus_index FLAT"  # the flag of an index that misses nothing
 
@@ -148,8 +149,9 @@ class MilvusIndex:
         self._keys = documents.row_keys()
         self._order = np.argsort(self._keys)
         self._sorted_keys = self._keys[self._order]
-        if self._is_current():
+        if self._record is not None:
             self.manifest.ann_recall = self._record.manifest.ann_recall
+        if self._is_current():
             self._open_complete(self.manifest, {})
             return
         self._changes = self._find_changes()
@@ -194,7 +196,9 @@ class MilvusIndex:
             return changes
         self._collection.load()
         documents = set()
-        for page in self._collection.read_pages([DOCUMENT, LINES, IDS]):
+        has_ids = self._documents.corpus.has_ids or self._record.manifest.corpus_columns != 1
+        fields = [DOCUMENT, LINES, IDS] if has_ids else [DOCUMENT, LINES]
+        for page in self._collection.read_pages(fields):
             rows = self._rows_of(np.array([stored[KEY] for stored in page], "int64"))
             documents.update(stored[DOCUMENT] for stored in page)
             changes.gone += [stored[KEY] for row, stored in zip(rows.tolist(), page) if row == NOT_FOUND]
@@ -202,7 +206,7 @@ class MilvusIndex:
             rows = rows[rows != NOT_FOUND]
             changes.missing[rows] = False
             for row, stored, lines, ids in zip(rows.tolist(), stored_rows, *self._lines_and_ids(rows)):
-                if (stored[LINES], stored[IDS]) != (lines, ids):
+                if (stored[LINES], stored.get(IDS, "")) != (lines, ids):
                     changes.outdated.append(row)
         changes.previous = np.array(sorted(documents), "int64")
         return changes
@@ -257,8 +261,11 @@ class MilvusIndex:
             self._collection.write_record(Record(self._record.manifest, CHANGING))
 
     def has_to_be_measured(self) -> bool:
-        """Return whether rows are about to change of an index type that may miss some of the nearest."""
-        return self._changes is not None and bool(self._index_type.deeper)
+        """Return whether rows are about to change of an index type that may miss some of the nearest.
+
+        The vectors of rows that stay have to be read for it; where they are too many the last measurement is kept.
+        """
+        return self._changes is not None and bool(self._index_type.deeper) and self._count_kept() <= MEASURED_KEPT
 
     def measure_with(self, queries: np.ndarray) -> None:
         """Have `finish` measure the recall of a search for some queries, float32 [queries, dim].
@@ -336,16 +343,25 @@ class MilvusIndex:
             rows = outdated[start : start + PIECE]
             self._store(rows, self._collection.get_vectors(self._keys[rows].tolist()))
 
+    def _count_kept(self) -> int:
+        """Return how many rows were in the collection before."""
+        return int(np.count_nonzero(~self._changes.missing))
+
+    def _add_kept(self) -> None:
+        """Have the rows that were in the collection before looked at for the nearest, too."""
+        for page in self._collection.read_pages([VECTOR]):
+            rows = self._rows_of(np.array([stored[KEY] for stored in page], "int64"))
+            vectors = [stored[VECTOR] for row, stored in zip(rows.tolist(), page)
+                       if row != NOT_FOUND and not self._changes.missing[row]]
+            if vectors:
+                self._nearest.add(np.array(vectors, "float32"))
+
     def _measure_recall(self) -> AnnRecall | None:
         """Return the recall of a search for the queries of `measure_with`; None: the search is exact."""
         if self._nearest is None:
-            return None
-        kept = np.flatnonzero(~self._changes.missing)
-        with progress("measuring", len(kept), "vectors") as advance:
-            for start in range(0, len(kept), PIECE):
-                rows = kept[start : start + PIECE]
-                self._nearest.add(self.vectors(rows))
-                advance(len(rows))
+            return self.manifest.ann_recall
+        if self._count_kept():
+            self._add_kept()
         queries, k, exact = self._nearest.queries, self._nearest.k, self._nearest.cosines
         settings = self._search_settings
         deeper = deeper_settings(self._index_type, settings, k)
