@@ -406,11 +406,7 @@ def open_collection(uri: str, collection: str, wanted: Manifest, *, corpus: Corp
 
     index = MilvusIndex(uri, collection)
     if index.manifest is not None:
-        where = f"--milvus_collection {collection}"
-        remedy = "name another collection, or drop this one to build it again"
-        index.manifest.check(wanted, where, remedy)
-        if not RANK:
-            index.manifest.warn_other_calibration(wanted, where, remedy)
+        index.check(wanted)
     if corpus is None:
         index.open(wanted.search_settings)
         return index, index

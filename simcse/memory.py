@@ -10,7 +10,7 @@ from simcse.machine import LOCAL_RANKS, RANK, available_memory, resident_memory
 
 LARGE_FRACTION = 0.5  # of what is granted; above it the announcement is a warning
 # Pages of 2 MB are asked for in larger blocks than this. It is the size of a heap of glibc's malloc, which small
-# objects share; what is larger has been allocated in one piece.
+# objects share; what is larger has usually been allocated in one piece.
 SMALL_BLOCK_BYTES = 64 * 2**20
 HUGE_PAGE_POLICY = "/sys/kernel/mm/transparent_hugepage/enabled"
 MEMORY_MAP = "/proc/self/maps"

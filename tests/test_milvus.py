@@ -1,17 +1,23 @@
 """recall.py with a real Milvus Lite: agreement with exact search, a broken run, one query, refusals."""
 
+import argparse
+import dataclasses
 import fcntl
 import functools
 import json
+import re
 import shutil
 import signal
 import subprocess
 
 from simcse.console import InputError
+from simcse.index import milvus_types
 from simcse.index.ann_recall import ann_recall
+from simcse.index.exact import exact_search
 from simcse.index.hits import hits_of, search
 from simcse.index.manifest import Manifest
 from simcse.index.milvus import MilvusIndex, join_ids
+from simcse.index.milvus_collection import COMPLETE, Record
 from simcse.index.protocols import NOT_FOUND, Document, Line
 from simcse.text.keys import text_keys
 from simcse.text.passages import Passages
@@ -262,9 +268,75 @@ def test_the_settings_of_a_collection_are_kept_and_a_search_may_have_another_ef(
     assert index.search(vectors, 1).rows.ravel().tolist() == documents.keys.tolist()
     assert calls == [{"params": {"ef": 77}}]
     assert index.manifest.differences(Manifest(build_settings={"M": 8})) == ["M 16, not 8"]
-    with pytest.raises(InputError, match="--milvus_index_params: nprobe is not for HNSW, which has M, efConstr"):
+    with pytest.raises(InputError, match="nprobe of --milvus_index_params is not for HNSW, which has M, efCon"):
         index.open({"nprobe": 3})
     index.close()
+
+
+@pytest.mark.parametrize("is_lite, build, search", [
+    (True, {"milvus_index": "FLAT"}, {}),
+    (False, {"milvus_index": "HNSW", "M": 16, "efConstruction": 40}, {"ef": 40})])
+def test_a_collection_from_before_there_were_index_types(in_a_folder, is_lite, build, search):
+    documents = documents_of(in_a_folder, "甲", "乙")
+    index = fill_collection(documents, np.eye(2, 8, dtype="float32"))
+    old = dataclasses.replace(index.manifest, build_settings={"hnsw_m": 16}, search_settings={"hnsw_ef": 40})
+    index._collection.write_record(Record(old, COMPLETE))
+    index._collection.is_lite = is_lite  # a server's record looks the same
+    manifest = index._collection.read_record().manifest
+    assert (manifest.build_settings, manifest.search_settings) == (build, search)
+    index.close()
+
+
+def test_the_recall_of_a_changed_collection_is_measured_with_all_of_its_vectors(in_a_folder):
+    """Those that were there before, too, and not those that are gone."""
+    vectors = np.random.default_rng(0).standard_normal((60, 8)).astype("float32")
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    of_hnsw = {"build_settings": {"milvus_index": "HNSW"}, "corpus": "before"}
+    fill_collection(documents_of(in_a_folder, *(f"文{n}" for n in range(40))), vectors[:40], **of_hnsw).close()
+    documents = documents_of(in_a_folder, *(f"文{n}" for n in range(20, 60)))
+    index = MilvusIndex("x.db", "texts")
+    index.follow(documents, milvus_manifest(documents, corpus="after", build_settings=index.manifest.build_settings,
+                                            search_settings=index.manifest.search_settings))
+    assert index.has_to_be_measured()
+    index.measure_with(vectors[:9])
+    nearest = index._nearest
+    for rows in index.missing_rows:
+        index.add(rows, vectors[20:][rows])
+    index.finish()
+    np.testing.assert_allclose(nearest.cosines, exact_search(vectors[:9], vectors[20:], 10).scores, atol=1e-6)
+    assert index.manifest.ann_recall.recall > 0.9 and index.manifest.ann_recall.settings == {"ef": 100}
+    index.close()
+
+
+# ---------------------------------------------------------------------------------------------------- the index types
+def test_parameters_are_read():
+    assert milvus_types.parse_parameters("nlist=4096, nprobe=64") == {"nlist": 4096, "nprobe": 64}
+    for text, message in (("nlists=1", "'nlists' is not among the parameters M, efConstruction, nlist, m, nbits, ef"),
+                          ("ef=1,ef=2", "ef is given twice"), ("ef=", "ef: expected an integer >= 1, got ''"),
+                          ("ef=0", "ef: expected an integer >= 1, got '0'"), ("", "'' is not among the parameters")):
+        with pytest.raises(argparse.ArgumentTypeError, match=re.escape(message)):
+            milvus_types.parse_parameters(text)
+    assert not milvus_types.build_settings().keys() & milvus_types.search_settings().keys()
+    with pytest.raises(InputError, match="--hnsw_m or M of --milvus_index_params is not for FLAT, which has no param"):
+        milvus_types.check_names("FLAT", ["M"])
+
+
+@pytest.mark.parametrize("index_type, given, rows, dimension, to_build, to_search, deeper", [
+    ("HNSW", {}, 9, 64, {"M": 32, "efConstruction": 100}, {"ef": 100}, {"ef": 400}),
+    ("HNSW", {"ef": 7}, 9, 64, {"M": 32, "efConstruction": 7}, {"ef": 7}, {"ef": 80}),
+    ("FLAT", {}, 9, 64, {}, {}, {}),
+    ("IVF_FLAT", {}, 10, 64, {"nlist": 13}, {"nprobe": 13}, {}),
+    ("IVF_FLAT", {}, 10**9, 256, {"nlist": 2896}, {"nprobe": 362}, {"nprobe": 1448}),
+    ("IVF_SQ8", {"nlist": 100, "nprobe": 60}, 10**6, 256, {"nlist": 100}, {"nprobe": 60}, {"nprobe": 100}),
+    ("IVF_PQ", {}, 10**4, 130, {"nlist": 400, "m": 130, "nbits": 8}, {"nprobe": 50}, {"nprobe": 200}),
+    ("SCANN", {}, 10**4, 64, {"nlist": 400}, {"nprobe": 50, "reorder_k": 400}, {"nprobe": 200, "reorder_k": 1600}),
+    ("DISKANN", {"search_list": 9}, 10**4, 64, {}, {"search_list": 9}, {"search_list": 80})])
+def test_defaults_of_index_types(index_type, given, rows, dimension, to_build, to_search, deeper):
+    """Those that depend on the corpus; and what looks deeper in a search for 10."""
+    built, searched = milvus_types.split_settings(given)
+    built, searched = milvus_types.complete_settings({"milvus_index": index_type, **built}, searched, rows, dimension)
+    assert built == {"milvus_index": index_type, **to_build} and searched == to_search
+    assert milvus_types.deeper_settings(built, searched, 10) == deeper
 
 
 @pytest.mark.parametrize("content, message", [

@@ -1,6 +1,6 @@
 """How many of the exact nearest neighbours an approximate index finds: measuring it, and saying it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from simcse.console import log, warn
@@ -33,29 +33,32 @@ def ann_recall(cosines: np.ndarray, exact_cosines: np.ndarray) -> float:
 
 
 def report_ann_recall(measured: AnnRecall | None, search_settings: dict[str, Any] | None = None,
-                      exact: str = "--ann_engine exact") -> None:
+                      exact: str = "--ann_engine exact",
+                      as_flags: Callable[[dict[str, Any]], str] | None = None) -> None:
     """Log how much an index misses; warn and advise if that is much. Only rank 0 does.
 
     Args:
         measured: None: nothing was measured.
         search_settings: those of the search, if they may be other than the measured ones.
-        exact: the flag of an index that misses nothing.
+        exact: what finds all, for the advice.
+        as_flags: returns settings as they are given on the command line; None: each is a flag.
     """
+    as_flags = as_flags or _as_flags
     if RANK or measured is None:
         return
     message = (f"ANN recall@{measured.k} against exact search, {measured.queries}: {measured.recall:.4f} "
-               f"with {_as_flags(measured.settings)}")
+               f"with {as_flags(measured.settings)}")
     is_deeper = search_settings == measured.deeper_settings
     is_poor = (measured.deeper_recall if is_deeper else measured.recall) < POOR
     is_deeper_better = measured.deeper_recall > measured.recall + 0.001
     if is_poor and is_deeper_better and not is_deeper:
-        message += f"; {_as_flags(measured.deeper_settings)} finds {measured.deeper_recall:.4f}"
+        message += f"; {as_flags(measured.deeper_settings)} finds {measured.deeper_recall:.4f}"
     elif is_poor:
         message += f"; {exact} finds all"
         if measured.deeper_settings and not is_deeper_better:
-            message += f", {_as_flags(measured.deeper_settings)} does not help"
+            message += f", {as_flags(measured.deeper_settings)} does not help"
     if search_settings is not None and search_settings != measured.settings:
-        message += f"; this search has {_as_flags(search_settings)}"
+        message += f"; this search has {as_flags(search_settings)}"
         if is_deeper:
             message += f", which finds {measured.deeper_recall:.4f}"
     if is_poor:

@@ -64,6 +64,8 @@ def _wait_for_other(file: IO, path: str, wanted: Manifest) -> None:
     if content:  # it is empty for a moment after the other process has got the lock
         where = f"--index_path {path}, which another process is building"
         other = Manifest.from_dict(json.loads(content), where, "name another folder")
+        if other.index_shards is None:  # not known yet; it is compared when the index is there
+            other.index_shards = wanted.index_shards
         other.check(wanted, where, "name another folder")
     log(f"waiting for the process that is building the index in {path}")
     fcntl.flock(file, fcntl.LOCK_EX)

@@ -23,6 +23,7 @@ from simcse.index.milvus_collection import (
     LINES,
     MAX_BYTES,
     PASSAGE,
+    REBUILD,
     TEXT,
     VECTOR,
     Collection,
@@ -50,7 +51,7 @@ import numpy as np
 PIECE = 4096  # rows that are encoded and stored together
 MEASURED_KEPT = 2_000_000  # rows whose vectors are read again to measure the recall after a change, at most
 ADDING = 2  # how many pieces a server adds at a time: one is made ready while it works on another
-EXACT = "--milvus_index FLAT"  # the flag of an index that misses nothing
+EXACT = "another collection with --milvus_index FLAT"  # what misses nothing
 
 
 @dataclass
@@ -110,6 +111,17 @@ class MilvusIndex:
         self._adding = deque[Future]()
 
     # ------------------------------------------------------------------------------------------------------- opening
+    def check(self, wanted: Manifest) -> None:
+        """Raise InputError if the collection, which exists, is not as wanted; warn if it may be of another int8 graph.
+        """
+        where = self._collection.where
+        if INDEX_TYPE not in wanted.build_settings:  # otherwise recall.py has checked them
+            index_type = self.manifest.build_settings[INDEX_TYPE]
+            check_names(index_type, [*wanted.build_settings, *wanted.search_settings])
+        self.manifest.check(wanted, where, REBUILD)
+        if not RANK:
+            self.manifest.warn_other_calibration(wanted, where, REBUILD)
+
     def open(self, search_settings: dict[str, Any]) -> None:
         """Make the collection searchable without its corpus: a row is then a key.
 
@@ -140,7 +152,7 @@ class MilvusIndex:
         Raises:
             InputError: a text is too long for Milvus, or the collection has no text of the corpus.
         """
-        from simcse.ranks import wait_for_ranks
+        from simcse.ranks import any_rank, wait_for_ranks
 
         self._documents = documents
         build_settings, search_settings = complete_settings(
@@ -151,7 +163,7 @@ class MilvusIndex:
         self._sorted_keys = self._keys[self._order]
         if self._record is not None:
             self.manifest.ann_recall = self._record.manifest.ann_recall
-        if self._is_current():
+        if not any_rank(not self._is_current()):
             self._open_complete(self.manifest, {})
             return
         self._changes = self._find_changes()
@@ -173,11 +185,11 @@ class MilvusIndex:
             manifest: its own, or one that agrees with it.
             search_settings: those that are other than in the manifest.
         """
-        self._collection.load()
         check_names(manifest.build_settings[INDEX_TYPE], list(search_settings))
+        self._collection.load()
         self._search_settings = {**manifest.search_settings, **search_settings}
         log(f"using the collection {self._collection.name} in {self._collection.uri}")
-        report_ann_recall(manifest.ann_recall, _as_flag(self._search_settings), exact=EXACT)
+        report_ann_recall(manifest.ann_recall, self._search_settings, exact=EXACT, as_flags=_as_flag)
 
     def _is_current(self) -> bool:
         """Return whether the collection has all of the corpus, and nothing else."""
@@ -192,7 +204,7 @@ class MilvusIndex:
     def _find_changes(self) -> Changes:
         """Compare the rows of the collection with those of the corpus."""
         changes = Changes(np.ones(len(self._keys), bool), [], [], np.empty(0, "int64"))
-        if self._record is None or not self._collection.has_index():
+        if self._record is None:
             return changes
         self._collection.load()
         documents = set()
@@ -265,7 +277,7 @@ class MilvusIndex:
 
         The vectors of rows that stay have to be read for it; where they are too many the last measurement is kept.
         """
-        return self._changes is not None and bool(self._index_type.deeper) and self._count_kept() <= MEASURED_KEPT
+        return self._changes is not None and self._index_type.is_approximate and self._count_kept() <= MEASURED_KEPT
 
     def measure_with(self, queries: np.ndarray) -> None:
         """Have `finish` measure the recall of a search for some queries, float32 [queries, dim].
@@ -328,13 +340,31 @@ class MilvusIndex:
             self._update_outdated()
             self._collection.delete(self._changes.gone)
             self._collection.flush()
-            is_indexed = self._collection.wait_until_indexed()
-            self.manifest.ann_recall = self._measure_recall() if is_indexed else None
+        is_indexed = self._wait_until_indexed()
+        if not RANK:
             self._collection.write_record(Record(self.manifest, COMPLETE))
+            if is_indexed and self._nearest is not None:
+                self.manifest.ann_recall = self._measure_recall()
+                self._collection.write_record(Record(self.manifest, COMPLETE))
         wait_for_ranks()
         self._changes = None
         self._nearest = None
         self.missing_rows = []
+
+    def _wait_until_indexed(self) -> bool:
+        """Wait until the server has indexed all rows, and return, on rank 0, whether it has.
+
+        The ranks meet at each look at it: one that waited for rank 0 all the time would give up after half an hour.
+        """
+        from simcse.ranks import any_rank
+
+        if not self._index_type.is_approximate:
+            return True
+        looks = iter(()) if RANK else self._collection.watch_indexing()
+        is_indexed = next(looks, None)
+        while any_rank(is_indexed is False):
+            is_indexed = next(looks, None)
+        return bool(is_indexed)
 
     def _update_outdated(self) -> None:
         """Write rows again whose lines or ids have changed, with the vectors that they have."""
@@ -356,23 +386,22 @@ class MilvusIndex:
             if vectors:
                 self._nearest.add(np.array(vectors, "float32"))
 
-    def _measure_recall(self) -> AnnRecall | None:
-        """Return the recall of a search for the queries of `measure_with`; None: the search is exact."""
-        if self._nearest is None:
-            return self.manifest.ann_recall
+    def _measure_recall(self) -> AnnRecall:
+        """Return the recall of a search for the queries of `measure_with`."""
         if self._count_kept():
             self._add_kept()
         queries, k, exact = self._nearest.queries, self._nearest.k, self._nearest.cosines
         settings = self._search_settings
-        deeper = deeper_settings(self._index_type, settings, k)
+        deeper = deeper_settings(self.manifest.build_settings, settings, k)
         recall = ann_recall(self.search(queries, k).scores, exact)
-        self._search_settings = deeper
-        deeper_recall = ann_recall(self.search(queries, k).scores, exact)
-        self._search_settings = settings
+        deeper_recall = recall
+        if deeper:
+            self._search_settings = deeper
+            deeper_recall = ann_recall(self.search(queries, k).scores, exact)
+            self._search_settings = settings
         measured = AnnRecall(k=k, queries=f"{len(queries)} halves of documents", recall=round(recall, 4),
-                             settings=_as_flag(settings), deeper_recall=round(deeper_recall, 4),
-                             deeper_settings=_as_flag(deeper))
-        report_ann_recall(measured, exact=EXACT)
+                             settings=settings, deeper_recall=round(deeper_recall, 4), deeper_settings=deeper)
+        report_ann_recall(measured, exact=EXACT, as_flags=_as_flag)
         return measured
 
     # ----------------------------------------------------------------------------------------------------- searching
@@ -495,9 +524,9 @@ def manifest_to_follow(wanted: Manifest, previous: Manifest | None, is_lite: boo
         search_settings={**previous.search_settings, **wanted.search_settings})
 
 
-def _as_flag(settings: dict[str, Any]) -> dict[str, str]:
-    """Return search settings as the flag of recall.py that has them, for `report_ann_recall`."""
-    return {"milvus_index_params": to_text(settings)} if settings else {}
+def _as_flag(settings: dict[str, Any]) -> str:
+    """Return search settings as they are given on the command line."""
+    return f"--milvus_index_params {to_text(settings)}"
 
 
 def join_ids(ids: Sequence[str]) -> str:

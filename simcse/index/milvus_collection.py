@@ -32,7 +32,7 @@ VECTOR = "embedding"
 MAX_BYTES = 65535  # of a text field
 PAGE = 1000  # how many rows, or queries, a request for some of them has at most
 RANGE_PAGE = 16384  # how many rows a request for a range of keys reads at most
-INSERTED = 4096  # how many rows a request adds at most; more at a time, or in several threads, is hardly faster
+INSERTED = 4096  # how many rows a request adds at most
 MESSAGE_BYTES = 32 << 20  # of a request or an answer: half of what a server takes (proxy.grpc.serverMaxRecvSize)
 TEXT_FIELDS = (TEXT, PASSAGE, IDS)
 METRIC = "COSINE"
@@ -42,7 +42,6 @@ BOUNDED = "Bounded"  # what was written some seconds before
 POLL = 0.5  # seconds between two looks at how far the server has indexed
 STALLED = 1800  # seconds without progress after which indexing is no longer waited for
 SMALL_SEGMENT = 1024  # rows below which a segment has no index (indexCoord.segment.minSegmentNumRowsToEnableIndex)
-UNINDEXED = ("FLAT",)  # index types that are the rows themselves
 REBUILD = "name another collection, or drop this one to build it again"
 # States of a collection. One that is changing has every text of its last complete state until the very end.
 BUILDING = "building"
@@ -187,9 +186,10 @@ class Collection:
         Args:
             manifest: its dimension, and its settings, with which vectors are indexed.
         """
-        if self.exists() and self.has_index():
-            return
-        self._drop()  # one whose making was interrupted, which has no rows yet
+        if self.exists():
+            if self.has_index():
+                return
+            self._drop()  # its making was interrupted, and it has no rows: `read_record` has made sure of that
         record = _record_to_json(Record(manifest, BUILDING))
         with self._errors():
             self._client.create_collection(self.name, schema=self._schema(manifest.dimension),
@@ -226,8 +226,8 @@ class Collection:
         if self.is_lite:  # it reads the parameters from one that is called params
             params = {"params": params}
         index = self._client.prepare_index_params()
-        index.add_index(field_name=VECTOR, index_type=manifest.build_settings[INDEX_TYPE], metric_type=METRIC,
-                        params=params)
+        index.add_index(field_name=VECTOR, index_name=VECTOR, index_type=manifest.build_settings[INDEX_TYPE],
+                        metric_type=METRIC, params=params)
         return index
 
     def has_index(self) -> bool:
@@ -245,65 +245,78 @@ class Collection:
         with self._errors():
             self._client.flush(self.name)
 
-    def wait_until_indexed(self) -> bool:
-        """Wait until all rows on the disk are indexed, and searches use the index; return whether they do.
+    def watch_indexing(self) -> Iterator[bool]:
+        """Yield False, every now and then, until searches use the index of all rows on the disk; then True.
 
-        A server does both after the flush. Until then it compares a query with every row. Where it gets nothing done
-        for STALLED seconds, there is a warning.
+        A server builds it after the flush, and compares a query with every row until then. Where it gets nothing done
+        for STALLED seconds, there is a warning, and no True.
         """
-        if self.is_lite:
-            return True
-        rows = self.count()
-        indexed = 0
+        indexed = -1
         last_progress = time.monotonic()
+        with self._errors():
+            rows = self._client.describe_index(self.name, VECTOR)["total_rows"]
         with progress("indexing", rows, "rows") as advance:
-            while indexed < rows:
-                time.sleep(POLL)
-                now_indexed = min(rows, self._count_indexed())
+            while not self.is_lite:
+                now_indexed, rows = self._count_indexed()
+                if now_indexed >= rows:
+                    break
                 if now_indexed > indexed:
                     last_progress = time.monotonic()
-                    advance(now_indexed - indexed)
+                    advance(now_indexed - max(0, indexed))
                     indexed = now_indexed
                 elif time.monotonic() > last_progress + STALLED:
                     warn(f"{self.where}: the server has indexed {indexed:,} of {rows:,} rows and none for "
                          f"{STALLED / 60:.0f} minutes; searches compare queries with the others one by one until it "
                          "has. Its log says why: an index type that it lacks, or no disk or memory left")
-                    return False
-        return True
+                    return
+                time.sleep(POLL)
+                yield False
+        yield True
 
-    def _count_indexed(self) -> int:
-        """Return how many rows are in segments that searches use the index of, or that are too small to have one."""
+    def _count_indexed(self) -> tuple[int, int]:
+        """Return how many rows searches use the index of, and how many there are on the disk.
+
+        Both count rows that were deleted and are still on the disk. Small segments have no index, and count as if.
+        """
         with self._errors():
             index = self._client.describe_index(self.name, VECTOR)
             segments = self._client.list_loaded_segments(self.name)
-        if index["index_type"] in UNINDEXED:
-            return index["indexed_rows"]
         rows_of = {segment.segment_id: segment.num_rows for segment in segments
                    if segment.index_name or segment.num_rows < SMALL_SEGMENT}  # replicas have the same segments
-        return sum(rows_of.values())
+        return sum(rows_of.values()), index["total_rows"]
 
     # ------------------------------------------------------------------------------------------------------- the record
     def read_record(self) -> Record | None:
         """Return what the collection is made of; None: it does not exist, or its making was interrupted at once.
 
+        From now on the collection is meant that an alias names at this moment.
+
         Raises:
-            InputError: recall.py did not make it, or another version did, or its fields are others.
+            InputError: recall.py did not make it, or another version did, its fields are others, or it has no index.
         """
         if not self.exists():
             return None
         with self._errors():
             described = self._client.describe_collection(self.name)
+        self.name = described.get("collection_name", self.name)
         content = described.get("properties", {}).get(_RECORD) or described.get("description")  # earlier versions'
         try:
             record = dict(json.loads(content or ""))
         except (TypeError, ValueError):
             raise InputError(f"{self.where}: exists, but was not made by recall.py") from None
         manifest = Manifest.from_dict(record.get("manifest", {}), self.where, REBUILD)
-        self._name_index_type(manifest)
+        self._convert_old_settings(manifest)
         self._check_fields(described["fields"], manifest)
-        if not self.has_index():
+        if self.has_index():
+            return Record(manifest, record["state"])
+        if record["state"] == BUILDING and self._count_written() == 0:
             return None
-        return Record(manifest, record["state"])
+        raise InputError(f"{self.where}: its vectors have no index, which recall.py had made; create one, or {REBUILD}")
+
+    def _count_written(self) -> int:
+        """Return how many rows are on the disk of the server, which can be asked without an index."""
+        with self._errors():
+            return self._client.get_collection_stats(self.name)["row_count"]
 
     def _check_fields(self, fields: Sequence[dict[str, Any]], manifest: Manifest) -> None:
         """Raise InputError if the fields of a row are not those that `create` makes."""
@@ -316,7 +329,7 @@ class Collection:
                 raise InputError(f"{self.where}: its fields are not those that recall.py makes: {name} is {problem}; "
                                  f"{REBUILD}")
 
-    def _name_index_type(self, manifest: Manifest) -> None:
+    def _convert_old_settings(self, manifest: Manifest) -> None:
         """Change the settings of a manifest that was written before there was --milvus_index to those of today."""
         if INDEX_TYPE in manifest.build_settings:
             return

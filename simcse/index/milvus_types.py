@@ -1,6 +1,7 @@
 """The index types of a Milvus server, by the names that --milvus_index has for them, and their parameters.
 
-To add one, add a line to INDEX_TYPES. Its check, its entries in the manifest and its help text follow from that.
+To add one, add a line to INDEX_TYPES. Its check, its entries in the manifest and its help text follow from that. A
+parameter whose default depends on the corpus has the default None, and gets its value in `complete_settings`.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from simcse.console import InputError
 from simcse.index.settings import HNSW_EF, HNSW_M, Setting, integer
 
 INDEX_TYPE = "milvus_index"  # the build setting that names the type
-DEEPER = 4  # how many times larger the settings are with which a search is compared
+DEEPER_FACTOR = 4  # how many times larger ef, nprobe and the like are in the second measurement of recall
 
 M = Setting("M", integer(2), HNSW_M.default, "links per node")
 EF_CONSTRUCTION = Setting("efConstruction", integer(1), None, "candidates that building keeps", "ef")
@@ -35,7 +36,7 @@ class IndexType:
         build_settings: the parameters with which vectors are indexed. A collection has them for good.
         search_settings: the parameters of a search.
         candidates: the search setting that a search for k raises to 2 k; None: it has none.
-        deeper: the search settings that a deeper search multiplies; none: the search is exact.
+        deeper: the search settings of which larger values find more; an exact search has none.
         is_quantized: whether Milvus gives cosines of compressed vectors instead of the cosines.
     """
 
@@ -45,6 +46,11 @@ class IndexType:
     candidates: Setting | None = None
     deeper: Sequence[Setting] = ()
     is_quantized: bool = False
+
+    @property
+    def is_approximate(self) -> bool:
+        """Whether a search may miss some of the nearest."""
+        return bool(self.deeper)
 
 
 INDEX_TYPES: dict[str, IndexType] = {
@@ -122,7 +128,9 @@ def check_names(index_type: str, settings: Sequence[str]) -> None:
     for name in settings:
         if name not in (INDEX_TYPE, *names):
             known = f"which has {', '.join(names)}" if names else "which has no parameters"
-            raise InputError(f"--milvus_index_params: {name} is not for {index_type}, {known}")
+            flags = [f"--{flag}" for flag, parameter in SETTING_OF_FLAG.items() if parameter == name]
+            given = " or ".join([*flags, f"{name} of --milvus_index_params"])
+            raise InputError(f"{given} is not for {index_type}, {known}")
 
 
 # -------------------------------------------------------------------------------------------------------------- values
@@ -172,10 +180,14 @@ def parameters_to_search(index_type: IndexType, settings: dict[str, Any], k: int
     return parameters
 
 
-def deeper_settings(index_type: IndexType, settings: dict[str, Any], k: int) -> dict[str, Any]:
-    """Return search settings that find more than the given ones in a search for k; {}: there are none."""
-    parameters = parameters_to_search(index_type, settings, k)
-    return {setting.name: DEEPER * parameters[setting.name] for setting in index_type.deeper}
+def deeper_settings(build_settings: dict[str, Any], search_settings: dict[str, Any], k: int) -> dict[str, Any]:
+    """Return search settings that find more than the given ones in a search for k; {}: these find all they can."""
+    index_type = INDEX_TYPES[build_settings[INDEX_TYPE]]
+    parameters = parameters_to_search(index_type, search_settings, k)
+    deeper = {setting.name: DEEPER_FACTOR * parameters[setting.name] for setting in index_type.deeper}
+    if NPROBE.name in deeper:  # more clusters than there are
+        deeper[NPROBE.name] = min(deeper[NPROBE.name], build_settings[NLIST.name])
+    return {} if deeper == parameters else deeper
 
 
 def to_text(settings: dict[str, Any]) -> str:

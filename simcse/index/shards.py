@@ -158,6 +158,13 @@ class ShardedIndex:
 
         Where ranks exchange pieces, it waits until all ranks have called it, or `finish`.
         """
+        expected = self._vectors_of(self._next_round * self._ranks + self._rank)
+        if len(vectors) != expected.stop - expected.start:
+            raise ValueError(f"{len(vectors)} vectors, where the next piece has {expected.stop - expected.start}")
+        self._add_round(vectors)
+
+    def _add_round(self, vectors: np.ndarray) -> None:
+        """Add what this rank gets of the next round, to which it gives some vectors, float32 [vectors, dim]."""
         for shard, vectors_of_shard in self._share_out(vectors).items():
             while len(self._adding) >= self._most_adding:
                 self._wait_for_oldest()
@@ -168,7 +175,7 @@ class ShardedIndex:
         """Wait until all vectors are added."""
         rounds = -(-self._piece_count // self._ranks)
         if self._has_to_exchange and self._next_round < rounds:  # the last round, in which this rank has no piece
-            self.add(np.empty(0, "int64"), np.empty((0, self.manifest.dimension), "float32"))
+            self._add_round(np.empty((0, self.manifest.dimension), "float32"))
         with progress("indexing", sum(count for _, count in self._adding), "vectors") as advance:
             while self._adding:
                 advance(self._wait_for_oldest())
@@ -225,7 +232,7 @@ class ShardedIndex:
         from simcse.ranks import gather_arrays
 
         own = merge_results([_nothing_found(len(queries), k), *self._search_own(queries, k, exact)], k)
-        if RANKS == 1:
+        if self._ranks == 1:
             return own
         results = map(SearchResult, gather_arrays(own.rows), gather_arrays(own.scores))
         return merge_results(results, k)
