@@ -142,7 +142,8 @@ def add_index_arguments(parser: argparse.ArgumentParser) -> None:
         f"{'; '.join(types)} (default: that of the collection, or {milvus_types.DEFAULT_TYPE}; "
         f"{milvus_types.LITE_TYPE} in Milvus Lite, which has no other)")
     add("--milvus_index_params", type=milvus_types.parse_parameters, metavar="NAME=VALUE,...",
-        help=f"parameters of the index, by Milvus's names. When it is built: {to_build}. When it is searched: "
+        help="parameters of the index, with Milvus's parameter names, such as nlist=4096,nprobe=64. "
+        f"When it is built: {to_build}. When it is searched: "
         f"{to_search}; a collection can be searched with other values of these")
 
 

@@ -39,8 +39,8 @@ def pytest_addoption(parser):
 # The tests of a file go to one worker of xdist, and so do files that share what is costly: one browser, the launcher.
 GROUPS = dict.fromkeys(("test_visualdl", "test_search_page", "test_search_page_errors"), "pages")
 # What takes longest comes first, so that no worker is left with it at the end.
-FIRST = ("test_gpu_benchmark", "test_scripts", "test_distributed", "test_search_page", "test_search_page_errors",
-         "test_visualdl", "test_resume", "test_serving")
+FIRST = ("test_milvus_server", "test_gpu_benchmark", "test_scripts", "test_distributed", "test_search_page",
+         "test_search_page_errors", "test_visualdl", "test_resume", "test_serving")
 
 
 @pytest.hookimpl(tryfirst=True)

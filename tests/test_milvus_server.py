@@ -200,6 +200,7 @@ def test_recall_on_the_server_and_in_a_folder(checkpoint, sample, corpus, milvus
     asked = ["recall.py", "--device", "cpu", "--params_path", checkpoint, *FP32, "--max_seq_length", 16, "--query",
              query, "--top_k", 3, "--format", "jsonl", *on_two[:-1], f"{collection}_alias", "--milvus_index_params",
              "ef=50"]
+    assert MilvusIndex(milvus_server.uri, f"{collection}_alias")._collection.name == on_two[-1]
     answer = json.loads(succeed(*asked, cwd=tmp_path).stdout)["results"]
     assert [(hit["id"], hit["document"]) for hit in answer] == [hit[1:3] for hit in expected[0][:3]]
     client.close()

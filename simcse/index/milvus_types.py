@@ -17,13 +17,14 @@ DEEPER_FACTOR = 4  # how many times larger ef, nprobe and the like are in the se
 
 M = Setting("M", integer(2), HNSW_M.default, "links per node")
 EF_CONSTRUCTION = Setting("efConstruction", integer(1), None, "candidates that building keeps", "ef")
-EF = Setting("ef", integer(1), HNSW_EF.default, "candidates that a search keeps")
+EF = Setting("ef", integer(1), HNSW_EF.default, "candidates that a search keeps, at least twice --recall_num")
 NLIST = Setting("nlist", integer(1), None, "clusters of a segment", "4 times the square root of its rows")
 NPROBE = Setting("nprobe", integer(1), None, "clusters that a search looks at", "an eighth of nlist, at least 16")
-SUBVECTORS = Setting("m", integer(1), None, "parts of a vector that are encoded separately", "a quarter of its size")
-NBITS = Setting("nbits", integer(1), 8, "bits of each part")
-REORDER_K = Setting("reorder_k", integer(1), 400, "candidates that are compared by their whole vectors")
-SEARCH_LIST = Setting("search_list", integer(1), 100, "candidates that a search keeps")
+SUBVECTORS = Setting("m", integer(1), None, "subvectors of product quantization", "a quarter of its size")
+NBITS = Setting("nbits", integer(1), 8, "bits of each subvector")
+REORDER_K = Setting("reorder_k", integer(1), 400,
+                    "candidates that are re-ranked by the original vectors, at least twice --recall_num")
+SEARCH_LIST = Setting("search_list", integer(1), 100, "candidates that a search keeps, at least twice --recall_num")
 SETTING_OF_FLAG = {HNSW_M.name: M.name, HNSW_EF.name: EF.name}  # other names that recall.py has for the same
 
 
@@ -60,7 +61,7 @@ INDEX_TYPES: dict[str, IndexType] = {
     "IVF_SQ8": IndexType("clusters, a byte a dimension", (NLIST,), (NPROBE,), deeper=(NPROBE,), is_quantized=True),
     "IVF_PQ": IndexType("clusters, product quantization", (NLIST, SUBVECTORS, NBITS), (NPROBE,), deeper=(NPROBE,),
                         is_quantized=True),
-    "SCANN": IndexType("clusters, 4-bit product quantization, the best compared by whole vectors", (NLIST,),
+    "SCANN": IndexType("clusters, 4-bit product quantization, candidates re-ranked by the original vectors", (NLIST,),
                        (NPROBE, REORDER_K), candidates=REORDER_K, deeper=(NPROBE, REORDER_K)),
     "DISKANN": IndexType("a graph on the server's disk", (), (SEARCH_LIST,), candidates=SEARCH_LIST,
                          deeper=(SEARCH_LIST,)),
