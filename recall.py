@@ -32,6 +32,7 @@ from simcse.index.hits import FUSION_DEPTH, Hit, Ranking, hits_of
 from simcse.index.hits import search as search_index
 from simcse.index.lock import lock_folder
 from simcse.index.manifest import REBUILD, Manifest
+from simcse.index.milvus import MilvusIndex
 from simcse.index.protocols import DocumentStore, Index
 from simcse.index.settings import Setting
 from simcse.index.shards import MAX_SHARDS, VECTORS_OF_ONE_SHARD, VECTORS_PER_SHARD
@@ -241,6 +242,8 @@ def check_milvus(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     if args.index_path or args.index_shards:
         parser.error("--index_path and --index_shards are not for --ann_engine milvus")
     check_milvus_index(parser, args)
+    if args.recall_num > MilvusIndex.max_k:
+        parser.error(f"--recall_num {args.recall_num}: Milvus gives at most {MilvusIndex.max_k}")
     if args.hybrid_bm25 and not args.corpus_file:
         parser.error("--hybrid_bm25 with --ann_engine milvus needs --corpus_file")
 
