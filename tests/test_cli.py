@@ -71,7 +71,7 @@ def test_usage_errors(tmp_path, script, flags, message):
     ("recall.py", ["--milvus_uri", "x.db"], "--milvus_uri needs --ann_engine milvus"),
     ("recall.py", ["--ann_engine", "milvus", "--recall_num", 16385], "--recall_num 16385: Milvus gives at most 16384"),
     ("recall.py", ["--milvus_index", "FLAT"], "--milvus_index needs --ann_engine milvus"),
-    ("recall.py", ["--ann_engine", "milvus", "--milvus_uri", "http://h:1", "--hnsw_m", 8, "--milvus_index_params", "M=9"],
+    ("recall.py", ["--ann_engine", "milvus", "--milvus_uri", "http://h", "--hnsw_m", 8, "--milvus_index_params", "M=9"],
      "--hnsw_m and M of --milvus_index_params are mutually exclusive"),
     ("recall.py", ["--ann_engine", "milvus", "--milvus_uri", "http://h:1", "--milvus_index", "FLAT", "--hnsw_m", 8],
      "--hnsw_m or M of --milvus_index_params is not for FLAT, which has no parameters"),

@@ -331,3 +331,32 @@ def test_killed_before_its_end(checkpoint, sample, tmp_path):
     np.testing.assert_allclose([float(hit[2]) for hit in hits], [float(hit[2]) for hit in new_hits], atol=1e-6)
     assert "was built with max_seq_length 32, not 9; name another collection" in refuse(
         "recall.py", *words, "--max_seq_length", 9, cwd=tmp_path)
+
+
+def test_ids_of_an_interrupted_run_do_not_stay(monkeypatch):
+    """A run with ids is broken off, and the corpus goes back to the one without."""
+    run(["甲", "乙"])
+    expected = contents()[1]
+    with monkeypatch.context() as patch:
+        break_at(patch, "alter_collection_properties", 3)  # after the two that mark it as changing
+        with pytest.raises(InputError, match="broken off"):
+            run(["a\t甲", "b\t乙", "c\t丙"])
+    assert {row[milvus_collection.IDS] for row in contents()[1].values()} == {"a", "b", "c"}
+    run(["甲", "乙"])
+    assert contents()[1] == expected
+
+
+def test_two_processes_do_not_change_a_collection(monkeypatch):
+    """What another one has written after the comparison is noticed before anything is changed."""
+    run(["甲", "乙"])
+    find_changes = MilvusIndex._find_changes
+
+    def overtaken(self):
+        changes = find_changes(self)
+        record = self._collection.read_record()
+        self._collection.write_record(record._replace(state=milvus_collection.CHANGING))
+        return changes
+
+    monkeypatch.setattr(MilvusIndex, "_find_changes", overtaken)
+    with pytest.raises(InputError, match="texts: another process has changed it meanwhile; run again when that has"):
+        run(["甲", "丙"])

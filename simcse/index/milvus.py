@@ -76,7 +76,7 @@ class MilvusIndex:
 
     A row is stored under the key of its text, so that the collection itself says which rows are there. A new corpus, a
     changed one and a run that was interrupted differ only in how many rows are missing. Rows are added, and those that
-    the corpus lacks are removed at the end; searches find the collection complete all the time.
+    the corpus lacks are removed at the end; searches in between find all of the old rows and some of the new ones.
 
     Args:
         uri, collection: see `Collection`.
@@ -179,7 +179,7 @@ class MilvusIndex:
         self.missing_rows = self._missing_pieces()
 
     def _open_complete(self, manifest: Manifest, search_settings: dict[str, Any]) -> None:
-        """Make a collection that lacks nothing searchable.
+        """Make a collection searchable that lacks nothing of a corpus, this one or an earlier one.
 
         Args:
             manifest: its own, or one that agrees with it.
@@ -208,7 +208,9 @@ class MilvusIndex:
             return changes
         self._collection.load()
         documents = set()
-        has_ids = self._documents.corpus.has_ids or self._record.manifest.corpus_columns != 1
+        # A collection that is not of one corpus may have ids of another one.
+        may_have_ids = self._record.state != COMPLETE or self._record.manifest.corpus_columns != 1
+        has_ids = self._documents.corpus.has_ids or may_have_ids
         fields = [DOCUMENT, LINES, IDS] if has_ids else [DOCUMENT, LINES]
         for page in self._collection.read_pages(fields):
             rows = self._rows_of(np.array([stored[KEY] for stored in page], "int64"))
@@ -267,17 +269,33 @@ class MilvusIndex:
 
     # ------------------------------------------------------------------------------------------------------- filling
     def _start_changing(self) -> None:
-        """Make the collection if it does not exist; record that it is not of one state of the corpus from now on."""
+        """Create the collection, or mark it as changing.
+
+        Raises:
+            InputError: another process has changed it since it was compared.
+        """
+        self._check_unchanged()
         self._collection.create(self.manifest)
         if self._record is not None and self._record.state == COMPLETE:
             self._collection.write_record(Record(self._record.manifest, CHANGING))
 
+    def _check_unchanged(self) -> None:
+        """Raise InputError if the collection is not what it was when it was opened: no two processes may change it."""
+        record = self._collection.read_record()
+        if record != self._record:
+            raise InputError(f"{self._collection.where}: another process has changed it meanwhile; run again when that "
+                             "has ended")
+
     def has_to_be_measured(self) -> bool:
         """Return whether rows are about to change of an index type that may miss some of the nearest.
 
-        The vectors of rows that stay have to be read for it; where they are too many the last measurement is kept.
+        All ranks call it together. The vectors of rows that stay have to be read for it; where they are too many the
+        last measurement is kept.
         """
-        return self._changes is not None and self._index_type.is_approximate and self._count_kept() <= MEASURED_KEPT
+        from simcse.ranks import any_rank
+
+        return any_rank(self._changes is not None and self._index_type.is_approximate
+                        and self._count_kept() <= MEASURED_KEPT)
 
     def measure_with(self, queries: np.ndarray) -> None:
         """Have `finish` measure the recall of a search for some queries, float32 [queries, dim].
@@ -342,6 +360,8 @@ class MilvusIndex:
             self._collection.flush()
         is_indexed = self._wait_until_indexed()
         if not RANK:
+            if self._nearest is not None:
+                self.manifest.ann_recall = None  # until it is measured, which may be interrupted
             self._collection.write_record(Record(self.manifest, COMPLETE))
             if is_indexed and self._nearest is not None:
                 self.manifest.ann_recall = self._measure_recall()

@@ -490,7 +490,7 @@ def _grpc_cause(error: BaseException) -> Any:
 
 
 def max_rows(fields: Sequence[str]) -> int:
-    """Return how many rows a message may have so that it fits whatever their fields hold."""
+    """Return how many rows a message may have so that it fits whatever their texts hold."""
     texts = sum(field in TEXT_FIELDS for field in fields)
     return min(PAGE, MESSAGE_BYTES // max(1, texts * MAX_BYTES))
 

@@ -20,7 +20,8 @@ EF_CONSTRUCTION = Setting("efConstruction", integer(1), None, "candidates that b
 EF = Setting("ef", integer(1), HNSW_EF.default, "candidates that a search keeps, at least twice --recall_num")
 NLIST = Setting("nlist", integer(1), None, "clusters of a segment", "4 times the square root of its rows")
 NPROBE = Setting("nprobe", integer(1), None, "clusters that a search looks at", "an eighth of nlist, at least 16")
-SUBVECTORS = Setting("m", integer(1), None, "subvectors of product quantization", "a quarter of its size")
+SUBVECTORS = Setting("m", integer(1), None, "subvectors of product quantization",
+                     "a quarter of the dimension; the dimension if 4 does not divide it")
 NBITS = Setting("nbits", integer(1), 8, "bits of each subvector")
 REORDER_K = Setting("reorder_k", integer(1), 400,
                     "candidates that are re-ranked by the original vectors, at least twice --recall_num")
@@ -185,7 +186,7 @@ def deeper_settings(build_settings: dict[str, Any], search_settings: dict[str, A
     """Return search settings that find more than the given ones in a search for k; {}: these find all they can."""
     index_type = INDEX_TYPES[build_settings[INDEX_TYPE]]
     parameters = parameters_to_search(index_type, search_settings, k)
-    deeper = {setting.name: DEEPER_FACTOR * parameters[setting.name] for setting in index_type.deeper}
+    deeper = {**parameters, **{setting.name: DEEPER_FACTOR * parameters[setting.name] for setting in index_type.deeper}}
     if NPROBE.name in deeper:  # more clusters than there are
         deeper[NPROBE.name] = min(deeper[NPROBE.name], build_settings[NLIST.name])
     return {} if deeper == parameters else deeper
