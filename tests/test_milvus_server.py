@@ -98,7 +98,7 @@ def test_csl_by_flat_is_exact(csl, milvus_server, collection):
     index.close()
 
 
-def test_product_quantization_gives_true_cosines(tmp_path, milvus_server, collection):
+def test_product_quantization_gives_true_cosines(tmp_path, milvus_server, collection, capsys):
     """Of few rows, as training takes long; the settings of a collection are kept, a search may have others."""
     vectors = unit_vectors(1500)
     documents = documents_of(tmp_path, *(f"文{number}" for number in range(1500)))
@@ -111,6 +111,15 @@ def test_product_quantization_gives_true_cosines(tmp_path, milvus_server, collec
     found = index.search(vectors[:20], 10)
     rows = np.vectorize(row_of_key.get)(found.rows)
     np.testing.assert_allclose(found.scores, np.einsum("qd,qkd->qk", vectors[:20], vectors[rows]), atol=1e-5)
+    assert "fewer than" not in capsys.readouterr().err
+    index.close()
+    index = MilvusIndex(milvus_server.uri, collection)
+    index.open({"nprobe": 1})
+    index.search(vectors[:20], 1400)
+    index.search(vectors[:20], 1400)
+    line, = [line for line in capsys.readouterr().err.splitlines() if "fewer than" in line]
+    assert line == (f"--milvus_collection {collection}: 20 of 20 queries have fewer than 1,400 hits with "
+                    "--milvus_index_params nprobe=1; --milvus_index_params nprobe=4 looks further")
     index.close()
 
 

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from simcse.console import InputError, log, part, some
+from simcse.console import InputError, log, part, some, warn
 from simcse.index.ann_recall import MEASURED_K, ann_recall, report_ann_recall
 from simcse.index.documents import Documents, report_changes
 from simcse.index.exact import NearestCosines
@@ -106,6 +106,7 @@ class MilvusIndex:
         self._documents: Documents | None = None
         self._changes: Changes | None = None
         self._nearest: NearestCosines | None = None  # what a search of some queries has to find
+        self._has_warned = False
         self._most_adding = 1 if self._collection.is_lite else ADDING
         self._workers = ThreadPoolExecutor(self._most_adding)
         self._adding = deque[Future]()
@@ -434,7 +435,9 @@ class MilvusIndex:
             raise InputError(f"--recall_num {k}: Milvus gives at most {self.max_k}")
         parameters = parameters_to_search(self._index_type, self._search_settings, k)
         found = self._collection.search(queries, k, parameters, with_vectors=self._index_type.is_quantized)
+        short = 0
         for query, hits in enumerate(found):
+            short += len(hits) < min(k, self.manifest.rows)
             rows = np.array([key for key, _ in hits], "int64")
             cosines = np.array([cosine for _, cosine in hits], "float32")
             if self._documents is not None:
@@ -444,7 +447,17 @@ class MilvusIndex:
             order = np.lexsort((rows, -cosines))
             result.rows[query, : len(rows)] = rows[order]
             result.scores[query, : len(rows)] = cosines[order]
+        self._warn_short(short, len(queries), k)
         return result
+
+    def _warn_short(self, short: int, queries: int, k: int) -> None:
+        """Warn, once, of queries for which an approximate search has found fewer than k rows."""
+        if short and self._index_type.is_approximate and not self._has_warned:
+            self._has_warned = True
+            settings = deeper_settings(self.manifest.build_settings, self._search_settings, k)
+            remedy = f"; {_as_flag(settings)} looks further" if settings else ""
+            warn(f"{self._collection.where}: {part(short, queries, 'query', 'have')} fewer than {k:,} hits with "
+                 f"{_as_flag(self._search_settings)}{remedy}")
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """Return the vectors of some rows, float32 [rows, dim], on rank 0; zeros for NOT_FOUND and on other ranks."""
