@@ -270,9 +270,10 @@ def serve(exported, kept_index, tmp_path):
         each.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def milvus_server(tmp_path_factory):
-    """A running Milvus server, whose token is in the environment."""
+    """A running Milvus server, whose token is in the environment; it ends with its tests, as an idle one takes a fifth
+    of a core."""
     pytest.importorskip("pymilvus", reason="requirements-milvus.txt is not installed")
     from milvus_server import PROGRAM, MilvusServer
 
