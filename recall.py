@@ -122,9 +122,8 @@ def add_index_arguments(parser: argparse.ArgumentParser) -> None:
         f"that of processes or threads (default: 1 for up to {VECTORS_OF_ONE_SHARD:,} vectors, above that one for "
         f"every {VECTORS_PER_SHARD:,}, from 2 to {MAX_SHARDS})")
     for setting in engine_settings():
-        default = setting.default_help if setting.default is None else setting.default
         add(f"--{setting.name}", type=setting.type,
-            help=f"{' and '.join(engines_with(setting))}: {setting.help} (default: {default})")
+            help=f"{' and '.join(engines_with(setting))}: {setting.help} (default: {setting.default_text})")
     add("--passages", action="store_true", help="split each document at sentence ends into passages of at most "
         "--max_seq_length tokens, and find it by the best of them, each embedded in its document; otherwise only the "
         "first tokens of a document are encoded. A kept index records whether it has them")

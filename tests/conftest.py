@@ -5,7 +5,6 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from milvus_server import PROGRAM, MilvusServer, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 ENCODER = ROOT / "pretrained" / "ernie_mini_zh"
@@ -118,13 +118,6 @@ def refuse(script, *args, **options):
     assert "Traceback" not in result.stderr
     assert not result.stdout
     return result.stderr.strip().splitlines()[-1]
-
-
-def free_port():
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def wait_for_answer(address, seconds=120, process=None):
@@ -275,8 +268,6 @@ def milvus_server(tmp_path_factory):
     """A running Milvus server, whose token is in the environment; it ends with its tests, as an idle one takes a fifth
     of a core."""
     pytest.importorskip("pymilvus", reason="requirements-milvus.txt is not installed")
-    from milvus_server import PROGRAM, MilvusServer
-
     if not PROGRAM.is_file():
         pytest.skip("milvus is not installed (requirements-test.txt)")
     folder = tmp_path_factory.mktemp("milvus_server")

@@ -99,11 +99,7 @@ def split_settings(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
 
 def describe_settings(settings: dict[str, Setting]) -> str:
     """Return a help text for some settings."""
-    texts = []
-    for name, setting in settings.items():
-        default = setting.default_help if setting.default is None else setting.default
-        texts.append(f"{name}: {setting.help} (default: {default})")
-    return "; ".join(texts)
+    return "; ".join(f"{name}: {setting.help} (default: {setting.default_text})" for name, setting in settings.items())
 
 
 def parse_parameters(text: str) -> dict[str, int]:

@@ -24,6 +24,11 @@ class Setting:
     help: str
     default_help: str | None = None
 
+    @property
+    def default_text(self) -> Any:
+        """What a help text says of the default."""
+        return self.default_help if self.default is None else self.default
+
 
 def integer(minimum: int) -> Callable[[str], int]:
     """Return an argparse type: an integer that is at least `minimum`."""
