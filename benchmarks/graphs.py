@@ -4,6 +4,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import side
@@ -12,6 +13,14 @@ GOALS = (0.95, 0.99)  # of recall@K
 K = 10
 UNITS = {"build": "s", "size": "MB", **{f"recall@{K} {goal}": "queries/s" for goal in GOALS}, "one query": "ms"}
 EFFORTS = [round(10 * 2 ** (step / 4)) for step in range(34)]  # candidates of a search, or lists: from 10 to 3,044
+
+
+class Tried(NamedTuple):
+    """A search that was tried: with what effort, and the recall@K it has."""
+
+    effort: int
+    recall: float
+
 
 Search = Callable[[np.ndarray, int], np.ndarray]  # queries [Q, dim] and an effort -> rows [Q, K]
 
@@ -33,8 +42,7 @@ def measure(build: Callable[[], None], save: Callable[[str], None], search: Sear
         exact: int64 [Q, K], the rows that exact search finds.
 
     Returns:
-        The speed of a goal is that of all queries with the first of EFFORTS that reaches it, NaN where none does; "one
-        query" is the time of one of the first 200, asked one by one, with the last effort that was tried.
+        See `measure_search` for the speeds and the time of one query.
     """
     values = {"build": side.seconds_of(build)}
     with tempfile.TemporaryDirectory() as folder:
@@ -44,23 +52,29 @@ def measure(build: Callable[[], None], save: Callable[[str], None], search: Sear
 
 
 def measure_search(search: Search, queries: np.ndarray, exact: np.ndarray) -> dict[str, float]:
-    """Measure the searches of an index; see `measure`."""
+    """Measure the searches of an index; see `measure`.
+
+    Returns:
+        The speed at a goal is interpolated between the last of EFFORTS that misses it and the first that reaches it,
+        because a step of EFFORTS changes the speed by up to a fifth; NaN where none reaches it. "one query" is the time
+        of one of the first 200, asked one by one, with the last effort that was tried.
+    """
     values = {}
     efforts = iter(EFFORTS)
-    effort = EFFORTS[0]
-    recall = 0.0
+    reached = Tried(EFFORTS[0], recall=0.0)
     for goal in GOALS:
-        while recall < goal:
-            following = next(efforts, None)
-            if following is None:
+        while reached.recall < goal:
+            effort = next(efforts, None)
+            if effort is None:
                 break
-            effort = following
-            recall = recall_of(search(queries, effort), exact)
-        if recall >= goal:
-            values[f"recall@{K} {goal}"] = len(queries) / median_time([partial(search, queries, effort)] * 3)
+            missed, reached = reached, Tried(effort, recall_of(search(queries, effort), exact))
+        if reached.recall >= goal:
+            recalls = [missed.recall, reached.recall]
+            seconds = [median_time([partial(search, queries, tried.effort)] * 3) for tried in (missed, reached)]
+            values[f"recall@{K} {goal}"] = len(queries) / float(np.interp(goal, recalls, seconds))
         else:
             values[f"recall@{K} {goal}"] = np.nan
-    single = [partial(search, query, effort) for query in queries[:200, None]]
+    single = [partial(search, query, reached.effort) for query in queries[:200, None]]
     values["one query"] = 1000 * median_time(single)
     return values
 

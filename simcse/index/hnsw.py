@@ -6,7 +6,7 @@ from typing import Any
 from simcse.console import InputError, count
 from simcse.index.protocols import LocalEngine, SearchResult
 from simcse.index.settings import HNSW_EF, HNSW_M, HNSW_MAX_ELEMENTS
-from simcse.memory import request_huge_pages
+from simcse.memory import huge_pages
 
 import numpy as np
 
@@ -107,21 +107,21 @@ class HnswEngine(LocalEngine):
 
     def load(self, path: str) -> None:
         """Read a graph that `save` has written."""
-        self._index.load_index(path, self.capacity)
+        with huge_pages():
+            # The graph is in small pages until Linux moves it. It could do that at once: for 200,000 vectors of 256
+            # that takes as long as it saves in some 2,000 to 4,000 queries (0.1 to 0.3 s, 0.06 ms a query).
+            self._index.load_index(path, self.capacity)
         self._has_memory = True
-        # Linux could also copy the graph into such pages at once. For 200,000 vectors of 256 that takes as long as it
-        # saves in some 2,000 to 4,000 queries (0.1 to 0.3 s, 0.06 ms a query).
-        request_huge_pages()
 
     def _allocate(self) -> None:
         """Reserve the memory of `capacity` vectors and their links."""
         try:
-            self._index.init_index(max_elements=self.capacity, ef_construction=self.settings["hnsw_ef"],
-                                   M=self.settings["hnsw_m"])
+            with huge_pages():
+                self._index.init_index(max_elements=self.capacity, ef_construction=self.settings["hnsw_ef"],
+                                       M=self.settings["hnsw_m"])
         except (MemoryError, RuntimeError):
             needed = self.bytes_needed(self.dimension, self.capacity, self.settings)
             raise InputError(f"hnswlib gets no memory for a graph of {self.capacity:,} vectors of {self.dimension}, "
                              f"{needed / 1e9:.1f} GB; use several machines, or --ann_engine milvus"
                              ) from None
         self._has_memory = True
-        request_huge_pages()  # before the memory is written

@@ -148,6 +148,8 @@ class ShardedIndex:
 
     def _global_ids(self, shard: int, local_ids: np.ndarray) -> np.ndarray:
         """Return the numbers in the whole index of vectors of a shard, the inverse of `_local_ids`; NOT_FOUND stays."""
+        if self.manifest.index_shards == 1:
+            return local_ids
         piece_of_shard, place = np.divmod(local_ids, self._piece_size)
         piece = piece_of_shard * self.manifest.index_shards + shard
         return np.where(local_ids == NOT_FOUND, NOT_FOUND, piece * self._piece_size + place)
@@ -231,7 +233,9 @@ class ShardedIndex:
         """
         from simcse.ranks import gather_arrays
 
-        own = merge_results([_nothing_found(len(queries), k), *self._search_own(queries, k, exact)], k)
+        own = merge_results(self._search_own(queries, k, exact), k) if self._shards else _nothing_found(len(queries), k)
+        if own.rows.shape[1] < k:
+            own = merge_results([own, _nothing_found(len(queries), k)], k)
         if self._ranks == 1:
             return own
         results = map(SearchResult, gather_arrays(own.rows), gather_arrays(own.scores))

@@ -87,6 +87,8 @@ class VectorMap(NamedTuple):
             result: its `rows` are numbers of vectors, [queries, any].
             k: how many.
         """
+        if self.vector_count == len(self.vector_of_row):  # each row has its own vector, of the same number
+            return SearchResult(result.rows[:, :k], result.scores[:, :k])
         is_found = result.rows != NOT_FOUND
         vectors = np.where(is_found, result.rows, 0)
         counts = np.where(is_found, self.starts[vectors + 1] - self.starts[vectors], 0).clip(max=k)
