@@ -5,12 +5,13 @@ import contextlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -168,6 +169,20 @@ class Bench:
             for case, value in median_values(passes).items():
                 self.add(name, f"{case}, against {reference}", our_medians[case], value,
                          unit if isinstance(unit, str) else unit[case])
+
+
+@contextlib.contextmanager
+def start_milvus(scratch: str) -> Iterator[Any]:
+    """Start a Milvus server with an empty folder, which is in `scratch`, and end it."""
+    sys.path.append(f"{ROOT}/tests")
+    from milvus_server import MilvusServer
+
+    server = MilvusServer(tempfile.mkdtemp(dir=scratch), environment={})
+    try:
+        yield server.start()
+    finally:
+        server.stop()
+        shutil.rmtree(server.folder)
 
 
 def median_values(passes: list[Values]) -> Values:

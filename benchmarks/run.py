@@ -12,7 +12,6 @@ To add a measurement, write a function of a Bench and put it into MEASUREMENTS.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import shutil
@@ -20,17 +19,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
-from bench import BASE, FILES, MINI, ROOT, Bench, Values  # first: it makes the project importable
+from bench import BASE, FILES, MINI, ROOT, Bench, Values, start_milvus  # first: it makes the project importable
 from simcse import console, files, flags
 from simcse.index.settings import HNSW_EF, HNSW_M
 from simcse.machine import CPU_HAS_BF16
 
 import graphs
-from serving import serving
+from serving import serving, serving_milvus
 
 # DISKANN is missing in the server of the pip package.
 MILVUS_TYPES = ("HNSW", "FLAT", "IVF_FLAT", "IVF_SQ8", "IVF_PQ", "SCANN")
@@ -250,10 +248,10 @@ def milvus(bench: Bench) -> None:
     alone = bench.run_side("ours", "index_alone", **settings)
     for case, value in of_folder.items():
         bench.add("milvus", f"folder: {case}, against hnswlib alone", value, alone[case], graphs.UNITS[case])
-    with start_milvus(bench) as server:
+    with start_milvus(bench.scratch) as server:
         inserted = bench.run_side("ours", "insert_alone", folder=folder, uri=server.uri)
     for index_type in MILVUS_TYPES:
-        with start_milvus(bench) as server:
+        with start_milvus(bench.scratch) as server:
             memory = server.memory_mb()
             values = bench.run_side("ours", "index_milvus", uri=server.uri, index_type=index_type, **settings)
             memory = server.memory_mb() - memory
@@ -265,20 +263,6 @@ def milvus(bench: Bench) -> None:
             bench.add("milvus", f"{index_type}: {case}, against the folder", value, of_folder[case], graphs.UNITS[case])
         bench.add("milvus", f"{index_type}: memory, against the folder's size", memory, of_folder["size"], "MB")
         bench.add("milvus", f"{index_type}: disk, against the folder's size", disk, of_folder["size"], "MB")
-
-
-@contextlib.contextmanager
-def start_milvus(bench: Bench) -> Iterator[Any]:
-    """Start a Milvus server with an empty folder, and end it."""
-    sys.path.append(f"{ROOT}/tests")
-    from milvus_server import MilvusServer
-
-    server = MilvusServer(tempfile.mkdtemp(dir=bench.scratch), environment={})
-    try:
-        yield server.start()
-    finally:
-        server.stop()
-        shutil.rmtree(server.folder)
 
 
 def write_short_lines(bench: Bench, count: int) -> str:
@@ -423,7 +407,7 @@ def start_stages(bench: Bench, name: str, encoder: str, checkpoint: str) -> None
 # --------------------------------------------------------------------------------------------------------------- main
 MEASUREMENTS = {measure.__name__: measure for measure in (
     tokenize, encode, int8, latency, train, pairs, index, milvus, memory, static, growth, lines, start, shapes,
-    serving)}
+    serving, serving_milvus)}
 
 
 def parse_args() -> argparse.Namespace:

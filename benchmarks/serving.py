@@ -1,14 +1,14 @@
 """`python benchmarks/run.py serving`: the search service under load.
 
 Batching of concurrent requests is compared with one run of the encoder a request, and the fusion with BM25 with
-embeddings alone. All sides are the same service, one with --max_batch 1. Clients are connections of another process on
-the same machine. Each asks for the 10 best documents of one query, waits for the answer, and asks again.
+embeddings alone. All sides are the same service, one with --max_batch 1. `run.py serving_milvus` compares the service
+with a Milvus server to the one with the index of a folder. Clients are connections of another process on the same
+machine. Each asks for the 10 best documents of one query, waits for the answer, and asks again.
 """
 
 import asyncio
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from bench import ROOT, Bench, Values, median_values
+from bench import ROOT, Bench, Values, median_values, start_milvus
 from simcse import console
 
 
@@ -24,7 +24,7 @@ class Side(NamedTuple):
     """A way of answering.
 
     Attributes:
-        flags: of server.py.
+        flags: of server.py, without the model.
         mode: of the requests.
     """
 
@@ -32,8 +32,6 @@ class Side(NamedTuple):
     mode: str
 
 
-SIDES = {"batched": Side((), "embedding"), "one by one": Side(("--max_batch", "1"), "embedding"),
-         "hybrid": Side((), "hybrid")}
 CLIENTS = (1, 8, 64)  # at a time
 SECONDS = 6  # of a run
 REPEATS = 3
@@ -82,12 +80,12 @@ async def load(port: int, queries: list[str], mode: str, clients: int, seconds: 
 
 
 @contextlib.contextmanager
-def service(model_dir: str, index: str, flags: tuple[str, ...]) -> Iterator[int]:
+def service(model_dir: str, flags: tuple[str, ...]) -> Iterator[int]:
     """Start the service as its users do, and yield its port."""
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             [sys.executable, f"{ROOT}/deploy/serving/server.py", "--device", "cpu", "--port", "0", "--model_dir",
-             model_dir, "--index_path", index, *flags], stderr=log, stdout=subprocess.DEVNULL)
+             model_dir, *flags], stderr=log, stdout=subprocess.DEVNULL)
         try:
             address = "http://127.0.0.1:"
             stderr = ""
@@ -103,17 +101,18 @@ def service(model_dir: str, index: str, flags: tuple[str, ...]) -> Iterator[int]
             process.wait()
 
 
-def prepare(bench: Bench, encoder: str, checkpoint: str) -> tuple[str, str]:
-    """Export the model and build an index of 1,000 documents, and return their folders."""
+def export(bench: Bench, encoder: str, checkpoint: str) -> str:
+    """Export the model, and return its folder."""
     folder = f"{bench.scratch}/serving_{encoder}"
-    os.makedirs(folder)
-    with open(f"{folder}/corpus.csv", "w", encoding="utf-8") as file:
-        file.writelines(text + "\n" for text in bench.texts("corpus", 1000))
-    bench.run_stage("recall.py", "--params_path", checkpoint, "--corpus_file", f"{folder}/corpus.csv", "--query", "a",
-                "--hybrid_bm25", "--index_path", f"{folder}/index")
     subprocess.run([sys.executable, f"{ROOT}/export_model.py", "--quiet", "--params_path", checkpoint,
-                    "--output_path", f"{folder}/output"], check=True)
-    return f"{folder}/output", f"{folder}/index"
+                    "--output_path", folder], check=True)
+    return folder
+
+
+def build_index(bench: Bench, checkpoint: str, *flags: str) -> None:
+    """Build an index of 1,000 documents; `flags` say which and where."""
+    corpus = bench.write("serving_corpus", bench.texts("corpus", 1000))
+    bench.run_stage("recall.py", "--params_path", checkpoint, "--corpus_file", corpus, "--query", "a", *flags)
 
 
 def run_clients(port: int, queries: list[str], mode: str, clients: int, seconds: float) -> Values:
@@ -125,41 +124,73 @@ def run_clients(port: int, queries: list[str], mode: str, clients: int, seconds:
     return json.loads(done.stdout)
 
 
-def measure_sides(ports: dict[tuple[str, ...], int], queries: list[str], clients: int) -> dict[str, Values]:
+def compare(bench: Bench, name: str, case: str, model_dir: str, sides: dict[str, Side],
+            pairs: list[tuple[str, str]]) -> None:
+    """Measure several services, and add rows.
+
+    Args:
+        name, case: of the rows.
+        model_dir: the exported model.
+        sides: by name; those with the same flags share a service.
+        pairs: which side is compared with which other.
+    """
+    queries = bench.texts("titles", 1000)
+    with contextlib.ExitStack() as running:
+        ports = {}
+        for side in sides.values():
+            if side.flags not in ports:
+                ports[side.flags] = running.enter_context(service(model_dir, side.flags))
+        for clients in CLIENTS:
+            medians = measure_sides(sides, ports, queries, clients)
+            for one, other in pairs:
+                for quantity, value in medians[one].items():
+                    bench.add(name, f"{case}, {clients} clients, {quantity}, {one} against {other}", value,
+                              medians[other][quantity], "ms" if quantity.startswith("p") else quantity)
+
+
+def measure_sides(sides: dict[str, Side], ports: dict[tuple[str, ...], int], queries: list[str],
+                  clients: int) -> dict[str, Values]:
     """Run all sides in turn, and return their medians.
 
     Args:
+        sides: by name.
         ports: of the services, by their flags.
         queries: the texts.
         clients: how many at a time.
     """
-    passes: dict[str, list[Values]] = {name: [] for name in SIDES}
-    for side in SIDES.values():
+    passes: dict[str, list[Values]] = {name: [] for name in sides}
+    for side in sides.values():
         run_clients(ports[side.flags], queries, side.mode, clients, seconds=2)  # warms up
     for _ in range(REPEATS):
-        for name, side in SIDES.items():
+        for name, side in sides.items():
             passes[name].append(run_clients(ports[side.flags], queries, side.mode, clients, SECONDS))
     return {name: median_values(values) for name, values in passes.items()}
 
 
 def serving(bench: Bench) -> None:
+    """The search service under load: batching, and the fusion with BM25."""
     bench.make_base()
     checkpoints = {"base": bench.checkpoint, "ernie_mini_zh": bench.make_mini(),
                    "first_avg": bench.make_mini("first_avg")}
     for encoder, checkpoint in checkpoints.items():
-        model_dir, index = prepare(bench, encoder, checkpoint)
-        queries = bench.texts("titles", 1000)
-        with contextlib.ExitStack() as running:
-            ports = {}
-            for side in SIDES.values():
-                if side.flags not in ports:
-                    ports[side.flags] = running.enter_context(service(model_dir, index, side.flags))
-            for clients in CLIENTS:
-                medians = measure_sides(ports, queries, clients)
-                for name, other in (("batched", "one by one"), ("hybrid", "batched")):
-                    for quantity, value in medians[name].items():
-                        bench.add("serving", f"{encoder}, {clients} clients, {quantity}, {name} against {other}",
-                                  value, medians[other][quantity], "ms" if quantity.startswith("p") else quantity)
+        model_dir = export(bench, encoder, checkpoint)
+        index = ("--index_path", f"{bench.scratch}/index_{encoder}")
+        build_index(bench, checkpoint, "--hybrid_bm25", *index)
+        sides = {"batched": Side(index, "embedding"), "one by one": Side((*index, "--max_batch", "1"), "embedding"),
+                 "hybrid": Side(index, "hybrid")}
+        compare(bench, "serving", encoder, model_dir, sides, [("batched", "one by one"), ("hybrid", "batched")])
+
+
+def serving_milvus(bench: Bench) -> None:
+    """The search service on a Milvus server, against the index of a folder."""
+    checkpoint = bench.make_mini()
+    model_dir = export(bench, "milvus", checkpoint)
+    with start_milvus(bench.scratch) as server:
+        sides = {"Milvus": Side(("--milvus_uri", server.uri, "--milvus_collection", "serving"), "embedding"),
+                 "folder": Side(("--index_path", f"{bench.scratch}/index_beside_milvus"), "embedding")}
+        build_index(bench, checkpoint, "--ann_engine", "milvus", *sides["Milvus"].flags)
+        build_index(bench, checkpoint, *sides["folder"].flags)
+        compare(bench, "serving_milvus", "ernie_mini_zh", model_dir, sides, [("Milvus", "folder")])
 
 
 if __name__ == "__main__":  # the process of the clients
