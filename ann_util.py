@@ -413,13 +413,24 @@ def open_collection(uri: str, collection: str, wanted: Manifest, *, corpus: Corp
     manifest = manifest_to_follow(wanted, index.manifest, is_lite(uri))
     documents = read_documents(corpus, encoder, manifest)
     index.follow(documents, with_sizes(manifest, documents, encoder))
-    missing_rows = np.concatenate([np.empty(0, "int64"), *index.missing_rows])
-    tokenize_rows(documents, encoder, missing_rows)  # for its warnings; a collection has keys of its own
+    if index.needs_changes:
+        tokenize_rows(documents, encoder, rows_to_warn_of(index, documents))  # a collection has keys of its own
+    index.start_changing()
     if index.has_to_be_measured():
         index.measure_with(encoder.encode(halves_of(documents), warn=False))
     add_missing(index, documents, encoder)
     wait_for_ranks()
     return index, documents
+
+
+def rows_to_warn_of(index: MilvusIndex, documents: Documents) -> np.ndarray:
+    """Return the rows of which this rank looks whether they are truncated or unknown, int64.
+
+    They are those that it adds; with --strict_data, which refuses such a row wherever it is met, a share of all rows.
+    """
+    if console.settings.strict_data:
+        return np.arange(RANK, documents.row_count, RANKS)
+    return np.concatenate([np.empty(0, "int64"), *index.missing_rows])
 
 
 # ------------------------------------------------------------------------------------------------------- keeping

@@ -283,6 +283,7 @@ def index_milvus(folder: str, uri: str, index_type: str, m: int, ef: int) -> dic
     index = MilvusIndex(uri, index_type)
     index.follow(documents, dataclasses.replace(manifest, dimension=vectors.shape[1], rows=len(vectors),
                                                 lines=len(vectors), documents=len(vectors)))
+    index.start_changing()
 
     def insert() -> None:
         for rows in index.missing_rows:

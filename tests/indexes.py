@@ -123,6 +123,7 @@ def fill_collection(documents, vectors, collection="texts", uri="x.db", **values
 
     index = MilvusIndex(uri, collection)
     index.follow(documents, milvus_manifest(documents, dimension=vectors.shape[1], **values))
+    index.start_changing()
     for rows in index.missing_rows:
         index.add(rows, vectors[rows])
     index.finish()

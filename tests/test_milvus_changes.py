@@ -72,6 +72,7 @@ def run(lines, collection="texts", documents_of=documents_of, before_piece=lambd
     try:
         manifest = milvus_manifest(documents, corpus="\n".join(lines), corpus_columns=documents.corpus.columns)
         index.follow(documents, manifest)
+        index.start_changing()
         for rows in index.missing_rows:
             before_piece()
             texts = [documents.row_texts[int(row)] for row in rows]

@@ -46,6 +46,7 @@ def filled(server, collection, documents, vectors, index_type="HNSW", **paramete
     index = MilvusIndex(server.uri, collection)
     manifest = milvus_manifest(documents, dimension=vectors.shape[1], build_settings=build, search_settings=search)
     index.follow(documents, manifest)
+    index.start_changing()
     if index.has_to_be_measured():
         index.measure_with(vectors[:100])
     for rows in index.missing_rows:
@@ -268,6 +269,7 @@ def test_a_changed_corpus_while_another_process_searches(tmp_path, milvus_server
         new = documents_of(tmp_path, *new_texts)
         index = MilvusIndex(milvus_server.uri, collection)
         index.follow(new, milvus_manifest(new, dimension=16, **settings_of(index)))
+        index.start_changing()
         assert sorted(np.concatenate(index.missing_rows)) == list(range(1400, 1700))
         for rows in index.missing_rows:
             index.add(rows, np.stack([vector_of[text] for text in np.array(new_texts)[rows]]))

@@ -185,11 +185,14 @@ def test_passages_share_a_vector_where_their_documents_have_the_same_tokens(tmp_
     assert [(hit.line, hit.passage) for hit in hits] == [(1, "cd。"), (2, "CD。")]
 
 
-def test_rows_that_a_collection_lacks_are_warned_of_before_they_are_encoded(tmp_path, capfd, monkeypatch):
+def test_rows_that_a_collection_lacks_are_warned_of_before_it_is_changed(tmp_path, capfd, monkeypatch):
+    """With --strict_data the rows that it has are looked at, too."""
     class Collection:
         manifest = None
         bytes_needed = 0
-        missing_rows = [np.array([1, 2]), np.array([4])]
+        needs_changes = True
+        changed = 0
+        missing_rows = []
 
         def __init__(self, *_):
             pass
@@ -197,11 +200,15 @@ def test_rows_that_a_collection_lacks_are_warned_of_before_they_are_encoded(tmp_
         def follow(self, *_):
             pass
 
+        def start_changing(self):
+            assert "longer than" in capfd.readouterr().err
+            Collection.changed += 1
+
         def has_to_be_measured(self):
             return False
 
         def add(self, *_):
-            assert "longer than" in capfd.readouterr().err
+            pass
 
         def finish(self):
             pass
@@ -211,13 +218,14 @@ def test_rows_that_a_collection_lacks_are_warned_of_before_they_are_encoded(tmp_
     corpus = Corpus(str(tmp_path / "corpus.csv"), "--corpus_file")
     encoder = LowercaseEncoder()
     monkeypatch.setattr(console.settings, "strict_data", True)
-    with pytest.raises(InputError, match=r"1 of 3 texts is longer than 6 tokens and cut; .*corpus.csv:2 "):
+    monkeypatch.setattr(Collection, "missing_rows", [np.array([4])])
+    with pytest.raises(InputError, match=r"2 of 5 texts are longer than 6 tokens and cut; .*corpus.csv:2, "):
         ann_util.open_collection("x.db", "texts", Manifest(ann_engine="milvus"), corpus=corpus, encoder=encoder)
-    assert encoder.encoded == []
+    assert encoder.encoded == [] and not Collection.changed
     monkeypatch.setattr(console.settings, "strict_data", False)
-    Collection.missing_rows = [np.array([1, 2])]
+    monkeypatch.setattr(Collection, "missing_rows", [np.array([1, 2])])
     ann_util.open_collection("x.db", "texts", Manifest(ann_engine="milvus"), corpus=corpus, encoder=encoder)
-    assert encoder.encoded == ["一二三四五", "ab"]
+    assert encoder.encoded == ["一二三四五", "ab"] and Collection.changed
 
 
 def test_all_unknown_texts_have_one_key():

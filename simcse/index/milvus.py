@@ -71,6 +71,32 @@ class Changes:
     previous: np.ndarray
 
 
+class RowKeys:
+    """The key of each row of a corpus, and which row has a key.
+
+    Args:
+        keys: int64 [rows].
+    """
+
+    def __init__(self, keys: np.ndarray) -> None:
+        self._keys = keys
+        self._order = np.argsort(keys)
+        self._sorted = keys[self._order]
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the keys of some rows, int64."""
+        return self._keys[rows]
+
+    def find_rows(self, keys: np.ndarray) -> np.ndarray:
+        """Return the rows that have some keys, int64; NOT_FOUND: none has."""
+        places = np.searchsorted(self._sorted, keys)
+        places = np.minimum(places, len(self) - 1)
+        return np.where(self._sorted[places] == keys, self._order[places], NOT_FOUND)
+
+
 class MilvusIndex:
     """A collection of Milvus: an `Index`, and, if it was opened without its corpus, its `DocumentStore`.
 
@@ -144,7 +170,9 @@ class MilvusIndex:
         self._open_complete(self._record.manifest, search_settings)
 
     def follow(self, documents: Documents, manifest: Manifest) -> None:
-        """Find out what the collection lacks of a corpus; make it if it does not exist. All ranks call it together.
+        """Find out what the collection lacks of a corpus, without changing it. All ranks call it together.
+
+        `start_changing` comes next.
 
         Args:
             documents: the corpus; a row is one of theirs from now on.
@@ -153,15 +181,13 @@ class MilvusIndex:
         Raises:
             InputError: a text is too long for Milvus, or the collection has no text of the corpus.
         """
-        from simcse.ranks import any_rank, wait_for_ranks
+        from simcse.ranks import any_rank
 
         self._documents = documents
         build_settings, search_settings = complete_settings(
             manifest.build_settings, manifest.search_settings, documents.row_count, manifest.dimension)
         self.manifest = dataclasses.replace(manifest, build_settings=build_settings, search_settings=search_settings)
-        self._keys = documents.row_keys()
-        self._order = np.argsort(self._keys)
-        self._sorted_keys = self._keys[self._order]
+        self._keys = RowKeys(documents.row_keys())
         if self._record is not None:
             self.manifest.ann_recall = self._record.manifest.ann_recall
         if not any_rank(not self._is_current()):
@@ -171,11 +197,6 @@ class MilvusIndex:
         if len(self._changes.previous):
             report_changes(documents, self._changes.previous, self._collection.where)
         self._check_lengths()
-        wait_for_ranks()  # until here nothing has been changed
-        if not RANK:
-            self._start_changing()
-        wait_for_ranks()
-        self._collection.load()
         self._search_settings = self.manifest.search_settings
         self.missing_rows = self._missing_pieces()
 
@@ -204,18 +225,19 @@ class MilvusIndex:
     # ---------------------------------------------------------------------------------------------------- comparing
     def _find_changes(self) -> Changes:
         """Compare the rows of the collection with those of the corpus."""
-        changes = Changes(np.ones(len(self._keys), bool), [], [], np.empty(0, "int64"))
+        no_keys = np.empty(0, "int64")
+        changes = Changes(missing=np.ones(len(self._keys), bool), outdated=[], gone=[], previous=no_keys)
         if self._record is None:
             return changes
         self._collection.load()
-        documents = set()
+        documents_of_pages = [no_keys]
         # A collection that is not of one corpus may have ids of another one.
         may_have_ids = self._record.state != COMPLETE or self._record.manifest.corpus_columns != 1
         has_ids = self._documents.corpus.has_ids or may_have_ids
         fields = [DOCUMENT, LINES, IDS] if has_ids else [DOCUMENT, LINES]
         for page in self._collection.read_pages(fields):
-            rows = self._rows_of(np.array([stored[KEY] for stored in page], "int64"))
-            documents.update(stored[DOCUMENT] for stored in page)
+            rows = self._keys.find_rows(np.array([stored[KEY] for stored in page], "int64"))
+            documents_of_pages.append(np.unique([stored[DOCUMENT] for stored in page]))
             changes.gone += [stored[KEY] for row, stored in zip(rows.tolist(), page) if row == NOT_FOUND]
             stored_rows = [stored for row, stored in zip(rows.tolist(), page) if row != NOT_FOUND]
             rows = rows[rows != NOT_FOUND]
@@ -223,14 +245,8 @@ class MilvusIndex:
             for row, stored, lines, ids in zip(rows.tolist(), stored_rows, *self._lines_and_ids(rows)):
                 if (stored[LINES], stored.get(IDS, "")) != (lines, ids):
                     changes.outdated.append(row)
-        changes.previous = np.array(sorted(documents), "int64")
+        changes.previous = np.unique(np.concatenate(documents_of_pages))
         return changes
-
-    def _rows_of(self, keys: np.ndarray) -> np.ndarray:
-        """Return the rows of the corpus that have some keys, int64; NOT_FOUND: none has."""
-        places = np.searchsorted(self._sorted_keys, keys)
-        places = np.minimum(places, len(self._sorted_keys) - 1)
-        return np.where(self._sorted_keys[places] == keys, self._order[places], NOT_FOUND)
 
     def _lines_and_ids(self, rows: np.ndarray) -> tuple[list[int], list[str]]:
         """Return what rows of the corpus have in their fields LINES and IDS."""
@@ -269,16 +285,31 @@ class MilvusIndex:
                              "--ann_engine")
 
     # ------------------------------------------------------------------------------------------------------- filling
-    def _start_changing(self) -> None:
-        """Create the collection, or mark it as changing.
+    @property
+    def needs_changes(self) -> bool:
+        """Whether the collection has to be made, or changed, to be that of the corpus of `follow`."""
+        return self._changes is not None
+
+    def start_changing(self) -> None:
+        """Create the collection, or mark it as changing; do nothing if it is that of the corpus.
+
+        All ranks call it together.
 
         Raises:
             InputError: another process has changed it since it was compared.
         """
-        self._check_unchanged()
-        self._collection.create(self.manifest)
-        if self._record is not None and self._record.state == COMPLETE:
-            self._collection.write_record(Record(self._record.manifest, CHANGING))
+        from simcse.ranks import wait_for_ranks
+
+        if not self.needs_changes:
+            return
+        wait_for_ranks()  # none has found an error
+        if not RANK:
+            self._check_unchanged()
+            self._collection.create(self.manifest)
+            if self._record is not None and self._record.state == COMPLETE:
+                self._collection.write_record(Record(self._record.manifest, CHANGING))
+        wait_for_ranks()
+        self._collection.load()
 
     def _check_unchanged(self) -> None:
         """Raise InputError if the collection is not what it was when it was opened: no two processes may change it."""
@@ -326,7 +357,7 @@ class MilvusIndex:
         documents = self._documents.documents_of(rows)
         texts = self._documents[documents]
         passages = self._documents.passage_texts(rows) if self._documents.has_passages else [""] * len(rows)
-        keys = self._keys[rows].tolist()
+        keys = self._keys.of(rows).tolist()
         document_keys = self._documents.keys[documents].tolist()
         lines, ids = self._lines_and_ids(rows)
         stored = []
@@ -392,7 +423,7 @@ class MilvusIndex:
         outdated = np.array(self._changes.outdated, "int64")
         for start in range(0, len(outdated), PIECE):
             rows = outdated[start : start + PIECE]
-            self._store(rows, self._collection.get_vectors(self._keys[rows].tolist()))
+            self._store(rows, self._collection.get_vectors(self._keys.of(rows).tolist()))
 
     def _count_kept(self) -> int:
         """Return how many rows were in the collection before."""
@@ -401,7 +432,7 @@ class MilvusIndex:
     def _add_kept(self) -> None:
         """Have the rows that were in the collection before looked at for the nearest, too."""
         for page in self._collection.read_pages([VECTOR]):
-            rows = self._rows_of(np.array([stored[KEY] for stored in page], "int64"))
+            rows = self._keys.find_rows(np.array([stored[KEY] for stored in page], "int64"))
             vectors = [stored[VECTOR] for row, stored in zip(rows.tolist(), page)
                        if row != NOT_FOUND and not self._changes.missing[row]]
             if vectors:
@@ -441,7 +472,7 @@ class MilvusIndex:
             rows = np.array([key for key, _ in hits], "int64")
             cosines = np.array([cosine for _, cosine in hits], "float32")
             if self._documents is not None:
-                rows = self._rows_of(rows)
+                rows = self._keys.find_rows(rows)
                 cosines = cosines[rows != NOT_FOUND]
                 rows = rows[rows != NOT_FOUND]
             order = np.lexsort((rows, -cosines))
@@ -465,7 +496,7 @@ class MilvusIndex:
         found = np.flatnonzero(rows != NOT_FOUND)
         if RANK or not len(found):
             return vectors
-        keys = rows if self._documents is None else self._keys[rows]
+        keys = rows if self._documents is None else self._keys.of(rows)
         vectors[found] = self._collection.get_vectors(keys[found].tolist())
         return vectors
 

@@ -187,6 +187,7 @@ class Index(Protocol):
 
         index = MilvusIndex(uri, collection)        # or ShardedIndex(manifest, threads)
         index.follow(documents, manifest)           # of collections alone: find out what is missing, and what is gone
+        index.start_changing()                      # of collections alone
         for rows in index.missing_rows:
             index.add(rows, encode(rows))
         index.finish()
