@@ -326,7 +326,7 @@ def add_missing(index: Index, documents: Documents, encoder: "Encoder") -> None:
         encoded = _encode_rows(encoder, documents, pieces)
         for vectors, rows in zip(encoded, pieces, strict=True):
             index.add(rows, vectors)
-        index.finish()
+    index.finish()
 
 
 def add_with_previous(index: ShardedIndex, documents: Documents, encoder: "Encoder", previous: PreviousIndex) -> None:
@@ -351,7 +351,7 @@ def add_with_previous(index: ShardedIndex, documents: Documents, encoder: "Encod
             piece.fill(vectors)
             index.add(piece.rows, piece.vectors)
             del piece  # its vectors are freed as soon as they are added
-        index.finish()
+    index.finish()
 
 
 @contextlib.contextmanager

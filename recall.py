@@ -240,6 +240,9 @@ def check_milvus(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         return
     if args.index_path or args.index_shards:
         parser.error("--index_path and --index_shards are not for --ann_engine milvus")
+    if not (milvus_types.is_lite(args.milvus_uri) or milvus_types.is_collection_name(args.milvus_collection)):
+        parser.error(f"--milvus_collection {args.milvus_collection}: expected at most 255 ASCII letters, digits and _, "
+                     "and no digit first")
     check_milvus_index(parser, args)
     if args.recall_num > MilvusIndex.max_k:
         parser.error(f"--recall_num {args.recall_num}: Milvus gives at most {MilvusIndex.max_k}")
@@ -446,9 +449,10 @@ def wanted_settings(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str,
 def warn_small_corpus(args: argparse.Namespace, documents: DocumentStore) -> None:
     """Warn if the corpus has fewer documents than are recalled."""
     available = len(documents) if args.distinct else documents.line_count
-    kind = "distinct documents" if args.distinct else "documents"
+    kind = "distinct document" if args.distinct else "document"
     if args.recall_num > available:
-        console.warn(f"--recall_num {args.recall_num}: the corpus has only {available} {kind}")
+        console.warn(f"--recall_num {args.recall_num}: the corpus has only "
+                     f"{console.count(available, kind)}")
 
 
 # ------------------------------------------------------------------------------------------------------------ searching
@@ -636,11 +640,15 @@ def check_trec_ids(args: argparse.Namespace, corpus: textfile.Corpus | None, que
 
 def announce(args: argparse.Namespace, corpus: textfile.Corpus | None, queries: list[Query]) -> None:
     """Log what is about to be done."""
-    if corpus is None:
-        source = f"index {args.index_path or args.milvus_uri}"
+    if args.ann_engine == "milvus":
+        target = f"the collection {args.milvus_collection} in {args.milvus_uri}"
+    elif args.index_path and os.path.exists(args.index_path):
+        target = args.index_path
     else:
-        has_index = args.index_path and os.path.exists(args.index_path)
-        target = args.index_path if has_index else args.ann_engine or DEFAULT_ENGINE
+        target = args.ann_engine or DEFAULT_ENGINE
+    if corpus is None:
+        source = f"index {args.index_path}" if args.index_path else target
+    else:
         with_ids = " with ids" if corpus.has_ids else ""
         source = f"{console.count(len(corpus), 'document')}{with_ids} for {target}"
     asked = "queries of stdin" if is_streamed(args) else console.count(len(queries), "query")

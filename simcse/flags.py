@@ -9,6 +9,7 @@ import difflib
 import math
 import os
 import sys
+import urllib.parse
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -165,11 +166,25 @@ def checkpoint_file(path: str) -> str:
 def milvus_uri(text: str) -> str:
     """Return `text` if it is the address of a Milvus server, or a file of Milvus Lite in a folder that exists."""
     if text.startswith(("http://", "https://")):
+        _check_address(text)
         return text
     if not text.endswith(".db") or "://" in text:
         raise argparse.ArgumentTypeError(f"{text} is neither http://host:port nor a path that ends in .db")
     folder(os.path.dirname(text) or ".")
     return text
+
+
+def _check_address(text: str) -> None:
+    """Raise ArgumentTypeError if an http address has no host or a wrong port, or credentials: it is logged."""
+    try:
+        address = urllib.parse.urlsplit(text)
+        port_is_wrong = address.port == 0
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+    if "@" in address.netloc:
+        raise argparse.ArgumentTypeError("give user:password in the environment as MILVUS_TOKEN, not in the address")
+    if port_is_wrong or not address.hostname or not address.hostname.isascii():
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form http://host:port")
 
 
 def nonempty_text(text: str) -> str:

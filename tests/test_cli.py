@@ -1,9 +1,11 @@
 """Help and usage errors: one line, exit code 2, before anything heavy is imported."""
 
+import argparse
 import json
 import subprocess
 import sys
 
+from simcse import flags
 from simcse.index.engines import ENGINES, LOCAL_ENGINES
 
 import pytest
@@ -74,7 +76,9 @@ def test_usage_errors(tmp_path, script, flags, message):
     ("recall.py", ["--ann_engine", "milvus", "--milvus_uri", "http://h", "--hnsw_m", 8, "--milvus_index_params", "M=9"],
      "--hnsw_m and M of --milvus_index_params are mutually exclusive"),
     ("recall.py", ["--ann_engine", "milvus", "--milvus_uri", "http://h:1", "--milvus_index", "FLAT", "--hnsw_m", 8],
-     "--hnsw_m or M of --milvus_index_params is not for FLAT, which has no parameters"),
+     "M (--milvus_index_params or --hnsw_m) is not for FLAT, which has no parameters"),
+    ("recall.py", ["--ann_engine", "milvus", "--milvus_uri", "http://h:1", "--milvus_collection", "a-b"],
+     "--milvus_collection a-b: expected at most 255 ASCII letters, digits and _, and no digit first"),
     ("recall.py", ["--ann_engine", "milvus", "--index_path", "x"], "are not for --ann_engine milvus"),
     ("recall.py", ["--ann_engine", "milvus", "--hnsw_m", 8], "--hnsw_m and --hnsw_ef are not for Milvus Lite"),
     ("recall.py", ["--index_shards", 0], "argument --index_shards: expected an integer >= 1, got '0'"),
@@ -90,6 +94,18 @@ def test_flags_that_would_do_nothing(tmp_path, script, flags, message):
     files = {"recall.py": ["--params_path", "--corpus_file", "--similar_text_pair"], "inference.py": ["--params_path"],
              "predict.py": ["--params_path", "--text_pair_file"], "train.py": ["--train_set_file"]}
     assert message in refuse(script, *[word for flag in files[script] for word in (flag, "file")], *flags, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("uri, message", [
+    ("http://[::1", "'http://[::1': Invalid IPv6 URL"), ("http://h:abc", "'http://h:abc': Port could not be cast"),
+    ("http://h:99999", "'http://h:99999': Port out of range"), ("http://", "'http://' is not of the form http://host:"),
+    ("http://主机:19530", "is not of the form http://host:port"), ("recall", "is neither http://host:port nor"),
+    ("http://user:geheim@h", "give user:password in the environment as MILVUS_TOKEN, not in the address")])
+def test_addresses_of_milvus_that_cannot_be(uri, message):
+    with pytest.raises(argparse.ArgumentTypeError) as refused:
+        flags.milvus_uri(uri)
+    assert message in str(refused.value) and "geheim" not in str(refused.value)
+    assert flags.milvus_uri("https://h:1/database") == "https://h:1/database"
 
 
 def test_a_missing_package_is_one_line(tmp_path):

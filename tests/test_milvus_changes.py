@@ -347,17 +347,19 @@ def test_ids_of_an_interrupted_run_do_not_stay(monkeypatch):
     assert contents()[1] == expected
 
 
-def test_two_processes_do_not_change_a_collection(monkeypatch):
-    """What another one has written after the comparison is noticed before anything is changed."""
+@pytest.mark.parametrize("after, state", [("_find_changes", milvus_collection.CHANGING),
+                                          ("_wait_for_adding", milvus_collection.COMPLETE)])
+def test_two_processes_do_not_change_a_collection(after, state, monkeypatch):
+    """What another one has written is noticed before anything is changed, and before the changes end."""
     run(["甲", "乙"])
-    find_changes = MilvusIndex._find_changes
+    method = getattr(MilvusIndex, after)
 
-    def overtaken(self):
-        changes = find_changes(self)
+    def overtaken(self, *arguments):
+        result = method(self, *arguments)
         record = self._collection.read_record()
-        self._collection.write_record(record._replace(state=milvus_collection.CHANGING))
-        return changes
+        self._collection.write_record(record._replace(state=state))
+        return result
 
-    monkeypatch.setattr(MilvusIndex, "_find_changes", overtaken)
+    monkeypatch.setattr(MilvusIndex, after, overtaken)
     with pytest.raises(InputError, match="texts: another process has changed it meanwhile; run again when that has"):
         run(["甲", "丙"])

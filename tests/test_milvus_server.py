@@ -150,6 +150,25 @@ def test_parameters_that_are_refused_leave_no_collection(index_type, parameters,
     assert MilvusIndex(milvus_server.uri, collection).manifest is None
 
 
+def test_an_index_of_others_in_place_of_ours(tmp_path, milvus_server, collection):
+    """Its scores might be distances."""
+    vectors = unit_vectors(3)
+    filled(milvus_server, collection, documents_of(tmp_path, "甲", "乙", "丙"), vectors, "IVF_FLAT", nlist=2).close()
+    MilvusIndex(milvus_server.uri, collection).close()
+    client = milvus_server.connect()
+    client.release_collection(collection)
+    client.drop_index(collection, "embedding")
+    with pytest.raises(InputError, match=f"{collection}: the index of its field embedding, which .* had made, is gone"):
+        MilvusIndex(milvus_server.uri, collection)
+    index = client.prepare_index_params()
+    index.add_index("embedding", index_name="embedding", index_type="HNSW", metric_type="L2",
+                    params={"M": 8, "efConstruction": 8})
+    client.create_index(collection, index)
+    with pytest.raises(InputError, match="is HNSW L2 None, and not IVF_FLAT COSINE 2, which recall.py had made"):
+        MilvusIndex(milvus_server.uri, collection)
+    client.close()
+
+
 # ------------------------------------------------------------------------------------------------------- the commands
 @pytest.fixture(scope="module")
 def corpus(sample, tmp_path_factory):

@@ -308,11 +308,12 @@ class MilvusIndex:
             self._collection.create(self.manifest)
             if self._record is not None and self._record.state == COMPLETE:
                 self._collection.write_record(Record(self._record.manifest, CHANGING))
+            self._record = self._collection.read_record()
         wait_for_ranks()
         self._collection.load()
 
     def _check_unchanged(self) -> None:
-        """Raise InputError if the collection is not what it was when it was opened: no two processes may change it."""
+        """Raise InputError if another process has changed the collection: no two may do that at a time."""
         record = self._collection.read_record()
         if record != self._record:
             raise InputError(f"{self._collection.where}: another process has changed it meanwhile; run again when that "
@@ -387,6 +388,7 @@ class MilvusIndex:
             self._nearest.gather()
         wait_for_ranks()
         if not RANK:
+            self._check_unchanged()
             self._update_outdated()
             self._collection.delete(self._changes.gone)
             self._collection.flush()

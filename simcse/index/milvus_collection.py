@@ -48,6 +48,7 @@ BUILDING = "building"
 COMPLETE = "complete"
 CHANGING = "changing"
 
+_NO_COLLECTION = 100  # the code of an error
 _RECORD = "simcse"  # the property of a collection that has its record
 _KEY_END = 2**63
 _WITHOUT_PROXY = {"grpc.enable_http_proxy": 0}  # which no proxy could reach, whatever the environment names
@@ -142,6 +143,8 @@ class Collection:
         try:
             yield
         except (MilvusException, grpc.RpcError, ValueError) as error:
+            if getattr(error, "code", None) == _NO_COLLECTION:
+                raise InputError(f"{self.where}: has been dropped meanwhile; run again") from None
             message = f"--milvus_uri {self.uri}: {describe_error(error)}"
             if _is_unauthenticated(error):
                 message += "; MILVUS_TOKEN in the environment is the token, such as user:password"
@@ -300,18 +303,19 @@ class Collection:
             described = self._client.describe_collection(self.name)
         self.name = described.get("collection_name", self.name)
         content = described.get("properties", {}).get(_RECORD) or described.get("description")  # earlier versions'
-        try:
-            record = dict(json.loads(content or ""))
-        except (TypeError, ValueError):
-            raise InputError(f"{self.where}: exists, but was not made by recall.py") from None
+        record = _parse_record(content)
+        if record is None:
+            raise InputError(f"{self.where}: exists, but was not made by recall.py; name another")
         manifest = Manifest.from_dict(record.get("manifest", {}), self.where, REBUILD)
+        state = record.get("state")
         self._convert_old_settings(manifest)
         self._check_fields(described["fields"], manifest)
         if self.has_index():
-            return Record(manifest, record["state"])
-        if record["state"] == BUILDING and self._count_written() == 0:
+            self._check_index(manifest)
+            return Record(manifest, state)
+        if state == BUILDING and self._count_written() == 0:
             return None
-        raise InputError(f"{self.where}: its vectors have no index, which recall.py had made; create one, or {REBUILD}")
+        raise InputError(f"{self.where}: the index of its field {VECTOR}, which recall.py had made, is gone; {REBUILD}")
 
     def _count_written(self) -> int:
         """Return how many rows are on the disk of the server, which can be asked without an index."""
@@ -328,6 +332,20 @@ class Collection:
                 problem = "another type" if name in found and name in wanted else "lacking" if name in wanted else "new"
                 raise InputError(f"{self.where}: its fields are not those that recall.py makes: {name} is {problem}; "
                                  f"{REBUILD}")
+
+    def _check_index(self, manifest: Manifest) -> None:
+        """Raise InputError if the vectors have another index than `create` makes, whose scores may be no cosines."""
+        with self._errors():
+            index = self._client.describe_index(self.name, VECTOR)
+        found = {name: str(index.get(name)) for name in ("index_type", "metric_type")}
+        wanted = {"index_type": manifest.build_settings[INDEX_TYPE], "metric_type": METRIC}
+        if not self.is_lite:  # which does not tell them
+            to_build = parameters_to_build(manifest.build_settings)
+            found |= {name: str(index.get(name)) for name in to_build}
+            wanted |= {name: str(value) for name, value in to_build.items()}
+        if found != wanted:
+            raise InputError(f"{self.where}: the index of its field {VECTOR} is {' '.join(found.values())}, and not "
+                             f"{' '.join(wanted.values())}, which recall.py had made; {REBUILD}")
 
     def _convert_old_settings(self, manifest: Manifest) -> None:
         """Change the settings of a manifest that was written before there was --milvus_index to those of today."""
@@ -509,6 +527,16 @@ def split_by_size(rows: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any
         size += row_size
     if piece:
         yield piece
+
+
+def _parse_record(content: str | None) -> dict[str, Any] | None:
+    """Return the record of a collection, which earlier versions wrote without a manifest; None: it is something else.
+    """
+    with contextlib.suppress(TypeError, ValueError):
+        record = json.loads(content)
+        if isinstance(record, dict) and isinstance(record.get("manifest", {}), dict):
+            return record
+    return None
 
 
 def _record_to_json(record: Record) -> str:

@@ -5,6 +5,7 @@ parameter whose default depends on the corpus has the default None, and gets its
 """
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,14 +16,16 @@ from simcse.index.settings import HNSW_EF, HNSW_M, Setting, integer
 INDEX_TYPE = "milvus_index"  # the build setting that names the type
 DEEPER_FACTOR = 4  # how many times larger ef, nprobe and the like are in the second measurement of recall
 
-M = Setting("M", integer(2), HNSW_M.default, "links per node")
+_MAX_NLIST = 65536  # a limit of Milvus; it checks the others when it indexes, long after it has taken them
+
+M = Setting("M", integer(2, 2048), HNSW_M.default, "links per node")
 EF_CONSTRUCTION = Setting("efConstruction", integer(1), None, "candidates that building keeps", "ef")
 EF = Setting("ef", integer(1), HNSW_EF.default, "candidates that a search keeps, at least twice --recall_num")
-NLIST = Setting("nlist", integer(1), None, "clusters of a segment", "4 times the square root of its rows")
+NLIST = Setting("nlist", integer(1, _MAX_NLIST), None, "clusters of a segment", "4 times the square root of its rows")
 NPROBE = Setting("nprobe", integer(1), None, "clusters that a search looks at", "an eighth of nlist, at least 16")
 SUBVECTORS = Setting("m", integer(1), None, "subvectors of product quantization",
                      "a quarter of the dimension; the dimension if 4 does not divide it")
-NBITS = Setting("nbits", integer(1), 8, "bits of each subvector")
+NBITS = Setting("nbits", integer(1, 16), 8, "bits of each subvector")
 REORDER_K = Setting("reorder_k", integer(1), 400,
                     "candidates that are re-ranked by the original vectors, at least twice --recall_num")
 SEARCH_LIST = Setting("search_list", integer(1), 100, "candidates that a search keeps, at least twice --recall_num")
@@ -71,8 +74,6 @@ DEFAULT_TYPE = "HNSW"
 LITE_TYPE = "FLAT"  # the only one of a file of Milvus Lite
 
 _SEGMENT_BYTES = 512 << 20  # of vectors that Milvus indexes together at most (dataCoord.segment.maxSize)
-_MAX_NLIST = 65536  # a limit of Milvus
-
 
 def is_lite(uri: str) -> bool:
     """Return whether an address is a file of Milvus Lite, and not a server."""
@@ -80,6 +81,11 @@ def is_lite(uri: str) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------ what users give
+def is_collection_name(name: str) -> bool:
+    """Return whether a server takes a name for a collection. Milvus Lite takes any."""
+    return re.fullmatch("[A-Za-z_][A-Za-z0-9_]{0,254}", name) is not None
+
+
 def build_settings() -> dict[str, Setting]:
     """Return the parameters with which vectors are indexed, those of all types, by name."""
     return {setting.name: setting for index_type in INDEX_TYPES.values() for setting in index_type.build_settings}
@@ -107,9 +113,11 @@ def parse_parameters(text: str) -> dict[str, int]:
     settings = {**build_settings(), **search_settings()}
     values: dict[str, int] = {}
     for pair in text.split(","):
-        name, _, value = (part.strip() for part in pair.partition("="))
+        name, equals, value = (part.strip() for part in pair.partition("="))
+        if not equals:
+            raise argparse.ArgumentTypeError(f"expected NAME=VALUE,..., got {pair!r} in {text!r}")
         if name not in settings:
-            raise argparse.ArgumentTypeError(f"{name!r} is not among the parameters {', '.join(settings)}")
+            raise argparse.ArgumentTypeError(f"no index type has a parameter {name!r}; {_describe_names()}")
         if name in values:
             raise argparse.ArgumentTypeError(f"{name} is given twice")
         try:
@@ -119,16 +127,25 @@ def parse_parameters(text: str) -> dict[str, int]:
     return values
 
 
+def _describe_names() -> str:
+    """Return which parameters each index type has."""
+    return "; ".join(f"{name} has {_join_names(name)}" for name in INDEX_TYPES)
+
+
+def _join_names(index_type: str) -> str:
+    """Return the names of the parameters of an index type."""
+    settings = (*INDEX_TYPES[index_type].build_settings, *INDEX_TYPES[index_type].search_settings)
+    return ", ".join(setting.name for setting in settings) or "no parameters"
+
+
 def check_names(index_type: str, settings: Sequence[str]) -> None:
     """Raise InputError if an index type lacks one of some parameters."""
-    names = [setting.name for setting in (*INDEX_TYPES[index_type].build_settings,
-                                          *INDEX_TYPES[index_type].search_settings)]
+    known = _join_names(index_type)
     for name in settings:
-        if name not in (INDEX_TYPE, *names):
-            known = f"which has {', '.join(names)}" if names else "which has no parameters"
-            flags = [f"--{flag}" for flag, parameter in SETTING_OF_FLAG.items() if parameter == name]
-            given = " or ".join([*flags, f"{name} of --milvus_index_params"])
-            raise InputError(f"{given} is not for {index_type}, {known}")
+        if name != INDEX_TYPE and name not in known.split(", "):
+            other_flags = [f"--{flag}" for flag, parameter in SETTING_OF_FLAG.items() if parameter == name]
+            flags = ["--milvus_index_params", *other_flags]
+            raise InputError(f"{name} ({' or '.join(flags)}) is not for {index_type}, which has {known}")
 
 
 # -------------------------------------------------------------------------------------------------------------- values

@@ -1,9 +1,12 @@
 """What a setting of an engine is, of which recall.py makes a flag; and the settings of HNSW, which engines share."""
 
 import argparse
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+LARGEST = 2**31 - 1  # of the integers that libraries take
 
 
 @dataclass(frozen=True)
@@ -30,15 +33,14 @@ class Setting:
         return self.default_help if self.default is None else self.default
 
 
-def integer(minimum: int) -> Callable[[str], int]:
-    """Return an argparse type: an integer that is at least `minimum`."""
+def integer(minimum: int, maximum: int = LARGEST) -> Callable[[str], int]:
+    """Return an argparse type: an integer from `minimum` to `maximum`."""
+    limits = f">= {minimum}" if maximum == LARGEST else f"from {minimum} to {maximum}"
+
     def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = minimum - 1
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"expected an integer >= {minimum}, got {text!r}")
+        value = int(text) if re.fullmatch("[0-9]+", text.strip()) else -1
+        if not minimum <= value <= maximum:
+            raise argparse.ArgumentTypeError(f"expected an integer {limits}, got {text!r}")
         return value
 
     return parse
