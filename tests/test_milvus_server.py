@@ -61,7 +61,7 @@ def test_a_collection_whose_index_somebody_has_dropped_is_kept(tmp_path, milvus_
     client = milvus_server.connect()
     client.release_collection(collection)
     client.drop_index(collection, "embedding")
-    with pytest.raises(InputError, match=f"{collection}: its vectors have no index, which recall.py had made; create"):
+    with pytest.raises(InputError, match=f"{collection}: the index of its field embedding, which recall.py had made, is gone; name"):
         MilvusIndex(milvus_server.uri, collection)
     assert client.get_collection_stats(collection)["row_count"] == 2
     client.close()
