@@ -21,7 +21,7 @@ from simcse.index.ann_recall import MEASURED_K, pick_evenly, report_ann_recall
 from simcse.index.documents import Documents, report_changes
 from simcse.index.engines import DEFAULT_ENGINE, ENGINES, LOCAL_ENGINES
 from simcse.index.manifest import DAMAGE, MANIFEST_FILE, REBUILD, Manifest, check_digest, is_as_written
-from simcse.index.milvus import MilvusIndex, manifest_to_follow
+from simcse.index.milvus import MilvusIndex, manifest_for_corpus
 from simcse.index.milvus_types import is_lite
 from simcse.index.previous import PreviousIndex
 from simcse.index.protocols import NOT_FOUND, DocumentStore, Index
@@ -402,31 +402,29 @@ def open_collection(uri: str, collection: str, wanted: Manifest, *, corpus: Corp
     Raises:
         InputError: there is no such server or collection, it is not as wanted, or lacks documents.
     """
-    from simcse.ranks import wait_for_ranks
-
     index = MilvusIndex(uri, collection)
     if index.manifest is not None:
         index.check(wanted)
     if corpus is None:
         index.open(wanted.search_settings)
         return index, index
-    manifest = manifest_to_follow(wanted, index.manifest, is_lite(uri))
+    manifest = manifest_for_corpus(wanted, index.manifest, is_lite(uri))
     documents = read_documents(corpus, encoder, manifest)
-    index.follow(documents, with_sizes(manifest, documents, encoder))
+    index.compare(documents, with_sizes(manifest, documents, encoder))
     if index.needs_changes:
-        tokenize_rows(documents, encoder, rows_to_warn_of(index, documents))  # a collection has keys of its own
+        # For its warnings alone: the rows of a collection have keys of texts, not of tokens.
+        tokenize_rows(documents, encoder, rows_to_check(index, documents))
     index.start_changing()
     if index.has_to_be_measured():
         index.measure_with(encoder.encode(halves_of(documents), warn=False))
     add_missing(index, documents, encoder)
-    wait_for_ranks()
     return index, documents
 
 
-def rows_to_warn_of(index: MilvusIndex, documents: Documents) -> np.ndarray:
-    """Return the rows of which this rank looks whether they are truncated or unknown, int64.
+def rows_to_check(index: MilvusIndex, documents: Documents) -> np.ndarray:
+    """Return the rows that this rank checks for truncated and unknown texts, int64.
 
-    They are those that it adds; with --strict_data, which refuses such a row wherever it is met, a share of all rows.
+    They are those that it adds; with --strict_data, which refuses such a text wherever it is, a share of all rows.
     """
     if console.settings.strict_data:
         return np.arange(RANK, documents.row_count, RANKS)

@@ -36,7 +36,7 @@ def measure(build: Callable[[], None], save: Callable[[str], None], search: Sear
 
     Args:
         build: builds it.
-        save: writes it at a path; the size is what stands there then.
+        save: writes it to a path; the size is that of the files written.
         search: queries it.
         queries: float32 [Q, dim].
         exact: int64 [Q, K], the rows that exact search finds.
@@ -55,13 +55,14 @@ def measure_search(search: Search, queries: np.ndarray, exact: np.ndarray) -> di
     """Measure the searches of an index; see `measure`.
 
     Returns:
-        The speed at a goal is interpolated between the last of EFFORTS that misses it and the first that reaches it,
-        because a step of EFFORTS changes the speed by up to a fifth; NaN where none reaches it. "one query" is the time
+        For each goal the queries/s, NaN where none of EFFORTS reaches it. The seconds are interpolated between the last
+        effort that misses the goal and the first that reaches it, because a step changes the speed by up to a fifth.
+        "one query" is the time
         of one of the first 200, asked one by one, with the last effort that was tried.
     """
     values = {}
     efforts = iter(EFFORTS)
-    reached = Tried(EFFORTS[0], recall=0.0)
+    reached = Tried(EFFORTS[0], recall=0.0)  # stands for "none"
     for goal in GOALS:
         while reached.recall < goal:
             effort = next(efforts, None)

@@ -269,7 +269,7 @@ def index_milvus(folder: str, uri: str, index_type: str, m: int, ef: int) -> dic
 
     from simcse.index.documents import Documents
     from simcse.index.manifest import Manifest
-    from simcse.index.milvus import MilvusIndex, manifest_to_follow
+    from simcse.index.milvus import MilvusIndex, manifest_for_corpus
     from simcse.index.milvus_collection import BOUNDED
     from simcse.text.textfile import Corpus
 
@@ -279,9 +279,9 @@ def index_milvus(folder: str, uri: str, index_type: str, m: int, ef: int) -> dic
         file.writelines(f"{number:08}\n" for number in range(len(vectors)))
     documents = Documents(Corpus(path, "--corpus_file"))
     graph = {"M": m, "efConstruction": ef} if index_type == "HNSW" else {}
-    manifest = manifest_to_follow(Manifest(build_settings={"milvus_index": index_type, **graph}), None, is_lite=False)
+    manifest = manifest_for_corpus(Manifest(build_settings={"milvus_index": index_type, **graph}), None, is_lite=False)
     index = MilvusIndex(uri, index_type)
-    index.follow(documents, dataclasses.replace(manifest, dimension=vectors.shape[1], rows=len(vectors),
+    index.compare(documents, dataclasses.replace(manifest, dimension=vectors.shape[1], rows=len(vectors),
                                                 lines=len(vectors), documents=len(vectors)))
     index.start_changing()
 

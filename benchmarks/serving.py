@@ -71,18 +71,18 @@ async def load(port: int, queries: list[str], mode: str, clients: int, seconds: 
     tasks = [ask_on(port, queries, mode, client * 7919, start + seconds) for client in range(clients)]
     times_of_clients = await asyncio.gather(*tasks)
     took = time.perf_counter() - start
-    times = sorted(1000 * seconds for times in times_of_clients for seconds in times)
-    values = {"answers/s": len(times) / took}
+    latencies_ms = sorted(1000 * latency for latencies in times_of_clients for latency in latencies)
+    values = {"answers/s": len(latencies_ms) / took}
     for percentile in (50, 95, 99):
-        place = min(len(times) - 1, len(times) * percentile // 100)
-        values[f"p{percentile}"] = times[place]
+        place = min(len(latencies_ms) - 1, len(latencies_ms) * percentile // 100)
+        values[f"p{percentile}"] = latencies_ms[place]
     return values
 
 
 @contextlib.contextmanager
 def service(model_dir: str, flags: tuple[str, ...]) -> Iterator[int]:
     """Start the service as its users do, and yield its port."""
-    with tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryFile("a+") as log:  # "a": the service writes to its end, wherever it was read
         process = subprocess.Popen(
             [sys.executable, f"{ROOT}/deploy/serving/server.py", "--device", "cpu", "--port", "0", "--model_dir",
              model_dir, *flags], stderr=log, stdout=subprocess.DEVNULL)

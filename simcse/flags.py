@@ -164,7 +164,12 @@ def checkpoint_file(path: str) -> str:
 
 
 def milvus_uri(text: str) -> str:
-    """Return `text` if it is the address of a Milvus server, or a file of Milvus Lite in a folder that exists."""
+    """Return `text` if it is the address of a Milvus server, or a file of Milvus Lite in a folder that exists.
+
+    It must have no credentials: it is logged.
+    """
+    if "://" in text and "@" in text:
+        raise argparse.ArgumentTypeError("give user:password in the environment as MILVUS_TOKEN, not in the address")
     if text.startswith(("http://", "https://")):
         _check_address(text)
         return text
@@ -175,15 +180,13 @@ def milvus_uri(text: str) -> str:
 
 
 def _check_address(text: str) -> None:
-    """Raise ArgumentTypeError if an http address has no host or a wrong port, or credentials: it is logged."""
+    """Raise ArgumentTypeError if an http address has no host or a wrong port."""
     try:
         address = urllib.parse.urlsplit(text)
-        port_is_wrong = address.port == 0
+        port_is_zero = address.port == 0
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
-    if "@" in address.netloc:
-        raise argparse.ArgumentTypeError("give user:password in the environment as MILVUS_TOKEN, not in the address")
-    if port_is_wrong or not address.hostname or not address.hostname.isascii():
+    if port_is_zero or not address.hostname or not address.hostname.isascii():
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form http://host:port")
 
 

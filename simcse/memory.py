@@ -41,7 +41,7 @@ def announce_memory(additional_bytes: float) -> None:
 
 @contextlib.contextmanager
 def huge_pages() -> Iterator[None]:
-    """Ask Linux for pages of 2 MB for the memory that is allocated in a `with` statement.
+    """Ask Linux for pages of 2 MB in the blocks of memory that appear or grow during a `with` statement.
 
     It is for memory with random access, where pages of 4 KB are looked up in page tables all the time. Memory that is
     written for the first time after the statement gets them at once; what is written in it gets them later, in the
@@ -68,7 +68,7 @@ def _gives_huge_pages_on_request() -> bool:
 def _find_blocks() -> set[tuple[int, int]]:
     """Return address and size of each block of this process's memory that is writable, of no file, and large enough."""
     blocks = set()
-    with contextlib.suppress(FileNotFoundError), open(MEMORY_MAP, encoding="utf-8", errors="replace") as file:
+    with contextlib.suppress(OSError), open(MEMORY_MAP, encoding="utf-8", errors="replace") as file:
         for line in file:
             fields = line.split()  # addresses, rights, offset, device, inode, and the name of a file or of [heap]
             if len(fields) > 5 or not fields[1].startswith("rw-p"):

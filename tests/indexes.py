@@ -110,9 +110,9 @@ def documents_of(folder, *lines):
 
 def milvus_manifest(documents, **values):
     """Return the manifest of a collection of these documents, in Milvus Lite and with vectors of 8 if not told."""
-    from simcse.index.milvus import manifest_to_follow
+    from simcse.index.milvus import manifest_for_corpus
 
-    manifest = manifest_to_follow(Manifest(), None, is_lite=True)
+    manifest = manifest_for_corpus(Manifest(), None, is_lite=True)
     values = {"lines": documents.line_count, "documents": len(documents), "rows": documents.row_count, **values}
     return dataclasses.replace(manifest, passages=documents.has_passages, **{"dimension": 8, **values})
 
@@ -122,7 +122,7 @@ def fill_collection(documents, vectors, collection="texts", uri="x.db", **values
     from simcse.index.milvus import MilvusIndex
 
     index = MilvusIndex(uri, collection)
-    index.follow(documents, milvus_manifest(documents, dimension=vectors.shape[1], **values))
+    index.compare(documents, milvus_manifest(documents, dimension=vectors.shape[1], **values))
     index.start_changing()
     for rows in index.missing_rows:
         index.add(rows, vectors[rows])

@@ -100,7 +100,7 @@ def test_flags_that_would_do_nothing(tmp_path, script, flags, message):
     ("http://[::1", "'http://[::1': Invalid IPv6 URL"), ("http://h:abc", "'http://h:abc': Port could not be cast"),
     ("http://h:99999", "'http://h:99999': Port out of range"), ("http://", "'http://' is not of the form http://host:"),
     ("http://主机:19530", "is not of the form http://host:port"), ("recall", "is neither http://host:port nor"),
-    ("http://user:geheim@h", "give user:password in the environment as MILVUS_TOKEN, not in the address")])
+    ("http://user:geheim@h:0x", "give user:password in the environment as MILVUS_TOKEN, not in the address")])
 def test_addresses_of_milvus_that_cannot_be(uri, message):
     with pytest.raises(argparse.ArgumentTypeError) as refused:
         flags.milvus_uri(uri)

@@ -236,7 +236,7 @@ def test_passages_are_rows_of_their_document(in_a_folder):
 def test_a_text_too_long_for_milvus_is_refused_with_its_line(in_a_folder):
     documents = documents_of(in_a_folder, "短", "", "长" * 21846, "a" * 65535)
     with pytest.raises(InputError, match=r"corpus.csv:3: 1 of 3 texts is longer than Milvus takes, 65,535 bytes"):
-        MilvusIndex("x.db", "texts").follow(documents, milvus_manifest(documents))
+        MilvusIndex("x.db", "texts").compare(documents, milvus_manifest(documents))
     with pytest.raises(InputError, match="no such collection"):
         opened()
 
@@ -295,7 +295,7 @@ def test_the_recall_of_a_changed_collection_is_measured_with_all_of_its_vectors(
     fill_collection(documents_of(in_a_folder, *(f"文{n}" for n in range(40))), vectors[:40], **of_hnsw).close()
     documents = documents_of(in_a_folder, *(f"文{n}" for n in range(20, 60)))
     index = MilvusIndex("x.db", "texts")
-    index.follow(documents, milvus_manifest(documents, corpus="after", build_settings=index.manifest.build_settings,
+    index.compare(documents, milvus_manifest(documents, corpus="after", build_settings=index.manifest.build_settings,
                                             search_settings=index.manifest.search_settings))
     index.start_changing()
     assert index.has_to_be_measured()

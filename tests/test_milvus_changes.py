@@ -71,7 +71,7 @@ def run(lines, collection="texts", documents_of=documents_of, before_piece=lambd
     index = MilvusIndex("x.db", collection)
     try:
         manifest = milvus_manifest(documents, corpus="\n".join(lines), corpus_columns=documents.corpus.columns)
-        index.follow(documents, manifest)
+        index.compare(documents, manifest)
         index.start_changing()
         for rows in index.missing_rows:
             before_piece()
@@ -347,19 +347,40 @@ def test_ids_of_an_interrupted_run_do_not_stay(monkeypatch):
     assert contents()[1] == expected
 
 
-@pytest.mark.parametrize("after, state", [("_find_changes", milvus_collection.CHANGING),
-                                          ("_wait_for_adding", milvus_collection.COMPLETE)])
-def test_two_processes_do_not_change_a_collection(after, state, monkeypatch):
-    """What another one has written is noticed before anything is changed, and before the changes end."""
+@pytest.mark.parametrize("method_name, change", [
+    ("_find_changes", {"state": milvus_collection.CHANGING}),
+    ("_wait_for_adding", {"run": "another"}),
+    ("_wait_for_adding", {"run": "another", "state": milvus_collection.COMPLETE})])
+def test_two_runs_at_the_same_time_notice_each_other(method_name, change, monkeypatch):
+    """Another one writes the record after the comparison, or while rows are added: no run says that it is complete."""
     run(["甲", "乙"])
-    method = getattr(MilvusIndex, after)
+    before = contents()[1]
+    method = getattr(MilvusIndex, method_name)
 
-    def overtaken(self, *arguments):
+    def change_record(self, *arguments):
         result = method(self, *arguments)
-        record = self._collection.read_record()
-        self._collection.write_record(record._replace(state=state))
+        self._collection.write_record(self._collection.read_record()._replace(**change))
         return result
 
-    monkeypatch.setattr(MilvusIndex, after, overtaken)
+    monkeypatch.setattr(MilvusIndex, method_name, change_record)
     with pytest.raises(InputError, match="texts: another process has changed it meanwhile; run again when that has"):
         run(["甲", "丙"])
+    after = contents()[1]
+    assert before.items() <= after.items() and (method_name != "_find_changes" or after == before)
+
+
+def test_rows_that_another_run_has_added_meanwhile(monkeypatch):
+    """It has ended with an error, for instance, and its record was replaced by ours."""
+    run(["甲", "乙"])
+    row = {**next(iter(contents()[1].values())), "id": 7, "document": 7, "embedding": vector("丁")}
+    flush = milvus_collection.Collection.flush
+
+    def add_another(self):
+        self.upsert([row])
+        flush(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(milvus_collection.Collection, "flush", add_another)
+        with pytest.raises(InputError, match="texts: has 3 rows instead of 2; another process has"):
+            run(["甲", "丙"])
+    assert run(["甲", "丙"]) == [] and len(contents()[1]) == 2

@@ -45,7 +45,7 @@ def filled(server, collection, documents, vectors, index_type="HNSW", **paramete
     search = {name: value for name, value in parameters.items() if name not in to_build}
     index = MilvusIndex(server.uri, collection)
     manifest = milvus_manifest(documents, dimension=vectors.shape[1], build_settings=build, search_settings=search)
-    index.follow(documents, manifest)
+    index.compare(documents, manifest)
     index.start_changing()
     if index.has_to_be_measured():
         index.measure_with(vectors[:100])
@@ -128,7 +128,7 @@ def test_an_index_that_the_server_cannot_build_is_not_waited_for_forever(tmp_pat
                                                                          monkeypatch, capsys):
     """The server of the package was built without DISKANN, takes it, and tries for ever: rows are found all the same.
     """
-    monkeypatch.setattr(milvus_collection, "STALLED", 3)
+    monkeypatch.setattr(milvus_collection, "PATIENCE", 3)
     vectors = unit_vectors(1100)
     documents = documents_of(tmp_path, *(f"文{number}" for number in range(1100)))
     index = filled(milvus_server, collection, documents, vectors, "DISKANN")
@@ -285,7 +285,7 @@ def test_a_changed_corpus_while_another_process_searches(tmp_path, milvus_server
         assert searching.stdout.readline() == "ready\n"
         new = documents_of(tmp_path, *new_texts)
         index = MilvusIndex(milvus_server.uri, collection)
-        index.follow(new, milvus_manifest(new, dimension=16, **settings_of(index)))
+        index.compare(new, milvus_manifest(new, dimension=16, **settings_of(index)))
         index.start_changing()
         assert sorted(np.concatenate(index.missing_rows)) == list(range(1400, 1700))
         for rows in index.missing_rows:

@@ -102,7 +102,7 @@ def test_rows_of_vectors_against_lists(k):
     vectors = np.array([random.permutation(mapped.vector_count)[:4] for _ in range(5)])
     vectors[3, 2:] = -1
     scores = -np.sort(random.random((5, 4)).astype("float32"))
-    found = mapped.rows_of(SearchResult(vectors, scores), k)
+    found = mapped.expand(SearchResult(vectors, scores), k)
     for query in range(5):
         expected = []
         for vector, score in zip(vectors[query], scores[query]):
@@ -197,7 +197,7 @@ def test_rows_that_a_collection_lacks_are_warned_of_before_it_is_changed(tmp_pat
         def __init__(self, *_):
             pass
 
-        def follow(self, *_):
+        def compare(self, *_):
             pass
 
         def start_changing(self):

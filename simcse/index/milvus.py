@@ -1,13 +1,15 @@
-"""An index in a collection of Milvus, which follows its corpus in place."""
+"""An index in a collection of Milvus, which is updated in place when the corpus changes."""
 
 import dataclasses
+import itertools
+import secrets
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from simcse.console import InputError, log, part, some, warn
+from simcse.console import InputError, count, log, part, some, warn
 from simcse.index.ann_recall import MEASURED_K, ann_recall, report_ann_recall
 from simcse.index.documents import Documents, report_changes
 from simcse.index.exact import NearestCosines
@@ -19,10 +21,12 @@ from simcse.index.milvus_collection import (
     COMPLETE,
     DOCUMENT,
     IDS,
+    INDEXED,
     KEY,
     LINES,
     MAX_BYTES,
     PASSAGE,
+    PENDING,
     REBUILD,
     TEXT,
     VECTOR,
@@ -49,14 +53,15 @@ from simcse.text.keys import passage_keys
 import numpy as np
 
 PIECE = 4096  # rows that are encoded and stored together
-MEASURED_KEPT = 2_000_000  # rows whose vectors are read again to measure the recall after a change, at most
+MEASURED_KEPT = 2_000_000  # most rows whose stored vectors are read to measure the recall after a change
 ADDING = 2  # how many pieces a server adds at a time: one is made ready while it works on another
-EXACT = "another collection with --milvus_index FLAT"  # what misses nothing
+EXACT = "another collection with --milvus_index FLAT"  # the advice where the recall is poor
+OVERTAKEN = "another process has changed it meanwhile; run again when that has ended"
 
 
 @dataclass
 class Changes:
-    """What makes a collection one of the corpus as it is now.
+    """The differences between a collection and the corpus.
 
     Attributes:
         missing: which rows of the corpus the collection lacks, bool [rows].
@@ -128,6 +133,7 @@ class MilvusIndex:
         self._collection = Collection(uri, collection)
         self._record = self._collection.read_record()
         self.manifest = self._record.manifest if self._record else None
+        self._run = secrets.token_hex(8)
         self._search_settings: dict[str, Any] = {}
         self._documents: Documents | None = None
         self._changes: Changes | None = None
@@ -167,9 +173,9 @@ class MilvusIndex:
         if self._record.state == BUILDING:
             raise InputError(f"{where}: not all documents are in it yet; run recall.py again with --corpus_file")
         self._collection.consistency = BOUNDED
-        self._open_complete(self._record.manifest, search_settings)
+        self._load_to_search(self._record.manifest, search_settings)
 
-    def follow(self, documents: Documents, manifest: Manifest) -> None:
+    def compare(self, documents: Documents, manifest: Manifest) -> None:
         """Find out what the collection lacks of a corpus, without changing it. All ranks call it together.
 
         `start_changing` comes next.
@@ -191,7 +197,7 @@ class MilvusIndex:
         if self._record is not None:
             self.manifest.ann_recall = self._record.manifest.ann_recall
         if not any_rank(not self._is_current()):
-            self._open_complete(self.manifest, {})
+            self._load_to_search(self.manifest, {})
             return
         self._changes = self._find_changes()
         if len(self._changes.previous):
@@ -200,8 +206,8 @@ class MilvusIndex:
         self._search_settings = self.manifest.search_settings
         self.missing_rows = self._missing_pieces()
 
-    def _open_complete(self, manifest: Manifest, search_settings: dict[str, Any]) -> None:
-        """Make a collection searchable that lacks nothing of a corpus, this one or an earlier one.
+    def _load_to_search(self, manifest: Manifest, search_settings: dict[str, Any]) -> None:
+        """Make the collection searchable as it is.
 
         Args:
             manifest: its own, or one that agrees with it.
@@ -237,7 +243,7 @@ class MilvusIndex:
         fields = [DOCUMENT, LINES, IDS] if has_ids else [DOCUMENT, LINES]
         for page in self._collection.read_pages(fields):
             rows = self._keys.find_rows(np.array([stored[KEY] for stored in page], "int64"))
-            documents_of_pages.append(np.unique([stored[DOCUMENT] for stored in page]))
+            documents_of_pages.append(np.unique(np.array([stored[DOCUMENT] for stored in page], "int64")))
             changes.gone += [stored[KEY] for row, stored in zip(rows.tolist(), page) if row == NOT_FOUND]
             stored_rows = [stored for row, stored in zip(rows.tolist(), page) if row != NOT_FOUND]
             rows = rows[rows != NOT_FOUND]
@@ -287,16 +293,16 @@ class MilvusIndex:
     # ------------------------------------------------------------------------------------------------------- filling
     @property
     def needs_changes(self) -> bool:
-        """Whether the collection has to be made, or changed, to be that of the corpus of `follow`."""
+        """Whether the collection has to be made, or changed, to be that of the corpus of `compare`."""
         return self._changes is not None
 
     def start_changing(self) -> None:
-        """Create the collection, or mark it as changing; do nothing if it is that of the corpus.
+        """Create the collection, or mark it as changing, by this run; do nothing if it is that of the corpus.
 
         All ranks call it together.
 
         Raises:
-            InputError: another process has changed it since it was compared.
+            InputError: another process has written the record since it was read.
         """
         from simcse.ranks import wait_for_ranks
 
@@ -304,26 +310,32 @@ class MilvusIndex:
             return
         wait_for_ranks()  # none has found an error
         if not RANK:
-            self._check_unchanged()
-            self._collection.create(self.manifest)
-            if self._record is not None and self._record.state == COMPLETE:
-                self._collection.write_record(Record(self._record.manifest, CHANGING))
+            self._check_record()
+            if self._record is None:
+                self._collection.create(self.manifest)
+                self._record = Record(self.manifest, BUILDING)
+            state = CHANGING if self._record.state == COMPLETE else self._record.state
+            self._collection.write_record(Record(self._record.manifest, state, self._run))
             self._record = self._collection.read_record()
         wait_for_ranks()
         self._collection.load()
 
-    def _check_unchanged(self) -> None:
-        """Raise InputError if another process has changed the collection: no two may do that at a time."""
-        record = self._collection.read_record()
-        if record != self._record:
-            raise InputError(f"{self._collection.where}: another process has changed it meanwhile; run again when that "
-                             "has ended")
+    def _check_record(self) -> None:
+        """Raise InputError if another process has written the record since it was read."""
+        if self._collection.read_record() != self._record:
+            raise InputError(f"{self._collection.where}: {OVERTAKEN}")
+
+    def _check_rows(self) -> None:
+        """Raise InputError if the collection has more or fewer rows than the corpus."""
+        rows = self._collection.count()
+        if rows != len(self._keys):
+            raise InputError(f"{self._collection.where}: has {count(rows, 'row')} instead of {len(self._keys):,}; "
+                             f"{OVERTAKEN}")
 
     def has_to_be_measured(self) -> bool:
-        """Return whether rows are about to change of an index type that may miss some of the nearest.
+        """Return whether rows are about to change, and the index is approximate. All ranks call it together.
 
-        All ranks call it together. The vectors of rows that stay have to be read for it; where they are too many the
-        last measurement is kept.
+        The vectors of rows that stay have to be read for it; where they are too many the last measurement is kept.
         """
         from simcse.ranks import any_rank
 
@@ -388,14 +400,15 @@ class MilvusIndex:
             self._nearest.gather()
         wait_for_ranks()
         if not RANK:
-            self._check_unchanged()
+            self._check_record()
             self._update_outdated()
             self._collection.delete(self._changes.gone)
             self._collection.flush()
+            self._check_rows()
         is_indexed = self._wait_until_indexed()
         if not RANK:
             if self._nearest is not None:
-                self.manifest.ann_recall = None  # until it is measured, which may be interrupted
+                self.manifest.ann_recall = None  # if measuring is interrupted, it stays so until the corpus changes
             self._collection.write_record(Record(self.manifest, COMPLETE))
             if is_indexed and self._nearest is not None:
                 self.manifest.ann_recall = self._measure_recall()
@@ -408,17 +421,17 @@ class MilvusIndex:
     def _wait_until_indexed(self) -> bool:
         """Wait until the server has indexed all rows, and return, on rank 0, whether it has.
 
-        The ranks meet at each look at it: one that waited for rank 0 all the time would give up after half an hour.
+        All ranks poll together: a rank that waited for rank 0 all the time would give up after half an hour.
         """
         from simcse.ranks import any_rank
 
         if not self._index_type.is_approximate:
             return True
-        looks = iter(()) if RANK else self._collection.watch_indexing()
-        is_indexed = next(looks, None)
-        while any_rank(is_indexed is False):
-            is_indexed = next(looks, None)
-        return bool(is_indexed)
+        states = itertools.repeat(INDEXED) if RANK else self._collection.watch_indexing()
+        state = next(states)
+        while any_rank(state == PENDING):
+            state = next(states)
+        return state == INDEXED
 
     def _update_outdated(self) -> None:
         """Write rows again whose lines or ids have changed, with the vectors that they have."""
@@ -432,7 +445,7 @@ class MilvusIndex:
         return int(np.count_nonzero(~self._changes.missing))
 
     def _add_kept(self) -> None:
-        """Have the rows that were in the collection before looked at for the nearest, too."""
+        """Add the vectors that were stored before to the exact search."""
         for page in self._collection.read_pages([VECTOR]):
             rows = self._keys.find_rows(np.array([stored[KEY] for stored in page], "int64"))
             vectors = [stored[VECTOR] for row, stored in zip(rows.tolist(), page)
@@ -447,12 +460,10 @@ class MilvusIndex:
         queries, k, exact = self._nearest.queries, self._nearest.k, self._nearest.cosines
         settings = self._search_settings
         deeper = deeper_settings(self.manifest.build_settings, settings, k)
-        recall = ann_recall(self.search(queries, k).scores, exact)
+        recall = ann_recall(self._search(queries, k, settings).scores, exact)
         deeper_recall = recall
         if deeper:
-            self._search_settings = deeper
-            deeper_recall = ann_recall(self.search(queries, k).scores, exact)
-            self._search_settings = settings
+            deeper_recall = ann_recall(self._search(queries, k, deeper).scores, exact)
         measured = AnnRecall(k=k, queries=f"{len(queries)} halves of documents", recall=round(recall, 4),
                              settings=settings, deeper_recall=round(deeper_recall, 4), deeper_settings=deeper)
         report_ann_recall(measured, exact=EXACT, as_flags=_as_flag)
@@ -461,16 +472,21 @@ class MilvusIndex:
     # ----------------------------------------------------------------------------------------------------- searching
     def search(self, queries: np.ndarray, k: int) -> SearchResult:
         """Return the k best rows of each query on rank 0, and no rows on the other ranks; see `Index`."""
+        if k > self.max_k:
+            raise InputError(f"--recall_num {k}: Milvus gives at most {self.max_k}")
+        result = self._search(queries, k, self._search_settings)
+        if not RANK:
+            self._warn_short(result)
+        return result
+
+    def _search(self, queries: np.ndarray, k: int, settings: dict[str, Any]) -> SearchResult:
+        """Search with some settings; see `search`."""
         result = SearchResult(np.full((len(queries), k), NOT_FOUND), np.full((len(queries), k), NO_SCORE, "float32"))
         if RANK:
             return result
-        if k > self.max_k:
-            raise InputError(f"--recall_num {k}: Milvus gives at most {self.max_k}")
-        parameters = parameters_to_search(self._index_type, self._search_settings, k)
+        parameters = parameters_to_search(self._index_type, settings, k)
         found = self._collection.search(queries, k, parameters, with_vectors=self._index_type.is_quantized)
-        short = 0
         for query, hits in enumerate(found):
-            short += len(hits) < min(k, self.manifest.rows)
             rows = np.array([key for key, _ in hits], "int64")
             cosines = np.array([cosine for _, cosine in hits], "float32")
             if self._documents is not None:
@@ -480,17 +496,20 @@ class MilvusIndex:
             order = np.lexsort((rows, -cosines))
             result.rows[query, : len(rows)] = rows[order]
             result.scores[query, : len(rows)] = cosines[order]
-        self._warn_short(short, len(queries), k)
         return result
 
-    def _warn_short(self, short: int, queries: int, k: int) -> None:
-        """Warn, once, of queries for which an approximate search has found fewer than k rows."""
+    def _warn_short(self, result: SearchResult) -> None:
+        """Warn, once, of queries for which an approximate search has found fewer rows than there are."""
+        queries, k = result.rows.shape
+        available = min(k, self.manifest.rows)
+        found = np.count_nonzero(result.rows != NOT_FOUND, axis=1)
+        short = int(np.count_nonzero(found < available))
         if short and self._index_type.is_approximate and not self._has_warned:
             self._has_warned = True
             settings = deeper_settings(self.manifest.build_settings, self._search_settings, k)
             remedy = f"; {_as_flag(settings)} looks further" if settings else ""
-            warn(f"{self._collection.where}: {part(short, queries, 'query', 'have')} fewer than {k:,} hits with "
-                 f"{_as_flag(self._search_settings)}{remedy}")
+            warn(f"{self._collection.where}: {part(short, queries, 'query', 'have')} fewer than {available:,} hits "
+                 f"with {_as_flag(self._search_settings)}{remedy}")
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """Return the vectors of some rows, float32 [rows, dim], on rank 0; zeros for NOT_FOUND and on other ranks."""
@@ -565,10 +584,10 @@ class MilvusIndex:
         return [row_of[row][PASSAGE] if row in row_of else "" for row in rows]
 
 
-def manifest_to_follow(wanted: Manifest, previous: Manifest | None, is_lite: bool) -> Manifest:
+def manifest_for_corpus(wanted: Manifest, previous: Manifest | None, is_lite: bool) -> Manifest:
     """Return what a collection is to be made of: as wanted, else as it is, else the defaults.
 
-    `MilvusIndex.follow` adds defaults that depend on the corpus.
+    `MilvusIndex.compare` adds defaults that depend on the corpus.
 
     Args:
         wanted: what the flags ask for.
@@ -598,8 +617,8 @@ def _as_flag(settings: dict[str, Any]) -> str:
 def join_ids(ids: Sequence[str]) -> str:
     """Return ids with a tab between them, which none has; the last ones are left out if a field cannot hold them."""
     size = 0
-    for count, id in enumerate(ids):
+    for place, id in enumerate(ids):
         size += len(id.encode()) + 1
         if size > MAX_BYTES:
-            return "\t".join(ids[:count])
+            return "\t".join(ids[:place])
     return "\t".join(ids)

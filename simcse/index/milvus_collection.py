@@ -15,7 +15,17 @@ from typing import Any, NamedTuple
 
 from simcse.console import InputError, progress, summarize_error, warn
 from simcse.index.manifest import Manifest
-from simcse.index.milvus_types import EF, EF_CONSTRUCTION, INDEX_TYPE, LITE_TYPE, M, is_lite, parameters_to_build
+from simcse.index.milvus_types import (
+    DEFAULT_TYPE,
+    EF,
+    EF_CONSTRUCTION,
+    INDEX_TYPE,
+    INDEX_TYPES,
+    LITE_TYPE,
+    M,
+    is_lite,
+    parameters_to_build,
+)
 from simcse.machine import RANKS
 
 import numpy as np
@@ -31,7 +41,7 @@ VECTOR = "embedding"
 
 MAX_BYTES = 65535  # of a text field
 PAGE = 1000  # how many rows, or queries, a request for some of them has at most
-RANGE_PAGE = 16384  # how many rows a request for a range of keys reads at most
+RANGE_PAGE = 16384  # how many rows a request for a range of keys reads at most, on average
 INSERTED = 4096  # how many rows a request adds at most
 MESSAGE_BYTES = 32 << 20  # of a request or an answer: half of what a server takes (proxy.grpc.serverMaxRecvSize)
 TEXT_FIELDS = (TEXT, PASSAGE, IDS)
@@ -40,19 +50,24 @@ METRIC = "COSINE"
 STRONG = "Strong"  # all that was written before; a server waits for that, 0.2 s as a rule
 BOUNDED = "Bounded"  # what was written some seconds before
 POLL = 0.5  # seconds between two looks at how far the server has indexed
-STALLED = 1800  # seconds without progress after which indexing is no longer waited for
+PATIENCE = 1800  # seconds without progress after which indexing is no longer waited for
 SMALL_SEGMENT = 1024  # rows below which a segment has no index (indexCoord.segment.minSegmentNumRowsToEnableIndex)
 REBUILD = "name another collection, or drop this one to build it again"
 # States of a collection. One that is changing has every text of its last complete state until the very end.
 BUILDING = "building"
 COMPLETE = "complete"
 CHANGING = "changing"
+STATES = (BUILDING, COMPLETE, CHANGING)
+# States of the index of its vectors.
+PENDING = "pending"
+INDEXED = "indexed"
+STALLED = "stalled"
 
 _NO_COLLECTION = 100  # the code of an error
 _RECORD = "simcse"  # the property of a collection that has its record
 _KEY_END = 2**63
 _WITHOUT_PROXY = {"grpc.enable_http_proxy": 0}  # which no proxy could reach, whatever the environment names
-_LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # Every 10 seconds pymilvus pings a server that is busy with a request. Milvus Lite 3.2.2 takes the third ping for an
 # attack and drops the connection, so that a search of more than half a minute would begin again and again.
 _WITHOUT_PINGS = {"grpc.keepalive_time_ms": 2**31 - 1}
@@ -65,10 +80,12 @@ class Record(NamedTuple):
     Attributes:
         manifest: what it is made of; while it is CHANGING, what it was before.
         state: BUILDING, COMPLETE or CHANGING.
+        run: which run of recall.py is changing it, a random name, so that two at the same time notice each other.
     """
 
     manifest: Manifest
     state: str
+    run: str | None = None
 
 
 class Collection:
@@ -126,7 +143,8 @@ class Collection:
     def _check_file(self) -> None:
         """Raise InputError if the file is in use, or no file of Milvus Lite, which only says that it cannot open it."""
         if self.is_lite and os.path.isfile(self.uri):
-            raise InputError(f"--milvus_uri {self.uri}: is a file, and no folder of this Milvus Lite; name another")
+            raise InputError(f"--milvus_uri {self.uri}: is a file, but this version of Milvus Lite has a folder; name "
+                             "another")
         with contextlib.suppress(FileNotFoundError), open(os.path.join(self.uri, "LOCK"), "rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -162,7 +180,8 @@ class Collection:
         if self.is_lite or self._host in _LOOPBACK or urllib.request.proxy_bypass(self._host):
             return None
         names = ("grpc_proxy", "https_proxy", "http_proxy")  # gRPC looks at them in this order
-        return next((os.environ[name] for name in names if os.environ.get(name)), None)
+        proxy = next((os.environ[name] for name in names if os.environ.get(name)), None)
+        return proxy and proxy.rpartition("@")[2]  # without a password
 
     def close(self) -> None:
         """Release the file, or the connection."""
@@ -184,15 +203,13 @@ class Collection:
             return self._client.has_collection(self.name)
 
     def create(self, manifest: Manifest) -> None:
-        """Make the collection, which is then BUILDING, if it does not exist.
+        """Make the collection, which is then BUILDING. `read_record` has returned None.
 
         Args:
             manifest: its dimension, and its settings, with which vectors are indexed.
         """
-        if self.exists():
-            if self.has_index():
-                return
-            self._drop()  # its making was interrupted, and it has no rows: `read_record` has made sure of that
+        if self.exists():  # its making was interrupted; `read_record` has looked that it has no rows
+            self._drop()
         record = _record_to_json(Record(manifest, BUILDING))
         with self._errors():
             self._client.create_collection(self.name, schema=self._schema(manifest.dimension),
@@ -248,11 +265,11 @@ class Collection:
         with self._errors():
             self._client.flush(self.name)
 
-    def watch_indexing(self) -> Iterator[bool]:
-        """Yield False, every now and then, until searches use the index of all rows on the disk; then True.
+    def watch_indexing(self) -> Iterator[str]:
+        """Yield PENDING every now and then until searches use the index of all rows on the disk; then INDEXED.
 
         A server builds it after the flush, and compares a query with every row until then. Where it gets nothing done
-        for STALLED seconds, there is a warning, and no True.
+        for PATIENCE seconds, warn, and yield STALLED instead.
         """
         indexed = -1
         last_progress = time.monotonic()
@@ -267,14 +284,15 @@ class Collection:
                     last_progress = time.monotonic()
                     advance(now_indexed - max(0, indexed))
                     indexed = now_indexed
-                elif time.monotonic() > last_progress + STALLED:
+                elif time.monotonic() > last_progress + PATIENCE:
                     warn(f"{self.where}: the server has indexed {indexed:,} of {rows:,} rows and none for "
-                         f"{STALLED / 60:.0f} minutes; searches compare queries with the others one by one until it "
+                         f"{PATIENCE / 60:.0f} minutes; searches compare queries with the others one by one until it "
                          "has. Its log says why: an index type that it lacks, or no disk or memory left")
+                    yield STALLED
                     return
                 time.sleep(POLL)
-                yield False
-        yield True
+                yield PENDING
+        yield INDEXED
 
     def _count_indexed(self) -> tuple[int, int]:
         """Return how many rows searches use the index of, and how many there are on the disk.
@@ -292,10 +310,10 @@ class Collection:
     def read_record(self) -> Record | None:
         """Return what the collection is made of; None: it does not exist, or its making was interrupted at once.
 
-        From now on the collection is meant that an alias names at this moment.
+        An alias is resolved here: `name` is that of the collection from then on.
 
         Raises:
-            InputError: recall.py did not make it, or another version did, its fields are others, or it has no index.
+            InputError: recall.py did not make it, or another version did, or its fields or its index are others.
         """
         if not self.exists():
             return None
@@ -308,11 +326,14 @@ class Collection:
             raise InputError(f"{self.where}: exists, but was not made by recall.py; name another")
         manifest = Manifest.from_dict(record.get("manifest", {}), self.where, REBUILD)
         state = record.get("state")
+        index_type = manifest.build_settings.get(INDEX_TYPE, DEFAULT_TYPE)
+        if state not in STATES or index_type not in INDEX_TYPES:
+            raise InputError(f"{self.where}: another version of recall.py built it; {REBUILD}")
         self._convert_old_settings(manifest)
         self._check_fields(described["fields"], manifest)
         if self.has_index():
             self._check_index(manifest)
-            return Record(manifest, state)
+            return Record(manifest, state, record.get("run"))
         if state == BUILDING and self._count_written() == 0:
             return None
         raise InputError(f"{self.where}: the index of its field {VECTOR}, which recall.py had made, is gone; {REBUILD}")
@@ -334,12 +355,12 @@ class Collection:
                                  f"{REBUILD}")
 
     def _check_index(self, manifest: Manifest) -> None:
-        """Raise InputError if the vectors have another index than `create` makes, whose scores may be no cosines."""
+        """Raise InputError if the index is not that of `create`: with another metric scores would be no cosines."""
         with self._errors():
             index = self._client.describe_index(self.name, VECTOR)
         found = {name: str(index.get(name)) for name in ("index_type", "metric_type")}
         wanted = {"index_type": manifest.build_settings[INDEX_TYPE], "metric_type": METRIC}
-        if not self.is_lite:  # which does not tell them
+        if not self.is_lite:  # which does not report parameters
             to_build = parameters_to_build(manifest.build_settings)
             found |= {name: str(index.get(name)) for name in to_build}
             wanted |= {name: str(value) for name, value in to_build.items()}
@@ -360,7 +381,7 @@ class Collection:
             manifest.search_settings = {EF.name: ef}
 
     def write_record(self, record: Record) -> None:
-        """Replace the record, in one step.
+        """Replace the record.
 
         It is written twice: after a restart a server of Milvus 2.3.5 has the properties of before the last change.
         """
@@ -540,7 +561,8 @@ def _parse_record(content: str | None) -> dict[str, Any] | None:
 
 
 def _record_to_json(record: Record) -> str:
-    return json.dumps({"manifest": json.loads(record.manifest.to_json()), "state": record.state}, ensure_ascii=False)
+    content = {"manifest": json.loads(record.manifest.to_json()), "state": record.state, "run": record.run}
+    return json.dumps(content, ensure_ascii=False)
 
 
 def _silence_loggers() -> None:

@@ -42,7 +42,7 @@ class IndexType:
         search_settings: the parameters of a search.
         candidates: the search setting that a search for k raises to 2 k; None: it has none.
         deeper: the search settings of which larger values find more; an exact search has none.
-        is_quantized: whether Milvus gives cosines of compressed vectors instead of the cosines.
+        is_quantized: whether Milvus scores compressed vectors, so that cosines have to be computed again.
     """
 
     description: str
@@ -97,7 +97,7 @@ def search_settings() -> dict[str, Setting]:
 
 
 def split_settings(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return which of some values are of build settings, and which of search settings."""
+    """Split values of parameters into those of build settings and those of search settings."""
     to_build = {name: value for name, value in values.items() if name in build_settings()}
     to_search = {name: value for name, value in values.items() if name in search_settings()}
     return to_build, to_search
@@ -129,23 +129,27 @@ def parse_parameters(text: str) -> dict[str, int]:
 
 def _describe_names() -> str:
     """Return which parameters each index type has."""
-    return "; ".join(f"{name} has {_join_names(name)}" for name in INDEX_TYPES)
+    return "; ".join(f"{name} has {_join(_names_of(name))}" for name in INDEX_TYPES)
 
 
-def _join_names(index_type: str) -> str:
+def _names_of(index_type: str) -> list[str]:
     """Return the names of the parameters of an index type."""
     settings = (*INDEX_TYPES[index_type].build_settings, *INDEX_TYPES[index_type].search_settings)
-    return ", ".join(setting.name for setting in settings) or "no parameters"
+    return [setting.name for setting in settings]
+
+
+def _join(names: Sequence[str]) -> str:
+    return ", ".join(names) or "no parameters"
 
 
 def check_names(index_type: str, settings: Sequence[str]) -> None:
     """Raise InputError if an index type lacks one of some parameters."""
-    known = _join_names(index_type)
+    known = _names_of(index_type)
     for name in settings:
-        if name != INDEX_TYPE and name not in known.split(", "):
+        if name not in (INDEX_TYPE, *known):
             other_flags = [f"--{flag}" for flag, parameter in SETTING_OF_FLAG.items() if parameter == name]
             flags = ["--milvus_index_params", *other_flags]
-            raise InputError(f"{name} ({' or '.join(flags)}) is not for {index_type}, which has {known}")
+            raise InputError(f"{name} ({' or '.join(flags)}) is not for {index_type}, which has {_join(known)}")
 
 
 # -------------------------------------------------------------------------------------------------------------- values
@@ -200,7 +204,7 @@ def deeper_settings(build_settings: dict[str, Any], search_settings: dict[str, A
     index_type = INDEX_TYPES[build_settings[INDEX_TYPE]]
     parameters = parameters_to_search(index_type, search_settings, k)
     deeper = {**parameters, **{setting.name: DEEPER_FACTOR * parameters[setting.name] for setting in index_type.deeper}}
-    if NPROBE.name in deeper:  # more clusters than there are
+    if NPROBE.name in deeper:  # at most all clusters
         deeper[NPROBE.name] = min(deeper[NPROBE.name], build_settings[NLIST.name])
     return {} if deeper == parameters else deeper
 

@@ -43,9 +43,12 @@ class SearchResult(NamedTuple):
 
 
 def merge_results(parts: Iterable[SearchResult], k: int) -> SearchResult:
-    """Return the k best of several results for the same queries, or all if there are fewer."""
+    """Return the k best of one or more results for the same queries, or all if there are fewer.
+
+    Of equal scores the lower row comes first.
+    """
     parts = list(parts)
-    if len(parts) == 1 and _is_in_order(parts[0]):
+    if len(parts) == 1 and _is_strictly_descending(parts[0]):
         return SearchResult(parts[0].rows[:, :k], parts[0].scores[:, :k])
     rows = np.hstack([part.rows for part in parts])
     scores = np.hstack([part.scores for part in parts])
@@ -53,8 +56,8 @@ def merge_results(parts: Iterable[SearchResult], k: int) -> SearchResult:
     return SearchResult(np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1))
 
 
-def _is_in_order(result: SearchResult) -> bool:
-    """Return whether no other order of its rows would be right: each score is higher than the next."""
+def _is_strictly_descending(result: SearchResult) -> bool:
+    """Return whether each score is higher than the next; equal ones would have to be sorted by their rows."""
     return bool(np.all(result.scores[:, :-1] > result.scores[:, 1:]))
 
 
@@ -186,8 +189,10 @@ class Index(Protocol):
     Where there is a corpus, ann_util opens or makes one, adds its `missing_rows`, then calls `finish`:
 
         index = MilvusIndex(uri, collection)        # or ShardedIndex(manifest, threads)
-        index.follow(documents, manifest)           # of collections alone: find out what is missing, and what is gone
-        index.start_changing()                      # of collections alone
+        index.compare(documents, manifest)          # collections only: find out what is missing, and what is gone
+        index.start_changing()                      # collections only: make it, or mark it as changing
+        if index.has_to_be_measured():              # collections only
+            index.measure_with(queries)
         for rows in index.missing_rows:
             index.add(rows, encode(rows))
         index.finish()

@@ -221,10 +221,10 @@ class ShardedIndex:
 
     def search(self, queries: np.ndarray, k: int) -> SearchResult:
         """Return the k best rows of each query; rows that share a vector follow each other. See `Index`."""
-        return self.vector_map.rows_of(self._search_vectors(queries, k), k)
+        return self.vector_map.expand(self._search_vectors(queries, k), k)
 
     def _search_vectors(self, queries: np.ndarray, k: int, exact: bool = False) -> SearchResult:
-        """Return the k best vectors of each query, as rows of the result.
+        """Return the k best vectors of each query; the rows of the result are the numbers of vectors.
 
         Args:
             queries: float32 [queries, dim], the same on all ranks.
@@ -233,12 +233,13 @@ class ShardedIndex:
         """
         from simcse.ranks import gather_arrays
 
-        own = merge_results(self._search_own(queries, k, exact), k) if self._shards else _nothing_found(len(queries), k)
-        if own.rows.shape[1] < k:
-            own = merge_results([own, _nothing_found(len(queries), k)], k)
+        local = [_nothing_found(len(queries))]
+        if self._shards:
+            local = self._search_own(queries, k, exact)
+        found = _pad(merge_results(local, k), k)
         if self._ranks == 1:
-            return own
-        results = map(SearchResult, gather_arrays(own.rows), gather_arrays(own.scores))
+            return found
+        results = map(SearchResult, gather_arrays(found.rows), gather_arrays(found.scores))
         return merge_results(results, k)
 
     def _search_own(self, queries: np.ndarray, k: int, exact: bool) -> list[SearchResult]:
@@ -368,6 +369,16 @@ def _file_of_shard(shard: int) -> str:
     return f"shard_{shard}.bin"
 
 
-def _nothing_found(queries: int, k: int) -> SearchResult:
-    """Return a result that is NOT_FOUND throughout; merged with others it pads queries that have fewer than k rows."""
-    return SearchResult(np.full((queries, k), NOT_FOUND), np.full((queries, k), NO_SCORE, "float32"))
+def _nothing_found(queries: int) -> SearchResult:
+    """Return a result without columns."""
+    return SearchResult(np.empty((queries, 0), "int64"), np.empty((queries, 0), "float32"))
+
+
+def _pad(result: SearchResult, k: int) -> SearchResult:
+    """Return a result with k columns; the added ones are NOT_FOUND."""
+    missing = k - result.rows.shape[1]
+    if not missing:
+        return result
+    rows = np.full((len(result.rows), missing), NOT_FOUND)
+    scores = np.full((len(result.rows), missing), NO_SCORE, "float32")
+    return SearchResult(np.hstack([result.rows, rows]), np.hstack([result.scores, scores]))

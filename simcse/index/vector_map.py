@@ -80,7 +80,7 @@ class VectorMap(NamedTuple):
         """Return the number of each row's vector, int64 of the same shape; NOT_FOUND stays."""
         return np.where(rows == NOT_FOUND, NOT_FOUND, self.vector_of_row[rows].astype("int64"))
 
-    def rows_of(self, result: SearchResult, k: int) -> SearchResult:
+    def expand(self, result: SearchResult, k: int) -> SearchResult:
         """Return the k best rows of each query for its best vectors; the rows of a vector follow each other.
 
         Args:
