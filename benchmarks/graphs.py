@@ -51,8 +51,12 @@ def measure(build: Callable[[], None], save: Callable[[str], None], search: Sear
     return values | measure_search(search, queries, exact)
 
 
-def measure_search(search: Search, queries: np.ndarray, exact: np.ndarray) -> dict[str, float]:
+def measure_search(search: Search, queries: np.ndarray, exact: np.ndarray, max_effort: int = EFFORTS[-1]
+                   ) -> dict[str, float]:
     """Measure the searches of an index; see `measure`.
+
+    Args:
+        max_effort: the largest effort that finds more than a smaller one.
 
     Returns:
         For each goal the queries/s, NaN where none of EFFORTS reaches it. The seconds are interpolated between the last
@@ -61,7 +65,7 @@ def measure_search(search: Search, queries: np.ndarray, exact: np.ndarray) -> di
         of one of the first 200, asked one by one, with the last effort that was tried.
     """
     values = {}
-    efforts = iter(EFFORTS)
+    efforts = iter([effort for effort in EFFORTS if effort <= max_effort])
     reached = Tried(EFFORTS[0], recall=0.0)  # stands for "none"
     for goal in GOALS:
         while reached.recall < goal:
