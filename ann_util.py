@@ -406,8 +406,7 @@ def open_collection(uri: str, collection: str, wanted: Manifest, *, corpus: Corp
     if index.manifest is not None:
         index.check(wanted)
     if corpus is None:
-        index.open(wanted.search_settings)
-        return index, index
+        return index, index.open(wanted.search_settings)
     manifest = manifest_for_corpus(wanted, index.manifest, is_lite(uri))
     documents = read_documents(corpus, encoder, manifest)
     index.compare(documents, with_sizes(manifest, documents, encoder))

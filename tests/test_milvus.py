@@ -16,8 +16,9 @@ from simcse.index.ann_recall import ann_recall
 from simcse.index.exact import exact_search
 from simcse.index.hits import hits_of, search
 from simcse.index.manifest import Manifest
-from simcse.index.milvus import MilvusIndex, join_ids
+from simcse.index.milvus import MilvusIndex
 from simcse.index.milvus_collection import COMPLETE, Record
+from simcse.index.milvus_rows import join_ids
 from simcse.index.protocols import NOT_FOUND, Document, Line
 from simcse.text.keys import text_keys
 from simcse.text.passages import Passages
@@ -157,10 +158,9 @@ def in_a_folder(tmp_path, monkeypatch):
 
 
 def opened(collection="texts"):
-    """The collection without its corpus."""
+    """The collection without its corpus, and its documents."""
     index = MilvusIndex("x.db", collection)
-    index.open({})
-    return index
+    return index, index.open({})
 
 
 def test_a_row_is_a_document_with_the_corpus_and_a_key_without_it(in_a_folder):
@@ -168,15 +168,15 @@ def test_a_row_is_a_document_with_the_corpus_and_a_key_without_it(in_a_folder):
     whole = "长" * 21845
     vectors = np.eye(3, 8, dtype="float32")
     index = fill_collection(documents_of(in_a_folder, "甲", "", whole, "甲", "乙", "甲"), vectors)
-    assert (len(index), index.line_count, index.row_count) == (3, 5, 3)
     result = index.search(vectors, 3)
     assert result.rows[:, 0].tolist() == [0, 1, 2] and result.scores[0, 0] == pytest.approx(1)
     assert index.vectors(np.array([2, NOT_FOUND])).tolist() == [vectors[2].tolist(), [0] * 8]
     index.close()
-    again = opened()
+    again, stored = opened()
+    assert (len(stored), stored.line_count, stored.row_count) == (3, 5, 3)
     keys = text_keys(["甲", whole, "乙"])
     assert again.search(vectors, 3).rows[:, 0].tolist() == keys.tolist() and not again.missing_rows
-    assert again.read(keys[[1, 0]], 9) == [
+    assert stored.read(keys[[1, 0]], 9) == [
         Document(whole, [Line(None, None)]), Document("甲", [Line(None, None)] * 3)]
     assert again.vectors(keys).tolist() == vectors.tolist()
     again.close()
@@ -188,7 +188,7 @@ def test_of_equal_cosines_the_lower_row_comes_first(in_a_folder):
     index = fill_collection(documents_of(in_a_folder, *texts), vectors)
     assert index.search(vectors[:1], 6).rows.tolist() == [[0, 1, 2, 3, 4, 5]]
     index.close()
-    again = opened()
+    again, _ = opened()
     assert again.search(vectors[:1], 6).rows.tolist() == [sorted(text_keys(texts).tolist())]
     again.close()
 
@@ -207,8 +207,8 @@ def test_ids_are_stored(in_a_folder):
     assert join_ids(["长" * 10000, "b" * 35533, "c"]) == "长" * 10000 + "\t" + "b" * 35533
     documents = documents_of(in_a_folder, "a\t丙", "b\t丁", "c\t丙", "d\t丙")
     fill_collection(documents, np.eye(2, 8, dtype="float32")).close()
-    index = opened()
-    assert index.read(documents.keys, 2) == [
+    index, stored = opened()
+    assert stored.read(documents.keys, 2) == [
         Document("丙", [Line(None, "a"), Line(None, "c")]), Document("丁", [Line(None, "b")])]
     index.close()
 
@@ -223,13 +223,13 @@ def test_passages_are_rows_of_their_document(in_a_folder):
     assert [[(hit.line, hit.id, hit.passage) for hit in of_query] for of_query in hits] == [
         [(2, "a", "乙。"), (4, "c", "乙。"), (3, "b", "丙。")], [(3, "b", "戊。"), (2, "a", "甲。"), (4, "c", "甲。")]]
     index.close()
-    again = opened()
-    assert (len(again), again.line_count, again.row_count, again.has_passages) == (2, 3, 5, True)
-    alone = hits_of(search(again, again, queries, 2), again, [3, 3])
+    again, stored = opened()
+    assert (len(stored), stored.line_count, stored.row_count, stored.has_passages) == (2, 3, 5, True)
+    alone = hits_of(search(again, stored, queries, 2), stored, [3, 3])
     assert alone == [[hit._replace(line=None) for hit in of_query] for of_query in hits]
-    assert again.documents_of(np.array([[NOT_FOUND]])).tolist() == [[NOT_FOUND]]
+    assert stored.documents_of(np.array([[NOT_FOUND]])).tolist() == [[NOT_FOUND]]
     for document, key in enumerate(documents.keys):
-        assert sorted(again.rows_of(key)) == sorted(documents.row_keys()[documents.rows_of(document)])
+        assert sorted(stored.rows_of(key)) == sorted(documents.row_keys()[documents.rows_of(document)])
     again.close()
 
 

@@ -107,8 +107,7 @@ def same(one, other):
 def lines_of(text, collection="texts"):
     """What a collection has of a document, without the corpus."""
     index = MilvusIndex("x.db", collection)
-    index.open({})
-    document, = index.read(text_keys([text]))
+    document, = index.open({}).read(text_keys([text]))
     index.close()
     return document
 
@@ -160,10 +159,10 @@ def test_searches_in_between_answer(filled):
 
     def search_by_another():
         index = MilvusIndex("x.db", "texts")
-        index.open({})
+        documents = index.open({})
         queries = np.array([vector(text) for text in BEFORE if text])
-        found = index.search(queries, len(index)).rows[:, 0].tolist()
-        assert [document.text for document in index.read(found)] == [text for text in BEFORE if text]
+        found = index.search(queries, len(documents)).rows[:, 0].tolist()
+        assert [document.text for document in documents.read(found)] == [text for text in BEFORE if text]
         seen.append(index._record.state)
 
     assert run(AFTER, before_piece=search_by_another) == ["新一", "新二", "新三"]
@@ -186,10 +185,10 @@ def test_a_row_that_is_gone_meanwhile():
     """Between a search and the reading of its hits: it is in no hit; where its vector is needed, an error."""
     run(["甲", "乙"])
     index = MilvusIndex("x.db", "texts")
-    index.open({})
-    ranking = search(index, index, vector("甲")[None], 2)
+    documents = index.open({})
+    ranking = search(index, documents, vector("甲")[None], 2)
     index._collection.delete(text_keys(["甲"]).tolist())
-    assert [hit.document for hit in hits_of(ranking, index, [2])[0]] == ["乙"]
+    assert [hit.document for hit in hits_of(ranking, documents, [2])[0]] == ["乙"]
     with pytest.raises(InputError, match="--milvus_collection texts: has changed meanwhile; run again"):
         index.vectors(text_keys(["乙", "甲"]))
     index.close()
@@ -205,8 +204,8 @@ def test_passages_follow(capsys):
     run(after, "new", documents_of=in_sentences)
     assert same(contents(), contents("new"))
     index = MilvusIndex("x.db", "texts")
-    index.open({})
-    hits = hits_of(search(index, index, vector("丁。")[None], 2), index, [1])
+    documents = index.open({})
+    hits = hits_of(search(index, documents, vector("丁。")[None], 2), documents, [1])
     assert [(hit.document, hit.passage) for hit in hits[0]] == [("丙。丁。戊。", "丁。")]
     index.close()
 

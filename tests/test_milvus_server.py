@@ -258,14 +258,14 @@ import numpy as np
 from simcse.index.hits import hits_of, search
 from simcse.index.milvus import MilvusIndex
 index = MilvusIndex(sys.argv[2], sys.argv[3])
-index.open({})
+documents = index.open({})
 queries = np.load(sys.argv[4])
 ended = threading.Event()
 threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
 print("ready", flush=True)
 count, texts = 0, set()
 while not ended.is_set():
-    for hits in hits_of(search(index, index, queries, 3), index, [3] * len(queries)):
+    for hits in hits_of(search(index, documents, queries, 3), documents, [3] * len(queries)):
         texts.update(hit.document for hit in hits)
     count += 1
 print(count, *sorted(texts))

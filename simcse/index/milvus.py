@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from simcse.console import InputError, count, log, part, some, warn
+from simcse.console import InputError, count, log, part, warn
 from simcse.index.ann_recall import MEASURED_K, ann_recall, report_ann_recall
 from simcse.index.documents import Documents, report_changes
 from simcse.index.exact import NearestCosines
@@ -24,15 +24,14 @@ from simcse.index.milvus_collection import (
     INDEXED,
     KEY,
     LINES,
-    MAX_BYTES,
-    PASSAGE,
     PENDING,
     REBUILD,
-    TEXT,
     VECTOR,
     Collection,
     Record,
 )
+from simcse.index.milvus_documents import CollectionDocuments
+from simcse.index.milvus_rows import CorpusRows
 from simcse.index.milvus_types import (
     DEFAULT_TYPE,
     INDEX_TYPE,
@@ -45,10 +44,9 @@ from simcse.index.milvus_types import (
     parameters_to_search,
     to_text,
 )
-from simcse.index.protocols import NO_SCORE, NOT_FOUND, Document, Line, SearchResult
+from simcse.index.protocols import NO_SCORE, NOT_FOUND, SearchResult
 from simcse.index.settings import HNSW_EF, HNSW_M
 from simcse.machine import RANK, RANKS
-from simcse.text.keys import passage_keys
 
 import numpy as np
 
@@ -76,38 +74,16 @@ class Changes:
     previous: np.ndarray
 
 
-class RowKeys:
-    """The key of each row of a corpus, and which row has a key.
-
-    Args:
-        keys: int64 [rows].
-    """
-
-    def __init__(self, keys: np.ndarray) -> None:
-        self._keys = keys
-        self._order = np.argsort(keys)
-        self._sorted = keys[self._order]
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def of(self, rows: np.ndarray) -> np.ndarray:
-        """Return the keys of some rows, int64."""
-        return self._keys[rows]
-
-    def find_rows(self, keys: np.ndarray) -> np.ndarray:
-        """Return the rows that have some keys, int64; NOT_FOUND: none has."""
-        places = np.searchsorted(self._sorted, keys)
-        places = np.minimum(places, len(self) - 1)
-        return np.where(self._sorted[places] == keys, self._order[places], NOT_FOUND)
-
-
 class MilvusIndex:
-    """A collection of Milvus: an `Index`, and, if it was opened without its corpus, its `DocumentStore`.
+    """A collection of Milvus, an `Index`.
 
     A row is stored under the key of its text, so that the collection itself says which rows are there. A new corpus, a
     changed one and a run that was interrupted differ only in how many rows are missing. Rows are added, and those that
     the corpus lacks are removed at the end; searches in between find all of the old rows and some of the new ones.
+
+    It is used in one of two ways. Without its corpus: `open` it, and search. With a corpus: `compare` it,
+    `start_changing`, `measure_with` some queries if it `has_to_be_measured`, `add` the missing rows, `finish`, and
+    search.
 
     Args:
         uri, collection: see `Collection`.
@@ -135,7 +111,7 @@ class MilvusIndex:
         self.manifest = self._record.manifest if self._record else None
         self._run = secrets.token_hex(8)
         self._search_settings: dict[str, Any] = {}
-        self._documents: Documents | None = None
+        self._rows: CorpusRows | None = None  # None: it was opened without its corpus
         self._changes: Changes | None = None
         self._nearest: NearestCosines | None = None  # what a search of some queries has to find
         self._has_warned = False
@@ -155,8 +131,8 @@ class MilvusIndex:
         if not RANK:
             self.manifest.warn_other_calibration(wanted, where, REBUILD)
 
-    def open(self, search_settings: dict[str, Any]) -> None:
-        """Make the collection searchable without its corpus: a row is then a key.
+    def open(self, search_settings: dict[str, Any]) -> CollectionDocuments:
+        """Make the collection searchable without its corpus, and return its documents. Rows are keys then.
 
         A search does not wait for what others are writing at the time: it finds the rows of some seconds ago.
 
@@ -174,6 +150,7 @@ class MilvusIndex:
             raise InputError(f"{where}: not all documents are in it yet; run recall.py again with --corpus_file")
         self._collection.consistency = BOUNDED
         self._load_to_search(self._record.manifest, search_settings)
+        return CollectionDocuments(self._collection, self._record.manifest)
 
     def compare(self, documents: Documents, manifest: Manifest) -> None:
         """Find out what the collection lacks of a corpus, without changing it. All ranks call it together.
@@ -189,11 +166,10 @@ class MilvusIndex:
         """
         from simcse.ranks import any_rank
 
-        self._documents = documents
         build_settings, search_settings = complete_settings(
             manifest.build_settings, manifest.search_settings, documents.row_count, manifest.dimension)
         self.manifest = dataclasses.replace(manifest, build_settings=build_settings, search_settings=search_settings)
-        self._keys = RowKeys(documents.row_keys())
+        self._rows = CorpusRows(documents)
         if self._record is not None:
             self.manifest.ann_recall = self._record.manifest.ann_recall
         if not any_rank(not self._is_current()):
@@ -202,7 +178,7 @@ class MilvusIndex:
         self._changes = self._find_changes()
         if len(self._changes.previous):
             report_changes(documents, self._changes.previous, self._collection.where)
-        self._check_lengths()
+        self._rows.check_lengths(np.flatnonzero(self._changes.missing))
         self._search_settings = self.manifest.search_settings
         self.missing_rows = self._missing_pieces()
 
@@ -226,69 +202,42 @@ class MilvusIndex:
         if not self._record.manifest.has_corpus_of(self.manifest):
             return False
         self._collection.load()
-        return self._collection.count() == len(self._keys)
+        return self._collection.count() == len(self._rows)
 
     # ---------------------------------------------------------------------------------------------------- comparing
     def _find_changes(self) -> Changes:
         """Compare the rows of the collection with those of the corpus."""
         no_keys = np.empty(0, "int64")
-        changes = Changes(missing=np.ones(len(self._keys), bool), outdated=[], gone=[], previous=no_keys)
+        changes = Changes(missing=np.ones(len(self._rows), bool), outdated=[], gone=[], previous=no_keys)
         if self._record is None:
             return changes
         self._collection.load()
         documents_of_pages = [no_keys]
         # A collection that is not of one corpus may have ids of another one.
         may_have_ids = self._record.state != COMPLETE or self._record.manifest.corpus_columns != 1
-        has_ids = self._documents.corpus.has_ids or may_have_ids
+        has_ids = self._rows.documents.corpus.has_ids or may_have_ids
         fields = [DOCUMENT, LINES, IDS] if has_ids else [DOCUMENT, LINES]
         for page in self._collection.read_pages(fields):
-            rows = self._keys.find_rows(np.array([stored[KEY] for stored in page], "int64"))
+            rows = self._rows.find(np.array([stored[KEY] for stored in page], "int64"))
             documents_of_pages.append(np.unique(np.array([stored[DOCUMENT] for stored in page], "int64")))
             changes.gone += [stored[KEY] for row, stored in zip(rows.tolist(), page) if row == NOT_FOUND]
             stored_rows = [stored for row, stored in zip(rows.tolist(), page) if row != NOT_FOUND]
             rows = rows[rows != NOT_FOUND]
             changes.missing[rows] = False
-            for row, stored, lines, ids in zip(rows.tolist(), stored_rows, *self._lines_and_ids(rows)):
+            for row, stored, lines, ids in zip(rows.tolist(), stored_rows, *self._rows.lines_and_ids(rows)):
                 if (stored[LINES], stored.get(IDS, "")) != (lines, ids):
                     changes.outdated.append(row)
         changes.previous = np.unique(np.concatenate(documents_of_pages))
         return changes
 
-    def _lines_and_ids(self, rows: np.ndarray) -> tuple[list[int], list[str]]:
-        """Return what rows of the corpus have in their fields LINES and IDS."""
-        documents = self._documents.documents_of(rows)
-        begins = self._documents.begin_documents(rows)
-        lines = np.where(begins, self._documents.line_counts(documents), 0).tolist()
-        ids = [""] * len(rows)
-        if self._documents.corpus.has_ids:
-            for place in np.flatnonzero(begins).tolist():
-                ids[place] = join_ids([line.id for line in self._documents.lines(int(documents[place]))])
-        return lines, ids
-
     def _missing_pieces(self) -> list[np.ndarray]:
         """Return the missing rows that this rank adds, in pieces."""
         pieces = []
-        for start in range(RANK * PIECE, len(self._keys), RANKS * PIECE):
+        for start in range(RANK * PIECE, len(self._rows), RANKS * PIECE):
             rows = start + np.flatnonzero(self._changes.missing[start : start + PIECE])
             if len(rows):
                 pieces.append(rows)
         return pieces
-
-    def _check_lengths(self) -> None:
-        """Raise InputError if a text that is missing is longer than a field of Milvus can be."""
-        rows = np.flatnonzero(self._changes.missing)
-        documents = np.unique(self._documents.documents_of(rows))
-        too_long = []
-        for start in range(0, len(documents), PIECE):
-            piece = documents[start : start + PIECE]
-            for document, text in zip(piece.tolist(), self._documents[piece]):
-                if len(text.encode()) > MAX_BYTES:
-                    too_long.append(self._documents.place(document))
-        if too_long:
-            raise InputError(f"--corpus_file {some(too_long, 3)}: "
-                             f"{part(len(too_long), len(self._documents), 'text', 'are')} "
-                             f"longer than Milvus takes, {MAX_BYTES:,} bytes; shorten them, or take another "
-                             "--ann_engine")
 
     # ------------------------------------------------------------------------------------------------------- filling
     @property
@@ -328,8 +277,8 @@ class MilvusIndex:
     def _check_rows(self) -> None:
         """Raise InputError if the collection has more or fewer rows than the corpus."""
         rows = self._collection.count()
-        if rows != len(self._keys):
-            raise InputError(f"{self._collection.where}: has {count(rows, 'row')} instead of {len(self._keys):,}; "
+        if rows != len(self._rows):
+            raise InputError(f"{self._collection.where}: has {count(rows, 'row')} instead of {len(self._rows):,}; "
                              f"{OVERTAKEN}")
 
     def has_to_be_measured(self) -> bool:
@@ -347,7 +296,7 @@ class MilvusIndex:
 
         Called before the first `add`.
         """
-        self._nearest = NearestCosines(queries, min(MEASURED_K, len(self._keys)))
+        self._nearest = NearestCosines(queries, min(MEASURED_K, len(self._rows)))
 
     @property
     def _index_type(self) -> IndexType:
@@ -367,24 +316,7 @@ class MilvusIndex:
 
     def _store(self, rows: np.ndarray, vectors: np.ndarray) -> None:
         """Write rows of the corpus to the collection, with their vectors, float32 [rows, dim]."""
-        documents = self._documents.documents_of(rows)
-        texts = self._documents[documents]
-        passages = self._documents.passage_texts(rows) if self._documents.has_passages else [""] * len(rows)
-        keys = self._keys.of(rows).tolist()
-        document_keys = self._documents.keys[documents].tolist()
-        lines, ids = self._lines_and_ids(rows)
-        stored = []
-        for place in range(len(rows)):
-            stored.append({
-                KEY: keys[place],
-                DOCUMENT: document_keys[place],
-                TEXT: texts[place] if lines[place] else "",
-                PASSAGE: passages[place],
-                LINES: lines[place],
-                IDS: ids[place],
-                VECTOR: vectors[place],
-            })
-        self._collection.upsert(stored)
+        self._collection.upsert(self._rows.to_store(rows, vectors))
 
     def finish(self) -> None:
         """Wait until all is added; remove what the corpus lacks. All ranks call it together.
@@ -438,7 +370,7 @@ class MilvusIndex:
         outdated = np.array(self._changes.outdated, "int64")
         for start in range(0, len(outdated), PIECE):
             rows = outdated[start : start + PIECE]
-            self._store(rows, self._collection.get_vectors(self._keys.of(rows).tolist()))
+            self._store(rows, self._collection.get_vectors(self._rows.keys_of(rows).tolist()))
 
     def _count_kept(self) -> int:
         """Return how many rows were in the collection before."""
@@ -447,7 +379,7 @@ class MilvusIndex:
     def _add_kept(self) -> None:
         """Add the vectors that were stored before to the exact search."""
         for page in self._collection.read_pages([VECTOR]):
-            rows = self._keys.find_rows(np.array([stored[KEY] for stored in page], "int64"))
+            rows = self._rows.find(np.array([stored[KEY] for stored in page], "int64"))
             vectors = [stored[VECTOR] for row, stored in zip(rows.tolist(), page)
                        if row != NOT_FOUND and not self._changes.missing[row]]
             if vectors:
@@ -489,8 +421,8 @@ class MilvusIndex:
         for query, hits in enumerate(found):
             rows = np.array([key for key, _ in hits], "int64")
             cosines = np.array([cosine for _, cosine in hits], "float32")
-            if self._documents is not None:
-                rows = self._keys.find_rows(rows)
+            if self._rows is not None:
+                rows = self._rows.find(rows)
                 cosines = cosines[rows != NOT_FOUND]
                 rows = rows[rows != NOT_FOUND]
             order = np.lexsort((rows, -cosines))
@@ -517,7 +449,7 @@ class MilvusIndex:
         found = np.flatnonzero(rows != NOT_FOUND)
         if RANK or not len(found):
             return vectors
-        keys = rows if self._documents is None else self._keys.of(rows)
+        keys = rows if self._rows is None else self._rows.keys_of(rows)
         vectors[found] = self._collection.get_vectors(keys[found].tolist())
         return vectors
 
@@ -529,59 +461,6 @@ class MilvusIndex:
         """Release the file, or the connection."""
         self._workers.shutdown()
         self._collection.close()
-
-    # ------------------------------------------------------------------------- what a DocumentStore has, by their keys
-    @property
-    def line_count(self) -> int:
-        return self.manifest.lines
-
-    @property
-    def row_count(self) -> int:
-        return self.manifest.rows
-
-    @property
-    def has_passages(self) -> bool:
-        return bool(self.manifest.passages)
-
-    def __len__(self) -> int:
-        return self.manifest.documents
-
-    # Another process may bring the collection up to another corpus between a search and these. What it has removed
-    # then has no document, or a document no lines, and is in no hit.
-    def documents_of(self, rows: np.ndarray) -> np.ndarray:
-        """Return the key of each row's document, int64 of the same shape; NOT_FOUND stays, and stands for a gone row.
-        """
-        if not self.has_passages:
-            return rows
-        keys, place = np.unique(rows, return_inverse=True)
-        row_of = self._collection.find(keys[keys != NOT_FOUND].tolist(), [DOCUMENT])
-        documents = [row_of[key][DOCUMENT] if key in row_of else NOT_FOUND for key in keys.tolist()]
-        return np.array(documents, "int64")[place].reshape(rows.shape)
-
-    def rows_of(self, document: int) -> np.ndarray:
-        """Return the keys of a document's rows, int64."""
-        if not self.has_passages:
-            return np.array([document], "int64")
-        return np.array(self._collection.keys_of_document(document), "int64")
-
-    def read(self, documents: Sequence[int], max_lines: int | None = None) -> list[Document]:
-        """Return some documents by their keys, each with its first `max_lines` lines; their numbers are not known."""
-        keys = np.asarray(documents, "int64")
-        if self.has_passages:
-            keys = passage_keys(keys, np.zeros(len(keys), "int64"))  # of the passages that begin them
-        row_of = self._collection.find(keys.tolist(), [TEXT, LINES, IDS])
-        read = []
-        for key in keys.tolist():
-            stored = row_of.get(key, {TEXT: "", LINES: 0, IDS: ""})
-            count = stored[LINES] if max_lines is None else min(max_lines, stored[LINES])
-            ids = iter(stored[IDS].split("\t") if stored[IDS] else [])
-            read.append(Document(stored[TEXT], [Line(None, next(ids, None)) for _ in range(count)]))
-        return read
-
-    def passage_texts(self, rows: Sequence[int]) -> list[str]:
-        """Return the texts of some passages."""
-        row_of = self._collection.find(list(rows), [PASSAGE])
-        return [row_of[row][PASSAGE] if row in row_of else "" for row in rows]
 
 
 def manifest_for_corpus(wanted: Manifest, previous: Manifest | None, is_lite: bool) -> Manifest:
@@ -612,13 +491,3 @@ def manifest_for_corpus(wanted: Manifest, previous: Manifest | None, is_lite: bo
 def _as_flag(settings: dict[str, Any]) -> str:
     """Return search settings as they are given on the command line."""
     return f"--milvus_index_params {to_text(settings)}"
-
-
-def join_ids(ids: Sequence[str]) -> str:
-    """Return ids with a tab between them, which none has; the last ones are left out if a field cannot hold them."""
-    size = 0
-    for place, id in enumerate(ids):
-        size += len(id.encode()) + 1
-        if size > MAX_BYTES:
-            return "\t".join(ids[:place])
-    return "\t".join(ids)

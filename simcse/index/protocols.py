@@ -188,11 +188,7 @@ class Index(Protocol):
 
     Where there is a corpus, ann_util opens or makes one, adds its `missing_rows`, then calls `finish`:
 
-        index = MilvusIndex(uri, collection)        # or ShardedIndex(manifest, threads)
-        index.compare(documents, manifest)          # collections only: find out what is missing, and what is gone
-        index.start_changing()                      # collections only: make it, or mark it as changing
-        if index.has_to_be_measured():              # collections only
-            index.measure_with(queries)
+        index = ShardedIndex(manifest, threads)     # or a MilvusIndex, which has steps before that: see there
         for rows in index.missing_rows:
             index.add(rows, encode(rows))
         index.finish()
@@ -252,7 +248,7 @@ class Document(NamedTuple):
 
 
 class DocumentStore(Protocol):
-    """Maps rows of an index to documents: `Documents` of a corpus, or a `MilvusIndex` that was opened without one.
+    """Maps rows of an index to documents: `Documents` of a corpus, or `CollectionDocuments` of a collection.
 
     Documents are numbered as rows are: by their place in the corpus, or by key in a collection without it.
 
