@@ -1,13 +1,14 @@
 """A real Milvus server: the index types against exact search, recall.py and the service against a folder's index, a
 corpus that changes while others search, and what happens when something is killed, stopped or missing."""
 
-
+import json
+import os
 import signal
 import subprocess
 import sys
 import time
 
-from simcse.console import InputError, json
+from simcse.console import InputError
 from simcse.index import milvus_collection
 from simcse.index.ann_recall import ann_recall
 from simcse.index.exact import exact_search
@@ -328,17 +329,19 @@ def wait_for_line(process, words):
 
 
 def test_a_run_that_is_killed(checkpoint, sample, milvus_server, collection, unbroken, tmp_path):
-    """At several moments while it encodes: the same command ends with the hits of an unbroken run."""
-    script = tmp_path / "small_pieces.py"
+    """After the first piece of a build, and after the third of the next: the same command ends with the same hits."""
+    script = tmp_path / "killed.py"
     script.write_text(
-        f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom simcse.index import milvus\n"
-        f"milvus.PIECE = 16\nrunpy.run_path({str(ROOT / 'recall.py')!r}, run_name='__main__')", encoding="utf-8")
+        f"import os, runpy, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom simcse.index import milvus\n"
+        "pieces = int(os.environ['PIECES'])\ndef kill(self, rows, vectors):\n    global pieces\n"
+        "    real(self, rows, vectors)\n    pieces -= 1\n    if pieces == 0:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "real, milvus.MilvusIndex._store, milvus.PIECE = milvus.MilvusIndex._store, kill, 16\n"
+        f"runpy.run_path({str(ROOT / 'recall.py')!r}, run_name='__main__')", encoding="utf-8")
     words = words_of_build(checkpoint, sample, milvus_server, collection)
-    for seconds in (0.2, 0.6):
-        with subprocess.Popen(command(script, *words[1:]), cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
-            wait_for_line(process, "encoding and indexing")
-            time.sleep(seconds)
-            process.send_signal(signal.SIGKILL)
+    for pieces in ("1", "3"):
+        killed = subprocess.run(command(script, *words[1:]), cwd=tmp_path, env={**os.environ, "PIECES": pieces})
+        assert killed.returncode == -signal.SIGKILL
         assert MilvusIndex(milvus_server.uri, collection)._record.state == BUILDING
     stderr = succeed(*words, cwd=tmp_path).stderr
     assert "encoding and indexing 120 of" not in stderr  # some were there
