@@ -129,13 +129,13 @@ def test_quiet_keeps_errors(tmp_path):
 
 
 def test_reading_and_encoding_show_bars_on_a_terminal(checkpoint, tmp_path):
-    lines = "".join(f"第{row}条关于语义检索和向量召回的文本,长一些\n" for row in range(3000))
+    lines = "".join(f"第{row}条关于语义检索和向量召回的文本,长一些\n" for row in range(12000))
     (tmp_path / "texts.txt").write_text(lines, encoding="utf-8")
     code, _, shown = on_a_terminal(*command(
         "inference.py", "--device", "cpu", "--params_path", checkpoint, "--input_file", tmp_path / "texts.txt",
         "--output_file", tmp_path / "texts.npy"))
-    assert code == 0 and len(np.load(tmp_path / "texts.npy")) == 3000
-    assert re.search(r"encoding: +\d+%\|.*?\| \d+/3000 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+ texts/s", shown)
+    assert code == 0 and len(np.load(tmp_path / "texts.npy")) == 12000
+    assert re.search(r"encoding: +\d+%\|.*?\| \d+/12000 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+ texts/s", shown)
 
 
 def test_what_a_text_holds_breaks_no_line():
