@@ -451,8 +451,7 @@ def warn_small_corpus(args: argparse.Namespace, documents: DocumentStore) -> Non
     available = len(documents) if args.distinct else documents.line_count
     kind = "distinct document" if args.distinct else "document"
     if args.recall_num > available:
-        console.warn(f"--recall_num {args.recall_num}: the corpus has only "
-                     f"{console.count(available, kind)}")
+        console.warn(f"--recall_num {args.recall_num}: the corpus has only {console.count(available, kind)}")
 
 
 # ------------------------------------------------------------------------------------------------------------ searching

@@ -61,8 +61,7 @@ def measure_search(search: Search, queries: np.ndarray, exact: np.ndarray, max_e
     Returns:
         For each goal the queries/s, NaN where none of EFFORTS reaches it. The seconds are interpolated between the last
         effort that misses the goal and the first that reaches it, because a step changes the speed by up to a fifth.
-        "one query" is the time
-        of one of the first 200, asked one by one, with the last effort that was tried.
+        "one query" is the time of one of the first 200, asked one by one, with the last effort that was tried.
     """
     values = {}
     efforts = iter([effort for effort in EFFORTS if effort <= max_effort])

@@ -284,7 +284,7 @@ def index_milvus(folder: str, uri: str, index_type: str, m: int, ef: int) -> dic
     manifest = manifest_for_corpus(Manifest(build_settings={"milvus_index": index_type, **graph}), None, is_lite=False)
     index = MilvusIndex(uri, index_type)
     index.compare(documents, dataclasses.replace(manifest, dimension=vectors.shape[1], rows=len(vectors),
-                                                lines=len(vectors), documents=len(vectors)))
+                                                 lines=len(vectors), documents=len(vectors)))
     index.start_changing()
 
     def insert() -> None:

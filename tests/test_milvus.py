@@ -296,7 +296,7 @@ def test_the_recall_of_a_changed_collection_is_measured_with_all_of_its_vectors(
     documents = documents_of(in_a_folder, *(f"文{n}" for n in range(20, 60)))
     index = MilvusIndex("x.db", "texts")
     index.compare(documents, milvus_manifest(documents, corpus="after", build_settings=index.manifest.build_settings,
-                                            search_settings=index.manifest.search_settings))
+                                             search_settings=index.manifest.search_settings))
     index.start_changing()
     assert index.has_to_be_measured()
     index.measure_with(vectors[:9])
