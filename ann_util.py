@@ -23,8 +23,9 @@ from simcse.index.engines import DEFAULT_ENGINE, ENGINES, LOCAL_ENGINES
 from simcse.index.manifest import DAMAGE, MANIFEST_FILE, REBUILD, Manifest, check_digest, is_as_written
 from simcse.index.milvus import MilvusIndex, manifest_for_corpus
 from simcse.index.milvus_types import is_lite
+from simcse.index.milvus_update import compare_with_corpus
 from simcse.index.previous import PreviousIndex
-from simcse.index.protocols import NOT_FOUND, DocumentStore, Index
+from simcse.index.protocols import NOT_FOUND, DocumentStore, Index, IndexFiller
 from simcse.index.settings import Setting
 from simcse.index.shards import ShardedIndex, choose_shard_count
 from simcse.index.vector_map import VectorMap
@@ -60,10 +61,8 @@ def manifest_to_build(wanted: Manifest, previous: Manifest | None = None) -> Man
     ann_engine = wanted.ann_engine or previous.ann_engine or DEFAULT_ENGINE
     engine = ENGINES[ann_engine]
     return dataclasses.replace(
-        wanted,
+        wanted.completed_by(previous),
         ann_engine=ann_engine,
-        passages=bool(previous.passages if wanted.passages is None else wanted.passages),
-        calibration=previous.calibration or wanted.calibration,  # most vectors are those of the previous index
         build_settings=choose_settings(engine.build_settings, wanted.build_settings, previous.build_settings),
         search_settings=choose_settings(engine.search_settings, wanted.search_settings, previous.search_settings))
 
@@ -310,23 +309,23 @@ def tokenize_rows(documents: Documents, encoder: "Encoder", rows: np.ndarray) ->
     return keys
 
 
-def add_missing(index: Index, documents: Documents, encoder: "Encoder") -> None:
+def add_missing(filler: IndexFiller, documents: Documents, encoder: "Encoder") -> None:
     """Encode the rows that an index lacks and add them; one piece is added while the next is encoded.
 
     Args:
-        index: lacks some rows, of which `tokenize_rows` has warned.
+        filler: lacks some rows, of which `tokenize_rows` has warned.
         documents: have their texts.
         encoder: turns them into vectors.
     """
-    pieces = list(index.missing_rows)
+    pieces = list(filler.missing_rows)
     row_count = sum(map(len, pieces))
     if row_count:
-        announce_memory(index.bytes_needed + encoder.bytes_needed(row_count))
+        announce_memory(filler.bytes_needed + encoder.bytes_needed(row_count))
     with _log_encoding(documents, encoder, row_count):
         encoded = _encode_rows(encoder, documents, pieces)
         for vectors, rows in zip(encoded, pieces, strict=True):
-            index.add(rows, vectors)
-    index.finish()
+            filler.add(rows, vectors)
+    filler.finish()
 
 
 def add_with_previous(index: ShardedIndex, documents: Documents, encoder: "Encoder", previous: PreviousIndex) -> None:
@@ -409,25 +408,25 @@ def open_collection(uri: str, collection: str, wanted: Manifest, *, corpus: Corp
         return index, index.open(wanted.search_settings)
     manifest = manifest_for_corpus(wanted, index.manifest, is_lite(uri))
     documents = read_documents(corpus, encoder, manifest)
-    index.compare(documents, with_sizes(manifest, documents, encoder))
-    if index.needs_changes:
+    update = compare_with_corpus(index, documents, with_sizes(manifest, documents, encoder))
+    if update is not None:
         # For its warnings alone: the rows of a collection have keys of texts, not of tokens.
-        tokenize_rows(documents, encoder, rows_to_check(index, documents))
-    index.start_changing()
-    if index.has_to_be_measured():
-        index.measure_with(encoder.encode(halves_of(documents), warn=False))
-    add_missing(index, documents, encoder)
+        tokenize_rows(documents, encoder, rows_to_check(update, documents))
+        update.start()
+        if update.has_to_be_measured():
+            update.measure_with(encoder.encode(halves_of(documents), warn=False))
+        add_missing(update, documents, encoder)
     return index, documents
 
 
-def rows_to_check(index: MilvusIndex, documents: Documents) -> np.ndarray:
+def rows_to_check(filler: IndexFiller, documents: Documents) -> np.ndarray:
     """Return the rows that this rank checks for truncated and unknown texts, int64.
 
     They are those that it adds; with --strict_data, which refuses such a text wherever it is, a share of all rows.
     """
     if console.settings.strict_data:
         return np.arange(RANK, documents.row_count, RANKS)
-    return np.concatenate([np.empty(0, "int64"), *index.missing_rows])
+    return np.concatenate([np.empty(0, "int64"), *filler.missing_rows])
 
 
 # ------------------------------------------------------------------------------------------------------- keeping

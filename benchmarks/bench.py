@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -186,11 +187,11 @@ def start_milvus(scratch: str) -> Iterator[Any]:
 
 
 def median_values(passes: list[Values]) -> Values:
-    """Return the median of every case; of an even number of passes the lower one in the middle."""
+    """Return the median of every case; of an even number of passes the lower one in the middle; NaN if one is NaN."""
     medians = {}
     for case in passes[0]:
         values = sorted(values[case] for values in passes)
-        medians[case] = values[(len(values) - 1) // 2]
+        medians[case] = math.nan if any(map(math.isnan, values)) else values[(len(values) - 1) // 2]
     return medians
 
 

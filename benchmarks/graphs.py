@@ -25,9 +25,23 @@ class Tried(NamedTuple):
 Search = Callable[[np.ndarray, int], np.ndarray]  # queries [Q, dim] and an effort -> rows [Q, K]
 
 
-def load(folder: str) -> list[np.ndarray]:
-    """Return vectors float32 [N, dim], queries float32 [Q, dim], and the rows that exact search finds, int64 [Q, K]."""
-    return [np.load(f"{folder}/{name}.npy") for name in ("vectors", "queries", "exact")]
+class TestSet(NamedTuple):
+    """What an index is measured with.
+
+    Attributes:
+        vectors: float32 [N, dim].
+        queries: float32 [Q, dim].
+        exact: the rows that exact search finds, int64 [Q, K].
+    """
+
+    vectors: np.ndarray
+    queries: np.ndarray
+    exact: np.ndarray
+
+
+def load(folder: str) -> TestSet:
+    """Return the test set that `ours.vectors` has written to a folder."""
+    return TestSet(*(np.load(f"{folder}/{name}.npy") for name in TestSet._fields))
 
 
 def measure(build: Callable[[], None], save: Callable[[str], None], search: Search, queries: np.ndarray,
@@ -59,28 +73,42 @@ def measure_search(search: Search, queries: np.ndarray, exact: np.ndarray, max_e
         max_effort: the largest effort that finds more than a smaller one.
 
     Returns:
-        For each goal the queries/s, NaN where none of EFFORTS reaches it. The seconds are interpolated between the last
-        effort that misses the goal and the first that reaches it, because a step changes the speed by up to a fifth.
-        "one query" is the time of one of the first 200, asked one by one, with the last effort that was tried.
+        For each goal the queries/s, and the milliseconds of one of the first 200 queries, asked one by one, at the
+        highest goal. The seconds are interpolated between the last effort that misses a goal and the first that reaches
+        it, because a step changes the speed by up to a fifth. NaN where no effort reaches the goal.
     """
-    values = {}
-    efforts = iter([effort for effort in EFFORTS if effort <= max_effort])
-    reached = Tried(EFFORTS[0], recall=0.0)  # stands for "none"
-    for goal in GOALS:
-        while reached.recall < goal:
-            effort = next(efforts, None)
-            if effort is None:
-                break
-            missed, reached = reached, Tried(effort, recall_of(search(queries, effort), exact))
-        if reached.recall >= goal:
-            recalls = [missed.recall, reached.recall]
-            seconds = [median_time([partial(search, queries, tried.effort)] * 3) for tried in (missed, reached)]
-            values[f"recall@{K} {goal}"] = len(queries) / float(np.interp(goal, recalls, seconds))
-        else:
-            values[f"recall@{K} {goal}"] = np.nan
-    single = [partial(search, query, reached.effort) for query in queries[:200, None]]
-    values["one query"] = 1000 * median_time(single)
+    tried: list[Tried] = []
+    for effort in EFFORTS:
+        if effort > max_effort or (tried and tried[-1].recall >= GOALS[-1]):
+            break
+        tried.append(Tried(effort, recall_of(search(queries, effort), exact)))
+
+    def seconds_of_batch(effort: int) -> float:
+        return median_time([partial(search, queries, effort)] * 3)
+
+    def seconds_of_one(effort: int) -> float:
+        return median_time([partial(search, query, effort) for query in queries[:200, None]])
+
+    values = {f"recall@{K} {goal}": len(queries) / seconds_at(goal, tried, seconds_of_batch) for goal in GOALS}
+    values["one query"] = 1000 * seconds_at(GOALS[-1], tried, seconds_of_one)
     return values
+
+
+def seconds_at(goal: float, tried: list[Tried], seconds_of: Callable[[int], float]) -> float:
+    """Return the seconds of a search that has a recall, between the two efforts around it; NaN if none reaches it.
+
+    Args:
+        goal: the recall.
+        tried: by effort.
+        seconds_of: measures a search with an effort.
+    """
+    reaching = [place for place, trial in enumerate(tried) if trial.recall >= goal]
+    if not reaching:
+        return np.nan
+    if reaching[0] == 0:
+        return seconds_of(tried[0].effort)
+    around = tried[reaching[0] - 1 : reaching[0] + 1]
+    return float(np.interp(goal, [trial.recall for trial in around], [seconds_of(trial.effort) for trial in around]))
 
 
 def recall_of(rows: np.ndarray, exact: np.ndarray) -> float:

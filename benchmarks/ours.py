@@ -273,6 +273,7 @@ def index_milvus(folder: str, uri: str, index_type: str, m: int, ef: int) -> dic
     from simcse.index.manifest import Manifest
     from simcse.index.milvus import MilvusIndex, manifest_for_corpus
     from simcse.index.milvus_collection import BOUNDED
+    from simcse.index.milvus_update import compare_with_corpus
     from simcse.text.textfile import Corpus
 
     vectors, queries, exact = graphs.load(folder)
@@ -283,22 +284,22 @@ def index_milvus(folder: str, uri: str, index_type: str, m: int, ef: int) -> dic
     graph = {"M": m, "efConstruction": ef} if index_type == "HNSW" else {}
     manifest = manifest_for_corpus(Manifest(build_settings={"milvus_index": index_type, **graph}), None, is_lite=False)
     index = MilvusIndex(uri, index_type)
-    index.compare(documents, dataclasses.replace(manifest, dimension=vectors.shape[1], rows=len(vectors),
-                                                 lines=len(vectors), documents=len(vectors)))
-    index.start_changing()
+    sizes = {"dimension": vectors.shape[1], "rows": len(vectors), "lines": len(vectors), "documents": len(vectors)}
+    update = compare_with_corpus(index, documents, dataclasses.replace(manifest, **sizes))
+    update.start()
 
     def insert() -> None:
-        for rows in index.missing_rows:
-            index.add(rows, vectors[rows])
-        index._wait_for_adding()
+        for rows in update.missing_rows:
+            update.add(rows, vectors[rows])
+        update.wait_for_pieces()
 
     def search(queries: np.ndarray, effort: int) -> np.ndarray:
         settings = {"ef": effort, "nprobe": effort, "reorder_k": max(effort, 100)}
-        index._search_settings = {name: settings[name] for name in index.manifest.search_settings}
+        index.set_search_settings({name: settings[name] for name in index.manifest.search_settings})
         return index.search(queries, graphs.K).rows
 
-    built = {"inserting": side.seconds_of(insert), "indexing": side.seconds_of(index.finish)}
-    index._collection.consistency = BOUNDED  # as in the service
+    built = {"inserting": side.seconds_of(insert), "indexing": side.seconds_of(update.finish)}
+    index.collection.consistency = BOUNDED  # as in the service
     max_effort = index.manifest.build_settings.get("nlist", graphs.EFFORTS[-1])
     return built | graphs.measure_search(search, queries[:MILVUS_QUERIES], exact[:MILVUS_QUERIES], max_effort)
 
@@ -306,7 +307,7 @@ def index_milvus(folder: str, uri: str, index_type: str, m: int, ef: int) -> dic
 def insert_alone(folder: str, uri: str) -> dict[str, float]:
     """Measure how long pymilvus takes to insert the same rows, made beforehand, into the same fields."""
     from simcse.index.manifest import Manifest
-    from simcse.index.milvus_collection import INSERTED, Collection
+    from simcse.index.milvus_collection import MAX_ROWS_PER_UPSERT, Collection
 
     vectors, _, _ = graphs.load(folder)
     collection = Collection(uri, "alone")
@@ -316,8 +317,8 @@ def insert_alone(folder: str, uri: str) -> dict[str, float]:
              "embedding": vector} for number, vector in enumerate(vectors)]
 
     def insert() -> None:
-        for start in range(0, len(rows), INSERTED):
-            collection._client.insert("alone", rows[start : start + INSERTED])
+        for start in range(0, len(rows), MAX_ROWS_PER_UPSERT):
+            collection._client.insert("alone", rows[start : start + MAX_ROWS_PER_UPSERT])
 
     return {"inserting": side.seconds_of(insert)}
 

@@ -32,13 +32,15 @@ class Side(NamedTuple):
     mode: str
 
 
+DOCUMENTS = 1000
+MILVUS_DOCUMENTS = 6000  # so that a graph is searched: Milvus has none where there are fewer than 1,024
 CLIENTS = (1, 8, 64)  # at a time
 SECONDS = 6  # of a run
 REPEATS = 3
 
 
-async def ask_on(port: int, queries: list[str], mode: str, first: int, end: float) -> list[float]:
-    """Ask over one connection until `end`, and return the seconds of each answer.
+async def ask_until(port: int, queries: list[str], mode: str, first: int, end: float) -> list[float]:
+    """Ask over one connection, and return the seconds of each answer.
 
     Args:
         first: the number of the query to begin with.
@@ -65,10 +67,10 @@ async def ask_on(port: int, queries: list[str], mode: str, first: int, end: floa
         seconds.append(time.perf_counter() - start)
 
 
-async def load(port: int, queries: list[str], mode: str, clients: int, seconds: float) -> dict[str, float]:
+async def measure_load(port: int, queries: list[str], mode: str, clients: int, seconds: float) -> dict[str, float]:
     """Ask with several clients at a time, and return the answers a second, and percentiles of their time in ms."""
     start = time.perf_counter()
-    tasks = [ask_on(port, queries, mode, client * 7919, start + seconds) for client in range(clients)]
+    tasks = [ask_until(port, queries, mode, client * 7919, start + seconds) for client in range(clients)]
     times_of_clients = await asyncio.gather(*tasks)
     took = time.perf_counter() - start
     latencies_ms = sorted(1000 * latency for latencies in times_of_clients for latency in latencies)
@@ -80,7 +82,7 @@ async def load(port: int, queries: list[str], mode: str, clients: int, seconds: 
 
 
 @contextlib.contextmanager
-def service(model_dir: str, flags: tuple[str, ...]) -> Iterator[int]:
+def start_service(model_dir: str, flags: tuple[str, ...]) -> Iterator[int]:
     """Start the service as its users do, and yield its port."""
     with tempfile.TemporaryFile("a+") as log:  # "a": the service writes to its end, wherever it was read
         process = subprocess.Popen(
@@ -109,14 +111,14 @@ def export(bench: Bench, encoder: str, checkpoint: str) -> str:
     return folder
 
 
-def build_index(bench: Bench, checkpoint: str, *flags: str) -> None:
-    """Build an index of 1,000 documents; `flags` say which and where."""
-    corpus = bench.write("serving_corpus", bench.texts("corpus", 1000))
+def build_index(bench: Bench, checkpoint: str, documents: int, *flags: str) -> None:
+    """Build an index of so many documents; `flags` say which and where."""
+    corpus = bench.write("serving_corpus", bench.texts("corpus", documents))
     bench.run_stage("recall.py", "--params_path", checkpoint, "--corpus_file", corpus, "--query", "a", *flags)
 
 
 def run_clients(port: int, queries: list[str], mode: str, clients: int, seconds: float) -> Values:
-    """Run `load` in a process of its own."""
+    """Run `measure_load` in a process of its own."""
     arguments = json.dumps([port, queries, mode, clients, seconds])
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, input=arguments)
     if done.returncode:
@@ -139,7 +141,7 @@ def compare(bench: Bench, name: str, case: str, model_dir: str, sides: dict[str,
         ports = {}
         for side in sides.values():
             if side.flags not in ports:
-                ports[side.flags] = running.enter_context(service(model_dir, side.flags))
+                ports[side.flags] = running.enter_context(start_service(model_dir, side.flags))
         for clients in CLIENTS:
             medians = measure_sides(sides, ports, queries, clients)
             for one, other in pairs:
@@ -175,7 +177,7 @@ def serving(bench: Bench) -> None:
     for encoder, checkpoint in checkpoints.items():
         model_dir = export(bench, encoder, checkpoint)
         index = ("--index_path", f"{bench.scratch}/index_{encoder}")
-        build_index(bench, checkpoint, "--hybrid_bm25", *index)
+        build_index(bench, checkpoint, DOCUMENTS, "--hybrid_bm25", *index)
         sides = {"batched": Side(index, "embedding"), "one by one": Side((*index, "--max_batch", "1"), "embedding"),
                  "hybrid": Side(index, "hybrid")}
         compare(bench, "serving", encoder, model_dir, sides, [("batched", "one by one"), ("hybrid", "batched")])
@@ -188,10 +190,10 @@ def serving_milvus(bench: Bench) -> None:
     with start_milvus(bench.scratch) as server:
         sides = {"Milvus": Side(("--milvus_uri", server.uri, "--milvus_collection", "serving"), "embedding"),
                  "folder": Side(("--index_path", f"{bench.scratch}/index_beside_milvus"), "embedding")}
-        build_index(bench, checkpoint, "--ann_engine", "milvus", *sides["Milvus"].flags)
-        build_index(bench, checkpoint, *sides["folder"].flags)
+        build_index(bench, checkpoint, MILVUS_DOCUMENTS, "--ann_engine", "milvus", *sides["Milvus"].flags)
+        build_index(bench, checkpoint, MILVUS_DOCUMENTS, *sides["folder"].flags)
         compare(bench, "serving_milvus", "ernie_mini_zh", model_dir, sides, [("Milvus", "folder")])
 
 
 if __name__ == "__main__":  # the process of the clients
-    print(json.dumps(asyncio.run(load(*json.load(sys.stdin)))))
+    print(json.dumps(asyncio.run(measure_load(*json.load(sys.stdin)))))

@@ -120,11 +120,12 @@ def milvus_manifest(documents, **values):
 def fill_collection(documents, vectors, collection="texts", uri="x.db", **values):
     """Return a collection with these documents and the vectors, float32 [rows, dim], of all rows."""
     from simcse.index.milvus import MilvusIndex
+    from simcse.index.milvus_update import compare_with_corpus
 
     index = MilvusIndex(uri, collection)
-    index.compare(documents, milvus_manifest(documents, dimension=vectors.shape[1], **values))
-    index.start_changing()
-    for rows in index.missing_rows:
-        index.add(rows, vectors[rows])
-    index.finish()
+    update = compare_with_corpus(index, documents, milvus_manifest(documents, dimension=vectors.shape[1], **values))
+    update.start()
+    for rows in update.missing_rows:
+        update.add(rows, vectors[rows])
+    update.finish()
     return index

@@ -6,7 +6,7 @@ import math
 from types import SimpleNamespace
 
 import ann_util
-from simcse import console, machine, memory
+from simcse import console, huge_pages, machine, memory
 from simcse.console import InputError
 from simcse.encoder.encoder import Encoder
 from simcse.encoder.engine import make_engine
@@ -158,8 +158,8 @@ def test_an_engine_keeps_its_promises(vectors, engine, tmp_path, capfd, caplog):
     index.add(vectors[:400])
     index.add(vectors[400:])
     assert len(index) == 700
-    for rows in (slice(None), slice(300, 500), np.array([699, 0, 5])):
-        got = index.vectors(rows)
+    assert len(index.all_vectors()) == 700
+    for got, rows in ((index.all_vectors(), np.arange(700)), (index.vectors(np.array([699, 0, 5])), [699, 0, 5])):
         assert got.dtype == np.float32
         np.testing.assert_allclose(got, vectors[rows], atol=1e-6)
     for path in ("/dev/full", tmp_path / "none" / "index.bin"):
@@ -208,7 +208,7 @@ def test_an_engine_is_trained_before_vectors_are_added(vectors, documents, train
     index = ShardedIndex(manifest_of("trained", documents, 32, 2), 2)
     fill(index, vectors[:documents])
     for shard, count in zip(index._shards.values(), trained_with, strict=True):
-        assert shard.engine.trained_with.tolist() == shard.engine.vectors(slice(count)).tolist()
+        assert shard.engine.trained_with.tolist() == shard.engine.all_vectors()[:count].tolist()
     assert index.search(vectors[:documents], 1).rows[:, 0].tolist() == list(range(documents))
     assert index.vectors(np.array([3, -1, 149])).tolist() == [vectors[3].tolist(), [0] * 32, vectors[149].tolist()]
 
@@ -346,8 +346,8 @@ def bytes_in_huge_pages():
 
 def test_a_large_graph_is_built_in_huge_pages():
     """The vectors, 3 MB, are too few for numpy to ask for such pages."""
-    if not memory._gives_huge_pages_on_request():
-        pytest.skip(f"{memory.HUGE_PAGE_POLICY} is not madvise")
+    if not huge_pages._gives_huge_pages_on_request():
+        pytest.skip(f"{huge_pages.HUGE_PAGE_POLICY} is not madvise")
     vectors = np.random.default_rng(0).standard_normal((3000, 256), "float32")
     small, large = (engine_of("hnswlib", 256, capacity, hnsw_m=8, hnsw_ef=8) for capacity in (500, 80_000))
     before = bytes_in_huge_pages()
@@ -362,13 +362,13 @@ def test_asking_for_huge_pages_never_fails(missing, tmp_path, monkeypatch):
     """Whatever is not there, and where the system refuses."""
     asked = []
     library = SimpleNamespace(madvise=lambda start, size, advice: asked.append(size.value) or -1)
-    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object() if missing == "madvise" else library)
+    monkeypatch.setattr(huge_pages.ctypes, "CDLL", lambda name: object() if missing == "madvise" else library)
     (tmp_path / "policy").write_text("always [madvise] never\n")
     before = "50000000-60000000 rw-p 00000000 00:00 0 \n"
     (tmp_path / "maps").write_text(before)
     for name, file in (("HUGE_PAGE_POLICY", "policy"), ("MEMORY_MAP", "maps")):
-        monkeypatch.setattr(memory, name, str(tmp_path / ("none" if missing == name else file)))
-    with memory.huge_pages():
+        monkeypatch.setattr(huge_pages, name, str(tmp_path / ("none" if missing == name else file)))
+    with huge_pages.huge_pages():
         (tmp_path / "maps").write_text(before +
                                        "10000000-20000000 rw-p 00000000 00:00 0 \n"
                                        "20000000-30000000 r--p 00000000 00:00 0 \n"
@@ -521,7 +521,14 @@ def test_what_the_approximation_costs_is_measured_and_advice_was_tried(tmp_path,
     report_ann_recall(dataclasses.replace(measured, deeper_recall=measured.recall))
     assert "; --ann_engine exact finds all, --hnsw_ef 80 does not help\n" in capsys.readouterr().err
     report_ann_recall(dataclasses.replace(measured, recall=0.999), {"hnsw_ef": 7})
-    assert capsys.readouterr().err.endswith(": 0.9990 with --hnsw_ef 2; this search has --hnsw_ef 7\n")
+    assert capsys.readouterr().err.endswith(
+        ": 0.9990 with --hnsw_ef 2; this search has --hnsw_ef 7, with which it was not measured\n")
+    deeper = dataclasses.replace(measured, deeper_recall=0.995)
+    report_ann_recall(deeper, {"hnsw_ef": 80}, rows=4001)
+    assert capsys.readouterr().err.endswith(", measured when it had 4,000 rows instead of 4,001; this search has "
+                                            "--hnsw_ef 80, which finds 0.9950\n")
+    report_ann_recall(dataclasses.replace(measured, deeper_recall=0.95), {"hnsw_ef": 80}, rows=4000)
+    assert capsys.readouterr().err.endswith("--hnsw_ef 80, which finds 0.9500; --ann_engine exact finds all\n")
     report_ann_recall(AnnRecall(10, "9 queries", 1.0, {}, 1.0, {}))
     assert capsys.readouterr().err.endswith("9 queries: 1.0000 with its default settings\n")
 

@@ -3,9 +3,10 @@
 from simcse.console import InputError
 from simcse.index import documents
 from simcse.index.ann_recall import ann_recall
-from simcse.index.documents import Documents, find_keys
+from simcse.index.documents import Documents
 from simcse.index.exact import exact_search
 from simcse.index.hits import Hit, Ranking, hits_of, search
+from simcse.index.key_table import KeyTable
 from simcse.index.shards import ShardedIndex
 from simcse.text.keys import text_keys
 from simcse.text.textfile import Corpus
@@ -45,8 +46,8 @@ def test_different_texts_of_one_key_are_no_copies(tmp_path, monkeypatch):
 
 def test_keys_are_found_among_others():
     existing = np.array([7, 3, 9, 5])
-    assert find_keys(np.array([3, 4, 9, 10, 0, 7]), existing).tolist() == [1, -1, 2, -1, -1, 0]
-    assert find_keys(existing, np.empty(0, "int64")).tolist() == [-1] * 4
+    assert KeyTable(existing).find(np.array([3, 4, 9, 10, 0, 7])).tolist() == [1, -1, 2, -1, -1, 0]
+    assert KeyTable(np.empty(0, "int64")).find(existing).tolist() == [-1] * 4
 
 
 def test_a_file_is_read_by_blocks_as_it_is_row_by_row(tmp_path):

@@ -19,6 +19,7 @@ from simcse.index.manifest import Manifest
 from simcse.index.milvus import MilvusIndex
 from simcse.index.milvus_collection import COMPLETE, Record
 from simcse.index.milvus_rows import join_ids
+from simcse.index.milvus_update import compare_with_corpus
 from simcse.index.protocols import NOT_FOUND, Document, Line
 from simcse.text.keys import text_keys
 from simcse.text.passages import Passages
@@ -86,11 +87,12 @@ def test_a_broken_run_goes_on_where_it_ended(flags, sample, tmp_path):
     wanted = [str(word) for word in flags("--max_seq_length", 16, corpus="corpus.csv")]
     script = tmp_path / "slow.py"
     script.write_text(
-        f"import sys, runpy\nsys.path.insert(0, {str(ROOT)!r})\nfrom simcse.index import milvus\n"
-        "real = milvus.MilvusIndex._store\n"
+        f"import sys, runpy\nsys.path.insert(0, {str(ROOT)!r})\nfrom simcse.index import milvus_update\n"
+        "real = milvus_update.CollectionUpdate._store\n"
         "def slow(self, rows, vectors):\n    if rows[0]:\n        print('SECOND', flush=True)\n"
         "        import time; time.sleep(60)\n    real(self, rows, vectors)\n"
-        f"milvus.MilvusIndex._store = slow\nrunpy.run_path({str(ROOT / 'recall.py')!r}, run_name='__main__')",
+        "milvus_update.CollectionUpdate._store = slow\n"
+        f"runpy.run_path({str(ROOT / 'recall.py')!r}, run_name='__main__')",
         encoding="utf-8")
     process = subprocess.Popen(command(script, *wanted), cwd=tmp_path, stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL)
@@ -175,7 +177,7 @@ def test_a_row_is_a_document_with_the_corpus_and_a_key_without_it(in_a_folder):
     again, stored = opened()
     assert (len(stored), stored.line_count, stored.row_count) == (3, 5, 3)
     keys = text_keys(["甲", whole, "乙"])
-    assert again.search(vectors, 3).rows[:, 0].tolist() == keys.tolist() and not again.missing_rows
+    assert again.search(vectors, 3).rows[:, 0].tolist() == keys.tolist()
     assert stored.read(keys[[1, 0]], 9) == [
         Document(whole, [Line(None, None)]), Document("甲", [Line(None, None)] * 3)]
     assert again.vectors(keys).tolist() == vectors.tolist()
@@ -193,12 +195,10 @@ def test_of_equal_cosines_the_lower_row_comes_first(in_a_folder):
     again.close()
 
 
-def test_more_than_milvus_gives_is_refused(in_a_folder):
+def test_more_neighbours_than_rows(in_a_folder):
     index = fill_collection(documents_of(in_a_folder, "甲"), np.eye(1, 8, dtype="float32"))
     found = index.search(np.eye(1, 8, dtype="float32"), 3)
     assert found.rows.tolist() == [[0, NOT_FOUND, NOT_FOUND]]
-    with pytest.raises(InputError, match="--recall_num 16385: Milvus gives at most 16384"):
-        index.search(np.eye(1, 8, dtype="float32"), 16385)
     index.close()
 
 
@@ -236,7 +236,7 @@ def test_passages_are_rows_of_their_document(in_a_folder):
 def test_a_text_too_long_for_milvus_is_refused_with_its_line(in_a_folder):
     documents = documents_of(in_a_folder, "短", "", "长" * 21846, "a" * 65535)
     with pytest.raises(InputError, match=r"corpus.csv:3: 1 of 3 texts is longer than Milvus takes, 65,535 bytes"):
-        MilvusIndex("x.db", "texts").compare(documents, milvus_manifest(documents))
+        compare_with_corpus(MilvusIndex("x.db", "texts"), documents, milvus_manifest(documents))
     with pytest.raises(InputError, match="no such collection"):
         opened()
 
@@ -268,7 +268,7 @@ def test_the_settings_of_a_collection_are_kept_and_a_search_may_have_another_ef(
     assert calls == [{"params": {"ef": 77}}]
     assert index.manifest.differences(Manifest(build_settings={"M": 8})) == ["M 16, not 8"]
     with pytest.raises(InputError, match=r"nprobe \(--milvus_index_params\) is not for HNSW, which has M, efCon"):
-        index.open({"nprobe": 3})
+        index.check(Manifest(search_settings={"nprobe": 3}))
     index.close()
 
 
@@ -279,10 +279,10 @@ def test_a_collection_from_before_there_were_index_types(in_a_folder, is_lite, b
     documents = documents_of(in_a_folder, "甲", "乙")
     index = fill_collection(documents, np.eye(2, 8, dtype="float32"))
     old = dataclasses.replace(index.manifest, build_settings={"hnsw_m": 16}, search_settings={"hnsw_ef": 40})
-    index._collection.write_record(Record(old, COMPLETE))
-    index._collection.is_lite = is_lite  # a server's record looks the same
-    monkeypatch.setattr(index._collection, "_check_index", lambda manifest: None)  # its index is Milvus Lite's
-    manifest = index._collection.read_record().manifest
+    index.collection.write_record(Record(old, COMPLETE))
+    index.collection.is_lite = is_lite  # a server's record looks the same
+    monkeypatch.setattr(index.collection, "_check_index", lambda manifest: None)  # its index is Milvus Lite's
+    manifest = index.collection.read_record().manifest
     assert (manifest.build_settings, manifest.search_settings) == (build, search)
     index.close()
 
@@ -295,15 +295,16 @@ def test_the_recall_of_a_changed_collection_is_measured_with_all_of_its_vectors(
     fill_collection(documents_of(in_a_folder, *(f"文{n}" for n in range(40))), vectors[:40], **of_hnsw).close()
     documents = documents_of(in_a_folder, *(f"文{n}" for n in range(20, 60)))
     index = MilvusIndex("x.db", "texts")
-    index.compare(documents, milvus_manifest(documents, corpus="after", build_settings=index.manifest.build_settings,
-                                             search_settings=index.manifest.search_settings))
-    index.start_changing()
-    assert index.has_to_be_measured()
-    index.measure_with(vectors[:9])
-    nearest = index._nearest
-    for rows in index.missing_rows:
-        index.add(rows, vectors[20:][rows])
-    index.finish()
+    manifest = milvus_manifest(documents, corpus="after", build_settings=index.manifest.build_settings,
+                               search_settings=index.manifest.search_settings)
+    update = compare_with_corpus(index, documents, manifest)
+    update.start()
+    assert update.has_to_be_measured()
+    update.measure_with(vectors[:9])
+    nearest = update._nearest
+    for rows in update.missing_rows:
+        update.add(rows, vectors[20:][rows])
+    update.finish()
     np.testing.assert_allclose(nearest.cosines, exact_search(vectors[:9], vectors[20:], 10).scores, atol=1e-6)
     assert index.manifest.ann_recall.recall > 0.9 and index.manifest.ann_recall.settings == {"ef": 100}
     index.close()

@@ -9,10 +9,11 @@ import zlib
 from pathlib import Path
 
 from simcse.console import InputError
-from simcse.index import milvus, milvus_collection
+from simcse.index import milvus_collection, milvus_update
 from simcse.index.documents import Documents
 from simcse.index.hits import hits_of, search
 from simcse.index.milvus import MilvusIndex
+from simcse.index.milvus_update import CollectionUpdate, compare_with_corpus
 from simcse.index.protocols import Document, Line
 from simcse.text import keys
 from simcse.text.keys import text_keys
@@ -32,8 +33,8 @@ AFTER = ["新一", "丁", "乙", "新二", "", "丙", "乙", "新三"]  # 甲 an
 @pytest.fixture(autouse=True, scope="module")
 def small_pieces():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(milvus, "PIECE", 2)
-        patch.setattr(milvus_collection, "PAGE", 2)
+        patch.setattr(milvus_update, "PIECE", 2)
+        patch.setattr(milvus_collection, "MAX_KEYS_PER_REQUEST", 2)
         yield
 
 
@@ -71,14 +72,15 @@ def run(lines, collection="texts", documents_of=documents_of, before_piece=lambd
     index = MilvusIndex("x.db", collection)
     try:
         manifest = milvus_manifest(documents, corpus="\n".join(lines), corpus_columns=documents.corpus.columns)
-        index.compare(documents, manifest)
-        index.start_changing()
-        for rows in index.missing_rows:
-            before_piece()
-            texts = [documents.row_texts[int(row)] for row in rows]
-            encoded.extend(texts)
-            index.add(rows, np.array([vector(text) for text in texts]))
-        index.finish()
+        update = compare_with_corpus(index, documents, manifest)
+        if update is not None:
+            update.start()
+            for rows in update.missing_rows:
+                before_piece()
+                texts = [documents.row_texts[int(row)] for row in rows]
+                encoded.extend(texts)
+                update.add(rows, np.array([vector(text) for text in texts]))
+            update.finish()
         texts = list(documents.row_texts)
         nearest = index.search(np.array([vector(text) for text in texts]), documents.row_count).rows[:, 0]
         assert [texts[row] for row in nearest] == texts
@@ -91,12 +93,12 @@ def contents(collection="texts"):
     """All that is in a collection, asked for without its corpus: the record, the rows by key, all collections."""
     index = MilvusIndex("x.db", collection)
     index.open({})
-    client = index._collection._client
+    client = index.collection._client
     rows = client.query(collection, filter="id >= 0", output_fields=["*"])
     names = sorted(client.list_collections())
     assert index.search(np.ones((1, 8), "float32"), len(rows)).rows.min() > 0
     index.close()
-    return index._record, {row["id"]: row for row in rows}, names
+    return index.record, {row["id"]: row for row in rows}, names
 
 
 def same(one, other):
@@ -163,10 +165,10 @@ def test_searches_in_between_answer(filled):
         queries = np.array([vector(text) for text in BEFORE if text])
         found = index.search(queries, len(documents)).rows[:, 0].tolist()
         assert [document.text for document in documents.read(found)] == [text for text in BEFORE if text]
-        seen.append(index._record.state)
+        seen.append(index.record.state)
 
     assert run(AFTER, before_piece=search_by_another) == ["新一", "新二", "新三"]
-    assert seen == [milvus_collection.CHANGING] * 3
+    assert seen == [milvus_collection.CHANGING] * 2
 
 
 def test_ids_follow(capsys):
@@ -187,7 +189,7 @@ def test_a_row_that_is_gone_meanwhile():
     index = MilvusIndex("x.db", "texts")
     documents = index.open({})
     ranking = search(index, documents, vector("甲")[None], 2)
-    index._collection.delete(text_keys(["甲"]).tolist())
+    index.collection.delete(text_keys(["甲"]).tolist())
     assert [hit.document for hit in hits_of(ranking, documents, [2])[0]] == ["乙"]
     with pytest.raises(InputError, match="--milvus_collection texts: has changed meanwhile; run again"):
         index.vectors(text_keys(["乙", "甲"]))
@@ -210,8 +212,8 @@ def test_passages_follow(capsys):
     index.close()
 
 
-@pytest.mark.parametrize("call, number", [("alter_collection_properties", 1), ("upsert", 1), ("upsert", 3),
-                                          ("upsert", 4), ("delete", 1), ("flush", 1),
+@pytest.mark.parametrize("call, number", [("alter_collection_properties", 1), ("upsert", 1), ("upsert", 2),
+                                          ("upsert", 3), ("delete", 1), ("flush", 1),
                                           ("alter_collection_properties", 2)])
 def test_broken_off_the_same_command_ends_it(filled, call, number, monkeypatch):
     """At each of what changes something: all texts of before are there until the deletion, which is the last but one.
@@ -226,8 +228,8 @@ def test_broken_off_the_same_command_ends_it(filled, call, number, monkeypatch):
     if (call, number) not in (("flush", 1), ("alter_collection_properties", 2)):
         assert set(rows) >= set(old[1])
     encoded = run(AFTER)
-    if call == "upsert" and number < 4:
-        assert encoded == (["新一", "新二", "新三"] if number == 1 else ["新三"])
+    if call == "upsert":  # of two pieces, and of the outdated rows
+        assert encoded == {1: ["新一", "新二", "新三"], 2: ["新三"], 3: []}[number]
     assert same(contents(), new) and contents()[2] == ["new", "texts"]
 
 
@@ -268,7 +270,7 @@ def test_what_is_broken_off_serves_another_corpus(monkeypatch):
 
 def test_rows_that_somebody_has_deleted_are_encoded_again(filled):
     index = MilvusIndex("x.db", "texts")
-    index._collection.delete(text_keys(["丙"]).tolist())
+    index.collection.delete(text_keys(["丙"]).tolist())
     index.close()
     assert run(BEFORE) == ["丙"] and same(contents(), filled[0])
 
@@ -279,7 +281,7 @@ def test_another_corpus_and_an_alias(filled):
         run(["没有"])
     assert same(contents(), old)
     index = MilvusIndex("x.db", "texts")
-    index._collection._client.create_alias("texts", "other")
+    index.collection._client.create_alias("texts", "other")
     index.close()
     assert same(contents("other"), old)
     assert run(AFTER, "other") == ["新一", "新二", "新三"]
@@ -347,25 +349,33 @@ def test_ids_of_an_interrupted_run_do_not_stay(monkeypatch):
 
 
 @pytest.mark.parametrize("method_name, change", [
-    ("_find_changes", {"state": milvus_collection.CHANGING}),
-    ("_wait_for_adding", {"run": "another"}),
-    ("_wait_for_adding", {"run": "another", "state": milvus_collection.COMPLETE})])
+    ("_missing_pieces", {"state": milvus_collection.CHANGING}),
+    ("wait_for_pieces", {"run": "another"}),
+    ("wait_for_pieces", {"run": "another", "state": milvus_collection.COMPLETE}),
+    ("_wait_until_indexed", {"run": "another"})])
 def test_two_runs_at_the_same_time_notice_each_other(method_name, change, monkeypatch):
-    """Another one writes the record after the comparison, or while rows are added: no run says that it is complete."""
+    """Another one writes the record after the comparison, while rows are added, or while this one waits for the index:
+    no run says that it is complete.
+    """
     run(["甲", "乙"])
     before = contents()[1]
-    method = getattr(MilvusIndex, method_name)
+    method = getattr(CollectionUpdate, method_name)
 
     def change_record(self, *arguments):
         result = method(self, *arguments)
         self._collection.write_record(self._collection.read_record()._replace(**change))
         return result
 
-    monkeypatch.setattr(MilvusIndex, method_name, change_record)
+    monkeypatch.setattr(CollectionUpdate, method_name, change_record)
     with pytest.raises(InputError, match="texts: another process has changed it meanwhile; run again when that has"):
         run(["甲", "丙"])
     after = contents()[1]
-    assert before.items() <= after.items() and (method_name != "_find_changes" or after == before)
+    if method_name == "_missing_pieces":
+        assert after == before
+    elif method_name == "wait_for_pieces":
+        assert before.items() <= after.items()
+    if method_name == "_wait_until_indexed":
+        assert MilvusIndex("x.db", "texts").record.state == milvus_collection.CHANGING
 
 
 def test_rows_that_another_run_has_added_meanwhile(monkeypatch):

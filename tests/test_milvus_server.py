@@ -15,6 +15,7 @@ from simcse.index.exact import exact_search
 from simcse.index.milvus import MilvusIndex
 from simcse.index.milvus_collection import BUILDING, CHANGING, Record
 from simcse.index.milvus_types import INDEX_TYPES
+from simcse.index.milvus_update import compare_with_corpus
 
 import numpy as np
 import pytest
@@ -46,13 +47,13 @@ def filled(server, collection, documents, vectors, index_type="HNSW", **paramete
     search = {name: value for name, value in parameters.items() if name not in to_build}
     index = MilvusIndex(server.uri, collection)
     manifest = milvus_manifest(documents, dimension=vectors.shape[1], build_settings=build, search_settings=search)
-    index.compare(documents, manifest)
-    index.start_changing()
-    if index.has_to_be_measured():
-        index.measure_with(vectors[:100])
-    for rows in index.missing_rows:
-        index.add(rows, vectors[rows])
-    index.finish()
+    update = compare_with_corpus(index, documents, manifest)
+    update.start()
+    if update.has_to_be_measured():
+        update.measure_with(vectors[:100])
+    for rows in update.missing_rows:
+        update.add(rows, vectors[rows])
+    update.finish()
     return index
 
 
@@ -136,7 +137,7 @@ def test_an_index_that_the_server_cannot_build_is_not_waited_for_forever(tmp_pat
     assert f"--milvus_collection {collection}: the server has indexed 0 of 1,100 rows" in capsys.readouterr().err
     assert index.search(vectors[:9], 1).rows.ravel().tolist() == list(range(9))
     assert index.manifest.ann_recall is None
-    index._collection._drop()
+    index.collection._drop()
     index.close()
 
 
@@ -228,7 +229,7 @@ def test_recall_on_the_server_and_in_a_folder(checkpoint, sample, corpus, milvus
     asked = ["recall.py", "--device", "cpu", "--params_path", checkpoint, *FP32, "--max_seq_length", 16, "--query",
              query, "--top_k", 3, "--format", "jsonl", *on_two[:-1], f"{collection}_alias", "--milvus_index_params",
              "ef=50"]
-    assert MilvusIndex(milvus_server.uri, f"{collection}_alias")._collection.name == on_two[-1]
+    assert MilvusIndex(milvus_server.uri, f"{collection}_alias").collection.name == on_two[-1]
     answer = json.loads(succeed(*asked, cwd=tmp_path).stdout)["results"]
     assert [(hit["id"], hit["document"]) for hit in answer] == [hit[1:3] for hit in expected[0][:3]]
     client.close()
@@ -286,17 +287,17 @@ def test_a_changed_corpus_while_another_process_searches(tmp_path, milvus_server
         assert searching.stdout.readline() == "ready\n"
         new = documents_of(tmp_path, *new_texts)
         index = MilvusIndex(milvus_server.uri, collection)
-        index.compare(new, milvus_manifest(new, dimension=16, **settings_of(index)))
-        index.start_changing()
-        assert sorted(np.concatenate(index.missing_rows)) == list(range(1400, 1700))
-        for rows in index.missing_rows:
-            index.add(rows, np.stack([vector_of[text] for text in np.array(new_texts)[rows]]))
-        index.finish()
+        update = compare_with_corpus(index, new, milvus_manifest(new, dimension=16, **settings_of(index)))
+        update.start()
+        assert sorted(np.concatenate(update.missing_rows)) == list(range(1400, 1700))
+        for rows in update.missing_rows:
+            update.add(rows, np.stack([vector_of[text] for text in np.array(new_texts)[rows]]))
+        update.finish()
         count, *texts = searching.communicate(timeout=60)[0].split()
     assert searching.returncode == 0 and int(count) > 3
     assert set(texts) <= set(vector_of)
     found = index.search(np.stack([vector_of[text] for text in new_texts]), 1)
-    assert found.rows.ravel().tolist() == list(range(1700)) and index._collection.count() == 1700
+    assert found.rows.ravel().tolist() == list(range(1700)) and index.collection.count() == 1700
     index.close()
 
 
@@ -332,17 +333,18 @@ def test_a_run_that_is_killed(checkpoint, sample, milvus_server, collection, unb
     """After the first piece of a build, and after the third of the next: the same command ends with the same hits."""
     script = tmp_path / "killed.py"
     script.write_text(
-        f"import os, runpy, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom simcse.index import milvus\n"
+        f"import os, runpy, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom simcse.index import milvus_update\n"
         "pieces = int(os.environ['PIECES'])\ndef kill(self, rows, vectors):\n    global pieces\n"
         "    real(self, rows, vectors)\n    pieces -= 1\n    if pieces == 0:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "real, milvus.MilvusIndex._store, milvus.PIECE = milvus.MilvusIndex._store, kill, 16\n"
+        "real, milvus_update.PIECE = milvus_update.CollectionUpdate._store, 16\n"
+        "milvus_update.CollectionUpdate._store = kill\n"
         f"runpy.run_path({str(ROOT / 'recall.py')!r}, run_name='__main__')", encoding="utf-8")
     words = words_of_build(checkpoint, sample, milvus_server, collection)
     for pieces in ("1", "3"):
         killed = subprocess.run(command(script, *words[1:]), cwd=tmp_path, env={**os.environ, "PIECES": pieces})
         assert killed.returncode == -signal.SIGKILL
-        assert MilvusIndex(milvus_server.uri, collection)._record.state == BUILDING
+        assert MilvusIndex(milvus_server.uri, collection).record.state == BUILDING
     stderr = succeed(*words, cwd=tmp_path).stderr
     assert "encoding and indexing 120 of" not in stderr  # some were there
     same_hits(hits_in(tmp_path), unbroken)
@@ -352,10 +354,11 @@ def test_a_rank_that_is_killed(checkpoint, sample, milvus_server, collection, un
     """The run ends with an error, and the same command afterwards with the hits of an unbroken run."""
     script = tmp_path / "killed.py"
     script.write_text(
-        f"import os, runpy, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom simcse.index import milvus\n"
+        f"import os, runpy, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom simcse.index import milvus_update\n"
         "def kill(self, rows, vectors):\n    if os.environ['PADDLE_TRAINER_ID'] == '1':\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n    real(self, rows, vectors)\n"
-        "real, milvus.MilvusIndex._store, milvus.PIECE = milvus.MilvusIndex._store, kill, 16\n"
+        "real, milvus_update.PIECE = milvus_update.CollectionUpdate._store, 16\n"
+        "milvus_update.CollectionUpdate._store = kill\n"
         f"runpy.run_path({str(ROOT / 'recall.py')!r}, run_name='__main__')", encoding="utf-8")
     words = words_of_build(checkpoint, sample, milvus_server, collection)
     result, _ = launch(script, *words[1:], cwd=tmp_path)
@@ -426,4 +429,4 @@ def test_a_server_that_is_killed_and_started_again(checkpoint, sample, milvus_se
     words = words_of_build(checkpoint, sample, milvus_server, collection)
     succeed(*words, cwd=tmp_path)
     same_hits(hits_in(tmp_path), unbroken)
-    assert MilvusIndex(milvus_server.uri, f"{collection}_whole")._record.state == CHANGING
+    assert MilvusIndex(milvus_server.uri, f"{collection}_whole").record.state == CHANGING

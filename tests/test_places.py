@@ -14,13 +14,13 @@ from simcse.index import lock
 from simcse.index.manifest import Manifest
 from simcse.index.milvus_collection import (
     IDS,
-    INSERTED,
+    MAX_KEYS_PER_REQUEST,
+    MAX_ROWS_PER_UPSERT,
     MESSAGE_BYTES,
-    PAGE,
     PASSAGE,
     TEXT,
     VECTOR,
-    max_rows,
+    Collection,
     split_by_size,
 )
 from simcse.training.log import TrainingLog
@@ -188,7 +188,9 @@ def test_messages_to_milvus_are_counted_in_bytes():
     pieces = list(split_by_size(rows))
     assert sum(map(len, pieces)) == 1500 and len(pieces) == 3
     assert all(len(piece) * (3 * 20_000 + 32) <= MESSAGE_BYTES for piece in pieces)
-    assert [len(piece) for piece in split_by_size([row(1)] * (INSERTED + 1))] == [INSERTED, 1]
+    assert [len(piece) for piece in split_by_size([row(1)] * (MAX_ROWS_PER_UPSERT + 1))] == [MAX_ROWS_PER_UPSERT, 1]
     assert [len(piece) for piece in split_by_size([row(MESSAGE_BYTES)] * 2)] == [1, 1]
     assert list(split_by_size([])) == []
-    assert max_rows([]) == PAGE and max_rows([TEXT, IDS]) * 2 * 65535 <= MESSAGE_BYTES
+    collection = Collection("x.db", "texts")
+    assert collection._keys_per_request([]) == MAX_KEYS_PER_REQUEST
+    assert collection._keys_per_request([TEXT, IDS]) * 2 * 65535 <= MESSAGE_BYTES

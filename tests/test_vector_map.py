@@ -1,5 +1,7 @@
 """Rows of which the encoder reads the same share a vector: the map, the index, and what a changed corpus does to it."""
 
+from types import SimpleNamespace
+
 import ann_util
 from simcse import console
 from simcse.console import InputError
@@ -187,22 +189,14 @@ def test_passages_share_a_vector_where_their_documents_have_the_same_tokens(tmp_
 
 def test_rows_that_a_collection_lacks_are_warned_of_before_it_is_changed(tmp_path, capfd, monkeypatch):
     """With --strict_data the rows that it has are looked at, too."""
-    class Collection:
-        manifest = None
+    class Update:
         bytes_needed = 0
-        needs_changes = True
         changed = 0
         missing_rows = []
 
-        def __init__(self, *_):
-            pass
-
-        def compare(self, *_):
-            pass
-
-        def start_changing(self):
+        def start(self):
             assert "longer than" in capfd.readouterr().err
-            Collection.changed += 1
+            Update.changed += 1
 
         def has_to_be_measured(self):
             return False
@@ -213,19 +207,20 @@ def test_rows_that_a_collection_lacks_are_warned_of_before_it_is_changed(tmp_pat
         def finish(self):
             pass
 
-    monkeypatch.setattr(ann_util, "MilvusIndex", Collection)
+    monkeypatch.setattr(ann_util, "MilvusIndex", lambda *_: SimpleNamespace(manifest=None))
+    monkeypatch.setattr(ann_util, "compare_with_corpus", lambda *_: Update())
     (tmp_path / "corpus.csv").write_text("??\n一二三四五\nab\n一二三四六\ncd\n", encoding="utf-8")
     corpus = Corpus(str(tmp_path / "corpus.csv"), "--corpus_file")
     encoder = LowercaseEncoder()
     monkeypatch.setattr(console.settings, "strict_data", True)
-    monkeypatch.setattr(Collection, "missing_rows", [np.array([4])])
+    monkeypatch.setattr(Update, "missing_rows", [np.array([4])])
     with pytest.raises(InputError, match=r"2 of 5 texts are longer than 6 tokens and cut; .*corpus.csv:2, "):
         ann_util.open_collection("x.db", "texts", Manifest(ann_engine="milvus"), corpus=corpus, encoder=encoder)
-    assert encoder.encoded == [] and not Collection.changed
+    assert encoder.encoded == [] and not Update.changed
     monkeypatch.setattr(console.settings, "strict_data", False)
-    monkeypatch.setattr(Collection, "missing_rows", [np.array([1, 2])])
+    monkeypatch.setattr(Update, "missing_rows", [np.array([1, 2])])
     ann_util.open_collection("x.db", "texts", Manifest(ann_engine="milvus"), corpus=corpus, encoder=encoder)
-    assert encoder.encoded == ["一二三四五", "ab"] and Collection.changed
+    assert encoder.encoded == ["一二三四五", "ab"] and Update.changed
 
 
 def test_all_unknown_texts_have_one_key():

@@ -1,4 +1,4 @@
-"""How many of the exact nearest neighbours an approximate index finds: measuring it, and saying it."""
+"""Compute and report the recall of an approximate index against exact search."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,38 +33,47 @@ def ann_recall(cosines: np.ndarray, exact_cosines: np.ndarray) -> float:
 
 
 def report_ann_recall(measured: AnnRecall | None, search_settings: dict[str, Any] | None = None,
-                      exact: str = "--ann_engine exact",
+                      rows: int | None = None, exact: str = "--ann_engine exact",
                       as_flags: Callable[[dict[str, Any]], str] | None = None) -> None:
     """Log how much an index misses; warn and advise if that is much. Only rank 0 does.
 
     Args:
         measured: None: nothing was measured.
         search_settings: those of the search, if they may be other than the measured ones.
+        rows: of the index now, if they may be more or fewer than those that were measured.
         exact: what finds all, for the advice.
         as_flags: returns settings as they are given on the command line; None: each is a flag.
     """
-    as_flags = as_flags or _as_flags
     if RANK or measured is None:
         return
+    as_flags = as_flags or _as_flags
+    used = measured.settings if search_settings is None else search_settings
     message = (f"ANN recall@{measured.k} against exact search, {measured.queries}: {measured.recall:.4f} "
                f"with {as_flags(measured.settings)}")
-    is_deeper = search_settings == measured.deeper_settings
-    is_poor = (measured.deeper_recall if is_deeper else measured.recall) < POOR
-    is_deeper_better = measured.deeper_recall > measured.recall + 0.001
-    if is_poor and is_deeper_better and not is_deeper:
-        message += f"; {as_flags(measured.deeper_settings)} finds {measured.deeper_recall:.4f}"
-    elif is_poor:
-        message += f"; {exact} finds all"
-        if measured.deeper_settings and not is_deeper_better:
-            message += f", {as_flags(measured.deeper_settings)} does not help"
-    if search_settings is not None and search_settings != measured.settings:
-        message += f"; this search has {as_flags(search_settings)}"
-        if is_deeper:
-            message += f", which finds {measured.deeper_recall:.4f}"
-    if is_poor:
-        warn(message)
+    if rows is not None and measured.rows not in (None, rows):
+        message += f", measured when it had {measured.rows:,} rows instead of {rows:,}"
+    if used not in (measured.settings, measured.deeper_settings):
+        log(f"{message}; this search has {as_flags(used)}, with which it was not measured")
+        return
+    recall = measured.recall
+    if used != measured.settings:
+        recall = measured.deeper_recall
+        message += f"; this search has {as_flags(used)}, which finds {recall:.4f}"
+    if recall < POOR:
+        warn(message + _advise(measured, used, exact, as_flags))
     else:
         log(message)
+
+
+def _advise(measured: AnnRecall, used: dict[str, Any], exact: str, as_flags: Callable[[dict[str, Any]], str]) -> str:
+    """Return what finds more than a search with the settings `used`, as the end of a message."""
+    is_deeper_better = measured.deeper_recall > measured.recall + 0.001
+    if used == measured.settings and is_deeper_better:
+        return f"; {as_flags(measured.deeper_settings)} finds {measured.deeper_recall:.4f}"
+    advice = f"; {exact} finds all"
+    if measured.deeper_settings and not is_deeper_better:
+        advice += f", {as_flags(measured.deeper_settings)} does not help"
+    return advice
 
 
 def _as_flags(settings: dict[str, Any]) -> str:

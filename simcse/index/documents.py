@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Any
 
 from simcse.console import InputError, count, log, progress
+from simcse.index.key_table import KeyTable
 from simcse.index.protocols import NOT_FOUND, Document, Line
 from simcse.machine import RANK
 from simcse.text.keys import passage_keys, text_keys
@@ -216,21 +217,6 @@ def keys_of_passages(document_keys: np.ndarray, starts: np.ndarray, offsets: np.
     return passage_keys(np.repeat(document_keys, counts), offsets)
 
 
-def find_keys(keys: np.ndarray, existing: np.ndarray) -> np.ndarray:
-    """Return the position of each key among `existing` ones, int64 [keys]; NOT_FOUND: it is not there.
-
-    Args:
-        keys: int64 [keys].
-        existing: int64 [existing], each once.
-    """
-    if not len(existing):
-        return np.full(len(keys), NOT_FOUND)
-    order = np.argsort(existing)
-    places = np.searchsorted(existing, keys, sorter=order)
-    positions = order[np.minimum(places, len(existing) - 1)]
-    return np.where(existing[positions] == keys, positions, NOT_FOUND)
-
-
 def report_changes(documents: Documents, previous_keys: np.ndarray, where: str) -> None:
     """Log how many documents are new, and gone, since an index was built.
 
@@ -242,7 +228,7 @@ def report_changes(documents: Documents, previous_keys: np.ndarray, where: str) 
     Raises:
         InputError: all are new, so that the index is of another corpus.
     """
-    new = int(np.count_nonzero(find_keys(documents.keys, previous_keys) == NOT_FOUND))
+    new = int(np.count_nonzero(KeyTable(previous_keys).find(documents.keys) == NOT_FOUND))
     gone = len(previous_keys) - (len(documents) - new)
     if new == len(documents):
         raise InputError(f"{where}: was built with another corpus, of which no text is in {documents.corpus.name}; "

@@ -14,24 +14,23 @@ QUERY_BLOCK = 256
 CORPUS_BLOCK = 16384
 
 
-def exact_search(queries: np.ndarray, vectors: np.ndarray | LocalEngine, k: int, threads: int = 0) -> SearchResult:
+def exact_search(queries: np.ndarray, vectors: np.ndarray, k: int, threads: int = 0) -> SearchResult:
     """Return the k most similar vectors for each query; of equal cosines the lower row comes first.
 
     Args:
         queries: float32 [queries, dim], L2-normalized.
-        vectors: those that are searched: float32 [vectors, dim], L2-normalized, or an index that holds them.
+        vectors: those that are searched, float32 [vectors, dim], L2-normalized.
         k: how many; all vectors if there are fewer.
         threads: how many blocks of queries are searched at a time; 0: as many as there are cores.
     """
     if not len(queries):
         size = min(k, len(vectors))
         return SearchResult(np.empty((0, size), "int64"), np.empty((0, size), "float32"))
-    read_block = vectors.vectors if isinstance(vectors, LocalEngine) else vectors.__getitem__
     query_blocks = [queries[start : start + QUERY_BLOCK] for start in range(0, len(queries), QUERY_BLOCK)]
     best = SearchResult(np.empty((len(queries), 0), "int64"), np.empty((len(queries), 0), "float32"))
     with ThreadPoolExecutor(threads or CPU_THREADS) as workers:
         for start in range(0, len(vectors), CORPUS_BLOCK):  # the last bit of a cosine depends on these blocks
-            transposed = read_block(slice(start, start + CORPUS_BLOCK)).T
+            transposed = vectors[start : start + CORPUS_BLOCK].T
             running = [workers.submit(_search_block, block, transposed, k) for block in query_blocks]
             results = [search.result() for search in running]
             rows = np.concatenate([result.rows for result in results]) + start
@@ -127,16 +126,20 @@ class ExactEngine(LocalEngine):
 
     def search(self, queries: np.ndarray, k: int, threads: int) -> SearchResult:
         """Return the k most similar vectors of each query; see `exact_search`."""
-        return exact_search(queries, self, k, threads)
+        return exact_search(queries, self.all_vectors(), k, threads)
 
-    def vectors(self, rows: slice | np.ndarray) -> np.ndarray:
+    def vectors(self, rows: np.ndarray) -> np.ndarray:
         """Return the vectors of some rows, float32 [rows, dimension]."""
-        return self._vectors[: self._count][rows]
+        return self._vectors[rows]
+
+    def all_vectors(self) -> np.ndarray:
+        """Return all vectors, float32 [len(self), dimension]."""
+        return self._vectors[: self._count]
 
     def save(self, path: str) -> None:
         """Write the array in numpy's format."""
         with open(path, "wb") as file:
-            np.save(file, self._vectors[: self._count])
+            np.save(file, self.all_vectors())
 
     def load(self, path: str) -> None:
         """Read the array that `save` has written."""

@@ -29,6 +29,7 @@ class AnnRecall:
         settings: the search settings.
         deeper_recall: the fraction with `deeper_settings`.
         deeper_settings: search settings that look deeper; {}: none were tried.
+        rows: of the index when it was measured; None: an earlier version measured it.
     """
 
     k: int
@@ -37,6 +38,7 @@ class AnnRecall:
     settings: dict[str, Any]
     deeper_recall: float
     deeper_settings: dict[str, Any]
+    rows: int | None = None
 
 
 @dataclass
@@ -117,6 +119,16 @@ class Manifest:
         differences = self.differences(wanted)
         if differences:
             raise InputError(f"{where}: was built with {', and '.join(differences)}; {remedy}")
+
+    def completed_by(self, previous: "Manifest") -> "Manifest":
+        """Return this request with what every index has: as it asks, else as in the index of a previous corpus.
+
+        Settings of engines are left to the caller.
+        """
+        return dataclasses.replace(
+            self,
+            passages=bool(previous.passages if self.passages is None else self.passages),
+            calibration=previous.calibration or self.calibration)  # most vectors are those of the previous index
 
     def has_corpus_of(self, wanted: "Manifest") -> bool:
         """Return whether the index was built from the corpus of `wanted`; True if `wanted` names none."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import itertools
 import json
 import logging
@@ -35,14 +36,15 @@ KEY = "id"  # the key of the document, or of the passage. Hits of a 2.3 server c
 DOCUMENT = "document"  # the key of the document
 TEXT = "text"  # the document; only its first passage has it, the others have ""
 PASSAGE = "passage"  # "" where the rows are documents
-LINES = "lines"  # how many lines of the corpus have the document; 0 beside other passages than the first
+LINES = "lines"  # how many lines of the corpus have the document; 0 for every passage after the first
 IDS = "ids"  # the ids of these lines, separated by tabs, as many as the field can hold
 VECTOR = "embedding"
 
 MAX_BYTES = 65535  # of a text field
-PAGE = 1000  # how many rows, or queries, a request for some of them has at most
-RANGE_PAGE = 16384  # how many rows a request for a range of keys reads at most, on average
-INSERTED = 4096  # how many rows a request adds at most
+MAX_KEYS_PER_REQUEST = 1000
+MAX_QUERIES_PER_REQUEST = 1000
+MAX_ROWS_PER_RANGE = 16384  # that a request for a range of keys reads, on average
+MAX_ROWS_PER_UPSERT = 4096
 MESSAGE_BYTES = 32 << 20  # of a request or an answer: half of what a server takes (proxy.grpc.serverMaxRecvSize)
 TEXT_FIELDS = (TEXT, PASSAGE, IDS)
 METRIC = "COSINE"
@@ -53,7 +55,8 @@ POLL = 0.5  # seconds between two looks at how far the server has indexed
 PATIENCE = 1800  # seconds without progress after which indexing is no longer waited for
 SMALL_SEGMENT = 1024  # rows below which a segment has no index (indexCoord.segment.minSegmentNumRowsToEnableIndex)
 REBUILD = "name another collection, or drop this one to build it again"
-# States of a collection. One that is changing has every text of its last complete state until the very end.
+# States of a collection. One that is changing has every text of its last complete state until its deletions, which come
+# last.
 BUILDING = "building"
 COMPLETE = "complete"
 CHANGING = "changing"
@@ -66,7 +69,7 @@ STALLED = "stalled"
 _NO_COLLECTION = 100  # the code of an error
 _RECORD = "simcse"  # the property of a collection that has its record
 _KEY_END = 2**63
-_WITHOUT_PROXY = {"grpc.enable_http_proxy": 0}  # which no proxy could reach, whatever the environment names
+_WITHOUT_PROXY = {"grpc.enable_http_proxy": 0}  # for addresses that no proxy could reach
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # Every 10 seconds pymilvus pings a server that is busy with a request. Milvus Lite 3.2.2 takes the third ping for an
 # attack and drops the connection, so that a search of more than half a minute would begin again and again.
@@ -141,11 +144,14 @@ class Collection:
                 raise
 
     def _check_file(self) -> None:
-        """Raise InputError if the file is in use, or no file of Milvus Lite, which only says that it cannot open it."""
-        if self.is_lite and os.path.isfile(self.uri):
+        """Raise InputError if the folder of Milvus Lite is a file, or in use, of which Milvus Lite says nothing."""
+        if not self.is_lite:
+            return
+        if os.path.isfile(self.uri):
             raise InputError(f"--milvus_uri {self.uri}: is a file, but this version of Milvus Lite has a folder; name "
                              "another")
-        with contextlib.suppress(FileNotFoundError), open(os.path.join(self.uri, "LOCK"), "rb") as file:
+        lock = os.path.join(self.uri, "LOCK")
+        with contextlib.suppress(FileNotFoundError, PermissionError), open(lock, "rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -295,9 +301,10 @@ class Collection:
         yield INDEXED
 
     def _count_indexed(self) -> tuple[int, int]:
-        """Return how many rows searches use the index of, and how many there are on the disk.
+        """Return the number of rows whose segment is indexed and loaded, and the number of rows on the disk.
 
-        Both count rows that were deleted and are still on the disk. Small segments have no index, and count as if.
+        Both count rows that were deleted and are still on the disk. Segments under SMALL_SEGMENT rows are never
+        indexed, and count as indexed.
         """
         with self._errors():
             index = self._client.describe_index(self.name, VECTOR)
@@ -355,7 +362,7 @@ class Collection:
                                  f"{REBUILD}")
 
     def _check_index(self, manifest: Manifest) -> None:
-        """Raise InputError if the index is not that of `create`: with another metric scores would be no cosines."""
+        """Raise InputError if index type, metric or parameters differ from those of `create`."""
         with self._errors():
             index = self._client.describe_index(self.name, VECTOR)
         found = {name: str(index.get(name)) for name in ("index_type", "metric_type")}
@@ -414,12 +421,20 @@ class Collection:
 
     def _page_size(self, fields: Sequence[str]) -> int:
         """Return how many rows of a range fit a message, on average with a third to spare."""
-        texts = sum(field in TEXT_FIELDS for field in fields)
-        row_bytes = 64 + texts * MAX_BYTES
-        if VECTOR in fields:
-            row_bytes += 4 * self._dimension()
-        return max(1, min(RANGE_PAGE, 2 * MESSAGE_BYTES // 3 // row_bytes))
+        return max(1, min(MAX_ROWS_PER_RANGE, 2 * MESSAGE_BYTES // 3 // self._row_bytes(fields)))
 
+    def _keys_per_request(self, fields: Sequence[str]) -> int:
+        """Return how many rows may be asked for by their keys, so that they fit a message whatever their texts hold."""
+        return min(MAX_KEYS_PER_REQUEST, MESSAGE_BYTES // self._row_bytes(fields))
+
+    def _row_bytes(self, fields: Sequence[str]) -> int:
+        """Return how many bytes of a message some fields of a row take at most."""
+        row_bytes = 64 + MAX_BYTES * sum(field in TEXT_FIELDS for field in fields)
+        if VECTOR in fields:
+            row_bytes += 4 * self._dimension
+        return row_bytes
+
+    @functools.cached_property
     def _dimension(self) -> int:
         """Return the size of its vectors."""
         with self._errors():
@@ -436,7 +451,7 @@ class Collection:
     def find(self, keys: Sequence[int], fields: Sequence[str]) -> dict[int, dict[str, Any]]:
         """Return the rows of some keys, by key, with the key and the given fields; those that are gone are missing."""
         row_of: dict[int, dict[str, Any]] = {}
-        page = max_rows(fields)
+        page = self._keys_per_request(fields)
         for start in range(0, len(keys), page):
             with self._errors():
                 found = self._client.get(self.name, ids=list(keys[start : start + page]), output_fields=[KEY, *fields],
@@ -464,13 +479,15 @@ class Collection:
 
     def delete(self, keys: Sequence[int]) -> None:
         """Remove the rows of some keys."""
-        for start in range(0, len(keys), PAGE):
+        for start in range(0, len(keys), MAX_KEYS_PER_REQUEST):
             with self._errors():
-                self._client.delete(self.name, ids=list(keys[start : start + PAGE]))
+                self._client.delete(self.name, ids=list(keys[start : start + MAX_KEYS_PER_REQUEST]))
 
     def search(self, queries: np.ndarray, k: int, parameters: dict[str, Any],
                with_vectors: bool = False) -> Iterator[list[tuple[int, float]]]:
-        """Yield the keys and cosines of the k nearest rows for each query, best first.
+        """Yield the keys and cosines of the k nearest rows for each query, in Milvus's order.
+
+        That is best first, but for `with_vectors`: Milvus has sorted them by the cosines of compressed vectors.
 
         Args:
             queries: float32 [queries, dim], L2-normalized.
@@ -481,7 +498,7 @@ class Collection:
         hit_bytes = 16  # a key, a cosine and what separates them
         if with_vectors:
             hit_bytes += 4 * queries.shape[1]
-        page = max(1, min(PAGE, MESSAGE_BYTES // (hit_bytes * k)))
+        page = max(1, min(MAX_QUERIES_PER_REQUEST, MESSAGE_BYTES // (hit_bytes * k)))
         for start in range(0, len(queries), page):
             block = queries[start : start + page]
             with self._errors():
@@ -528,19 +545,13 @@ def _grpc_cause(error: BaseException) -> Any:
     return None
 
 
-def max_rows(fields: Sequence[str]) -> int:
-    """Return how many rows a message may have so that it fits whatever their texts hold."""
-    texts = sum(field in TEXT_FIELDS for field in fields)
-    return min(PAGE, MESSAGE_BYTES // max(1, texts * MAX_BYTES))
-
-
 def split_by_size(rows: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Yield rows in pieces of at most INSERTED rows and MESSAGE_BYTES."""
+    """Yield rows in pieces of at most MAX_ROWS_PER_UPSERT rows and MESSAGE_BYTES."""
     piece: list[dict[str, Any]] = []
     size = 0
     for row in rows:
         row_size = row[VECTOR].nbytes + sum(len(row[field].encode()) for field in TEXT_FIELDS)
-        if piece and (len(piece) == INSERTED or size + row_size > MESSAGE_BYTES):
+        if piece and (len(piece) == MAX_ROWS_PER_UPSERT or size + row_size > MESSAGE_BYTES):
             yield piece
             piece = []
             size = 0

@@ -5,8 +5,8 @@ from typing import Any
 
 from simcse.console import InputError, part, some
 from simcse.index.documents import Documents
+from simcse.index.key_table import KeyTable
 from simcse.index.milvus_collection import DOCUMENT, IDS, KEY, LINES, MAX_BYTES, PASSAGE, TEXT, VECTOR
-from simcse.index.protocols import NOT_FOUND
 
 import numpy as np
 
@@ -23,8 +23,7 @@ class CorpusRows:
     def __init__(self, documents: Documents) -> None:
         self.documents = documents
         self._keys = documents.row_keys()
-        self._order = np.argsort(self._keys)
-        self._sorted_keys = self._keys[self._order]
+        self._table = KeyTable(self._keys)
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -35,9 +34,7 @@ class CorpusRows:
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """Return the rows that have some keys, int64; NOT_FOUND: none has."""
-        places = np.searchsorted(self._sorted_keys, keys)
-        places = np.minimum(places, len(self) - 1)
-        return np.where(self._sorted_keys[places] == keys, self._order[places], NOT_FOUND)
+        return self._table.find(keys)
 
     def lines_and_ids(self, rows: np.ndarray) -> tuple[list[int], list[str]]:
         """Return the fields LINES and IDS of some rows."""

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from simcse.console import as_input_error
-from simcse.index.documents import Documents, find_keys
+from simcse.index.documents import Documents
 from simcse.index.engines import LOCAL_ENGINES
+from simcse.index.key_table import KeyTable
 from simcse.index.manifest import DAMAGE, REBUILD, Manifest
 from simcse.index.protocols import NOT_FOUND
 from simcse.index.shards import ShardedIndex
@@ -75,11 +76,11 @@ class PreviousIndex:
 
     @property
     def bytes_of_shard(self) -> int:
-        """About the bytes of memory that one of its shards takes; `read_vectors` has one in memory at a time."""
+        """About the bytes of memory that one of its shards and its vectors take; `read_vectors` has one at a time."""
         vector_count = -(-self.vector_map.vector_count // self.manifest.index_shards)
         settings = {**self.manifest.build_settings, **self.manifest.search_settings}
         engine = LOCAL_ENGINES[self.manifest.ann_engine]
-        return engine.bytes_needed(self.manifest.dimension, vector_count, settings)
+        return 2 * engine.bytes_needed(self.manifest.dimension, vector_count, settings)
 
     def vector_keys(self, row_keys: np.ndarray) -> np.ndarray:
         """Return the key of the vector of each row, int64 [rows]; NOT_FOUND: the index lacks the row.
@@ -87,7 +88,7 @@ class PreviousIndex:
         Args:
             row_keys: int64 [rows], the keys of the rows' texts.
         """
-        rows = find_keys(row_keys, self.row_keys)
+        rows = KeyTable(self.row_keys).find(row_keys)
         vector_keys = self.vector_map.keys[self.vector_map.vector_of_row[rows]]
         return np.where(rows == NOT_FOUND, NOT_FOUND, vector_keys)
 
@@ -101,7 +102,7 @@ class PreviousIndex:
         Raises:
             InputError: it is damaged.
         """
-        previous_ids = find_keys(vector_map.keys, self.vector_map.keys)
+        previous_ids = KeyTable(self.vector_map.keys).find(vector_map.keys)
         reused = []
         previous_rows = []
         for rows in pieces:
@@ -116,6 +117,5 @@ class PreviousIndex:
             index = ShardedIndex(self.manifest, threads=1, vector_map=self.vector_map, rank=shard, ranks=shards)
             with as_input_error(f"{self.where}: damaged", *DAMAGE):
                 index.load(self.path)
-            for piece, rows in zip(reused, previous_rows):
-                index.copy_vectors(rows, piece.vectors)
+            index.copy_vectors(previous_rows, [piece.vectors for piece in reused])
         return reused

@@ -159,8 +159,12 @@ class LocalEngine(ABC):
         """
 
     @abstractmethod
-    def vectors(self, rows: slice | np.ndarray) -> np.ndarray:
-        """Return the vectors of some rows, float32 [rows, dimension], as they were added."""
+    def vectors(self, rows: np.ndarray) -> np.ndarray:
+        """Return the vectors of some rows, int64, as they were added, float32 [rows, dimension]."""
+
+    def all_vectors(self) -> np.ndarray:
+        """Return all vectors, float32 [len(self), dimension]. It may take as much memory as the index itself."""
+        return self.vectors(np.arange(len(self)))
 
     @abstractmethod
     def save(self, path: str) -> None:
@@ -186,39 +190,16 @@ class LocalEngine(ABC):
 class Index(Protocol):
     """What recall.py and the service search: all vectors of a corpus, on all ranks.
 
-    Where there is a corpus, ann_util opens or makes one, adds its `missing_rows`, then calls `finish`:
-
-        index = ShardedIndex(manifest, threads)     # or a MilvusIndex, which has steps before that: see there
-        for rows in index.missing_rows:
-            index.add(rows, encode(rows))
-        index.finish()
-
     A row is the number of a document, or of a passage, in the corpus' `Documents`. A collection that was opened without
     its corpus has no such numbers; there a row is the key of a text (`text_keys`, `passage_keys`), which is >= 0, too.
 
     Attributes:
         manifest: what it is made of.
-        missing_rows: the rows that this rank has to encode and add, in pieces, int64 [rows]. In a new folder index the
-            first row of each vector; in a collection those whose keys it lacks.
-        bytes_needed: the memory that its vectors take in a process of this machine, the mean of all.
         max_k: the most rows that `search` gives; None: no limit.
     """
 
     manifest: Manifest
-    bytes_needed: int
-    missing_rows: list[Any]
     max_k: int | None
-
-    def add(self, rows: Sequence[int], vectors: np.ndarray) -> None:
-        """Add the vectors, float32 [rows, dimension], of one piece of `missing_rows`; the pieces come in their order.
-
-        It may return before they are added, so that the next ones are encoded meanwhile. An error is raised by a later
-        call. It may wait for the other ranks, until they have called `add` or `finish` as well.
-        """
-
-    def finish(self) -> None:
-        """Wait until all is added and can be searched; remove rows that the corpus lacks. All ranks call it together.
-        """
 
     def search(self, queries: np.ndarray, k: int) -> SearchResult:
         """Return the k best rows of each query, float32 [queries, dimension]. All ranks call it together."""
@@ -231,6 +212,34 @@ class Index(Protocol):
 
     def close(self) -> None:
         """Release files, threads and connections."""
+
+
+class IndexFiller(Protocol):
+    """An index, or an update of one, to which the vectors of a corpus are added:
+
+        for rows in filler.missing_rows:
+            filler.add(rows, encode(rows))
+        filler.finish()
+
+    Attributes:
+        missing_rows: the rows that this rank has to encode and add, in pieces, int64 [rows]. In a new folder index the
+            first row of each vector; in a collection those whose keys it lacks.
+        bytes_needed: the memory that its vectors take in a process of this machine, the mean of all.
+    """
+
+    missing_rows: list[Any]
+    bytes_needed: int
+
+    def add(self, rows: Sequence[int], vectors: np.ndarray) -> None:
+        """Add the vectors, float32 [rows, dimension], of one piece of `missing_rows`; the pieces come in their order.
+
+        It may return before they are added, so that the next ones are encoded meanwhile. An error is raised by a later
+        call. It may wait for the other ranks, until they have called `add` or `finish` as well.
+        """
+
+    def finish(self) -> None:
+        """Wait until all is added and can be searched; remove rows that the corpus lacks. All ranks call it together.
+        """
 
 
 class Line(NamedTuple):

@@ -10,7 +10,7 @@ from simcse.console import InputError, count, progress
 from simcse.files import file_digest
 from simcse.index.ann_recall import ann_recall
 from simcse.index.engines import LOCAL_ENGINES
-from simcse.index.exact import QUERY_BLOCK, exact_search
+from simcse.index.exact import exact_search
 from simcse.index.manifest import AnnRecall, Manifest
 from simcse.index.protocols import NO_SCORE, NOT_FOUND, LocalEngine, SearchResult, merge_results
 from simcse.index.vector_map import VectorMap
@@ -127,7 +127,10 @@ class ShardedIndex:
         first_rank = self._rank - self._rank % LOCAL_RANKS  # the ranks of a machine follow each other
         ranks_here = range(first_rank, first_rank + LOCAL_RANKS)
         capacities_here = [capacity for shard, capacity in enumerate(capacities) if shard % self._ranks in ranks_here]
-        needed = sum(self._engine.bytes_needed(dimension, capacity, settings) for capacity in capacities_here)
+        bytes_of_shards = [self._engine.bytes_needed(dimension, capacity, settings) for capacity in capacities_here]
+        needed = sum(bytes_of_shards)
+        if self._engine.approximate:  # a copy of a shard, while the recall is measured
+            needed += max(bytes_of_shards, default=0)
         free = max(0, available_memory())
         if needed > free:
             raise InputError(f"the index of {sum(capacities_here):,} vectors of {dimension} needs "
@@ -245,10 +248,10 @@ class ShardedIndex:
     def _search_own(self, queries: np.ndarray, k: int, exact: bool) -> list[SearchResult]:
         """Return what each shard of this rank finds."""
         shards = list(self._shards)
-        queries_per_thread = QUERY_BLOCK if exact else self._engine.queries_per_thread
+        is_shared_by_shards = len(queries) <= self._threads * self._engine.queries_per_thread
         results = []
         with progress(f"searching {count(len(queries), 'query')}", len(shards), "shards") as advance:
-            if len(shards) > 1 and len(queries) <= self._threads * queries_per_thread:
+            if len(shards) > 1 and is_shared_by_shards and not exact:  # which has a copy of one shard at a time
                 # Too few to share out among the threads: each thread searches a share of the shards instead.
                 shares = [shards[thread :: self._threads] for thread in range(min(self._threads, len(shards)))]
                 running = [self._workers.submit(self._search_shards, share, queries, k, exact, 1) for share in shares]
@@ -267,24 +270,40 @@ class ShardedIndex:
         results = []
         for shard in shards:
             engine = self._shards[shard].engine
-            found = exact_search(queries, engine, k, threads) if exact else engine.search(queries, k, threads)
+            if exact:
+                found = exact_search(queries, engine.all_vectors(), k, threads)
+            else:
+                found = engine.search(queries, k, threads)
             results.append(SearchResult(self._global_ids(shard, found.rows), found.scores))
         return results
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """Return the vectors of some rows, float32 [rows, dim]; zeros for rows of other ranks and NOT_FOUND."""
         vectors = np.zeros((len(rows), self.manifest.dimension), "float32")
-        self.copy_vectors(rows, vectors)
+        for number, shard in self._shards.items():
+            places, local_ids = self._find_in_shard(number, rows)
+            if len(places):
+                vectors[places] = shard.engine.vectors(local_ids)
         return vectors
 
-    def copy_vectors(self, rows: np.ndarray, vectors: np.ndarray) -> None:
-        """Write the vectors of those rows that are on this rank to their places in `vectors`, float32 [rows, dim]."""
-        vector_ids = self.vector_map.vector_ids_of(rows)
-        shard_of_row = np.where(vector_ids == NOT_FOUND, NOT_FOUND, self._shard_of(vector_ids))
+    def copy_vectors(self, rows_of_pieces: Sequence[np.ndarray], pieces: Sequence[np.ndarray]) -> None:
+        """Write the vectors of rows to their places in some pieces; it is for many rows, and `vectors` for few.
+
+        Args:
+            rows_of_pieces: int64 [rows] each; those of other ranks and NOT_FOUND are left as they are.
+            pieces: float32 [rows, dim] each.
+        """
         for number, shard in self._shards.items():
-            places = np.flatnonzero(shard_of_row == number)
-            if len(places):
-                vectors[places] = shard.engine.vectors(self._local_ids(vector_ids[places]))
+            vectors_of_shard = shard.engine.all_vectors()
+            for rows, piece in zip(rows_of_pieces, pieces, strict=True):
+                places, local_ids = self._find_in_shard(number, rows)
+                piece[places] = vectors_of_shard[local_ids]
+
+    def _find_in_shard(self, shard: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return which of some rows a shard has, int64, and the numbers of their vectors in it, int64."""
+        vector_ids = self.vector_map.vector_ids_of(rows)
+        places = np.flatnonzero((vector_ids != NOT_FOUND) & (self._shard_of(vector_ids) == shard))
+        return places, self._local_ids(vector_ids[places])
 
     def measure(self, queries: np.ndarray, k: int, kind: str) -> AnnRecall | None:
         """Return the recall@k against exact search, of a search with its settings and of one with deeper ones.
@@ -310,7 +329,8 @@ class ShardedIndex:
             deeper_recall = ann_recall(self._search_vectors(queries, k).scores, exact.scores)
             self.set_search_settings(settings)
         return AnnRecall(k=k, queries=f"{len(queries)} {kind}", recall=round(recall, 4), settings=settings,
-                         deeper_recall=round(deeper_recall, 4), deeper_settings=deeper_settings)
+                         deeper_recall=round(deeper_recall, 4), deeper_settings=deeper_settings,
+                         rows=self.manifest.rows)
 
     # ------------------------------------------------------------------------------------------------------- keeping
     def save(self, folder: str) -> None:
