@@ -66,7 +66,9 @@ PENDING = "pending"
 INDEXED = "indexed"
 STALLED = "stalled"
 
-_NO_COLLECTION = 100  # the code of an error
+# Codes of errors.
+_CONNECT_FAILED = 2
+_NO_COLLECTION = 100
 _RECORD = "simcse"  # the property of a collection that has its record
 _KEY_END = 2**63
 _WITHOUT_PROXY = {"grpc.enable_http_proxy": 0}  # for addresses that no proxy could reach
@@ -518,6 +520,8 @@ def describe_error(error: Exception) -> str:
     cause = _grpc_cause(error)
     if cause is not None:  # of which pymilvus says only that connecting failed
         text = cause.details()
+    elif getattr(error, "code", None) == _CONNECT_FAILED:
+        text = "the server does not answer"
     details = re.search(r'details = "(.*)"', text)
     if details:
         text = details[1]
