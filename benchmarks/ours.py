@@ -250,6 +250,17 @@ def index(folder: str, m: int, ef: int) -> dict[str, float]:
     return graphs.measure(fill, save, search, queries, exact)
 
 
+def reading(count: int) -> dict[str, float]:
+    """Measure, in seconds, how all vectors of a graph are read: by our engine, and by hnswlib's get_items."""
+    from simcse.index.hnsw import HnswEngine
+
+    vectors = clustered(count, 1)
+    engine = HnswEngine(vectors.shape[1], count, {"hnsw_m": 4, "hnsw_ef": 4})  # a graph that is soon built
+    engine.add(vectors)
+    return {"ours": side.seconds_of(engine.all_vectors),
+            "get_items": side.seconds_of(lambda: engine.vectors(np.arange(count)))}
+
+
 def index_alone(folder: str, m: int, ef: int) -> dict[str, float]:
     """Measure hnswlib alone; see `graphs.measure`."""
     import hnswlib

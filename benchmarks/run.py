@@ -265,6 +265,13 @@ def milvus(bench: Bench) -> None:
         bench.add("milvus", f"{index_type}: disk, against the folder's size", disk, of_folder["size"], "MB")
 
 
+def reading(bench: Bench) -> None:
+    """Reading all vectors of a graph, to measure its recall or for the index of a changed corpus."""
+    seconds = bench.run_side("ours", "reading", count=200_000)
+    bench.add("reading", "200,000 vectors of 256, against hnswlib's get_items", seconds["ours"], seconds["get_items"],
+              "s")
+
+
 def write_short_lines(bench: Bench, count: int) -> str:
     """Write a file of lines of four characters and a number, and return its path."""
     texts = bench.texts("titles", 1000)
@@ -406,7 +413,7 @@ def start_stages(bench: Bench, name: str, encoder: str, checkpoint: str) -> None
 
 # --------------------------------------------------------------------------------------------------------------- main
 MEASUREMENTS = {measure.__name__: measure for measure in (
-    tokenize, encode, int8, latency, train, pairs, index, milvus, memory, static, growth, lines, start, shapes,
+    tokenize, encode, int8, latency, train, pairs, index, milvus, memory, static, reading, growth, lines, start, shapes,
     serving, serving_milvus)}
 
 
