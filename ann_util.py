@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from simcse import console
 from simcse.console import InputError, accept_all_lines, as_input_error, log, progress
 from simcse.files import file_digest, hidden_path, name_output, new_folder, read_json
-from simcse.index.ann_recall import MEASURED_K, pick_evenly, report_ann_recall
+from simcse.index.ann_recall import HALVES, MEASURED_K, pick_evenly, report_ann_recall
 from simcse.index.documents import Documents, report_changes
 from simcse.index.engines import DEFAULT_ENGINE, ENGINES, LOCAL_ENGINES
 from simcse.index.manifest import DAMAGE, MANIFEST_FILE, REBUILD, Manifest, check_digest, is_as_written
@@ -205,7 +205,7 @@ def build_index(corpus: Corpus, encoder: "Encoder", manifest: Manifest, *, threa
         add_with_previous(index, documents, encoder, previous)
     if engine.approximate:
         vectors = encoder.encode(halves_of(documents), warn=False)
-        manifest.ann_recall = index.measure(vectors, MEASURED_K, "halves of documents")
+        manifest.ann_recall = index.measure(vectors, MEASURED_K, HALVES)
         report_ann_recall(manifest.ann_recall)
     return index, documents
 
@@ -355,8 +355,17 @@ def add_with_previous(index: ShardedIndex, documents: Documents, encoder: "Encod
 
 @contextlib.contextmanager
 def _log_encoding(documents: Documents, encoder: "Encoder", row_count: int) -> Iterator[None]:
-    """Log how many rows are encoded, and at the end how fast; nothing where there are none."""
-    if not row_count:
+    """Log how many rows all ranks encode, and at the end how fast; nothing where there are none.
+
+    All ranks call it together.
+
+    Args:
+        row_count: how many this rank encodes.
+    """
+    from simcse.ranks import gather_numbers
+
+    row_count = sum(gather_numbers(row_count))
+    if RANK or not row_count:
         yield
         return
     _log_start(documents, encoder, row_count)
@@ -446,9 +455,9 @@ def save_index(path: str, index: ShardedIndex, documents: Documents, hybrid: boo
     """
     from simcse.ranks import gather_arrays
 
-    process_of_rank_0 = gather_arrays(np.array([os.getpid()]))[0].item()
+    pid_of_rank_0 = gather_arrays(np.array([os.getpid()]))[0].item()
     if RANK:  # where `new_folder` writes on rank 0
-        _save_shards(index, hidden_path(path, process_of_rank_0))
+        _save_shards(index, hidden_path(path, pid_of_rank_0))
         return
     obsolete = _files_of_index(path) if os.path.exists(path) else []
     with name_output(path, "--index_path"), new_folder(path, obsolete=obsolete) as folder:

@@ -70,7 +70,7 @@ def measure_search(search: Search, queries: np.ndarray, exact: np.ndarray, max_e
     """Measure the searches of an index; see `measure`.
 
     Args:
-        max_effort: the largest effort that finds more than a smaller one.
+        max_effort: the largest effort that makes sense, such as the number of clusters.
 
     Returns:
         For each goal the queries/s, and the milliseconds of one of the first 200 queries, asked one by one, at the
@@ -78,8 +78,8 @@ def measure_search(search: Search, queries: np.ndarray, exact: np.ndarray, max_e
         it, because a step changes the speed by up to a fifth. NaN where no effort reaches the goal.
     """
     tried: list[Tried] = []
-    for effort in EFFORTS:
-        if effort > max_effort or (tried and tried[-1].recall >= GOALS[-1]):
+    for effort in [*(effort for effort in EFFORTS if effort < max_effort), max_effort]:
+        if tried and tried[-1].recall >= GOALS[-1]:
             break
         tried.append(Tried(effort, recall_of(search(queries, effort), exact)))
 

@@ -191,7 +191,7 @@ def test_a_row_that_is_gone_meanwhile():
     ranking = search(index, documents, vector("甲")[None], 2)
     index.collection.delete(text_keys(["甲"]).tolist())
     assert [hit.document for hit in hits_of(ranking, documents, [2])[0]] == ["乙"]
-    with pytest.raises(InputError, match="--milvus_collection texts: has changed meanwhile; run again"):
+    with pytest.raises(InputError, match="--milvus_collection texts: another process has changed it meanwhile; run again"):
         index.vectors(text_keys(["乙", "甲"]))
     index.close()
 
@@ -349,13 +349,14 @@ def test_ids_of_an_interrupted_run_do_not_stay(monkeypatch):
 
 
 @pytest.mark.parametrize("method_name, change", [
-    ("_missing_pieces", {"state": milvus_collection.CHANGING}),
-    ("wait_for_pieces", {"run": "another"}),
-    ("wait_for_pieces", {"run": "another", "state": milvus_collection.COMPLETE}),
-    ("_wait_until_indexed", {"run": "another"})])
+    ("__init__", {"state": milvus_collection.CHANGING}),
+    ("wait_for_pieces", {"run_id": "another"}),
+    ("wait_for_pieces", {"run_id": "another", "state": milvus_collection.COMPLETE}),
+    ("_store", {"run_id": "another", "state": milvus_collection.COMPLETE}),
+    ("_wait_until_indexed", {"run_id": "another"})])
 def test_two_runs_at_the_same_time_notice_each_other(method_name, change, monkeypatch):
     """Another one writes the record after the comparison, while rows are added, or while this one waits for the index:
-    no run says that it is complete.
+    no run says that it is complete, nor lets another one say so that may have rows of this one.
     """
     run(["甲", "乙"])
     before = contents()[1]
@@ -363,18 +364,19 @@ def test_two_runs_at_the_same_time_notice_each_other(method_name, change, monkey
 
     def change_record(self, *arguments):
         result = method(self, *arguments)
-        self._collection.write_record(self._collection.read_record()._replace(**change))
+        collection = self._index.collection
+        collection.write_record(collection.read_record()._replace(**change))
         return result
 
     monkeypatch.setattr(CollectionUpdate, method_name, change_record)
     with pytest.raises(InputError, match="texts: another process has changed it meanwhile; run again when that has"):
         run(["甲", "丙"])
     after = contents()[1]
-    if method_name == "_missing_pieces":
+    if method_name in ("__init__", "wait_for_pieces"):
         assert after == before
-    elif method_name == "wait_for_pieces":
+    elif method_name == "_store":
         assert before.items() <= after.items()
-    if method_name == "_wait_until_indexed":
+    if method_name != "wait_for_pieces":
         assert MilvusIndex("x.db", "texts").record.state == milvus_collection.CHANGING
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 MEASURED = 100  # how many documents, or queries, an index is measured with
 MEASURED_K = 10  # how deep it is measured
+HALVES = "halves of documents"  # what it is measured with where there may be no queries
 POOR = 0.99  # an ANN recall below it is a warning, with advice
 
 
@@ -32,6 +33,25 @@ def ann_recall(cosines: np.ndarray, exact_cosines: np.ndarray) -> float:
     return float(np.mean(cosines >= kth_best - 1e-6))
 
 
+def measure_recall(search: Callable[[dict[str, Any]], np.ndarray], exact_cosines: np.ndarray, settings: dict[str, Any],
+                   deeper_settings: dict[str, Any], kind: str, rows: int) -> AnnRecall:
+    """Return the recall@k of a search with its settings, and of one with deeper ones.
+
+    Args:
+        search: returns the cosines that a search with some settings finds, [queries, k], best first.
+        exact_cosines: those of exact search, [queries, k].
+        settings: of the search.
+        deeper_settings: those that find more; {}: there are none.
+        kind: what the queries are, a plural, for the report.
+        rows: of the index.
+    """
+    queries, k = exact_cosines.shape
+    recall = ann_recall(search(settings), exact_cosines)
+    deeper_recall = ann_recall(search(deeper_settings), exact_cosines) if deeper_settings else recall
+    return AnnRecall(k=k, queries=f"{queries} {kind}", recall=round(recall, 4), settings=dict(settings),
+                     deeper_recall=round(deeper_recall, 4), deeper_settings=deeper_settings, rows=rows)
+
+
 def report_ann_recall(measured: AnnRecall | None, search_settings: dict[str, Any] | None = None,
                       rows: int | None = None, exact: str = "--ann_engine exact",
                       as_flags: Callable[[dict[str, Any]], str] | None = None) -> None:
@@ -46,7 +66,7 @@ def report_ann_recall(measured: AnnRecall | None, search_settings: dict[str, Any
     """
     if RANK or measured is None:
         return
-    as_flags = as_flags or _as_flags
+    as_flags = as_flags or engine_flags
     used = measured.settings if search_settings is None else search_settings
     message = (f"ANN recall@{measured.k} against exact search, {measured.queries}: {measured.recall:.4f} "
                f"with {as_flags(measured.settings)}")
@@ -76,7 +96,7 @@ def _advise(measured: AnnRecall, used: dict[str, Any], exact: str, as_flags: Cal
     return advice
 
 
-def _as_flags(settings: dict[str, Any]) -> str:
+def engine_flags(settings: dict[str, Any]) -> str:
     """Return settings as they are given on the command line; "its default settings" if there are none."""
     flags = [f"--{name} {value}" for name, value in settings.items()]
     return " ".join(flags) or "its default settings"

@@ -106,12 +106,17 @@ class MilvusIndex:
             search_settings: all of them.
         """
         self.collection.load()
-        self.search_settings = search_settings
+        self.search_settings = dict(search_settings)
         log(f"using the collection {self.collection.name} in {self.collection.uri}")
-        if self.index_type.is_approximate and self.record.manifest.ann_recall is None:
-            log(f"{self.collection.where}: how many of the exact nearest neighbours its index finds was not measured")
-        report_ann_recall(self.record.manifest.ann_recall, search_settings, rows=self.manifest.rows, exact=EXACT_ADVICE,
-                          as_flags=as_flag)
+        self.report_recall()
+
+    def report_recall(self) -> None:
+        """Log the recall of its index, as it was measured last, or that it was not measured."""
+        measured = self.record.manifest.ann_recall
+        if self.index_type.is_approximate and measured is None and not RANK:
+            log(f"{self.collection.where}: the recall of its index was not measured")
+        report_ann_recall(measured, self.search_settings, rows=self.manifest.rows, exact=EXACT_ADVICE,
+                          as_flags=milvus_flag)
 
     @property
     def index_type(self) -> IndexType:
@@ -158,9 +163,9 @@ class MilvusIndex:
         if short and self.index_type.is_approximate and not self._has_warned:
             self._has_warned = True
             settings = deeper_settings(self.manifest.build_settings, self.search_settings, k)
-            remedy = f"; {as_flag(settings)} looks further" if settings else ""
+            remedy = f"; {milvus_flag(settings)} looks further" if settings else ""
             warn(f"{self.collection.where}: {part(short, queries, 'query', 'have')} fewer than {available:,} hits "
-                 f"with {as_flag(self.search_settings)}{remedy}")
+                 f"with {milvus_flag(self.search_settings)}{remedy}")
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """Return the vectors of some rows, float32 [rows, dim], on rank 0; zeros for NOT_FOUND and on other ranks."""
@@ -204,6 +209,6 @@ def manifest_for_corpus(wanted: Manifest, previous: Manifest | None, is_lite: bo
         search_settings={**previous.search_settings, **wanted.search_settings})
 
 
-def as_flag(settings: dict[str, Any]) -> str:
+def milvus_flag(settings: dict[str, Any]) -> str:
     """Return search settings as they are given on the command line."""
     return f"--milvus_index_params {to_text(settings)}"

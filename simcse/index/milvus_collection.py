@@ -55,6 +55,7 @@ POLL = 0.5  # seconds between two looks at how far the server has indexed
 PATIENCE = 1800  # seconds without progress after which indexing is no longer waited for
 SMALL_SEGMENT = 1024  # rows below which a segment has no index (indexCoord.segment.minSegmentNumRowsToEnableIndex)
 REBUILD = "name another collection, or drop this one to build it again"
+CHANGED_MEANWHILE = "another process has changed it meanwhile; run again when that has ended"
 # States of a collection. One that is changing has every text of its last complete state until its deletions, which come
 # last.
 BUILDING = "building"
@@ -85,12 +86,12 @@ class Record(NamedTuple):
     Attributes:
         manifest: what it is made of; while it is CHANGING, what it was before.
         state: BUILDING, COMPLETE or CHANGING.
-        run: which run of recall.py is changing it, a random name, so that two at the same time notice each other.
+        run_id: which run of recall.py is changing it, at random, so that two at the same time notice each other.
     """
 
     manifest: Manifest
     state: str
-    run: str | None = None
+    run_id: str | None = None
 
 
 class Collection:
@@ -211,12 +212,12 @@ class Collection:
             return self._client.has_collection(self.name)
 
     def create(self, manifest: Manifest) -> None:
-        """Make the collection, which is then BUILDING. `read_record` has returned None.
+        """Create the collection in state BUILDING. `read_record` has returned None.
 
         Args:
             manifest: its dimension, and its settings, with which vectors are indexed.
         """
-        if self.exists():  # its making was interrupted; `read_record` has looked that it has no rows
+        if self.exists():  # creating it was interrupted; `read_record` has looked that it has no rows
             self._drop()
         record = _record_to_json(Record(manifest, BUILDING))
         with self._errors():
@@ -317,7 +318,7 @@ class Collection:
 
     # ------------------------------------------------------------------------------------------------------- the record
     def read_record(self) -> Record | None:
-        """Return what the collection is made of; None: it does not exist, or its making was interrupted at once.
+        """Return what the collection is made of; None: it does not exist, or creating it was interrupted.
 
         An alias is resolved here: `name` is that of the collection from then on.
 
@@ -470,7 +471,7 @@ class Collection:
         """
         row_of = self.find(keys, [VECTOR])
         if any(key not in row_of for key in keys):
-            raise InputError(f"{self.where}: has changed meanwhile; run again")
+            raise InputError(f"{self.where}: {CHANGED_MEANWHILE}")
         return np.array([row_of[key][VECTOR] for key in keys], "float32")
 
     def upsert(self, rows: Sequence[dict[str, Any]]) -> None:
@@ -576,7 +577,7 @@ def _parse_record(content: str | None) -> dict[str, Any] | None:
 
 
 def _record_to_json(record: Record) -> str:
-    content = {"manifest": json.loads(record.manifest.to_json()), "state": record.state, "run": record.run}
+    content = {"manifest": json.loads(record.manifest.to_json()), "state": record.state, "run": record.run_id}
     return json.dumps(content, ensure_ascii=False)
 
 

@@ -50,18 +50,19 @@ class CorpusRows:
     def to_store(self, rows: np.ndarray, vectors: np.ndarray) -> list[dict[str, Any]]:
         """Return all fields of some rows, with their vectors, float32 [rows, dim]."""
         documents = self.documents.documents_of(rows)
-        texts = self.documents[documents]
+        begins = self.documents.begin_documents(rows)
+        texts = np.full(len(rows), "", object)
+        texts[begins] = self.documents[documents[begins]]
         passages = self.documents.passage_texts(rows) if self.documents.has_passages else [""] * len(rows)
         keys = self._keys[rows].tolist()
         document_keys = self.documents.keys[documents].tolist()
         lines, ids = self.lines_and_ids(rows)
         stored = []
         for place in range(len(rows)):
-            begins_document = lines[place] > 0
             stored.append({
                 KEY: keys[place],
                 DOCUMENT: document_keys[place],
-                TEXT: texts[place] if begins_document else "",
+                TEXT: texts[place],
                 PASSAGE: passages[place],
                 LINES: lines[place],
                 IDS: ids[place],

@@ -6,7 +6,6 @@ that the corpus lacks are removed at the end; searches in between find all of th
 """
 
 import dataclasses
-import itertools
 import secrets
 from collections import deque
 from collections.abc import Sequence
@@ -14,13 +13,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from simcse.console import InputError, count
-from simcse.index.ann_recall import MEASURED_K, ann_recall, report_ann_recall
+from simcse.index.ann_recall import HALVES, MEASURED_K, measure_recall
 from simcse.index.documents import Documents, report_changes
 from simcse.index.exact import NearestCosines
 from simcse.index.manifest import AnnRecall, Manifest
-from simcse.index.milvus import EXACT_ADVICE, MilvusIndex, as_flag
+from simcse.index.milvus import MilvusIndex
 from simcse.index.milvus_collection import (
     BUILDING,
+    CHANGED_MEANWHILE,
     CHANGING,
     COMPLETE,
     DOCUMENT,
@@ -39,10 +39,9 @@ from simcse.machine import RANK, RANKS
 
 import numpy as np
 
-PIECE = 4096  # rows that are encoded and stored together
+PIECE = 4096  # rows that are encoded and stored together, and by which ranks share out the corpus
 MAX_KEPT_TO_MEASURE = 2_000_000  # rows that stay, of which the vectors have to be read to measure the recall
 MAX_PENDING_PIECES = 2  # pieces that a server adds at a time: one is made ready while it works on another
-CHANGED_MEANWHILE = "another process has changed it meanwhile; run again when that has ended"
 
 
 def compare_with_corpus(index: MilvusIndex, documents: Documents, manifest: Manifest) -> "CollectionUpdate | None":
@@ -68,7 +67,7 @@ def compare_with_corpus(index: MilvusIndex, documents: Documents, manifest: Mani
     if index.record is not None:
         index.manifest.ann_recall = index.record.manifest.ann_recall
     if any_rank(not _is_of_corpus(index)):
-        index.search_settings = search_settings
+        index.search_settings = dict(search_settings)
         return CollectionUpdate(index, documents, find_changes(index))
     index.start_searching(search_settings)
     return None
@@ -92,13 +91,13 @@ class Changes:
         missing: which rows of the corpus the collection lacks, bool [rows].
         outdated: rows that it has with another number of lines, or other ids.
         gone: keys of rows that the corpus lacks.
-        previous: the keys of the documents in the collection, int64.
+        stored_documents: the keys of the documents in the collection, int64.
     """
 
     missing: np.ndarray
     outdated: list[int]
     gone: list[int]
-    previous: np.ndarray
+    stored_documents: np.ndarray
 
     @property
     def kept_count(self) -> int:
@@ -110,15 +109,16 @@ def find_changes(index: MilvusIndex) -> Changes:
     """Compare the rows of a collection with those of its corpus."""
     corpus_rows = index.corpus_rows
     no_keys = np.empty(0, "int64")
-    changes = Changes(missing=np.ones(len(corpus_rows), bool), outdated=[], gone=[], previous=no_keys)
+    changes = Changes(missing=np.ones(len(corpus_rows), bool), outdated=[], gone=[], stored_documents=no_keys)
     if index.record is None:
         return changes
     index.collection.load()
     documents_of_pages = [no_keys]
-    # A collection that is not of one corpus may have ids of another one.
+    # A collection that is not of one corpus may have ids of another one. Where there are none they are not read: with
+    # them a request has some hundred rows instead of 16,384.
     may_have_ids = index.record.state != COMPLETE or index.record.manifest.corpus_columns != 1
-    has_ids = corpus_rows.documents.corpus.has_ids or may_have_ids
-    fields = [DOCUMENT, LINES, IDS] if has_ids else [DOCUMENT, LINES]
+    compares_ids = corpus_rows.documents.corpus.has_ids or may_have_ids
+    fields = [DOCUMENT, LINES, IDS] if compares_ids else [DOCUMENT, LINES]
     for page in index.collection.read_pages(fields):
         rows = corpus_rows.find(np.array([stored[KEY] for stored in page], "int64"))
         documents_of_pages.append(np.unique(np.array([stored[DOCUMENT] for stored in page], "int64")))
@@ -129,7 +129,7 @@ def find_changes(index: MilvusIndex) -> Changes:
         for row, stored, lines, ids in zip(rows.tolist(), stored_rows, *corpus_rows.lines_and_ids(rows)):
             if (stored[LINES], stored.get(IDS, "")) != (lines, ids):
                 changes.outdated.append(row)
-    changes.previous = np.unique(np.concatenate(documents_of_pages))
+    changes.stored_documents = np.unique(np.concatenate(documents_of_pages))
     return changes
 
 
@@ -157,28 +157,22 @@ class CollectionUpdate:
         self._collection = index.collection
         self._rows = index.corpus_rows
         self._changes = changes
-        self._run = secrets.token_hex(8)
+        self._run_id = secrets.token_hex(8)
+        self._has_added = False
         self._nearest: NearestCosines | None = None  # what a search of some queries has to find
         self._max_pending = 1 if self._collection.is_lite else MAX_PENDING_PIECES
         self._workers = ThreadPoolExecutor(self._max_pending)
         self._pending = deque[Future]()
-        if len(changes.previous):
-            report_changes(documents, changes.previous, self._collection.where)
+        if len(changes.stored_documents):
+            report_changes(documents, changes.stored_documents, self._collection.where)
         self._rows.check_lengths(np.flatnonzero(changes.missing))
-        self.missing_rows = self._missing_pieces()
-
-    def _missing_pieces(self) -> list[np.ndarray]:
-        """Return the missing rows that this rank adds, in pieces; how they are shared out follows from the rows alone.
-        """
-        missing = np.flatnonzero(self._changes.missing)
-        rows = missing[missing // PIECE % RANKS == RANK]
-        return [rows[start : start + PIECE] for start in range(0, len(rows), PIECE)]
+        self.missing_rows = _pieces_of_rank(np.flatnonzero(changes.missing))
 
     def start(self) -> None:
         """Create the collection, or mark it as changing, by this run. All ranks call it together.
 
         Raises:
-            InputError: another process has changed the collection since it was read.
+            InputError: another run has changed the collection since it was read.
         """
         from simcse.ranks import wait_for_ranks
 
@@ -188,27 +182,36 @@ class CollectionUpdate:
             if self._index.record is None:
                 self._collection.create(self._index.manifest)
                 self._index.record = Record(self._index.manifest, BUILDING)
-            previous = self._index.record
-            state = CHANGING if previous.state == COMPLETE else previous.state
-            self._write_record(Record(previous.manifest, state, self._run))
+            manifest, state, _ = self._index.record
+            if state == COMPLETE:
+                state = CHANGING
+            self._write_record(Record(manifest, state, self._run_id))
         wait_for_ranks()
+        self._index.record = self._collection.read_record()
         self._collection.load()
 
     def _check_record(self) -> None:
-        """Raise InputError if another process has written the record since this one has."""
-        if self._collection.read_record() != self._index.record:
-            raise InputError(f"{self._collection.where}: {CHANGED_MEANWHILE}")
+        """Raise InputError if another run has written the record since this one has.
+
+        If that has completed the collection, which may have rows of this one now, it is CHANGING again.
+        """
+        record = self._collection.read_record()
+        if record == self._index.record:
+            return
+        if self._has_added and record is not None and record.state == COMPLETE:
+            self._collection.write_record(record._replace(state=CHANGING))
+        raise InputError(f"{self._collection.where}: {CHANGED_MEANWHILE}")
 
     def _write_record(self, record: Record) -> None:
         """Replace the record.
 
         Raises:
-            InputError: another process has written it at the same time.
+            InputError: another run has written it at the same time.
         """
         self._collection.write_record(record)
         self._index.record = self._collection.read_record()
         written = self._index.record
-        if written is None or (written.state, written.run) != (record.state, record.run):
+        if written is None or (written.state, written.run_id) != (record.state, record.run_id):
             raise InputError(f"{self._collection.where}: {CHANGED_MEANWHILE}")
 
     # ------------------------------------------------------------------------------------------------------- adding
@@ -233,10 +236,16 @@ class CollectionUpdate:
         self._nearest = NearestCosines(queries, min(MEASURED_K, len(self._rows)))
 
     def add(self, rows: Sequence[int], vectors: np.ndarray) -> None:
-        """Add the vectors, float32 [rows, dim], of one piece of `missing_rows` in the background; see `IndexFiller`."""
+        """Add the vectors, float32 [rows, dim], of one piece of `missing_rows` in the background; see `IndexFiller`.
+
+        Raises:
+            InputError: another run has changed the collection meanwhile.
+        """
         if self._nearest is not None:
             self._nearest.add(vectors)
         self.wait_for_pieces(self._max_pending - 1)
+        self._check_record()
+        self._has_added = True
         self._pending.append(self._workers.submit(self._store, np.asarray(rows), vectors))
 
     def wait_for_pieces(self, most: int = 0) -> None:
@@ -255,7 +264,7 @@ class CollectionUpdate:
         The record is written last: until then the next run compares the collection with the corpus again.
 
         Raises:
-            InputError: another process has changed the collection meanwhile.
+            InputError: another run has changed the collection meanwhile.
         """
         from simcse.ranks import wait_for_ranks
 
@@ -280,9 +289,7 @@ class CollectionUpdate:
 
     def _update_outdated(self) -> None:
         """Write this rank's share of the outdated rows again, with the vectors that they have."""
-        outdated = np.array(self._changes.outdated[RANK::RANKS], "int64")
-        for start in range(0, len(outdated), PIECE):
-            rows = outdated[start : start + PIECE]
+        for rows in _pieces_of_rank(np.array(self._changes.outdated, "int64")):
             self._store(rows, self._collection.get_vectors(self._rows.keys_of(rows).tolist()))
 
     def _check_row_count(self) -> None:
@@ -293,7 +300,7 @@ class CollectionUpdate:
                              f"{CHANGED_MEANWHILE}")
 
     def _wait_until_indexed(self) -> bool:
-        """Wait until the server has indexed all rows, and return, on rank 0, whether it has.
+        """Wait until the server has indexed all rows, and return whether it has, which rank 0 alone knows.
 
         All ranks poll together: a rank that waited for rank 0 all the time would give up after half an hour.
         """
@@ -301,10 +308,12 @@ class CollectionUpdate:
 
         if not self._index.index_type.is_approximate:
             return True
-        states = itertools.repeat(INDEXED) if RANK else self._collection.watch_indexing()
-        state = next(states)
-        while any_rank(state == PENDING):
-            state = next(states)
+        if RANK:
+            while any_rank(False):  # until rank 0 has ended to wait
+                pass
+            return True
+        for state in self._collection.watch_indexing():
+            any_rank(state == PENDING)
         return state == INDEXED
 
     def _complete(self, is_indexed: bool) -> None:
@@ -322,29 +331,29 @@ class CollectionUpdate:
             manifest.ann_recall = self._measure_recall()
             self._check_record()
             self._write_record(Record(manifest, COMPLETE))
+        self._index.report_recall()
 
     def _measure_recall(self) -> AnnRecall:
-        """Return, and report, the recall of a search for the queries of `measure_with`."""
+        """Return the recall of a search for the queries of `measure_with`."""
         if self._changes.kept_count:
-            self._look_among_kept()
-        queries, k, exact_cosines = self._nearest.queries, self._nearest.k, self._nearest.cosines
+            self._add_kept_vectors()
+        queries, k = self._nearest.queries, self._nearest.k
         settings = self._index.search_settings
-        recall = ann_recall(self._index.search_with(queries, k, settings).scores, exact_cosines)
         deeper = deeper_settings(self._index.manifest.build_settings, settings, k)
-        deeper_recall = recall
-        if deeper:
-            deeper_recall = ann_recall(self._index.search_with(queries, k, deeper).scores, exact_cosines)
-        measured = AnnRecall(k=k, queries=f"{len(queries)} halves of documents", recall=round(recall, 4),
-                             settings=settings, deeper_recall=round(deeper_recall, 4), deeper_settings=deeper,
-                             rows=len(self._rows))
-        report_ann_recall(measured, exact=EXACT_ADVICE, as_flags=as_flag)
-        return measured
+        return measure_recall(lambda settings: self._index.search_with(queries, k, settings).scores,
+                              self._nearest.cosines, settings, deeper, HALVES, rows=len(self._rows))
 
-    def _look_among_kept(self) -> None:
-        """Look for nearest neighbours among the vectors that were in the collection before."""
+    def _add_kept_vectors(self) -> None:
+        """Add the vectors that were in the collection before to the exact search."""
         for page in self._collection.read_pages([VECTOR]):
             rows = self._rows.find(np.array([stored[KEY] for stored in page], "int64"))
             vectors = [stored[VECTOR] for row, stored in zip(rows.tolist(), page)
                        if row != NOT_FOUND and not self._changes.missing[row]]
             if vectors:
                 self._nearest.add(np.array(vectors, "float32"))
+
+
+def _pieces_of_rank(rows: np.ndarray) -> list[np.ndarray]:
+    """Return those of some rows that this rank writes, in pieces; it depends on the numbers of the rows alone."""
+    of_rank = rows[rows // PIECE % RANKS == RANK]
+    return [of_rank[start : start + PIECE] for start in range(0, len(of_rank), PIECE)]

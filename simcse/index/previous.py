@@ -89,7 +89,7 @@ class PreviousIndex:
             row_keys: int64 [rows], the keys of the rows' texts.
         """
         rows = KeyTable(self.row_keys).find(row_keys)
-        vector_keys = self.vector_map.keys[self.vector_map.vector_of_row[rows]]
+        vector_keys = self.vector_map.keys[self.vector_map.vector_of_row[rows]]  # of the last row where there is none
         return np.where(rows == NOT_FOUND, NOT_FOUND, vector_keys)
 
     def read_vectors(self, vector_map: VectorMap, pieces: Sequence[np.ndarray]) -> list[ReusedVectors]:
@@ -118,4 +118,5 @@ class PreviousIndex:
             with as_input_error(f"{self.where}: damaged", *DAMAGE):
                 index.load(self.path)
             index.copy_vectors(previous_rows, [piece.vectors for piece in reused])
+            del index  # before the next one is compared with the memory that is free
         return reused

@@ -8,7 +8,7 @@ from typing import Any
 
 from simcse.console import InputError, count, progress
 from simcse.files import file_digest
-from simcse.index.ann_recall import ann_recall
+from simcse.index.ann_recall import measure_recall
 from simcse.index.engines import LOCAL_ENGINES
 from simcse.index.exact import exact_search
 from simcse.index.manifest import AnnRecall, Manifest
@@ -322,15 +322,14 @@ class ShardedIndex:
         settings = dict(self.search_settings)
         deeper_settings = self._engine.deeper_settings(settings, k)
         exact = self._search_vectors(queries, k, exact=True)
-        recall = ann_recall(self._search_vectors(queries, k).scores, exact.scores)
-        deeper_recall = recall
-        if deeper_settings:
-            self.set_search_settings(deeper_settings)
-            deeper_recall = ann_recall(self._search_vectors(queries, k).scores, exact.scores)
+
+        def search(settings: dict[str, Any]) -> np.ndarray:
             self.set_search_settings(settings)
-        return AnnRecall(k=k, queries=f"{len(queries)} {kind}", recall=round(recall, 4), settings=settings,
-                         deeper_recall=round(deeper_recall, 4), deeper_settings=deeper_settings,
-                         rows=self.manifest.rows)
+            return self._search_vectors(queries, k).scores
+
+        measured = measure_recall(search, exact.scores, settings, deeper_settings, kind, self.manifest.rows)
+        self.set_search_settings(settings)
+        return measured
 
     # ------------------------------------------------------------------------------------------------------- keeping
     def save(self, folder: str) -> None:
