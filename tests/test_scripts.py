@@ -92,7 +92,7 @@ def test_links_and_pictures_exist(name):
         assert there.is_file(), target
         if anchor:
             titles = re.findall(r"^#+ (.+)$", there.read_text(encoding="utf-8"), re.M)
-            assert anchor in [title.lower().replace(" ", "-") for title in titles], target
+            assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], target
     twin = dict(zip(CHINESE + ENGLISH, ENGLISH + CHINESE))[name]
     assert (ROOT / twin).resolve() in [(page.parent / target).resolve() for target in targets], "the other language"
 
