@@ -27,6 +27,7 @@ class HnswEngine(LocalEngine):
     build_settings = (HNSW_M, HNSW_MAX_ELEMENTS)
     search_settings = (HNSW_EF,)
     approximate = True
+    copies_to_read = True
     queries_per_thread = 4  # hnswlib uses a single thread if there are no more queries per thread
 
     def __init__(self, dimension: int, capacity: int, settings: dict[str, Any]) -> None:

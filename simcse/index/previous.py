@@ -80,7 +80,8 @@ class PreviousIndex:
         vector_count = -(-self.vector_map.vector_count // self.manifest.index_shards)
         settings = {**self.manifest.build_settings, **self.manifest.search_settings}
         engine = LOCAL_ENGINES[self.manifest.ann_engine]
-        return 2 * engine.bytes_needed(self.manifest.dimension, vector_count, settings)
+        bytes_needed = engine.bytes_needed(self.manifest.dimension, vector_count, settings)
+        return 2 * bytes_needed if engine.copies_to_read else bytes_needed
 
     def vector_keys(self, row_keys: np.ndarray) -> np.ndarray:
         """Return the key of the vector of each row, int64 [rows]; NOT_FOUND: the index lacks the row.

@@ -77,6 +77,7 @@ class LocalEngine(ABC):
         build_settings: what the vectors are indexed with. A kept index has them for good.
         search_settings: what a search may change. They are never compared with those of a kept index.
         approximate: whether `search` may miss some of the nearest. Then recall.py measures how many.
+        copies_to_read: whether `all_vectors` takes as much memory as the index itself.
         training_size: how many vectors `train` asks for; 0: none.
         queries_per_thread: `search` uses all of its threads only for more queries than this per thread. For fewer
             `ShardedIndex` searches several shards at the same time, each by one thread.
@@ -88,6 +89,7 @@ class LocalEngine(ABC):
     build_settings: Sequence[Setting] = ()
     search_settings: Sequence[Setting] = ()
     approximate: bool = False
+    copies_to_read: bool = False
     training_size: int = 0
     queries_per_thread: int = 1
 
@@ -163,7 +165,7 @@ class LocalEngine(ABC):
         """Return the vectors of some rows, int64, as they were added, float32 [rows, dimension]."""
 
     def all_vectors(self) -> np.ndarray:
-        """Return all vectors, float32 [len(self), dimension]. It may take as much memory as the index itself."""
+        """Return all vectors, float32 [len(self), dimension]."""
         return self.vectors(np.arange(len(self)))
 
     @abstractmethod
