@@ -380,6 +380,17 @@ def test_two_runs_at_the_same_time_notice_each_other(method_name, change, monkey
         assert MilvusIndex("x.db", "texts").record.state == milvus_collection.CHANGING
 
 
+def test_ranks_share_rows_out_by_their_numbers(monkeypatch):
+    """Each rank reads the rows from the server by itself, in an order that Milvus does not promise."""
+    monkeypatch.setattr(milvus_update, "RANKS", 3)
+    rows = np.arange(5, 50)
+    pieces = []
+    for rank in range(3):
+        monkeypatch.setattr(milvus_update, "RANK", rank)
+        pieces += milvus_update._pieces_of_rank(np.random.default_rng(rank).permutation(rows))
+    assert sorted(np.concatenate(pieces)) == rows.tolist() and max(map(len, pieces)) == 2
+
+
 def test_rows_that_another_run_has_added_meanwhile(monkeypatch):
     """It has ended with an error, for instance, and its record was replaced by ours."""
     run(["甲", "乙"])

@@ -324,7 +324,7 @@ class CollectionUpdate:
         """
         manifest = self._index.manifest
         if self._nearest is not None:
-            manifest.ann_recall = None  # if measuring is interrupted, it stays so until the corpus changes
+            manifest.ann_recall = None  # if measuring is interrupted, it stays so until the next update
         self._check_record()
         self._write_record(Record(manifest, COMPLETE))
         if is_indexed and self._nearest is not None:
