@@ -9,6 +9,7 @@ machine. Each asks for the 10 best documents of one query, waits for the answer,
 import asyncio
 import contextlib
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,7 @@ MILVUS_DOCUMENTS = 6000  # so that a graph is searched: Milvus has none where th
 CLIENTS = (1, 8, 64)  # at a time
 SECONDS = 6  # of a run
 REPEATS = 3
+LISTENING = re.compile(r" at http://127\.0\.0\.1:(\d+), API at ")  # what server.py logs when it serves
 
 
 async def ask_until(port: int, queries: list[str], mode: str, first: int, end: float) -> list[float]:
@@ -89,15 +91,16 @@ def start_service(model_dir: str, flags: tuple[str, ...]) -> Iterator[int]:
             [sys.executable, f"{ROOT}/deploy/serving/server.py", "--device", "cpu", "--port", "0", "--model_dir",
              model_dir, *flags], stderr=log, stdout=subprocess.DEVNULL)
         try:
-            address = "http://127.0.0.1:"
             stderr = ""
-            while address not in stderr:
+            listening = None
+            while listening is None:
                 if process.poll() is not None:
                     raise console.InputError(f"server.py ended:\n{stderr}")
                 time.sleep(0.2)
                 log.seek(0)
                 stderr = log.read()
-            yield int(stderr.split(address)[1].split(",")[0])
+                listening = LISTENING.search(stderr)
+            yield int(listening[1])
         finally:
             process.terminate()
             process.wait()
