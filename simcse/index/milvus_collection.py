@@ -70,6 +70,7 @@ STALLED = "stalled"
 # Codes of errors.
 _CONNECT_FAILED = 2
 _NO_COLLECTION = 100
+_RECOVERING = "unrecoverable error"  # all that a 2.3 server says while it still looks for parts that were killed
 _RECORD = "simcse"  # the property of a collection that has its record
 _KEY_END = 2**63
 _WITHOUT_PROXY = {"grpc.enable_http_proxy": 0}  # for addresses that no proxy could reach
@@ -175,6 +176,8 @@ class Collection:
             message = f"--milvus_uri {self.uri}: {describe_error(error)}"
             if _is_unauthenticated(error):
                 message += "; MILVUS_TOKEN in the environment is the token, such as user:password"
+            if message.endswith(_RECOVERING):
+                message += "; after a crash the server answers so for some time: run again in a minute"
             proxy = self._proxy()
             if proxy is not None:
                 message += f"; it was asked through the proxy {proxy}; no_proxy={self._host} asks it without"
