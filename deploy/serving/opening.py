@@ -1,6 +1,7 @@
 """Open what the flags of server.py name: the exported model, the index and its BM25."""
 
 import argparse
+import dataclasses
 import os
 from typing import Any
 
@@ -51,6 +52,7 @@ def open_collection(args: argparse.Namespace, wanted: Manifest) -> tuple[Index, 
     check_installed("milvus")
     if args.max_top_k > MilvusIndex.max_k:
         raise InputError(f"--max_top_k {args.max_top_k}: Milvus gives at most {MilvusIndex.max_k}")
+    wanted = dataclasses.replace(wanted, search_settings=args.milvus_index_params)
     return ann_util.open_collection(args.milvus_uri, args.milvus_collection, wanted)
 
 

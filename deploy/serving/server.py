@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
 from simcse import console, flags
+from simcse.index import milvus_types
 from simcse.machine import CPU_THREADS
 
 KEEP_ALIVE = 75  # seconds that an idle connection stays open: longer than proxies keep theirs (60 s), as nginx does
@@ -40,6 +41,9 @@ def parse_args() -> argparse.Namespace:
                        "its token), or the .db file of Milvus Lite")
     group.add_argument("--milvus_collection", type=flags.nonempty_text, default=None,
                        help=f"collection that recall.py filled (default: {flags.COLLECTION})")
+    group.add_argument("--milvus_index_params", type=milvus_types.parse_parameters, default={},
+                       metavar="NAME=VALUE,...",
+                       help="parameters of a search, such as ef=200, instead of those that the collection records")
     group.add_argument("--distinct", action="store_true",
                        help="give each text once, not once for every line of the corpus that has it")
     flags.add_device_arguments(group)
@@ -72,6 +76,11 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("one of --index_path and --milvus_uri is needed" + (", not both" if args.index_path else ""))
     if args.milvus_collection and not args.milvus_uri:
         parser.error("--milvus_collection needs --milvus_uri")
+    if args.milvus_index_params and not args.milvus_uri:
+        parser.error("--milvus_index_params needs --milvus_uri")
+    to_build, _ = milvus_types.split_settings(args.milvus_index_params)
+    if to_build:
+        parser.error(f"--milvus_index_params: {', '.join(to_build)} cannot be changed after the collection was built")
     args.milvus_collection = args.milvus_collection or flags.COLLECTION
     flags.set_max_seq_length(args)
     flags.check_arguments(parser, args)

@@ -87,12 +87,16 @@ def report_ann_recall(measured: AnnRecall | None, search_settings: dict[str, Any
 
 def _advise(measured: AnnRecall, used: dict[str, Any], exact: str, as_flags: Callable[[dict[str, Any]], str]) -> str:
     """Return what finds more than a search with the settings `used`, as the end of a message."""
-    is_deeper_better = measured.deeper_recall > measured.recall + 0.001
-    if used == measured.settings and is_deeper_better:
-        return f"; {as_flags(measured.deeper_settings)} finds {measured.deeper_recall:.4f}"
-    advice = f"; {exact} finds all"
-    if measured.deeper_settings and not is_deeper_better:
-        advice += f", {as_flags(measured.deeper_settings)} does not help"
+    if measured.deeper_recall <= measured.recall + 0.001:
+        advice = f"; {exact} finds all"
+        if measured.deeper_settings:
+            advice += f", {as_flags(measured.deeper_settings)} does not help"
+        return advice
+    advice = ""
+    if used == measured.settings:
+        advice = f"; {as_flags(measured.deeper_settings)} finds {measured.deeper_recall:.4f}"
+    if measured.deeper_recall < POOR:
+        advice += f"; larger values may find more, {exact} finds all"
     return advice
 
 
