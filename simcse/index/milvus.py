@@ -129,9 +129,14 @@ class MilvusIndex:
         self.search_settings.update(settings)
 
     def search(self, queries: np.ndarray, k: int) -> SearchResult:
-        """Return the k best rows of each query on rank 0, and no rows on the other ranks; see `Index`."""
+        """Return the k best rows of each query on rank 0, and no rows on the other ranks; see `Index`.
+
+        Raises:
+            InputError: another collection has taken its place: its vectors may be of another model.
+        """
         result = self.search_with(queries, k, self.search_settings)
         if not RANK:
+            self.collection.check_is_same()
             self._warn_short(result)
         return result
 

@@ -118,6 +118,7 @@ class Collection:
         self.where = f"--milvus_collection {name}"  # in messages
         self.is_lite = is_lite(uri)
         self.consistency = STRONG
+        self._id: int | None = None  # by which the server tells it from a later one of the same name
         self._connected: Any = None
         if self.is_lite and RANKS > 1:
             raise InputError(f"--milvus_uri {uri}: a file can be used by one process; {RANKS} need a server")
@@ -333,6 +334,7 @@ class Collection:
         with self._errors():
             described = self._client.describe_collection(self.name)
         self.name = described.get("collection_name", self.name)
+        self._id = described.get("collection_id")
         content = described.get("properties", {}).get(_RECORD) or described.get("description")  # earlier versions'
         record = _parse_record(content)
         if record is None:
@@ -350,6 +352,16 @@ class Collection:
         if state == BUILDING and self._count_written() == 0:
             return None
         raise InputError(f"{self.where}: the index of its field {VECTOR}, which recall.py had made, is gone; {REBUILD}")
+
+    def check_is_same(self) -> None:
+        """Raise InputError if somebody has dropped and created it since `read_record`."""
+        if self.is_lite:  # nobody else can
+            return
+        with self._errors():
+            described = self._client.describe_collection(self.name)
+        if described["collection_id"] != self._id:
+            raise InputError(f"{self.where}: was dropped and built again since it was opened; open it again (the "
+                             "service: kill -HUP)")
 
     def _count_written(self) -> int:
         """Return how many rows are on the disk of the server, which can be asked without an index."""

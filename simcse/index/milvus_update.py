@@ -158,7 +158,7 @@ class CollectionUpdate:
         self._rows = index.corpus_rows
         self._changes = changes
         self._run_id = secrets.token_hex(8)
-        self._has_added = False
+        self._has_changed_rows = False
         self._nearest: NearestCosines | None = None  # what a search of some queries has to find
         self._max_pending = 1 if self._collection.is_lite else MAX_PENDING_PIECES
         self._workers = ThreadPoolExecutor(self._max_pending)
@@ -187,19 +187,22 @@ class CollectionUpdate:
                 state = CHANGING
             self._write_record(Record(manifest, state, self._run_id))
         wait_for_ranks()
-        self._index.record = self._collection.read_record()
+        if RANK:
+            self._index.record = self._collection.read_record()
         self._collection.load()
 
     def _check_record(self) -> None:
         """Raise InputError if another run has written the record since this one has.
 
-        If that has completed the collection, which may have rows of this one now, it is CHANGING again.
+        If this run has changed rows, the other one may not have seen them when it compared. So it must not complete the
+        collection: it notices that the record has the name of this run; and if it has completed it, that is undone.
         """
         record = self._collection.read_record()
         if record == self._index.record:
             return
-        if self._has_added and record is not None and record.state == COMPLETE:
-            self._collection.write_record(record._replace(state=CHANGING))
+        if self._has_changed_rows and record is not None:
+            state = CHANGING if record.state == COMPLETE else record.state
+            self._collection.write_record(Record(record.manifest, state, self._run_id))
         raise InputError(f"{self._collection.where}: {CHANGED_MEANWHILE}")
 
     def _write_record(self, record: Record) -> None:
@@ -245,7 +248,7 @@ class CollectionUpdate:
             self._nearest.add(vectors)
         self.wait_for_pieces(self._max_pending - 1)
         self._check_record()
-        self._has_added = True
+        self._has_changed_rows = True
         self._pending.append(self._workers.submit(self._store, np.asarray(rows), vectors))
 
     def wait_for_pieces(self, most: int = 0) -> None:
@@ -274,6 +277,7 @@ class CollectionUpdate:
             self._nearest.gather()
         if not RANK:
             self._check_record()
+        self._has_changed_rows = True
         wait_for_ranks()
         self._update_outdated()
         wait_for_ranks()
