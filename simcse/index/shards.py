@@ -129,8 +129,8 @@ class ShardedIndex:
         capacities_here = [capacity for shard, capacity in enumerate(capacities) if shard % self._ranks in ranks_here]
         bytes_of_shards = [self._engine.bytes_needed(dimension, capacity, settings) for capacity in capacities_here]
         needed = sum(bytes_of_shards)
-        if self._engine.copies_to_read:  # while the recall is measured, a shard at a time
-            needed += max(bytes_of_shards, default=0)
+        if self._engine.copies_to_read:  # while the recall is measured, each rank a shard at a time
+            needed += sum(sorted(bytes_of_shards)[-LOCAL_RANKS:])
         free = max(0, available_memory())
         if needed > free:
             raise InputError(f"the index of {sum(capacities_here):,} vectors of {dimension} needs "
