@@ -4,10 +4,15 @@ import errno
 import os
 import re
 
-from simcse.console import InputError, as_input_error, describe_machine_error, some, summarize_error, warn
+from simcse.console import InputError, as_input_error, describe_machine_error, log, some, summarize_error, warn
+from simcse.encoder.hugging_face import read_hugging_face
 from simcse.encoder.paddle_patches import captured_paddlenlp_log, quiet_paddlenlp, zero_initial_weights
-from simcse.encoder.weights import read_weights
+from simcse.encoder.weights import load_state, read_weights
+from simcse.hub_layout import is_hugging_face
+from simcse.machine import RANK
 
+import numpy as np
+import paddle
 from paddle import nn
 
 DISK_ERRORS = (errno.EACCES, errno.EDQUOT, errno.EIO, errno.ENOSPC, errno.EPERM, errno.EROFS)
@@ -33,6 +38,8 @@ def load_pretrained(model_name_or_path: str, dropout: float | None = None, kind:
     import paddlenlp
 
     quiet_paddlenlp()
+    if kind == "AutoModel" and is_hugging_face(model_name_or_path):
+        return _load_hugging_face(model_name_or_path, dropout, uses_pooler)
     advice = _advise_on_layout(model_name_or_path)
     _check_pickles(model_name_or_path)
     rates = {} if dropout is None else {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
@@ -55,6 +62,26 @@ def load_pretrained(model_name_or_path: str, dropout: float | None = None, kind:
         raise InputError(f"--model_name_or_path {model_name_or_path}: {reason}")
     if random_layers:
         warn(f"{model_name_or_path} has no trained {optional_part}: {some(random_layers)} start at random")
+    return encoder
+
+
+def _load_hugging_face(folder: str, dropout: float | None, uses_pooler: bool) -> nn.Layer:
+    """Load an encoder from a folder in the layout of Hugging Face's transformers; see `load_pretrained`."""
+    source = f"--model_name_or_path {folder}"
+    found = read_hugging_face(folder, "--model_name_or_path")
+    record = {"encoder_class": "BertModel", "encoder_config": found.config}
+    encoder = encoder_from_record(record, dropout, source)
+    hidden_size = found.config["hidden_size"]
+    if not any(name.startswith("pooler.") for name in found.weights):
+        if uses_pooler:
+            warn(f"{folder} has no trained pooler: its pooler starts at random")
+        initializer = np.random.default_rng(int(paddle.randint(0, 2**31 - 1).item()))
+        found.weights["pooler.dense.weight"] = initializer.normal(0, 0.02, (hidden_size, hidden_size)).astype("float32")
+        found.weights["pooler.dense.bias"] = np.zeros(hidden_size, "float32")
+    load_state(encoder, found.weights, source)
+    if not RANK:
+        log(f"{folder}: {found.kind} in the layout of Hugging Face, {found.file}: "
+            f"{found.config['num_hidden_layers']} layers of {hidden_size}")
     return encoder
 
 

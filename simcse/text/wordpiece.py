@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from simcse.console import InputError, as_input_error, some, some_characters
-from simcse.files import read_json
+from simcse.files import read_json, write_json
+from simcse.hub_layout import is_hugging_face
 from simcse.text.tokens import Ids, Tokens
 
 import numpy as np
@@ -18,12 +19,15 @@ import numpy as np
 # Parts that a long text can lose without a change of its tokens: the end of a word that is [UNK] anyway, and blanks.
 REDUNDANT = re.compile("([0-9A-Za-z]{101})[0-9A-Za-z]+|( ) +")
 WORDPIECE_CLASSES = ("ErnieTokenizer", "BertTokenizer")  # the tokenizers of PaddleNLP that `WordPiece` replaces
+HUGGING_FACE = "BertTokenizerFast"  # the tokenizer of Hugging Face's transformers that it replaces
+RUST = "PreTrainedTokenizerFast"  # what transformers calls any other tokenizer.json
 WORD_CHARACTERS = 100  # of a word at most; a longer word is [UNK]
 # BertPreTokenizer splits only at punctuation, PaddleNLP also at symbols and at some other code points. The last range
 # are Chinese characters that a typo in the table of the tokenizers library leaves out.
 SYMBOL = r"[\p{S}\x{AD}\x{B2}\x{B5}\x{BA}\x{D8}\x{14B}\x{1B1}\x{3007}\x{2B820}-\x{2B91F}]"
 # Characters that are a token each: Chinese characters and common marks.
 SINGLE_TOKENS = [*map(chr, range(0x4E00, 0xA000)), *string.punctuation, *"，。、；：？！“”‘’（）《》〈〉【】—…·～"]
+PADDLE_PUNCTUATION = "～"  # which is a symbol to transformers, and part of a word
 BLANKS = " \t\r\n"
 # In the table of all characters: a part of a word, or a blank. Other values are token ids, >= 0.
 IN_WORD, IS_BLANK = -1, -2
@@ -31,7 +35,7 @@ CODE_POINTS = 0x110000
 
 
 class WordPiece:
-    """Tokenize by BERT WordPiece, with the same tokens as PaddleNLP's tokenizers.
+    """Tokenize by BERT WordPiece, with the same tokens as PaddleNLP's tokenizers, or transformers' BertTokenizerFast.
 
     One difference is intended: "[SEP]" in a text is text.
 
@@ -42,7 +46,7 @@ class WordPiece:
     Args:
         vocab: token -> id.
         lowercase: make texts lower case, and strip accents.
-        kind: the name of the PaddleNLP class that it replaces.
+        kind: the name of the class that it replaces: one of WORDPIECE_CLASSES, or HUGGING_FACE.
 
     Attributes:
         cls, sep, pad_token_id, unk_token_id: ids of special tokens.
@@ -69,8 +73,10 @@ class WordPiece:
 
         self._rust = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=WORD_CHARACTERS))
         self._rust.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-        self._rust.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Split(Regex(SYMBOL), "isolated")])
+        self._rust.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        if kind != HUGGING_FACE:
+            self._rust.pre_tokenizer = pre_tokenizers.Sequence(
+                [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Split(Regex(SYMBOL), "isolated")])
         self._rust.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]", special_tokens=[("[CLS]", self.cls), ("[SEP]", self.sep)])
 
@@ -79,6 +85,8 @@ class WordPiece:
         # int32 [code points]: the id of a character that is a token by itself, IN_WORD or IS_BLANK
         self._table = np.full(CODE_POINTS, IN_WORD, "int32")
         for character in SINGLE_TOKENS:
+            if kind == HUGGING_FACE and character in PADDLE_PUNCTUATION:
+                continue
             self._table[ord(character)] = vocab.get(character, vocab.get("[UNK]", IN_WORD))
         for character in BLANKS:
             self._table[ord(character)] = IS_BLANK
@@ -227,7 +235,40 @@ class PaddleTokenizer:
         self._tokenizer.save_pretrained(folder)
 
 
-def load_tokenizer(name_or_path: str) -> WordPiece | PaddleTokenizer:
+class RustTokenizer:
+    """Give any tokenizer.json of Hugging Face the interface of `WordPiece`.
+
+    Args:
+        path: of tokenizer.json.
+        pad_token, unk_token: special tokens in it.
+    """
+
+    def __init__(self, path: str, pad_token: str, unk_token: str) -> None:
+        from tokenizers import Tokenizer
+
+        self._rust = Tokenizer.from_file(path)
+        self._rust.no_padding()
+        self._tokens = {"pad_token": pad_token, "unk_token": unk_token}
+        self.pad_token_id = self._rust.token_to_id(pad_token)
+        self.unk_token_id = self._rust.token_to_id(unk_token)
+        self.wordless = {self.unk_token_id}
+        self._lock = threading.Lock()
+
+    def __call__(self, texts: Sequence[str], max_seq_length: int) -> Tokens:
+        """Return the token ids of each text, special tokens included, truncated to `max_seq_length`."""
+        with self._lock:
+            self._rust.enable_truncation(max_seq_length)
+            return Tokens.of([encoding.ids for encoding in self._rust.encode_batch_fast(list(texts))])
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write tokenizer.json and tokenizer_config.json."""
+        with self._lock:
+            self._rust.no_truncation()
+            self._rust.save(os.path.join(folder, "tokenizer.json"), pretty=False)
+        write_json(os.path.join(folder, "tokenizer_config.json"), {"tokenizer_class": RUST, **self._tokens})
+
+
+def load_tokenizer(name_or_path: str) -> WordPiece | RustTokenizer | PaddleTokenizer:
     """Load the tokenizer of an encoder or of a checkpoint, by hub name or by folder.
 
     A folder with a vocab.txt is read without importing paddlenlp, which takes seconds.
@@ -235,6 +276,9 @@ def load_tokenizer(name_or_path: str) -> WordPiece | PaddleTokenizer:
     Raises:
         InputError: there is no tokenizer.
     """
+    tokenizer_class = read_json(os.path.join(name_or_path, "tokenizer_config.json")).get("tokenizer_class")
+    if is_hugging_face(name_or_path) or tokenizer_class in (HUGGING_FACE, RUST):
+        return _read_hugging_face(name_or_path)
     tokenizer = _read_wordpiece(name_or_path)
     if tokenizer:
         return tokenizer
@@ -256,6 +300,35 @@ def load_tokenizer(name_or_path: str) -> WordPiece | PaddleTokenizer:
     return PaddleTokenizer(tokenizer)
 
 
+def _read_hugging_face(folder: str) -> WordPiece | RustTokenizer:
+    """Return the tokenizer of a folder in the layout of Hugging Face, or of a checkpoint of such an encoder."""
+    config = read_json(os.path.join(folder, "tokenizer_config.json"))
+    path = os.path.join(folder, "tokenizer.json")
+    rust = read_json(path)
+    with as_input_error(f"{path}: damaged", TypeError, KeyError, AttributeError):
+        added = {token["content"] for token in rust.get("added_tokens") or [] if not token["special"]}
+        normalizer = rust.get("normalizer") or {}
+        is_wordpiece = rust.get("model", {}).get("type", "WordPiece") == "WordPiece"
+    is_like_bert = (config.get("tokenize_chinese_chars", True) and config.get("strip_accents") is None
+                    and normalizer.get("type", "BertNormalizer") == "BertNormalizer")
+    if rust and not (is_wordpiece and is_like_bert and not added):
+        return RustTokenizer(path, _content(config, "pad_token", "[PAD]"), _content(config, "unk_token", "[UNK]"))
+    vocabulary = os.path.join(folder, "vocab.txt")
+    if os.path.isfile(vocabulary):
+        vocab = _read_vocabulary(vocabulary)
+    elif rust:
+        vocab = rust["model"]["vocab"]
+    else:
+        raise InputError(f"no tokenizer in {folder}: it has neither vocab.txt nor tokenizer.json")
+    return WordPiece(vocab, config.get("do_lower_case", normalizer.get("lowercase", True)), HUGGING_FACE)
+
+
+def _content(config: dict[str, Any], name: str, default: str) -> str:
+    """Return a special token of tokenizer_config.json, where it is a string or an object."""
+    token = config.get(name) or default
+    return token if isinstance(token, str) else token["content"]
+
+
 def _read_wordpiece(folder: str) -> WordPiece | None:
     """Return the WordPiece tokenizer in a folder; None: the folder has none, or another kind of tokenizer."""
     vocabulary = os.path.join(folder, "vocab.txt")
@@ -264,18 +337,24 @@ def _read_wordpiece(folder: str) -> WordPiece | None:
     if (not os.path.isfile(vocabulary) or kind not in WORDPIECE_CLASSES or config.get("added_tokens_decoder")
             or config.get("tokenize_chinese_chars") is False):
         return None
-    with (as_input_error(f"{vocabulary}: not a vocabulary in UTF-8", UnicodeDecodeError),
-          open(vocabulary, encoding="utf-8", newline="\n") as file):
-        vocab = {line.rstrip("\r\n"): number for number, line in enumerate(file)}
-    missing = [token for token in ("[CLS]", "[SEP]", "[PAD]", "[UNK]") if token not in vocab]
-    if missing:
-        raise InputError(f"{vocabulary}: not a vocabulary, a token a line: it lacks {', '.join(missing)}")
+    vocab = _read_vocabulary(vocabulary)
     _check_added_tokens(folder, vocab)
     lowercase = config.get("do_lower_case", True)
     if not isinstance(lowercase, bool):
         raise InputError(f"{os.path.join(folder, 'tokenizer_config.json')}: do_lower_case: expected true or false, "
                          f"got {some_characters(json.dumps(lowercase))}")
     return WordPiece(vocab, lowercase, kind)
+
+
+def _read_vocabulary(path: str) -> dict[str, int]:
+    """Return the ids of the tokens in a vocab.txt."""
+    with (as_input_error(f"{path}: not a vocabulary in UTF-8", UnicodeDecodeError),
+          open(path, encoding="utf-8", newline="\n") as file):
+        vocab = {line.rstrip("\r\n"): number for number, line in enumerate(file)}
+    missing = [token for token in ("[CLS]", "[SEP]", "[PAD]", "[UNK]") if token not in vocab]
+    if missing:
+        raise InputError(f"{path}: not a vocabulary, a token a line: it lacks {', '.join(missing)}")
+    return vocab
 
 
 def _check_added_tokens(folder: str, vocab: dict[str, int]) -> None:

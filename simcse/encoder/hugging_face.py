@@ -1,0 +1,232 @@
+"""Read an encoder from a folder in the layout of Hugging Face's transformers, without torch.
+
+All kinds that are read are BERT with a difference that the weights can take up, so that each becomes PaddleNLP's
+BertModel: DistilBERT has no token types, XLM-RoBERTa counts positions from another number, ERNIE adds the embedding of
+a task to every token.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from simcse.console import InputError, as_input_error, some
+from simcse.encoder.torch_file import read_torch_file
+from simcse.files import read_json
+from simcse.hub_layout import HUGGING_FACE_WEIGHTS
+
+import numpy as np
+
+Weights = dict[str, np.ndarray]
+
+ACTIVATIONS = ("gelu", "relu", "silu", "tanh")  # that mean the same in both libraries
+# Names of layers of BERT, and what PaddleNLP calls them. The matrices of LINEAR are transposed.
+EMBEDDINGS = {
+    "embeddings.word_embeddings": "embeddings.word_embeddings",
+    "embeddings.position_embeddings": "embeddings.position_embeddings",
+    "embeddings.token_type_embeddings": "embeddings.token_type_embeddings",
+    "embeddings.LayerNorm": "embeddings.layer_norm",
+}
+LINEAR = {
+    "attention.self.query": "self_attn.q_proj",
+    "attention.self.key": "self_attn.k_proj",
+    "attention.self.value": "self_attn.v_proj",
+    "attention.output.dense": "self_attn.out_proj",
+    "intermediate.dense": "linear1",
+    "output.dense": "linear2",
+}
+NORMS = {"attention.output.LayerNorm": "norm1", "output.LayerNorm": "norm2"}
+DISTILBERT_LAYER = {
+    "attention.q_lin": "attention.self.query",
+    "attention.k_lin": "attention.self.key",
+    "attention.v_lin": "attention.self.value",
+    "attention.out_lin": "attention.output.dense",
+    "sa_layer_norm": "attention.output.LayerNorm",
+    "ffn.lin1": "intermediate.dense",
+    "ffn.lin2": "output.dense",
+    "output_layer_norm": "output.LayerNorm",
+}
+DISTILBERT_CONFIG = {
+    "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
+    "hidden_dim": "intermediate_size", "dropout": "hidden_dropout_prob",
+    "attention_dropout": "attention_probs_dropout_prob", "activation": "hidden_act"}
+NUMPY_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "I64": "int64", "I32": "int32"}  # of safetensors
+# What PaddleNLP's BertConfig takes of a config.json.
+CONFIG_FIELDS = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size",
+    "initializer_range", "pad_token_id", "layer_norm_eps")
+# Weights that are no part of an encoder: heads, and positions that are counted anew.
+_OTHER_PARTS = re.compile(r"(cls|lm_head|classifier|vocab_\w+|qa_outputs)\.|.*\bposition_ids$")
+
+
+class HuggingFaceEncoder(NamedTuple):
+    """An encoder as PaddleNLP's BertModel.
+
+    Attributes:
+        kind: model_type of its config.json.
+        file: the file of its weights.
+        config: of BertModel.
+        weights: of BertModel, by its names; some kinds, and some files, have no pooler.
+    """
+
+    kind: str
+    file: str
+    config: dict[str, Any]
+    weights: Weights
+
+
+def read_hugging_face(folder: str, flag: str) -> HuggingFaceEncoder:
+    """Return the encoder in a folder.
+
+    Args:
+        flag: the flag that named the folder, for messages.
+
+    Raises:
+        InputError: it is of a kind that is not read, or damaged.
+    """
+    where = f"{flag} {folder}"
+    config = read_json(os.path.join(folder, "config.json"))
+    kind = config.get("model_type")
+    if kind not in KINDS:
+        raise InputError(f"{where}: config.json has model_type {kind!r}; encoders of {', '.join(KINDS)} are read")
+    file = next(name for name in HUGGING_FACE_WEIGHTS if os.path.isfile(os.path.join(folder, name)))
+    weights = {}
+    for name, array in _read_files(folder, file, where).items():
+        name = name.removeprefix("module.").removeprefix(f"{KINDS[kind].prefix}.")
+        if not _OTHER_PARTS.match(name):
+            weights[name] = array.astype("float32")
+    with as_input_error(where, KeyError, TypeError, ValueError):
+        config, weights = KINDS[kind].to_bert(config, weights)
+        _check_config(config)
+        return HuggingFaceEncoder(kind, file, {name: config[name] for name in CONFIG_FIELDS if name in config},
+                                  _rename(weights))
+
+
+def _read_files(folder: str, file: str, where: str) -> Weights:
+    """Return the arrays of a file of weights, or of those that an index names."""
+    if not file.endswith(".index.json"):
+        return _read_file(os.path.join(folder, file), where)
+    shards = read_json(os.path.join(folder, file)).get("weight_map", {}).values()
+    weights: Weights = {}
+    for shard in sorted(set(shards)):
+        path = os.path.join(folder, os.path.basename(shard))  # it names no file of another folder
+        if not os.path.isfile(path):
+            raise InputError(f"{where}: {file} names {shard}, which is missing")
+        weights |= _read_file(path, where)
+    return weights
+
+
+def _read_file(path: str, where: str) -> Weights:
+    """Return the arrays of one file by name, bfloat16 as float32."""
+    unreadable = f"{where}: {os.path.basename(path)} cannot be read"
+    with as_input_error(unreadable, Exception):  # a damaged file raises anything
+        if path.endswith(".bin"):
+            return read_torch_file(path)
+        return read_safetensors(path)
+
+
+def read_safetensors(path: str) -> Weights:
+    """Return the arrays in a .safetensors file by name, bfloat16, which numpy lacks, as float32."""
+    from safetensors import deserialize
+
+    with open(path, "rb") as file:
+        tensors = deserialize(file.read())
+    arrays = {}
+    for name, tensor in tensors:
+        shape = tensor["shape"]
+        if tensor["dtype"] == "BF16":
+            bits = np.frombuffer(tensor["data"], "<u2").astype("uint32") << 16
+            arrays[name] = bits.view("float32").reshape(shape)
+        else:
+            arrays[name] = np.frombuffer(tensor["data"], NUMPY_TYPES[tensor["dtype"]]).reshape(shape)
+    return arrays
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    """Raise ValueError if BertModel cannot be as a config.json says."""
+    if config.get("position_embedding_type", "absolute") != "absolute":
+        raise ValueError(f"position_embedding_type {config['position_embedding_type']} is not read")
+    if config["hidden_act"] not in ACTIVATIONS:
+        raise ValueError(f"hidden_act {config['hidden_act']} is not read")
+
+
+def _rename(weights: Weights) -> Weights:
+    """Return weights of transformers' BERT under the names that PaddleNLP has for them, matrices transposed.
+
+    Raises:
+        ValueError: a weight is none of BERT's.
+    """
+    renamed = {}
+    unknown = []
+    for name, array in weights.items():
+        module, _, parameter = name.rpartition(".")
+        # The oldest files call weight and bias of a layer normalization gamma and beta.
+        parameter = {"gamma": "weight", "beta": "bias"}.get(parameter, parameter)
+        layer = re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)", module)
+        if layer and layer[2] in LINEAR | NORMS:
+            renamed[f"encoder.layers.{layer[1]}.{(LINEAR | NORMS)[layer[2]]}.{parameter}"] = (
+                array.T if layer[2] in LINEAR and parameter == "weight" else array)
+        elif module in EMBEDDINGS:
+            renamed[f"{EMBEDDINGS[module]}.{parameter}"] = array
+        elif module == "pooler.dense":
+            renamed[f"pooler.dense.{parameter}"] = array.T if parameter == "weight" else array
+        else:
+            unknown.append(name)
+    if unknown:
+        raise ValueError(f"no weights of BERT: {some(unknown)}")
+    return renamed
+
+
+# ------------------------------------------------------------------------------------------------------------ the kinds
+def _keep(config: dict[str, Any], weights: Weights) -> tuple[dict[str, Any], Weights]:
+    return config, weights
+
+
+def _add_task(config: dict[str, Any], weights: Weights) -> tuple[dict[str, Any], Weights]:
+    """ERNIE: add the embedding of task 0, which transformers takes, to that of every token type."""
+    tasks = weights.pop("embeddings.task_type_embeddings.weight", None)
+    if config.get("use_task_id") and tasks is not None:
+        types = "embeddings.token_type_embeddings.weight"
+        weights[types] = weights[types] + tasks[0]
+    return config, weights
+
+
+def _drop_first_positions(config: dict[str, Any], weights: Weights) -> tuple[dict[str, Any], Weights]:
+    """XLM-RoBERTa: drop the positions up to the padding's, as the first token has the next one."""
+    positions = "embeddings.position_embeddings.weight"
+    weights[positions] = weights[positions][config["pad_token_id"] + 1 :]
+    return {**config, "max_position_embeddings": len(weights[positions])}, weights
+
+
+def _add_token_types(config: dict[str, Any], weights: Weights) -> tuple[dict[str, Any], Weights]:
+    """DistilBERT: give it BERT's names, and token types that are 0."""
+    renamed = {}
+    for name, array in weights.items():
+        layer = re.fullmatch(r"transformer\.layer\.(\d+)\.(.+)\.(weight|bias)", name)
+        if layer:
+            name = f"encoder.layer.{layer[1]}.{DISTILBERT_LAYER.get(layer[2], layer[2])}.{layer[3]}"
+        renamed[name] = array
+    config = {DISTILBERT_CONFIG.get(name, name): value for name, value in config.items()}
+    renamed["embeddings.token_type_embeddings.weight"] = np.zeros((2, config["hidden_size"]), "float32")
+    return {**config, "type_vocab_size": 2, "layer_norm_eps": 1e-12}, renamed
+
+
+class Kind(NamedTuple):
+    """A kind of encoder.
+
+    Attributes:
+        prefix: of its weights' names, in files that have a head, too.
+        to_bert: makes of its config and its weights those of BERT, by transformers' names.
+    """
+
+    prefix: str
+    to_bert: Callable[[dict[str, Any], Weights], tuple[dict[str, Any], Weights]]
+
+
+KINDS = {  # by model_type
+    "bert": Kind("bert", _keep),
+    "ernie": Kind("ernie", _add_task),
+    "distilbert": Kind("distilbert", _add_token_types),
+    "xlm-roberta": Kind("roberta", _drop_first_positions),
+}
