@@ -33,7 +33,9 @@ def texts_of_3_to_9_tokens():
 # goes into the first layer without positions, [length, hidden] each.
 DEFINITIONS = {
     "pooler": lambda pooler, layers, tokens: pooler,
+    "cls": lambda pooler, layers, tokens: layers[-1][0],
     "mean": lambda pooler, layers, tokens: layers[-1][1:-1].mean(axis=0),
+    "mean_all": lambda pooler, layers, tokens: layers[-1].mean(axis=0),
     "first_last_avg": lambda pooler, layers, tokens: ((layers[0] + layers[-1]) / 2)[1:-1].mean(axis=0),
     "first_avg": lambda pooler, layers, tokens: tokens[1:-1].mean(axis=0)}
 

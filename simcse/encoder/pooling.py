@@ -117,10 +117,20 @@ def average_tokens(encoded: EncoderOutputs, states: Tensor) -> Tensor:
     return (states * mask).sum(axis=1) / mask.sum(axis=1).clip(min=1)
 
 
+def average_all(encoded: EncoderOutputs) -> Tensor:
+    """Return the mean of the last layer's output over all tokens but padding, [CLS] and [SEP] included."""
+    states = encoded.last_hidden_state
+    mask = (encoded.input_ids != encoded.pad_token_id).astype(states.dtype).unsqueeze(-1)
+    return (states * mask).sum(axis=1) / mask.sum(axis=1).clip(min=1)
+
+
 POOLINGS: dict[str, Pooling] = {
     "pooler": Pooling(take_pooler, "the first token through a linear layer and tanh", first_token_only=True,
                       uses_pooler=True, pool_without_pooler=take_first_token),
+    "cls": Pooling(take_first_token, "the first token as it is, as bge and gte were trained", first_token_only=True),
     "mean": Pooling(average_last, "the mean over the text's tokens, without [CLS] and [SEP]"),
+    "mean_all": Pooling(average_all, "the mean over all tokens, [CLS] and [SEP] included, as sentence-transformers "
+                        "computes it; m3e and text2vec were trained so"),
     "first_last_avg": Pooling(average_first_and_last, "the same mean, of the average of the first "
                               "layer's input and the last layer's output", all_layers=True),
     "first_avg": Pooling(average_last, "the same mean, of the token embeddings, without positions and layers",
