@@ -6,7 +6,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 HIDDEN, LAYERS, HEADS, INNER, POSITIONS = 16, 2, 2, 32, 40
-VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"语义检索中西方文化的差异，。～abc", "##a", "##b", "##c", "ab"]
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"语义检索中西方文化的差异，。～abc", "##a", "##b",
+              "##c", "ab"]
 SIZES = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": INNER}
 COMMON = {"vocab_size": len(VOCABULARY), "hidden_act": "gelu", "max_position_embeddings": POSITIONS,
           "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "type_vocab_size": 2, "pad_token_id": 0,
@@ -24,8 +25,8 @@ CONFIGS = {
 TEXTS = ["语义检索", "中西方文化的差异，ab～c。", "abc cab 语 [x]", "义"]
 LAYER = {"attention.self.query": (HIDDEN, HIDDEN), "attention.self.key": (HIDDEN, HIDDEN),
          "attention.self.value": (HIDDEN, HIDDEN), "attention.output.dense": (HIDDEN, HIDDEN),
-         "attention.output.LayerNorm": (HIDDEN,), "intermediate.dense": (INNER, HIDDEN), "output.dense": (HIDDEN, INNER),
-         "output.LayerNorm": (HIDDEN,)}
+         "attention.output.LayerNorm": (HIDDEN,), "intermediate.dense": (INNER, HIDDEN),
+         "output.dense": (HIDDEN, INNER), "output.LayerNorm": (HIDDEN,)}
 DISTILBERT_LAYER = {"attention.q_lin": (HIDDEN, HIDDEN), "attention.k_lin": (HIDDEN, HIDDEN),
                     "attention.v_lin": (HIDDEN, HIDDEN), "attention.out_lin": (HIDDEN, HIDDEN),
                     "sa_layer_norm": (HIDDEN,), "ffn.lin1": (INNER, HIDDEN), "ffn.lin2": (HIDDEN, INNER),

@@ -1,0 +1,226 @@
+"""Encoders in the layout of Hugging Face's transformers: their vectors and tokens against transformers' own."""
+
+import base64
+import json
+import os
+import pickle
+import shutil
+import zipfile
+import zlib
+from pathlib import Path
+
+import model as m
+from simcse.console import InputError
+from simcse.encoder.hugging_face import read_hugging_face, read_safetensors
+from simcse.encoder.pretrained import load_pretrained
+from simcse.encoder.torch_file import read_torch_file
+from simcse.text.wordpiece import RustTokenizer, load_tokenizer
+
+import numpy as np
+import paddle
+import pytest
+from hugging_face_models import CONFIGS, TEXTS, VOCABULARY, weights_of, write_model
+from safetensors.numpy import save_file
+
+VALUES = json.loads((Path(__file__).parent / "hugging_face_values.json").read_text(encoding="utf-8"))["values"]
+# What torch 2.14 has written by torch.save, today and in the format of before 1.6: tensors of several types and views.
+TORCH_FILE = (
+    "eNqtVctrE0EYn2TTTdzW9OGjD2t9VqPWdPNqGsU2LrIIK5hGhSBC2Cbb7uKa+CXTioIQkBYED+rBo3jxL/Bgb/oHePHgzYMgKJ48"
+    "enVmt0l3Jm1TH0MmCZv5Pb6Z+X7JaUIAoVAItY0+NID0Wsm0lo3Jso716N3btqqE0U1mNPwPAUUKPgLQwVfCVYKIFpewZdelYs2Y"
+    "X7LschEblXq1VlyOS+CPRApBsrhOVuqLBgguRFLtqo6vuQ8lCDiEMnQVBPJZursEoiZiCM5pSPNrwiqENEHzrcKux6VS1baNEraq"
+    "lbp0tVY2akb5klXCEkin8tCNoScPuwukRGTq9gKETWLAbIpeJo9amr2OZgz6TFHzYeinWr4VGKBvex6blG4vhn152F/wk4XzCzDI"
+    "kClOCbGpFuGQQxiHYdMxP0IJBc2/Cgc0H61h1CU9iGEsD4ccj8uWcQ8Ou7SmuwkJOELwEoajcwQdWIFj1NBxFzuO4UQeTjq7ZJXr"
+    "EGEcXalWFltuTjlsSThN2AQMZxw3KzBB2c66bFEMk3mQl6I5LRjaMzxnfiIQOnNbXpJBdKJ1SaIL1dodHReXjVqdHIeqHOXuymYj"
+    "RrXe/vz8iLqjc2utEZTe0Fq/P0XdthYrd4wKVpXEDuTaxlSSGpi9Bz/oofq3NdCPZlsG5u9jo0qvm6qc/xvd5rAtjG2Deli58HVY"
+    "JCrith7CaIbpyklZVc79gwGXtTFL3rLkRWaDzFdZ6mjw6fdnQ+SHoQ6OJlhHMVWJ7NgRmqFK13vXGp33P4wUVimuKjP/svlO/aT2"
+    "bDbbyLo1vzny5VwP0erp4GSadZJQlST6n/uP0Hsyv5CJLpIsvki9Wd9ff4uQB5EO3kZZb0lVGULb67uth9ZPADn8wdCHW0+udj7/"
+    "XnSmpddq/ZM73YyERJU+vly80fn8x1B8IwCc0upGzSIJ8ECn+V+0yqoS/cNTkOVUKpaRY9OpRFxOpDJyejodS2fSqXQmk5Kn0ulU"
+    "Qs7EZSclAtfXyhv773O2qunTG5d9bc75/1Ee7Q3AQQY57kdbBSxP4g2xEYbkmZekLTl5Hm8Q9TM8AwJqD0Ae7k2NMAN/ISAuu3is"
+    "NwdYbCTAYWM81tu5LPY5j43zWG9nsdjRLg6b4LHeLmGxazw2yWO9976XrVdEfFfxYO91HGML9oA3b5ScJooTzbYSzraQ3dznu/U8"
+    "mA42Y0F0vv3atREbOa1LdDHdznp37W8xqzSn"
+)
+OLD_TORCH_FILE = (
+    "eNqFkktv00AQx/2KA4aW8KY8W54uj5C6abAv4CJUIS0Fai6+ICu1t7WRZWfsTRBIlXJJRPkMHHrkY/BRuPIRkDgwazehiSKx8uzK"
+    "s7O/+c/O9qWvWvzn28bvxQ/f3y7U+9LmLxnnPRB0tyYIQidLWeqnsdejWR6lCYgY4M7hThwxFlOPJkHUTkD64mroZJ861MujzzQH"
+    "eQ8U3a2gMw/TjEGFSK6Mf1HCQCWKq3BGmuxClSjd7iiniN42iD5LMz+se10WxbnmZXS7G8WBx2iSp5nXMzSQdN2tcjhGtncpyOUR"
+    "bSNO2+xd6dRAcecxxmoa1qq1ZjWMVbPZgEqhw+90UYf6mkF1iwhEIvIQjhGZiEM4vu9jyTH1GVaca2+ygGY0eBH5TANt2YETDE46"
+    "MFeUELbjHZgPUU44kvASXWMFp6YUPLHMJtRClYiY+TTPLA7gDJ/O7occfo7BeQcuuBIe296BixPo50V5K60x/tIU3lwxTFgIy8Iu"
+    "c7xMpCFcISKv72qZ4hqD6w7cKPT3IvoRFssk4ZHrMptGq7VmmA1YQpqGtJtbyFIGcIuLvV2S7jC468C9srFBDvqE2lfY3rHS5Sl2"
+    "q9Uw4T6yZWQ/KJQO4CFnPyrZdQaPHWjwp/GeP40Z0sRZTGlWz+VZbVBmXV6F1vlL/jf6z3Cy8UProx2g/UD7iSasC0JtXRYmh3i4"
+    "Soer+h/eKF54qh6Nsm27bx/YfwE8GdpW"
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_model(tmp_path / "bert", "bert")
+    return tmp_path / "bert"
+
+
+def load(folder, **more):
+    encoder = load_pretrained(str(folder), uses_pooler=False, **more)
+    encoder.eval()
+    return encoder
+
+
+def check_vectors(encoder, kind):
+    """Compare an encoder's outputs with those of transformers."""
+    for expected in VALUES[kind]:
+        states, pooled = (output.numpy()[0] for output in encoder(paddle.to_tensor([expected["ids"]])))
+        np.testing.assert_allclose(states[0], expected["cls"], atol=1e-5)
+        np.testing.assert_allclose(states.mean(axis=0), expected["mean"], atol=1e-5)
+        if expected.get("pooler"):
+            np.testing.assert_allclose(pooled, expected["pooler"], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_vectors_are_those_of_transformers(kind, tmp_path, capsys):
+    write_model(tmp_path / kind, kind)
+    check_vectors(load(tmp_path / kind), kind)
+    assert f"{kind} in the layout of Hugging Face, model.safetensors: 2 layers of 16\n" in capsys.readouterr().err
+
+
+def test_a_file_with_a_head_and_old_names(folder):
+    """As BertForMaskedLM and early versions wrote it."""
+    weights = {}
+    for name, array in weights_of("bert").items():
+        name = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        weights[f"bert.{name}"] = array
+    weights["cls.predictions.bias"] = np.zeros(len(VOCABULARY), "float32")
+    weights["bert.embeddings.position_ids"] = np.arange(40)[None]
+    save_file(weights, str(folder / "model.safetensors"))
+    check_vectors(load(folder), "bert")
+
+
+def test_weights_in_several_files(folder):
+    weights = weights_of("bert")
+    (folder / "model.safetensors").unlink()
+    names = {name: f"model-{number % 2 + 1}.safetensors" for number, name in enumerate(weights)}
+    for file in set(names.values()):
+        save_file({name: weights[name] for name in weights if names[name] == file}, str(folder / file))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}), encoding="utf-8")
+    check_vectors(load(folder), "bert")
+    (folder / "model-2.safetensors").unlink()
+    with pytest.raises(InputError, match="index.json names model-2.safetensors, which is missing"):
+        load(folder)
+
+
+def test_a_file_that_torch_has_written(tmp_path):
+    for content in (TORCH_FILE, OLD_TORCH_FILE):
+        path = tmp_path / "pytorch_model.bin"
+        path.write_bytes(zlib.decompress(base64.b64decode(content)))
+        arrays = read_torch_file(str(path))
+        assert {name: array.tolist() for name, array in arrays.items()} == {
+            "a": [[0, 1, 2], [3, 4, 5]], "half": [1.5], "bf": [[0, 3], [1, 4], [2, 5]], "view": [3, 4, 5, 6],
+            "ids": [0, 1, 2]}
+        assert arrays["bf"].dtype == np.float32 and arrays["half"].dtype == np.float16
+
+
+def test_bfloat16_is_read(tmp_path):
+    save_file({"x": np.zeros(2, "int16")}, str(tmp_path / "x.safetensors"))
+    content = (tmp_path / "x.safetensors").read_bytes().replace(b'"I16"', b'"BF16"')  # one character more in the header
+    size = int.from_bytes(content[:8], "little") + 1
+    numbers = (np.array([1.5, -2], "float32").view("uint32") >> 16).astype("<u2").tobytes()
+    (tmp_path / "x.safetensors").write_bytes(size.to_bytes(8, "little") + content[8:-4] + numbers)
+    assert read_safetensors(str(tmp_path / "x.safetensors"))["x"].tolist() == [1.5, -2]
+
+
+class Attack:
+    def __reduce__(self):
+        return os.system, ("touch attacked",)
+
+
+def test_a_pickle_of_more_than_tensors_is_not_run(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (folder / "model.safetensors").unlink()
+    with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"x": Attack()}, protocol=2))
+    with pytest.raises(InputError, match="pytorch_model.bin cannot be read: it names .*system, which no tensor needs"):
+        load(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"no file of torch")
+    with pytest.raises(InputError, match="pytorch_model.bin cannot be read: "):
+        load(folder)
+    assert not (tmp_path / "attacked").exists()
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"model_type": "t5"}, "has model_type 't5'; encoders of bert, ernie, distilbert, xlm-roberta are read"),
+    ({"hidden_act": "gelu_new"}, "hidden_act gelu_new is not read"),
+    ({"position_embedding_type": "relative_key"}, "position_embedding_type relative_key is not read"),
+    ({"num_hidden_layers": 3}, "does not fit the network; missing: encoder.layers.2."),
+    ({"vocab_size": 7}, r"wrongly shaped: embeddings.word_embeddings.weight \[\d+, 16\] instead of \[7, 16\]")])
+def test_what_does_not_fit_is_refused(folder, change, message):
+    config = {**CONFIGS["bert"], "model_type": "bert", **change}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(InputError, match=f"--model_name_or_path .*bert.*{message}"):
+        load(folder)
+
+
+def test_a_missing_pooler_starts_at_random_with_a_warning(folder, capsys):
+    weights = {name: array for name, array in weights_of("bert").items() if "pooler" not in name}
+    save_file(weights, str(folder / "model.safetensors"))
+    encoder = load_pretrained(str(folder))
+    assert "has no trained pooler: its pooler starts at random" in capsys.readouterr().err
+    assert 0.01 < encoder.pooler.dense.weight.numpy().std() < 0.03
+    load(folder)
+    assert "no trained pooler" not in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------------- the tokenizer
+def ids_of(tokenizer):
+    tokens = tokenizer(TEXTS, 64)
+    return [[int(number) for number in tokens[row]] for row in range(len(TEXTS))]
+
+
+def test_tokens_are_those_of_transformers(folder, tmp_path):
+    """From vocab.txt, from tokenizer.json alone, and from a checkpoint."""
+    expected = [value["ids"] for value in VALUES["bert"]]
+    tokenizer = load_tokenizer(str(folder))
+    assert ids_of(tokenizer) == expected
+    tokenizer.save_pretrained(str(tmp_path))
+    assert ids_of(load_tokenizer(str(tmp_path))) == expected
+    tokenizer.save_rust(str(folder))
+    (folder / "vocab.txt").unlink()
+    assert ids_of(load_tokenizer(str(folder))) == expected
+
+
+def test_any_other_tokenizer_of_the_tokenizers_library(folder, tmp_path):
+    """One with added tokens, and one that is no WordPiece; also from a checkpoint."""
+    from tokenizers import Tokenizer, models
+
+    load_tokenizer(str(folder)).save_rust(str(folder))
+    rust = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    rust.add_tokens(["[x]"])
+    rust.save(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(folder))
+    assert isinstance(tokenizer, RustTokenizer) and len(VOCABULARY) in ids_of(tokenizer)[2]
+    tokenizer.save_pretrained(str(tmp_path))
+    assert ids_of(load_tokenizer(str(tmp_path))) == ids_of(tokenizer)
+    unigram = Tokenizer(models.Unigram([("<unk>", 0.0), ("<pad>", 0.0), ("语义", -1.0), ("检索", -1.0)], 0))
+    unigram.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "XLMRobertaTokenizer", "pad_token": "<pad>", "unk_token": {"content": "<unk>"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    tokenizer = load_tokenizer(str(folder))
+    assert ids_of(tokenizer)[0] == [2, 3] and (tokenizer.pad_token_id, tokenizer.unk_token_id) == (1, 0)
+
+
+# ------------------------------------------------------------------------------------------------------- a checkpoint
+@pytest.mark.parametrize("pooling, place", [("cls", "cls"), ("mean_all", "mean")])
+def test_a_checkpoint_of_it(folder, tmp_path, pooling, place):
+    """It records all that it needs: it is loaded without the folder, and has the vectors of transformers."""
+    encoder = load(folder)
+    network = m.SimCSE(encoder, output_emb_size=0, pooling=pooling)
+    record = m.make_record(network, str(folder), 32)
+    m.save_checkpoint(str(tmp_path / "model_0"), network, load_tokenizer(str(folder)), record)
+    shutil.rmtree(folder)
+    loaded = m.load_model(str(tmp_path / "model_0" / "model_state.pdparams"))
+    tokens = loaded.tokenizer(TEXTS, 32)
+    for row, expected in enumerate(VALUES["bert"]):
+        vector = loaded.model.embed(np.array([tokens[row]], "int64"), np.zeros((1, len(tokens[row])), "int64")).numpy()
+        wanted = np.array(expected[place]) / np.linalg.norm(expected[place])
+        np.testing.assert_allclose(vector[0], wanted, atol=1e-5)
+
+
+def test_reading_alone(folder):
+    found = read_hugging_face(str(folder), "--model_name_or_path")
+    assert (found.kind, found.file, found.config["hidden_size"]) == ("bert", "model.safetensors", 16)
