@@ -21,7 +21,7 @@ from simcse import console, flags
 from simcse.encoder.weights import ONNX_FILE, OPENVINO_FILE, OPSET
 from simcse.files import check_writable
 from simcse.text.tokens import make_batches
-from simcse.text.wordpiece import WordPiece
+from simcse.text.wordpiece import RustTokenizer, WordPiece
 
 import numpy as np
 
@@ -161,7 +161,7 @@ def write_tokenizer(tokenizer, folder: str) -> None:
     """Write tokenizer.json, which deploy/python reads, if the tokenizer is of that kind."""
     if isinstance(tokenizer, WordPiece):
         tokenizer.save_rust(folder)
-    else:
+    elif not isinstance(tokenizer, RustTokenizer):  # which has written it with the checkpoint's files
         console.warn("the encoder's tokenizer is not ERNIE's or BERT's: deploy/python cannot read it; deploy/serving "
                      "can")
 

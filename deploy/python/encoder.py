@@ -36,6 +36,8 @@ class Tokenizer:
             raise OSError(f"{path}: not a tokenizer: {error}") from None
         self.pad_token_id = self._tokenizer.token_to_id("[PAD]")
         self.unk_token_id = self._tokenizer.token_to_id("[UNK]")
+        if self.pad_token_id is None or self.unk_token_id is None:
+            raise OSError(f"{path}: has no [PAD] or no [UNK], as BERT's tokenizers have; deploy/serving can read it")
         self._without_word = {self.unk_token_id}  # [UNK] and punctuation
         for token, token_id in self._tokenizer.get_vocab().items():
             if not any(character.isalnum() for character in token):

@@ -113,8 +113,8 @@ def _advise_on_layout(folder: str) -> str:
     foreign = [name for name in names if name.endswith((".safetensors", ".bin"))]
     if not foreign or any(name.endswith(".pdparams") for name in names):
         return ""
-    return (f"{foreign[0]} may be in the layout of Hugging Face transformers, which is not read here: convert encoder and "
-            "tokenizer with PaddleNLP: AutoModel.from_pretrained(old, convert_from_torch=True).save_pretrained(new)")
+    return (f"{foreign[0]} may be in the layout of Hugging Face transformers, which is not read here: convert encoder "
+            "and tokenizer by PaddleNLP, AutoModel.from_pretrained(old, convert_from_torch=True).save_pretrained(new)")
 
 
 def _check_pickles(folder: str) -> None:

@@ -241,6 +241,8 @@ def model_digest(params_path: str, model_name_or_path: str | None) -> str:
     if not encoder and not (record and os.path.isfile(tokenizer_file)):
         encoder = record.get("model_name_or_path", DEFAULT_MODEL)
     paths = [params_path, os.path.join(folder, VOCABULARY_FILE), tokenizer_file]
+    if not os.path.isfile(paths[1]):  # a tokenizer without vocab.txt is all in tokenizer.json
+        paths.append(os.path.join(folder, "tokenizer.json"))
     if os.path.isdir(encoder):
         paths += [os.path.join(encoder, name) for name in sorted(os.listdir(encoder)) if not name.endswith(WEIGHTS)]
         encoder = ""  # known by its files
