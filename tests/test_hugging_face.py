@@ -14,12 +14,14 @@ from simcse.console import InputError
 from simcse.encoder.hugging_face import read_hugging_face, read_safetensors
 from simcse.encoder.pretrained import load_pretrained
 from simcse.encoder.torch_file import read_torch_file
+from simcse.hub_layout import is_hugging_face
 from simcse.text.wordpiece import RustTokenizer, load_tokenizer
 
 import numpy as np
 import paddle
 import pytest
 from hugging_face_models import CONFIGS, TEXTS, VOCABULARY, weights_of, write_model
+from paddlenlp.transformers import BertConfig, BertModel
 from safetensors.numpy import save_file
 
 VALUES = json.loads((Path(__file__).parent / "hugging_face_values.json").read_text(encoding="utf-8"))["values"]
@@ -116,6 +118,45 @@ def test_a_file_that_torch_has_written(tmp_path):
         assert arrays["bf"].dtype == np.float32 and arrays["half"].dtype == np.float16
 
 
+@pytest.mark.parametrize("size", [0, 8])
+def test_a_tensor_that_reaches_beyond_its_storage(size, tmp_path):
+    path = tmp_path / "pytorch_model.bin"
+    path.write_bytes(zlib.decompress(base64.b64decode(TORCH_FILE)))
+    with zipfile.ZipFile(path) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in contents.items():
+            archive.writestr(name, content[:size] if "/data/" in name else content)
+    with pytest.raises(ValueError, match="a tensor reaches beyond its storage"):
+        read_torch_file(str(path))
+
+
+def test_what_transformers_takes_where_a_field_is_missing(folder):
+    config = {name: value for name, value in CONFIGS["bert"].items()
+              if name not in ("hidden_act", "type_vocab_size", "layer_norm_eps", "pad_token_id")}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "bert"}), encoding="utf-8")
+    check_vectors(load(folder), "bert")
+
+
+def test_a_folder_of_paddlenlp_with_safetensors_is_paddlenlps(folder):
+    config = BertConfig(**{name: value for name, value in CONFIGS["bert"].items() if name != "architectures"})
+    folder_of_paddle = folder.parent / "paddle"
+    state = {name: tensor.numpy() for name, tensor in BertModel(config).state_dict().items()}
+    folder_of_paddle.mkdir()
+    save_file(state, str(folder_of_paddle / "model.safetensors"), metadata={"format": "np"})
+    assert is_hugging_face(str(folder)) and not is_hugging_face(str(folder_of_paddle))
+
+
+def test_padding_is_that_of_the_tokenizer(folder):
+    """transformers does not use the id in config.json for it."""
+    config = {**CONFIGS["bert"], "model_type": "bert", "pad_token_id": None}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    encoder = load(folder)
+    ids = VALUES["bert"][0]["ids"]
+    padded = encoder(paddle.to_tensor([[*ids, 0, 0]]))[0].numpy()[0, 0]
+    np.testing.assert_allclose(padded, VALUES["bert"][0]["cls"], atol=1e-5)
+
+
 def test_bfloat16_is_read(tmp_path):
     save_file({"x": np.zeros(2, "int16")}, str(tmp_path / "x.safetensors"))
     content = (tmp_path / "x.safetensors").read_bytes().replace(b'"I16"', b'"BF16"')  # one character more in the header
@@ -135,21 +176,24 @@ def test_a_pickle_of_more_than_tensors_is_not_run(folder, tmp_path, monkeypatch)
     (folder / "model.safetensors").unlink()
     with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps({"x": Attack()}, protocol=2))
-    with pytest.raises(InputError, match="pytorch_model.bin cannot be read: it names .*system, which no tensor needs"):
+    with pytest.raises(InputError, match="model.bin cannot be read: the pickle refers to .*system, which tensors do no"):
         load(folder)
-    (folder / "pytorch_model.bin").write_bytes(b"no file of torch")
-    with pytest.raises(InputError, match="pytorch_model.bin cannot be read: "):
+    with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as archive:
+        archive.writestr("x", b"")
+    with pytest.raises(InputError, match="pytorch_model.bin cannot be read: not a file of torch.save: it has no data"):
         load(folder)
     assert not (tmp_path / "attacked").exists()
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"model_type": "t5"}, "has model_type 't5'; encoders of bert, ernie, distilbert, xlm-roberta are read"),
-    ({"hidden_act": "gelu_new"}, "hidden_act gelu_new is not read"),
-    ({"position_embedding_type": "relative_key"}, "position_embedding_type relative_key is not read"),
+    ({"model_type": "t5"}, "has model_type 't5'; bert, ernie, distilbert, xlm-roberta are supported"),
+    ({"hidden_act": "gelu_new"}, "hidden_act gelu_new is not supported; gelu, relu"),
+    ({"position_embedding_type": "relative_key"}, "position_embedding_type relative_key is not supported"),
+    ({"is_decoder": True}, "is_decoder true is not supported"),
+    ({"model_type": ["bert"]}, r"has model_type \['bert'\]"),
     ({"num_hidden_layers": 3}, "does not fit the network; missing: encoder.layers.2."),
     ({"vocab_size": 7}, r"wrongly shaped: embeddings.word_embeddings.weight \[\d+, 16\] instead of \[7, 16\]")])
-def test_what_does_not_fit_is_refused(folder, change, message):
+def test_unsupported_configs_raise(folder, change, message):
     config = {**CONFIGS["bert"], "model_type": "bert", **change}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(InputError, match=f"--model_name_or_path .*bert.*{message}"):
@@ -196,12 +240,33 @@ def test_any_other_tokenizer_of_the_tokenizers_library(folder, tmp_path):
     assert isinstance(tokenizer, RustTokenizer) and len(VOCABULARY) in ids_of(tokenizer)[2]
     tokenizer.save_pretrained(str(tmp_path))
     assert ids_of(load_tokenizer(str(tmp_path))) == ids_of(tokenizer)
+    (tmp_path / "checkpoint").mkdir()
+    for change in ({"normalizer": None}, {"pre_tokenizer": {"type": "WhitespaceSplit"}}):
+        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        (tmp_path / "tokenizer.json").write_text(json.dumps({**content, **change}), encoding="utf-8")
+        (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}', encoding="utf-8")
+        (tmp_path / "model.safetensors").touch()
+        tokenizer = load_tokenizer(str(tmp_path))
+        assert isinstance(tokenizer, RustTokenizer)
+        tokenizer.save_pretrained(str(tmp_path / "checkpoint"))
+        assert ids_of(load_tokenizer(str(tmp_path / "checkpoint"))) == ids_of(tokenizer)
     unigram = Tokenizer(models.Unigram([("<unk>", 0.0), ("<pad>", 0.0), ("语义", -1.0), ("检索", -1.0)], 0))
     unigram.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "XLMRobertaTokenizer", "pad_token": "<pad>", "unk_token": {"content": "<unk>"}}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     tokenizer = load_tokenizer(str(folder))
     assert ids_of(tokenizer)[0] == [2, 3] and (tokenizer.pad_token_id, tokenizer.unk_token_id) == (1, 0)
+
+
+@pytest.mark.parametrize("config, message", [
+    ({"tokenize_chinese_chars": False}, "tokenizer_config.json has tokenize_chinese_chars False; write a tokenizer"),
+    ({"tokenizer_class": "BertJapaneseTokenizer"}, "has tokenizer_class 'BertJapaneseTokenizer'; write a tokenizer"),
+    ({"added_tokens_decoder": {"40": {"content": "<q>"}}}, "has added tokens that vocab.txt lacks: <q>; write a token"),
+    ({"do_lower_case": "false"}, 'do_lower_case: expected true or false, got "false"')])
+def test_a_vocabulary_alone_of_another_tokenizer_is_refused(folder, config, message):
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(InputError, match=message):
+        load_tokenizer(str(folder))
 
 
 # ------------------------------------------------------------------------------------------------------- a checkpoint
@@ -221,6 +286,6 @@ def test_a_checkpoint_of_it(folder, tmp_path, pooling, place):
         np.testing.assert_allclose(vector[0], wanted, atol=1e-5)
 
 
-def test_reading_alone(folder):
+def test_read_hugging_face_returns_kind_and_file(folder):
     found = read_hugging_face(str(folder), "--model_name_or_path")
     assert (found.kind, found.file, found.config["hidden_size"]) == ("bert", "model.safetensors", 16)

@@ -1,8 +1,8 @@
 """Read an encoder from a folder in the layout of Hugging Face's transformers, without torch.
 
-All kinds that are read are BERT with a difference that the weights can take up, so that each becomes PaddleNLP's
-BertModel: DistilBERT has no token types, XLM-RoBERTa counts positions from another number, ERNIE adds the embedding of
-a task to every token.
+Each supported kind is BERT up to one difference, which is folded into the weights here, so that PaddleNLP's BertModel
+computes it: DistilBERT has no token types, XLM-RoBERTa counts positions from another number, ERNIE adds the embedding
+of a task to every token.
 """
 
 import os
@@ -19,7 +19,11 @@ import numpy as np
 
 Weights = dict[str, np.ndarray]
 
-ACTIVATIONS = ("gelu", "relu", "silu", "tanh")  # that mean the same in both libraries
+# Activations that both libraries have, by transformers' names, and PaddleNLP's names.
+ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu", "tanh": "tanh"}
+# What transformers takes where config.json lacks a field; PaddleNLP takes other values.
+DEFAULTS = {"hidden_act": "gelu", "type_vocab_size": 2, "pad_token_id": 0, "layer_norm_eps": 1e-12,
+            "max_position_embeddings": 512}
 # Names of layers of BERT, and what PaddleNLP calls them. The matrices of LINEAR are transposed.
 EMBEDDINGS = {
     "embeddings.word_embeddings": "embeddings.word_embeddings",
@@ -56,8 +60,8 @@ CONFIG_FIELDS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
     "hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size",
     "initializer_range", "pad_token_id", "layer_norm_eps")
-# Weights that are no part of an encoder: heads, and positions that are counted anew.
-_OTHER_PARTS = re.compile(r"(cls|lm_head|classifier|vocab_\w+|qa_outputs)\.|.*\bposition_ids$")
+# Weights that are no part of an encoder: heads, and the position_ids buffer, which BertModel makes itself.
+_OTHER_PARTS = re.compile(r"(cls|lm_head|(pre_)?classifier|vocab_\w+|qa_outputs)\.|.*\bposition_ids$")
 
 
 class HuggingFaceEncoder(NamedTuple):
@@ -83,13 +87,15 @@ def read_hugging_face(folder: str, flag: str) -> HuggingFaceEncoder:
         flag: the flag that named the folder, for messages.
 
     Raises:
-        InputError: it is of a kind that is not read, or damaged.
+        InputError: the folder is damaged, or its model_type is not supported.
     """
     where = f"{flag} {folder}"
     config = read_json(os.path.join(folder, "config.json"))
+    if not config:
+        raise InputError(f"{where}: has no config.json")
     kind = config.get("model_type")
-    if kind not in KINDS:
-        raise InputError(f"{where}: config.json has model_type {kind!r}; encoders of {', '.join(KINDS)} are read")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise InputError(f"{where}: config.json has model_type {kind!r}; {', '.join(KINDS)} are supported")
     file = next(name for name in HUGGING_FACE_WEIGHTS if os.path.isfile(os.path.join(folder, name)))
     weights = {}
     for name, array in _read_files(folder, file, where).items():
@@ -97,8 +103,9 @@ def read_hugging_face(folder: str, flag: str) -> HuggingFaceEncoder:
         if not _OTHER_PARTS.match(name):
             weights[name] = array.astype("float32")
     with as_input_error(where, KeyError, TypeError, ValueError):
-        config, weights = KINDS[kind].to_bert(config, weights)
+        config, weights = KINDS[kind].to_bert({**DEFAULTS, **KINDS[kind].defaults, **config}, weights)
         _check_config(config)
+        config["hidden_act"] = ACTIVATIONS[config["hidden_act"]]
         return HuggingFaceEncoder(kind, file, {name: config[name] for name in CONFIG_FIELDS if name in config},
                                   _rename(weights))
 
@@ -107,9 +114,11 @@ def _read_files(folder: str, file: str, where: str) -> Weights:
     """Return the arrays of a file of weights, or of those that an index names."""
     if not file.endswith(".index.json"):
         return _read_file(os.path.join(folder, file), where)
-    shards = read_json(os.path.join(folder, file)).get("weight_map", {}).values()
+    file_of_weight = read_json(os.path.join(folder, file)).get("weight_map")
+    if not isinstance(file_of_weight, dict) or not all(isinstance(name, str) for name in file_of_weight.values()):
+        raise InputError(f"{where}: {file} has no weight_map")
     weights: Weights = {}
-    for shard in sorted(set(shards)):
+    for shard in sorted(set(file_of_weight.values())):
         path = os.path.join(folder, os.path.basename(shard))  # it names no file of another folder
         if not os.path.isfile(path):
             raise InputError(f"{where}: {file} names {shard}, which is missing")
@@ -146,9 +155,11 @@ def read_safetensors(path: str) -> Weights:
 def _check_config(config: dict[str, Any]) -> None:
     """Raise ValueError if BertModel cannot be as a config.json says."""
     if config.get("position_embedding_type", "absolute") != "absolute":
-        raise ValueError(f"position_embedding_type {config['position_embedding_type']} is not read")
+        raise ValueError(f"position_embedding_type {config['position_embedding_type']} is not supported")
+    if config.get("is_decoder"):
+        raise ValueError("is_decoder true is not supported")
     if config["hidden_act"] not in ACTIVATIONS:
-        raise ValueError(f"hidden_act {config['hidden_act']} is not read")
+        raise ValueError(f"hidden_act {config['hidden_act']} is not supported; {', '.join(ACTIVATIONS)} are")
 
 
 def _rename(weights: Weights) -> Weights:
@@ -179,7 +190,7 @@ def _rename(weights: Weights) -> Weights:
 
 
 # ------------------------------------------------------------------------------------------------------------ the kinds
-def _keep(config: dict[str, Any], weights: Weights) -> tuple[dict[str, Any], Weights]:
+def _keep_bert(config: dict[str, Any], weights: Weights) -> tuple[dict[str, Any], Weights]:
     return config, weights
 
 
@@ -193,14 +204,14 @@ def _add_task(config: dict[str, Any], weights: Weights) -> tuple[dict[str, Any],
 
 
 def _drop_first_positions(config: dict[str, Any], weights: Weights) -> tuple[dict[str, Any], Weights]:
-    """XLM-RoBERTa: drop the positions up to the padding's, as the first token has the next one."""
+    """XLM-RoBERTa: drop the first pad_token_id + 1 position embeddings, from which it counts positions."""
     positions = "embeddings.position_embeddings.weight"
     weights[positions] = weights[positions][config["pad_token_id"] + 1 :]
     return {**config, "max_position_embeddings": len(weights[positions])}, weights
 
 
-def _add_token_types(config: dict[str, Any], weights: Weights) -> tuple[dict[str, Any], Weights]:
-    """DistilBERT: give it BERT's names, and token types that are 0."""
+def _rename_distilbert(config: dict[str, Any], weights: Weights) -> tuple[dict[str, Any], Weights]:
+    """DistilBERT: rename config and weights as BERT's, and add token type embeddings of 0."""
     renamed = {}
     for name, array in weights.items():
         layer = re.fullmatch(r"transformer\.layer\.(\d+)\.(.+)\.(weight|bias)", name)
@@ -216,17 +227,19 @@ class Kind(NamedTuple):
     """A kind of encoder.
 
     Attributes:
-        prefix: of its weights' names, in files that have a head, too.
+        prefix: of the encoder's weights in a file that also has a head.
         to_bert: makes of its config and its weights those of BERT, by transformers' names.
+        defaults: fields of config.json of which it has other defaults than BERT.
     """
 
     prefix: str
     to_bert: Callable[[dict[str, Any], Weights], tuple[dict[str, Any], Weights]]
+    defaults: dict[str, Any]
 
 
 KINDS = {  # by model_type
-    "bert": Kind("bert", _keep),
-    "ernie": Kind("ernie", _add_task),
-    "distilbert": Kind("distilbert", _add_token_types),
-    "xlm-roberta": Kind("roberta", _drop_first_positions),
+    "bert": Kind("bert", _keep_bert, {}),
+    "ernie": Kind("ernie", _add_task, {}),
+    "distilbert": Kind("distilbert", _rename_distilbert, {}),
+    "xlm-roberta": Kind("roberta", _drop_first_positions, {"pad_token_id": 1}),
 }

@@ -10,6 +10,7 @@ from simcse.encoder.paddle_patches import captured_paddlenlp_log, quiet_paddlenl
 from simcse.encoder.weights import load_state, read_weights
 from simcse.hub_layout import is_hugging_face
 from simcse.machine import RANK
+from simcse.text.wordpiece import load_tokenizer
 
 import numpy as np
 import paddle
@@ -69,19 +70,20 @@ def _load_hugging_face(folder: str, dropout: float | None, uses_pooler: bool) ->
     """Load an encoder from a folder in the layout of Hugging Face's transformers; see `load_pretrained`."""
     source = f"--model_name_or_path {folder}"
     found = read_hugging_face(folder, "--model_name_or_path")
-    record = {"encoder_class": "BertModel", "encoder_config": found.config}
-    encoder = encoder_from_record(record, dropout, source)
-    hidden_size = found.config["hidden_size"]
+    # BertModel leaves out padding by its id, which config.json may not have right: transformers does not use that.
+    config = {**found.config, "pad_token_id": load_tokenizer(folder).pad_token_id}
+    encoder = encoder_from_record({"encoder_class": "BertModel", "encoder_config": config}, dropout, source)
+    hidden_size = config["hidden_size"]
     if not any(name.startswith("pooler.") for name in found.weights):
         if uses_pooler:
             warn(f"{folder} has no trained pooler: its pooler starts at random")
-        initializer = np.random.default_rng(int(paddle.randint(0, 2**31 - 1).item()))
-        found.weights["pooler.dense.weight"] = initializer.normal(0, 0.02, (hidden_size, hidden_size)).astype("float32")
+        generator = np.random.default_rng(int(paddle.randint(0, 2**31 - 1).item()))
+        found.weights["pooler.dense.weight"] = generator.normal(0, 0.02, (hidden_size, hidden_size)).astype("float32")
         found.weights["pooler.dense.bias"] = np.zeros(hidden_size, "float32")
     load_state(encoder, found.weights, source)
     if not RANK:
         log(f"{folder}: {found.kind} in the layout of Hugging Face, {found.file}: "
-            f"{found.config['num_hidden_layers']} layers of {hidden_size}")
+            f"{config['num_hidden_layers']} layers of {hidden_size}")
     return encoder
 
 
@@ -113,7 +115,7 @@ def _advise_on_layout(folder: str) -> str:
     foreign = [name for name in names if name.endswith((".safetensors", ".bin"))]
     if not foreign or any(name.endswith(".pdparams") for name in names):
         return ""
-    return (f"{foreign[0]} may be in the layout of Hugging Face transformers, which is not read here: convert encoder "
+    return (f"{foreign[0]} may be in the layout of Hugging Face transformers, which train.py reads: convert encoder "
             "and tokenizer by PaddleNLP, AutoModel.from_pretrained(old, convert_from_torch=True).save_pretrained(new)")
 
 

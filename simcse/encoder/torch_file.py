@@ -43,7 +43,7 @@ def read_torch_file(path: str) -> dict[str, np.ndarray]:
     """Return the arrays in a file of torch.save, such as pytorch_model.bin, by name; bfloat16 as float32.
 
     Raises:
-        pickle.UnpicklingError: it names more than tensors need; nothing of it is run.
+        pickle.UnpicklingError: it refers to more than tensors need; it is refused without running it.
         Exception: the file is damaged.
     """
     if zipfile.is_zipfile(path):
@@ -55,7 +55,9 @@ def read_torch_file(path: str) -> dict[str, np.ndarray]:
 def _read_zip(path: str) -> dict[str, np.ndarray]:
     """Return the arrays in a file of torch 1.6 or later: a pickle and a file for each storage, not compressed."""
     with zipfile.ZipFile(path) as archive:
-        pickle_name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+        pickle_name = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
+        if pickle_name is None:
+            raise ValueError("not a file of torch.save: it has no data.pkl")
         folder = pickle_name.rpartition("/")[0]
         tensors = _TensorUnpickler(io.BytesIO(archive.read(pickle_name))).load()
         return _to_arrays(tensors, lambda storage: archive.read(f"{folder}/data/{storage.key}"))
@@ -64,7 +66,7 @@ def _read_zip(path: str) -> dict[str, np.ndarray]:
 def _read_legacy(file: Any) -> dict[str, np.ndarray]:
     """Return the arrays in a file of torch before 1.6: several pickles, then the storages one after the other."""
     if _TensorUnpickler(file).load() != _LEGACY_MAGIC:
-        raise ValueError("no file of torch.save")
+        raise ValueError("not a file of torch.save")
     _TensorUnpickler(file).load()  # the version of the format
     _TensorUnpickler(file).load()  # sizes of integers on the machine that wrote it
     unpickler = _TensorUnpickler(file)
@@ -97,8 +99,8 @@ class _TensorUnpickler(pickle.Unpickler):
             return _rebuild_tensor
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return _rebuild_parameter
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no tensor needs; it could run code and was not "
-                                     "loaded")
+        raise pickle.UnpicklingError(f"the pickle refers to {module}.{name}, which tensors do not need; refused, not "
+                                     "run")
 
     def persistent_load(self, pid: tuple) -> Storage:
         """Return the storage that an entry of the pickle names: ("storage", kind, key, device, size, ...)."""
@@ -137,8 +139,11 @@ def _to_arrays(tensors: Any, read: Callable[[Storage], bytes]) -> dict[str, np.n
 
 def _to_array(tensor: LazyTensor, numbers: np.ndarray) -> np.ndarray:
     """Return a tensor as an array of its own, from the numbers of its storage."""
+    if 0 in tensor.shape:
+        numbers = np.zeros(1, numbers.dtype)
     last = tensor.offset + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides))
-    if min((*tensor.shape, *tensor.strides, tensor.offset), default=0) < 0 or last >= len(numbers) > 0:
+    has_negative = min((*tensor.shape, *tensor.strides, tensor.offset), default=0) < 0
+    if has_negative or (0 not in tensor.shape and last >= len(numbers)):
         raise ValueError("a tensor reaches beyond its storage")
     strides = [stride * numbers.itemsize for stride in tensor.strides]
     array = np.lib.stride_tricks.as_strided(numbers[tensor.offset :], tensor.shape, strides, writeable=False)

@@ -20,6 +20,8 @@ import numpy as np
 REDUNDANT = re.compile("([0-9A-Za-z]{101})[0-9A-Za-z]+|( ) +")
 WORDPIECE_CLASSES = ("ErnieTokenizer", "BertTokenizer")  # the tokenizers of PaddleNLP that `WordPiece` replaces
 HUGGING_FACE = "BertTokenizerFast"  # the tokenizer of Hugging Face's transformers that it replaces
+BERT_LIKE = ("BertTokenizer", "DistilBertTokenizer", "ErnieTokenizer")  # transformers' tokenizers that are the same
+SPECIAL_TOKENS = ("[CLS]", "[SEP]", "[PAD]", "[UNK]", "[MASK]")
 RUST = "PreTrainedTokenizerFast"  # what transformers calls any other tokenizer.json
 WORD_CHARACTERS = 100  # of a word at most; a longer word is [UNK]
 # BertPreTokenizer splits only at punctuation, PaddleNLP also at symbols and at some other code points. The last range
@@ -241,14 +243,21 @@ class RustTokenizer:
     Args:
         path: of tokenizer.json.
         pad_token, unk_token: special tokens in it.
+
+    Raises:
+        InputError: the file is damaged, or lacks these tokens.
     """
 
     def __init__(self, path: str, pad_token: str, unk_token: str) -> None:
         from tokenizers import Tokenizer
 
-        self._rust = Tokenizer.from_file(path)
+        with as_input_error(f"{path}: not a tokenizer", Exception):  # tokenizers raises nothing narrower
+            self._rust = Tokenizer.from_file(path)
         self._rust.no_padding()
         self._tokens = {"pad_token": pad_token, "unk_token": unk_token}
+        for name, token in self._tokens.items():
+            if not isinstance(token, str) or self._rust.token_to_id(token) is None:
+                raise InputError(f"{path}: has no token {token!r}; name its {name} in tokenizer_config.json")
         self.pad_token_id = self._rust.token_to_id(pad_token)
         self.unk_token_id = self._rust.token_to_id(unk_token)
         self.wordless = {self.unk_token_id}
@@ -305,28 +314,76 @@ def _read_hugging_face(folder: str) -> WordPiece | RustTokenizer:
     config = read_json(os.path.join(folder, "tokenizer_config.json"))
     path = os.path.join(folder, "tokenizer.json")
     rust = read_json(path)
-    with as_input_error(f"{path}: damaged", TypeError, KeyError, AttributeError):
-        added = {token["content"] for token in rust.get("added_tokens") or [] if not token["special"]}
-        normalizer = rust.get("normalizer") or {}
-        is_wordpiece = rust.get("model", {}).get("type", "WordPiece") == "WordPiece"
-    is_like_bert = (config.get("tokenize_chinese_chars", True) and config.get("strip_accents") is None
-                    and normalizer.get("type", "BertNormalizer") == "BertNormalizer")
-    if rust and not (is_wordpiece and is_like_bert and not added):
-        return RustTokenizer(path, _content(config, "pad_token", "[PAD]"), _content(config, "unk_token", "[UNK]"))
     vocabulary = os.path.join(folder, "vocab.txt")
-    if os.path.isfile(vocabulary):
-        vocab = _read_vocabulary(vocabulary)
-    elif rust:
+    if rust and (config.get("tokenizer_class") == RUST or not _is_bert(rust, config)):
+        return RustTokenizer(path, *_special_tokens(folder, config))
+    if rust:
         vocab = rust["model"]["vocab"]
+        lowercase = config.get("do_lower_case", rust["normalizer"].get("lowercase", True))
+    elif os.path.isfile(vocabulary):
+        vocab = _read_vocabulary(vocabulary)
+        _check_like_bert(folder, config, vocab)
+        lowercase = config.get("do_lower_case", True)
     else:
         raise InputError(f"no tokenizer in {folder}: it has neither vocab.txt nor tokenizer.json")
-    return WordPiece(vocab, config.get("do_lower_case", normalizer.get("lowercase", True)), HUGGING_FACE)
+    _check_lowercase(folder, lowercase)
+    return WordPiece(vocab, lowercase, HUGGING_FACE)
 
 
-def _content(config: dict[str, Any], name: str, default: str) -> str:
-    """Return a special token of tokenizer_config.json, where it is a string or an object."""
-    token = config.get(name) or default
-    return token if isinstance(token, str) else token["content"]
+def _is_bert(rust: dict[str, Any], config: dict[str, Any]) -> bool:
+    """Return whether a tokenizer.json, and the tokenizer_config.json beside it, are of a tokenizer as `WordPiece`."""
+    try:
+        model, normalizer = rust["model"], rust["normalizer"]
+        is_wordpiece = (model["type"] == "WordPiece" and model["continuing_subword_prefix"] == "##"
+                        and set(SPECIAL_TOKENS) - {"[MASK]"} <= model["vocab"].keys())
+        is_normalized_so = (normalizer["type"] == "BertNormalizer" and normalizer["clean_text"]
+                            and normalizer["handle_chinese_chars"] and normalizer["strip_accents"] is None)
+        added_tokens = {token["content"] for token in rust.get("added_tokens") or []}
+        return (is_wordpiece and is_normalized_so and rust["pre_tokenizer"]["type"] == "BertPreTokenizer"
+                and added_tokens <= set(SPECIAL_TOKENS) and not _differences_from_bert(config))
+    except (KeyError, TypeError, AttributeError):
+        return False
+
+
+def _differences_from_bert(config: dict[str, Any]) -> list[str]:
+    """Return the settings of a tokenizer_config.json that `WordPiece` cannot have."""
+    differences = []
+    if config.get("strip_accents") is not None:
+        differences.append("strip_accents")
+    if config.get("tokenize_chinese_chars", True) is not True:
+        differences.append("tokenize_chinese_chars")
+    if config.get("tokenizer_class", HUGGING_FACE).removesuffix("Fast") not in BERT_LIKE:
+        differences.append("tokenizer_class")
+    return differences
+
+
+def _check_like_bert(folder: str, config: dict[str, Any], vocab: dict[str, int]) -> None:
+    """Raise InputError if a folder with vocab.txt alone is of a tokenizer that `WordPiece` is not."""
+    remedy = "; write a tokenizer.json: AutoTokenizer.from_pretrained(old).save_pretrained(new) of transformers"
+    for name in _differences_from_bert(config):
+        raise InputError(f"{folder}: tokenizer_config.json has {name} {config[name]!r}{remedy}")
+    with as_input_error(f"{folder}: tokenizer_config.json", TypeError, KeyError, AttributeError):
+        added = [token["content"] for token in (config.get("added_tokens_decoder") or {}).values()]
+    added += read_json(os.path.join(folder, "added_tokens.json"))
+    missing = [token for token in added if token not in vocab]
+    if missing:
+        raise InputError(f"{folder} has added tokens that vocab.txt lacks: {some(missing)}{remedy}")
+
+
+def _special_tokens(folder: str, config: dict[str, Any]) -> tuple[str, str]:
+    """Return the padding and the unknown token that the files beside a tokenizer.json name."""
+    named = {**read_json(os.path.join(folder, "special_tokens_map.json")), **config}
+    tokens = []
+    for name, default in (("pad_token", "[PAD]"), ("unk_token", "[UNK]")):
+        token = named.get(name) or default
+        tokens.append(token["content"] if isinstance(token, dict) and "content" in token else token)
+    return tokens[0], tokens[1]
+
+
+def _check_lowercase(folder: str, lowercase: Any) -> None:
+    if not isinstance(lowercase, bool):
+        raise InputError(f"{os.path.join(folder, 'tokenizer_config.json')}: do_lower_case: expected true or false, "
+                         f"got {some_characters(json.dumps(lowercase))}")
 
 
 def _read_wordpiece(folder: str) -> WordPiece | None:
@@ -340,9 +397,7 @@ def _read_wordpiece(folder: str) -> WordPiece | None:
     vocab = _read_vocabulary(vocabulary)
     _check_added_tokens(folder, vocab)
     lowercase = config.get("do_lower_case", True)
-    if not isinstance(lowercase, bool):
-        raise InputError(f"{os.path.join(folder, 'tokenizer_config.json')}: do_lower_case: expected true or false, "
-                         f"got {some_characters(json.dumps(lowercase))}")
+    _check_lowercase(folder, lowercase)
     return WordPiece(vocab, lowercase, kind)
 
 
@@ -351,7 +406,7 @@ def _read_vocabulary(path: str) -> dict[str, int]:
     with (as_input_error(f"{path}: not a vocabulary in UTF-8", UnicodeDecodeError),
           open(path, encoding="utf-8", newline="\n") as file):
         vocab = {line.rstrip("\r\n"): number for number, line in enumerate(file)}
-    missing = [token for token in ("[CLS]", "[SEP]", "[PAD]", "[UNK]") if token not in vocab]
+    missing = [token for token in SPECIAL_TOKENS[:4] if token not in vocab]
     if missing:
         raise InputError(f"{path}: not a vocabulary, a token a line: it lacks {', '.join(missing)}")
     return vocab
@@ -368,7 +423,7 @@ def _check_added_tokens(folder: str, vocab: dict[str, int]) -> None:
                          "order of their ids")
 
 
-def find_unknown(tokenizer: WordPiece | PaddleTokenizer, ids: Sequence[Ids]) -> list[int]:
+def find_unknown(tokenizer: WordPiece | RustTokenizer | PaddleTokenizer, ids: Sequence[Ids]) -> list[int]:
     """Return the rows of the texts without a known word: texts without tokens, or of [UNK] and punctuation only.
 
     The encoder cannot tell such texts apart: each would match every other one perfectly.
