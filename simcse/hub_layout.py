@@ -10,7 +10,7 @@ from simcse.files import read_json
 # are shared out.
 HUGGING_FACE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
                         "pytorch_model.bin.index.json")
-PADDLE_LAYERS = ("embeddings.layer_norm.", ".self_attn.")  # in names of weights; PaddleNLP writes model.safetensors, too
+PADDLE_LAYERS = ("embeddings.layer_norm.", ".self_attn.")  # in names of weights: PaddleNLP writes safetensors as well
 
 
 def is_hugging_face(folder: str) -> bool:

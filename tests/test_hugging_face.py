@@ -176,11 +176,11 @@ def test_a_pickle_of_more_than_tensors_is_not_run(folder, tmp_path, monkeypatch)
     (folder / "model.safetensors").unlink()
     with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps({"x": Attack()}, protocol=2))
-    with pytest.raises(InputError, match="model.bin cannot be read: the pickle refers to .*system, which tensors do no"):
+    with pytest.raises(InputError, match="model.bin cannot be read: the pickle refers to .*system, which tensors"):
         load(folder)
     with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as archive:
         archive.writestr("x", b"")
-    with pytest.raises(InputError, match="pytorch_model.bin cannot be read: not a file of torch.save: it has no data"):
+    with pytest.raises(InputError, match="model.bin cannot be read: not a file of torch.save: it has no data"):
         load(folder)
     assert not (tmp_path / "attacked").exists()
 
