@@ -173,13 +173,13 @@ def test_a_text_of_no_token_is_a_number(name):
 
 def test_an_unknown_pooling_is_an_error(tmp_path):
     """In the network, and in the record of a checkpoint."""
-    with pytest.raises(ValueError, match=f"pooling 'cls' is none of {', '.join(POOLINGS)}"):
-        tiny(pooling="cls")
+    with pytest.raises(ValueError, match=f"pooling 'median' is none of {', '.join(POOLINGS)}"):
+        tiny(pooling="median")
     network, folder = tiny(), tmp_path / "model_1"
     m.save_checkpoint(str(folder), network, load_tokenizer(str(ENCODER)), m.make_record(network, "an encoder", 16))
     path = folder / weights.CONFIG_FILE
-    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "pooling": "cls"}))
-    with pytest.raises(InputError, match=r"--params_path .*simcse_config.json: pooling 'cls' is none of pooler"):
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "pooling": "median"}))
+    with pytest.raises(InputError, match=r"--params_path .*simcse_config.json: pooling 'median' is none of pooler"):
         m.load_model(str(folder / weights.PARAMS_FILE))
 
 

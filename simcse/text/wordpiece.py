@@ -319,13 +319,14 @@ def _read_hugging_face(folder: str) -> WordPiece | RustTokenizer:
         return RustTokenizer(path, *_special_tokens(folder, config))
     if rust:
         vocab = rust["model"]["vocab"]
-        lowercase = config.get("do_lower_case", rust["normalizer"].get("lowercase", True))
     elif os.path.isfile(vocabulary):
         vocab = _read_vocabulary(vocabulary)
         _check_like_bert(folder, config, vocab)
-        lowercase = config.get("do_lower_case", True)
     else:
         raise InputError(f"no tokenizer in {folder}: it has neither vocab.txt nor tokenizer.json")
+    lowercase = config.get("do_lower_case", True)  # where a class is named, transformers does not ask tokenizer.json
+    if rust and "tokenizer_class" not in config:
+        lowercase = rust["normalizer"]["lowercase"]
     _check_lowercase(folder, lowercase)
     return WordPiece(vocab, lowercase, HUGGING_FACE)
 
