@@ -11,9 +11,10 @@ from pathlib import Path
 
 import model as m
 from simcse.console import InputError
-from simcse.encoder.hugging_face import read_hugging_face, read_safetensors
+from simcse.encoder.hugging_face import read_hugging_face
 from simcse.encoder.pretrained import load_pretrained
 from simcse.encoder.torch_file import read_torch_file
+from simcse.encoder.weights import read_safetensors
 from simcse.hub_layout import is_hugging_face
 from simcse.text.wordpiece import RustTokenizer, load_tokenizer
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from simcse.console import InputError, as_input_error, some
 from simcse.encoder.torch_file import read_torch_file
+from simcse.encoder.weights import read_safetensors
 from simcse.files import read_json
 from simcse.hub_layout import HUGGING_FACE_WEIGHTS
 
@@ -54,7 +55,6 @@ DISTILBERT_CONFIG = {
     "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
     "hidden_dim": "intermediate_size", "dropout": "hidden_dropout_prob",
     "attention_dropout": "attention_probs_dropout_prob", "activation": "hidden_act"}
-NUMPY_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "I64": "int64", "I32": "int32"}  # of safetensors
 # What PaddleNLP's BertConfig takes of a config.json.
 CONFIG_FIELDS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
@@ -133,23 +133,6 @@ def _read_file(path: str, where: str) -> Weights:
         if path.endswith(".bin"):
             return read_torch_file(path)
         return read_safetensors(path)
-
-
-def read_safetensors(path: str) -> Weights:
-    """Return the arrays in a .safetensors file by name, bfloat16, which numpy lacks, as float32."""
-    from safetensors import deserialize
-
-    with open(path, "rb") as file:
-        tensors = deserialize(file.read())
-    arrays = {}
-    for name, tensor in tensors:
-        shape = tensor["shape"]
-        if tensor["dtype"] == "BF16":
-            bits = np.frombuffer(tensor["data"], "<u2").astype("uint32") << 16
-            arrays[name] = bits.view("float32").reshape(shape)
-        else:
-            arrays[name] = np.frombuffer(tensor["data"], NUMPY_TYPES[tensor["dtype"]]).reshape(shape)
-    return arrays
 
 
 def _check_config(config: dict[str, Any]) -> None:

@@ -7,6 +7,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from simcse.encoder.weights import bfloat16_to_float32
+
 import numpy as np
 
 # The numpy type of a torch storage; numpy has no bfloat16, which is read as bits.
@@ -148,5 +150,5 @@ def _to_array(tensor: LazyTensor, numbers: np.ndarray) -> np.ndarray:
     strides = [stride * numbers.itemsize for stride in tensor.strides]
     array = np.lib.stride_tricks.as_strided(numbers[tensor.offset :], tensor.shape, strides, writeable=False)
     if tensor.storage.kind == BFLOAT16:
-        return (array.astype("uint32") << 16).view("float32")
+        return bfloat16_to_float32(array)
     return np.array(array)

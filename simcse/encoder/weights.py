@@ -28,6 +28,9 @@ OPENVINO_FILE = "inference.xml"  # and its weights, inference.bin
 ONNX_FILE = "inference.onnx"
 OPSET = 17  # of ONNX, the first with LayerNormalization as one operator
 TABLE_FILE = "table.npz"
+# The numpy types of a .safetensors file, on every machine little-endian; bfloat16 is read as bits.
+NUMPY_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2",
+               "I8": "i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?"}
 # What paddle.save's pickles name: numpy arrays, in dicts and tuples. Anything else could run code while it is read.
 ALLOWED_IN_PICKLES = {
     ("collections", "OrderedDict"), ("builtins", "tuple"), ("_codecs", "encode"), ("numpy", "ndarray"),
@@ -56,10 +59,28 @@ def read_weights(path: str, flag: str) -> dict[str, np.ndarray]:
     """
     with as_input_error(f"{flag} {path}: not a paddle checkpoint", Exception):  # damaged files raise anything
         if path.endswith(".safetensors"):
-            from safetensors.numpy import load_file
-
-            return load_file(path)
+            return read_safetensors(path)
         return _read_pickle(path)
+
+
+def read_safetensors(path: str) -> dict[str, np.ndarray]:
+    """Return the arrays in a .safetensors file by name, bfloat16, which numpy lacks, as float32."""
+    from safetensors import deserialize
+
+    with open(path, "rb") as file:
+        tensors = deserialize(file.read())
+    arrays = {}
+    for name, tensor in tensors:
+        array = np.frombuffer(tensor["data"], NUMPY_TYPES[tensor["dtype"]])
+        if tensor["dtype"] == "BF16":
+            array = bfloat16_to_float32(array)
+        arrays[name] = array.reshape(tensor["shape"])
+    return arrays
+
+
+def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
+    """Return the numbers whose bits as bfloat16 are given as uint16; they are the upper half of a float32's."""
+    return (bits.astype("uint32") << 16).view("float32")
 
 
 def _read_pickle(path: str) -> dict[str, np.ndarray]:
@@ -74,7 +95,7 @@ def _read_pickle(path: str) -> dict[str, np.ndarray]:
     for name, value in state.items():
         array = np.asarray(value[1] if isinstance(value, tuple) else value)  # or a pair of its name and its array
         if array.dtype == np.uint16:  # the bits of bfloat16
-            array = (array.astype("uint32") << 16).view("float32")
+            array = bfloat16_to_float32(array)
         arrays[name] = array
     return arrays
 
