@@ -21,7 +21,7 @@ from conftest import FP32, read_texts, run_script
 
 pytest.importorskip("fastapi_offline", reason="requirements-serving.txt is not installed")
 from deploy.serving import remote
-from deploy.serving.reloading import ReloadingApp
+from deploy.serving.reloading import ReloadingApp, Served
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +268,29 @@ def test_one_whose_app_cannot_be_made_changes_nothing(capsys):
 
     run(main)
     assert capsys.readouterr().err.splitlines()[0] == "KeyError: 'mode'; what was served before goes on"
+
+
+@pytest.mark.parametrize("steps", range(6))
+def test_a_cancellation_as_the_last_request_ends_is_not_lost(steps):
+    """The service would not end otherwise."""
+
+    async def main():
+        searcher = Searcher("a")
+        served = Served(searcher, searcher.app())
+        await served.begin()
+
+        async def reload():
+            await served.end(60)
+            await asyncio.sleep(60)
+
+        reloading = asyncio.create_task(reload())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        reloading.cancel()
+        await asyncio.wait([reloading], timeout=1)
+        assert reloading.cancelled()
+
+    run(main)
 
 
 def test_figures_are_of_what_has_begun():

@@ -63,8 +63,12 @@ class Served:
 
     async def end(self, seconds: float) -> None:
         """End when all requests are answered, or after some seconds: a client may have stopped reading its answer."""
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._wait_until_idle(), seconds)
+        idle = asyncio.create_task(self._wait_until_idle())
+        try:
+            # asyncio.wait_for loses a cancellation that comes just as its task ends (Python before 3.12).
+            await asyncio.wait([idle], timeout=seconds)
+        finally:
+            idle.cancel()
         await self._lifespan.__aexit__(None, None, None)
 
     async def _wait_until_idle(self) -> None:
