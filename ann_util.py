@@ -101,7 +101,9 @@ def read_manifest(path: str, wanted: Manifest) -> Manifest:
         raise InputError(f"{where}: has ann_engine {manifest.ann_engine}, which is not among those of this version "
                          f"({', '.join(LOCAL_ENGINES)}); {REBUILD}")
     remedy = REBUILD
-    if not manifest.differences(dataclasses.replace(wanted, precision=None)):  # the precision alone, if anything
+    if not manifest.differences(dataclasses.replace(wanted, document_prefix=None)):  # that alone, if anything
+        remedy = f"--document_prefix {manifest.document_prefix!r} takes it as it is; or {remedy}"
+    elif not manifest.differences(dataclasses.replace(wanted, precision=None)):
         device = DEVICE_OF_PRECISION.get(manifest.precision)
         with_device = f" with --device {device}" if device else ""
         remedy = f"--precision {manifest.precision}{with_device} takes it as it is; or {remedy}"
@@ -222,7 +224,7 @@ def read_documents(corpus: Corpus, encoder: "Encoder", manifest: Manifest) -> Do
     """Return the documents of a corpus, split into passages if the manifest says so."""
     documents = Documents(corpus)
     if manifest.passages:
-        documents.split(encoder.tokenizer, encoder.max_seq_length)
+        documents.split(encoder.tokenizer, encoder.room_of_documents())
     return documents
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from simcse.files import prefetch
+from simcse.text.prefixes import DOCUMENT, NO_PREFIXES, QUERY, Prefixes, add_prefixes
 from simcse.text.tokens import Ids, pad
 
 import numpy as np
@@ -60,6 +61,31 @@ class ShuffledBatches:
             rows = order[batch * size :] if is_last else order[batch * size : (batch + 1) * size]
             share = len(rows) // self.ranks
             yield rows[self.rank * share : (self.rank + 1) * share]
+
+
+class Side(NamedTuple):
+    """The token ids of the texts of one side of a batch.
+
+    Attributes:
+        ids: those of each text, with [CLS], its prefix and [SEP].
+        prefix_tokens: how many of them are its prefix, the same for all texts of a side.
+    """
+
+    ids: Sequence[Ids]
+    prefix_tokens: int
+
+    @classmethod
+    def of(cls, tokenizer: Any, texts: Sequence[str], max_seq_length: int, prefixes: Prefixes,
+           input_type: str) -> "Side":
+        """Tokenize texts of one input type."""
+        prefixed = add_prefixes(tokenizer, texts, prefixes, input_type)
+        return cls(tokenizer(prefixed.texts, max_seq_length), int(np.max(prefixed.prefix_tokens)))
+
+    def keys(self) -> np.ndarray:
+        """Return the key of each text, without its prefix, int64 [texts]; see `hash_token_ids`."""
+        if not self.prefix_tokens:
+            return hash_token_ids(self.ids)
+        return hash_token_ids([[text_ids[0], *text_ids[1 + self.prefix_tokens :]] for text_ids in self.ids])
 
 
 def hash_token_ids(ids: Sequence[Ids]) -> np.ndarray:
@@ -145,25 +171,28 @@ class Batch:
         return chunks
 
 
-def crop(ids: Ids, rate: float, random: np.random.Generator, max_seq_length: int = UNCROPPED_LENGTH) -> Ids:
+def crop(ids: Ids, rate: float, random: np.random.Generator, max_seq_length: int = UNCROPPED_LENGTH,
+         prefix_tokens: int = 0) -> Ids:
     """Return a view of a text: a random run of its tokens (independent cropping; Izacard et al. 2022, Contriever,
     arXiv:2112.09118).
 
     Args:
-        ids: the text's token ids, with [CLS] and [SEP].
+        ids: the text's token ids, with [CLS], its prefix and [SEP].
         rate: the largest fraction of the tokens to drop.
         random: draws length and start of the run.
-        max_seq_length: tokens of the view at most, with [CLS] and [SEP]; the run is cut.
+        max_seq_length: tokens of the view at most, with [CLS], prefix and [SEP]; the run is cut.
+        prefix_tokens: how many tokens the prefix has, which is not cropped.
     """
-    count = len(ids) - 2
+    first = 1 + prefix_tokens
+    count = len(ids) - 1 - first
     length = random.integers(count - int(rate * count), count + 1)
-    start = 1 + random.integers(0, count - length + 1)
-    end = start + min(length, max_seq_length - 2)
-    return [ids[0], *ids[start:end], ids[-1]]
+    start = first + random.integers(0, count - length + 1)
+    end = start + min(length, max_seq_length - 1 - first)
+    return [*ids[:first], *ids[start:end], ids[-1]]
 
 
 def make_batch(texts: Sequence[Any], tokenizer: Any, args: argparse.Namespace, rows: Sequence[int],
-               epoch: int) -> Batch:
+               epoch: int, prefixes: Prefixes = NO_PREFIXES) -> Batch:
     """Return the batch of some rows of the training file.
 
     Args:
@@ -172,66 +201,72 @@ def make_batch(texts: Sequence[Any], tokenizer: Any, args: argparse.Namespace, r
         args: flags of train.py.
         rows: the numbers of the rows.
         epoch: from 0.
+        prefixes: of queries, and of documents, which are titles and hard negatives.
     """
     contents = [texts[row] for row in rows]
     if isinstance(contents[0], str):
-        return make_text_batch(contents, tokenizer, args, rows=rows, epoch=epoch)
-    query_ids = tokenizer([fields[0] for fields in contents], args.max_seq_length)
-    title_ids = tokenizer([fields[1] for fields in contents], args.max_seq_length)
-    negative_ids = None
-    if len(contents[0]) == 3:
-        negative_ids = tokenizer([fields[2] for fields in contents], args.max_seq_length)
+        return make_text_batch(contents, tokenizer, args, rows=rows, epoch=epoch, prefixes=prefixes)
+    sides = []
+    for column, input_type in enumerate((QUERY, DOCUMENT, DOCUMENT)[: len(contents[0])]):
+        column_texts = [fields[column] for fields in contents]
+        sides.append(Side.of(tokenizer, column_texts, args.max_seq_length, prefixes, input_type))
+    query, title, *hard_negatives = sides
+    hard_negative = hard_negatives[0] if hard_negatives else None
     duplicate_keys = None
     if not args.keep_duplicate_negatives:
-        duplicate_keys = DuplicateKeys(query=hash_token_ids(query_ids), title=hash_token_ids(title_ids),
-                                       hard_negative=None if negative_ids is None else hash_token_ids(negative_ids))
+        duplicate_keys = DuplicateKeys(query=query.keys(), title=title.keys(),
+                                       hard_negative=None if hard_negative is None else hard_negative.keys())
     pad_id = tokenizer.pad_token_id
-    return Batch(query=Inputs.of(query_ids, pad_id), title=Inputs.of(title_ids, pad_id),
-                 hard_negative=None if negative_ids is None else Inputs.of(negative_ids, pad_id),
+    return Batch(query=Inputs.of(query.ids, pad_id), title=Inputs.of(title.ids, pad_id),
+                 hard_negative=None if hard_negative is None else Inputs.of(hard_negative.ids, pad_id),
                  duplicate_keys=duplicate_keys, rows=rows)
 
 
 def make_text_batch(texts: Sequence[str], tokenizer: Any, args: argparse.Namespace, *, rows: Sequence[int],
-                    epoch: int) -> Batch:
+                    epoch: int, prefixes: Prefixes = NO_PREFIXES) -> Batch:
     """Return the batch of texts without titles: the title of a text is the text itself, or another crop of it.
+
+    One view of a text is a query, the other one a document, each with its prefix.
 
     Args:
         texts: those of the batch.
         rows: their numbers in the training file; the others as in `make_batch`.
     """
     length = max(args.max_seq_length, UNCROPPED_LENGTH) if args.crop_rate else args.max_seq_length
-    ids = tokenizer(texts, length)
+    query = Side.of(tokenizer, texts, length, prefixes, QUERY)
+    title = query
+    if prefixes.document != prefixes.query:
+        title = Side.of(tokenizer, texts, length, prefixes, DOCUMENT)
     duplicate_keys = None
     if not args.keep_duplicate_negatives:
-        keys = hash_token_ids(ids)
+        keys = query.keys()
         duplicate_keys = DuplicateKeys(query=keys, title=keys)
-    query_ids = ids
-    title_ids = ids
+    query_ids = query.ids
+    title_ids = title.ids
     if args.crop_rate:
-        query_ids = crop_view(ids, 0, args, rows=rows, epoch=epoch)
-        title_ids = crop_view(ids, 1, args, rows=rows, epoch=epoch)
+        query_ids = crop_view(query, 0, args, rows=rows, epoch=epoch)
+        title_ids = crop_view(title, 1, args, rows=rows, epoch=epoch)
     pad_id = tokenizer.pad_token_id
     return Batch(query=Inputs.of(query_ids, pad_id), title=Inputs.of(title_ids, pad_id),
                  duplicate_keys=duplicate_keys, rows=rows)
 
 
-def crop_view(ids: Sequence[Ids], view: int, args: argparse.Namespace, *, rows: Sequence[int],
-              epoch: int) -> list[Ids]:
+def crop_view(side: Side, view: int, args: argparse.Namespace, *, rows: Sequence[int], epoch: int) -> list[Ids]:
     """Return a crop of each text.
 
     It is a function of seed, epoch, row and view, so that a resumed run, or one of several processes, sees what an
     unbroken one does.
 
     Args:
-        ids: the texts' token ids.
+        side: the texts.
         view: 0 for the queries, 1 for the titles.
         rows: the texts' rows in the training file.
         epoch: from 0.
     """
     cropped = []
-    for row, text_ids in zip(rows, ids):
+    for row, text_ids in zip(rows, side.ids):
         random = np.random.default_rng([args.seed, epoch, row, view])
-        cropped.append(crop(text_ids, args.crop_rate, random, args.max_seq_length))
+        cropped.append(crop(text_ids, args.crop_rate, random, args.max_seq_length, side.prefix_tokens))
     return cropped
 
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from simcse import console, flags
 from simcse.files import STDIN, check_not_input, check_writable, new_file, stream_blocks
 from simcse.text import formats, textfile
+from simcse.text.prefixes import DOCUMENT, INPUT_TYPES
 
 import numpy as np
 
@@ -49,6 +50,8 @@ def parse_args() -> argparse.Namespace:
     add("--format", choices=("tsv", "jsonl"), help="print a line for each text. tsv: text, tab, numbers with blanks "
         'between them; jsonl: {"text", "embedding"}, and "id" if there is one (default: shape and matrix; for stdin '
         "tsv)")
+    add("--input_type", choices=INPUT_TYPES, default=DOCUMENT, help="which prefix the texts get, as far as the "
+        "checkpoint or --query_prefix and --document_prefix have one")
     flags.add_model_arguments(parser, params_path=flags.DEFAULT_PARAMS)
     flags.add_encode_arguments(parser)
     args = parser.parse_args()
@@ -78,7 +81,7 @@ def embed_stdin(args: argparse.Namespace) -> None:
 
     encoder = load_encoder_for(args)
     for block in stream_blocks(texts):
-        print_lines(block, encode(encoder, block), args.format or "tsv")
+        print_lines(block, encode(encoder, block, args.input_type), args.format or "tsv")
 
 
 def embed_texts(args: argparse.Namespace) -> None:
@@ -103,7 +106,7 @@ def embed_texts(args: argparse.Namespace) -> None:
     from simcse.encoder.int8_check import TextSource
 
     encoder = load_encoder_for(args, [TextSource(args.input_file or "--text", valid)])
-    embeddings = encode(encoder, texts)
+    embeddings = encode(encoder, texts, args.input_type)
     if args.output_file:
         with new_file(args.output_file, "wb", flag="--output_file") as file:
             np.save(file, embeddings)
@@ -140,10 +143,11 @@ def read_texts(path: str, columns: int) -> Iterator[Text]:
             yield Text(place, row.fields[0])
 
 
-def encode(encoder, texts: Sequence[Text]) -> np.ndarray:
+def encode(encoder, texts: Sequence[Text], input_type: str) -> np.ndarray:
     """Return the embeddings of texts, float32 [texts, embedding_size]; a blank or malformed line has NaN."""
     valid = [row for row, text in enumerate(texts) if text.is_valid]
-    encoded = encoder.encode([texts[row].text for row in valid], places=[texts[row].place for row in valid])
+    encoded = encoder.encode([texts[row].text for row in valid], input_type=input_type,
+                             places=[texts[row].place for row in valid])
     if len(valid) == len(texts):
         return encoded
     embeddings = np.full((len(texts), encoder.embedding_size), np.nan, "float32")

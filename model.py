@@ -45,6 +45,7 @@ from simcse.encoder.weights import (
 from simcse.flags import DEFAULT_MODEL, ENCODE_LENGTH, checkpoint_file
 from simcse.machine import BATCH_TOKENS, RANK, RANKS
 from simcse.ranks import gather_rows
+from simcse.text.prefixes import NO_PREFIXES, Prefixes
 from simcse.text.textfile import Corpus
 from simcse.text.tokens import make_batches
 from simcse.text.wordpiece import load_tokenizer
@@ -138,6 +139,10 @@ class SimCSE(nn.Layer):
         self.output_emb_size = 0
         self.embedding_size = self.ptm.config.hidden_size
         self.fc_is_random = False
+
+    def replace_pooler(self, weight: np.ndarray, bias: np.ndarray) -> None:
+        """Replace the weights of the encoder's pooler by others, [hidden, hidden] and [hidden]."""
+        load_state(self.ptm.pooler.dense, {"weight": weight, "bias": bias}, "the pooler")
 
     def replace_fc(self, weight: np.ndarray, bias: np.ndarray) -> None:
         """Replace the fc, or add one where there is none.
@@ -440,7 +445,8 @@ def load_model(params_path: str, model_name_or_path: str | None = None, output_e
     load_state(model, state, source)
     model.eval()
     tokenizer = checkpoint_tokenizer(params_path, name)
-    return LoadedModel(model, tokenizer, make_record(model, name, record.get("max_seq_length")))
+    return LoadedModel(model, tokenizer, make_record(model, name, record.get("max_seq_length"),
+                                                     Prefixes.from_record(record)))
 
 
 def check_simcse(state: Mapping[str, np.ndarray], source: str) -> None:
@@ -524,8 +530,13 @@ def checkpoint_tokenizer(params_path: str, model_name_or_path: str | None = None
     return load_tokenizer(model_name_or_path or read_record(folder).get("model_name_or_path", DEFAULT_MODEL))
 
 
-def make_record(model: SimCSE, model_name_or_path: str, max_seq_length: int | None) -> dict:
-    """Return what later stages have to know of a checkpoint: the content of simcse_config.json."""
+def make_record(model: SimCSE, model_name_or_path: str, max_seq_length: int | None,
+                prefixes: Prefixes = NO_PREFIXES) -> dict:
+    """Return what later stages have to know of a checkpoint: the content of simcse_config.json.
+
+    Args:
+        prefixes: those that its texts have had.
+    """
     import paddlenlp
 
     record = {"model_name_or_path": model_name_or_path, "output_emb_size": model.output_emb_size,
@@ -538,7 +549,7 @@ def make_record(model: SimCSE, model_name_or_path: str, max_seq_length: int | No
         record["with_pooler"] = model.with_pooler
     if model.fc_is_random:
         record["fc_is_random"] = True
-    return record
+    return record | prefixes.as_record()
 
 
 def encoder_class_name(encoder: nn.Layer) -> str:
@@ -573,6 +584,7 @@ class EncoderOptions:
         model_name_or_path: the encoder of a checkpoint without a simcse_config.json.
         output_emb_size: size that the embedding must have; None: any.
         calibration_file: texts, one a line, for the first time that a checkpoint is used in int8.
+        query_prefix, document_prefix: put before texts that are encoded; None: as the checkpoint records.
     """
 
     device: str = "cpu"
@@ -583,6 +595,8 @@ class EncoderOptions:
     model_name_or_path: str | None = None
     output_emb_size: int | None = None
     calibration_file: str | None = None
+    query_prefix: str | None = None
+    document_prefix: str | None = None
 
 
 def load_encoder(checkpoint: str, *, calibration_texts: Sequence[Any] = (), **options: Any) -> Encoder:
@@ -623,18 +637,21 @@ def load_encoder_for(args: argparse.Namespace, sources: Sequence[TextSource] = (
 
 def _open_encoder(params_path: str, options: EncoderOptions, sources: Sequence[TextSource]) -> Encoder:
     """Load a file of weights on the device that is asked for, as an `Encoder`."""
+    record = read_record(os.path.dirname(params_path))
     if options.max_seq_length is None:
-        recorded = read_record(os.path.dirname(params_path)).get("max_seq_length")
-        options = replace(options, max_seq_length=recorded or ENCODE_LENGTH)
+        options = replace(options, max_seq_length=record.get("max_seq_length") or ENCODE_LENGTH)
+    recorded = Prefixes.from_record(record)
+    prefixes = recorded.replaced_by(options.query_prefix, options.document_prefix)
     set_device(options.device, options.cpu_threads)
     if options.precision == "int8":
-        return _open_int8(params_path, options, sources)
+        return _open_int8(params_path, options, sources, prefixes)
     if options.device == "cpu":
         engine, tokenizer = _load_on_cpu(params_path, options)
     else:
         engine, tokenizer, _ = load_model(params_path, options.model_name_or_path, options.output_emb_size,
                                           precision=set_gpu_precision(options.precision))
-    return Encoder(engine, tokenizer, options.max_seq_length, options.batch_size, source=f"--params_path {params_path}")
+    return Encoder(engine, tokenizer, options.max_seq_length, options.batch_size, source=f"--params_path {params_path}",
+                   prefixes=prefixes)
 
 
 def _load_on_cpu(params_path: str, options: EncoderOptions) -> tuple[Engine, Any]:
@@ -654,7 +671,8 @@ def _load_on_cpu(params_path: str, options: EncoderOptions) -> tuple[Engine, Any
 
 
 # ----------------------------------------------------------------------------------------------------------------- int8
-def _open_int8(params_path: str, options: EncoderOptions, sources: Sequence[TextSource]) -> Encoder:
+def _open_int8(params_path: str, options: EncoderOptions, sources: Sequence[TextSource],
+               prefixes: Prefixes) -> Encoder:
     """Return the encoder with a checkpoint's int8 graph, which is made if there is none to use.
 
     It is compared with the network on each source with which this graph has not been compared yet.
@@ -663,25 +681,26 @@ def _open_int8(params_path: str, options: EncoderOptions, sources: Sequence[Text
     source = f"--params_path {params_path}"
     kept = KeptGraph(params_path, "int8", options.model_name_or_path, options.calibration_file)
     if not kept.is_current(options.output_emb_size):
-        return _make_int8(params_path, options, sources, kept)
+        return _make_int8(params_path, options, sources, kept, prefixes)
 
     def load_network() -> Encoder:
         console.log("comparing int8 with fp32, once for each file, for which the network is loaded")
         model, tokenizer, _ = load_model(params_path, options.model_name_or_path, options.output_emb_size)
-        return Encoder(model, tokenizer, options.max_seq_length, source=source)
+        return Encoder(model, tokenizer, options.max_seq_length, source=source, prefixes=prefixes)
 
     tokenizer = checkpoint_tokenizer(params_path, options.model_name_or_path)
     engine = open_engine(kept.folder, "int8", options.cpu_threads)
     calibration = read_record(kept.folder)["calibration"]
     encoder = Encoder(engine, tokenizer, options.max_seq_length, options.batch_size, source=source,
-                      calibration=calibration["sha256"])
+                      calibration=calibration["sha256"], prefixes=prefixes)
     comparisons = check_int8(encoder, load_network, sources, calibration=calibration,
                              known=read_comparisons(kept.folder))
     remember_comparisons(kept.folder, comparisons)
     return encoder
 
 
-def _make_int8(params_path: str, options: EncoderOptions, sources: Sequence[TextSource], kept: KeptGraph) -> Encoder:
+def _make_int8(params_path: str, options: EncoderOptions, sources: Sequence[TextSource], kept: KeptGraph,
+               prefixes: Prefixes) -> Encoder:
     """Quantize a checkpoint, compare the int8 graph with the network, and keep it."""
     console.check_installed("--precision int8", INT8_REQUIREMENTS, "nncf", "paddle2onnx")
     source = f"--params_path {params_path}"
@@ -695,8 +714,8 @@ def _make_int8(params_path: str, options: EncoderOptions, sources: Sequence[Text
         export_fastest(model, folder, make_calibration(calibration.texts, tokenizer, options.max_seq_length))
         engine = open_engine(folder, "int8", options.cpu_threads)
         encoder = Encoder(engine, tokenizer, options.max_seq_length, options.batch_size, source=source,
-                          calibration=record["calibration"]["sha256"])
-        network = Encoder(model, tokenizer, options.max_seq_length, source=source)
+                          calibration=record["calibration"]["sha256"], prefixes=prefixes)
+        network = Encoder(model, tokenizer, options.max_seq_length, source=source, prefixes=prefixes)
         comparisons = check_int8(encoder, lambda: network, sources, calibration=record["calibration"], known={})
         record["int8_cosines"] = next(iter(comparisons.values()))._asdict()
         if not RANK and kept.keep(folder, record):

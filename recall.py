@@ -38,6 +38,7 @@ from simcse.index.settings import Setting
 from simcse.index.shards import MAX_SHARDS, VECTORS_OF_ONE_SHARD, VECTORS_PER_SHARD
 from simcse.machine import RANK, RANKS
 from simcse.text import formats, textfile
+from simcse.text.prefixes import QUERY
 from simcse.text.tokens import WINDOW
 
 if TYPE_CHECKING:
@@ -422,6 +423,7 @@ def wanted_manifest(args: argparse.Namespace, corpus: textfile.Corpus | None, en
         precision=encoder.precision,
         calibration=encoder.calibration,
         passages=True if args.passages else None,
+        document_prefix=encoder.prefixes.document,
         ann_engine=args.ann_engine,
         index_shards=args.index_shards,
         build_settings=build_settings,
@@ -482,7 +484,7 @@ class Retriever:
             texts: the queries, each once.
             places: where each stands, as file:line, for warnings.
         """
-        embeddings = self.encoder.encode(texts, places=places)
+        embeddings = self.encoder.encode(texts, input_type=QUERY, places=places)
         ranking = search_index(self.index, self.documents, embeddings, self.depth)
         if self._has_to_measure:
             k = ranking.documents.shape[1]

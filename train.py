@@ -28,12 +28,17 @@ from typing import Any
 import data
 from simcse import console, flags
 from simcse.encoder.pooling import POOLINGS, describe_poolings
+from simcse.encoder.sentence_transformers import Recipe, read_dense, read_recipe
 from simcse.index.exact import exact_search
 from simcse.machine import RANK, RANKS
 from simcse.measures import RECALL_KS, mean_percent, measure_queries, percent, rank_first_targets
 from simcse.text import textfile, tokens, wordpiece
+from simcse.text.prefixes import DOCUMENT, QUERY, Prefixes, check_prefixes, count_tokens
+
+import numpy as np
 
 COLUMN_NAMES = {1: ["texts"], 2: ["queries", "titles"]}  # of training files that bring no negatives of their own
+AUTO = "auto"  # the --pooling that is recorded
 MIN_EVAL_TOKENS = 8192  # of an evaluation batch on a GPU, which has room for so many whatever is trained
 
 
@@ -57,8 +62,9 @@ def parse_args() -> argparse.Namespace:
         help="size of the embedding; 0: the encoder's hidden size, without fc (default: the size of --init_from_ckpt, "
         "or 0)")
     add = parser.add_argument_group("model").add_argument
-    add("--pooling", choices=tuple(POOLINGS), help="how token vectors are pooled into one; recorded in the checkpoint. "
-        f"{describe_poolings()} (default: the pooling of --init_from_ckpt, or pooler)")
+    add("--pooling", choices=(*POOLINGS, AUTO), help="how token vectors are pooled into one; recorded in the "
+        f"checkpoint. {describe_poolings()}; {AUTO}: the pooling of --init_from_ckpt, else the one that a folder of "
+        f"sentence-transformers records, else pooler (default: {AUTO})")
     with_choice = " or ".join(name for name, pooling in POOLINGS.items() if pooling.pool_without_pooler)
     add("--infer_with_fc_pooler", action="store_true", help=f"for --pooling {with_choice}: evaluation and later stages "
         "use the pooler and the fc, as training does; without this flag they leave out the pooler, and pass the raw "
@@ -68,6 +74,8 @@ def parse_args() -> argparse.Namespace:
         help="margin subtracted from the positive's cosine")
     add("--scale", type=flags.positive_float, default=20,
         help="factor on the cosines before the softmax, the inverse of the temperature")
+    flags.add_prefix_arguments(parser.add_argument_group("prefixes"), "that of --init_from_ckpt, else the prompt that "
+                               "a folder of sentence-transformers has, else none")
     optimization = parser.add_argument_group("optimization")
     flags.add_optimization_arguments(optimization)
     add = optimization.add_argument
@@ -95,6 +103,8 @@ def parse_args() -> argparse.Namespace:
     add("--visualdl_embeddings", type=flags.non_negative_int, default=0,
         help="training texts whose embeddings VisualDL shows after training; 0: none")
     args = flags.parse_training_arguments(parser)
+    if args.pooling == AUTO:
+        args.pooling = None
     for flag in ("save_best", "early_stopping"):
         if getattr(args, flag) and not args.test_set_file:
             parser.error(f"--{flag} compares evaluations; give --test_set_file")
@@ -178,7 +188,7 @@ def check_negatives(args: argparse.Namespace, texts: textfile.TextFile) -> None:
 
 
 def check_texts_as_encoded(args: argparse.Namespace, texts: textfile.TextFile, test_set: Sequence[textfile.Row],
-                           tokenizer: Any) -> None:
+                           tokenizer: Any, prefixes: Prefixes) -> None:
     """Warn of texts of both files that the encoder reads only in part, or nothing of.
 
     Raises:
@@ -187,10 +197,11 @@ def check_texts_as_encoded(args: argparse.Namespace, texts: textfile.TextFile, t
     """
     from simcse.encoder.encoder import tokenize_rows, warn_unusable
 
-    training = tokenize_rows(texts.sample_rows(tokens.WINDOW), tokenizer, args.max_seq_length)
+    check_prefixes(tokenizer, prefixes, args.max_seq_length)
+    training = tokenize_rows(texts.sample_rows(tokens.WINDOW), tokenizer, args.max_seq_length, prefixes)
     warn_unusable(training, args.max_seq_length)
     test_rows = [(f"{args.test_set_file}:{row.line_number}", row.fields[:2]) for row in test_set]
-    warn_unusable(tokenize_rows(test_rows, tokenizer, args.max_seq_length), args.max_seq_length)
+    warn_unusable(tokenize_rows(test_rows, tokenizer, args.max_seq_length, prefixes), args.max_seq_length)
     known_ids = training.known_ids()
     if args.epochs > 0 and texts.columns in COLUMN_NAMES:
         for column, name in enumerate(COLUMN_NAMES[texts.columns]):
@@ -223,7 +234,7 @@ def evaluate(encode: Callable, test_set: Sequence[Sequence[str]]) -> dict[str, f
     first, which take part in the encoding only.
 
     Args:
-        encode: texts -> their embeddings, float32 [texts, embedding_size].
+        encode: texts, input_type -> their embeddings, float32 [texts, embedding_size].
         test_set: text, text, label; or query, target.
     """
     if len(test_set[0]) == 3:
@@ -236,7 +247,7 @@ def measure_spearman(encode: Callable, test_set: Sequence[Sequence[str]]) -> dic
     from scipy.stats import spearmanr
 
     first, second, labels = zip(*test_set)
-    cosines = (encode(first) * encode(second)).sum(axis=1)
+    cosines = (encode(first, input_type=QUERY) * encode(second, input_type=DOCUMENT)).sum(axis=1)
     if RANK:
         return {}
     if cosines.min() == cosines.max():
@@ -254,8 +265,8 @@ def measure_recall(encode: Callable, test_set: Sequence[Sequence[str]]) -> dict[
     targets = defaultdict(set)  # rows of each query's targets
     for query, target in test_set:
         targets[query].add(row_of[target])
-    query_embeddings = encode(list(targets))
-    target_embeddings = encode(corpus)
+    query_embeddings = encode(list(targets), input_type=QUERY)
+    target_embeddings = encode(corpus, input_type=DOCUMENT)
     if RANK:
         return {}
     found_rows, _ = exact_search(query_embeddings, target_embeddings, max(RECALL_KS))
@@ -272,34 +283,37 @@ def evaluation_tokens(args: argparse.Namespace) -> int:
     return max(MIN_EVAL_TOKENS, 2 * texts * args.max_seq_length)
 
 
-def make_encode(args: argparse.Namespace, model: Any, tokenizer: Any, precision: str = "auto") -> Callable:
-    """Return a function that encodes texts with the current weights. `check_texts_as_encoded` has warned of the texts.
-    """
+def make_encode(args: argparse.Namespace, model: Any, tokenizer: Any, prefixes: Prefixes,
+                precision: str = "auto") -> Callable:
+    """Return `Encoder.encode` with the current weights. `check_texts_as_encoded` has warned of the texts."""
     from simcse.encoder.encoder import Encoder
     from simcse.encoder.engine import make_engine
 
-    encoder = Encoder(make_engine(model, precision, args.cpu_threads), tokenizer, args.max_seq_length)
+    engine = make_engine(model, precision, args.cpu_threads)
+    encoder = Encoder(engine, tokenizer, args.max_seq_length, prefixes=prefixes)
     return functools.partial(encoder.encode, warn=False)
 
 
-def evaluate_on_ranks(args: argparse.Namespace, model: Any, tokenizer: Any,
+def evaluate_on_ranks(args: argparse.Namespace, model: Any, tokenizer: Any, prefixes: Prefixes,
                       test_set: Sequence[textfile.Row]) -> dict[str, float]:
     """Return what `evaluate` returns of the weights as they are now. All ranks call it, and encode a share each."""
     from simcse.ranks import encode_shares
 
     if not test_set:
         return {}
-    encode = functools.partial(encode_shares, make_encode(args, model, tokenizer))
+    encode_alone = make_encode(args, model, tokenizer, prefixes)
+
+    def encode(texts: Sequence[str], input_type: str) -> np.ndarray:
+        return encode_shares(functools.partial(encode_alone, input_type=input_type), texts)
+
     return evaluate(encode, [row.fields for row in test_set])
 
 
 # ---------------------------------------------------------------------------------------------------------- training
 def build_model(args: argparse.Namespace) -> Any:
     """Return the `model.LoadedModel` to train, with the record of its checkpoints."""
-    from model import LoadedModel, LossSettings, SimCSE, load_model, make_record
+    from model import LoadedModel, LossSettings, load_model, make_record
     from simcse.encoder.encoder import check_length
-    from simcse.encoder.pooling import find_pooling
-    from simcse.encoder.pretrained import load_pretrained
 
     # Each field of LossSettings has a flag of its name, which flags.SHARED_FLAGS lists for --resume.
     loss_settings = LossSettings(**{field.name: getattr(args, field.name) for field in fields(LossSettings)})
@@ -312,21 +326,54 @@ def build_model(args: argparse.Namespace) -> Any:
             output_dropout=args.output_dropout, pooling=args.pooling, with_pooler=args.infer_with_fc_pooler,
             precision=args.precision, loss_settings=loss_settings)
         encoder_name = record["model_name_or_path"]
+        recorded_prefixes = Prefixes.from_record(record)
     else:
         encoder_name = args.model_name_or_path or flags.DEFAULT_MODEL
-        pooling = args.pooling or "pooler"
-        encoder = load_pretrained(encoder_name, args.dropout, uses_pooler=find_pooling(pooling).uses_pooler)
-        model = SimCSE(encoder, dropout=args.output_dropout, output_emb_size=args.output_emb_size,
-                       pooling=pooling, with_pooler=args.infer_with_fc_pooler,
-                       precision=args.precision, loss_settings=loss_settings)
-        tokenizer = wordpiece.load_tokenizer(encoder_name)
+        recipe = read_recipe(encoder_name)
+        model = new_model(args, recipe, loss_settings)
+        tokenizer = wordpiece.load_tokenizer(recipe.encoder)
+        recorded_prefixes = recipe.prefixes
+    prefixes = recorded_prefixes.replaced_by(args.query_prefix, args.document_prefix)
     check_length(model, args.max_seq_length)
     if args.epochs:  # the run trains the fc
         model.fc_is_random = False
     if args.whiten is not None:
         check_whitened_size(args.whiten, model)
     model.batch_tokens = min(model.batch_tokens, evaluation_tokens(args))
-    return LoadedModel(model, tokenizer, make_record(model, encoder_name, args.max_seq_length))
+    return LoadedModel(model, tokenizer, make_record(model, encoder_name, args.max_seq_length, prefixes))
+
+
+def new_model(args: argparse.Namespace, recipe: Recipe, loss_settings: Any) -> Any:
+    """Return the `model.SimCSE` of a new run, with the dense layers that the encoder's folder has.
+
+    Raises:
+        InputError: --pooling or --output_emb_size is another than these layers are for.
+    """
+    from model import SimCSE
+    from simcse.encoder.pooling import find_pooling
+    from simcse.encoder.pretrained import load_pretrained
+
+    pooling = args.pooling or recipe.pooling or "pooler"
+    if (recipe.pooler or recipe.fc) and pooling != recipe.pooling:
+        raise console.InputError(f"--pooling {pooling}: {args.model_name_or_path} has dense layers for --pooling "
+                                 f"{recipe.pooling}; leave the flag out, or name the folder of its encoder alone")
+    dense = read_dense(recipe.fc, "--model_name_or_path") if recipe.fc else None
+    size = args.output_emb_size
+    if dense and size not in (None, len(dense.bias)):
+        raise console.InputError(f"--output_emb_size {size}: {args.model_name_or_path} has {len(dense.bias)}")
+    uses_pooler = find_pooling(pooling).uses_pooler and not recipe.pooler
+    encoder = load_pretrained(recipe.encoder, args.dropout, uses_pooler=uses_pooler)
+    with_pooler = args.infer_with_fc_pooler or recipe.pooler is not None
+    model = SimCSE(encoder, dropout=args.output_dropout, output_emb_size=size, pooling=pooling,
+                   with_pooler=with_pooler, precision=args.precision, loss_settings=loss_settings)
+    if recipe.pooler:
+        model.replace_pooler(*read_dense(recipe.pooler, "--model_name_or_path"))
+    if dense:
+        model.replace_fc(*dense)
+    if recipe.pooling and not RANK:
+        console.log(f"{args.model_name_or_path}: a folder of sentence-transformers, --pooling {recipe.pooling}"
+                    + (f", fc of {len(dense.bias)}" if dense else ""))
+    return model
 
 
 def check_whitened_size(size: int, model: Any) -> None:
@@ -357,7 +404,8 @@ def train(args: argparse.Namespace, texts: textfile.TextFile, test_set: Sequence
     from simcse.training.trainer import Trainer
 
     model, tokenizer, record = build_model(args)
-    check_texts_as_encoded(args, texts, test_set, tokenizer)
+    prefixes = Prefixes.from_record(record)
+    check_texts_as_encoded(args, texts, test_set, tokenizer, prefixes)
     sampler = data.ShuffledBatches(len(texts), args.batch_size, RANK, RANKS)
     write_model = functools.partial(write_checkpoint, model=model, tokenizer=tokenizer, record=record)
     test_set_digest = file_digest(args.test_set_file) if compares_evaluations(args) else None
@@ -367,22 +415,22 @@ def train(args: argparse.Namespace, texts: textfile.TextFile, test_set: Sequence
         trainer.restore_best()
     if not args.save_best:
         warn_of_older_best(args.save_dir)
-    make_batch = functools.partial(data.make_batch, texts, tokenizer, args)
+    make_batch = functools.partial(data.make_batch, texts, tokenizer, args, prefixes=prefixes)
     batches = data.batches_after(trainer.step, args.epochs, sampler, make_batch)
-    evaluate_model = functools.partial(evaluate_on_ranks, args, model, tokenizer, test_set)
+    evaluate_model = functools.partial(evaluate_on_ranks, args, model, tokenizer, prefixes, test_set)
 
     run_steps(args, trainer, batches, evaluate_model)
     if trainer.evaluated_step != trainer.step:  # equal where --early_stopping has ended the run
         evaluate_step(args, trainer, evaluate_model)
     if args.whiten is not None and not RANK:
-        whiten_model(args, model, tokenizer, texts)
-        save_whitened(args, trainer, tokenizer, record["model_name_or_path"])
+        whiten_model(args, model, tokenizer, prefixes, texts)
+        save_whitened(args, trainer, tokenizer, record["model_name_or_path"], prefixes)
         if test_set:  # by this rank alone, since the other ranks' networks are not whitened
-            encode = make_encode(args, model, tokenizer)
+            encode = make_encode(args, model, tokenizer, prefixes)
             trainer.log_measures("whitened", evaluate(encode, [row.fields for row in test_set]))
     if args.visualdl_embeddings and not RANK:
         sample = texts.sample_texts(args.visualdl_embeddings)
-        encode = make_encode(args, model, tokenizer)
+        encode = make_encode(args, model, tokenizer, prefixes)
         trainer.log.add_embeddings(sample, encode(sample))
     trainer.finish(flags.hyper_parameters(args))
 
@@ -458,8 +506,10 @@ def warn_of_older_best(save_dir: str) -> None:
                      "checkpoints; remove it, or set PARAMS_PATH")
 
 
-def whiten_model(args: argparse.Namespace, model: Any, tokenizer: Any, texts: textfile.TextFile) -> None:
-    """Whiten the network's embeddings, by a sample of the training texts; remove an fc of random numbers first."""
+def whiten_model(args: argparse.Namespace, model: Any, tokenizer: Any, prefixes: Prefixes,
+                 texts: textfile.TextFile) -> None:
+    """Whiten the network's embeddings, by a sample of the training texts, as documents; remove an fc of random numbers
+    first."""
     from simcse.encoder.whitening import SAMPLE, cut_spans, unnormalized, whiten_network
 
     size = args.whiten or model.embedding_size
@@ -468,21 +518,22 @@ def whiten_model(args: argparse.Namespace, model: Any, tokenizer: Any, texts: te
         console.log(f"--whiten: leaving out the fc, which has not been trained; whitening keeps {size} of the "
                     f"{model.embedding_size} dimensions before it")
     sample = texts.sample_texts(SAMPLE)
-    sample += cut_spans(sample, tokenizer, args.max_seq_length)
+    sample += cut_spans(sample, tokenizer, args.max_seq_length - count_tokens(tokenizer, prefixes.document))
     unknown = set(wordpiece.find_unknown(tokenizer, tokenizer(sample, args.max_seq_length)))
     known = [text for row, text in enumerate(sample) if row not in unknown]  # embeddings of the others are zeros
     with unnormalized(model):  # the fc that whitens comes before the norm
-        embeddings = make_encode(args, model, tokenizer, "fp32")(known)
+        embeddings = make_encode(args, model, tokenizer, prefixes, "fp32")(known)
     whiten_network(model, embeddings, size, args.max_seq_length)
 
 
-def save_whitened(args: argparse.Namespace, trainer: Any, tokenizer: Any, encoder_name: str) -> None:
+def save_whitened(args: argparse.Namespace, trainer: Any, tokenizer: Any, encoder_name: str,
+                  prefixes: Prefixes) -> None:
     """Write the whitened network beside the checkpoint of its step, which stays as it is."""
     from model import make_record, save_checkpoint
     from simcse.files import name_output
 
     folder = os.path.join(args.save_dir, f"model_{trainer.step}_whitened")
-    record = make_record(trainer.model, encoder_name, args.max_seq_length)
+    record = make_record(trainer.model, encoder_name, args.max_seq_length, prefixes)
     with name_output(folder, "--save_dir"):
         save_checkpoint(folder, trainer.model, tokenizer, record)
     console.log(f"saved {folder}")

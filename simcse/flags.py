@@ -15,9 +15,11 @@ from typing import Any
 
 from simcse import console
 from simcse.encoder.pooling import POOLINGS
+from simcse.encoder.sentence_transformers import Recipe, read_recipe
 from simcse.encoder.weights import CONFIG_FILE, DEFAULT_MODEL, WEIGHT_FILES, read_record
 from simcse.files import STDIN, read_json
 from simcse.machine import CPU_THREADS, RANK, RANKS, TRAIN_PRECISIONS, auto_precision
+from simcse.text.prefixes import INPUT_TYPES
 from simcse.training.checkpoints import STATE_RECORD, newest_resumable
 
 # --max_seq_length where neither the flag nor the checkpoint says it.
@@ -199,6 +201,11 @@ def nonempty_text(text: str) -> str:
     return text
 
 
+def prefix(text: str) -> str:
+    """Return `text` if it is UTF-8; it may be empty, and end in a blank or a line feed."""
+    return nonempty_text(text) if text.strip() else text
+
+
 def given_text(text: str) -> str:
     """Return a text that is not blank, on one line, as the texts of files are."""
     return console.one_line(nonempty_text(text))
@@ -247,6 +254,7 @@ def add_encode_arguments(parser: argparse._ActionsContainer) -> None:
         f"(default: as in training, or {ENCODE_LENGTH} where the checkpoint does not record it)")
     add("--batch_size", type=positive_int,
         help="texts per batch (default: as many as fill 2,048 tokens on a CPU, 65,536 on a GPU)")
+    add_prefix_arguments(parser, "that of the checkpoint")
     add_data_arguments(parser)
     add_device_arguments(parser)
     add("--precision", choices=(*TRAIN_PRECISIONS, "int8"), default="auto",
@@ -254,6 +262,14 @@ def add_encode_arguments(parser: argparse._ActionsContainer) -> None:
         f"BF16), {AUTO_ON_GPU}, else fp32. tf32 and fp16 need --device gpu; int8 needs --device cpu and "
         "requirements-openvino.txt")
     add_calibration_argument(parser)
+
+
+def add_prefix_arguments(parser: argparse._ActionsContainer, default: str) -> None:
+    """Add the flags of what is put before texts that are encoded; `default` says what they are without them."""
+    for side in INPUT_TYPES:
+        parser.add_argument(f"--{side}_prefix", type=prefix, metavar="TEXT",
+                            help=f"put this before each {side} that is encoded; words are searched, and results "
+                            f'written, without it; "": nothing (default: {default})')
 
 
 def add_calibration_argument(parser: argparse._ActionsContainer) -> None:
@@ -299,9 +315,11 @@ def check_target_texts(parser: argparse.ArgumentParser, args: argparse.Namespace
 
 
 def set_max_seq_length(args: argparse.Namespace, default: int = ENCODE_LENGTH) -> None:
-    """Set `args.max_seq_length`, where the flag is not given, to what the checkpoint records, or to `default`."""
+    """Set `args.max_seq_length`, where the flag is not given, to what the checkpoint records, else what a new run's
+    encoder does, else to `default`."""
     given = getattr(args, "max_seq_length", None)  # export_model.py has no such flag
-    args.max_seq_length = given or read_checkpoint_record(args).get("max_seq_length") or default
+    args.max_seq_length = (given or read_checkpoint_record(args).get("max_seq_length")
+                           or encoder_recipe(args).max_seq_length or default)
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -341,6 +359,15 @@ def read_checkpoint_record(args: argparse.Namespace) -> dict[str, Any]:
     """Return what the checkpoint that a flag names records of itself; {} where there is none."""
     checkpoint = checkpoint_folder(args)
     return read_record(checkpoint) if checkpoint else {}
+
+
+def encoder_recipe(args: argparse.Namespace) -> Recipe:
+    """Return what the folder of --model_name_or_path says of a new run's embeddings; else `Recipe("")`.
+
+    A checkpoint has its own record.
+    """
+    name = getattr(args, "model_name_or_path", None)
+    return Recipe("") if name is None or checkpoint_folder(args) else read_recipe(name)
 
 
 def warn_of_other_length(args: argparse.Namespace) -> None:
@@ -420,7 +447,8 @@ START_FLAGS = ("model_name_or_path", "init_from_ckpt", "output_emb_size")
 SHARED_FLAGS = (
     "pooling", "infer_with_fc_pooler", "output_dropout", "margin", "scale", "mlm_probability", "batch_size",
     "learning_rate", "weight_decay", "epochs", "warmup_proportion", "max_grad_norm", "dropout", "max_seq_length",
-    "seed", "precision", "crop_rate", "cross_device_negatives", "keep_duplicate_negatives", "chunk_size")
+    "seed", "precision", "crop_rate", "query_prefix", "document_prefix", "cross_device_negatives",
+    "keep_duplicate_negatives", "chunk_size")
 # FREE_FLAGS may be changed by a resumed run. (The training file may have moved; its content is compared.)
 FREE_FLAGS = (
     "quiet", "train_set_file", "test_set_file", "strict_data", "plain_text", "device", "cpu_threads", "resume",

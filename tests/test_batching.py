@@ -33,7 +33,7 @@ def batching(test, max_batch=4, max_waiting=100, **options):
         running = asyncio.create_task(batcher.run())
 
         async def ask(*texts):
-            asked = asyncio.create_task(batcher.ask(EmbedJob(texts)))
+            asked = asyncio.create_task(batcher.ask(EmbedJob(texts, ["document"] * len(texts))))
             await asyncio.sleep(0)
             return asked
 

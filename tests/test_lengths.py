@@ -113,15 +113,17 @@ def test_texts_that_the_encoder_does_not_see_are_like_none(tokenizer, capsys):
 
 
 def test_nor_are_they_to_a_service_or_a_server(tokenizer, tmp_path, capsys):
+    from deploy.serving.jobs import Input
     from deploy.serving.searcher import Searcher
     from deploy.serving.shapes import BatchShapes
 
     searcher = Searcher(encoder_of(tokenizer), None, SimpleNamespace(line_count=0), BatchShapes([1, 4], [8]))
-    embeddings, _ = searcher.encode(["语义", *UNSEEN])
+    embeddings, _ = searcher.encode([Input(text, "document") for text in ["语义", *UNSEEN]])
     assert embeddings.any(axis=1).tolist() == [True, *[False] * 5]
     assert not capsys.readouterr().err
     for _ in range(2):
-        assert searcher.encode(["长" * 9, "长" * 5])[1].tolist() == [9, 7]  # one more than are seen
+        long_texts = [Input("长" * 9, "query"), Input("长" * 5, "query")]
+        assert searcher.encode(long_texts)[1].tolist() == [9, 7]  # one more than are seen
     assert capsys.readouterr().err == "texts longer than 8 tokens are cut; further ones are not reported\n"
     tokenizer.save_rust(str(tmp_path))
     encoded = deployed.encode(Ones(), deployed.Tokenizer(str(tmp_path)), ["语义", *UNSEEN, "长" * 9], 8)
@@ -239,7 +241,8 @@ def test_a_measure_that_is_undefined_says_why(tmp_path, capsys):
     path.write_text("甲\t乙\t1\n丙\t丁\t1\n", encoding="utf-8")
     assert train.read_test_set(arguments(path)) == []
     assert "every label is 1, of which Spearman's rho is undefined" in capsys.readouterr().err
-    assert train.evaluate(lambda texts: np.ones((len(texts), 2)), [("甲", "乙", "1"), ("丙", "丁", "0")]) == {}
+    pairs = [("甲", "乙", "1"), ("丙", "丁", "0")]
+    assert train.evaluate(lambda texts, input_type: np.ones((len(texts), 2)), pairs) == {}
     assert capsys.readouterr().err == "spearman is undefined: every cosine is 2\n"
 
 

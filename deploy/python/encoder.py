@@ -15,6 +15,7 @@ import tokenizers
 
 WINDOW = 16384  # texts that are sorted by length at a time, for batches with little padding
 TOKENIZED_TEXTS = 256  # at a time: the tokenizer holds all tokens of long texts, also those that are cut off
+LONGEST_PREFIX = 512  # tokens that are counted of a prefix
 LENGTH_MULTIPLE = 4  # batches are padded to a multiple of this, so that kernels are made for few shapes
 
 
@@ -52,9 +53,20 @@ class Tokenizer:
             token_ids += [encoding.ids for encoding in encodings]
         return token_ids
 
-    def is_unknown(self, token_ids: list[int]) -> bool:
-        """Return whether a text has no known word: no token, or [UNK] and at most punctuation beside it."""
-        tokens = token_ids[1:-1]  # without [CLS] and [SEP]
+    def count_tokens(self, prefix: str) -> int:
+        """Return how many tokens a prefix has, [CLS] and [SEP] excluded."""
+        if not prefix:
+            return 0
+        return len(self([prefix], LONGEST_PREFIX)[0]) - 2
+
+    def is_unknown(self, token_ids: list[int], prefix_tokens: int = 0) -> bool:
+        """Return whether a text has no known word: no token, or [UNK] and at most punctuation beside it.
+
+        Args:
+            token_ids: those of the text, with [CLS], its prefix and [SEP].
+            prefix_tokens: how many of them are its prefix.
+        """
+        tokens = token_ids[1 + prefix_tokens : -1]
         if not tokens:
             return True
         return self.unk_token_id in tokens and self._without_word.issuperset(tokens)
@@ -76,19 +88,25 @@ class Encoded(NamedTuple):
 
 
 def encode(predictor: Any, tokenizer: Tokenizer, texts: Sequence[str], max_seq_length: int,
-           batch_size: int | None = None) -> Encoded:
+           batch_size: int | None = None, prefixes: Sequence[str] = ("",)) -> Encoded:
     """Encode texts.
 
     Args:
         predictor: see `predictor.load_predictor`.
         max_seq_length: tokens of a text, [CLS] and [SEP] included; longer ones are cut.
         batch_size: texts of a batch; None: as many as fill the predictor's `batch_tokens`.
+        prefixes: put before the texts, the first before the first, and so on in turn; of pairs one for each side.
 
     Raises:
-        ValueError: the encoder has fewer positions than `max_seq_length`.
+        ValueError: the encoder has fewer positions than `max_seq_length`, or a prefix leaves none to the text.
     """
     if max_seq_length > predictor.max_positions:
         raise ValueError(f"max_seq_length {max_seq_length}: the encoder has {predictor.max_positions} positions")
+    prefix_tokens = [tokenizer.count_tokens(prefix) for prefix in prefixes]
+    for prefix, count in zip(prefixes, prefix_tokens):
+        if count + 2 >= max_seq_length:  # [CLS] and [SEP]
+            raise ValueError(f"max_seq_length {max_seq_length}: the prefix {prefix!r} has {count} tokens")
+    texts = [prefixes[row % len(prefixes)] + text for row, text in enumerate(texts)]
     encoded = Encoded(np.empty((len(texts), predictor.embedding_size), "float32"), [], [])
     for start in range(0, len(texts), WINDOW):
         window = tokenizer(texts[start : start + WINDOW], max_seq_length + 1)  # one token more tells what is cut
@@ -96,7 +114,7 @@ def encode(predictor: Any, tokenizer: Tokenizer, texts: Sequence[str], max_seq_l
             if len(token_ids) > max_seq_length:
                 del token_ids[-2]  # the last one before [SEP]
                 encoded.truncated.append(row)
-            if tokenizer.is_unknown(token_ids):
+            if tokenizer.is_unknown(token_ids, prefix_tokens[row % len(prefixes)]):
                 encoded.unknown.append(row)
         embeddings = encoded.embeddings[start : start + WINDOW]
         for rows, length in make_batches([len(token_ids) for token_ids in window], predictor, batch_size):

@@ -99,6 +99,9 @@ def parse_args() -> argparse.Namespace:
                        "--format: the cosines, or the matrix of embeddings and its shape")
     group.add_argument("--strict_data", action="store_true",
                        help="stop at the first blank or malformed line, and at texts that are cut or unknown")
+    group.add_argument("--input_type", choices=("query", "document"), default="document",
+                       help="which prefix --text and --input_file get, as far as the model was trained with one; the "
+                       "texts of a pair are a query and a document (default: %(default)s)")
     group = parser.add_argument_group("model")
     group.add_argument("--model_dir", default="./output",
                        help="folder that export_model.py wrote (default: %(default)s)")
@@ -250,6 +253,13 @@ def announce(args: argparse.Namespace, predictor: Predictor, texts: list[Row], p
     log(args, f"predict.py: {device}, {precision}; {args.model_dir}; {good_texts}; {good_pairs}")
 
 
+def find_prefixes(args: argparse.Namespace, count: int) -> list[str]:
+    """Return the prefix of each of `count` texts of a row, as the model records them."""
+    record = read_record(args.model_dir)
+    input_types = ("query", "document") if count == 2 else (args.input_type,)
+    return [record.get(f"{input_type}_prefix", "") for input_type in input_types]
+
+
 def encode_rows(args: argparse.Namespace, predictor: Predictor, tokenizer: Tokenizer, rows: list[Row]) -> np.ndarray:
     """Encode rows; warn of texts that the encoder does not see all of.
 
@@ -262,7 +272,11 @@ def encode_rows(args: argparse.Namespace, predictor: Predictor, tokenizer: Token
     is_good = [row.problem is None for row in rows]
     texts = [text for row in rows if row.problem is None for text in row.texts]
     places = [row.place for row in rows if row.problem is None for _ in row.texts]
-    encoded = encode(predictor, tokenizer, texts, args.max_seq_length, args.batch_size)
+    prefixes = find_prefixes(args, len(rows[0].texts))
+    try:
+        encoded = encode(predictor, tokenizer, texts, args.max_seq_length, args.batch_size, prefixes)
+    except ValueError as error:
+        raise InputError(f"--model_dir {args.model_dir}: {error}") from None
     if not np.isfinite(encoded.embeddings).all():
         raise InputError(f"--model_dir {args.model_dir}: embeddings contain NaN or Inf; training diverged or the "
                          "export is damaged")

@@ -29,6 +29,7 @@ from deploy.serving.schemas import (
     similarity_body,
 )
 from simcse.console import InputError, NotFiniteError
+from simcse.text.prefixes import DOCUMENT, QUERY
 
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
@@ -119,8 +120,8 @@ class SearcherApp:
             log.exception("an error of the service itself")
             raise HTTPException(500, f"internal error: {type(error).__name__}") from None
 
-    async def embed(self, texts: Sequence[str], request: Request) -> AsyncIterator[Embedded]:
-        """Yield the embeddings of texts, in batches, between which other requests are answered.
+    async def embed(self, texts: Sequence[str], input_type: str, request: Request) -> AsyncIterator[Embedded]:
+        """Yield the embeddings of texts of one input type, in batches, between which other requests are answered.
 
         Raises:
             HTTPException: see `ask`; or the client of the request is gone.
@@ -128,7 +129,8 @@ class SearcherApp:
         for start in range(0, len(texts), self.limits.batch):
             if await request.is_disconnected():
                 raise HTTPException(408, "the client is gone")
-            yield await self.ask(EmbedJob(texts[start : start + self.limits.batch]))
+            batch = texts[start : start + self.limits.batch]
+            yield await self.ask(EmbedJob(batch, [input_type] * len(batch)))
 
 
 def app_of(request: Request) -> SearcherApp:
@@ -219,13 +221,14 @@ def add_model_endpoints(app: FastAPI, kinds: Kinds, limits: Limits, token: str |
     @app.post("/embed", **options)
     async def embed(body: Texts, answering: Answering) -> Embeddings:
         """Embeddings of texts."""
-        embedded: Embedded = await answering.ask(EmbedJob(body.texts))
+        embedded: Embedded = await answering.ask(EmbedJob(body.texts, [body.input_type] * len(body.texts)))
         return JSONResponse({"embeddings": embedded.embeddings.tolist()})
 
     @app.post("/similarity", **options)
     async def similarity(body: Pairs, answering: Answering) -> Cosines:
-        """Cosine of each pair of texts."""
-        embedded: Embedded = await answering.ask(EmbedJob([text for pair in body.pairs for text in pair]))
+        """Cosine of each pair of a query and a document."""
+        texts = [text for pair in body.pairs for text in pair]
+        embedded: Embedded = await answering.ask(EmbedJob(texts, [QUERY, DOCUMENT] * len(body.pairs)))
         first = embedded.embeddings[::2]
         second = embedded.embeddings[1::2]
         cosines = (first * second).sum(axis=1).clip(-1, 1)  # rounding of two unit vectors may go beyond 1
@@ -253,7 +256,7 @@ def add_openai_endpoints(app: FastAPI, kinds: Kinds, token: str | None) -> None:
         """Embeddings of texts, by OpenAI's protocol. A text of more tokens than the model takes is refused."""
         embedded = []
         texts = openai_api.texts_of(body)
-        async for batch in answering.embed(texts, request):
+        async for batch in answering.embed(texts, body.input_type, request):
             openai_api.check_lengths(batch, len(embedded) * answering.limits.batch, answering.facts.max_seq_length)
             embedded.append(batch)
         return openai_api.answer(body, embedded)

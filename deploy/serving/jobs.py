@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
+from simcse.text.prefixes import QUERY
+
 import numpy as np
 from pydantic import Field
 
@@ -30,11 +32,28 @@ class Facts(NamedTuple):
     whitened: bool
 
 
+class Input(NamedTuple):
+    """A text to encode, and its input type, whose prefix it gets."""
+
+    text: str
+    input_type: str
+
+
 @dataclass(frozen=True)
 class EmbedJob:
-    """Texts to encode; the answer is `Embedded`."""
+    """Texts to encode; the answer is `Embedded`.
+
+    Args:
+        texts: each of them.
+        input_types: the input type of each.
+    """
 
     texts: Sequence[str]
+    input_types: Sequence[str]
+
+    @property
+    def inputs(self) -> list[Input]:
+        return [Input(*each) for each in zip(self.texts, self.input_types, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -50,6 +69,10 @@ class SearchJob:
     texts: Sequence[str]
     top_k: int
     mode: str
+
+    @property
+    def inputs(self) -> list[Input]:
+        return [Input(text, QUERY) for text in self.texts]
 
 
 Job = EmbedJob | SearchJob

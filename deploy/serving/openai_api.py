@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from deploy.serving.jobs import Embedded
-from deploy.serving.schemas import NOT_BLANK
+from deploy.serving.schemas import NOT_BLANK, InputType
+from simcse.text.prefixes import DOCUMENT
 
 import numpy as np
 from fastapi import HTTPException
@@ -91,6 +92,7 @@ def request_body(sizes: range) -> type[BaseModel]:
             ge=sizes.start, le=sizes[-1],
             description="the first so many numbers, L2-normalized; a whitened checkpoint has them in the order of "
             "their variance, embeddings of another cannot be shortened")] = None
+        input_type: InputType = DOCUMENT
         user: Annotated[str | None, Field(max_length=256, description="ignored")] = None
 
     return Input

@@ -17,6 +17,7 @@ from simcse.index.engines import check_installed
 from simcse.index.manifest import REBUILD, Manifest
 from simcse.index.milvus import MilvusIndex
 from simcse.index.protocols import DocumentStore, Index
+from simcse.text.prefixes import Prefixes
 from simcse.text.wordpiece import load_tokenizer
 
 
@@ -70,12 +71,17 @@ def open_bm25(index_path: str, documents: Documents, corpus: str | None) -> Any:
 
 
 def open_encoder(args: argparse.Namespace, manifest: Manifest) -> tuple[Encoder, BatchShapes]:
-    """Load the exported model, for texts as long as those of the index; return it with the shapes of its batches."""
+    """Load the exported model, for texts as long as those of the index; return it with the shapes of its batches.
+
+    Queries get the prefix that the model records, documents that of the index.
+    """
     weights = sum(file.stat().st_size for file in os.scandir(args.model_dir) if file.name.startswith("inference."))
     shapes = choose_shapes(weights, manifest.max_seq_length)
     engine = open_engine(args, manifest.precision, len(shapes.all()))
     tokenizer = load_tokenizer(args.model_dir)
-    return Encoder(engine, tokenizer, manifest.max_seq_length, make_batches=shapes.make_batches), shapes
+    prefixes = Prefixes(read_record(args.model_dir).get("query_prefix", ""), manifest.document_prefix)
+    encoder = Encoder(engine, tokenizer, manifest.max_seq_length, make_batches=shapes.make_batches, prefixes=prefixes)
+    return encoder, shapes
 
 
 def open_engine(args: argparse.Namespace, precision_of_index: str, shapes: int) -> Any:

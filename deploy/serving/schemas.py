@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from deploy.serving.jobs import SearchHit
+from simcse.text.prefixes import DOCUMENT, INPUT_TYPES
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
@@ -74,6 +75,10 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+InputType = Annotated[Literal[INPUT_TYPES], Field(
+    description="which prefix the texts get, as far as the model has one")]
+
+
 def text_type(limits: Limits) -> Any:
     """Return the type of a text in a body."""
     return Annotated[str, StringConstraints(min_length=1, max_length=limits.text_length, pattern=NOT_BLANK)]
@@ -85,6 +90,7 @@ def embed_body(limits: Limits) -> type[Strict]:
 
     class Texts(Strict):
         texts: Annotated[list[text], Field(min_length=1, max_length=limits.texts)]
+        input_type: InputType = DOCUMENT
 
     return Texts
 

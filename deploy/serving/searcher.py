@@ -4,12 +4,13 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from deploy.serving.jobs import EMBEDDING, HYBRID, Embedded, EmbedJob, Facts, Job, SearchHit, SearchJob
+from deploy.serving.jobs import EMBEDDING, HYBRID, Embedded, EmbedJob, Facts, Input, Job, SearchHit, SearchJob
 from deploy.serving.shapes import BatchShapes
 from simcse import console
 from simcse.encoder.encoder import Encoder
 from simcse.index.hits import FUSION_DEPTH, Ranking, hits_of, search
 from simcse.index.protocols import NOT_FOUND, DocumentStore, Index
+from simcse.text.prefixes import QUERY
 from simcse.text.textfile import distinct
 
 import numpy as np
@@ -62,34 +63,35 @@ class Searcher:
 
     def answer(self, jobs: Sequence[Job]) -> list[Any]:
         """Return the answer to each job; texts that several jobs have are encoded and searched once."""
-        texts = distinct(text for job in jobs for text in job.texts)
-        row_of = {text: row for row, text in enumerate(texts)}
-        encoded = self.encode(texts)
+        inputs = distinct(each for job in jobs for each in job.inputs)
+        row_of = {each: row for row, each in enumerate(inputs)}
+        encoded = self.encode(inputs)
         hits_in_mode = {}
         for mode, search_in_mode in self._search_in_mode.items():
             depth_of = collect_depths([job for job in jobs if isinstance(job, SearchJob) and job.mode == mode])
             if depth_of:
-                rows = [row_of[text] for text in depth_of]
+                rows = [row_of[Input(text, QUERY)] for text in depth_of]
                 hits_in_mode[mode] = search_in_mode(depth_of, encoded.embeddings[rows])
         answers: list[Any] = []
         for job in jobs:
             if isinstance(job, SearchJob):
                 answers.append([hits_in_mode[job.mode][text][: job.top_k] for text in job.texts])
             elif isinstance(job, EmbedJob):
-                rows = [row_of[text] for text in job.texts]
+                rows = [row_of[each] for each in job.inputs]
                 answers.append(Embedded(encoded.embeddings[rows], encoded.token_counts[rows]))
             else:
                 raise TypeError(job)
         return answers
 
-    def encode(self, texts: Sequence[str]) -> Embedded:
+    def encode(self, inputs: Sequence[Input]) -> Embedded:
         """Encode texts; warn once in the life of the service of those that are cut."""
-        inputs = self.encoder.tokenize(texts)
+        texts = [each.text for each in inputs]
+        tokenized = self.encoder.tokenize(texts, [each.input_type for each in inputs])
         most = self.encoder.max_seq_length
-        if inputs.lengths.max() > most and not self._warned_truncated:
+        if tokenized.lengths.max() > most and not self._warned_truncated:
             console.warn(f"texts longer than {most} tokens are cut; further ones are not reported")
             self._warned_truncated = True
-        return Embedded(self.encoder.embed(inputs), inputs.lengths)
+        return Embedded(self.encoder.embed(tokenized), tokenized.lengths)
 
     def search_by_embedding(self, depth_of: dict[str, int], embeddings: np.ndarray) -> dict[str, list[SearchHit]]:
         """Return the hits of each text by cosine.

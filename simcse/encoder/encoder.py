@@ -13,6 +13,15 @@ from simcse.machine import RANK
 from simcse.ranks import gather_arrays
 from simcse.text import tokens
 from simcse.text.keys import UNKNOWN_KEY, sequence_keys
+from simcse.text.prefixes import (
+    DOCUMENT,
+    NO_PREFIXES,
+    QUERY,
+    Prefixes,
+    add_prefixes,
+    check_prefixes,
+    count_tokens,
+)
 from simcse.text.tokens import WINDOW, Ids, TokenBatch, Tokens
 from simcse.text.wordpiece import find_unknown
 
@@ -47,11 +56,21 @@ class EncoderInput(NamedTuple):
         return keys
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str], max_seq_length: int) -> EncoderInput:
-    """Return the token ids of texts, cut to `max_seq_length`, and what is lost by that."""
-    whole = Tokens.of(tokenizer(texts, max_seq_length + 1))
+def tokenize(tokenizer: Any, texts: Sequence[str], max_seq_length: int, prefixes: Prefixes = NO_PREFIXES,
+             input_type: str | Sequence[str] = DOCUMENT) -> EncoderInput:
+    """Return the token ids of texts with their prefixes, cut to `max_seq_length`, and what is lost by that.
+
+    Args:
+        tokenizer: see `wordpiece.load_tokenizer`.
+        texts: without prefixes.
+        max_seq_length: tokens of a text at most, [CLS], [SEP] and its prefix included.
+        prefixes: of each input type.
+        input_type: that of all texts, one of INPUT_TYPES; or a sequence with that of each.
+    """
+    prefixed = add_prefixes(tokenizer, texts, prefixes, input_type)
+    whole = Tokens.of(tokenizer(prefixed.texts, max_seq_length + 1))
     ids = whole.truncate(max_seq_length)
-    return EncoderInput(ids, whole.lengths, find_unknown(tokenizer, ids))
+    return EncoderInput(ids, whole.lengths, find_unknown(tokenizer, ids, prefixed.prefix_tokens))
 
 
 def check_length(network: Any, max_seq_length: int) -> None:
@@ -176,20 +195,24 @@ class TokenizedRows(NamedTuple):
         return all_ids
 
 
-def tokenize_rows(rows: Sequence[tuple[str, str | Sequence[str]]], tokenizer: Any,
-                  max_seq_length: int) -> TokenizedRows:
-    """Tokenize the texts of training rows.
+def tokenize_rows(rows: Sequence[tuple[str, str | Sequence[str]]], tokenizer: Any, max_seq_length: int,
+                  prefixes: Prefixes = NO_PREFIXES) -> TokenizedRows:
+    """Tokenize the texts of training rows. The first of several texts of a row is a query, all others are documents.
 
     Args:
         rows: the place of each row, as file:line, and its text or texts.
+        prefixes: of each input type.
     """
     places = []
     texts = []
+    input_types = []
     for place, row in rows:
-        for text in [row] if isinstance(row, str) else row:
+        texts_of_row = [row] if isinstance(row, str) else row
+        for column, text in enumerate(texts_of_row):
             places.append(place)
             texts.append(text)
-    return TokenizedRows(places, texts, tokenize(tokenizer, texts, max_seq_length))
+            input_types.append(QUERY if column == 0 and len(texts_of_row) > 1 else DOCUMENT)
+    return TokenizedRows(places, texts, tokenize(tokenizer, texts, max_seq_length, prefixes, input_types))
 
 
 def warn_unusable(rows: TokenizedRows, max_seq_length: int) -> None:
@@ -239,17 +262,23 @@ class Encoder:
         source: names the checkpoint in the message about embeddings that are not finite, as "--params_path model";
             None: it is being trained.
         calibration: SHA-256 of the file that an int8 graph was calibrated with; None: it is not int8, or not known.
+        prefixes: put before texts, by their input type.
+
+    Raises:
+        InputError: the engine has fewer positions than `max_seq_length`, or a prefix fills them all.
     """
 
     def __init__(self, engine: Engine, tokenizer: Any, max_seq_length: int, batch_size: int | None = None,
                  make_batches: BatchMaker | None = None, source: str | None = None,
-                 calibration: str | None = None) -> None:
+                 calibration: str | None = None, prefixes: Prefixes = NO_PREFIXES) -> None:
         check_length(engine, max_seq_length)
+        check_prefixes(tokenizer, prefixes, max_seq_length)
         self.engine = engine
         self.tokenizer = tokenizer
         self.max_seq_length = max_seq_length
         self.source = source
         self.calibration = calibration
+        self.prefixes = prefixes
         self._make_batches = make_batches or functools.partial(
             tokens.make_batches, batch_size=batch_size, batch_tokens=engine.batch_tokens)
 
@@ -267,16 +296,22 @@ class Encoder:
         tokens_at_a_time = min(texts, 2 * WINDOW) * self.max_seq_length  # a window, and the next one is tokenized
         return self.engine.bytes_needed + BYTES_OF_TOKEN * tokens_at_a_time
 
-    def encode(self, texts: Sequence[str], *, places: Sequence[str] | None = None, warn: bool = True) -> np.ndarray:
+    def room_of_documents(self) -> int:
+        """Return how many tokens a document may have beside its prefix, [CLS] and [SEP] included."""
+        return self.max_seq_length - count_tokens(self.tokenizer, self.prefixes.document)
+
+    def encode(self, texts: Sequence[str], *, input_type: str | Sequence[str] = DOCUMENT,
+               places: Sequence[str] | None = None, warn: bool = True) -> np.ndarray:
         """Return the embeddings of texts, float32 [texts, embedding_size], L2-normalized.
 
         Args:
+            input_type: "query" or "document", whose prefix is put before each text; or a sequence with that of each.
             places: where each text stands, as file:line, for warnings; see `places_of`.
             warn: warn of texts that are truncated or all [UNK].
         """
         embeddings = np.empty((len(texts), self.embedding_size), "float32")
         row = 0
-        for block in self.stream(texts, places=places, warn=warn):
+        for block in self.stream(texts, input_type=input_type, places=places, warn=warn):
             embeddings[row : row + len(block)] = block
             row += len(block)
         return embeddings
@@ -285,19 +320,25 @@ class Encoder:
                      places: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return the embeddings of the first texts and of the second texts, each float32 [pairs, embedding_size].
 
+        The first texts are queries, the second ones documents.
+
         Args:
             places: where each pair stands, as file:line, for warnings.
         """
         texts = [first for first, _ in pairs] + [second for _, second in pairs]
-        embeddings = self.encode(texts, places=None if places is None else [*places, *places])
+        input_types = [QUERY] * len(pairs) + [DOCUMENT] * len(pairs)
+        embeddings = self.encode(texts, input_type=input_types,
+                                 places=None if places is None else [*places, *places])
         return embeddings[: len(pairs)], embeddings[len(pairs) :]
 
-    def stream(self, texts: Sequence[str], *, places: Sequence[str] | None = None,
-               windows: Sequence[range | np.ndarray] | None = None, warn: bool = True) -> Iterator[np.ndarray]:
+    def stream(self, texts: Sequence[str], *, input_type: str | Sequence[str] = DOCUMENT,
+               places: Sequence[str] | None = None, windows: Sequence[range | np.ndarray] | None = None,
+               warn: bool = True) -> Iterator[np.ndarray]:
         """Yield the embeddings of texts block by block, float32 [texts of the block, embedding_size].
 
         Args:
             texts: may be a `TextFile`, of which a window at a time is read.
+            input_type: see `encode`.
             places: where each text stands, as file:line, for warnings; see `places_of`.
             windows: the rows of each block, in which batches are formed; None: all rows, WINDOW at a time.
             warn: warn of truncated and unknown texts at the end, and with --strict_data as soon as there is one.
@@ -310,7 +351,7 @@ class Encoder:
         warnings = TextWarnings(self.max_seq_length)
         place_of = places_of(texts, places)
         # A thread tokenizes the next window while the engine computes this one.
-        inputs_of_windows = prefetch(self.tokenize(_select(texts, rows)) for rows in windows)
+        inputs_of_windows = prefetch(self._tokenize_window(texts, rows, input_type) for rows in windows)
         with progress("encoding", sum(map(len, windows)), "texts") as advance:
             for inputs, rows in zip(inputs_of_windows, windows):
                 warnings.add(inputs, rows)
@@ -320,9 +361,19 @@ class Encoder:
         if warn:
             warnings.report(place_of)
 
-    def tokenize(self, texts: Sequence[str]) -> EncoderInput:
-        """Return the token ids of texts, cut to `max_seq_length`, and what is lost by that."""
-        return tokenize(self.tokenizer, texts, self.max_seq_length)
+    def tokenize(self, texts: Sequence[str], input_type: str | Sequence[str] = DOCUMENT) -> EncoderInput:
+        """Return the token ids of texts with their prefixes, cut to `max_seq_length`, and what is lost by that.
+
+        Args:
+            input_type: see `encode`.
+        """
+        return tokenize(self.tokenizer, texts, self.max_seq_length, self.prefixes, input_type)
+
+    def _tokenize_window(self, texts: Sequence[str], rows: range | np.ndarray,
+                         input_type: str | Sequence[str]) -> EncoderInput:
+        """Return what `tokenize` does of some rows."""
+        types_of_rows = input_type if isinstance(input_type, str) else _select(input_type, rows)
+        return self.tokenize(_select(texts, rows), types_of_rows)
 
     def embed(self, inputs: EncoderInput, advance: Callable[[int], Any] = lambda count: None) -> np.ndarray:
         """Return the embeddings of tokenized texts, float32 [texts, embedding_size], L2-normalized.

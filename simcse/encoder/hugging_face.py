@@ -113,7 +113,7 @@ def read_hugging_face(folder: str, flag: str) -> HuggingFaceEncoder:
 def _read_files(folder: str, file: str, where: str) -> Weights:
     """Return the arrays of a file of weights, or of those that an index names."""
     if not file.endswith(".index.json"):
-        return _read_file(os.path.join(folder, file), where)
+        return read_weight_file(os.path.join(folder, file), where)
     file_of_weight = read_json(os.path.join(folder, file)).get("weight_map")
     if not isinstance(file_of_weight, dict) or not all(isinstance(name, str) for name in file_of_weight.values()):
         raise InputError(f"{where}: {file} has no weight_map")
@@ -122,12 +122,19 @@ def _read_files(folder: str, file: str, where: str) -> Weights:
         path = os.path.join(folder, os.path.basename(shard))  # it names no file of another folder
         if not os.path.isfile(path):
             raise InputError(f"{where}: {file} names {shard}, which is missing")
-        weights |= _read_file(path, where)
+        weights |= read_weight_file(path, where)
     return weights
 
 
-def _read_file(path: str, where: str) -> Weights:
-    """Return the arrays of one file by name, bfloat16 as float32."""
+def read_weight_file(path: str, where: str) -> Weights:
+    """Return the arrays of a .safetensors or .bin file by name, bfloat16 as float32.
+
+    Args:
+        where: names its folder in messages.
+
+    Raises:
+        InputError: the file is damaged.
+    """
     unreadable = f"{where}: {os.path.basename(path)} cannot be read"
     with as_input_error(unreadable, Exception):  # a damaged file raises anything
         if path.endswith(".bin"):

@@ -182,9 +182,12 @@ RECORD_FIELDS = {
     "cross_device_negatives": TRUE_OR_FALSE, "max_seq_length": LENGTH_OR_NULL, "whitened_at": LENGTH_OR_NULL,
     "encoder_class": STRING, "encoder_config": OBJECT, "versions": OBJECT, "model": STRING, "precision": STRING,
     "table": TRUE_OR_FALSE, "int8_cosines": OBJECT, "calibration": OBJECT, "hidden_size": SIZE, "vocab_size": SIZE,
-    "fc_is_random": TRUE_OR_FALSE, "step": SIZE_OR_ZERO, "measures": OBJECT, "run_digest": STRING}
-# Fields that do not change the embeddings: the name of the encoder, the libraries, and what --save_best records.
-FIELDS_WITHOUT_EFFECT = ("model_name_or_path", "versions", "step", "measures", "run_digest")
+    "fc_is_random": TRUE_OR_FALSE, "query_prefix": STRING, "document_prefix": STRING, "step": SIZE_OR_ZERO,
+    "measures": OBJECT, "run_digest": STRING}
+# Fields that do not change the embeddings: the name of the encoder, the libraries, and what --save_best records. The
+# prefixes change the texts; an index records that of its documents itself.
+FIELDS_WITHOUT_EFFECT = ("model_name_or_path", "versions", "step", "measures", "run_digest", "query_prefix",
+                         "document_prefix")
 ENCODER_FIELDS = ("encoder_class", "encoder_config")  # what an encoder is made of
 GRAPH_FIELDS = ("embedding_size", "max_positions")  # what running a graph needs
 

@@ -53,6 +53,7 @@ class Manifest:
         max_seq_length: tokens of a text.
         precision: that in which the documents were encoded.
         passages: whether documents are split into passages.
+        document_prefix: put before each document, or passage, that was encoded.
         ann_engine: its name in ENGINES.
         index_shards: parts of a folder index; None in one to build: `choose_shard_count` of its vectors.
         dimension: of the vectors.
@@ -76,6 +77,7 @@ class Manifest:
     max_seq_length: int | None = None
     precision: str | None = None
     passages: bool | None = None
+    document_prefix: str | None = None
     ann_engine: str | None = None
     index_shards: int | None = None
     dimension: int | None = None
@@ -91,9 +93,11 @@ class Manifest:
     files: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
-    COMPARED = ("model", "max_seq_length", "precision", "passages", "ann_engine", "index_shards", "dimension")
+    COMPARED = ("model", "max_seq_length", "precision", "passages", "document_prefix", "ann_engine", "index_shards",
+                "dimension")
     HIDDEN = ("model",)  # compared, and not shown
-    OPTIONAL = ("calibration",)  # which a manifest of this FORMAT may lack
+    QUOTED = ("document_prefix",)  # shown in quotes
+    OPTIONAL = ("calibration", "document_prefix")  # which a manifest of this FORMAT may lack
 
     def differences(self, wanted: "Manifest") -> list[str]:
         """Return how it differs from `wanted`, such as "max_seq_length 32, not 64"; []: it can be used."""
@@ -105,6 +109,8 @@ class Manifest:
                 continue
             if found.get(name) is None or name in self.HIDDEN:
                 differences.append(f"another {name}")
+            elif name in self.QUOTED:
+                differences.append(f"{name} {found[name]!r}, not {value!r}")
             else:
                 differences.append(f"{name} {found[name]}, not {value}")
         return differences
@@ -175,6 +181,7 @@ class Manifest:
             manifest = cls(**content)
             if manifest.ann_recall:
                 manifest.ann_recall = AnnRecall(**content["ann_recall"])
+            manifest.document_prefix = manifest.document_prefix or ""  # a manifest older than the flag lacks it
         except TypeError:  # other fields
             raise InputError(f"{where}: damaged: its manifest lacks fields, or has others; {remedy}") from None
         return manifest

@@ -424,10 +424,16 @@ def _check_added_tokens(folder: str, vocab: dict[str, int]) -> None:
                          "order of their ids")
 
 
-def find_unknown(tokenizer: WordPiece | RustTokenizer | PaddleTokenizer, ids: Sequence[Ids]) -> list[int]:
+def find_unknown(tokenizer: WordPiece | RustTokenizer | PaddleTokenizer, ids: Sequence[Ids],
+                 prefix_tokens: np.ndarray | int = 0) -> list[int]:
     """Return the rows of the texts without a known word: texts without tokens, or of [UNK] and punctuation only.
 
     The encoder cannot tell such texts apart: each would match every other one perfectly.
+
+    Args:
+        ids: the token ids of each text.
+        prefix_tokens: how many of them, after [CLS], are a prefix, which is no part of the text; int64 [texts] or one
+            number for all.
     """
     ids = Tokens.of(ids)
     if not len(ids):
@@ -435,10 +441,14 @@ def find_unknown(tokenizer: WordPiece | RustTokenizer | PaddleTokenizer, ids: Se
     is_word = ~np.isin(ids.flat, list(tokenizer.wordless))
     is_word[ids.starts] = False  # [CLS]
     is_word[ids.ends - 1] = False  # [SEP]
+    first_of_text = 1 + np.broadcast_to(prefix_tokens, len(ids))  # [CLS] and the prefix left out
+    if np.any(prefix_tokens):
+        places = np.arange(len(ids.flat)) - np.repeat(ids.starts, ids.lengths)  # of each token in its text
+        is_word[places < np.repeat(first_of_text, ids.lengths)] = False
     has_word = np.logical_or.reduceat(is_word, ids.starts)
     unknown = []
     for row in np.flatnonzero(~has_word).tolist():
-        is_empty = ids.lengths[row] == 2
-        if is_empty or tokenizer.unk_token_id in ids[row]:
+        tokens = ids[row][first_of_text[row] : -1]
+        if not tokens or tokenizer.unk_token_id in tokens:
             unknown.append(row)
     return unknown

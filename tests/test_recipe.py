@@ -1,0 +1,198 @@
+"""Folders of sentence-transformers: what they say beside their encoder, and the vectors that come of it."""
+
+import json
+import shutil
+
+import model as m
+import train
+from simcse import flags
+from simcse.console import InputError
+from simcse.encoder.sentence_transformers import Recipe, read_recipe
+from simcse.text.prefixes import Prefixes
+
+import numpy as np
+import pytest
+from hugging_face_models import HIDDEN, TEXTS, write_model
+from safetensors.numpy import save_file
+from test_hugging_face import VALUES
+
+NEW = {"Transformer": "sentence_transformers.base.modules.transformer.Transformer",  # written since version 6
+       "Pooling": "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
+       "Dense": "sentence_transformers.base.modules.dense.Dense",
+       "Normalize": "sentence_transformers.base.modules.normalize.Normalize"}
+FC_SIZE = 8
+LENGTH = ("--max_seq_length", "32")  # the encoder has 40 positions
+
+
+def write_json(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def write_modules(folder, *kinds, new=True):
+    """Write modules.json with the encoder in the folder itself and the other modules in 1_Pooling, 2_Dense, ..."""
+    modules = []
+    for number, kind in enumerate(kinds):
+        path = f"{number}_{kind}" if number else ""
+        modules.append({"idx": number, "name": str(number), "path": path,
+                        "type": NEW[kind] if new else f"sentence_transformers.models.{kind}"})
+    write_json(folder / "modules.json", modules)
+
+
+def write_dense(folder, activation, outputs, seed):
+    """Write a Dense module; return its weight, [inputs, outputs], and its bias."""
+    random = np.random.default_rng(seed)
+    weight, bias = random.normal(0, 0.3, (outputs, HIDDEN)), random.normal(0, 0.3, outputs)
+    write_json(folder / "config.json", {"in_features": HIDDEN, "out_features": outputs, "bias": True,
+                                        "activation_function": f"torch.nn.modules.{activation}"})
+    save_file({"linear.weight": weight.astype("float32"), "linear.bias": bias.astype("float32")},
+              str(folder / "model.safetensors"))
+    return weight.T, bias
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An encoder whose pooling is the first token."""
+    write_model(tmp_path / "encoder", "bert")
+    folder = tmp_path / "encoder"
+    write_modules(folder, "Transformer", "Pooling", "Normalize")
+    write_json(folder / "1_Pooling/config.json", {"embedding_dimension": HIDDEN, "pooling_mode": "cls",
+                                                  "include_prompt": True})
+    return folder
+
+
+def untrained(folder, sample, monkeypatch, *more):
+    """Return what train.py would train, from a folder."""
+    monkeypatch.setattr("sys.argv", ["train.py", "--device", "cpu", "--train_set_file", str(sample / "corpus.csv"),
+                                     "--model_name_or_path", str(folder), *more])
+    args = train.parse_args()
+    return args, train.build_model(flags.resolve_training(args))
+
+
+def embeddings_of(model, expected):
+    model.eval()
+    ids = np.array([expected["ids"]])
+    return model.embed(ids, np.zeros_like(ids)).numpy()[0]
+
+
+def normalized(vector):
+    return vector / np.linalg.norm(vector)
+
+
+@pytest.mark.parametrize(("mode", "pooling", "value"), [("cls", "cls", "cls"), ("mean", "mean_all", "mean")])
+@pytest.mark.parametrize("new", [True, False])
+def test_pooling_of_the_folder(folder, sample, monkeypatch, mode, pooling, value, new):
+    """Of the format of today, and of the older one with a field for each mode."""
+    write_modules(folder, "Transformer", "Pooling", new=new)
+    if not new:
+        modes = {f"pooling_mode_{name}": False for name in ("cls_token", "mean_tokens", "max_tokens",
+                                                            "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")}
+        modes[f"pooling_mode_{'cls_token' if mode == 'cls' else 'mean_tokens'}"] = True
+        write_json(folder / "1_Pooling/config.json", {"word_embedding_dimension": HIDDEN, **modes})
+    else:
+        write_json(folder / "1_Pooling/config.json", {"embedding_dimension": HIDDEN, "pooling_mode": mode})
+    for more in ((), ("--pooling", "auto")):
+        _, (model, _, record) = untrained(folder, sample, monkeypatch, *LENGTH, *more)
+        assert record["pooling"] == pooling
+        for expected in VALUES["bert"]:
+            np.testing.assert_allclose(embeddings_of(model, expected), normalized(expected[value]), atol=1e-5)
+
+
+@pytest.mark.parametrize("fc", [True, False])
+@pytest.mark.parametrize("pooler", [True, False])
+def test_dense_layers(folder, sample, monkeypatch, pooler, fc):
+    write_modules(folder, "Transformer", "Pooling", *["Dense"] * (pooler + fc), "Normalize")
+    layers = []
+    if pooler:
+        layers.append((*write_dense(folder / "2_Dense", "activation.Tanh", HIDDEN, 1), np.tanh))
+    if fc:
+        layers.append((*write_dense(folder / f"{2 + pooler}_Dense", "linear.Identity", FC_SIZE, 2), lambda x: x))
+    _, (model, tokenizer, record) = untrained(folder, sample, monkeypatch, *LENGTH)
+    assert (record["pooling"], record["output_emb_size"]) == ("pooler" if pooler else "cls", FC_SIZE if fc else 0)
+    assert record.get("fc_is_random") is None
+    for text, expected in zip(TEXTS, VALUES["bert"]):
+        assert tokenizer([text], 32)[0] == expected["ids"]
+        vector = np.array(expected["cls"])
+        for weight, bias, activate in layers:
+            vector = activate(vector @ weight + bias)
+        np.testing.assert_allclose(embeddings_of(model, expected), normalized(vector), atol=1e-5)
+    if fc:
+        with pytest.raises(InputError, match=f"--output_emb_size 4: .* has {FC_SIZE}"):
+            untrained(folder, sample, monkeypatch, *LENGTH, "--output_emb_size", "4")
+    if fc or pooler:
+        with pytest.raises(InputError, match="--pooling mean: .* has dense layers for --pooling"):
+            untrained(folder, sample, monkeypatch, *LENGTH, "--pooling", "mean")
+
+
+def test_length_and_prompts(folder, sample, monkeypatch):
+    """Flags win. An older encoder stands in a folder of its own."""
+    assert read_recipe(str(folder)).max_seq_length is None
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer", "model_max_length": 24})
+    assert read_recipe(str(folder)).max_seq_length == 24
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": 20, "do_lower_case": False})
+    write_json(folder / "config_sentence_transformers.json", {"prompts": {"query": "语：", "passage": "检："}})
+    args, loaded = untrained(folder, sample, monkeypatch)
+    assert args.max_seq_length == loaded.record["max_seq_length"] == 20
+    assert Prefixes.from_record(loaded.record) == Prefixes("语：", "检：")
+    args, loaded = untrained(folder, sample, monkeypatch, "--max_seq_length", "16", "--query_prefix", "")
+    assert args.max_seq_length == 16 and Prefixes.from_record(loaded.record) == Prefixes("", "检：")
+
+    outer = folder.parent / "outer"
+    shutil.copytree(folder, outer / "0_Transformer")
+    shutil.move(outer / "0_Transformer/1_Pooling", outer / "1_Pooling")
+    modules = [{"path": "0_Transformer", "type": "sentence_transformers.models.Transformer"},
+               {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]
+    write_json(outer / "modules.json", modules)
+    recipe = read_recipe(str(outer))
+    assert (recipe.pooling, recipe.max_seq_length, recipe.prefixes) == ("cls", 20, Prefixes())
+    assert untrained(outer, sample, monkeypatch)[1].record["pooling"] == "cls"
+
+
+@pytest.mark.parametrize(("prompts", "default", "expected"), [
+    ({}, None, Prefixes()),
+    ({"query": "q", "document": "d", "passage": "p", "web": "w"}, "web", Prefixes("q", "d")),
+    ({"web": "w", "corpus": "c"}, "web", Prefixes("w", "c")),
+    ({"web": "w"}, None, Prefixes())])
+def test_prompts_that_sentence_transformers_takes(folder, prompts, default, expected):
+    """encode_query and encode_document of version 6.2 take these."""
+    write_json(folder / "config_sentence_transformers.json", {"prompts": prompts, "default_prompt_name": default})
+    assert read_recipe(str(folder)).prefixes == expected
+
+
+def test_other_folders_say_nothing(tmp_path):
+    assert read_recipe("rocketqa-zh-base-query-encoder") == Recipe("rocketqa-zh-base-query-encoder")
+    write_model(tmp_path, "bert")
+    assert read_recipe(str(tmp_path)) == Recipe(str(tmp_path))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda folder: write_json(folder / "1_Pooling/config.json", {"pooling_mode": "max"}), "its pooling is max; of"),
+    (lambda folder: write_json(folder / "1_Pooling/config.json", {"pooling_mode": ["cls", "mean"]}), "cls and mean;"),
+    (lambda folder: write_json(folder / "1_Pooling/config.json", {"pooling_mode": "cls", "include_prompt": False}),
+     "include_prompt false"),
+    (lambda folder: write_modules(folder, "Transformer", "Dense"), "has the modules Transformer, Dense; Transformer,"),
+    (lambda folder: write_json(folder / "modules.json", {"a": 1}), "expected a list of modules with type and path"),
+    (lambda folder: (folder / "modules.json").write_text("["), "modules.json: not valid JSON"),
+    (lambda folder: write_modules(folder, "Transformer", "Pooling", "Dense"), "has neither model.safetensors nor"),
+    (lambda folder: write_json(folder / "config_sentence_transformers.json", {"prompts": {"query": 1}}),
+     "prompts: expected an object of strings")])
+def test_what_cannot_be_had_is_refused(folder, sample, monkeypatch, change, message):
+    change(folder)
+    with pytest.raises(InputError, match=message):
+        untrained(folder, sample, monkeypatch, *LENGTH)
+
+
+def test_a_dense_layer_after_a_mean_is_refused(folder):
+    write_json(folder / "1_Pooling/config.json", {"pooling_mode": "mean"})
+    write_modules(folder, "Transformer", "Pooling", "Dense")
+    write_dense(folder / "2_Dense", "activation.Tanh", HIDDEN, 1)
+    with pytest.raises(InputError, match="has the module Dense in 2_Dense, which is not supported there"):
+        read_recipe(str(folder))
+
+
+def test_a_checkpoint_has_its_own_record(folder, checkpoint, sample, monkeypatch):
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": 20})
+    monkeypatch.setattr("sys.argv", ["train.py", "--device", "cpu", "--train_set_file", str(sample / "corpus.csv"),
+                                     "--model_name_or_path", str(folder), "--init_from_ckpt", str(checkpoint)])
+    expected = m.read_record(str(checkpoint)).get("max_seq_length") or flags.TRAIN_LENGTH
+    assert train.parse_args().max_seq_length == expected
