@@ -33,7 +33,8 @@ def read_texts(path, flag="--flag"):
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true",
-                     help="all 50 recorded training steps, not the first ten alone, and the whole quickstart")
+                     help="also what takes minutes: tests marked slow, all 50 recorded training steps, the whole "
+                     "quickstart")
 
 
 # The tests of a file go to one worker of xdist, and so do files that share what is costly: one browser, the launcher.
@@ -44,14 +45,17 @@ FIRST = ("test_milvus_server", "test_gpu_benchmark", "test_scripts", "test_distr
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
     for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="takes long and shows what others show nearly as well; --slow"))
         item.add_marker(pytest.mark.xdist_group(GROUPS.get(item.path.stem, item.path.stem)))
 
 
 def pytest_configure(config):
     """Start the server that forks scripts, once for all of xdist's workers; it is ready when the first one is run."""
+    config.addinivalue_line("markers", "slow: is run with --slow alone")
     config.addinivalue_line("markers", "default_stack: shows nothing that depends on paddle's version, and takes long")
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # by nohup, or & in a script; what is started inherits it
         signal.signal(signal.SIGINT, signal.default_int_handler)

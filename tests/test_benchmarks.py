@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from conftest import refuse, run_script, succeed
 
 
@@ -34,6 +35,7 @@ def test_quality_shows_the_commands_of_its_recipes(tmp_path):
                                                                          tmp_path)
 
 
+@pytest.mark.slow
 def test_quality_runs_a_recipe_and_keeps_what_it_found(real_data, tmp_path):
     """On a part of LCQMC: BM25 and training with hard negatives; the second time nothing is run but BM25."""
     folder = tmp_path / "lcqmc" / "recall"

@@ -203,7 +203,7 @@ def test_an_error_on_one_rank_ends_all_with_its_message(sample, tmp_path):
 
 
 @pytest.mark.default_stack
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
 def test_ranks_end_with_the_launcher(sample, tmp_path, number):
     """Ctrl-C is passed on, and rank 0 saves, where there is time; killed, it leaves processes that see that it is gone.
     """

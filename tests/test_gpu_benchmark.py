@@ -11,6 +11,7 @@ SECTIONS = ["machine", "figures", "export", "ranks", "breaks", "step", "memory",
 GPU = "benchmarks/gpu.py"
 
 
+@pytest.mark.slow
 def test_its_figures_on_a_cpu(tmp_path):
     """Right figures, and operators within their bound; what a CPU has not is said, and not wrong.
 

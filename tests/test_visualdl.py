@@ -155,7 +155,8 @@ DRAWN = """return [...document.querySelectorAll('canvas')].filter(canvas => {
     ("scalar", ["eval\n5", "train\n5"], 10),
     ("histogram", ["train\n2"], 2),
     ("hyper-parameter", ["learning_rate", "0.00005", "train/loss", "eval/recall@1", "eval/recall@50"], 0),
-    ("high-dimensional", ["log/texts", "Points: [12]\\d", "Component #1: [1-9]"], 0)])  # WebGL gives no picture back
+    pytest.param("high-dimensional", ["log/texts", "Points: [12]\\d", "Component #1: [1-9]"], 0,  # no picture of WebGL
+                 marks=pytest.mark.slow)])
 def test_the_browser_shows_the_log(server, browser, page, says, charts):
     from selenium.webdriver.support.ui import WebDriverWait
 
