@@ -13,6 +13,7 @@ from simcse.console import InputError
 from simcse.encoder import encoder
 from simcse.encoder.encoder import Encoder, tokenize_rows, warn_unusable
 from simcse.text import textfile, wordpiece
+from simcse.text.prefixes import NO_PREFIXES
 from simcse.training import trainer
 
 import numpy as np
@@ -175,16 +176,16 @@ def test_texts_that_are_one_to_the_encoder_are_no_training(tokenizer, tmp_path, 
         path.write_text(content, encoding="utf-8")
         texts = textfile.TextFile(str(path), "--flag", 1 if name == "texts" else 2)
         with pytest.raises(InputError, match=f"train.csv: all {name} are the same to the encoder; contrastive"):
-            train.check_texts_as_encoded(arguments(path, epochs=1, whiten=None), texts, [], tokenizer)
-        train.check_texts_as_encoded(arguments(path, epochs=0, whiten=None), texts, [], tokenizer)
+            train.check_texts_as_encoded(arguments(path, epochs=1, whiten=None), texts, [], tokenizer, NO_PREFIXES)
+        train.check_texts_as_encoded(arguments(path, epochs=0, whiten=None), texts, [], tokenizer, NO_PREFIXES)
         if name == "texts":
             with pytest.raises(InputError, match="train.csv: all texts are the same to the encoder; --whiten"):
-                train.check_texts_as_encoded(arguments(path, epochs=0, whiten=0), texts, [], tokenizer)
+                train.check_texts_as_encoded(arguments(path, epochs=0, whiten=0), texts, [], tokenizer, NO_PREFIXES)
         else:  # whitening reads queries and titles alike, and the queries differ
-            train.check_texts_as_encoded(arguments(path, epochs=0, whiten=0), texts, [], tokenizer)
+            train.check_texts_as_encoded(arguments(path, epochs=0, whiten=0), texts, [], tokenizer, NO_PREFIXES)
     path.write_text("承担单位见附件一\n承担单位见附件二\n", encoding="utf-8")  # they are but cut, which is warned of
     texts = textfile.TextFile(str(path), "--flag")
-    train.check_texts_as_encoded(arguments(path, epochs=1, whiten=None), texts, [], tokenizer)
+    train.check_texts_as_encoded(arguments(path, epochs=1, whiten=None), texts, [], tokenizer, NO_PREFIXES)
     assert "1 of 2 texts is the same as another text" in capsys.readouterr().err
 
 

@@ -50,7 +50,7 @@ TOKEN_IDS = "holds token ids, of a tokenizer that is not this model's; send text
      "body.dimensions: Input should be greater than or equal to 128"),
     ({"input": "a", "dimensions": 129}, "BadRequestError", "body.dimensions"),
     ({"input": "长" * 500_000}, "BadRequestError", "input 0: has more than 32 tokens"),
-    ({"input": "a", "extra_body": {"input_type": "query"}}, "BadRequestError", "body.input_type"),
+    ({"input": "a", "extra_body": {"input_type": "title"}}, "BadRequestError", "body.input_type"),
     ({"input": "长" * 3_000_000}, "APIStatusError", "a body may have 8,388,608 bytes")],
     ids=lambda value: ascii(value)[:40] if isinstance(value, dict) else "")
 def test_errors_have_openais_form(service, given, error, message):

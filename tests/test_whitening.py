@@ -12,6 +12,7 @@ from simcse.encoder import whitening
 from simcse.encoder.encoder import Encoder
 from simcse.encoder.pretrained import load_pretrained
 from simcse.text import textfile, tokens, wordpiece
+from simcse.text.prefixes import NO_PREFIXES
 
 import numpy as np
 import pytest
@@ -139,7 +140,7 @@ def test_an_fc_that_is_not_trained_is_left_out(build, texts, capsys):
     for more in (["--output_emb_size", 24, "--whiten"], ["--output_emb_size", 32, "--whiten", 24],
                  ["--output_emb_size", 0, "--whiten", 24]):
         args, network, tokenizer, _ = build("--epochs", 0, "--pooling", "first_avg", *more)
-        train.whiten_model(args, network, tokenizer, training_texts)
+        train.whiten_model(args, network, tokenizer, NO_PREFIXES, training_texts)
         assert network.embedding_size == network.output_emb_size == 24
         assert "fc_is_random" not in m.make_record(network, "encoder", 16)
         results.append(Encoder(network, tokenizer, 16).encode(lines, warn=False))
