@@ -82,6 +82,8 @@ class MaskedBatches:
     def __init__(self, texts: Sequence[str], tokenizer: Any, args: argparse.Namespace) -> None:
         if not isinstance(tokenizer, wordpiece.WordPiece):
             raise console.InputError("--model_name_or_path: the encoder's tokenizer is not ERNIE's or BERT's")
+        if "[MASK]" not in tokenizer.vocab:
+            raise console.InputError("--model_name_or_path: the encoder's vocabulary has no [MASK]; name another one")
         import jieba
 
         jieba.setLogLevel(logging.WARNING)

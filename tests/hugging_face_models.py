@@ -31,6 +31,13 @@ DISTILBERT_LAYER = {"attention.q_lin": (HIDDEN, HIDDEN), "attention.k_lin": (HID
                     "attention.v_lin": (HIDDEN, HIDDEN), "attention.out_lin": (HIDDEN, HIDDEN),
                     "sa_layer_norm": (HIDDEN,), "ffn.lin1": (INNER, HIDDEN), "ffn.lin2": (HIDDEN, INNER),
                     "output_layer_norm": (HIDDEN,)}
+# The layers of the head that predicts tokens, the prefix of the encoder's weights in a file with it.
+HEADS = {
+    "bert": ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions", "bert"),
+    "ernie": ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions", "ernie"),
+    "xlm-roberta": ("lm_head.dense", "lm_head.layer_norm", "lm_head", "roberta"),
+    "distilbert": ("vocab_transform", "vocab_layer_norm", "vocab_projector", "distilbert"),
+}
 
 
 def weights_of(kind: str) -> dict[str, np.ndarray]:
@@ -53,6 +60,17 @@ def weights_of(kind: str) -> dict[str, np.ndarray]:
     for name, shape in sorted(shapes.items()):
         values = 0.3 * random.standard_normal(shape)
         weights[name] = (values + ("orm.weight" in name)).astype("float32")
+    return weights
+
+
+def weights_with_head(kind: str) -> dict[str, np.ndarray]:
+    """Return random weights of an encoder with the head that predicts tokens, by transformers' names."""
+    dense, norm, decoder, prefix = HEADS[kind]
+    weights = {f"{prefix}.{name}": array for name, array in weights_of(kind).items()}
+    random = np.random.default_rng(1)
+    for name, shape in ((f"{dense}.weight", (HIDDEN, HIDDEN)), (f"{dense}.bias", HIDDEN), (f"{norm}.weight", HIDDEN),
+                        (f"{norm}.bias", HIDDEN), (f"{decoder}.bias", len(VOCABULARY))):
+        weights[name] = random.standard_normal(shape).astype("float32")
     return weights
 
 

@@ -296,13 +296,13 @@ def test_only_an_encoder_that_is_not_found_is_called_so(monkeypatch, cause, erro
     assert str(raised.value) == f"--model_name_or_path a-name: {reason}"
 
 
-def test_a_folder_of_transformers_is_not_pretrained_further(monkeypatch, tmp_path):
-    (tmp_path / "model.safetensors").touch()
+def test_weights_under_another_name_are_an_error_with_advice(monkeypatch, tmp_path):
+    (tmp_path / "bert.safetensors").touch()
     monkeypatch.setattr(paddlenlp.transformers.AutoModelForMaskedLM, "from_pretrained",
                         lambda *_, **__: raise_after(KeyError(), OSError("no metadata")))
-    with pytest.raises(InputError, match=r": cannot be loaded; model\.safetensors may be in the layout of Hugging Face "
-                                         r"transformers.*\(PaddleNLP says: no metadata\)$"):
-        pretrained.load_pretrained(str(tmp_path), kind="AutoModelForMaskedLM")
+    with pytest.raises(InputError, match=r": cannot be loaded; bert\.safetensors may have weights of Hugging Face "
+                                         r"transformers: name.*\(PaddleNLP says: no metadata\)$"):
+        pretrained.load_pretrained(str(tmp_path), kind=pretrained.MASKED_LM)
 
 
 def test_record_is_plain_json(saved):

@@ -3,9 +3,14 @@
 import subprocess
 import time
 
+from simcse.text.wordpiece import load_tokenizer
+from simcse.training.masked_lm import load_masked_lm
+
 import numpy as np
 import pytest
 from conftest import command, refuse, succeed
+from hugging_face_models import TEXTS, VOCABULARY, weights_with_head, write_model
+from safetensors.numpy import save_file
 from training import ON, START, losses, weights
 
 
@@ -36,6 +41,33 @@ def test_masked_words_make_an_encoder(texts, tmp_path):
     made = weights(tmp_path / "simcse" / "model_0")
     name = "encoder.layers.0.linear1.weight"
     np.testing.assert_array_equal(made[f"ptm.{name}"], whole[f"ernie.{name}"])
+
+
+def test_an_encoder_in_the_layout_of_hugging_face(tmp_path):
+    """Its head is trained on; what is saved is an encoder in PaddleNLP's layout, with the same tokens."""
+    write_model(tmp_path / "bert", "bert")
+    save_file(weights_with_head("bert"), str(tmp_path / "bert" / "model.safetensors"))
+    (tmp_path / "texts.csv").write_text("".join(f"{text}\n" for text in TEXTS * 8), encoding="utf-8")
+    start = ["--model_name_or_path", tmp_path / "bert", "--train_set_file", "texts.csv"]
+    result = succeed("scripts/pretrain.py", *ON, *start, "--learning_rate", 5e-3, "--epochs", 10, cwd=tmp_path)
+    assert "bert in the layout of Hugging Face" in result.stderr and "at random" not in result.stderr
+    first, *_, last = map(float, losses(result))
+    assert last < first - 0.3
+    saved = tmp_path / "checkpoints" / "model_20"
+    assert load_tokenizer(str(saved))(TEXTS, 16) == load_tokenizer(str(tmp_path / "bert"))(TEXTS, 16)
+    state = load_masked_lm(str(saved), dropout=0.0).network.state_dict()
+    assert {name: tensor.numpy().tolist() for name, tensor in state.items()} == {
+        name: array.tolist() for name, array in weights(saved).items()}, "as --resume reads it"
+    succeed("train.py", *ON, "--model_name_or_path", saved, "--train_set_file", "texts.csv", "--epochs", 0,
+            "--pooling", "mean_all", "--save_dir", "simcse", cwd=tmp_path)
+    name = "encoder.layers.0.linear1.weight"
+    made = weights(tmp_path / "simcse" / "model_0")
+    np.testing.assert_array_equal(made[f"ptm.{name}"], weights(saved)[f"bert.{name}"])
+
+    (tmp_path / "bert" / "vocab.txt").write_text("\n".join(token.replace("[MASK]", "x") for token in VOCABULARY),
+                                                 encoding="utf-8")
+    line = refuse("scripts/pretrain.py", *ON, *start, "--save_dir", "none", cwd=tmp_path)
+    assert "--model_name_or_path: the encoder's vocabulary has no [MASK]; name another one" in line
 
 
 def test_what_is_refused(texts, tmp_path):

@@ -60,6 +60,13 @@ CONFIG_FIELDS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
     "hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size",
     "initializer_range", "pad_token_id", "layer_norm_eps")
+# Layers of the head that predicts tokens, and what PaddleNLP calls them. The matrix of its last layer, the decoder, is
+# that of the word embeddings.
+BERT_HEAD = {"cls.predictions.transform.dense": "transform", "cls.predictions.transform.LayerNorm": "layer_norm",
+             "cls.predictions": "decoder"}
+DISTILBERT_HEAD = {"vocab_transform": "transform", "vocab_layer_norm": "layer_norm", "vocab_projector": "decoder"}
+XLM_ROBERTA_HEAD = {"lm_head.dense": "transform", "lm_head.layer_norm": "layer_norm", "lm_head": "decoder"}
+HEAD_WEIGHTS = {"transform.weight", "transform.bias", "layer_norm.weight", "layer_norm.bias", "decoder.bias"}
 # Weights that are no part of an encoder: heads, and the position_ids buffer, which BertModel makes itself.
 _OTHER_PARTS = re.compile(r"(cls|lm_head|(pre_)?classifier|vocab_\w+|qa_outputs)\.|.*\bposition_ids$")
 
@@ -72,12 +79,14 @@ class HuggingFaceEncoder(NamedTuple):
         file: the file of its weights.
         config: of BertModel.
         weights: of BertModel, by its names; some kinds, and some files, have no pooler.
+        head: of BertForMaskedLM's head that predicts tokens: HEAD_WEIGHTS, or none where the file has no such head.
     """
 
     kind: str
     file: str
     config: dict[str, Any]
     weights: Weights
+    head: Weights
 
 
 def read_hugging_face(folder: str, flag: str) -> HuggingFaceEncoder:
@@ -98,16 +107,22 @@ def read_hugging_face(folder: str, flag: str) -> HuggingFaceEncoder:
         raise InputError(f"{where}: config.json has model_type {kind!r}; {', '.join(KINDS)} are supported")
     file = next(name for name in HUGGING_FACE_WEIGHTS if os.path.isfile(os.path.join(folder, name)))
     weights = {}
+    other_parts = {}
     for name, array in _read_files(folder, file, where).items():
         name = name.removeprefix("module.").removeprefix(f"{KINDS[kind].prefix}.")
-        if not _OTHER_PARTS.match(name):
+        if _OTHER_PARTS.match(name):
+            other_parts[name] = array
+        else:
             weights[name] = array.astype("float32")
+    head = {}
+    if config.get("tie_word_embeddings", True):  # PaddleNLP's head has no matrix of its own
+        head = _rename_head(other_parts, KINDS[kind].head)
     with as_input_error(where, KeyError, TypeError, ValueError):
         config, weights = KINDS[kind].to_bert({**DEFAULTS, **KINDS[kind].defaults, **config}, weights)
         _check_config(config)
         config["hidden_act"] = ACTIVATIONS[config["hidden_act"]]
         return HuggingFaceEncoder(kind, file, {name: config[name] for name in CONFIG_FIELDS if name in config},
-                                  _rename(weights))
+                                  _rename(weights), head)
 
 
 def _read_files(folder: str, file: str, where: str) -> Weights:
@@ -161,9 +176,7 @@ def _rename(weights: Weights) -> Weights:
     renamed = {}
     unknown = []
     for name, array in weights.items():
-        module, _, parameter = name.rpartition(".")
-        # The oldest files call weight and bias of a layer normalization gamma and beta.
-        parameter = {"gamma": "weight", "beta": "bias"}.get(parameter, parameter)
+        module, parameter = _split_name(name)
         layer = re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)", module)
         if layer and layer[2] in LINEAR | NORMS:
             renamed[f"encoder.layers.{layer[1]}.{(LINEAR | NORMS)[layer[2]]}.{parameter}"] = (
@@ -177,6 +190,30 @@ def _rename(weights: Weights) -> Weights:
     if unknown:
         raise ValueError(f"no weights of BERT: {some(unknown)}")
     return renamed
+
+
+def _rename_head(weights: Weights, layers: dict[str, str]) -> Weights:
+    """Return the HEAD_WEIGHTS among the weights of a file, matrices transposed; none where one of them is missing.
+
+    Args:
+        layers: the kind's names of the layers, and what PaddleNLP calls them.
+    """
+    head = {}
+    for name, array in weights.items():
+        module, parameter = _split_name(name)
+        renamed = f"{layers.get(module)}.{parameter}"
+        if renamed in HEAD_WEIGHTS:
+            head[renamed] = (array.T if renamed == "transform.weight" else array).astype("float32")
+    return head if head.keys() == HEAD_WEIGHTS else {}
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """Return the layer and the parameter that a weight's name consists of.
+
+    The oldest files call weight and bias of a layer normalization gamma and beta.
+    """
+    module, _, parameter = name.rpartition(".")
+    return module, {"gamma": "weight", "beta": "bias"}.get(parameter, parameter)
 
 
 # ------------------------------------------------------------------------------------------------------------ the kinds
@@ -219,17 +256,19 @@ class Kind(NamedTuple):
     Attributes:
         prefix: of the encoder's weights in a file that also has a head.
         to_bert: makes of its config and its weights those of BERT, by transformers' names.
+        head: its names of the layers of the head that predicts tokens, and what PaddleNLP calls them.
         defaults: fields of config.json of which it has other defaults than BERT.
     """
 
     prefix: str
     to_bert: Callable[[dict[str, Any], Weights], tuple[dict[str, Any], Weights]]
+    head: dict[str, str]
     defaults: dict[str, Any]
 
 
 KINDS = {  # by model_type
-    "bert": Kind("bert", _keep_bert, {}),
-    "ernie": Kind("ernie", _add_task, {}),
-    "distilbert": Kind("distilbert", _rename_distilbert, {}),
-    "xlm-roberta": Kind("roberta", _drop_first_positions, {"pad_token_id": 1}),
+    "bert": Kind("bert", _keep_bert, BERT_HEAD, {}),
+    "ernie": Kind("ernie", _add_task, BERT_HEAD, {}),
+    "distilbert": Kind("distilbert", _rename_distilbert, DISTILBERT_HEAD, {}),
+    "xlm-roberta": Kind("roberta", _drop_first_positions, XLM_ROBERTA_HEAD, {"pad_token_id": 1}),
 }

@@ -3,12 +3,13 @@
 import errno
 import os
 import re
+from typing import Any
 
 from simcse.console import InputError, as_input_error, describe_machine_error, log, some, summarize_error, warn
-from simcse.encoder.hugging_face import read_hugging_face
+from simcse.encoder.hugging_face import Weights, read_hugging_face
 from simcse.encoder.paddle_patches import captured_paddlenlp_log, quiet_paddlenlp, zero_initial_weights
 from simcse.encoder.weights import load_state, read_weights
-from simcse.hub_layout import is_hugging_face
+from simcse.hub_layout import HUGGING_FACE_WEIGHTS, is_hugging_face
 from simcse.machine import RANK
 from simcse.text.wordpiece import load_tokenizer
 
@@ -19,6 +20,9 @@ from paddle import nn
 DISK_ERRORS = (errno.EACCES, errno.EDQUOT, errno.EIO, errno.ENOSPC, errno.EPERM, errno.EROFS)
 # What paddle and paddlenlp raise of a configuration with odd values. RuntimeError and MemoryError tell of the machine.
 CONFIG_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
+MASKED_LM = "AutoModelForMaskedLM"
+# PaddleNLP's classes of an encoder in the layout of Hugging Face, by the class that loads one in PaddleNLP's layout.
+HUGGING_FACE_CLASSES = {"AutoModel": "BertModel", MASKED_LM: "BertForMaskedLM"}
 
 
 def load_pretrained(model_name_or_path: str, dropout: float | None = None, kind: str = "AutoModel",
@@ -39,8 +43,8 @@ def load_pretrained(model_name_or_path: str, dropout: float | None = None, kind:
     import paddlenlp
 
     quiet_paddlenlp()
-    if kind == "AutoModel" and is_hugging_face(model_name_or_path):
-        return _load_hugging_face(model_name_or_path, dropout, uses_pooler)
+    if is_hugging_face(model_name_or_path):
+        return _load_hugging_face(model_name_or_path, dropout, kind, uses_pooler)
     advice = _advise_on_layout(model_name_or_path)
     _check_pickles(model_name_or_path)
     rates = {} if dropout is None else {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
@@ -66,25 +70,63 @@ def load_pretrained(model_name_or_path: str, dropout: float | None = None, kind:
     return encoder
 
 
-def _load_hugging_face(folder: str, dropout: float | None, uses_pooler: bool) -> nn.Layer:
+def _load_hugging_face(folder: str, dropout: float | None, kind: str, uses_pooler: bool) -> nn.Layer:
     """Load an encoder from a folder in the layout of Hugging Face's transformers; see `load_pretrained`."""
     source = f"--model_name_or_path {folder}"
     found = read_hugging_face(folder, "--model_name_or_path")
     # BertModel leaves out padding by its id, which config.json may not have right: transformers does not use that.
     config = {**found.config, "pad_token_id": load_tokenizer(folder).pad_token_id}
-    encoder = encoder_from_record({"encoder_class": "BertModel", "encoder_config": config}, dropout, source)
-    hidden_size = config["hidden_size"]
-    if not any(name.startswith("pooler.") for name in found.weights):
+    record = {"encoder_class": HUGGING_FACE_CLASSES[kind], "encoder_config": config}
+    encoder = encoder_from_record(record, dropout, source)
+    hidden_size = encoder.config.hidden_size
+    weights = dict(found.weights)
+    if not any(name.startswith("pooler.") for name in weights):
         if uses_pooler:
             warn(f"{folder} has no trained pooler: its pooler starts at random")
-        generator = np.random.default_rng(int(paddle.randint(0, 2**31 - 1).item()))
-        found.weights["pooler.dense.weight"] = generator.normal(0, 0.02, (hidden_size, hidden_size)).astype("float32")
-        found.weights["pooler.dense.bias"] = np.zeros(hidden_size, "float32")
-    load_state(encoder, found.weights, source)
+        weights["pooler.dense.weight"] = _draw_matrix(hidden_size)
+        weights["pooler.dense.bias"] = np.zeros(hidden_size, "float32")
+    if kind == MASKED_LM:
+        head = found.head
+        if not head:
+            warn(f"{folder} has no trained head that predicts tokens: the head starts at random")
+            head = _draw_head(encoder.config)
+        weights = _join_head(weights, head)
+    load_state(encoder, weights, source)
     if not RANK:
         log(f"{folder}: {found.kind} in the layout of Hugging Face, {found.file}: "
-            f"{config['num_hidden_layers']} layers of {hidden_size}")
+            f"{encoder.config.num_hidden_layers} layers of {hidden_size}")
     return encoder
+
+
+def _draw_matrix(size: int) -> np.ndarray:
+    """Return random weights to start from, float32 [size, size]; they depend on paddle's seed."""
+    generator = np.random.default_rng(int(paddle.randint(0, 2**31 - 1).item()))
+    return generator.normal(0, 0.02, (size, size)).astype("float32")
+
+
+def _draw_head(config: Any) -> Weights:
+    """Return weights of the head that predicts tokens to start from, by the names of `hugging_face.HEAD_WEIGHTS`.
+
+    Args:
+        config: PaddleNLP's, of the encoder.
+    """
+    hidden_size = config.hidden_size
+    return {"transform.weight": _draw_matrix(hidden_size), "transform.bias": np.zeros(hidden_size, "float32"),
+            "layer_norm.weight": np.ones(hidden_size, "float32"), "layer_norm.bias": np.zeros(hidden_size, "float32"),
+            "decoder.bias": np.zeros(config.vocab_size, "float32")}
+
+
+def _join_head(weights: Weights, head: Weights) -> Weights:
+    """Return the weights of a BertForMaskedLM, those of its BertModel and of its head.
+
+    PaddleNLP has the decoder's bias under two names, and the word embeddings are the decoder's matrix.
+    """
+    joined = {f"bert.{name}": array for name, array in weights.items()}
+    joined |= {f"cls.predictions.{name}": array for name, array in head.items()}
+    joined["cls.predictions.decoder_bias"] = head["decoder.bias"]
+    if "embeddings.word_embeddings.weight" in weights:
+        joined["cls.predictions.decoder.weight"] = weights["embeddings.word_embeddings.weight"]
+    return joined
 
 
 def describe_load_error(error: Exception) -> str:
@@ -108,15 +150,15 @@ def describe_load_error(error: Exception) -> str:
 
 
 def _advise_on_layout(folder: str) -> str:
-    """Return what to do about a folder that may be in the layout of Hugging Face's transformers; "": it is not."""
+    """Return what to do about a folder whose weights may be those of transformers under another name; "": nothing."""
     if not os.path.isdir(folder):
         return ""
     names = os.listdir(folder)
     foreign = [name for name in names if name.endswith((".safetensors", ".bin"))]
-    if not foreign or any(name.endswith(".pdparams") for name in names):
+    if not foreign or any(name.endswith(".pdparams") or name in HUGGING_FACE_WEIGHTS for name in names):
         return ""
-    return (f"{foreign[0]} may be in the layout of Hugging Face transformers, which train.py reads: convert encoder "
-            "and tokenizer by PaddleNLP, AutoModel.from_pretrained(old, convert_from_torch=True).save_pretrained(new)")
+    return (f"{foreign[0]} may have weights of Hugging Face transformers: name a single file model.safetensors or "
+            "pytorch_model.bin, or add the index of several files")
 
 
 def _check_pickles(folder: str) -> None:

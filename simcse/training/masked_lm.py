@@ -5,7 +5,7 @@ from typing import Any
 from simcse.console import InputError
 from simcse.device import cast_products
 from simcse.encoder.paddle_patches import cross_entropy
-from simcse.encoder.pretrained import freeze_pooler, load_pretrained
+from simcse.encoder.pretrained import MASKED_LM, freeze_pooler, load_pretrained
 
 import paddle
 from paddle import nn
@@ -56,7 +56,7 @@ def load_masked_lm(name: str, dropout: float, precision: str = "fp32") -> Masked
     Raises:
         InputError: see `load_pretrained`; or the encoder's kind has no such head.
     """
-    network = load_pretrained(name, dropout, "AutoModelForMaskedLM", optional_part="cls", uses_pooler=False)
+    network = load_pretrained(name, dropout, MASKED_LM, optional_part="cls", uses_pooler=False)
     if not hasattr(network, "cls"):
         raise InputError(f"--model_name_or_path {name}: {type(network).__name__} has no head that predicts tokens")
     return MaskedLM(network, precision)
