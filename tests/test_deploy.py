@@ -162,6 +162,23 @@ def test_tokens_are_those_of_the_project(exported, sample, length):
     assert theirs(texts, length) == ours(texts, length) and theirs.pad_token_id == ours.pad_token_id
 
 
+@pytest.mark.default_stack
+@pytest.mark.parametrize("config, message", [
+    ('{"pad_token": "<pad>"}', "tokenizer.json: has no token <pad>; name its pad_token in tokenizer_config.json"),
+    ('{"unk_token": {"content": "<unk>"}}', "tokenizer.json: has no token <unk>; name its unk_token in tokenizer_c"),
+    ('{"unk_token": 5}', "tokenizer_config.json: unk_token: expected a string, got 5"),
+    ('{"unk_token": {}}', None), ("{}", None), ("", "tokenizer_config.json: damaged: "),
+    ("[]", "tokenizer_config.json: damaged: "), ('{"pad_token": {"x": 1}}', "tokenizer_config.json: damaged: ")])
+def test_special_tokens_are_those_of_tokenizer_config_json(exported, tmp_path, config, message):
+    (tmp_path / "tokenizer.json").symlink_to(exported / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text(config, encoding="utf-8")
+    if message is None:
+        assert encoder.Tokenizer(str(tmp_path)).pad_token_id == encoder.Tokenizer(str(exported)).pad_token_id
+        return
+    with pytest.raises(OSError, match=re.escape(message)):
+        encoder.Tokenizer(str(tmp_path))
+
+
 @pytest.mark.parametrize("batch_size", [None, 3])
 def test_windows_give_the_rows_of_the_whole(exported, sample, batch_size, monkeypatch):
     """A file of many texts is tokenized a window at a time, and every embedding is in its text's row."""

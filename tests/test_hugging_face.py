@@ -10,20 +10,34 @@ import zlib
 from pathlib import Path
 
 import model as m
+from deploy.python import encoder as deployed
+from deploy.python import predictor
 from simcse.console import InputError
+from simcse.encoder.encoder import Encoder
 from simcse.encoder.hugging_face import read_hugging_face
 from simcse.encoder.pretrained import load_pretrained
 from simcse.encoder.torch_file import read_torch_file
 from simcse.encoder.weights import read_safetensors
 from simcse.hub_layout import is_hugging_face
 from simcse.text.wordpiece import RustTokenizer, load_tokenizer
+from simcse.training.masked_lm import load_masked_lm
 
 import numpy as np
 import paddle
 import pytest
-from hugging_face_models import CONFIGS, TEXTS, VOCABULARY, weights_of, write_model
+from conftest import succeed
+from hugging_face_models import (
+    CONFIGS,
+    HEADS,
+    TEXTS,
+    VOCABULARY,
+    weights_of,
+    weights_with_head,
+    write_model,
+)
 from paddlenlp.transformers import BertConfig, BertModel
 from safetensors.numpy import save_file
+from scipy.special import erf
 
 VALUES = json.loads((Path(__file__).parent / "hugging_face_values.json").read_text(encoding="utf-8"))["values"]
 # What torch 2.14 has written by torch.save, today and in the format of before 1.6: tensors of several types and views.
@@ -211,6 +225,42 @@ def test_a_missing_pooler_starts_at_random_with_a_warning(folder, capsys):
     assert "no trained pooler" not in capsys.readouterr().err
 
 
+# ----------------------------------------------------------------------------------- the head that predicts tokens
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_head_of_transformers_predicts_tokens(kind, tmp_path, capsys):
+    """Against its formula: dense, activation, layer normalization, and the word embeddings with a bias."""
+    write_model(tmp_path, kind)
+    weights = weights_with_head(kind)
+    save_file(weights, str(tmp_path / "model.safetensors"))
+    network = load_masked_lm(str(tmp_path), dropout=0.0).network
+    network.eval()
+    assert "at random" not in capsys.readouterr().err
+    states = network.bert(paddle.to_tensor([VALUES[kind][0]["ids"]]))[0]
+    dense, norm, decoder, prefix = HEADS[kind]
+    hidden = states.numpy() @ weights[f"{dense}.weight"].T + weights[f"{dense}.bias"]
+    hidden = np.maximum(hidden, 0) if kind == "ernie" else hidden * (1 + erf(hidden / np.sqrt(2))) / 2
+    hidden = (hidden - hidden.mean(axis=-1, keepdims=True)) / hidden.std(axis=-1, keepdims=True)
+    hidden = hidden * weights[f"{norm}.weight"] + weights[f"{norm}.bias"]
+    logits = hidden @ weights[f"{prefix}.embeddings.word_embeddings.weight"].T + weights[f"{decoder}.bias"]
+    np.testing.assert_allclose(network.cls(states).numpy(), logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("part, config", [("cls.predictions.transform.dense.bias", {}),
+                                          (None, {"tie_word_embeddings": False})])
+def test_a_missing_head_starts_at_random_with_a_warning(part, config, folder, capsys):
+    """Where a part of it is missing, too, and where its matrix is not that of the word embeddings."""
+    weights = {name: array for name, array in weights_with_head("bert").items() if name != part}
+    save_file(weights, str(folder / "model.safetensors"))
+    content = {**CONFIGS["bert"], "model_type": "bert", **config}
+    (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
+    network = load_masked_lm(str(folder), dropout=0.0).network
+    assert "has no trained head that predicts tokens: the head starts at random" in capsys.readouterr().err
+    assert 0.01 < network.cls.predictions.transform.weight.numpy().std() < 0.03
+    embeddings = network.bert.embeddings.word_embeddings.weight
+    assert network.cls.predictions.decoder.weight is embeddings, "they are trained together"
+    np.testing.assert_array_equal(embeddings.numpy(), weights["bert.embeddings.word_embeddings.weight"])
+
+
 # -------------------------------------------------------------------------------------------------------- the tokenizer
 def ids_of(tokenizer):
     tokens = tokenizer(TEXTS, 64)
@@ -285,6 +335,41 @@ def test_a_checkpoint_of_it(folder, tmp_path, pooling, place):
         vector = loaded.model.embed(np.array([tokens[row]], "int64"), np.zeros((1, len(tokens[row])), "int64")).numpy()
         wanted = np.array(expected[place]) / np.linalg.norm(expected[place])
         np.testing.assert_allclose(vector[0], wanted, atol=1e-5)
+
+
+def write_unigram(folder):
+    """A tokenizer as XLM-RoBERTa's: its special tokens have other names, and it marks the beginnings of words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    scores = {"<s>": 0.0, "<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, "▁": -3.0, "，": -2.0}
+    scores |= dict.fromkeys("语义检索中西方文化的差异", -1.0)
+    unigram = Tokenizer(models.Unigram(list(scores.items()), 3))
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    unigram.post_processor = processors.TemplateProcessing(single="<s> $A </s>",
+                                                           special_tokens=[("<s>", 0), ("</s>", 2)])
+    unigram.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "XLMRobertaTokenizer", "pad_token": {"content": "<pad>"}, "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "vocab.txt").unlink()
+
+
+def test_deploy_python_runs_an_encoder_with_other_special_tokens(tmp_path):
+    write_model(tmp_path / "encoder", "xlm-roberta")
+    write_unigram(tmp_path / "encoder")
+    tokenizer = load_tokenizer(str(tmp_path / "encoder"))
+    network = m.SimCSE(load(tmp_path / "encoder"), output_emb_size=0, pooling="mean_all")
+    record = m.make_record(network, str(tmp_path / "encoder"), 12)
+    m.save_checkpoint(str(tmp_path / "model_0"), network, tokenizer, record)
+    succeed("export_model.py", "--params_path", tmp_path / "model_0", "--output_path", tmp_path / "output")
+    texts = ["语义检索", "中西方文化的差异，中西方文化的差异", "语", "x，", "x", "", "义 x"]
+    expected = Encoder(network, tokenizer, 12, 2).encode(texts)
+    deployed_tokenizer = deployed.Tokenizer(str(tmp_path / "output"))
+    assert (deployed_tokenizer.pad_token_id, deployed_tokenizer.unk_token_id) == (1, 3)
+    graph = predictor.load_predictor(str(tmp_path / "output"), precision="fp32")
+    encoded = deployed.encode(graph, deployed_tokenizer, texts, 12, 2)
+    np.testing.assert_allclose(encoded.embeddings, expected, atol=1e-5)
+    assert encoded.truncated == [1] and encoded.unknown == [3, 4, 5], "unknown words, and at most marks beside them"
+    assert np.linalg.norm(expected, axis=1).round(5).tolist() == [1, 1, 1, 0, 0, 0, 1]
 
 
 def test_read_hugging_face_returns_kind_and_file(folder):

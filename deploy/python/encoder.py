@@ -6,6 +6,7 @@
 This file imports nothing of the project. It needs numpy and tokenizers.
 """
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tokenizers
 
+DEFAULT_TOKENS = {"pad_token": "[PAD]", "unk_token": "[UNK]"}  # BERT's and ERNIE's
 WINDOW = 16384  # texts that are sorted by length at a time, for batches with little padding
 TOKENIZED_TEXTS = 256  # at a time: the tokenizer holds all tokens of long texts, also those that are cut off
 LONGEST_PREFIX = 512  # tokens that are counted of a prefix
@@ -20,10 +22,10 @@ LENGTH_MULTIPLE = 4  # batches are padded to a multiple of this, so that kernels
 
 
 class Tokenizer:
-    """The tokenizer.json of an exported folder.
+    """The tokenizer.json of an exported folder. tokenizer_config.json names its padding and its unknown token.
 
     Raises:
-        OSError: the folder has none, or a damaged one.
+        OSError: the folder has none, or a damaged one, or one without these tokens.
     """
 
     def __init__(self, model_dir: str) -> None:
@@ -35,10 +37,13 @@ class Tokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(path)
         except Exception as error:  # tokenizers raises nothing narrower
             raise OSError(f"{path}: not a tokenizer: {error}") from None
-        self.pad_token_id = self._tokenizer.token_to_id("[PAD]")
-        self.unk_token_id = self._tokenizer.token_to_id("[UNK]")
-        if self.pad_token_id is None or self.unk_token_id is None:
-            raise OSError(f"{path}: has no [PAD] or no [UNK], as BERT's tokenizers have; deploy/serving can read it")
+        ids = {}
+        for name, token in read_special_tokens(model_dir).items():
+            ids[name] = self._tokenizer.token_to_id(token)
+            if ids[name] is None:
+                raise OSError(f"{path}: has no token {token}; name its {name} in tokenizer_config.json")
+        self.pad_token_id = ids["pad_token"]
+        self.unk_token_id = ids["unk_token"]
         self._without_word = {self.unk_token_id}  # [UNK] and punctuation
         for token, token_id in self._tokenizer.get_vocab().items():
             if not any(character.isalnum() for character in token):
@@ -70,6 +75,30 @@ class Tokenizer:
         if not tokens:
             return True
         return self.unk_token_id in tokens and self._without_word.issuperset(tokens)
+
+
+def read_special_tokens(model_dir: str) -> dict[str, str]:
+    """Return the padding and the unknown token that tokenizer_config.json names, as "pad_token" and "unk_token".
+
+    Raises:
+        OSError: the file is damaged.
+    """
+    path = os.path.join(model_dir, "tokenizer_config.json")
+    special_tokens = dict(DEFAULT_TOKENS)
+    if not os.path.isfile(path):
+        return special_tokens
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = json.load(file)
+        for name in special_tokens:
+            token = config.get(name) or special_tokens[name]
+            special_tokens[name] = token["content"] if isinstance(token, dict) else token
+    except (ValueError, AttributeError, KeyError) as error:
+        raise OSError(f"{path}: damaged: {error}") from None
+    for name, token in special_tokens.items():
+        if not isinstance(token, str):
+            raise OSError(f"{path}: {name}: expected a string, got {json.dumps(token)}")
+    return special_tokens
 
 
 class Encoded(NamedTuple):

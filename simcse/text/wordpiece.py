@@ -68,10 +68,7 @@ class WordPiece:
         self.sep = vocab["[SEP]"]
         self.pad_token_id = vocab["[PAD]"]
         self.unk_token_id = vocab.get("[UNK]")
-        self.wordless = {self.unk_token_id}
-        for token, number in vocab.items():
-            if not any(character.isalnum() for character in token):
-                self.wordless.add(number)
+        self.wordless = find_wordless(vocab, self.unk_token_id)
 
         self._rust = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=WORD_CHARACTERS))
         self._rust.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
@@ -204,6 +201,19 @@ class WordPiece:
             json.dump({"do_lower_case": self.lowercase, **names, "tokenizer_class": self.kind}, file)
 
 
+def find_wordless(vocab: dict[str, int], unk_token_id: int | None) -> set[int | None]:
+    """Return the ids of the unknown token and of the tokens without a letter or digit.
+
+    Args:
+        vocab: token -> id.
+    """
+    wordless = {unk_token_id}
+    for token, number in vocab.items():
+        if not any(character.isalnum() for character in token):
+            wordless.add(number)
+    return wordless
+
+
 def _blocks(texts: Sequence[str], size: int) -> Iterator[Sequence[str]]:
     """Yield texts in blocks of about `size` characters."""
     start = characters = 0
@@ -260,7 +270,7 @@ class RustTokenizer:
                 raise InputError(f"{path}: has no token {token!r}; name its {name} in tokenizer_config.json")
         self.pad_token_id = self._rust.token_to_id(pad_token)
         self.unk_token_id = self._rust.token_to_id(unk_token)
-        self.wordless = {self.unk_token_id}
+        self.wordless = find_wordless(self._rust.get_vocab(), self.unk_token_id)
         self._lock = threading.Lock()
 
     def __call__(self, texts: Sequence[str], max_seq_length: int) -> Tokens:
