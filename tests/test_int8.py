@@ -159,7 +159,7 @@ def arguments(checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "model", ignore=shutil.ignore_patterns("*.graph", "*.int8"))
     return SimpleNamespace(params_path=str(folder / "model_state.pdparams"), model_name_or_path=None,
                            output_emb_size=None, device="cpu", cpu_threads=0, precision="fp32", calibration_file=None,
-                           max_seq_length=64, batch_size=16)
+                           max_seq_length=64, batch_size=16, query_prefix=None, document_prefix=None)
 
 
 def test_float_graphs_are_openvinos_on_a_processor_with_amx(arguments, monkeypatch, capsys):

@@ -270,7 +270,7 @@ def test_no_cosine_is_above_one():
         line_count, embedding_size, texts, has_passages = 2, 2, ["甲", "乙"], False
         precision, max_seq_length = "fp32", 8
 
-        def tokenize(self, texts):
+        def tokenize(self, texts, input_types):
             return EncoderInput(texts, np.ones(len(texts), int), [])
 
         def embed(self, inputs):

@@ -41,6 +41,9 @@ class LowercaseEncoder:
     def bytes_needed(self, texts):
         return 0
 
+    def room_of_documents(self):
+        return LENGTH
+
     def tokenizer(self, texts, max_length):
         return [[1, *map(ord, text.lower().replace(" ", ""))][: max_length - 1] + [2] for text in texts]
 
