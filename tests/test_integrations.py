@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import threading
+import urllib.error
 import urllib.request
 from types import SimpleNamespace
 
@@ -59,11 +60,14 @@ def test_both_pages_install_the_same_pinned_packages():
 
 
 # ------------------------------------------------------------------------------- the programs against a running service
+# A mark, since a skip in a fixture or test would come after the fixtures that train and export.
+slow = pytest.mark.skipif("not config.getoption('--slow')",
+                          reason="only with --slow: makes environments and installs LangChain and LlamaIndex")
+
+
 @pytest.fixture(scope="module", params=LIBRARIES)
 def library(request, tmp_path_factory):
     """A library in an environment of its own: its name, and the Python that has it."""
-    if not request.config.getoption("--slow"):
-        pytest.skip(f"only with --slow: makes an environment and installs {request.param}")
     folder = tmp_path_factory.mktemp("environment") / "venv"
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     packages = read_packages("en")[request.param]
@@ -141,11 +145,12 @@ def embed(service, texts, **options):
     return np.array([each["embedding"] for each in data])
 
 
-RETRIEVE = {"LangChain": "invoke", "LlamaIndex": "retrieve"}  # the retrievers' methods, and "a" before an async one's name
+RETRIEVE = {"LangChain": "invoke", "LlamaIndex": "retrieve"}  # async: ainvoke, aretrieve
 TEXT_SCORE_METADATA = {"LangChain": "hit.page_content, hit.metadata.pop('score'), hit.metadata",
                        "LlamaIndex": "hit.text, hit.score, hit.metadata"}
 
 
+@slow
 @pytest.mark.parametrize("mode, is_async", [("embedding", False), ("hybrid", False), ("hybrid", True)])
 def test_a_retriever_finds_what_search_finds(library, hybrid, recorder, mode, is_async, tmp_path):
     retrieve = f"retriever.{RETRIEVE[library.name]}('{QUERY}')"
@@ -166,6 +171,7 @@ def test_a_retriever_finds_what_search_finds(library, hybrid, recorder, mode, is
         [hit["document"], hit[measure], {name: hit[name] for name in ("line", "id", "cosine")}] for hit in found]
 
 
+@slow
 @pytest.mark.parametrize("flags, message", [
     ("top_k=1000", '/search: 422 {"error":"body.top_k: Input should be less than or equal to 100"}'),
     ("mode='words'", "/search: 422 {\"error\":\"body.mode: Input should be 'embedding' or 'hybrid'\"}")])
@@ -176,6 +182,7 @@ def test_a_retriever_raises_the_services_error(library, recorder, flags, message
     assert line == f"http://127.0.0.1:{recorder.server_port}{message}"
 
 
+@slow
 def test_embeddings_are_those_of_the_service(library, hybrid, recorder, tmp_path):
     """And an error of the service is raised at once, with its text."""
     method = {"LangChain": "embed_documents", "LlamaIndex": "get_text_embedding_batch"}[library.name]
@@ -190,6 +197,7 @@ def test_embeddings_are_those_of_the_service(library, hybrid, recorder, tmp_path
     assert not any("input_type" in body for body in recorder.bodies)
 
 
+@slow
 def test_queries_and_documents_are_sent_apart(library, hybrid, recorder, tmp_path):
     lines = run_program(library, "apart", recorder, tmp_path)
     sent = {body["input_type"]: body["input"] for body in recorder.bodies}
