@@ -25,7 +25,7 @@ from simcse.index.milvus import MilvusIndex, manifest_for_corpus
 from simcse.index.milvus_types import is_lite
 from simcse.index.milvus_update import compare_with_corpus
 from simcse.index.previous import PreviousIndex
-from simcse.index.protocols import NOT_FOUND, DocumentStore, Index, IndexFiller
+from simcse.index.protocols import NOT_FOUND, DocumentStore, IndexFiller, VectorIndex
 from simcse.index.settings import Setting
 from simcse.index.shards import ShardedIndex, choose_shard_count
 from simcse.index.vector_map import VectorMap
@@ -397,7 +397,7 @@ def _encode_rows(encoder: "Encoder", documents: Documents, pieces: Sequence[np.n
 
 
 def open_collection(uri: str, collection: str, wanted: Manifest, *, corpus: Corpus | None = None,
-                    encoder: "Encoder | None" = None) -> tuple[Index, DocumentStore]:
+                    encoder: "Encoder | None" = None) -> tuple[VectorIndex, DocumentStore]:
     """Open a collection of Milvus; with a corpus, make it or update it to the corpus.
 
     Args:
