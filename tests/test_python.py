@@ -1,5 +1,6 @@
 """What a notebook uses: the encoder of a checkpoint, and an index that recall.py has kept."""
 
+import dataclasses
 import json
 import shutil
 
@@ -55,9 +56,11 @@ def test_a_column_of_a_data_frame_is_encoded_as_a_list_is(encoder, capsys):
 
 
 def test_one_text_is_not_a_list_of_characters(encoder, index):
-    for call in (encoder.encode, lambda text: encoder.similarity(text, TEXTS), lambda text: index.search(encoder, text)):
+    text = "语义检索"
+    for call in (lambda: encoder.encode(text), lambda: encoder.similarity(text, TEXTS),
+                 lambda: index.search(encoder, text)):
         with pytest.raises(TypeError, match="expected a list of texts, got one text; put it in a list"):
-            call("语义检索")
+            call()
 
 
 def test_similarity_is_that_of_texts_and_of_vectors(encoder):
@@ -156,21 +159,23 @@ def test_truncated_and_unknown_queries_are_warned_of(encoder, index, capsys):
     assert "1 of 2 texts is longer than 32 tokens" in (stderr := capsys.readouterr().err) and "all [UNK]" in stderr
 
 
-@pytest.mark.parametrize("options, difference", [
-    ({"max_seq_length": 16}, "max_seq_length 32, not 16"), ({"precision": "bf16"}, "precision fp32, not bf16")])
-def test_an_encoder_of_other_options_is_refused(checkpoint, index, options, difference):
-    other = Encoder.load(checkpoint, **{"precision": "fp32", **options})
-    with pytest.raises(InputError) as raised:
-        index.search(other, ["语义"])
+@pytest.mark.parametrize("change, difference", [
+    ({"max_seq_length": 16}, "max_seq_length 16, not 32"), ({"precision": "bf16"}, "precision bf16, not fp32")])
+def test_an_encoder_of_other_options_is_refused(encoder, kept_index, tmp_path, change, difference):
+    folder = shutil.copytree(kept_index, tmp_path / "index")
+    manifest = dataclasses.replace(Manifest.load(str(folder), "--index_path", ""), **change)
+    manifest.save(str(folder))
+    with Index.open(folder) as index, pytest.raises(InputError) as raised:
+        index.search(encoder, ["语义"])
     assert str(raised.value) == (
-        f"--index_path {index.folder}: was built with {difference}; load the checkpoint that it was built with, by "
-        'Encoder.load(CHECKPOINT, max_seq_length=32, precision="fp32")')
+        f"--index_path {folder}: was built with {difference}; load the checkpoint that it was built with, by "
+        f'Encoder.load(CHECKPOINT, max_seq_length={manifest.max_seq_length}, precision="{manifest.precision}")')
 
 
 def test_an_encoder_of_another_checkpoint_is_refused(checkpoint, encoder, index):
     other = Encoder.load(checkpoint.with_name("model_2"), precision="fp32")
     for _ in range(2):
-        with pytest.raises(InputError, match="was built with another model; load the checkpoint that it was built with"):
+        with pytest.raises(InputError, match="was built with another model; load the checkpoint that it was built"):
             index.search(other, ["语义"])
         assert index.search(encoder, ["语义"])
 
@@ -182,7 +187,7 @@ def test_an_encoder_without_a_checkpoint_is_not_taken(encoder, index):
 
 
 def test_a_folder_without_an_index_is_refused(kept_index, tmp_path):
-    with pytest.raises(InputError, match="^--index_path .*/none: no such folder; build the index with recall.py --index"):
+    with pytest.raises(InputError, match="^--index_path .*/none: no such folder; build the index with recall.py"):
         Index.open(tmp_path / "none")
     with pytest.raises(InputError, match="exists, but is not an index that recall.py wrote$"):
         Index.open(ENCODER)
