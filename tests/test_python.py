@@ -53,6 +53,9 @@ def test_a_column_of_a_data_frame_is_encoded_as_a_list_is(encoder, capsys):
     np.testing.assert_array_equal(encoder.encode(frame["text"].tolist()), embeddings)
     np.testing.assert_array_equal(encoder.encode(frame["text"].to_numpy()), embeddings)
     assert encoder.encode([]).shape == (0, 128)
+    frame.loc[2] = None
+    with pytest.raises(InputError, match=r"^texts\[1\]: expected a text, got (None|nan); remove it$"):
+        encoder.encode(frame["text"])
 
 
 def test_one_text_is_not_a_list_of_characters(encoder, index):

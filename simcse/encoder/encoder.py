@@ -286,7 +286,7 @@ class Encoder:
             places: where each text stands, as file:line, for warnings; see `places_of`.
             warn: warn of texts that are truncated or all [UNK].
         """
-        texts = as_sequence(texts)
+        texts = check_texts(texts)
         embeddings = np.empty((len(texts), self.embedding_size), "float32")
         row = 0
         for block in self.stream(texts, places=places, warn=warn):
@@ -402,15 +402,22 @@ class _StartedBatch(NamedTuple):
         embeddings[self.rows] = computed[: len(self.rows)]  # a `make_batches` may have filled it up with more rows
 
 
-def as_sequence(texts: Sequence[str]) -> Sequence[str]:
+def check_texts(texts: Sequence[str]) -> Sequence[str]:
     """Return texts as a sequence whose rows are counted from 0: a list of those of a DataFrame's column or an array.
 
     Raises:
         TypeError: it is one text, whose characters would be taken for texts.
+        InputError: a list has something else than texts, such as the missing value of a column.
     """
     if isinstance(texts, str):
         raise TypeError("expected a list of texts, got one text; put it in a list")
-    return texts.tolist() if hasattr(texts, "tolist") else texts
+    if hasattr(texts, "tolist"):
+        texts = texts.tolist()
+    if isinstance(texts, list):
+        for row, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise InputError(f"texts[{row}]: expected a text, got {text!r}; remove it")
+    return texts
 
 
 def _select(texts: Sequence[str], rows: range | np.ndarray) -> Sequence[str]:
