@@ -47,8 +47,8 @@ def test_the_blocks_of_the_page(notebook_folder):
     ran = run_blocks("docs/en/python.md", notebook_folder)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith("(2, 128) float32\n")
-    cosine_and_titles = r"\d\.\d{3}  海岸带经济开发的问题与前景  试论我国海岸带经济开发的问题与前景"
-    assert re.search(f"^{cosine_and_titles}$", ran.stdout, re.M), "near-duplicates"
+    titles = r"\d\.\d{3}  海岸带经济开发的问题与前景  海岸带经济开发中的问题和前景"
+    assert re.search(f"^{titles}$", ran.stdout, re.M), "near-duplicates"
     assert len(re.findall(r"^[012] \d+ \S+$", ran.stdout, re.M)) == 3, "clusters"
     assert len(re.findall(r"^\d\.\d{3}  \d+  \S+$", ran.stdout, re.M)) == 3, "hits"
     assert ran.stdout.endswith("--index_path no_index: no such folder; build the index with recall.py --index_path "
