@@ -1,4 +1,4 @@
-"""Build, keep and open the index of a corpus; simcse/index/hits.py searches it.
+"""Build, keep and open the index of a corpus, and search a kept one from Python (`Index`).
 
 An index folder has a file for each shard, the map of rows to vectors (row_map.npy, vector_keys.npy), the corpus
 (corpus.csv), its documents (documents.npy, keys.npy, passages.npy) and manifest.json, which says what the index is made
@@ -19,19 +19,22 @@ from simcse.console import InputError, accept_all_lines, as_input_error, log, pr
 from simcse.files import file_digest, hidden_path, name_output, new_folder, read_json
 from simcse.index.ann_recall import HALVES, MEASURED_K, pick_evenly, report_ann_recall
 from simcse.index.documents import Documents, report_changes
-from simcse.index.engines import DEFAULT_ENGINE, ENGINES, LOCAL_ENGINES
+from simcse.index.engines import DEFAULT_ENGINE, ENGINES, LOCAL_ENGINES, check_installed
+from simcse.index.hits import Hit, hits_of
+from simcse.index.hits import search as search_documents
 from simcse.index.manifest import DAMAGE, MANIFEST_FILE, REBUILD, Manifest, check_digest, is_as_written
 from simcse.index.milvus import MilvusIndex, manifest_for_corpus
 from simcse.index.milvus_types import is_lite
 from simcse.index.milvus_update import compare_with_corpus
 from simcse.index.previous import PreviousIndex
-from simcse.index.protocols import NOT_FOUND, DocumentStore, Index, IndexFiller
+from simcse.index.protocols import NOT_FOUND, DocumentStore, IndexFiller, VectorIndex
 from simcse.index.settings import Setting
 from simcse.index.shards import ShardedIndex, choose_shard_count
 from simcse.index.vector_map import VectorMap
 from simcse.machine import RANK, RANKS
 from simcse.memory import announce_memory
 from simcse.text.passages import Passages
+from simcse.text.prefixes import QUERY
 from simcse.text.textfile import Corpus
 from simcse.text.tokens import WINDOW
 
@@ -173,6 +176,116 @@ def _load_documents(path: str, manifest: Manifest, corpus: Corpus | None) -> Doc
     if manifest.passages:
         documents.passages = Passages.load(documents, path)
     return documents
+
+
+class Index:
+    """An index that recall.py --index_path has kept, opened to be searched; nothing in its folder is changed.
+
+        with Index.open("my_index") as index:
+            hits, = index.search(encoder, ["语义检索"], top_k=10)
+
+    Args:
+        folder: where it is kept, for messages.
+        vector_index: the vectors.
+        documents: those of its rows.
+    """
+
+    def __init__(self, folder: str, vector_index: VectorIndex, documents: DocumentStore) -> None:
+        self.folder = folder
+        self._vector_index: VectorIndex | None = vector_index  # None: it is closed
+        self._documents = documents
+        self._checked_encoder: Encoder | None = None  # the latest that was compared with the manifest
+
+    @staticmethod
+    def open(folder: str | os.PathLike, *, threads: int = 0) -> "Index":
+        """Open the index in a folder.
+
+        Args:
+            folder: the --index_path of recall.py.
+            threads: those of a search; 0: all cores.
+
+        Raises:
+            InputError: there is no index, it is damaged or of another version, or the memory does not suffice.
+        """
+        path = os.fspath(folder)
+        if not os.path.isdir(path):
+            raise InputError(f"--index_path {path}: no such folder; build the index with recall.py --index_path {path}")
+        manifest = read_manifest(path, Manifest())
+        check_installed(manifest.ann_engine)
+        return Index(path, *load_index(path, manifest, threads=threads))
+
+    def search(self, encoder: "Encoder", queries: Sequence[str], top_k: int = 10, *,
+               distinct: bool = False) -> list[list[Hit]]:
+        """Return the best hits for each query, best first, as recall.py finds them without --hybrid_bm25.
+
+        Args:
+            encoder: that of the checkpoint with which the index was built, as `model.Encoder.load` returns it.
+            queries: texts.
+            top_k: how many hits; all lines of the corpus if there are fewer.
+            distinct: give each text once, not once for every line of the corpus that has it.
+
+        Raises:
+            InputError: the index was built with another checkpoint, length, precision or prefix of documents, or a
+                query is blank.
+        """
+        if self._vector_index is None:
+            raise ValueError(f"{self.folder}: the index is closed")
+        if top_k < 1:
+            raise InputError(f"top_k: expected an integer >= 1, got {top_k}")
+        self._check_encoder(encoder)
+        queries = check_queries(queries)
+        if not queries:
+            return []
+        embeddings = encoder.encode(queries, input_type=QUERY)
+        ranking = search_documents(self._vector_index, self._documents, embeddings, top_k)
+        return hits_of(ranking, self._documents, [top_k] * len(queries), distinct)
+
+    def _check_encoder(self, encoder: "Encoder") -> None:
+        """Raise InputError if the vectors of an encoder cannot be compared with those of the index."""
+        if encoder is self._checked_encoder:
+            return
+        manifest = self._vector_index.manifest
+        where = f"--index_path {self.folder}"
+        of_encoder = Manifest(model=encoder.model_digest, max_seq_length=encoder.max_seq_length,
+                              precision=encoder.precision, calibration=encoder.calibration,
+                              document_prefix=encoder.prefixes.document)
+        manifest.check(of_encoder, where, "load the checkpoint that it was built with, by Encoder.load(CHECKPOINT, "
+                       f'max_seq_length={manifest.max_seq_length}, precision="{manifest.precision}", '
+                       f"document_prefix={manifest.document_prefix!r})")
+        manifest.warn_other_calibration(of_encoder, where, REBUILD)
+        self._checked_encoder = encoder
+
+    def __len__(self) -> int:
+        """Return how many lines the corpus has, copies of a text included."""
+        return self._documents.line_count
+
+    def close(self) -> None:
+        """End the threads and free the memory of the vectors; the index cannot be searched any more."""
+        if self._vector_index is not None:
+            self._vector_index.close()
+            self._vector_index = None
+
+    def __enter__(self) -> "Index":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def check_queries(queries: Sequence[str]) -> list[str]:
+    """Return queries as a list.
+
+    Raises:
+        InputError: one is blank or no text, such as a missing value of a DataFrame.
+        TypeError: it is one text, whose characters would be taken for queries.
+    """
+    if isinstance(queries, str):
+        raise TypeError("queries: expected a list of texts, got one text; put it in a list")
+    queries = list(queries)
+    for row, query in enumerate(queries):
+        if not isinstance(query, str) or not query.strip():
+            raise InputError(f"queries[{row}]: expected a text that is not blank, got {query!r}; remove it")
+    return queries
 
 
 # ------------------------------------------------------------------------------------------------------- building
@@ -399,7 +512,7 @@ def _encode_rows(encoder: "Encoder", documents: Documents, pieces: Sequence[np.n
 
 
 def open_collection(uri: str, collection: str, wanted: Manifest, *, corpus: Corpus | None = None,
-                    encoder: "Encoder | None" = None) -> tuple[Index, DocumentStore]:
+                    encoder: "Encoder | None" = None) -> tuple[VectorIndex, DocumentStore]:
     """Open a collection of Milvus; with a corpus, make it or update it to the corpus.
 
     Args:

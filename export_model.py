@@ -129,12 +129,12 @@ def write_int8_graph(args: argparse.Namespace, folder: str) -> None:
 
     Where there is none yet, the network is quantized first, which takes a minute or two, and the graph is kept there.
     """
-    from model import load_encoder
+    from model import Encoder
     from simcse.encoder.int8_check import COMPARISONS_FILE
     from simcse.encoder.kept_graph import FINGERPRINT_FILE, KeptGraph
 
     # Loading it makes it where it is not there.
-    load_encoder(args.params_path, precision="int8", model_name_or_path=args.model_name_or_path,
+    Encoder.load(args.params_path, precision="int8", model_name_or_path=args.model_name_or_path,
                  output_emb_size=args.output_emb_size, calibration_file=args.calibration_file)
     kept = KeptGraph(args.params_path, "int8", args.model_name_or_path, args.calibration_file)
     shutil.copytree(kept.folder, folder, ignore=shutil.ignore_patterns(FINGERPRINT_FILE, COMPARISONS_FILE),

@@ -11,7 +11,7 @@ from data import Batch, DuplicateKeys, Inputs
 from simcse import console
 from simcse.console import InputError, as_input_error
 from simcse.device import cast_products, set_device, set_gpu_precision
-from simcse.encoder.encoder import Encoder
+from simcse.encoder.encoder import Encoder as TextEncoder
 from simcse.encoder.engine import Engine, export_fastest, open_engine
 from simcse.encoder.int8_check import (
     TextSource,
@@ -35,6 +35,7 @@ from simcse.encoder.weights import (
     ENCODER_FIELDS,
     PARAMS_FILE,
     TOKENIZER_FILE,
+    CheckpointFiles,
     load_state,
     new_checkpoint_folder,
     read_record,
@@ -572,7 +573,7 @@ def write_checkpoint(folder: str, model: SimCSE, tokenizer: Any, record: dict) -
 # -------------------------------------------------------------------------------------------------------------- encoder
 @dataclass(frozen=True)
 class EncoderOptions:
-    """How a checkpoint is loaded for encoding: options of `load_encoder`, and flags of every stage that encodes.
+    """How a checkpoint is loaded for encoding: options of `Encoder.load`, and flags of every stage that encodes.
 
     Attributes:
         device: "cpu" or "gpu".
@@ -598,29 +599,38 @@ class EncoderOptions:
     query_prefix: str | None = None
     document_prefix: str | None = None
 
+    @property
+    def prefixes(self) -> Prefixes:
+        return Prefixes(self.query_prefix or "", self.document_prefix or "")
 
-def load_encoder(checkpoint: str, *, calibration_texts: Sequence[Any] = (), **options: Any) -> Encoder:
-    """Load a trained checkpoint for encoding.
 
-        encoder = load_encoder("checkpoints/model_900")
+class Encoder(TextEncoder):
+    """The encoder of a checkpoint.
+
+        encoder = Encoder.load("checkpoints/model_900")
         embeddings = encoder.encode(["语义检索", "信息抽取"])  # float32 [2, embedding_size], L2-normalized
-
-    On a CPU the exported graph is kept beside the checkpoint; later starts load neither the network nor paddlenlp.
-
-    Args:
-        checkpoint: model_state.pdparams, model_state.safetensors or the folder that holds it.
-        calibration_texts: texts, or rows of them, like those that are going to be encoded. int8 is calibrated with
-            them where no file is given for it, and compared with fp32 on some of them.
-        options: those of `EncoderOptions`, by name: device="gpu", precision="fp16", max_seq_length=128.
-
-    Raises:
-        InputError: the checkpoint cannot be loaded, the device does not have this precision, or int8 is too far from
-            fp32.
     """
-    with as_input_error("checkpoint", argparse.ArgumentTypeError):
-        params_path = checkpoint_file(checkpoint)
-    sources = [TextSource("calibration_texts", calibration_texts)]
-    return _open_encoder(params_path, EncoderOptions(**options), sources)
+
+    @staticmethod
+    def load(checkpoint: str | os.PathLike, *, calibration_texts: Sequence[Any] = (), **options: Any) -> "Encoder":
+        """Load a trained checkpoint for encoding.
+
+        On a CPU the exported graph is kept beside the checkpoint; later starts load neither the network nor paddlenlp.
+
+        Args:
+            checkpoint: model_state.pdparams, model_state.safetensors or the folder that holds it.
+            calibration_texts: texts, or rows of them, like those that are going to be encoded. int8 is calibrated with
+                them where no file is given for it, and compared with fp32 on some of them.
+            options: those of `EncoderOptions`, by name: device="gpu", precision="fp16", max_seq_length=128.
+
+        Raises:
+            InputError: the checkpoint cannot be loaded, the device does not have this precision, or int8 is too far
+                from fp32.
+        """
+        with as_input_error("checkpoint", argparse.ArgumentTypeError):
+            params_path = checkpoint_file(os.fspath(checkpoint))
+        sources = [TextSource("calibration_texts", calibration_texts)]
+        return _open_encoder(params_path, EncoderOptions(**options), sources)
 
 
 def load_encoder_for(args: argparse.Namespace, sources: Sequence[TextSource] = ()) -> Encoder:
@@ -640,18 +650,19 @@ def _open_encoder(params_path: str, options: EncoderOptions, sources: Sequence[T
     record = read_record(os.path.dirname(params_path))
     if options.max_seq_length is None:
         options = replace(options, max_seq_length=record.get("max_seq_length") or ENCODE_LENGTH)
-    recorded = Prefixes.from_record(record)
-    prefixes = recorded.replaced_by(options.query_prefix, options.document_prefix)
+    prefixes = Prefixes.from_record(record).replaced_by(options.query_prefix, options.document_prefix)
+    options = replace(options, query_prefix=prefixes.query, document_prefix=prefixes.document)
+    checkpoint = CheckpointFiles(params_path, options.model_name_or_path)
     set_device(options.device, options.cpu_threads)
     if options.precision == "int8":
-        return _open_int8(params_path, options, sources, prefixes)
+        return _open_int8(checkpoint, options, sources)
     if options.device == "cpu":
         engine, tokenizer = _load_on_cpu(params_path, options)
     else:
         engine, tokenizer, _ = load_model(params_path, options.model_name_or_path, options.output_emb_size,
                                           precision=set_gpu_precision(options.precision))
-    return Encoder(engine, tokenizer, options.max_seq_length, options.batch_size, source=f"--params_path {params_path}",
-                   prefixes=prefixes)
+    return Encoder(engine, tokenizer, options.max_seq_length, options.batch_size, checkpoint=checkpoint,
+                   prefixes=options.prefixes)
 
 
 def _load_on_cpu(params_path: str, options: EncoderOptions) -> tuple[Engine, Any]:
@@ -671,39 +682,38 @@ def _load_on_cpu(params_path: str, options: EncoderOptions) -> tuple[Engine, Any
 
 
 # ----------------------------------------------------------------------------------------------------------------- int8
-def _open_int8(params_path: str, options: EncoderOptions, sources: Sequence[TextSource],
-               prefixes: Prefixes) -> Encoder:
+def _open_int8(checkpoint: CheckpointFiles, options: EncoderOptions, sources: Sequence[TextSource]) -> Encoder:
     """Return the encoder with a checkpoint's int8 graph, which is made if there is none to use.
 
     It is compared with the network on each source with which this graph has not been compared yet.
     """
     console.check_installed("--precision int8", INT8_REQUIREMENTS, "openvino")
-    source = f"--params_path {params_path}"
+    params_path = checkpoint.params_path
     kept = KeptGraph(params_path, "int8", options.model_name_or_path, options.calibration_file)
     if not kept.is_current(options.output_emb_size):
-        return _make_int8(params_path, options, sources, kept, prefixes)
+        return _make_int8(checkpoint, options, sources, kept)
 
     def load_network() -> Encoder:
         console.log("comparing int8 with fp32, once for each file, for which the network is loaded")
         model, tokenizer, _ = load_model(params_path, options.model_name_or_path, options.output_emb_size)
-        return Encoder(model, tokenizer, options.max_seq_length, source=source, prefixes=prefixes)
+        return Encoder(model, tokenizer, options.max_seq_length, checkpoint=checkpoint, prefixes=options.prefixes)
 
     tokenizer = checkpoint_tokenizer(params_path, options.model_name_or_path)
     engine = open_engine(kept.folder, "int8", options.cpu_threads)
     calibration = read_record(kept.folder)["calibration"]
-    encoder = Encoder(engine, tokenizer, options.max_seq_length, options.batch_size, source=source,
-                      calibration=calibration["sha256"], prefixes=prefixes)
+    encoder = Encoder(engine, tokenizer, options.max_seq_length, options.batch_size, checkpoint=checkpoint,
+                      calibration=calibration["sha256"], prefixes=options.prefixes)
     comparisons = check_int8(encoder, load_network, sources, calibration=calibration,
                              known=read_comparisons(kept.folder))
     remember_comparisons(kept.folder, comparisons)
     return encoder
 
 
-def _make_int8(params_path: str, options: EncoderOptions, sources: Sequence[TextSource], kept: KeptGraph,
-               prefixes: Prefixes) -> Encoder:
+def _make_int8(checkpoint: CheckpointFiles, options: EncoderOptions, sources: Sequence[TextSource],
+               kept: KeptGraph) -> Encoder:
     """Quantize a checkpoint, compare the int8 graph with the network, and keep it."""
     console.check_installed("--precision int8", INT8_REQUIREMENTS, "nncf", "paddle2onnx")
-    source = f"--params_path {params_path}"
+    params_path = checkpoint.params_path
     model, tokenizer, record = load_model(params_path, options.model_name_or_path, options.output_emb_size)
     if options.calibration_file:
         texts = Corpus(options.calibration_file, "--calibration_file")
@@ -713,9 +723,9 @@ def _make_int8(params_path: str, options: EncoderOptions, sources: Sequence[Text
     with tempfile.TemporaryDirectory() as folder:
         export_fastest(model, folder, make_calibration(calibration.texts, tokenizer, options.max_seq_length))
         engine = open_engine(folder, "int8", options.cpu_threads)
-        encoder = Encoder(engine, tokenizer, options.max_seq_length, options.batch_size, source=source,
-                          calibration=record["calibration"]["sha256"], prefixes=prefixes)
-        network = Encoder(model, tokenizer, options.max_seq_length, source=source, prefixes=prefixes)
+        encoder = Encoder(engine, tokenizer, options.max_seq_length, options.batch_size, checkpoint=checkpoint,
+                          calibration=record["calibration"]["sha256"], prefixes=options.prefixes)
+        network = Encoder(model, tokenizer, options.max_seq_length, checkpoint=checkpoint, prefixes=options.prefixes)
         comparisons = check_int8(encoder, lambda: network, sources, calibration=record["calibration"], known={})
         record["int8_cosines"] = next(iter(comparisons.values()))._asdict()
         if not RANK and kept.keep(folder, record):

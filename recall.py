@@ -33,7 +33,7 @@ from simcse.index.hits import search as search_index
 from simcse.index.lock import lock_folder
 from simcse.index.manifest import REBUILD, Manifest
 from simcse.index.milvus import MilvusIndex
-from simcse.index.protocols import DocumentStore, Index
+from simcse.index.protocols import DocumentStore, VectorIndex
 from simcse.index.settings import Setting
 from simcse.index.shards import MAX_SHARDS, VECTORS_OF_ONE_SHARD, VECTORS_PER_SHARD
 from simcse.machine import RANK, RANKS
@@ -369,7 +369,7 @@ def is_streamed(args: argparse.Namespace) -> bool:
 
 # ----------------------------------------------------------------------------------------------------------- the index
 def open_or_build_index(args: argparse.Namespace, corpus: textfile.Corpus | None,
-                        encoder: "Encoder") -> tuple[Index, DocumentStore]:
+                        encoder: "Encoder") -> tuple[VectorIndex, DocumentStore]:
     """Return the index that the flags name, and the documents of its rows; where it is not there yet, build it."""
     from simcse.ranks import join_ranks, wait_for_ranks
 
@@ -387,7 +387,7 @@ def open_or_build_index(args: argparse.Namespace, corpus: textfile.Corpus | None
 
 
 def open_or_rebuild_index(args: argparse.Namespace, wanted: Manifest, corpus: textfile.Corpus | None,
-                       encoder: "Encoder") -> tuple[Index, DocumentStore]:
+                       encoder: "Encoder") -> tuple[VectorIndex, DocumentStore]:
     """Open the index in --index_path; build it and keep it if there is none, or one of another state of the corpus."""
     path = args.index_path
     previous = ann_util.read_manifest(path, wanted) if os.path.exists(path) else None
@@ -463,7 +463,8 @@ class Retriever:
     All ranks search together; what it returns is complete on rank 0 alone.
     """
 
-    def __init__(self, args: argparse.Namespace, encoder: "Encoder", index: Index, documents: DocumentStore) -> None:
+    def __init__(self, args: argparse.Namespace, encoder: "Encoder", index: VectorIndex,
+                 documents: DocumentStore) -> None:
         self.encoder = encoder
         self.index = index
         self.documents = documents

@@ -43,9 +43,9 @@ def prepare(folder: str, sizes: dict, vocab_folder: str) -> dict:
 
 def encoder_of(checkpoint: str, precision: str = "auto", texts: Sequence[str] = ()):
     """Return the encoder of a checkpoint, as the scripts load it; int8 is calibrated with the texts."""
-    from model import load_encoder
+    from model import Encoder
 
-    return load_encoder(checkpoint, precision=precision, max_seq_length=64, calibration_texts=texts)
+    return Encoder.load(checkpoint, precision=precision, max_seq_length=64, calibration_texts=texts)
 
 
 def median_seconds(times: int, work) -> float:

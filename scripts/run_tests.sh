@@ -30,8 +30,8 @@ paddle2.6)
     marked='not default_stack'
     tests=
     for name in compat lengths train gradients recall pipeline pipes engine precision losses objectives whitening \
-        pooling prefixes recipe hugging_face in_batch_negative pretrain mining deploy device gpu resume best stopping checkpoint \
-        distributed serving; do
+        pooling prefixes recipe hugging_face in_batch_negative pretrain mining deploy device gpu \
+        resume best stopping checkpoint distributed serving; do
         tests="$tests tests/test_$name.py"
     done
     ;;

@@ -273,8 +273,8 @@ def test_a_kept_index_of_another_version_is_refused(checkpoint, sample, tmp_path
 def test_a_manifest_says_what_differs(tmp_path):
     """What is wanted and not given is not compared, nor are search settings and the state of the corpus."""
     kept = Manifest(model="a" * 64, max_seq_length=32, ann_engine="hnswlib", passages=False, index_shards=8,
-                    document_prefix="", build_settings={"hnsw_m": 32}, search_settings={"hnsw_ef": 100}, corpus="c", corpus_columns=1,
-                    files={"shard_0.bin": "d"})
+                    document_prefix="", build_settings={"hnsw_m": 32}, search_settings={"hnsw_ef": 100}, corpus="c",
+                    corpus_columns=1, files={"shard_0.bin": "d"})
     kept.save(str(tmp_path))
     assert Manifest.load(str(tmp_path), "--index_path x", "") == kept
     assert kept.differences(Manifest()) == []

@@ -217,7 +217,6 @@ def test_a_model_is_known_by_its_content(tmp_path, monkeypatch):
             (tmp_path / path).unlink(missing_ok=True)
             if content is not None:
                 (tmp_path / path).write_text(content, encoding="utf-8")
-        w.model_digest.cache_clear()
         return w.model_digest("ck/model_state.pdparams", name)
 
     same = digest()
@@ -232,4 +231,3 @@ def test_a_model_is_known_by_its_content(tmp_path, monkeypatch):
     assert digest(**bare, **{"tiny/vocab.txt": "乙"}) != digest(**bare), "the recorded encoder's is taken"
     alone = {**bare, "ck/simcse_config.json": None}
     assert digest(**alone) == digest("rocketqa-zh-base-query-encoder", **alone) != digest("ernie-1.0", **alone)
-    w.model_digest.cache_clear()

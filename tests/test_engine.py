@@ -72,7 +72,7 @@ def test_it_is_made_again_where_it_is_another_versions_or_damaged(trained_anew):
 def test_where_it_cannot_be_kept_it_warns_and_goes_without(trained_anew, capsys):
     (trained_anew / GRAPH).write_text("a file is in the way")
     first, made = start(trained_anew)
-    np.testing.assert_array_equal(m.load_encoder(str(trained_anew), precision="fp32").encode(["语义检索"])[0],
+    np.testing.assert_array_equal(m.Encoder.load(str(trained_anew), precision="fp32").encode(["语义检索"])[0],
                                   np.array(first, "float32"))
     warning = f"{trained_anew / GRAPH}: the exported graph cannot be kept there (not a directory), and every start "
     assert capsys.readouterr().err.count(warning) == 1
@@ -96,12 +96,12 @@ def test_all_code_that_shapes_the_graph_is_in_its_fingerprint():
 
 
 # --------------------------------------------------------------------------------------------------------- as a library
-def test_load_encoder_gives_what_the_scripts_do(trained_anew):
+def test_encoder_load_gives_what_the_scripts_do(trained_anew):
     expected, _ = start(trained_anew)
-    encoder = m.load_encoder(str(trained_anew), precision="fp32")
+    encoder = m.Encoder.load(str(trained_anew), precision="fp32")
     assert (encoder.max_seq_length, encoder.embedding_size, encoder.precision) == (32, 128, "fp32")
     np.testing.assert_array_equal(encoder.encode(["语义检索"])[0], np.array(expected, "float32"))
-    assert m.load_encoder(str(trained_anew / WEIGHTS), precision="fp32", max_seq_length=16).max_seq_length == 16
+    assert m.Encoder.load(str(trained_anew / WEIGHTS), precision="fp32", max_seq_length=16).max_seq_length == 16
 
 
 @pytest.mark.parametrize("settings, message", [
@@ -109,14 +109,14 @@ def test_load_encoder_gives_what_the_scripts_do(trained_anew):
     ({"precision": "x"}, "--precision x: .* computes in fp32"),
     ({"precision": "fp32", "output_emb_size": 7}, "--output_emb_size 7: .* has 128"),
     ({"precision": "fp32", "max_seq_length": 600}, "--max_seq_length 600: the encoder has 513 positions")])
-def test_load_encoder_refuses_what_it_cannot_do(trained_anew, settings, message):
+def test_encoder_load_refuses_what_it_cannot_do(trained_anew, settings, message):
     with pytest.raises(InputError, match=message):
-        m.load_encoder(str(trained_anew), **settings)
+        m.Encoder.load(str(trained_anew), **settings)
 
 
 def test_what_is_no_checkpoint_or_no_export_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match="model_state.pdparams: no such file"):
-        m.load_encoder(str(tmp_path))
+        m.Encoder.load(str(tmp_path))
     with pytest.raises(InputError, match="no exported graph; it has none of table.npz, inference.xml, "):
         open_engine(str(tmp_path))
     with pytest.raises(InputError, match="--precision int8: a GPU computes in fp32, fp16, bf16, tf32"):

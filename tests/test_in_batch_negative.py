@@ -141,7 +141,7 @@ def test_vectors(trained, sample):
     assert np.triu(expected @ expected.T, 1).max() < 1 - 1e-4, "the vectors tell the texts apart"
     model, tokenizer, _ = m.load_model(str(trained.path), str(trained.encoder))
     np.testing.assert_allclose(Encoder(model, tokenizer, LENGTH, 32).encode(texts), expected, atol=1e-5)
-    encoder = m.load_encoder(str(trained.path), model_name_or_path=str(trained.encoder), precision="fp32")
+    encoder = m.Encoder.load(str(trained.path), model_name_or_path=str(trained.encoder), precision="fp32")
     np.testing.assert_allclose(encoder.encode(texts), expected, atol=1e-5)
 
 

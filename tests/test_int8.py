@@ -212,7 +212,7 @@ def test_a_file_is_compared_with_the_network_once(copied, sample, capsys):
     for start in range(4):
         if start == 2:
             remembered.write_text('{"a": 1}')  # damaged: it is compared again
-        m.load_encoder(copied, precision="int8", calibration_texts=texts)
+        m.Encoder.load(copied, precision="int8", calibration_texts=texts)
         stderr = capsys.readouterr().err
         assert "calibrated with 60 texts of corpus.csv; cosine to fp32 on 64 texts of calibration_texts: 0.99" in stderr
         loads.append("the network is loaded" in stderr)
@@ -327,7 +327,7 @@ def test_recall_of_real_text_stays(real_data, tmp_path):
     succeed("train.py", "--device", "cpu", "--epochs", 0, "--pooling", "first_last_avg", "--whiten", "--max_seq_length",
             64, "--model_name_or_path", ENCODER, "--train_set_file", tmp_path / "texts", cwd=tmp_path)
     for precision in ("int8", "fp32"):
-        encoder = m.load_encoder(str(tmp_path / "checkpoints" / "model_0_whitened"), precision=precision,
+        encoder = m.Encoder.load(str(tmp_path / "checkpoints" / "model_0_whitened"), precision=precision,
                                  calibration_texts=texts)
         documents = encoder.encode(texts, warn=False)
         queries = encoder.encode([query for query, _ in pairs], warn=False)

@@ -12,6 +12,7 @@ from simcse import console, flags
 from simcse.console import InputError
 from simcse.encoder import encoder
 from simcse.encoder.encoder import Encoder, tokenize_rows, warn_unusable
+from simcse.encoder.weights import CheckpointFiles
 from simcse.text import textfile, wordpiece
 from simcse.text.prefixes import NO_PREFIXES
 from simcse.training import trainer
@@ -189,15 +190,17 @@ def test_texts_that_are_one_to_the_encoder_are_no_training(tokenizer, tmp_path, 
     assert "1 of 2 texts is the same as another text" in capsys.readouterr().err
 
 
-def test_embeddings_that_are_no_numbers_are_refused(tokenizer):
+def test_embeddings_that_are_no_numbers_are_refused(tokenizer, tmp_path):
     class Nan(Ones):
         def embed(self, input_ids, token_type_ids):
             return np.full((len(input_ids), 4), np.nan, "float32")
 
     with pytest.raises(InputError, match="^embeddings contain NaN or Inf"):
         Encoder(Nan(), tokenizer, 8).encode(["短"])
-    with pytest.raises(InputError, match="^--params_path model: embeddings contain NaN or Inf"):
-        Encoder(Nan(), tokenizer, 8, source="--params_path model").encode(["短"])
+    weights = tmp_path / "model_state.pdparams"
+    weights.touch()
+    with pytest.raises(InputError, match="^--params_path .*/model_state.pdparams: embeddings contain NaN or Inf"):
+        Encoder(Nan(), tokenizer, 8, checkpoint=CheckpointFiles(str(weights))).encode(["短"])
 
 
 def test_ranks_count_together(tokenizer, monkeypatch, capsys):

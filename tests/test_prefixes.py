@@ -29,7 +29,7 @@ def tokenizer(checkpoint):
 
 @pytest.fixture(scope="module")
 def plain(checkpoint):
-    return m.load_encoder(str(checkpoint), precision="fp32", max_seq_length=32)
+    return m.Encoder.load(str(checkpoint), precision="fp32", max_seq_length=32)
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +123,8 @@ def test_views_of_a_text(tokenizer, crop_rate):
 def test_a_checkpoint_records_them(with_prefixes, checkpoint):
     """They change no vector of a given text, so that the model is the same."""
     weights = str(with_prefixes / PARAMS_FILE)
-    assert m.load_encoder(weights).prefixes == PREFIXES
-    assert m.load_encoder(weights, query_prefix="", document_prefix="d: ").prefixes == Prefixes("", "d: ")
+    assert m.Encoder.load(weights).prefixes == PREFIXES
+    assert m.Encoder.load(weights, query_prefix="", document_prefix="d: ").prefixes == Prefixes("", "d: ")
     assert m.load_model(weights).record["document_prefix"] == "文档："
     assert model_digest(weights, None) == model_digest(str(checkpoint / PARAMS_FILE), None)
 

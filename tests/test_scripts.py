@@ -20,8 +20,8 @@ import pytest
 from conftest import ROOT, command, succeed
 
 # In the order in which their commands are run.
-PAGES = ["training", "better-recall", "experiments", "index", "milvus", "deployment", "integrations", "benchmarks",
-         "reliability"]
+PAGES = ["training", "better-recall", "experiments", "index", "python", "milvus", "deployment", "integrations",
+         "benchmarks", "reliability"]
 CHINESE = ["README.md", *(f"docs/zh/{page}.md" for page in PAGES)]
 ENGLISH = ["README_en.md", *(f"docs/en/{page}.md" for page in PAGES)]
 

@@ -16,7 +16,7 @@ from simcse.index.documents import Documents
 from simcse.index.engines import check_installed
 from simcse.index.manifest import REBUILD, Manifest
 from simcse.index.milvus import MilvusIndex
-from simcse.index.protocols import DocumentStore, Index
+from simcse.index.protocols import DocumentStore, VectorIndex
 from simcse.text.prefixes import Prefixes
 from simcse.text.wordpiece import load_tokenizer
 
@@ -48,7 +48,7 @@ def open_searcher(args: argparse.Namespace) -> Searcher:
     return searcher
 
 
-def open_collection(args: argparse.Namespace, wanted: Manifest) -> tuple[Index, DocumentStore]:
+def open_collection(args: argparse.Namespace, wanted: Manifest) -> tuple[VectorIndex, DocumentStore]:
     """Open the collection of Milvus."""
     check_installed("milvus")
     if args.max_top_k > MilvusIndex.max_k:

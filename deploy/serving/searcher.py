@@ -9,7 +9,7 @@ from deploy.serving.shapes import BatchShapes
 from simcse import console
 from simcse.encoder.encoder import Encoder
 from simcse.index.hits import FUSION_DEPTH, Ranking, hits_of, search
-from simcse.index.protocols import NOT_FOUND, DocumentStore, Index
+from simcse.index.protocols import NOT_FOUND, DocumentStore, VectorIndex
 from simcse.text.prefixes import QUERY
 from simcse.text.textfile import distinct
 
@@ -36,7 +36,7 @@ class Searcher:
         whitened: whether the model's embeddings are.
     """
 
-    def __init__(self, encoder: Encoder, index: Index, documents: DocumentStore, shapes: BatchShapes, *,
+    def __init__(self, encoder: Encoder, index: VectorIndex, documents: DocumentStore, shapes: BatchShapes, *,
                  distinct: bool = False, bm25: Any = None, whitened: bool = False) -> None:
         self.encoder = encoder
         self.index = index

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from simcse import console
 from simcse.console import InputError, NotFiniteError, progress
 from simcse.encoder.engine import Engine
+from simcse.encoder.weights import CheckpointFiles
 from simcse.files import prefetch
 from simcse.machine import RANK
 from simcse.ranks import gather_arrays
@@ -250,7 +251,7 @@ def _warn_same_after_truncation(rows: TokenizedRows, max_seq_length: int) -> Non
 class Encoder:
     """Turn texts into embeddings, by an engine and a tokenizer.
 
-    `model.load_encoder` opens one of a checkpoint.
+    `model.Encoder.load` opens one of a checkpoint.
 
     Args:
         engine: see `engine.Engine`.
@@ -259,8 +260,7 @@ class Encoder:
         batch_size: texts of a batch; None: as many as fill the engine's `batch_tokens`.
         make_batches: forms the batches instead of `tokens.make_batches`; its arrays may have more rows than the batch
             has texts.
-        source: names the checkpoint in the message about embeddings that are not finite, as "--params_path model";
-            None: it is being trained.
+        checkpoint: the files that it is loaded from; None: it is being trained, or was exported.
         calibration: SHA-256 of the file that an int8 graph was calibrated with; None: it is not int8, or not known.
         prefixes: put before texts, by their input type.
 
@@ -269,14 +269,14 @@ class Encoder:
     """
 
     def __init__(self, engine: Engine, tokenizer: Any, max_seq_length: int, batch_size: int | None = None,
-                 make_batches: BatchMaker | None = None, source: str | None = None,
+                 make_batches: BatchMaker | None = None, checkpoint: CheckpointFiles | None = None,
                  calibration: str | None = None, prefixes: Prefixes = NO_PREFIXES) -> None:
         check_length(engine, max_seq_length)
         check_prefixes(tokenizer, prefixes, max_seq_length)
         self.engine = engine
         self.tokenizer = tokenizer
         self.max_seq_length = max_seq_length
-        self.source = source
+        self.checkpoint = checkpoint
         self.calibration = calibration
         self.prefixes = prefixes
         self._make_batches = make_batches or functools.partial(
@@ -290,6 +290,17 @@ class Encoder:
     def precision(self) -> str:
         """The number format of the matrix products: fp32, tf32, bf16, fp16 or int8."""
         return self.engine.precision
+
+    @functools.cached_property
+    def model_digest(self) -> str:
+        """SHA-256 of the checkpoint, by which an index knows its model; computed when it is first asked for.
+
+        Raises:
+            InputError: the weights were written again after they were loaded.
+        """
+        if self.checkpoint is None:
+            raise ValueError("the encoder is not that of a checkpoint")
+        return self.checkpoint.digest()
 
     def bytes_needed(self, texts: int) -> int:
         """Return about the bytes of memory that encoding so many texts takes, beyond those of the loaded engine."""
@@ -305,16 +316,38 @@ class Encoder:
         """Return the embeddings of texts, float32 [texts, embedding_size], L2-normalized.
 
         Args:
+            texts: a list, a column of a DataFrame, or a sequence that gives the texts of a slice, as `TextFile` does.
             input_type: "query" or "document", whose prefix is put before each text; or a sequence with that of each.
             places: where each text stands, as file:line, for warnings; see `places_of`.
             warn: warn of texts that are truncated or all [UNK].
         """
+        texts = check_texts(texts)
         embeddings = np.empty((len(texts), self.embedding_size), "float32")
         row = 0
         for block in self.stream(texts, input_type=input_type, places=places, warn=warn):
             embeddings[row : row + len(block)] = block
             row += len(block)
         return embeddings
+
+    def similarity(self, first: Sequence[str] | np.ndarray, second: Sequence[str] | np.ndarray) -> np.ndarray:
+        """Return the cosine of each of `first` with each of `second`, float32 [first, second].
+
+        Args:
+            first, second: texts, or vectors such as those of `encode`, float [vectors, embedding_size].
+        """
+        cosines = self._unit_vectors(first) @ self._unit_vectors(second).T
+        return cosines.clip(-1, 1)  # rounding may go beyond 1
+
+    def _unit_vectors(self, items: Sequence[str] | np.ndarray) -> np.ndarray:
+        """Return the embeddings of texts, or vectors scaled to length 1, float32 [items, embedding_size]."""
+        if not isinstance(items, np.ndarray) or items.dtype.kind != "f":
+            return self.encode(items)
+        if items.ndim != 2 or items.shape[1] != self.embedding_size:
+            raise ValueError(f"vectors of shape {items.shape}, where those of the encoder are [vectors, "
+                             f"{self.embedding_size}]")
+        lengths = np.linalg.norm(items, axis=1, keepdims=True)
+        lengths[lengths == 0] = 1  # the embedding of an unknown text is zeros
+        return (items / lengths).astype("float32", copy=False)
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]], *,
                      places: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -399,7 +432,7 @@ class Encoder:
         embeddings[inputs.unknown] = 0
         if not np.isfinite(embeddings).all():
             message = "embeddings contain NaN or Inf; training diverged or the checkpoint is damaged"
-            raise NotFiniteError(f"{self.source}: {message}" if self.source else message)
+            raise NotFiniteError(f"{self.checkpoint.name}: {message}" if self.checkpoint else message)
         return embeddings
 
 
@@ -418,6 +451,24 @@ class _StartedBatch(NamedTuple):
         """Wait for the batch, and write its embeddings into their rows of `embeddings`."""
         computed = np.asarray(self.result)
         embeddings[self.rows] = computed[: len(self.rows)]  # a `make_batches` may have filled it up with more rows
+
+
+def check_texts(texts: Sequence[str]) -> Sequence[str]:
+    """Return texts as a sequence whose rows are counted from 0: a list of those of a DataFrame's column or an array.
+
+    Raises:
+        TypeError: it is one text, whose characters would be taken for texts.
+        InputError: a list has something else than texts, such as the missing value of a column.
+    """
+    if isinstance(texts, str):
+        raise TypeError("expected a list of texts, got one text; put it in a list")
+    if hasattr(texts, "tolist"):
+        texts = texts.tolist()
+    if isinstance(texts, list):
+        for row, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise InputError(f"texts[{row}]: expected a text, got {text!r}; remove it")
+    return texts
 
 
 def _select(texts: Sequence[str], rows: range | np.ndarray) -> Sequence[str]:

@@ -247,7 +247,54 @@ def add_to_record(folder: str, more: Mapping[str, Any]) -> None:
     write_json(path, record)
 
 
-@functools.cache  # weights are large, and a process reads them once
+class FileState(NamedTuple):
+    """What changes with the content of a file, as far as that is known without reading it."""
+
+    inode: int
+    size: int
+    modified: int  # nanoseconds
+
+    @classmethod
+    def of(cls, path: str) -> "FileState":
+        """Return the state of a file now."""
+        status = os.stat(path)
+        return cls(status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+class CheckpointFiles:
+    """The files that an encoder is loaded from.
+
+    Args:
+        params_path: the file of weights.
+        model_name_or_path: the encoder that --model_name_or_path names; None: the recorded one.
+
+    Attributes:
+        name: the flag that names the checkpoint, and its value, for messages.
+    """
+
+    def __init__(self, params_path: str, model_name_or_path: str | None = None) -> None:
+        self.params_path = params_path
+        self.model_name_or_path = model_name_or_path
+        self.name = f"--params_path {params_path}"
+        self._loaded_state = FileState.of(params_path)
+
+    def digest(self) -> str:
+        """Return the `model_digest` of the files.
+
+        Raises:
+            InputError: the weights are not those that were loaded, but were written later.
+        """
+        if FileState.of(self.params_path) != self._loaded_state:
+            raise InputError(f"{self.name}: has changed since it was loaded; load it again")
+        return model_digest(self.params_path, self.model_name_or_path)
+
+
+@functools.cache  # weights are large, and a process reads them once in each state
+def _weights_digest(path: str, state: FileState) -> str:
+    """Return SHA-256 of a file of weights that is in this state, in hexadecimal."""
+    return file_digest(path)
+
+
 def model_digest(params_path: str, model_name_or_path: str | None) -> str:
     """Return SHA-256 of what makes the embeddings, by content, in hexadecimal.
 
@@ -264,15 +311,18 @@ def model_digest(params_path: str, model_name_or_path: str | None) -> str:
     encoder = model_name_or_path or ""
     if not encoder and not (record and os.path.isfile(tokenizer_file)):
         encoder = record.get("model_name_or_path", DEFAULT_MODEL)
-    paths = [params_path, os.path.join(folder, VOCABULARY_FILE), tokenizer_file]
-    if not os.path.isfile(paths[1]):  # a tokenizer without vocab.txt is all in tokenizer.json
-        paths.append(os.path.join(folder, "tokenizer.json"))
+    vocabulary = os.path.join(folder, VOCABULARY_FILE)
+    small_files = [vocabulary, tokenizer_file]
+    if not os.path.isfile(vocabulary):  # a tokenizer without vocab.txt is all in tokenizer.json
+        small_files.append(os.path.join(folder, "tokenizer.json"))
     if os.path.isdir(encoder):
-        paths += [os.path.join(encoder, name) for name in sorted(os.listdir(encoder)) if not name.endswith(WEIGHTS)]
+        names = [name for name in sorted(os.listdir(encoder)) if not name.endswith(WEIGHTS)]
+        small_files += [os.path.join(encoder, name) for name in names]
         encoder = ""  # known by its files
     content = {name: value for name, value in record.items() if name not in FIELDS_WITHOUT_EFFECT}
     digest = hashlib.sha256(json.dumps([content, encoder], sort_keys=True).encode())
-    for path in paths:
+    digest.update(_weights_digest(params_path, FileState.of(params_path)).encode())
+    for path in small_files:
         if os.path.isfile(path):
             digest.update(file_digest(path).encode())
     return digest.hexdigest()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from simcse.console import part, warn
-from simcse.index.protocols import NO_SCORE, NOT_FOUND, Document, DocumentStore, Index, SearchResult
+from simcse.index.protocols import NO_SCORE, NOT_FOUND, Document, DocumentStore, SearchResult, VectorIndex
 
 import numpy as np
 
@@ -43,7 +43,7 @@ class Ranking(NamedTuple):
     rows: np.ndarray
 
 
-def search(index: Index, store: DocumentStore, queries: np.ndarray, k: int) -> Ranking:
+def search(index: VectorIndex, store: DocumentStore, queries: np.ndarray, k: int) -> Ranking:
     """Return the k best documents for each query, a document of passages by its best one.
 
     Args:
@@ -62,7 +62,7 @@ def search(index: Index, store: DocumentStore, queries: np.ndarray, k: int) -> R
     return ranking._replace(scores=np.where(ranking.documents == NOT_FOUND, NO_SCORE, cosines))
 
 
-def _search_passages(index: Index, store: DocumentStore, queries: np.ndarray, k: int) -> Ranking:
+def _search_passages(index: VectorIndex, store: DocumentStore, queries: np.ndarray, k: int) -> Ranking:
     """Search deeper and deeper, until the passages found are of k documents."""
     ranking = _empty_ranking(len(queries), k)
     most = store.row_count if index.max_k is None else min(store.row_count, index.max_k)

@@ -30,7 +30,7 @@ EXACT_ADVICE = "another collection with --milvus_index FLAT"  # where the recall
 
 
 class MilvusIndex:
-    """A collection of Milvus, an `Index`.
+    """A collection of Milvus, a `VectorIndex`.
 
     Without its corpus `open` makes it searchable. With a corpus `milvus_update.compare_with_corpus` does, or returns
     the update that has to come first.
@@ -129,7 +129,7 @@ class MilvusIndex:
         self.search_settings.update(settings)
 
     def search(self, queries: np.ndarray, k: int) -> SearchResult:
-        """Return the k best rows of each query on rank 0, and no rows on the other ranks; see `Index`.
+        """Return the k best rows of each query on rank 0, and no rows on the other ranks; see `VectorIndex`.
 
         Raises:
             InputError: another collection has taken its place: its vectors may be of another model.

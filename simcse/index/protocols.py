@@ -1,8 +1,8 @@
 """The interfaces of the index: a local engine, an index of a whole corpus, and the documents of its rows.
 
 Two levels search vectors. A `LocalEngine` holds vectors in the memory of one process; its rows are these vectors, in
-the order in which they were added. An `Index` is what recall.py and the service search: `ShardedIndex`, which wraps one
-`LocalEngine` a shard, or `MilvusIndex`. A `DocumentStore` says which document a row of an index is.
+the order in which they were added. A `VectorIndex` is what recall.py and the service search: `ShardedIndex`, which
+wraps one `LocalEngine` a shard, or `MilvusIndex`. A `DocumentStore` says which document a row of an index is.
 
 To add a local engine, write a subclass of `LocalEngine` and add it to LOCAL_ENGINES in engines.py. Its flags, their
 checks, its entries in the manifest and its tests follow from that. README.md and README_en.md list its file in their
@@ -64,7 +64,7 @@ def _is_strictly_descending(result: SearchResult) -> bool:
 class LocalEngine(ABC):
     """Vectors in memory. A row is the number of one of them, from 0 in the order in which they are added.
 
-    The rows of an `Index` are others; `ShardedIndex` maps them to the rows of its engines.
+    The rows of a `VectorIndex` are others; `ShardedIndex` maps them to the rows of its engines.
 
     All vectors are float32 and L2-normalized (an unknown text has zeros), so that inner products are cosines. Subclass
     it: what an engine does not define is as it stands here. An engine prints nothing, and turns errors of its library
@@ -189,7 +189,7 @@ class LocalEngine(ABC):
         """Return how many vectors it has."""
 
 
-class Index(Protocol):
+class VectorIndex(Protocol):
     """What recall.py and the service search: all vectors of a corpus, on all ranks.
 
     A row is the number of a document, or of a passage, in the corpus' `Documents`. A collection that was opened without

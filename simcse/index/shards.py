@@ -43,7 +43,7 @@ def choose_shard_count(vector_count: int) -> int:
 
 
 class ShardedIndex:
-    """An index in parts: an `Index` of a local engine.
+    """An index in parts: a `VectorIndex` of a local engine.
 
     Rows with the same token ids after truncation share a vector; see `VectorMap`. The vectors are cut into pieces.
     Piece i is in shard i % shards, and shard s on rank s % ranks. So which vector goes where, and in what order,
@@ -159,7 +159,7 @@ class ShardedIndex:
 
     # ------------------------------------------------------------------------------------------------------- filling
     def add(self, rows: np.ndarray, vectors: np.ndarray) -> None:
-        """Add the vectors, float32 [rows, dim], of the next of `missing_rows` in the background; see `Index`.
+        """Add the vectors, float32 [rows, dim], of the next of `missing_rows` in the background; see `VectorIndex`.
 
         Where ranks exchange pieces, it waits until all ranks have called it, or `finish`.
         """
@@ -223,7 +223,7 @@ class ShardedIndex:
             shard.engine.settings.update(settings)
 
     def search(self, queries: np.ndarray, k: int) -> SearchResult:
-        """Return the k best rows of each query; rows that share a vector follow each other. See `Index`."""
+        """Return the k best rows of each query; rows that share a vector follow each other. See `VectorIndex`."""
         return self.vector_map.expand(self._search_vectors(queries, k), k)
 
     def _search_vectors(self, queries: np.ndarray, k: int, exact: bool = False) -> SearchResult:
