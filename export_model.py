@@ -54,6 +54,7 @@ def write_paddle(args: argparse.Namespace, loaded: "LoadedModel", folder: str) -
 
 
 def open_paddle(folder: str) -> Embed:
+    """Open the graph in a folder by Paddle Inference."""
     from simcse.encoder.paddle_engine import PaddleEngine
 
     return PaddleEngine(folder, "fp32").embed
@@ -68,6 +69,7 @@ def write_onnx(args: argparse.Namespace, loaded: "LoadedModel", folder: str) -> 
 
 
 def open_onnx(folder: str) -> Embed:
+    """Open the graph in a folder by onnxruntime."""
     from simcse.encoder.onnx import onnx_graph
 
     return onnx_graph(folder)
@@ -85,6 +87,7 @@ def write_openvino(args: argparse.Namespace, loaded: "LoadedModel", folder: str)
 
 
 def open_openvino(folder: str) -> Embed:
+    """Open the graph in a folder by OpenVINO."""
     from simcse.encoder.openvino import OpenVinoEngine
 
     return OpenVinoEngine(folder, "fp32").embed
@@ -133,7 +136,8 @@ def write_tokenizer(tokenizer: Any, folder: str) -> None:
 
 def write_sentence_transformers(args: argparse.Namespace, loaded: "LoadedModel", folder: str) -> None:
     """Write the network and its tokenizer for sentence-transformers."""
-    sentence_transformers.check_supported(loaded.record, args.params_path)  # the checkpoint may have had no record
+    # The checkpoint may have had no record before.
+    sentence_transformers.check_supported(loaded.record, f"--params_path {args.params_path}")
     recorded = flags.read_checkpoint_record(args)
     settings = sentence_transformers.ExportSettings(args.max_seq_length, recorded.get("query_prefix", ""),
                                                     recorded.get("document_prefix", ""))
@@ -214,7 +218,7 @@ def check_output(args: argparse.Namespace) -> None:
     kind = FORMATS[args.format]
     console.check_installed(f"--format {args.format}", f"requirements-{args.format}.txt", *kind.packages)
     if kind.check_record:
-        kind.check_record(flags.read_checkpoint_record(args), args.params_path)
+        kind.check_record(flags.read_checkpoint_record(args), f"--params_path {args.params_path}")
 
 
 def check_embeddings(loaded: "LoadedModel", embed: Embed) -> float:

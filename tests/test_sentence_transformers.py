@@ -231,8 +231,8 @@ def write_rust(folder):
 def test_a_pooling_that_sentence_transformers_does_not_have(pooling, tmp_path):
     folder = save(tmp_path / "checkpoint", make_network(), pooling=pooling)
     line = refuse("export_model.py", "--params_path", folder, "--format", "sentence_transformers", cwd=tmp_path)
-    assert line.startswith(f"export_model.py: error: --format sentence_transformers: {folder / NAME} has --pooling "
-                           f"{pooling}, which sentence-transformers does not have")
+    assert line.startswith(f"export_model.py: error: --format sentence_transformers: --params_path {folder / NAME} has "
+                           f"--pooling {pooling}, which sentence-transformers does not have")
     assert line.endswith("use --format onnx") and os.listdir(tmp_path) == ["checkpoint"]
 
 
