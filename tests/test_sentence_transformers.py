@@ -132,29 +132,40 @@ def test_every_pooling_is_exported_or_refused():
     assert {pooling.sentence_transformers for pooling in POOLINGS.values()} - {None} == set(st.POOLING_FIELDS)
 
 
+def export_again(kind, pooling, folder):
+    """Read an encoder from the layout of Hugging Face, and export a checkpoint of it."""
+    write_model(folder / kind, kind)
+    network = m.SimCSE(load_pretrained(str(folder / kind), uses_pooler=False), pooling=pooling)
+    save(folder / "checkpoint", network, load_tokenizer(str(folder / kind)))
+    export(folder / "checkpoint", folder / "output")
+    return folder / "output"
+
+
 @pytest.mark.parametrize("pooling, place", [("cls", "cls"), ("mean_all", "mean"), ("pooler", "pooler")])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_vectors_are_those_of_transformers(kind, pooling, place, tmp_path):
+    expected = [value for value in VALUES[kind] if value.get(place)]
+    if not expected:
+        pytest.skip(f"{kind} has no {place}")
+    embed = st.open_sentence_transformers(str(export_again(kind, pooling, tmp_path)))
+    for value in expected:
+        ids = np.array([value["ids"]], "int64")
+        wanted = np.array(value[place]) / np.linalg.norm(value[place])
+        np.testing.assert_allclose(embed(ids, np.zeros_like(ids))[0], wanted, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["bert", "ernie"])
-def test_weights_and_vectors_are_those_of_transformers(kind, pooling, place, tmp_path):
-    """An encoder that was read from the layout of Hugging Face, and is written to it again."""
-    write_model(tmp_path / kind, kind)
-    network = m.SimCSE(load_pretrained(str(tmp_path / kind)), pooling=pooling)
-    save(tmp_path / "checkpoint", network, load_tokenizer(str(tmp_path / kind)))
-    export(tmp_path / "checkpoint", tmp_path / "output")
+def test_weights_are_those_that_were_read(kind, tmp_path):
+    folder = export_again(kind, "cls", tmp_path)
     expected = weights_of(kind)
     tasks = expected.pop("embeddings.task_type_embeddings.weight", None)
     if tasks is not None:
         expected["embeddings.token_type_embeddings.weight"] += tasks[0]
-    found = read_safetensors(str(tmp_path / "output" / "model.safetensors"))
+    found = read_safetensors(str(folder / "model.safetensors"))
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array, name)
-    assert read(tmp_path / "output", "config.json")["layer_norm_eps"] == CONFIGS[kind]["layer_norm_eps"]
-    embed = st.open_sentence_transformers(str(tmp_path / "output"))
-    for value in VALUES[kind]:
-        if place in value:
-            ids = np.array([value["ids"]], "int64")
-            wanted = np.array(value[place]) / np.linalg.norm(value[place])
-            np.testing.assert_allclose(embed(ids, np.zeros_like(ids))[0], wanted, atol=1e-5)
+    assert read(folder, "config.json")["layer_norm_eps"] == CONFIGS[kind]["layer_norm_eps"]
 
 
 @pytest.mark.parametrize("encoder, pooling", [("ernie with tasks", "cls"), ("bert", "mean_all")])
