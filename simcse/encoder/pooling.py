@@ -68,6 +68,8 @@ class Pooling:
         removes_layers: the encoder is replaced by its token embeddings, a `table.TokenTable`; `last_hidden_state` is
             what they are, and there are no other outputs. `pool` must be their mean, which `TokenTable.average` and
             `TableEngine` compute in its place.
+        sentence_transformers: the pooling_mode of sentence-transformers that pools the same states; a pooling that
+            `uses_pooler` has the pooler's layer after it. None: sentence-transformers has no such pooling.
     """
 
     pool: Callable[[EncoderOutputs], Tensor]
@@ -77,6 +79,7 @@ class Pooling:
     uses_pooler: bool = False
     pool_without_pooler: Callable[[EncoderOutputs], Tensor] | None = None
     removes_layers: bool = False
+    sentence_transformers: str | None = None
 
 
 def take_pooler(encoded: EncoderOutputs) -> Tensor:
@@ -126,11 +129,12 @@ def average_all(encoded: EncoderOutputs) -> Tensor:
 
 POOLINGS: dict[str, Pooling] = {
     "pooler": Pooling(take_pooler, "the first token through a linear layer and tanh", first_token_only=True,
-                      uses_pooler=True, pool_without_pooler=take_first_token),
-    "cls": Pooling(take_first_token, "the first token as it is, as bge and gte were trained", first_token_only=True),
+                      uses_pooler=True, pool_without_pooler=take_first_token, sentence_transformers="cls"),
+    "cls": Pooling(take_first_token, "the first token as it is, as bge and gte were trained", first_token_only=True,
+                   sentence_transformers="cls"),
     "mean": Pooling(average_last, "the mean over the text's tokens, without [CLS] and [SEP]"),
     "mean_all": Pooling(average_all, "the mean over all tokens, [CLS] and [SEP] included, as sentence-transformers "
-                        "computes it; m3e and text2vec were trained so"),
+                        "computes it; m3e and text2vec were trained so", sentence_transformers="mean"),
     "first_last_avg": Pooling(average_first_and_last, "the same mean, of the average of the first "
                               "layer's input and the last layer's output", all_layers=True),
     "first_avg": Pooling(average_last, "the same mean, of the token embeddings, without positions and layers",
