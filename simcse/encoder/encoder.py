@@ -333,7 +333,8 @@ class Encoder:
         """Return the cosine of each of `first` with each of `second`, float32 [first, second].
 
         Args:
-            first, second: texts, or vectors such as those of `encode`, float [vectors, embedding_size].
+            first, second: texts, which are encoded as documents, or vectors such as those of `encode`, float [vectors,
+                embedding_size].
         """
         cosines = self._unit_vectors(first) @ self._unit_vectors(second).T
         return cosines.clip(-1, 1)  # rounding may go beyond 1
