@@ -194,7 +194,7 @@ class Index:
         self.folder = folder
         self._vector_index: VectorIndex | None = vector_index  # None: it is closed
         self._documents = documents
-        self._checked_encoder: Encoder | None = None  # the latest that was compared with the manifest
+        self._checked: Manifest | None = None  # the latest that was compared with the index's
 
     @staticmethod
     def open(folder: str | os.PathLike, *, threads: int = 0) -> "Index":
@@ -230,8 +230,8 @@ class Index:
         """
         if self._vector_index is None:
             raise ValueError(f"{self.folder}: the index is closed")
-        if top_k < 1:
-            raise InputError(f"top_k: expected an integer >= 1, got {top_k}")
+        if type(top_k) is not int or top_k < 1:
+            raise InputError(f"top_k: expected an integer >= 1, got {top_k!r}")
         self._check_encoder(encoder)
         queries = check_queries(queries)
         if not queries:
@@ -242,18 +242,20 @@ class Index:
 
     def _check_encoder(self, encoder: "Encoder") -> None:
         """Raise InputError if the vectors of an encoder cannot be compared with those of the index."""
-        if encoder is self._checked_encoder:
-            return
         manifest = self._vector_index.manifest
         where = f"--index_path {self.folder}"
         of_encoder = Manifest(model=encoder.model_digest, max_seq_length=encoder.max_seq_length,
                               precision=encoder.precision, calibration=encoder.calibration,
                               document_prefix=encoder.prefixes.document)
+        if of_encoder == self._checked:
+            return
+        device = DEVICE_OF_PRECISION.get(manifest.precision)
+        on_device = f', device="{device}"' if device else ""
         manifest.check(of_encoder, where, "load the checkpoint that it was built with, by Encoder.load(CHECKPOINT, "
                        f'max_seq_length={manifest.max_seq_length}, precision="{manifest.precision}", '
-                       f"document_prefix={manifest.document_prefix!r})")
+                       f"document_prefix={manifest.document_prefix!r}{on_device})")
         manifest.warn_other_calibration(of_encoder, where, REBUILD)
-        self._checked_encoder = encoder
+        self._checked = of_encoder
 
     def __len__(self) -> int:
         """Return how many lines the corpus has, copies of a text included."""
@@ -276,14 +278,13 @@ def check_queries(queries: Sequence[str]) -> list[str]:
     """Return queries as a list.
 
     Raises:
-        InputError: one is blank or no text, such as a missing value of a DataFrame.
-        TypeError: it is one text, whose characters would be taken for queries.
+        InputError: they are no list of texts, or one is blank.
     """
-    if isinstance(queries, str):
-        raise TypeError("queries: expected a list of texts, got one text; put it in a list")
-    queries = list(queries)
+    from simcse.encoder.encoder import check_texts
+
+    queries = list(check_texts(queries, "queries"))
     for row, query in enumerate(queries):
-        if not isinstance(query, str) or not query.strip():
+        if not query.strip():
             raise InputError(f"queries[{row}]: expected a text that is not blank, got {query!r}; remove it")
     return queries
 
@@ -337,7 +338,7 @@ def read_documents(corpus: Corpus, encoder: "Encoder", manifest: Manifest) -> Do
     """Return the documents of a corpus, split into passages if the manifest says so."""
     documents = Documents(corpus)
     if manifest.passages:
-        documents.split(encoder.tokenizer, encoder.room_of_documents())
+        documents.split(encoder.tokenizer, encoder.max_document_length())
     return documents
 
 

@@ -63,8 +63,8 @@ class ShuffledBatches:
             yield rows[self.rank * share : (self.rank + 1) * share]
 
 
-class Side(NamedTuple):
-    """The token ids of the texts of one side of a batch.
+class TokenizedSide(NamedTuple):
+    """The token ids of the texts of one side of a batch: its queries, its titles or its hard negatives.
 
     Attributes:
         ids: those of each text, with [CLS], its prefix and [SEP].
@@ -76,16 +76,15 @@ class Side(NamedTuple):
 
     @classmethod
     def of(cls, tokenizer: Any, texts: Sequence[str], max_seq_length: int, prefixes: Prefixes,
-           input_type: str) -> "Side":
+           input_type: str) -> "TokenizedSide":
         """Tokenize texts of one input type."""
         prefixed = add_prefixes(tokenizer, texts, prefixes, input_type)
         return cls(tokenizer(prefixed.texts, max_seq_length), int(np.max(prefixed.prefix_tokens)))
 
-    def keys(self) -> np.ndarray:
-        """Return the key of each text, without its prefix, int64 [texts]; see `hash_token_ids`."""
-        if not self.prefix_tokens:
-            return hash_token_ids(self.ids)
-        return hash_token_ids([[text_ids[0], *text_ids[1 + self.prefix_tokens :]] for text_ids in self.ids])
+    def keys(self, length: int) -> np.ndarray:
+        """Return the key of the first `length` tokens of each text, without prefix, [CLS] and [SEP], int64 [texts]."""
+        first = 1 + self.prefix_tokens
+        return hash_token_ids([text_ids[first:-1][:length] for text_ids in self.ids])
 
 
 def hash_token_ids(ids: Sequence[Ids]) -> np.ndarray:
@@ -209,13 +208,14 @@ def make_batch(texts: Sequence[Any], tokenizer: Any, args: argparse.Namespace, r
     sides = []
     for column, input_type in enumerate((QUERY, DOCUMENT, DOCUMENT)[: len(contents[0])]):
         column_texts = [fields[column] for fields in contents]
-        sides.append(Side.of(tokenizer, column_texts, args.max_seq_length, prefixes, input_type))
+        sides.append(TokenizedSide.of(tokenizer, column_texts, args.max_seq_length, prefixes, input_type))
     query, title, *hard_negatives = sides
     hard_negative = hard_negatives[0] if hard_negatives else None
     duplicate_keys = None
     if not args.keep_duplicate_negatives:
-        duplicate_keys = DuplicateKeys(query=query.keys(), title=title.keys(),
-                                       hard_negative=None if hard_negative is None else hard_negative.keys())
+        length = common_length(sides, args.max_seq_length)
+        duplicate_keys = DuplicateKeys(query=query.keys(length), title=title.keys(length),
+                                       hard_negative=None if hard_negative is None else hard_negative.keys(length))
     pad_id = tokenizer.pad_token_id
     return Batch(query=Inputs.of(query.ids, pad_id), title=Inputs.of(title.ids, pad_id),
                  hard_negative=None if hard_negative is None else Inputs.of(hard_negative.ids, pad_id),
@@ -233,13 +233,13 @@ def make_text_batch(texts: Sequence[str], tokenizer: Any, args: argparse.Namespa
         rows: their numbers in the training file; the others as in `make_batch`.
     """
     length = max(args.max_seq_length, UNCROPPED_LENGTH) if args.crop_rate else args.max_seq_length
-    query = Side.of(tokenizer, texts, length, prefixes, QUERY)
+    query = TokenizedSide.of(tokenizer, texts, length, prefixes, QUERY)
     title = query
     if prefixes.document != prefixes.query:
-        title = Side.of(tokenizer, texts, length, prefixes, DOCUMENT)
+        title = TokenizedSide.of(tokenizer, texts, length, prefixes, DOCUMENT)
     duplicate_keys = None
     if not args.keep_duplicate_negatives:
-        keys = query.keys()
+        keys = query.keys(common_length([query, title], length))
         duplicate_keys = DuplicateKeys(query=keys, title=keys)
     query_ids = query.ids
     title_ids = title.ids
@@ -251,7 +251,16 @@ def make_text_batch(texts: Sequence[str], tokenizer: Any, args: argparse.Namespa
                  duplicate_keys=duplicate_keys, rows=rows)
 
 
-def crop_view(side: Side, view: int, args: argparse.Namespace, *, rows: Sequence[int], epoch: int) -> list[Ids]:
+def common_length(sides: Sequence[TokenizedSide], max_seq_length: int) -> int:
+    """Return how many tokens of a text all sides have at most, [CLS], [SEP] and the longest prefix left out.
+
+    By so many tokens the same text is found again on any side, although it may be cut at different places.
+    """
+    return max_seq_length - 2 - max(side.prefix_tokens for side in sides)
+
+
+def crop_view(side: TokenizedSide, view: int, args: argparse.Namespace, *, rows: Sequence[int],
+              epoch: int) -> list[Ids]:
     """Return a crop of each text.
 
     It is a function of seed, epoch, row and view, so that a resumed run, or one of several processes, sees what an

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from simcse import console, flags
 from simcse.encoder import sentence_transformers_export as export
-from simcse.encoder.weights import ONNX_FILE, OPENVINO_FILE, OPSET, read_record, write_record
+from simcse.encoder.weights import ONNX_FILE, OPENVINO_FILE, OPSET, WEIGHT_FILES, read_record, write_record
 from simcse.files import check_writable
+from simcse.index.manifest import MANIFEST_FILE
 from simcse.text.prefixes import Prefixes
 from simcse.text.tokens import make_batches
 from simcse.text.wordpiece import RustTokenizer, WordPiece, load_tokenizer
@@ -39,6 +40,8 @@ CHECK_TEXTS = ["语义索引", flags.README_TEXT, "SimCSE", flags.README_TEXT * 
                "C++ ≠ C～, ①℃ [SEP]"]
 CHECK_LENGTH = 64  # tokens of a text, at most
 TOLERANCE = 1e-5
+# Files of folders that are no exports, and would be damaged.
+OTHER_FOLDERS = (*WEIGHT_FILES, "pytorch_model.bin", MANIFEST_FILE)
 Embed = Callable[[np.ndarray, np.ndarray], Any]  # input_ids, token_type_ids -> embeddings
 
 
@@ -214,6 +217,9 @@ def check_output(args: argparse.Namespace) -> None:
         if format_of_file.get(name, args.format) != args.format:
             raise console.InputError(f"--output_path {path}: holds {name}, which is not of --format {args.format}; "
                                      "name another folder")
+        if name in OTHER_FOLDERS:
+            raise console.InputError(f"--output_path {path}: holds {name}, so it is a checkpoint, an encoder or an "
+                                     "index; name another folder")
     kind = FORMATS[args.format]
     console.check_installed(f"--format {args.format}", f"requirements-{args.format}.txt", *kind.packages)
     if kind.check_record:
@@ -231,8 +237,8 @@ def check_embeddings(loaded: "LoadedModel", embed: Embed) -> float:
     for _, *batch in make_batches(ids, loaded.tokenizer.pad_token_id, batch_size=2):
         difference = float(abs(loaded.model.embed(*batch).numpy() - np.asarray(embed(*batch))).max())
         if not difference <= TOLERANCE:  # NaN neither
-            raise console.InputError(f"the exported graph differs from the dynamic one by {difference:.2g}, more than "
-                                     f"{TOLERANCE:g}; nothing was written")
+            raise console.InputError(f"the exported embeddings differ from the checkpoint's by {difference:.2g}, more "
+                                     f"than {TOLERANCE:g}; nothing was written")
         largest = max(largest, difference)
     return largest
 
@@ -256,7 +262,7 @@ def main() -> None:
             result = f"cosine of int8 to fp32 {cosines['mean']:.4f} on the mean, {cosines['lowest']:.4f} at lowest"
         else:
             difference = check_embeddings(loaded, kind.open(folder))
-            result = f"largest difference to the dynamic graph {difference:.2g}"
+            result = f"largest difference to the checkpoint's embeddings {difference:.2g}"
     console.log(f"exported {args.params_path} to {args.output_path}; {result}")
 
 

@@ -50,8 +50,8 @@ def parse_args() -> argparse.Namespace:
     add("--format", choices=("tsv", "jsonl"), help="print a line for each text. tsv: text, tab, numbers with blanks "
         'between them; jsonl: {"text", "embedding"}, and "id" if there is one (default: shape and matrix; for stdin '
         "tsv)")
-    add("--input_type", choices=INPUT_TYPES, default=DOCUMENT, help="which prefix the texts get, as far as the "
-        "checkpoint or --query_prefix and --document_prefix have one")
+    add("--input_type", choices=INPUT_TYPES, default=DOCUMENT, help="which prefix to put before the texts, if "
+        "the checkpoint has one")
     flags.add_model_arguments(parser, params_path=flags.DEFAULT_PARAMS)
     flags.add_encode_arguments(parser)
     args = parser.parse_args()

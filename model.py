@@ -3,7 +3,7 @@
 import argparse
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from simcse import console
 from simcse.console import InputError, as_input_error
 from simcse.device import cast_products, set_device, set_gpu_precision
 from simcse.encoder.encoder import Encoder as TextEncoder
+from simcse.encoder.encoder import is_unicode, tokenize
 from simcse.encoder.engine import Engine, export_fastest, open_engine
 from simcse.encoder.int8_check import (
     TextSource,
@@ -44,9 +45,9 @@ from simcse.encoder.weights import (
     write_weights,
 )
 from simcse.flags import DEFAULT_MODEL, ENCODE_LENGTH, checkpoint_file
-from simcse.machine import BATCH_TOKENS, RANK, RANKS
+from simcse.machine import BATCH_TOKENS, ENCODE_PRECISIONS, RANK, RANKS
 from simcse.ranks import gather_rows
-from simcse.text.prefixes import NO_PREFIXES, Prefixes
+from simcse.text.prefixes import INPUT_TYPES, NO_PREFIXES, Prefixes
 from simcse.text.textfile import Corpus
 from simcse.text.tokens import make_batches
 from simcse.text.wordpiece import load_tokenizer
@@ -571,6 +572,27 @@ def write_checkpoint(folder: str, model: SimCSE, tokenizer: Any, record: dict) -
 
 
 # -------------------------------------------------------------------------------------------------------------- encoder
+def _is_integer_from(least: int) -> Callable[[Any], bool]:
+    return lambda value: value is None or (type(value) is int and value >= least)
+
+
+def _is_prefix(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and is_unicode(value))
+
+
+# The values of options, in words, and what tells whether a value is one of them.
+OPTION_VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "device": ('"cpu" or "gpu"', lambda value: value in ("cpu", "gpu")),
+    "precision": (", ".join(ENCODE_PRECISIONS), lambda value: value in ENCODE_PRECISIONS),
+    "max_seq_length": ("an integer >= 3", _is_integer_from(3)),
+    "batch_size": ("an integer >= 1", _is_integer_from(1)),
+    "cpu_threads": ("an integer >= 0", _is_integer_from(0)),
+    "output_emb_size": ("an integer >= 0", _is_integer_from(0)),
+    "query_prefix": ("a text", _is_prefix),
+    "document_prefix": ("a text", _is_prefix),
+}
+
+
 @dataclass(frozen=True)
 class EncoderOptions:
     """How a checkpoint is loaded for encoding: options of `Encoder.load`, and flags of every stage that encodes.
@@ -599,9 +621,12 @@ class EncoderOptions:
     query_prefix: str | None = None
     document_prefix: str | None = None
 
-    @property
-    def prefixes(self) -> Prefixes:
-        return Prefixes(self.query_prefix or "", self.document_prefix or "")
+    def __post_init__(self) -> None:
+        """Raise InputError if an option has a value that its flag could not have; flags are checked before."""
+        for name, (description, is_valid) in OPTION_VALUES.items():
+            value = getattr(self, name)
+            if not is_valid(value):
+                raise InputError(f"{name}: expected {description}, got {value!r}")
 
 
 class Encoder(TextEncoder):
@@ -651,18 +676,17 @@ def _open_encoder(params_path: str, options: EncoderOptions, sources: Sequence[T
     if options.max_seq_length is None:
         options = replace(options, max_seq_length=record.get("max_seq_length") or ENCODE_LENGTH)
     prefixes = Prefixes.from_record(record).replaced_by(options.query_prefix, options.document_prefix)
-    options = replace(options, query_prefix=prefixes.query, document_prefix=prefixes.document)
     checkpoint = CheckpointFiles(params_path, options.model_name_or_path)
     set_device(options.device, options.cpu_threads)
     if options.precision == "int8":
-        return _open_int8(checkpoint, options, sources)
+        return _open_int8(checkpoint, options, sources, prefixes)
     if options.device == "cpu":
         engine, tokenizer = _load_on_cpu(params_path, options)
     else:
         engine, tokenizer, _ = load_model(params_path, options.model_name_or_path, options.output_emb_size,
                                           precision=set_gpu_precision(options.precision))
     return Encoder(engine, tokenizer, options.max_seq_length, options.batch_size, checkpoint=checkpoint,
-                   prefixes=options.prefixes)
+                   prefixes=prefixes)
 
 
 def _load_on_cpu(params_path: str, options: EncoderOptions) -> tuple[Engine, Any]:
@@ -682,7 +706,8 @@ def _load_on_cpu(params_path: str, options: EncoderOptions) -> tuple[Engine, Any
 
 
 # ----------------------------------------------------------------------------------------------------------------- int8
-def _open_int8(checkpoint: CheckpointFiles, options: EncoderOptions, sources: Sequence[TextSource]) -> Encoder:
+def _open_int8(checkpoint: CheckpointFiles, options: EncoderOptions, sources: Sequence[TextSource],
+               prefixes: Prefixes) -> Encoder:
     """Return the encoder with a checkpoint's int8 graph, which is made if there is none to use.
 
     It is compared with the network on each source with which this graph has not been compared yet.
@@ -691,26 +716,26 @@ def _open_int8(checkpoint: CheckpointFiles, options: EncoderOptions, sources: Se
     params_path = checkpoint.params_path
     kept = KeptGraph(params_path, "int8", options.model_name_or_path, options.calibration_file)
     if not kept.is_current(options.output_emb_size):
-        return _make_int8(checkpoint, options, sources, kept)
+        return _make_int8(checkpoint, options, sources, kept, prefixes)
 
     def load_network() -> Encoder:
         console.log("comparing int8 with fp32, once for each file, for which the network is loaded")
         model, tokenizer, _ = load_model(params_path, options.model_name_or_path, options.output_emb_size)
-        return Encoder(model, tokenizer, options.max_seq_length, checkpoint=checkpoint, prefixes=options.prefixes)
+        return Encoder(model, tokenizer, options.max_seq_length, checkpoint=checkpoint, prefixes=prefixes)
 
     tokenizer = checkpoint_tokenizer(params_path, options.model_name_or_path)
     engine = open_engine(kept.folder, "int8", options.cpu_threads)
     calibration = read_record(kept.folder)["calibration"]
     encoder = Encoder(engine, tokenizer, options.max_seq_length, options.batch_size, checkpoint=checkpoint,
-                      calibration=calibration["sha256"], prefixes=options.prefixes)
+                      calibration=calibration["sha256"], prefixes=prefixes)
     comparisons = check_int8(encoder, load_network, sources, calibration=calibration,
                              known=read_comparisons(kept.folder))
     remember_comparisons(kept.folder, comparisons)
     return encoder
 
 
-def _make_int8(checkpoint: CheckpointFiles, options: EncoderOptions, sources: Sequence[TextSource],
-               kept: KeptGraph) -> Encoder:
+def _make_int8(checkpoint: CheckpointFiles, options: EncoderOptions, sources: Sequence[TextSource], kept: KeptGraph,
+               prefixes: Prefixes) -> Encoder:
     """Quantize a checkpoint, compare the int8 graph with the network, and keep it."""
     console.check_installed("--precision int8", INT8_REQUIREMENTS, "nncf", "paddle2onnx")
     params_path = checkpoint.params_path
@@ -721,11 +746,12 @@ def _make_int8(checkpoint: CheckpointFiles, options: EncoderOptions, sources: Se
     calibration = choose_calibration(sources[0] if sources else TextSource("", ()), params_path)
     record["calibration"] = calibration.as_record()
     with tempfile.TemporaryDirectory() as folder:
-        export_fastest(model, folder, make_calibration(calibration.texts, tokenizer, options.max_seq_length))
+        batches = make_calibration(calibration.texts, tokenizer, options.max_seq_length, prefixes)
+        export_fastest(model, folder, batches)
         engine = open_engine(folder, "int8", options.cpu_threads)
         encoder = Encoder(engine, tokenizer, options.max_seq_length, options.batch_size, checkpoint=checkpoint,
-                          calibration=record["calibration"]["sha256"], prefixes=options.prefixes)
-        network = Encoder(model, tokenizer, options.max_seq_length, checkpoint=checkpoint, prefixes=options.prefixes)
+                          calibration=record["calibration"]["sha256"], prefixes=prefixes)
+        network = Encoder(model, tokenizer, options.max_seq_length, checkpoint=checkpoint, prefixes=prefixes)
         comparisons = check_int8(encoder, lambda: network, sources, calibration=record["calibration"], known={})
         record["int8_cosines"] = next(iter(comparisons.values()))._asdict()
         if not RANK and kept.keep(folder, record):
@@ -733,10 +759,15 @@ def _make_int8(checkpoint: CheckpointFiles, options: EncoderOptions, sources: Se
     return encoder
 
 
-def make_calibration(texts: Sequence[str], tokenizer: Any,
-                     max_seq_length: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return the batches that int8 is calibrated with: input_ids and token_type_ids, int64 [1, length], of one text."""
-    batches = make_batches(tokenizer(texts, max_seq_length), tokenizer.pad_token_id, batch_size=1)
+def make_calibration(texts: Sequence[str], tokenizer: Any, max_seq_length: int,
+                     prefixes: Prefixes = NO_PREFIXES) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the batches that int8 is calibrated with: input_ids and token_type_ids, int64 [1, length], of one text.
+
+    Queries and documents take turns, so that the graph has seen both prefixes.
+    """
+    input_types = [INPUT_TYPES[row % len(INPUT_TYPES)] for row in range(len(texts))]
+    ids = tokenize(tokenizer, texts, max_seq_length, prefixes, input_types).ids
+    batches = make_batches(ids, tokenizer.pad_token_id, batch_size=1)
     return [(input_ids, token_type_ids) for _, input_ids, token_type_ids in batches]
 
 

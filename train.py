@@ -105,6 +105,8 @@ def parse_args() -> argparse.Namespace:
     args = flags.parse_training_arguments(parser)
     if args.pooling == AUTO:
         args.pooling = None
+    if args.model_name_or_path and not flags.checkpoint_folder(args):
+        read_recipe(args.model_name_or_path)  # what is not supported is refused before anything takes time
     for flag in ("save_best", "early_stopping"):
         if getattr(args, flag) and not args.test_set_file:
             parser.error(f"--{flag} compares evaluations; give --test_set_file")
@@ -317,13 +319,15 @@ def build_model(args: argparse.Namespace) -> Any:
 
     # Each field of LossSettings has a flag of its name, which flags.SHARED_FLAGS lists for --resume.
     loss_settings = LossSettings(**{field.name: getattr(args, field.name) for field in fields(LossSettings)})
-    if args.resume or args.init_from_ckpt:
+    is_new = not (args.resume or args.init_from_ckpt)
+    if not is_new:
         flag = "--resume" if args.resume else "--init_from_ckpt"
         params_path = flags.checkpoint_file(args.resume) if args.resume else args.init_from_ckpt
         encoder_name = None if args.resume else args.model_name_or_path  # None: the one of the checkpoint
         model, tokenizer, record = load_model(
             params_path, encoder_name, args.output_emb_size, flag=flag, encoder_dropout=args.dropout,
-            output_dropout=args.output_dropout, pooling=args.pooling, with_pooler=args.infer_with_fc_pooler,
+            output_dropout=args.output_dropout, pooling=args.pooling,
+            with_pooler=args.infer_with_fc_pooler or flags.read_checkpoint_record(args).get("with_pooler", False),
             precision=args.precision, loss_settings=loss_settings)
         encoder_name = record["model_name_or_path"]
         recorded_prefixes = Prefixes.from_record(record)
@@ -334,6 +338,8 @@ def build_model(args: argparse.Namespace) -> Any:
         tokenizer = wordpiece.load_tokenizer(recipe.encoder)
         recorded_prefixes = recipe.prefixes
     prefixes = recorded_prefixes.replaced_by(args.query_prefix, args.document_prefix)
+    if is_new and recipe.pooling and not RANK:
+        log_recipe(args, model, prefixes)
     check_length(model, args.max_seq_length)
     if args.epochs:  # the run trains the fc
         model.fc_is_random = False
@@ -357,23 +363,31 @@ def new_model(args: argparse.Namespace, recipe: Recipe, loss_settings: Any) -> A
     if (recipe.pooler or recipe.fc) and pooling != recipe.pooling:
         raise console.InputError(f"--pooling {pooling}: {args.model_name_or_path} has dense layers for --pooling "
                                  f"{recipe.pooling}; leave the flag out, or name the folder of its encoder alone")
-    dense = read_dense(recipe.fc, "--model_name_or_path") if recipe.fc else None
-    size = args.output_emb_size
-    if dense and size not in (None, len(dense.bias)):
-        raise console.InputError(f"--output_emb_size {size}: {args.model_name_or_path} has {len(dense.bias)}")
     uses_pooler = find_pooling(pooling).uses_pooler and not recipe.pooler
     encoder = load_pretrained(recipe.encoder, args.dropout, uses_pooler=uses_pooler)
+    hidden_size = encoder.config.hidden_size
+    fc = read_dense(recipe.fc, "--model_name_or_path", hidden_size) if recipe.fc else None
+    if fc and args.output_emb_size not in (None, len(fc.bias)):
+        raise console.InputError(f"--output_emb_size {args.output_emb_size}: {args.model_name_or_path} has "
+                                 f"{len(fc.bias)}")
     with_pooler = args.infer_with_fc_pooler or recipe.pooler is not None
-    model = SimCSE(encoder, dropout=args.output_dropout, output_emb_size=size, pooling=pooling,
+    model = SimCSE(encoder, dropout=args.output_dropout, output_emb_size=args.output_emb_size, pooling=pooling,
                    with_pooler=with_pooler, precision=args.precision, loss_settings=loss_settings)
     if recipe.pooler:
-        model.replace_pooler(*read_dense(recipe.pooler, "--model_name_or_path"))
-    if dense:
-        model.replace_fc(*dense)
-    if recipe.pooling and not RANK:
-        console.log(f"{args.model_name_or_path}: a folder of sentence-transformers, --pooling {recipe.pooling}"
-                    + (f", fc of {len(dense.bias)}" if dense else ""))
+        model.replace_pooler(*read_dense(recipe.pooler, "--model_name_or_path", hidden_size))
+    if fc:
+        model.replace_fc(*fc)
     return model
+
+
+def log_recipe(args: argparse.Namespace, model: Any, prefixes: Prefixes) -> None:
+    """Log with which settings a new run takes the encoder of a folder of sentence-transformers."""
+    settings = [f"--pooling {model.pooling}", f"--max_seq_length {args.max_seq_length}"]
+    if model.output_emb_size:
+        settings.append(f"--output_emb_size {model.output_emb_size}")
+    for name, prefix in prefixes.as_record().items():
+        settings.append(f"--{name} {prefix!r}")
+    console.log(f"{args.model_name_or_path}: a folder of sentence-transformers, {', '.join(settings)}")
 
 
 def check_whitened_size(size: int, model: Any) -> None:

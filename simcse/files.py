@@ -170,7 +170,11 @@ def check_writable(path: str, flag: str, *, is_folder: bool = False) -> None:
         is_folder: whether it is written by `new_folder`.
     """
     where = f"{flag} {path}"
+    if not path:
+        raise InputError(f"{flag}: an empty path")
     path = os.path.realpath(path)
+    if is_folder and (os.getcwd() + os.sep).startswith(path + os.sep):
+        raise InputError(f"{where}: is the current folder, or the current one is in it; name another folder")
     exists = os.path.exists(path)
     if exists and is_folder != os.path.isdir(path):
         raise InputError(f"{where}: is {'not a folder' if is_folder else 'a folder'}")
@@ -267,13 +271,23 @@ def file_digest(path: str) -> str:
     return digest.hexdigest()
 
 
+def is_there(path: str) -> bool:
+    """Return whether there is a file; raise InputError if a folder, or a link to nothing, has its name."""
+    if os.path.isfile(path):
+        return True
+    if os.path.lexists(path):
+        kind = "a folder" if os.path.isdir(path) else "a link to a file that does not exist"
+        raise InputError(f"{path}: is {kind}")
+    return False
+
+
 def read_json(path: str) -> dict:
     """Return the object in a JSON file, {} where there is no such file.
 
     Raises:
-        InputError: the file holds something else.
+        InputError: the file holds something else, or is no file.
     """
-    if not os.path.isfile(path):
+    if not is_there(path):
         return {}
     with as_input_error(f"{path}: not valid JSON", ValueError, RecursionError), open(path, encoding="utf-8") as file:
         content = json.load(file)

@@ -15,10 +15,11 @@ from typing import Any
 
 from simcse import console
 from simcse.encoder.pooling import POOLINGS
-from simcse.encoder.sentence_transformers import Recipe, read_recipe
+from simcse.encoder.sentence_transformers import read_length
 from simcse.encoder.weights import CONFIG_FILE, DEFAULT_MODEL, WEIGHT_FILES, read_record
 from simcse.files import STDIN, read_json
-from simcse.machine import CPU_THREADS, RANK, RANKS, TRAIN_PRECISIONS, auto_precision
+from simcse.hub_layout import MODULES_FILE, find_encoder
+from simcse.machine import CPU_THREADS, ENCODE_PRECISIONS, RANK, RANKS, TRAIN_PRECISIONS, auto_precision
 from simcse.text.prefixes import INPUT_TYPES
 from simcse.training.checkpoints import STATE_RECORD, newest_resumable
 
@@ -257,7 +258,7 @@ def add_encode_arguments(parser: argparse._ActionsContainer) -> None:
     add_prefix_arguments(parser, "that of the checkpoint")
     add_data_arguments(parser)
     add_device_arguments(parser)
-    add("--precision", choices=(*TRAIN_PRECISIONS, "int8"), default="auto",
+    add("--precision", choices=ENCODE_PRECISIONS, default="auto",
         help="number format of the matrix products; auto: bf16 on a CPU that is faster in it (AMX, or AMD's AVX-512 "
         f"BF16), {AUTO_ON_GPU}, else fp32. tf32 and fp16 need --device gpu; int8 needs --device cpu and "
         "requirements-openvino.txt")
@@ -319,7 +320,7 @@ def set_max_seq_length(args: argparse.Namespace, default: int = ENCODE_LENGTH) -
     encoder does, else to `default`."""
     given = getattr(args, "max_seq_length", None)  # export_model.py has no such flag
     args.max_seq_length = (given or read_checkpoint_record(args).get("max_seq_length")
-                           or encoder_recipe(args).max_seq_length or default)
+                           or read_encoder_length(args) or default)
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -361,13 +362,15 @@ def read_checkpoint_record(args: argparse.Namespace) -> dict[str, Any]:
     return read_record(checkpoint) if checkpoint else {}
 
 
-def encoder_recipe(args: argparse.Namespace) -> Recipe:
-    """Return what the folder of --model_name_or_path says of a new run's embeddings; else `Recipe("")`.
+def read_encoder_length(args: argparse.Namespace) -> int | None:
+    """Return the length that the folder of a new run's encoder names; None: no folder does.
 
-    A checkpoint has its own record.
+    transformers' own folders name none that is meant: theirs is the number of positions.
     """
     name = getattr(args, "model_name_or_path", None)
-    return Recipe("") if name is None or checkpoint_folder(args) else read_recipe(name)
+    if name is None or checkpoint_folder(args) or not os.path.isfile(os.path.join(name, MODULES_FILE)):
+        return None
+    return read_length(find_encoder(name))
 
 
 def warn_of_other_length(args: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ RANKS = int(os.environ.get("PADDLE_TRAINERS_NUM", 1))
 LOCAL_RANKS = int(os.environ.get("PADDLE_LOCAL_SIZE", RANKS))  # those on this machine
 PARENT = os.getppid()  # at the start of this process; of one of several ranks it is the launcher
 TRAIN_PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")  # number formats of matrix products in training
+ENCODE_PRECISIONS = (*TRAIN_PRECISIONS, "int8")  # in encoding
 
 
 def cgroup_values(controller: str, name_v2: str, name_v1: str) -> list[str]:

@@ -59,7 +59,7 @@ def test_a_batch_is_the_texts_twice_or_two_views_of_each(tokenizer):
     np.testing.assert_array_equal(plain.query.input_ids, plain.title.input_ids)
     assert token_ids(plain.query) == ids and plain.hard_negative is None and plain.size == 5
     keys = plain.duplicate_keys
-    np.testing.assert_array_equal(keys.query, hash_token_ids(ids))
+    np.testing.assert_array_equal(keys.query, hash_token_ids([text_ids[1:-1] for text_ids in ids]))
     np.testing.assert_array_equal(keys.title, keys.query)
     assert keys.query.shape == (5,) and keys.query[0] == keys.query[4] and keys.hard_negative is None
     views = data.make_batch(TEXTS, tokenizer, arguments(crop_rate=0.5), range(5), 0)

@@ -16,6 +16,7 @@ from simcse.encoder.int8_check import COMPARISONS_FILE, TextSource, read_compari
 from simcse.encoder.kept_graph import FINGERPRINT_FILE, KeptGraph
 from simcse.encoder.paddle_patches import read_signal_stack
 from simcse.index.manifest import Manifest
+from simcse.text.prefixes import NO_PREFIXES
 
 import numpy as np
 import pytest
@@ -139,7 +140,7 @@ def test_the_service_finds_what_recall_does(quantized, int8_export, exported, tm
 
     model, index, result = quantized
     args = SimpleNamespace(model_dir=str(exported), index_path=str(index), milvus_uri=None, device="cpu", cpu_threads=0,
-                           precision=None, distinct=False)
+                           precision=None, distinct=False, query_prefix=None)
     with pytest.raises(InputError, match="--precision int8: --model_dir .* was exported in fp32.* names another"):
         open_searcher(args)
     service = Service(tmp_path, "--model_dir", int8_export[0], "--index_path", index)
@@ -257,7 +258,7 @@ def encoder_of(vector_of):
     def tokenize(texts):
         return SimpleNamespace(ids=texts, unknown=[row for row, text in enumerate(texts) if text == "[UNK]"])
 
-    return SimpleNamespace(max_seq_length=64, tokenize=tokenize,
+    return SimpleNamespace(max_seq_length=64, prefixes=NO_PREFIXES, tokenize=tokenize,
                            embed=lambda inputs: np.array([vector_of(text) for text in inputs.ids], "float32"))
 
 

@@ -64,13 +64,19 @@ def test_a_named_pipe_is_written_to(tmp_path):
     assert read == ["text"] and stat.S_ISFIFO(pipe.stat().st_mode)
 
 
-def test_what_cannot_be_written_is_refused_before_the_work(tmp_path):
+def test_what_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     for path, is_folder, message in ((tmp_path, False, "is a folder"), (tmp_path / "file", True, "is not a folder"),
                                      (tmp_path / "file" / "below", False, "file is no folder"),
                                      ("/proc", True, "is a mount point")):
         with pytest.raises(InputError, match=f"--flag .*{message}"):
             check_writable(str(path), "--flag", is_folder=is_folder)
+    for path in (tmp_path, tmp_path.parent):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(InputError, match="is the current folder, or the current one is in it; name another folder"):
+            check_writable(str(path), "--flag", is_folder=True)
+    with pytest.raises(InputError, match="--flag: an empty path"):
+        check_writable("", "--flag", is_folder=True)
     check_writable(str(tmp_path / "new" / "file"), "--flag")
     check_writable("/dev/null", "--flag")
 

@@ -75,7 +75,7 @@ def test_a_prefix_counts_as_tokens(encoder, plain, capsys):
     assert count_tokens(encoder.tokenizer, PREFIXES.query) == 3
     encoder.encode(["长" * 27, "长" * 28])
     assert "1 of 2 texts is longer than 32 tokens" in capsys.readouterr().err
-    assert encoder.room_of_documents() == 29
+    assert encoder.max_document_length() == 29
     with pytest.raises(InputError, match="--query_prefix has 3 tokens, which leave none of --max_seq_length 5 to"):
         Encoder(plain.engine, plain.tokenizer, 5, prefixes=PREFIXES)
 
@@ -106,6 +106,14 @@ def test_sides_of_a_training_batch(tokenizer):
     keys = batch.duplicate_keys
     assert keys.query[0] == keys.hard_negative[0] and keys.query[1] == keys.title[0]
     assert len({*keys.query, *keys.title, *keys.hard_negative}) == 4
+
+
+def test_duplicates_that_are_cut_at_other_places(tokenizer):
+    """A query has a prefix, its copy among the titles has none: both are cut, the query earlier."""
+    long = "中西方语言与文化的差异研究以及信息抽取的方法"
+    args = argparse.Namespace(max_seq_length=16, keep_duplicate_negatives=False, crop_rate=0.0, seed=1)
+    batch = data.make_batch([(long, "语义"), ("检索", long)], tokenizer, args, [0, 1], 0, Prefixes(query="查询："))
+    assert batch.duplicate_keys.query[0] == batch.duplicate_keys.title[1]
 
 
 @pytest.mark.parametrize("crop_rate", [0.0, 0.5])
@@ -182,12 +190,12 @@ def test_an_exported_folder_puts_them_before_texts(encoder, tmp_path):
     predictor = argparse.Namespace(embed=lambda *batch: np.asarray(engine.embed(*batch)), batch_tokens=2048,
                                    max_batch_size=None, max_positions=512, embedding_size=encoder.embedding_size)
     texts = ["语义检索", "信息抽取", "😀", "长" * 30]
-    encoded = deployed.encode(predictor, tokenizer, texts, 32, prefixes=PREFIXES)
+    encoded = deployed.encode(predictor, tokenizer, texts, 32, prefixes=[*PREFIXES, *PREFIXES])
     expected = encoder.encode(texts, input_type=["query", "document"] * 2, warn=False)
     np.testing.assert_allclose(encoded.embeddings, expected, atol=1e-6)
     assert (encoded.truncated, encoded.unknown) == ([3], [2])
     with pytest.raises(ValueError, match="max_seq_length 5: the prefix '查询：' has 3 tokens"):
-        deployed.encode(predictor, tokenizer, texts, 5, prefixes=PREFIXES)
+        deployed.encode(predictor, tokenizer, texts, 5, prefixes=[PREFIXES.query] * 4)
 
 
 def test_training_records_the_prefixes_of_its_flags(with_prefixes, sample, tmp_path):

@@ -62,8 +62,27 @@ def test_one_text_is_not_a_list_of_characters(encoder, index):
     text = "语义检索"
     for call in (lambda: encoder.encode(text), lambda: encoder.similarity(text, TEXTS),
                  lambda: index.search(encoder, text)):
-        with pytest.raises(TypeError, match="expected a list of texts, got one text; put it in a list"):
+        with pytest.raises(InputError, match="expected a list of texts, got str"):
             call()
+
+
+@pytest.mark.parametrize("texts", [pd.DataFrame({"a": ["语义"], "b": ["检索"]}), np.array("语义"), {"语义": 1}, None])
+def test_what_is_no_list_of_texts(encoder, texts):
+    with pytest.raises(InputError, match="^texts: expected a list of texts"):
+        encoder.encode(texts)
+
+
+def test_what_is_no_text(encoder):
+    for text in (None, float("nan"), 5, "\ud800"):
+        for texts in (["语义", text], ("语义", text)):
+            with pytest.raises(InputError, match=r"^texts\[1\]: (expected a text|not valid Unicode)"):
+                encoder.encode(texts)
+    with pytest.raises(ValueError, match="1 input types for 2 texts"):
+        encoder.encode(["语义", "检索"], input_type=["query"])
+    with pytest.raises(ValueError, match="the vectors contain NaN or Inf"):
+        encoder.similarity(np.full((1, encoder.embedding_size), np.nan), ["语义"])
+    halves = (5000 * encoder.encode(["语义"])).astype("float16")
+    np.testing.assert_allclose(encoder.similarity(halves, ["语义"]), [[1]], atol=1e-3)
 
 
 def test_similarity_is_that_of_texts_and_of_vectors(encoder):
@@ -150,7 +169,7 @@ def test_queries(encoder, index, queries):
                                   [hits[0].line for hits in index.search(encoder, queries)])
     assert [len(hits) for hits in index.search(encoder, queries[:3])] == [10, 10, 10]
     for query in ("", " \t\u3000", None, float("nan")):
-        with pytest.raises(InputError, match=r"^queries\[1\]: expected a text that is not blank, got .*; remove it$"):
+        with pytest.raises(InputError, match=r"^queries\[1\]: expected a text.*, got .*; remove it$"):
             index.search(encoder, ["语义", query])
     with pytest.raises(InputError, match="^top_k: expected an integer >= 1, got 0$"):
         index.search(encoder, ["语义"], top_k=0)
@@ -174,6 +193,25 @@ def test_an_encoder_of_other_options_is_refused(encoder, kept_index, tmp_path, c
         f"--index_path {folder}: was built with {difference}; load the checkpoint that it was built with, by "
         f'Encoder.load(CHECKPOINT, max_seq_length={manifest.max_seq_length}, precision="{manifest.precision}", '
         "document_prefix='')")
+
+
+def test_several_threads_take_turns(encoder, index):
+    from concurrent.futures import ThreadPoolExecutor
+
+    queries = [f"语义检索 {number}" for number in range(40)]
+    alone = [index.search(encoder, [query], top_k=3) for query in queries]
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(lambda query: index.search(encoder, [query], top_k=3), queries)) == alone
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"batch_size": -3}, "batch_size: expected an integer >= 1, got -3"),
+    ({"max_seq_length": "32"}, "max_seq_length: expected an integer >= 3, got '32'"),
+    ({"device": "cuda:0"}, "device: expected \"cpu\" or \"gpu\", got 'cuda:0'"),
+    ({"query_prefix": "\ud800"}, "query_prefix: expected a text, got"), ({"precision": "fp8"}, "precision: expected")])
+def test_options_that_no_flag_could_have(checkpoint, options, message):
+    with pytest.raises(InputError, match=message):
+        Encoder.load(checkpoint, **options)
 
 
 def test_an_encoder_of_another_checkpoint_is_refused(checkpoint, encoder, index):

@@ -173,13 +173,65 @@ def test_other_folders_say_nothing(tmp_path):
     (lambda folder: write_modules(folder, "Transformer", "Dense"), "has the modules Transformer, Dense; Transformer,"),
     (lambda folder: write_json(folder / "modules.json", {"a": 1}), "expected a list of modules with type and path"),
     (lambda folder: (folder / "modules.json").write_text("["), "modules.json: not valid JSON"),
-    (lambda folder: write_modules(folder, "Transformer", "Pooling", "Dense"), "has neither model.safetensors nor"),
+    (lambda folder: (write_modules(folder, "Transformer", "Pooling", "Dense"),
+                     write_dense(folder / "2_Dense", "linear.Identity", FC_SIZE, 1),
+                     (folder / "2_Dense/model.safetensors").unlink()), "has neither model.safetensors nor"),
+    (lambda folder: write_modules(folder, "Transformer", "Pooling", "Dense"), "2_Dense/config.json: no such file"),
     (lambda folder: write_json(folder / "config_sentence_transformers.json", {"prompts": {"query": 1}}),
-     "prompts: expected an object of strings")])
+     "prompts: expected an object of strings"),
+    (lambda folder: write_json(folder / "config_sentence_transformers.json", {"prompts": {"query": "\ud800"}}),
+     "the prompt query is not valid Unicode"),
+    (lambda folder: write_json(folder / "config_sentence_transformers.json", {"default_prompt_name": ["x"]}),
+     r"default_prompt_name \['x'\] is none of its prompts"),
+    (lambda folder: write_json(folder / "sentence_bert_config.json", {"max_seq_length": True}),
+     "sentence_bert_config.json: max_seq_length: expected an integer >= 3, got True"),
+    (lambda folder: (folder / "1_Pooling/config.json").unlink(), "1_Pooling/config.json: no such file; was the fol"),
+    (lambda folder: write_json(folder / "1_Pooling/config.json", {"pooling_mode_cls_token": 1}), "pooling is not nam"),
+    (lambda folder: write_json(folder / "1_Pooling/config.json", {"pooling_mode": {}}), "its pooling is {}"),
+    (lambda folder: write_modules(folder, "Transformer", "Pooling", "Normalize", "Dense"), "module Normalize in 2_No"),
+    (lambda folder: (folder / "modules.json").write_text("[" * 100_000), "modules.json: not valid JSON"),
+    (lambda folder: ((folder / "modules.json").unlink(), (folder / "modules.json").symlink_to("blobs/1")),
+     "modules.json: is a link to a file that does not exist"),
+    (lambda folder: write_json(folder / "modules.json", [{"type": "a.Transformer", "path": "0"},
+                                                         {"type": "a.Pooling", "path": "1_Pooling"}]),
+     "modules.json: no folder '0'"),
+    (lambda folder: write_json(folder / "config.json", {**json.loads((folder / "config.json").read_text()),
+                                                        "layer_norm_eps": "x"}),
+     r"layer_norm_eps: expected a number in \(0, 1\), got 'x'"),
+    (lambda folder: (write_json(folder / "tokenizer_config.json", {"do_lower_case": False}),
+                     write_json(folder / "sentence_bert_config.json", {"do_lower_case": True})),
+     "has do_lower_case true, and tokenizer_config.json false")])
 def test_what_cannot_be_had_is_refused(folder, sample, monkeypatch, change, message):
     change(folder)
     with pytest.raises(InputError, match=message):
         untrained(folder, sample, monkeypatch, *LENGTH)
+
+
+@pytest.mark.parametrize(("weight", "bias", "config", "message"), [
+    ((FC_SIZE, 5), FC_SIZE, {}, r"expected linear.weight \[size, 16\] and linear.bias \[size\], got \[8, 5\] and"),
+    ((FC_SIZE, HIDDEN), 3, {}, r"got \[8, 16\] and \[3\]"), ((0, HIDDEN), 0, {}, r"got \[0, 16\] and \[0\]"),
+    ((FC_SIZE, HIDDEN), FC_SIZE, {"use_residual": True}, "config.json has use_residual True, which is not supported")])
+def test_a_dense_layer_that_does_not_fit(folder, sample, monkeypatch, weight, bias, config, message):
+    write_modules(folder, "Transformer", "Pooling", "Dense")
+    write_json(folder / "2_Dense/config.json", {"activation_function": "torch.nn.Identity", **config})
+    save_file({"linear.weight": np.zeros(weight, "float32"), "linear.bias": np.zeros(bias, "float32")},
+              str(folder / "2_Dense/model.safetensors"))
+    with pytest.raises(InputError, match=message):
+        untrained(folder, sample, monkeypatch, *LENGTH)
+
+
+def test_a_run_that_goes_on_keeps_the_pooler(folder, sample, monkeypatch, tmp_path):
+    """Although no --infer_with_fc_pooler asks for it."""
+    write_modules(folder, "Transformer", "Pooling", "Dense")
+    write_dense(folder / "2_Dense", "activation.Tanh", HIDDEN, 1)
+    _, (model, tokenizer, record) = untrained(folder, sample, monkeypatch, *LENGTH)
+    m.save_checkpoint(str(tmp_path / "checkpoint"), model, tokenizer, record)
+    monkeypatch.setattr("sys.argv", ["train.py", "--device", "cpu", "--train_set_file", str(sample / "corpus.csv"),
+                                     "--init_from_ckpt", str(tmp_path / "checkpoint")])
+    again = train.build_model(flags.resolve_training(train.parse_args()))
+    assert again.record["with_pooler"] is record["with_pooler"] is True
+    for expected in VALUES["bert"]:
+        np.testing.assert_allclose(embeddings_of(again.model, expected), embeddings_of(model, expected), atol=1e-6)
 
 
 def test_a_dense_layer_after_a_mean_is_refused(folder):

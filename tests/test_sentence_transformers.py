@@ -101,7 +101,7 @@ def test_exported_folder(checkpoint, tmp_path):
         "vocab.txt", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "README.md",
         "1_Pooling", "2_Dense", "3_Dense"}
     assert result.stdout == "" and "in the layout of Hugging Face" not in result.stderr
-    assert float(result.stderr.split("largest difference to the dynamic graph ")[1]) <= 1e-5
+    assert float(result.stderr.split("largest difference to the checkpoint's embeddings ")[1]) <= 1e-5
     config = read(folder, "config.json")
     assert (config["model_type"], config["architectures"]) == ("bert", ["BertModel"])
     assert read(folder, "sentence_bert_config.json") == {"max_seq_length": 32, "do_lower_case": False}
@@ -198,6 +198,15 @@ def test_a_later_export_leaves_no_module_of_an_earlier_one(tmp_path):
         save(tmp_path / f"checkpoint_{size}", make_network(size=size, pooling="cls"))
         export(tmp_path / f"checkpoint_{size}", tmp_path / "output")
     assert not (tmp_path / "output" / "2_Dense").exists()
+
+
+@pytest.mark.parametrize("name", ["model_state.pdparams", "manifest.json", "pytorch_model.bin"])
+def test_a_folder_that_is_no_export_is_not_written_to(name, tmp_path):
+    folder = save(tmp_path / "checkpoint", make_network(pooling="cls"))
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / name).write_text("")
+    line = refuse("export_model.py", "--params_path", folder, "--format", "sentence_transformers", cwd=tmp_path)
+    assert f"--output_path ./output: holds {name}, so it is a checkpoint, an encoder or an index; name another" in line
 
 
 # -------------------------------------------------------------------------------------------------------- the tokenizer
@@ -299,7 +308,7 @@ def test_what_differs_is_not_written(checkpoint, tmp_path, monkeypatch):
     (tmp_path / "wrong").mkdir()
     st.export_sentence_transformers(loaded.model, loaded.tokenizer, str(tmp_path / "wrong"), SETTINGS)
     embed = st.open_sentence_transformers(str(tmp_path / "wrong"))
-    with pytest.raises(InputError, match="the exported graph differs from the dynamic one by .*; nothing was written"):
+    with pytest.raises(InputError, match="the exported embeddings differ from the checkpoint.s by .*; nothing"):
         export_model.check_embeddings(loaded, embed)
 
 

@@ -45,6 +45,7 @@ def test_tokens_agree_with_paddlenlp(tokenizer, tmp_path):
 @pytest.mark.parametrize("name, content, message", [
     ("vocab.txt", b"", r"vocab.txt: not a vocabulary, .*: it lacks \[CLS\], \[SEP\], \[PAD\], \[UNK\]"),
     ("vocab.txt", b"[PAD]\n[CLS]\n[SEP]\n\xe8\xaf", "vocab.txt: not a vocabulary in UTF-8"),
+    ("vocab.txt", b"[PAD]\n[CLS]\na\n[SEP]\na\n", "vocab.txt:5: the token 'a' is there twice, first in line 3"),
     ("tokenizer_config.json", b'{"tokenizer_class": "ErnieTokenizer", "do_lower_case": "x"}',
      'tokenizer_config.json: do_lower_case: expected true or false, got "x"'),
     ("tokenizer.json", '{"added_tokens": [{"content": "[CLS]"}, {"content": "新词"}]}'.encode(),

@@ -41,7 +41,7 @@ class LowercaseEncoder:
     def bytes_needed(self, texts):
         return 0
 
-    def room_of_documents(self):
+    def max_document_length(self):
         return LENGTH
 
     def tokenizer(self, texts, max_length):

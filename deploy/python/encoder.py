@@ -117,25 +117,26 @@ class Encoded(NamedTuple):
 
 
 def encode(predictor: Any, tokenizer: Tokenizer, texts: Sequence[str], max_seq_length: int,
-           batch_size: int | None = None, prefixes: Sequence[str] = ("",)) -> Encoded:
+           batch_size: int | None = None, prefixes: Sequence[str] | None = None) -> Encoded:
     """Encode texts.
 
     Args:
         predictor: see `predictor.load_predictor`.
         max_seq_length: tokens of a text, [CLS] and [SEP] included; longer ones are cut.
         batch_size: texts of a batch; None: as many as fill the predictor's `batch_tokens`.
-        prefixes: put before the texts, the first before the first, and so on in turn; of pairs one for each side.
+        prefixes: the prefix of each text; None: there is none.
 
     Raises:
         ValueError: the encoder has fewer positions than `max_seq_length`, or a prefix leaves none to the text.
     """
     if max_seq_length > predictor.max_positions:
         raise ValueError(f"max_seq_length {max_seq_length}: the encoder has {predictor.max_positions} positions")
-    prefix_tokens = [tokenizer.count_tokens(prefix) for prefix in prefixes]
-    for prefix, count in zip(prefixes, prefix_tokens):
+    prefixes = [""] * len(texts) if prefixes is None else prefixes
+    prefix_tokens = {prefix: tokenizer.count_tokens(prefix) for prefix in set(prefixes)}
+    for prefix, count in prefix_tokens.items():
         if count + 2 >= max_seq_length:  # [CLS] and [SEP]
             raise ValueError(f"max_seq_length {max_seq_length}: the prefix {prefix!r} has {count} tokens")
-    texts = [prefixes[row % len(prefixes)] + text for row, text in enumerate(texts)]
+    texts = [prefix + text for prefix, text in zip(prefixes, texts, strict=True)]
     encoded = Encoded(np.empty((len(texts), predictor.embedding_size), "float32"), [], [])
     for start in range(0, len(texts), WINDOW):
         window = tokenizer(texts[start : start + WINDOW], max_seq_length + 1)  # one token more tells what is cut
@@ -143,7 +144,7 @@ def encode(predictor: Any, tokenizer: Tokenizer, texts: Sequence[str], max_seq_l
             if len(token_ids) > max_seq_length:
                 del token_ids[-2]  # the last one before [SEP]
                 encoded.truncated.append(row)
-            if tokenizer.is_unknown(token_ids, prefix_tokens[row % len(prefixes)]):
+            if tokenizer.is_unknown(token_ids, prefix_tokens[prefixes[row]]):
                 encoded.unknown.append(row)
         embeddings = encoded.embeddings[start : start + WINDOW]
         for rows, length in make_batches([len(token_ids) for token_ids in window], predictor, batch_size):

@@ -99,9 +99,9 @@ def parse_args() -> argparse.Namespace:
                        "--format: the cosines, or the matrix of embeddings and its shape")
     group.add_argument("--strict_data", action="store_true",
                        help="stop at the first blank or malformed line, and at texts that are cut or unknown")
-    group.add_argument("--input_type", choices=("query", "document"), default="document",
-                       help="which prefix --text and --input_file get, as far as the model was trained with one; the "
-                       "texts of a pair are a query and a document (default: %(default)s)")
+    group.add_argument("--input_type", choices=("query", "document"),
+                       help="which prefix to put before --text and the lines of --input_file, if the model has one; a "
+                       "pair is a query and a document (default: document)")
     group = parser.add_argument_group("model")
     group.add_argument("--model_dir", default="./output",
                        help="folder that export_model.py wrote (default: %(default)s)")
@@ -143,6 +143,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError(f"argument --output_file: {args.output_file}: is a folder")
     if args.output_file and args.text_pair_file and not (args.text or args.input_file):
         raise InputError("--output_file is for embeddings of --text or --input_file; --text_pair_file prints cosines")
+    if args.input_type and args.text_pair_file and not (args.text or args.input_file):
+        raise InputError("--input_type is for --text and --input_file; a pair is a query and a document")
     for flag in ("input_file", "text_pair_file"):
         path = getattr(args, flag)
         is_both = args.output_file and path and os.path.isfile(args.output_file) and os.path.isfile(path)
@@ -253,11 +255,24 @@ def announce(args: argparse.Namespace, predictor: Predictor, texts: list[Row], p
     log(args, f"predict.py: {device}, {precision}; {args.model_dir}; {good_texts}; {good_pairs}")
 
 
-def find_prefixes(args: argparse.Namespace, count: int) -> list[str]:
-    """Return the prefix of each of `count` texts of a row, as the model records them."""
+def find_prefixes(args: argparse.Namespace, texts_per_row: int) -> list[str]:
+    """Return the prefix of each text of a row, as the model records them: of a text, or of a query and a document."""
+    if texts_per_row == 1:
+        input_types = [args.input_type or "document"]
+    elif texts_per_row == 2:
+        input_types = ["query", "document"]
+    else:
+        raise ValueError(texts_per_row)
     record = read_record(args.model_dir)
-    input_types = ("query", "document") if count == 2 else (args.input_type,)
-    return [record.get(f"{input_type}_prefix", "") for input_type in input_types]
+    prefixes = []
+    for input_type in input_types:
+        name = f"{input_type}_prefix"
+        prefix = record.get(name, "")
+        if not isinstance(prefix, str) or any("\ud800" <= character <= "\udfff" for character in prefix):
+            raise InputError(f"--model_dir {args.model_dir}: simcse_config.json: {name}: expected a string of valid "
+                             f"Unicode, got {ascii(prefix)}")
+        prefixes.append(prefix)
+    return prefixes
 
 
 def encode_rows(args: argparse.Namespace, predictor: Predictor, tokenizer: Tokenizer, rows: list[Row]) -> np.ndarray:
@@ -272,7 +287,7 @@ def encode_rows(args: argparse.Namespace, predictor: Predictor, tokenizer: Token
     is_good = [row.problem is None for row in rows]
     texts = [text for row in rows if row.problem is None for text in row.texts]
     places = [row.place for row in rows if row.problem is None for _ in row.texts]
-    prefixes = find_prefixes(args, len(rows[0].texts))
+    prefixes = find_prefixes(args, len(rows[0].texts)) * sum(is_good)  # texts are in the order of their rows
     try:
         encoded = encode(predictor, tokenizer, texts, args.max_seq_length, args.batch_size, prefixes)
     except ValueError as error:

@@ -9,7 +9,7 @@ import ann_util
 from deploy.python import predictor
 from deploy.serving.searcher import Searcher
 from deploy.serving.shapes import BatchShapes, choose_shapes
-from simcse.console import InputError, log
+from simcse.console import InputError, log, warn
 from simcse.encoder.encoder import Encoder
 from simcse.encoder.weights import CONFIG_FILE, read_record
 from simcse.index.documents import Documents
@@ -73,13 +73,18 @@ def open_bm25(index_path: str, documents: Documents, corpus: str | None) -> Any:
 def open_encoder(args: argparse.Namespace, manifest: Manifest) -> tuple[Encoder, BatchShapes]:
     """Load the exported model, for texts as long as those of the index; return it with the shapes of its batches.
 
-    Queries get the prefix that the model records, documents that of the index.
+    Queries get the prefix of --query_prefix or the one that the model records, documents that of the index.
     """
     weights = sum(file.stat().st_size for file in os.scandir(args.model_dir) if file.name.startswith("inference."))
     shapes = choose_shapes(weights, manifest.max_seq_length)
     engine = open_engine(args, manifest.precision, len(shapes.all()))
     tokenizer = load_tokenizer(args.model_dir)
-    prefixes = Prefixes(read_record(args.model_dir).get("query_prefix", ""), manifest.document_prefix)
+    recorded = Prefixes.from_record(read_record(args.model_dir))
+    prefixes = recorded.replaced_by(args.query_prefix, manifest.document_prefix)
+    if args.query_prefix is None and recorded.document != prefixes.document:
+        warn(f"the index was built with --document_prefix {prefixes.document!r}, and the model records "
+             f"{recorded.document!r}; queries get the prefix that the model records, {recorded.query!r}: "
+             "--query_prefix names another")
     encoder = Encoder(engine, tokenizer, manifest.max_seq_length, make_batches=shapes.make_batches, prefixes=prefixes)
     return encoder, shapes
 

@@ -69,7 +69,7 @@ class Served:
             await asyncio.wait([idle], timeout=seconds)
         finally:
             idle.cancel()
-        await self._lifespan.__aexit__(None, None, None)
+            await self._lifespan.__aexit__(None, None, None)
 
     async def _wait_until_idle(self) -> None:
         while self._requests:
@@ -193,7 +193,10 @@ class ReloadingApp:
                 continue
             retry_at = math.inf
             self._on_outdated(False)
-            await self._take_over(served)
+            try:
+                await self._take_over(served)
+            except Exception as error:
+                console.warn(f"what was served before could not be closed: {type(error).__name__}: {error}")
 
     async def _take_over(self, served: Served) -> None:
         before = self._served

@@ -76,7 +76,7 @@ class Strict(BaseModel):
 
 
 InputType = Annotated[Literal[INPUT_TYPES], Field(
-    description="which prefix the texts get, as far as the model has one")]
+    description="which prefix to put before the texts, if the model has one")]
 
 
 def text_type(limits: Limits) -> Any:

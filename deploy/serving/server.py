@@ -46,6 +46,8 @@ def parse_args() -> argparse.Namespace:
                        help="parameters of a search, such as ef=200, instead of those that the collection records")
     group.add_argument("--distinct", action="store_true",
                        help="give each text once, not once for every line of the corpus that has it")
+    group.add_argument("--query_prefix", type=flags.prefix, metavar="TEXT",
+                       help='put this before each query that is encoded; "": nothing (default: as the model records)')
     flags.add_device_arguments(group)
     group.add_argument("--precision", choices=("fp32", "bf16", "fp16", "int8"), default=None,
                        help="number format of the matrix products (default: the one that the index records)")

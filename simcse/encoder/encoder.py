@@ -1,12 +1,13 @@
 """Encode texts: the one way from texts to embeddings, and the warnings about texts that the encoder does not read."""
 
 import functools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from simcse import console
-from simcse.console import InputError, NotFiniteError, progress
+from simcse.console import InputError, NotFiniteError, progress, some_characters
 from simcse.encoder.engine import Engine
 from simcse.encoder.weights import CheckpointFiles
 from simcse.files import prefetch
@@ -198,7 +199,9 @@ class TokenizedRows(NamedTuple):
 
 def tokenize_rows(rows: Sequence[tuple[str, str | Sequence[str]]], tokenizer: Any, max_seq_length: int,
                   prefixes: Prefixes = NO_PREFIXES) -> TokenizedRows:
-    """Tokenize the texts of training rows. The first of several texts of a row is a query, all others are documents.
+    """Tokenize the texts of training rows. The first of several texts of a row is a query, the others are documents.
+
+    A single text is trained on with both prefixes; here it has the longer one, with which more of it is cut.
 
     Args:
         rows: the place of each row, as file:line, and its text or texts.
@@ -207,12 +210,16 @@ def tokenize_rows(rows: Sequence[tuple[str, str | Sequence[str]]], tokenizer: An
     places = []
     texts = []
     input_types = []
+    longer = max((DOCUMENT, QUERY), key=lambda input_type: count_tokens(tokenizer, prefixes.of(input_type)))
     for place, row in rows:
         texts_of_row = [row] if isinstance(row, str) else row
         for column, text in enumerate(texts_of_row):
             places.append(place)
             texts.append(text)
-            input_types.append(QUERY if column == 0 and len(texts_of_row) > 1 else DOCUMENT)
+            if len(texts_of_row) == 1:
+                input_types.append(longer)
+            else:
+                input_types.append(QUERY if column == 0 else DOCUMENT)
     return TokenizedRows(places, texts, tokenize(tokenizer, texts, max_seq_length, prefixes, input_types))
 
 
@@ -279,6 +286,7 @@ class Encoder:
         self.checkpoint = checkpoint
         self.calibration = calibration
         self.prefixes = prefixes
+        self._lock = threading.Lock()  # engines compute for one thread at a time
         self._make_batches = make_batches or functools.partial(
             tokens.make_batches, batch_size=batch_size, batch_tokens=engine.batch_tokens)
 
@@ -307,8 +315,8 @@ class Encoder:
         tokens_at_a_time = min(texts, 2 * WINDOW) * self.max_seq_length  # a window, and the next one is tokenized
         return self.engine.bytes_needed + BYTES_OF_TOKEN * tokens_at_a_time
 
-    def room_of_documents(self) -> int:
-        """Return how many tokens a document may have beside its prefix, [CLS] and [SEP] included."""
+    def max_document_length(self) -> int:
+        """Return how many tokens of a document are read beside its prefix, [CLS] and [SEP] included."""
         return self.max_seq_length - count_tokens(self.tokenizer, self.prefixes.document)
 
     def encode(self, texts: Sequence[str], *, input_type: str | Sequence[str] = DOCUMENT,
@@ -322,6 +330,8 @@ class Encoder:
             warn: warn of texts that are truncated or all [UNK].
         """
         texts = check_texts(texts)
+        if not isinstance(input_type, str) and len(input_type) != len(texts):
+            raise ValueError(f"{len(input_type)} input types for {len(texts)} texts")
         embeddings = np.empty((len(texts), self.embedding_size), "float32")
         row = 0
         for block in self.stream(texts, input_type=input_type, places=places, warn=warn):
@@ -346,9 +356,12 @@ class Encoder:
         if items.ndim != 2 or items.shape[1] != self.embedding_size:
             raise ValueError(f"vectors of shape {items.shape}, where those of the encoder are [vectors, "
                              f"{self.embedding_size}]")
-        lengths = np.linalg.norm(items, axis=1, keepdims=True)
+        vectors = items.astype("float64")  # in float16 the norm may be inf or 0
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        if not np.isfinite(lengths).all():
+            raise ValueError("the vectors contain NaN or Inf")
         lengths[lengths == 0] = 1  # the embedding of an unknown text is zeros
-        return (items / lengths).astype("float32", copy=False)
+        return (vectors / lengths).astype("float32")
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]], *,
                      places: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -421,6 +434,17 @@ class Encoder:
             NotFiniteError: an embedding is not finite.
         """
         embeddings = np.empty((len(inputs.ids), self.embedding_size), "float32")
+        with self._lock:
+            self._compute(inputs, embeddings, advance)
+        embeddings[inputs.unknown] = 0
+        if not np.isfinite(embeddings).all():
+            message = "embeddings contain NaN or Inf; training diverged or the checkpoint is damaged"
+            raise NotFiniteError(f"{self.checkpoint.name}: {message}" if self.checkpoint else message)
+        return embeddings
+
+
+    def _compute(self, inputs: EncoderInput, embeddings: np.ndarray, advance: Callable[[int], Any]) -> None:
+        """Compute tokenized texts batch by batch, and write what comes of each into its row of `embeddings`."""
         previous = None
         for rows, input_ids, token_type_ids in self._make_batches(inputs.ids, self.tokenizer.pad_token_id):
             started = _StartedBatch(rows, self.engine.embed(input_ids, token_type_ids))
@@ -430,11 +454,6 @@ class Encoder:
             advance(len(rows))
         if previous is not None:
             previous.store_in(embeddings)
-        embeddings[inputs.unknown] = 0
-        if not np.isfinite(embeddings).all():
-            message = "embeddings contain NaN or Inf; training diverged or the checkpoint is damaged"
-            raise NotFiniteError(f"{self.checkpoint.name}: {message}" if self.checkpoint else message)
-        return embeddings
 
 
 class _StartedBatch(NamedTuple):
@@ -454,22 +473,36 @@ class _StartedBatch(NamedTuple):
         embeddings[self.rows] = computed[: len(self.rows)]  # a `make_batches` may have filled it up with more rows
 
 
-def check_texts(texts: Sequence[str]) -> Sequence[str]:
+def check_texts(texts: Sequence[str], name: str = "texts") -> Sequence[str]:
     """Return texts as a sequence whose rows are counted from 0: a list of those of a DataFrame's column or an array.
 
     Raises:
-        TypeError: it is one text, whose characters would be taken for texts.
-        InputError: a list has something else than texts, such as the missing value of a column.
+        InputError: it is no list, such as one text or a whole DataFrame; or it has something else than texts, such as
+            the missing value of a column.
     """
-    if isinstance(texts, str):
-        raise TypeError("expected a list of texts, got one text; put it in a list")
+    if getattr(texts, "ndim", 1) != 1:
+        raise InputError(f"{name}: expected a list of texts or one column, got {type(texts).__name__} of {texts.ndim} "
+                         "dimensions")
     if hasattr(texts, "tolist"):
         texts = texts.tolist()
-    if isinstance(texts, list):
+    if isinstance(texts, str) or not isinstance(texts, Sequence):
+        raise InputError(f"{name}: expected a list of texts, got {type(texts).__name__}")
+    if isinstance(texts, (list, tuple)):  # others, such as a `TextFile`, have texts only
         for row, text in enumerate(texts):
             if not isinstance(text, str):
-                raise InputError(f"texts[{row}]: expected a text, got {text!r}; remove it")
+                raise InputError(f"{name}[{row}]: expected a text, got {some_characters(repr(text))}; remove it")
+            if not is_unicode(text):
+                raise InputError(f"{name}[{row}]: not valid Unicode: {ascii(text[:20])}")
     return texts
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether a text can be written as UTF-8; it cannot if it has half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _select(texts: Sequence[str], rows: range | np.ndarray) -> Sequence[str]:

@@ -60,6 +60,8 @@ CONFIG_FIELDS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
     "hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size",
     "initializer_range", "pad_token_id", "layer_norm_eps")
+INTEGERS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+            "max_position_embeddings", "type_vocab_size")
 # Layers of the head that predicts tokens, and what PaddleNLP calls them. The matrix of its last layer, the decoder, is
 # that of the word embeddings.
 BERT_HEAD = {"cls.predictions.transform.dense": "transform", "cls.predictions.transform.LayerNorm": "layer_norm",
@@ -159,6 +161,11 @@ def read_weight_file(path: str, where: str) -> Weights:
 
 def _check_config(config: dict[str, Any]) -> None:
     """Raise ValueError if BertModel cannot be as a config.json says."""
+    for name in INTEGERS:
+        if type(config[name]) is not int or config[name] < 1:
+            raise ValueError(f"{name}: expected an integer >= 1, got {config[name]!r}")
+    if not isinstance(config["layer_norm_eps"], float) or not 0 < config["layer_norm_eps"] < 1:
+        raise ValueError(f"layer_norm_eps: expected a number in (0, 1), got {config['layer_norm_eps']!r}")
     if config.get("position_embedding_type", "absolute") != "absolute":
         raise ValueError(f"position_embedding_type {config['position_embedding_type']} is not supported")
     if config.get("is_decoder"):

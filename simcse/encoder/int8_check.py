@@ -121,9 +121,10 @@ def _flatten(rows: Sequence[Any]) -> list[str]:
     return texts
 
 
-def sample_key(texts: Sequence[str], max_seq_length: int) -> str:
-    """Return a digest of what a comparison depends on, besides the graph."""
-    return hashlib.sha256(json.dumps([max_seq_length, *texts]).encode()).hexdigest()
+def sample_key(texts: Sequence[str], encoder: Encoder) -> str:
+    """Return a digest of what a comparison depends on, besides the graph. Texts are compared as documents."""
+    prefix = [encoder.prefixes.document] if encoder.prefixes.document else []
+    return hashlib.sha256(json.dumps([encoder.max_seq_length, *prefix, *texts]).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------ the comparison
@@ -150,7 +151,7 @@ def check_int8(int8: Encoder, load_network: Callable[[], Encoder], sources: Sequ
     descriptions = []
     for source in sources:
         texts = pick_sample(source.rows)
-        key = sample_key(texts, int8.max_seq_length)
+        key = sample_key(texts, int8)
         if not texts or key in comparisons:
             continue
         comparison = known.get(key)

@@ -9,7 +9,7 @@ from simcse.console import InputError, as_input_error, describe_machine_error, l
 from simcse.encoder.hugging_face import Weights, read_hugging_face
 from simcse.encoder.paddle_patches import captured_paddlenlp_log, quiet_paddlenlp, zero_initial_weights
 from simcse.encoder.weights import load_state, read_weights
-from simcse.hub_layout import HUGGING_FACE_WEIGHTS, is_hugging_face
+from simcse.hub_layout import HUGGING_FACE_WEIGHTS, find_encoder, is_hugging_face
 from simcse.machine import RANK
 from simcse.text.wordpiece import load_tokenizer
 
@@ -43,6 +43,7 @@ def load_pretrained(model_name_or_path: str, dropout: float | None = None, kind:
     import paddlenlp
 
     quiet_paddlenlp()
+    model_name_or_path = find_encoder(model_name_or_path)
     if is_hugging_face(model_name_or_path):
         return _load_hugging_face(model_name_or_path, dropout, kind, uses_pooler)
     advice = _advise_on_layout(model_name_or_path)

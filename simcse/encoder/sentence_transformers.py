@@ -1,22 +1,22 @@
 """Read what a folder of sentence-transformers says beside its encoder: pooling, dense layers, length and prompts."""
 
-import json
 import os
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from simcse.console import InputError, as_input_error
 from simcse.encoder.hugging_face import read_weight_file
 from simcse.files import read_json
+from simcse.hub_layout import MODULES_FILE, find_encoder, read_modules
 from simcse.text.prefixes import Prefixes
 
 import numpy as np
 
-MODULES_FILE = "modules.json"
 # The file with max_seq_length has the name of the kind of encoder for which it was first written.
 LENGTH_FILES = [f"sentence_{kind}_config.json" for kind in (
     "bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")]
 POOLING_OF_MODE = {"cls": "cls", "mean": "mean_all"}  # our names of sentence-transformers' modes
+SHORTEST = 3  # tokens of a text: [CLS], a token, [SEP]
 # Names of prompts, the first that there is; sentence-transformers looks for them in this order.
 QUERY_PROMPTS = ("query",)
 DOCUMENT_PROMPTS = ("document", "passage", "corpus")
@@ -40,7 +40,7 @@ class Recipe(NamedTuple):
     Attributes:
         encoder: folder of the encoder.
         pooling: a name in POOLINGS; None: the folder is not one of sentence-transformers.
-        max_seq_length: tokens of a text; None: as many as the encoder has positions.
+        max_seq_length: tokens of a text; None: no file says it.
         prefixes: its prompts.
         pooler: folder of a dense layer with tanh that follows [CLS]; None: there is none.
         fc: folder of the last dense layer, which has no activation; None: there is none.
@@ -55,64 +55,77 @@ class Recipe(NamedTuple):
 
 
 def read_recipe(folder: str) -> Recipe:
-    """Return what an encoder's folder says; of a hub name, or a folder without modules.json, nothing but its name.
+    """Return what a folder of sentence-transformers says; of a hub name, or a folder without modules.json, a `Recipe`
+    that has its name alone.
 
     Raises:
         InputError: the folder has modules, or settings of them, that this project does not have.
     """
-    path = os.path.join(folder, MODULES_FILE)
-    if not os.path.isfile(path):
+    modules = read_modules(folder)
+    if not modules:
         return Recipe(folder)
     where = f"--model_name_or_path {folder}"
-    folders = _read_modules(path, where)
-    kinds = [kind for kind, _ in folders]
+    kinds = [module.kind for module in modules]
     if kinds[:2] != ["Transformer", "Pooling"]:
         raise InputError(f"{where}: {MODULES_FILE} has the modules {', '.join(kinds)}; Transformer, Pooling, and then "
                          "Dense and Normalize are supported")
-    encoder, pooling_folder = (os.path.join(folder, subfolder) for _, subfolder in folders[:2])
-    pooling = _read_pooling(pooling_folder, where)
+    encoder = find_encoder(folder)
+    pooling = _read_pooling(os.path.join(folder, modules[1].path), where)
     pooler = None
     fc = None
-    for kind, subfolder in folders[2:]:
-        if kind == "Normalize":
-            continue  # embeddings are L2-normalized here anyway
+    if kinds[-1] == "Normalize":  # embeddings are L2-normalized here with it or without it
+        modules.pop()
+    for kind, subfolder in modules[2:]:
         dense = os.path.join(folder, subfolder)
-        activation = read_json(os.path.join(dense, "config.json")).get("activation_function", "Tanh")
-        activation = str(activation).rpartition(".")[2]
+        activation = _read_activation(dense, where) if kind == "Dense" else None
         if kind == "Dense" and activation == "Tanh" and pooling == "cls" and not (pooler or fc):
             pooler = dense
         elif kind == "Dense" and activation == "Identity" and not fc:
             fc = dense
         else:
             raise InputError(f"{where}: {MODULES_FILE} has the module {kind} in {subfolder}, which is not supported "
-                             "there; one Dense with Tanh after the pooling cls, then one with Identity are")
-    return Recipe(encoder, pooling="pooler" if pooler else pooling, max_seq_length=_read_length(encoder),
+                             "there; one Dense with Tanh after the pooling cls, then one with Identity, then Normalize "
+                             "are")
+    _check_lowercase(encoder, where)
+    return Recipe(encoder, pooling="pooler" if pooler else pooling, max_seq_length=read_length(encoder),
                   prefixes=_read_prompts(folder), pooler=pooler, fc=fc)
 
 
-def _read_modules(path: str, where: str) -> list[tuple[str, str]]:
-    """Return kind and subfolder of each module, in their order."""
-    with as_input_error(f"{where}: {MODULES_FILE}: not valid JSON", ValueError), open(path, encoding="utf-8") as file:
-        modules = json.load(file)
-    found = []
-    for module in modules if isinstance(modules, list) else [None]:
-        if not isinstance(module, Mapping) or not all(isinstance(module.get(key), str) for key in ("type", "path")):
-            raise InputError(f"{where}: {MODULES_FILE}: expected a list of modules with type and path")
-        found.append((module["type"].rpartition(".")[2], module["path"]))
-    return found
+def _read_config(folder: str) -> dict[str, Any]:
+    """Return the config.json of a module; raise InputError if there is none."""
+    path = os.path.join(folder, "config.json")
+    config = read_json(path)
+    if not config:
+        raise InputError(f"{path}: no such file; was the folder copied completely?")
+    return config
+
+
+def _read_activation(folder: str, where: str) -> str:
+    """Return the activation of a Dense module: Tanh, Identity or another of torch.
+
+    Raises:
+        InputError: the module computes more than weight, bias and activation.
+    """
+    config = _read_config(folder)
+    others = {"use_residual": False, "module_input_name": "sentence_embedding",
+              "module_output_name": "sentence_embedding"}
+    for name, value in others.items():
+        if config.get(name, value) != value:
+            raise InputError(f"{where}: {folder}: config.json has {name} {config[name]!r}, which is not supported")
+    return str(config.get("activation_function", "Tanh")).rpartition(".")[2]
 
 
 def _read_pooling(folder: str, where: str) -> str:
     """Return our name of the pooling that a Pooling module has."""
-    config = read_json(os.path.join(folder, "config.json"))
+    config = _read_config(folder)
     modes = config.get("pooling_mode")
     if modes is None:  # older versions have a field for each mode
         modes = [name.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token")
                  for name, value in config.items() if name.startswith("pooling_mode_") and value is True]
     modes = modes if isinstance(modes, list) else [modes]
-    modes = modes or ["mean"]
-    if len(modes) != 1 or modes[0] not in POOLING_OF_MODE:
-        raise InputError(f"{where}: its pooling is {' and '.join(map(str, modes))}; of those of sentence-transformers "
+    if len(modes) != 1 or modes[0] not in list(POOLING_OF_MODE):  # a list, since a mode may be unhashable
+        named = " and ".join(map(str, modes)) or "not named"
+        raise InputError(f"{where}: its pooling is {named}; of those of sentence-transformers "
                          f"{' and '.join(POOLING_OF_MODE)} are supported")
     if config.get("include_prompt", True) is not True:
         raise InputError(f"{where}: its pooling leaves out the tokens of prompts (include_prompt false), which is not "
@@ -120,38 +133,59 @@ def _read_pooling(folder: str, where: str) -> str:
     return POOLING_OF_MODE[modes[0]]
 
 
-def read_dense(folder: str, flag: str) -> Dense:
+def read_dense(folder: str, flag: str, inputs: int) -> Dense:
     """Return the weights of a Dense module.
 
     Args:
         folder: of the module.
         flag: the flag that named its encoder, for messages.
+        inputs: size of the vectors that it takes.
 
     Raises:
-        InputError: its file of weights is missing or damaged.
+        InputError: its file of weights is missing or damaged, or is for vectors of another size.
     """
     where = f"{flag} {folder}"
     names = [name for name in ("model.safetensors", "pytorch_model.bin") if os.path.isfile(os.path.join(folder, name))]
     if not names:
         raise InputError(f"{where}: has neither model.safetensors nor pytorch_model.bin")
     weights = read_weight_file(os.path.join(folder, names[0]), where)
-    with as_input_error(f"{where}: {names[0]}", KeyError, ValueError):
-        weight = weights["linear.weight"].astype("float32").T
-        bias = weights.get("linear.bias", np.zeros(weight.shape[1])).astype("float32")
-        return Dense(weight, bias)
+    with as_input_error(f"{where}: {names[0]}: it lacks", KeyError):
+        weight = weights["linear.weight"].astype("float32")
+    bias = weights.get("linear.bias", np.zeros(len(weight), "float32")).astype("float32")
+    if weight.ndim != 2 or not len(weight) or weight.shape[1] != inputs or bias.shape != weight.shape[:1]:
+        raise InputError(f"{where}: {names[0]}: expected linear.weight [size, {inputs}] and linear.bias [size], got "
+                         f"{list(weight.shape)} and {list(bias.shape)}")
+    return Dense(weight.T, bias)
 
 
-def _read_length(encoder: str) -> int | None:
-    """Return the tokens of a text at most; None: no file says it."""
+def _check_lowercase(encoder: str, where: str) -> None:
+    """Raise InputError if sentence-transformers makes texts lower case before a tokenizer that does not."""
+    lowercase = read_json(os.path.join(encoder, "tokenizer_config.json")).get("do_lower_case", True)
     for name in LENGTH_FILES:
-        length = read_json(os.path.join(encoder, name)).get("max_seq_length")
-        if isinstance(length, int):
+        if read_json(os.path.join(encoder, name)).get("do_lower_case") and not lowercase:
+            raise InputError(f"{where}: {name} has do_lower_case true, and tokenizer_config.json false; write the same "
+                             "into both")
+
+
+def read_length(encoder: str) -> int | None:
+    """Return the tokens of a text at most that an encoder's folder names; None: no file says it.
+
+    Raises:
+        InputError: it is not an integer >= 3.
+    """
+    for name in LENGTH_FILES:
+        path = os.path.join(encoder, name)
+        length = read_json(path).get("max_seq_length")
+        if length is not None:
+            if type(length) is not int or length < SHORTEST:
+                raise InputError(f"{path}: max_seq_length: expected an integer >= {SHORTEST}, got {length!r}")
             return length
     config = read_json(os.path.join(encoder, "config.json"))
     length = read_json(os.path.join(encoder, "tokenizer_config.json")).get("model_max_length")
     positions = config.get("max_position_embeddings")
     # transformers writes 1e30 where there is no limit.
-    return length if isinstance(length, int) and isinstance(positions, int) and length <= positions else None
+    is_known = type(length) is int and type(positions) is int and SHORTEST <= length <= positions
+    return length if is_known else None
 
 
 def _read_prompts(folder: str) -> Prefixes:
@@ -161,7 +195,18 @@ def _read_prompts(folder: str) -> Prefixes:
     prompts = config.get("prompts") or {}
     if not isinstance(prompts, Mapping) or not all(isinstance(prompt, str) for prompt in prompts.values()):
         raise InputError(f"{path}: prompts: expected an object of strings")
-    default = prompts.get(config.get("default_prompt_name"), "")
+    for name, prompt in prompts.items():
+        if not _is_unicode(prompt):
+            raise InputError(f"{path}: the prompt {name} is not valid Unicode")
+    default_name = config.get("default_prompt_name")
+    if default_name is not None and default_name not in list(prompts):
+        raise InputError(f"{path}: default_prompt_name {default_name!r} is none of its prompts")
+    default = prompts.get(default_name, "")
     query, document = (next((prompts[name] for name in names if name in prompts), default)
                        for names in (QUERY_PROMPTS, DOCUMENT_PROMPTS))
     return Prefixes(query, document)
+
+
+def _is_unicode(text: str) -> bool:
+    """Return whether a text can be written as UTF-8; JSON's escapes can be halves of characters."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)

@@ -22,9 +22,10 @@ from simcse.encoder.hugging_face import (
     read_hugging_face,
 )
 from simcse.encoder.pooling import find_pooling
-from simcse.encoder.sentence_transformers import MODULES_FILE, Dense, read_dense, read_recipe
+from simcse.encoder.sentence_transformers import Dense, read_dense, read_recipe
 from simcse.encoder.weights import TOKENIZER_FILE, load_state
 from simcse.files import read_json, sync, write_json
+from simcse.hub_layout import MODULES_FILE
 from simcse.text.prefixes import Prefixes
 from simcse.text.wordpiece import RUST, SPECIAL_TOKENS, RustTokenizer, WordPiece
 
@@ -220,12 +221,17 @@ def _write_tokenizer(tokenizer: Any, folder: str, max_seq_length: int) -> None:
 
 
 def _dense_modules(model: Any) -> list[DenseModule]:
-    """Return the layers between pooling and L2 norm."""
+    """Return the layers between pooling and L2 norm.
+
+    Raises:
+        InputError: the encoder's pooler has another activation than tanh.
+    """
     modules = []
     if find_pooling(model.pooling).uses_pooler and model.with_pooler:
-        pooler = model.ptm.pooler
-        has_tanh = getattr(pooler, "pool_act", "tanh") == "tanh"  # ERNIE's has no choice
-        modules.append(_dense_module(pooler.dense, TANH if has_tanh else IDENTITY))
+        activation = getattr(model.ptm.pooler, "pool_act", "tanh")  # ERNIE's has no choice
+        if activation != "tanh":
+            raise InputError(f"{FORMAT}: the encoder's pool_act {activation} is not supported; use --format onnx")
+        modules.append(_dense_module(model.ptm.pooler.dense, TANH))
     if model.output_emb_size:
         modules.append(_dense_module(model.emb_reduce_linear, IDENTITY))
     return modules
@@ -298,8 +304,9 @@ def open_sentence_transformers(folder: str) -> Callable[[np.ndarray, np.ndarray]
     encoder.eval()
     recipe = read_recipe(folder)
     takes_first = find_pooling(recipe.pooling).sentence_transformers == "cls"
-    pooler = read_dense(recipe.pooler, "--output_path") if recipe.pooler else None
-    fc = read_dense(recipe.fc, "--output_path") if recipe.fc else None
+    hidden_size = found.config["hidden_size"]
+    pooler = read_dense(recipe.pooler, "--output_path", hidden_size) if recipe.pooler else None
+    fc = read_dense(recipe.fc, "--output_path", hidden_size) if recipe.fc else None
 
     def embed(input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
         with paddle.no_grad():

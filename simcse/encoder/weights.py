@@ -276,15 +276,22 @@ class CheckpointFiles:
         self.params_path = params_path
         self.model_name_or_path = model_name_or_path
         self.name = f"--params_path {params_path}"
-        self._loaded_state = FileState.of(params_path)
+        self._loaded_states = self._read_states()
+
+    def _read_states(self) -> dict[str, FileState]:
+        """Return the states of the weights, and of the record and the tokenizer beside them, by path."""
+        folder = os.path.dirname(self.params_path)
+        beside = (CONFIG_FILE, TOKENIZER_FILE, VOCABULARY_FILE, "tokenizer.json")
+        paths = [self.params_path, *(os.path.join(folder, name) for name in beside)]
+        return {path: FileState.of(path) for path in paths if os.path.isfile(path)}
 
     def digest(self) -> str:
         """Return the `model_digest` of the files.
 
         Raises:
-            InputError: the weights are not those that were loaded, but were written later.
+            InputError: a file is not the one that was loaded, but was written later.
         """
-        if FileState.of(self.params_path) != self._loaded_state:
+        if self._read_states() != self._loaded_states:
             raise InputError(f"{self.name}: has changed since it was loaded; load it again")
         return model_digest(self.params_path, self.model_name_or_path)
 

@@ -1,7 +1,7 @@
 """Put a prefix before queries and before documents, as encoders that were trained with one need it.
 
-bge-zh was trained with an instruction before queries, e5 with "query: " and "passage: ". Where texts are searched by
-words, and in results, they are without it.
+bge-zh was trained with an instruction before queries, e5 with "query: " and "passage: ". BM25 and the results use the
+texts without prefixes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -71,7 +71,7 @@ class PrefixedTexts(NamedTuple):
 
 def add_prefixes(tokenizer: Any, texts: Sequence[str], prefixes: Prefixes,
                  input_type: str | Sequence[str]) -> PrefixedTexts:
-    """Put its prefix before each text.
+    """Put before each text the prefix of its input type.
 
     Args:
         tokenizer: see `wordpiece.load_tokenizer`.

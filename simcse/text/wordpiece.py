@@ -11,7 +11,7 @@ from typing import Any
 
 from simcse.console import InputError, as_input_error, some, some_characters
 from simcse.files import read_json, write_json
-from simcse.hub_layout import is_hugging_face
+from simcse.hub_layout import find_encoder, is_hugging_face
 from simcse.text.tokens import Ids, Tokens
 
 import numpy as np
@@ -295,6 +295,7 @@ def load_tokenizer(name_or_path: str) -> WordPiece | RustTokenizer | PaddleToken
     Raises:
         InputError: there is no tokenizer.
     """
+    name_or_path = find_encoder(name_or_path)
     tokenizer_class = read_json(os.path.join(name_or_path, "tokenizer_config.json")).get("tokenizer_class")
     if is_hugging_face(name_or_path) or tokenizer_class in (HUGGING_FACE, RUST):
         return _read_hugging_face(name_or_path)
@@ -416,7 +417,13 @@ def _read_vocabulary(path: str) -> dict[str, int]:
     """Return the ids of the tokens in a vocab.txt."""
     with (as_input_error(f"{path}: not a vocabulary in UTF-8", UnicodeDecodeError),
           open(path, encoding="utf-8", newline="\n") as file):
-        vocab = {line.rstrip("\r\n"): number for number, line in enumerate(file)}
+        vocab: dict[str, int] = {}
+        for number, line in enumerate(file):
+            token = line.rstrip("\r\n")
+            if token in vocab:
+                raise InputError(f"{path}:{number + 1}: the token {token!r} is there twice, first in line "
+                                 f"{vocab[token] + 1}; a saved checkpoint would count the tokens after it otherwise")
+            vocab[token] = number
     missing = [token for token in SPECIAL_TOKENS[:4] if token not in vocab]
     if missing:
         raise InputError(f"{path}: not a vocabulary, a token a line: it lacks {', '.join(missing)}")
