@@ -29,6 +29,7 @@ import data
 from simcse import console, flags
 from simcse.encoder.pooling import POOLINGS, describe_poolings
 from simcse.encoder.sentence_transformers import Recipe, read_dense, read_recipe
+from simcse.hub_layout import is_hugging_face
 from simcse.index.exact import exact_search
 from simcse.machine import RANK, RANKS
 from simcse.measures import RECALL_KS, mean_percent, measure_queries, percent, rank_first_targets
@@ -360,6 +361,9 @@ def new_model(args: argparse.Namespace, recipe: Recipe, loss_settings: Any) -> A
     from simcse.encoder.pretrained import load_pretrained
 
     pooling = args.pooling or recipe.pooling or "pooler"
+    if not (args.pooling or recipe.pooling or RANK) and is_hugging_face(recipe.encoder):
+        console.warn(f"{args.model_name_or_path} does not say how its vectors are pooled; --pooling pooler is taken, "
+                     "but bge and gte need cls, m3e and text2vec mean_all")
     if (recipe.pooler or recipe.fc) and pooling != recipe.pooling:
         raise console.InputError(f"--pooling {pooling}: {args.model_name_or_path} has dense layers for --pooling "
                                  f"{recipe.pooling}; leave the flag out, or name the folder of its encoder alone")

@@ -159,6 +159,15 @@ def test_prompts_that_sentence_transformers_takes(folder, prompts, default, expe
     assert read_recipe(str(folder)).prefixes == expected
 
 
+def test_a_folder_that_names_no_pooling_is_warned_of(tmp_path, sample, monkeypatch, capsys):
+    write_model(tmp_path / "bert", "bert")
+    _, loaded = untrained(tmp_path / "bert", sample, monkeypatch, *LENGTH)
+    assert loaded.record["pooling"] == "pooler"
+    assert "bert does not say how its vectors are pooled; --pooling pooler is taken" in capsys.readouterr().err
+    untrained(tmp_path / "bert", sample, monkeypatch, *LENGTH, "--pooling", "cls")
+    assert "pooled" not in capsys.readouterr().err
+
+
 def test_other_folders_say_nothing(tmp_path):
     assert read_recipe("rocketqa-zh-base-query-encoder") == Recipe("rocketqa-zh-base-query-encoder")
     write_model(tmp_path, "bert")
