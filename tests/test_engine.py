@@ -106,7 +106,7 @@ def test_encoder_load_gives_what_the_scripts_do(trained_anew):
 
 @pytest.mark.parametrize("settings, message", [
     ({"precision": "fp16"}, "--precision fp16: .* computes in fp32"),
-    ({"precision": "x"}, "--precision x: .* computes in fp32"),
+    ({"precision": "x"}, "precision: expected auto, fp32, .*, got 'x'"),
     ({"precision": "fp32", "output_emb_size": 7}, "--output_emb_size 7: .* has 128"),
     ({"precision": "fp32", "max_seq_length": 600}, "--max_seq_length 600: the encoder has 513 positions")])
 def test_encoder_load_refuses_what_it_cannot_do(trained_anew, settings, message):
