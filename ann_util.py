@@ -7,6 +7,7 @@ of. With --hybrid_bm25 it has a folder bm25, too.
 
 import contextlib
 import dataclasses
+import numbers
 import os
 import shutil
 import time
@@ -230,7 +231,7 @@ class Index:
         """
         if self._vector_index is None:
             raise ValueError(f"{self.folder}: the index is closed")
-        if type(top_k) is not int or top_k < 1:
+        if not isinstance(top_k, numbers.Integral) or top_k < 1:
             raise InputError(f"top_k: expected an integer >= 1, got {top_k!r}")
         self._check_encoder(encoder)
         queries = check_queries(queries)

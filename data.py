@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from simcse.files import prefetch
 from simcse.text.prefixes import DOCUMENT, NO_PREFIXES, QUERY, Prefixes, add_prefixes
-from simcse.text.tokens import Ids, pad
+from simcse.text.tokens import Ids, Tokens, pad
 
 import numpy as np
 
@@ -68,23 +68,26 @@ class TokenizedSide(NamedTuple):
 
     Attributes:
         ids: those of each text, with [CLS], its prefix and [SEP].
-        prefix_tokens: how many of them are its prefix, the same for all texts of a side.
+        prefix_tokens: int64 [texts], how many of them are its prefix.
     """
 
     ids: Sequence[Ids]
-    prefix_tokens: int
+    prefix_tokens: np.ndarray
 
     @classmethod
     def of(cls, tokenizer: Any, texts: Sequence[str], max_seq_length: int, prefixes: Prefixes,
            input_type: str) -> "TokenizedSide":
         """Tokenize texts of one input type."""
         prefixed = add_prefixes(tokenizer, texts, prefixes, input_type)
-        return cls(tokenizer(prefixed.texts, max_seq_length), int(np.max(prefixed.prefix_tokens)))
+        ids = tokenizer(prefixed.texts, max_seq_length)
+        return cls(ids, prefixed.count_prefix_tokens(Tokens.of(ids)))
 
     def keys(self, length: int) -> np.ndarray:
         """Return the key of the first `length` tokens of each text, without prefix, [CLS] and [SEP], int64 [texts]."""
-        first = 1 + self.prefix_tokens
-        return hash_token_ids([text_ids[first:-1][:length] for text_ids in self.ids])
+        texts = []
+        for text_ids, prefix_tokens in zip(self.ids, self.prefix_tokens.tolist()):
+            texts.append(text_ids[1 + prefix_tokens : -1][:length])
+        return hash_token_ids(texts)
 
 
 def hash_token_ids(ids: Sequence[Ids]) -> np.ndarray:
@@ -256,7 +259,7 @@ def common_length(sides: Sequence[TokenizedSide], max_seq_length: int) -> int:
 
     By so many tokens the same text is found again on any side, although it may be cut at different places.
     """
-    return max_seq_length - 2 - max(side.prefix_tokens for side in sides)
+    return max_seq_length - 2 - max(int(side.prefix_tokens.max()) for side in sides)
 
 
 def crop_view(side: TokenizedSide, view: int, args: argparse.Namespace, *, rows: Sequence[int],
@@ -273,9 +276,9 @@ def crop_view(side: TokenizedSide, view: int, args: argparse.Namespace, *, rows:
         epoch: from 0.
     """
     cropped = []
-    for row, text_ids in zip(rows, side.ids):
+    for row, text_ids, prefix_tokens in zip(rows, side.ids, side.prefix_tokens.tolist()):
         random = np.random.default_rng([args.seed, epoch, row, view])
-        cropped.append(crop(text_ids, args.crop_rate, random, args.max_seq_length, side.prefix_tokens))
+        cropped.append(crop(text_ids, args.crop_rate, random, args.max_seq_length, prefix_tokens))
     return cropped
 
 

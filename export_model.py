@@ -217,7 +217,7 @@ def check_output(args: argparse.Namespace) -> None:
         if format_of_file.get(name, args.format) != args.format:
             raise console.InputError(f"--output_path {path}: holds {name}, which is not of --format {args.format}; "
                                      "name another folder")
-        if name in OTHER_FOLDERS:
+        if name in OTHER_FOLDERS or (name == "model.safetensors" and not export.is_export(path)):
             raise console.InputError(f"--output_path {path}: holds {name}, so it is a checkpoint, an encoder or an "
                                      "index; name another folder")
     kind = FORMATS[args.format]

@@ -1,6 +1,7 @@
 """SimCSE: the network (encoder, pooling, fc, dropout), its loss, its checkpoints, and the encoder of a checkpoint."""
 
 import argparse
+import numbers
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -573,14 +574,14 @@ def write_checkpoint(folder: str, model: SimCSE, tokenizer: Any, record: dict) -
 
 # -------------------------------------------------------------------------------------------------------------- encoder
 def _is_integer_from(least: int) -> Callable[[Any], bool]:
-    return lambda value: value is None or (type(value) is int and value >= least)
+    return lambda value: isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least
 
 
-def _is_prefix(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and is_unicode(value))
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and is_unicode(value)
 
 
-# The values of options, in words, and what tells whether a value is one of them.
+# The values of options, in words, and what tells whether a value is one of them. None is one where it is the default.
 OPTION_VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "device": ('"cpu" or "gpu"', lambda value: value in ("cpu", "gpu")),
     "precision": (", ".join(ENCODE_PRECISIONS), lambda value: value in ENCODE_PRECISIONS),
@@ -588,8 +589,10 @@ OPTION_VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "batch_size": ("an integer >= 1", _is_integer_from(1)),
     "cpu_threads": ("an integer >= 0", _is_integer_from(0)),
     "output_emb_size": ("an integer >= 0", _is_integer_from(0)),
-    "query_prefix": ("a text", _is_prefix),
-    "document_prefix": ("a text", _is_prefix),
+    "model_name_or_path": ("a name or a folder", _is_text),
+    "calibration_file": ("a file", _is_text),
+    "query_prefix": ("a text", _is_text),
+    "document_prefix": ("a text", _is_text),
 }
 
 
@@ -622,11 +625,12 @@ class EncoderOptions:
     document_prefix: str | None = None
 
     def __post_init__(self) -> None:
-        """Raise InputError if an option has a value that its flag could not have; flags are checked before."""
-        for name, (description, is_valid) in OPTION_VALUES.items():
-            value = getattr(self, name)
-            if not is_valid(value):
-                raise InputError(f"{name}: expected {description}, got {value!r}")
+        """Raise InputError if an option has a value that it cannot have."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            description, is_valid = OPTION_VALUES[field.name]
+            if not (is_valid(value) or (value is None and field.default is None)):
+                raise InputError(f"{field.name}: expected {description}, got {value!r}")
 
 
 class Encoder(TextEncoder):

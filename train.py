@@ -344,6 +344,9 @@ def build_model(args: argparse.Namespace) -> Any:
     check_length(model, args.max_seq_length)
     if args.epochs:  # the run trains the fc
         model.fc_is_random = False
+    if model.fc_is_random and args.whiten is None and not RANK:
+        console.warn(f"--output_emb_size {model.output_emb_size}: the fc is random, since nothing is trained; leave "
+                     f"the flag out, or give --whiten {model.output_emb_size} as well")
     if args.whiten is not None:
         check_whitened_size(args.whiten, model)
     model.batch_tokens = min(model.batch_tokens, evaluation_tokens(args))

@@ -18,7 +18,7 @@ from simcse.encoder.pooling import POOLINGS
 from simcse.encoder.sentence_transformers import read_length
 from simcse.encoder.weights import CONFIG_FILE, DEFAULT_MODEL, WEIGHT_FILES, read_record
 from simcse.files import STDIN, read_json
-from simcse.hub_layout import MODULES_FILE, find_encoder
+from simcse.hub_layout import MODULES_FILE, find_encoder, is_hugging_face
 from simcse.machine import CPU_THREADS, ENCODE_PRECISIONS, RANK, RANKS, TRAIN_PRECISIONS, auto_precision
 from simcse.text.prefixes import INPUT_TYPES
 from simcse.training.checkpoints import STATE_RECORD, newest_resumable
@@ -163,6 +163,9 @@ def checkpoint_file(path: str) -> str:
         file = os.path.join(path, name)
         if os.path.isfile(file):
             return readable_file(file)
+    if is_hugging_face(path):
+        raise argparse.ArgumentTypeError(f"{path} is an encoder, not a checkpoint; train.py --epochs 0 "
+                                         f"--model_name_or_path {path} makes one of it")
     return readable_file(f"{path}/{WEIGHT_FILES[-1]}")  # raises, and names the usual file
 
 
@@ -347,13 +350,13 @@ def check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 
 
 def checkpoint_folder(args: argparse.Namespace) -> str | None:
-    """Return the folder of the checkpoint that a flag names; None where none does, or --resume auto looks for it."""
+    """Return the folder of the checkpoint that a flag names, or that --resume auto finds; None where there is none."""
     for flag in ("params_path", "init_from_ckpt"):
         weights = getattr(args, flag, None)
         if weights:
             return os.path.dirname(weights) or "."
     resume = getattr(args, "resume", None)
-    return None if resume == "auto" else resume
+    return newest_resumable(args.save_dir) if resume == "auto" else resume
 
 
 def read_checkpoint_record(args: argparse.Namespace) -> dict[str, Any]:

@@ -57,8 +57,9 @@ def test_an_embedding_is_that_of_prefix_and_text(encoder, plain):
     first, second = encoder.encode_pairs([texts])
     np.testing.assert_allclose(first, queries[:1], atol=1e-6)
     np.testing.assert_allclose(second, documents[1:], atol=1e-6)
-    with pytest.raises(ValueError, match="input type 'title' is none of query, document"):
-        encoder.encode(texts, input_type="title")
+    for wrong in ("title", None, ["query", "title"]):
+        with pytest.raises(InputError, match="input_type: expected query or document, got "):
+            encoder.encode(texts, input_type=wrong)
 
 
 def test_a_text_is_unknown_whatever_its_prefix(encoder, capsys):
@@ -68,6 +69,19 @@ def test_a_text_is_unknown_whatever_its_prefix(encoder, capsys):
     assert "2 of 4 texts are all [UNK]" in capsys.readouterr().err
     inputs = tokenize(encoder.tokenizer, ["😀", "😀", "语"], 32, PREFIXES, ["query", "document", "query"])
     assert inputs.unknown == [0, 1] and inputs.ids[0] != inputs.ids[1]
+
+
+def test_a_token_that_grows_together_with_the_text_is_the_texts(plain, tmp_path):
+    """As "ab" of the prefix "a" and the text "b"; it is no unknown text."""
+    tokenizer = wordpiece.WordPiece({token: number for number, token in enumerate(
+        ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "ab"])})
+    inputs = tokenize(tokenizer, ["b", "", "b b", "😀"], 8, Prefixes(query="a"), "query")
+    assert [ids[1:-1] for ids in inputs.ids] == [[7], [5], [7, 6], [5, 1]] and inputs.unknown == [1, 3]
+    tokenizer.save_rust(str(tmp_path))
+    own = deployed.Tokenizer(str(tmp_path))
+    predictor = argparse.Namespace(embed=lambda ids, types: np.ones((len(ids), 2), "float32"), batch_tokens=2048,
+                                   max_batch_size=None, max_positions=512, embedding_size=2)
+    assert deployed.encode(predictor, own, ["b", "", "b b", "😀"], 8, prefixes=["a"] * 4).unknown == [1, 3]
 
 
 def test_a_prefix_counts_as_tokens(encoder, plain, capsys):

@@ -77,7 +77,7 @@ def test_what_is_no_text(encoder):
         for texts in (["语义", text], ("语义", text)):
             with pytest.raises(InputError, match=r"^texts\[1\]: (expected a text|not valid Unicode)"):
                 encoder.encode(texts)
-    with pytest.raises(ValueError, match="1 input types for 2 texts"):
+    with pytest.raises(InputError, match="input_type: 1 of them for 2 texts"):
         encoder.encode(["语义", "检索"], input_type=["query"])
     with pytest.raises(ValueError, match="the vectors contain NaN or Inf"):
         encoder.similarity(np.full((1, encoder.embedding_size), np.nan), ["语义"])

@@ -7,7 +7,7 @@ import model as m
 import train
 from simcse import flags
 from simcse.console import InputError
-from simcse.encoder.sentence_transformers import Recipe, read_recipe
+from simcse.encoder.sentence_transformers import Recipe, read_length, read_recipe
 from simcse.text.prefixes import Prefixes
 
 import numpy as np
@@ -126,9 +126,9 @@ def test_dense_layers(folder, sample, monkeypatch, pooler, fc):
 
 def test_length_and_prompts(folder, sample, monkeypatch):
     """Flags win. An older encoder stands in a folder of its own."""
-    assert read_recipe(str(folder)).max_seq_length is None
+    assert read_length(str(folder)) is None
     write_json(folder / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer", "model_max_length": 24})
-    assert read_recipe(str(folder)).max_seq_length == 24
+    assert read_length(str(folder)) == 24
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": 20, "do_lower_case": False})
     write_json(folder / "config_sentence_transformers.json", {"prompts": {"query": "语：", "passage": "检："}})
     args, loaded = untrained(folder, sample, monkeypatch)
@@ -137,6 +137,11 @@ def test_length_and_prompts(folder, sample, monkeypatch):
     args, loaded = untrained(folder, sample, monkeypatch, "--max_seq_length", "16", "--query_prefix", "")
     assert args.max_seq_length == 16 and Prefixes.from_record(loaded.record) == Prefixes("", "检：")
 
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": True})
+    with pytest.raises(InputError, match="sentence_bert_config.json: max_seq_length: expected an integer >= 3, got T"):
+        untrained(folder, sample, monkeypatch)
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": 20})
+
     outer = folder.parent / "outer"
     shutil.copytree(folder, outer / "0_Transformer")
     shutil.move(outer / "0_Transformer/1_Pooling", outer / "1_Pooling")
@@ -144,7 +149,7 @@ def test_length_and_prompts(folder, sample, monkeypatch):
                {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]
     write_json(outer / "modules.json", modules)
     recipe = read_recipe(str(outer))
-    assert (recipe.pooling, recipe.max_seq_length, recipe.prefixes) == ("cls", 20, Prefixes())
+    assert (recipe.pooling, read_length(recipe.encoder), recipe.prefixes) == ("cls", 20, Prefixes())
     assert untrained(outer, sample, monkeypatch)[1].record["pooling"] == "cls"
 
 
@@ -152,9 +157,8 @@ def test_length_and_prompts(folder, sample, monkeypatch):
     ({}, None, Prefixes()),
     ({"query": "q", "document": "d", "passage": "p", "web": "w"}, "web", Prefixes("q", "d")),
     ({"web": "w", "corpus": "c"}, "web", Prefixes("w", "c")),
-    ({"web": "w"}, None, Prefixes())])
-def test_prompts_that_sentence_transformers_takes(folder, prompts, default, expected):
-    """encode_query and encode_document of version 6.2 take these."""
+    ({"web": "w", "query": None}, None, Prefixes())])
+def test_prompts_of_the_folder(folder, prompts, default, expected):
     write_json(folder / "config_sentence_transformers.json", {"prompts": prompts, "default_prompt_name": default})
     assert read_recipe(str(folder)).prefixes == expected
 
@@ -192,8 +196,6 @@ def test_other_folders_say_nothing(tmp_path):
      "the prompt query is not valid Unicode"),
     (lambda folder: write_json(folder / "config_sentence_transformers.json", {"default_prompt_name": ["x"]}),
      r"default_prompt_name \['x'\] is none of its prompts"),
-    (lambda folder: write_json(folder / "sentence_bert_config.json", {"max_seq_length": True}),
-     "sentence_bert_config.json: max_seq_length: expected an integer >= 3, got True"),
     (lambda folder: (folder / "1_Pooling/config.json").unlink(), "1_Pooling/config.json: no such file; was the fol"),
     (lambda folder: write_json(folder / "1_Pooling/config.json", {"pooling_mode_cls_token": 1}), "pooling is not nam"),
     (lambda folder: write_json(folder / "1_Pooling/config.json", {"pooling_mode": {}}), "its pooling is {}"),
@@ -209,7 +211,10 @@ def test_other_folders_say_nothing(tmp_path):
      r"layer_norm_eps: expected a number in \(0, 1\), got 'x'"),
     (lambda folder: (write_json(folder / "tokenizer_config.json", {"do_lower_case": False}),
                      write_json(folder / "sentence_bert_config.json", {"do_lower_case": True})),
-     "has do_lower_case true, and tokenizer_config.json false")])
+     "has do_lower_case true, and tokenizer_config.json false"),
+    (lambda folder: (write_modules(folder, "Transformer", "Pooling", "Dense"),
+                     write_dense(folder / "2_Dense", "activation.Tanh", FC_SIZE, 1)),
+     "2_Dense: a Dense with Tanh has to keep the size of vectors; it makes 8 of 16")])
 def test_what_cannot_be_had_is_refused(folder, sample, monkeypatch, change, message):
     change(folder)
     with pytest.raises(InputError, match=message):
@@ -257,3 +262,20 @@ def test_a_checkpoint_has_its_own_record(folder, checkpoint, sample, monkeypatch
                                      "--model_name_or_path", str(folder), "--init_from_ckpt", str(checkpoint)])
     expected = m.read_record(str(checkpoint)).get("max_seq_length") or flags.TRAIN_LENGTH
     assert train.parse_args().max_seq_length == expected
+
+
+def test_a_resumed_run_does_not_need_the_folder(folder, sample, monkeypatch, tmp_path):
+    """Its length is that of the newest checkpoint, wherever the folder went."""
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": 20})
+    checkpoint = tmp_path / "checkpoints" / "model_2"
+    write_json(checkpoint / "simcse_config.json", {"max_seq_length": 20})
+    write_json(checkpoint / "training_state.json", {"run": {}})
+    monkeypatch.setattr("sys.argv", ["train.py", "--device", "cpu", "--train_set_file", str(sample / "corpus.csv"),
+                                     "--model_name_or_path", "gone", "--resume", "--save_dir",
+                                     str(tmp_path / "checkpoints")])
+    assert train.parse_args().max_seq_length == 20
+
+
+def test_a_folder_of_an_encoder_is_no_checkpoint(folder):
+    with pytest.raises(InputError, match="is an encoder, not a checkpoint; train.py --epochs 0 --model_name_or_path"):
+        m.Encoder.load(folder)

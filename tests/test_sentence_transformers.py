@@ -200,7 +200,7 @@ def test_a_later_export_leaves_no_module_of_an_earlier_one(tmp_path):
     assert not (tmp_path / "output" / "2_Dense").exists()
 
 
-@pytest.mark.parametrize("name", ["model_state.pdparams", "manifest.json", "pytorch_model.bin"])
+@pytest.mark.parametrize("name", ["model_state.pdparams", "manifest.json", "pytorch_model.bin", "model.safetensors"])
 def test_a_folder_that_is_no_export_is_not_written_to(name, tmp_path):
     folder = save(tmp_path / "checkpoint", make_network(pooling="cls"))
     (tmp_path / "output").mkdir()

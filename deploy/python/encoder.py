@@ -58,11 +58,9 @@ class Tokenizer:
             token_ids += [encoding.ids for encoding in encodings]
         return token_ids
 
-    def count_tokens(self, prefix: str) -> int:
-        """Return how many tokens a prefix has, [CLS] and [SEP] excluded."""
-        if not prefix:
-            return 0
-        return len(self([prefix], LONGEST_PREFIX)[0]) - 2
+    def tokenize_prefix(self, prefix: str) -> list[int]:
+        """Return the token ids of a prefix, [CLS] and [SEP] excluded."""
+        return self([prefix], LONGEST_PREFIX)[0][1:-1] if prefix else []
 
     def is_unknown(self, token_ids: list[int], prefix_tokens: int = 0) -> bool:
         """Return whether a text has no known word: no token, or [UNK] and at most punctuation beside it.
@@ -132,10 +130,10 @@ def encode(predictor: Any, tokenizer: Tokenizer, texts: Sequence[str], max_seq_l
     if max_seq_length > predictor.max_positions:
         raise ValueError(f"max_seq_length {max_seq_length}: the encoder has {predictor.max_positions} positions")
     prefixes = [""] * len(texts) if prefixes is None else prefixes
-    prefix_tokens = {prefix: tokenizer.count_tokens(prefix) for prefix in set(prefixes)}
-    for prefix, count in prefix_tokens.items():
-        if count + 2 >= max_seq_length:  # [CLS] and [SEP]
-            raise ValueError(f"max_seq_length {max_seq_length}: the prefix {prefix!r} has {count} tokens")
+    ids_of_prefix = {prefix: tokenizer.tokenize_prefix(prefix) for prefix in set(prefixes)}
+    for prefix, ids in ids_of_prefix.items():
+        if len(ids) + 2 >= max_seq_length:  # [CLS] and [SEP]
+            raise ValueError(f"max_seq_length {max_seq_length}: the prefix {prefix!r} has {len(ids)} tokens")
     texts = [prefix + text for prefix, text in zip(prefixes, texts, strict=True)]
     encoded = Encoded(np.empty((len(texts), predictor.embedding_size), "float32"), [], [])
     for start in range(0, len(texts), WINDOW):
@@ -144,7 +142,7 @@ def encode(predictor: Any, tokenizer: Tokenizer, texts: Sequence[str], max_seq_l
             if len(token_ids) > max_seq_length:
                 del token_ids[-2]  # the last one before [SEP]
                 encoded.truncated.append(row)
-            if tokenizer.is_unknown(token_ids, prefix_tokens[prefixes[row]]):
+            if tokenizer.is_unknown(token_ids, count_equal(token_ids[1:], ids_of_prefix[prefixes[row]])):
                 encoded.unknown.append(row)
         embeddings = encoded.embeddings[start : start + WINDOW]
         for rows, length in make_batches([len(token_ids) for token_ids in window], predictor, batch_size):
@@ -154,6 +152,17 @@ def encode(predictor: Any, tokenizer: Tokenizer, texts: Sequence[str], max_seq_l
             embeddings[rows] = predictor.embed(input_ids, np.zeros_like(input_ids))
     encoded.embeddings[encoded.unknown] = 0
     return encoded
+
+
+def count_equal(token_ids: Sequence[int], prefix_ids: Sequence[int]) -> int:
+    """Return how many first tokens of a text are those of its prefix; one that has grown together with the text is not.
+    """
+    count = 0
+    for one, other in zip(token_ids, prefix_ids):
+        if one != other:
+            break
+        count += 1
+    return count
 
 
 def make_batches(lengths: Sequence[int], predictor: Any, batch_size: int | None) -> Iterator[tuple[list[int], int]]:

@@ -159,8 +159,8 @@ def check_lengths(embedded: Embedded, start: int, max_seq_length: int) -> None:
     """
     for number, count in enumerate(embedded.token_counts, start):
         if count > max_seq_length:
-            raise HTTPException(400, f"input {number}: has more than {max_seq_length} tokens, which are the most that "
-                                     "the model takes; send it in parts")
+            raise HTTPException(400, f"input {number}: has more than {max_seq_length} tokens, its prefix included, "
+                                     "which are the most that the model takes; send it in parts")
 
 
 def answer(body: Any, embedded: Sequence[Embedded]) -> JSONResponse:

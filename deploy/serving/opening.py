@@ -28,6 +28,9 @@ def open_searcher(args: argparse.Namespace) -> Searcher:
         InputError: there is no exported model or no index, or the index is of another model.
     """
     record = read_record(args.model_dir)
+    if not record:
+        raise InputError(f"--model_dir {args.model_dir}: no {CONFIG_FILE}; export_model.py writes one with --format "
+                         "paddle, onnx and openvino")
     if not record.get("model"):
         raise InputError(f"--model_dir {args.model_dir}: {CONFIG_FILE} does not name the checkpoint; export it again")
     wanted = Manifest(model=record["model"], calibration=record.get("calibration", {}).get("sha256"))

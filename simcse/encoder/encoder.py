@@ -17,6 +17,7 @@ from simcse.text import tokens
 from simcse.text.keys import UNKNOWN_KEY, sequence_keys
 from simcse.text.prefixes import (
     DOCUMENT,
+    INPUT_TYPES,
     NO_PREFIXES,
     QUERY,
     Prefixes,
@@ -72,7 +73,7 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_seq_length: int, prefixes
     prefixed = add_prefixes(tokenizer, texts, prefixes, input_type)
     whole = Tokens.of(tokenizer(prefixed.texts, max_seq_length + 1))
     ids = whole.truncate(max_seq_length)
-    return EncoderInput(ids, whole.lengths, find_unknown(tokenizer, ids, prefixed.prefix_tokens))
+    return EncoderInput(ids, whole.lengths, find_unknown(tokenizer, ids, prefixed.count_prefix_tokens(ids)))
 
 
 def check_length(network: Any, max_seq_length: int) -> None:
@@ -330,8 +331,6 @@ class Encoder:
             warn: warn of texts that are truncated or all [UNK].
         """
         texts = check_texts(texts)
-        if not isinstance(input_type, str) and len(input_type) != len(texts):
-            raise ValueError(f"{len(input_type)} input types for {len(texts)} texts")
         embeddings = np.empty((len(texts), self.embedding_size), "float32")
         row = 0
         for block in self.stream(texts, input_type=input_type, places=places, warn=warn):
@@ -393,6 +392,7 @@ class Encoder:
         Raises:
             NotFiniteError: an embedding is not finite.
         """
+        check_input_types(input_type, len(texts))
         if windows is None:
             windows = [range(start, min(start + WINDOW, len(texts))) for start in range(0, len(texts), WINDOW)]
         warnings = TextWarnings(self.max_seq_length)
@@ -419,7 +419,7 @@ class Encoder:
     def _tokenize_window(self, texts: Sequence[str], rows: range | np.ndarray,
                          input_type: str | Sequence[str]) -> EncoderInput:
         """Return what `tokenize` does of some rows."""
-        types_of_rows = input_type if isinstance(input_type, str) else _select(input_type, rows)
+        types_of_rows = input_type if isinstance(input_type, str) else [input_type[row] for row in rows]
         return self.tokenize(_select(texts, rows), types_of_rows)
 
     def embed(self, inputs: EncoderInput, advance: Callable[[int], Any] = lambda count: None) -> np.ndarray:
@@ -496,6 +496,15 @@ def check_texts(texts: Sequence[str], name: str = "texts") -> Sequence[str]:
     return texts
 
 
+def check_input_types(input_type: str | Sequence[str], count: int) -> None:
+    """Raise InputError if what `Encoder.encode` takes as input_type of so many texts is none."""
+    input_types = {input_type} if isinstance(input_type, str) or input_type is None else set(input_type)
+    for each in input_types - set(INPUT_TYPES):
+        raise InputError(f"input_type: expected {' or '.join(INPUT_TYPES)}, got {each!r}")
+    if not isinstance(input_type, str) and len(input_type) != count:
+        raise InputError(f"input_type: {len(input_type)} of them for {count} texts")
+
+
 def is_unicode(text: str) -> bool:
     """Return whether a text can be written as UTF-8; it cannot if it has half of a surrogate pair."""
     try:
@@ -506,5 +515,5 @@ def is_unicode(text: str) -> bool:
 
 
 def _select(texts: Sequence[str], rows: range | np.ndarray) -> Sequence[str]:
-    """Return the texts of some rows. An array needs `Documents` or `Passages`."""
+    """Return the texts of some rows; only `Documents` and `Passages` take an array of them."""
     return texts[rows.start : rows.stop] if isinstance(rows, range) else texts[rows]

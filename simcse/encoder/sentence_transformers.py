@@ -17,7 +17,8 @@ LENGTH_FILES = [f"sentence_{kind}_config.json" for kind in (
     "bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")]
 POOLING_OF_MODE = {"cls": "cls", "mean": "mean_all"}  # our names of sentence-transformers' modes
 SHORTEST = 3  # tokens of a text: [CLS], a token, [SEP]
-# Names of prompts, the first that there is; sentence-transformers looks for them in this order.
+# Names of prompts, the first that there is, as the documentation of encode_query and encode_document has them. Version
+# 6.2 itself finds "query" and "document" alone, which it adds as empty ones where they are missing.
 QUERY_PROMPTS = ("query",)
 DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 
@@ -40,7 +41,6 @@ class Recipe(NamedTuple):
     Attributes:
         encoder: folder of the encoder.
         pooling: a name in POOLINGS; None: the folder is not one of sentence-transformers.
-        max_seq_length: tokens of a text; None: no file says it.
         prefixes: its prompts.
         pooler: folder of a dense layer with tanh that follows [CLS]; None: there is none.
         fc: folder of the last dense layer, which has no activation; None: there is none.
@@ -48,7 +48,6 @@ class Recipe(NamedTuple):
 
     encoder: str
     pooling: str | None = None
-    max_seq_length: int | None = None
     prefixes: Prefixes = Prefixes()
     pooler: str | None = None
     fc: str | None = None
@@ -79,6 +78,7 @@ def read_recipe(folder: str) -> Recipe:
         dense = os.path.join(folder, subfolder)
         activation = _read_activation(dense, where) if kind == "Dense" else None
         if kind == "Dense" and activation == "Tanh" and pooling == "cls" and not (pooler or fc):
+            _check_square(dense, where)
             pooler = dense
         elif kind == "Dense" and activation == "Identity" and not fc:
             fc = dense
@@ -87,8 +87,8 @@ def read_recipe(folder: str) -> Recipe:
                              "there; one Dense with Tanh after the pooling cls, then one with Identity, then Normalize "
                              "are")
     _check_lowercase(encoder, where)
-    return Recipe(encoder, pooling="pooler" if pooler else pooling, max_seq_length=read_length(encoder),
-                  prefixes=_read_prompts(folder), pooler=pooler, fc=fc)
+    return Recipe(encoder, pooling="pooler" if pooler else pooling, prefixes=_read_prompts(folder), pooler=pooler,
+                  fc=fc)
 
 
 def _read_config(folder: str) -> dict[str, Any]:
@@ -113,6 +113,15 @@ def _read_activation(folder: str, where: str) -> str:
         if config.get(name, value) != value:
             raise InputError(f"{where}: {folder}: config.json has {name} {config[name]!r}, which is not supported")
     return str(config.get("activation_function", "Tanh")).rpartition(".")[2]
+
+
+def _check_square(folder: str, where: str) -> None:
+    """Raise InputError if a Dense with Tanh changes the size of vectors, which a pooler does not."""
+    config = _read_config(folder)
+    sizes = config.get("in_features"), config.get("out_features")
+    if sizes[0] != sizes[1]:
+        raise InputError(f"{where}: {folder}: a Dense with Tanh has to keep the size of vectors; it makes {sizes[1]} "
+                         f"of {sizes[0]}")
 
 
 def _read_pooling(folder: str, where: str) -> str:
@@ -160,7 +169,9 @@ def read_dense(folder: str, flag: str, inputs: int) -> Dense:
 
 def _check_lowercase(encoder: str, where: str) -> None:
     """Raise InputError if sentence-transformers makes texts lower case before a tokenizer that does not."""
-    lowercase = read_json(os.path.join(encoder, "tokenizer_config.json")).get("do_lower_case", True)
+    config = read_json(os.path.join(encoder, "tokenizer_config.json"))
+    is_bert = str(config.get("tokenizer_class", "BertTokenizer")).startswith("Bert")
+    lowercase = config.get("do_lower_case", is_bert)
     for name in LENGTH_FILES:
         if read_json(os.path.join(encoder, name)).get("do_lower_case") and not lowercase:
             raise InputError(f"{where}: {name} has do_lower_case true, and tokenizer_config.json false; write the same "
@@ -193,6 +204,8 @@ def _read_prompts(folder: str) -> Prefixes:
     path = os.path.join(folder, "config_sentence_transformers.json")
     config = read_json(path)
     prompts = config.get("prompts") or {}
+    if isinstance(prompts, Mapping):
+        prompts = {name: prompt for name, prompt in prompts.items() if prompt is not None}
     if not isinstance(prompts, Mapping) or not all(isinstance(prompt, str) for prompt in prompts.values()):
         raise InputError(f"{path}: prompts: expected an object of strings")
     for name, prompt in prompts.items():

@@ -37,6 +37,7 @@ WEIGHTS_FILE = "model.safetensors"
 SETTINGS_FILE = "config_sentence_transformers.json"
 LENGTH_FILE = "sentence_bert_config.json"
 POOLING_FOLDER = "1_Pooling"
+EXPORTED = {"exported_by": "simcse-semantic-index"}  # in SETTINGS_FILE, tells an export from other folders
 # By these names a folder of this format is known.
 FILES = (MODULES_FILE, SETTINGS_FILE, LENGTH_FILE, POOLING_FOLDER, "2_Dense", "3_Dense", WEIGHTS_FILE)
 TANH, IDENTITY = "torch.nn.modules.activation.Tanh", "torch.nn.modules.linear.Identity"  # activations
@@ -90,6 +91,11 @@ class ExportSettings(NamedTuple):
 
     max_seq_length: int
     prefixes: Prefixes
+
+
+def is_export(folder: str) -> bool:
+    """Return whether `export_sentence_transformers` has written a folder."""
+    return EXPORTED.items() <= read_json(os.path.join(folder, SETTINGS_FILE)).items()
 
 
 def check_supported(record: Mapping[str, Any], source: str) -> None:
@@ -281,7 +287,7 @@ def _write_settings(settings: ExportSettings, folder: str) -> None:
     """Write the length to which texts are cut, the prompts and the similarity."""
     write_json(os.path.join(folder, LENGTH_FILE),
                {"max_seq_length": settings.max_seq_length, "do_lower_case": False})
-    config: dict[str, Any] = {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine"}
+    config: dict[str, Any] = {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine", **EXPORTED}
     if any(settings.prefixes):
         config["prompts"] = settings.prefixes._asdict()
         config["default_prompt_name"] = None

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from simcse.console import InputError
-from simcse.text.tokens import Tokens
+from simcse.text.tokens import Ids, Tokens
 
 import numpy as np
 
@@ -50,11 +50,16 @@ class Prefixes(NamedTuple):
 NO_PREFIXES = Prefixes()
 
 
+def tokenize_prefix(tokenizer: Any, prefix: str) -> Ids:
+    """Return the token ids of a prefix, [CLS] and [SEP] excluded."""
+    if not prefix:
+        return []
+    return Tokens.of(tokenizer([prefix], LONGEST_PREFIX))[0][1:-1]
+
+
 def count_tokens(tokenizer: Any, prefix: str) -> int:
     """Return how many tokens a prefix has, [CLS] and [SEP] excluded."""
-    if not prefix:
-        return 0
-    return int(Tokens.of(tokenizer([prefix], LONGEST_PREFIX)).lengths[0]) - 2
+    return len(tokenize_prefix(tokenizer, prefix))
 
 
 class PrefixedTexts(NamedTuple):
@@ -62,11 +67,31 @@ class PrefixedTexts(NamedTuple):
 
     Attributes:
         texts: each with its prefix.
-        prefix_tokens: int64 [texts], how many tokens of each are those of its prefix; 0: no text has one.
+        input_types: of each text.
+        ids_of_prefix: the token ids of the prefix of each input type.
     """
 
     texts: Sequence[str]
-    prefix_tokens: np.ndarray | int
+    input_types: Sequence[str]
+    ids_of_prefix: dict[str, Ids]
+
+    def count_prefix_tokens(self, ids: Tokens) -> np.ndarray:
+        """Return how many tokens of each text, after [CLS], are its prefix alone, int64 [texts].
+
+        A token that has grown together with the text belongs to the text.
+
+        Args:
+            ids: the token ids of the texts.
+        """
+        counts = np.zeros(len(ids), "int64")
+        types = np.array(self.input_types)
+        for input_type, prefix_ids in self.ids_of_prefix.items():
+            rows = np.flatnonzero(types == input_type)
+            for place, token in enumerate(prefix_ids, 1):
+                rows = rows[ids.lengths[rows] > place]
+                rows = rows[ids.flat[ids.starts[rows] + place] == token]
+                counts[rows] = place
+        return counts
 
 
 def add_prefixes(tokenizer: Any, texts: Sequence[str], prefixes: Prefixes,
@@ -80,13 +105,12 @@ def add_prefixes(tokenizer: Any, texts: Sequence[str], prefixes: Prefixes,
         input_type: that of all texts, one of INPUT_TYPES; or a sequence with that of each.
     """
     input_types = [input_type] * len(texts) if isinstance(input_type, str) else input_type
-    different_types = set(input_types)
-    prefix_of = {each: prefixes.of(each) for each in different_types}
-    if not any(prefix_of.values()):
-        return PrefixedTexts(texts, 0)
-    tokens_of = {each: count_tokens(tokenizer, prefix) for each, prefix in prefix_of.items()}
+    prefix_of = {each: prefixes.of(each) for each in set(input_types)}
+    ids_of_prefix = {each: tokenize_prefix(tokenizer, prefix) for each, prefix in prefix_of.items() if prefix}
+    if not ids_of_prefix:
+        return PrefixedTexts(texts, input_types, ids_of_prefix)
     prefixed = [prefix_of[each] + text for each, text in zip(input_types, texts, strict=True)]
-    return PrefixedTexts(prefixed, np.array([tokens_of[each] for each in input_types], "int64"))
+    return PrefixedTexts(prefixed, input_types, ids_of_prefix)
 
 
 def check_prefixes(tokenizer: Any, prefixes: Prefixes, max_seq_length: int) -> None:
