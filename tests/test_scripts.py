@@ -92,8 +92,11 @@ def test_links_and_pictures_exist(name):
         there = page.parent / path if path else page
         assert there.is_file(), target
         if anchor:
-            titles = re.findall(r"^#+ (.+)$", there.read_text(encoding="utf-8"), re.M)
-            assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], target
+            text = there.read_text(encoding="utf-8")
+            titles = re.findall(r"^#+ (.+)$", text, re.M)
+            anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            anchors += re.findall(r'^<a name="(.+?)"></a>$', text, re.M)
+            assert anchor in anchors, target
     twin = dict(zip(CHINESE + ENGLISH, ENGLISH + CHINESE))[name]
     assert (ROOT / twin).resolve() in [(page.parent / target).resolve() for target in targets], "the other language"
 
