@@ -1,10 +1,10 @@
-"""The Chinese pages: their punctuation."""
+"""The pages: punctuation of the Chinese ones, and the flags that they name."""
 
 import re
 
 import pytest
 from conftest import ROOT
-from test_scripts import CHINESE
+from test_scripts import CHINESE, ENGLISH
 
 NO_PROSE = re.compile(r"`[^`]+`|\]\([^)\s]*\)|https?://[^\s)]+|<[^>]+>")  # code, targets of links, addresses, tags
 CODE = "\ue000"
@@ -32,3 +32,24 @@ def test_punctuation_is_of_full_width(page):
 def test_marks_that_are_found():
     text = "中文,中文(`a`):\n```\n中文,\n```\nRecall@1, @5 (Gao et al. 2021) [链接](a,b.md) 1,000 条，`x`；`y`, z"
     assert [number for number, _ in half_width_marks(text)] == [1, 1, 1, 5]
+
+
+# Flags of other programs that pages name: of paddle's launcher, hf, pytest and PaddleNLP's in_batch_negative.
+FOREIGN_FLAGS = {"gpus", "nnodes", "master", "nproc_per_node", "backend", "log_dir", "log_level", "local-dir", "slow",
+                 "evaluate", "use_gradient_cache", "chunk_numbers", "use_amp", "log_steps", "pad_to_max_seq_len",
+                 "dist", "help", "version"}
+
+
+@pytest.fixture(scope="module")
+def words_of_the_code():
+    paths = [path for pattern in ("*.py", "simcse/**/*.py", "scripts/*", "deploy/**/*.py", "benchmarks/*.py")
+             for path in ROOT.glob(pattern) if path.is_file()]
+    return set(re.findall(r"\w+", " ".join(path.read_text(encoding="utf-8") for path in paths)))
+
+
+@pytest.mark.parametrize("page", CHINESE + ENGLISH)
+def test_flags_that_a_page_names_exist(page, words_of_the_code):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = {flag.rstrip("-_") for code in re.findall(r"`([^`\n]+)`", text)
+             for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*)", code)}
+    assert named - words_of_the_code - FOREIGN_FLAGS == set()
