@@ -68,9 +68,10 @@ def test_a_folder_that_does_not_say_what_it_is(exported, kept_index, tmp_path):
     record = json.loads((old / "simcse_config.json").read_text(encoding="utf-8"))
     del record["model"]
     (old / "simcse_config.json").write_text(json.dumps(record), encoding="utf-8")
-    for folder in (old, tmp_path):
+    problems = ((old, "simcse_config.json does not name the checkpoint"), (tmp_path, "no simcse_config.json"))
+    for folder, problem in problems:
         line = refuse(*SERVER, "--model_dir", folder, "--index_path", kept_index, "--port", 0)
-        assert f"--model_dir {folder}: simcse_config.json does not name the checkpoint" in line
+        assert f"--model_dir {folder}: {problem}" in line
     (old / "simcse_config.json").write_text("{", encoding="utf-8")
     assert "simcse_config.json: not valid JSON" in refuse(*SERVER, "--model_dir", old, "--index_path", kept_index,
                                                           "--port", 0)
