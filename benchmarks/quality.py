@@ -6,7 +6,8 @@
 --data_dir holds csl/recall/ and lcqmc/recall/. Each recipe is commands of this project, run as a user runs them from
 `pretrained/ernie_mini_zh` on (--show prints them), then recall.py with exact search over the whole corpus and
 evaluate.py. Runs that are in --json are not run again, unless their commands have changed; after a change of the code
-name another file. Prints a table: the mean over the seeds, and their standard deviation.
+name another file. Prints a table: the mean over the seeds, and their standard deviation. benchmarks/quality.json holds
+the runs of which the documentation has the figures.
 
 To add a recipe, put its commands into RECIPES.
 """
@@ -34,7 +35,7 @@ METRICS = [*(f"recall@{k}" for k in measures.RECALL_KS), "mrr"]
 TRAINING_FILES = {"csl": "train_unsupervised.csv", "lcqmc": "corpus.csv"}
 PLAIN = "--output_emb_size 256 --infer_with_fc_pooler"
 ENCODER = "--model_name_or_path {encoder}"
-WHITE = "--epochs 0 --pooling first_last_avg --whiten --max_seq_length 64"
+WHITE = "--epochs 0 --pooling first_last_avg --whiten"
 MLM = f"scripts/pretrain.py {ENCODER} --learning_rate 1e-4 --warmup_proportion 0.1 --epochs 2"
 FROM = "train.py --init_from_ckpt {0} --infer_with_fc_pooler"
 PAIRS = [FROM + " --train_set_file {pairs}"]
@@ -67,6 +68,9 @@ LONG = "--max_seq_length 512"
 PASSAGES = "--max_seq_length 64 --passages"
 RECALLS_LONG = {"": LONG, ", passages": PASSAGES, " + BM25": f"{LONG} --hybrid_bm25",
                 ", passages + BM25": f"{PASSAGES} --hybrid_bm25"}
+RECALLS_SHORT = {"": "", ", 512 tokens": LONG, ", passages": "--passages", " + BM25": "--hybrid_bm25",
+                 ", passages + BM25": "--passages --hybrid_bm25"}
+PRECISIONS = {f", {name}": f"--precision {name}" for name in ("fp32", "bf16", "int8")}  # int8 needs openvino
 
 
 class Recipe(NamedTuple):
@@ -86,8 +90,9 @@ class Recipe(NamedTuple):
 
 RECIPES: dict[str, Recipe] = {
     "untrained": Recipe([f"train.py {ENCODER} {PLAIN} --epochs 0"]),
-    "plain": Recipe([f"train.py {ENCODER} {PLAIN}"]),
-    "plain, 4 epochs of 64 tokens": Recipe([f"train.py {ENCODER} {PLAIN} --epochs 4 --max_seq_length 64"]),
+    "plain": Recipe([f"train.py {ENCODER} {PLAIN}"], {"": "", ", passages": "--passages"}),
+    "plain, precisions": Recipe([f"train.py {ENCODER} {PLAIN}"], PRECISIONS),
+    "plain, 4 epochs": Recipe([f"train.py {ENCODER} {PLAIN} --epochs 4"]),
     "mean": Recipe([f"train.py {ENCODER} --pooling mean"]),
     "first_last_avg": Recipe([f"train.py {ENCODER} --pooling first_last_avg"]),
     "crop": Recipe([f"train.py {ENCODER} {PLAIN} --crop_rate 0.5"]),
@@ -97,9 +102,12 @@ RECIPES: dict[str, Recipe] = {
     "first_last_avg, triples": Recipe([f"train.py {ENCODER} --pooling first_last_avg", *TRIPLES]),
     "mlm": Recipe([MLM, f"train.py {PLAIN} --model_name_or_path {{0}}"]),
     "mean, whitened": Recipe([f"train.py {ENCODER} {WHITE} --pooling mean"]),
-    "whitened": Recipe([f"train.py {ENCODER} {WHITE}"], {"": "", **SHORT, **HYBRID}),
-    "first_avg, whitened": Recipe([f"train.py {ENCODER} {WHITE} --pooling first_avg"],
-                                  {"": "", " + BM25": "--hybrid_bm25"}),
+    "whitened": Recipe([f"train.py {ENCODER} {WHITE}"], {**RECALLS_SHORT, **SHORT, **HYBRID}),
+    "whitened, 128 numbers": Recipe([f"train.py {ENCODER} {WHITE} --whiten 128"]),
+    "whitened, 64 numbers": Recipe([f"train.py {ENCODER} {WHITE} --whiten 64"]),
+    "whitened, 32 numbers": Recipe([f"train.py {ENCODER} {WHITE} --whiten 32"]),
+    "whitened, precisions": Recipe([f"train.py {ENCODER} {WHITE}"], PRECISIONS),
+    "first_avg, whitened": Recipe([f"train.py {ENCODER} {WHITE} --pooling first_avg"], RECALLS_SHORT),
     "first_avg, whitened at 512": Recipe(
         [f"train.py {ENCODER} {WHITE} --pooling first_avg --max_seq_length 512"],
         {"": LONG, " + BM25": f"{LONG} --hybrid_bm25"}),
@@ -119,11 +127,13 @@ RECIPES: dict[str, Recipe] = {
     "whitened, SimCSE": Recipe([f"train.py {ENCODER} {WHITE}", FROM + " --learning_rate 1e-5 --crop_rate 0.5"]),
     "mlm, whitened": Recipe([MLM, f"train.py {WHITE} --model_name_or_path {{0}}"]),
 }
+# fp32: what --precision auto is depends on the processor.
+RECALL = "--device cpu --precision fp32 --ann_engine exact"
 # Flags of all commands of a script; those of a recipe come after them and win.
-TRAINING = ("--device cpu --batch_size 64 --max_seq_length 32 --save_steps 1000000 --save_dir {new} "
+TRAINING = ("--device cpu --batch_size 64 --max_seq_length 64 --save_steps 1000000 --save_dir {new} "
             "--train_set_file {texts}")
 COMMON = {"train.py": TRAINING, "scripts/pretrain.py": TRAINING,
-          "recall.py": "--device cpu --ann_engine exact --max_seq_length 64",
+          "recall.py": f"{RECALL} --max_seq_length 64",
           "predict.py": "--device cpu --max_seq_length 64", "scripts/mine_negatives.py": "",
           "scripts/make_pairs.py": ""}
 # Scripts that have --seed.
@@ -233,8 +243,8 @@ def measure(args: argparse.Namespace, data_set: str, name: str, seed: int) -> di
         paths = write_files(args, data_set, folder)
         checkpoint = train(name, seed, paths, folder)
         for suffix, template in RECIPES[name].recalls.items():
-            run("recall.py", ["--device", "cpu", "--params_path", checkpoint, "--corpus_file", paths["corpus"],
-                              "--similar_text_pair", paths["queries"], "--recall_num", "50", "--ann_engine", "exact",
+            run("recall.py", [*RECALL.split(), "--params_path", checkpoint, "--corpus_file", paths["corpus"],
+                              "--similar_text_pair", paths["queries"], "--recall_num", "50",
                               *template.format(**paths).split()], folder)
             queries = "queries_seen" if "{queries_seen}" in template else "queries"
             results[suffix] = evaluate(paths[queries], folder)
@@ -280,6 +290,11 @@ def run_key(args: argparse.Namespace, data_set: str, name: str, seed: int) -> st
                            os.path.abspath(args.data_dir)])
     digest = hashlib.sha256(commands.encode()).hexdigest()[:8]
     return f"{data_set}/{name}/{seed}/{digest}"
+
+
+def save_results(results: dict, path: str) -> None:
+    with files.new_file(path) as file:
+        json.dump(results, file, ensure_ascii=False, indent=1)
 
 
 def format_table(results: dict, args: argparse.Namespace, names: list[str]) -> str:
@@ -330,10 +345,10 @@ def main() -> None:
                     continue
                 results[key] = measure(args, data_set, name, seed)
                 console.log(f"{key}: {results[key]}")
-                with files.new_file(args.json) as file:
-                    json.dump(results, file, ensure_ascii=False, indent=1)
+                save_results(results, args.json)
     for data_set in args.data_sets:
         results[f"{data_set}/BM25"] = measure_bm25(args, data_set)
+    save_results(results, args.json)
     print(format_table(results, args, ["BM25", *names]))
 
 
