@@ -13,7 +13,7 @@ from simcse import console
 from simcse.console import InputError, as_input_error
 from simcse.device import cast_products, set_device, set_gpu_precision
 from simcse.encoder.encoder import Encoder as TextEncoder
-from simcse.encoder.encoder import is_unicode, tokenize
+from simcse.encoder.encoder import tokenize
 from simcse.encoder.engine import Engine, export_fastest, open_engine
 from simcse.encoder.int8_check import (
     TextSource,
@@ -578,7 +578,7 @@ def _is_integer_from(least: int) -> Callable[[Any], bool]:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and is_unicode(value)
+    return isinstance(value, str) and console.is_unicode(value)
 
 
 # The values of options, in words, and what tells whether a value is one of them. None is one where it is the default.

@@ -165,6 +165,15 @@ def some_characters(text: str, most: int = 40) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
+def is_unicode(text: str) -> bool:
+    """Return whether a text can be written as UTF-8; it cannot if it has half of a surrogate pair, as JSON may."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def one_line(text: str) -> str:
     """Return the text on one line: a blank replaces every run of tabs and line breaks."""
     return LINE_BREAKS.sub(" ", text).strip()

@@ -198,7 +198,7 @@ def _check_address(text: str) -> None:
 
 def nonempty_text(text: str) -> str:
     """Return `text` if it is UTF-8 and not blank."""
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if not console.is_unicode(text):
         raise argparse.ArgumentTypeError(f"not UTF-8: {ascii(text)}")
     if not text.strip():
         raise argparse.ArgumentTypeError("an empty text")

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from deploy.serving.jobs import Embedded
 from deploy.serving.schemas import NOT_BLANK, InputType
+from simcse.console import is_unicode
 from simcse.text.prefixes import DOCUMENT
 
 import numpy as np
@@ -119,18 +120,9 @@ def check_input(value: Any) -> str | list[str]:
             raise ValueError(f"number {number} is no text")
         if not text.strip():
             raise ValueError(f"number {number} is {'blank' if text else 'an empty text'}; leave it out")
-        if not is_valid_unicode(text):
+        if not is_unicode(text):
             raise ValueError(f"number {number} is not valid Unicode; it has half of a surrogate pair")
     return value
-
-
-def is_valid_unicode(text: str) -> bool:
-    """Return whether a text can be written as UTF-8; JSON's escapes can be halves of characters."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def holds_token_ids(values: list[Any]) -> bool:

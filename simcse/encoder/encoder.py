@@ -305,7 +305,7 @@ class Encoder:
         """SHA-256 of the checkpoint, by which an index knows its model; computed when it is first asked for.
 
         Raises:
-            InputError: the weights were written again after they were loaded.
+            InputError: a file of the checkpoint was written again after it was loaded.
         """
         if self.checkpoint is None:
             raise ValueError("the encoder is not that of a checkpoint")
@@ -491,7 +491,7 @@ def check_texts(texts: Sequence[str], name: str = "texts") -> Sequence[str]:
         for row, text in enumerate(texts):
             if not isinstance(text, str):
                 raise InputError(f"{name}[{row}]: expected a text, got {some_characters(repr(text))}; remove it")
-            if not is_unicode(text):
+            if not console.is_unicode(text):
                 raise InputError(f"{name}[{row}]: not valid Unicode: {ascii(text[:20])}")
     return texts
 
@@ -503,15 +503,6 @@ def check_input_types(input_type: str | Sequence[str], count: int) -> None:
         raise InputError(f"input_type: expected {' or '.join(INPUT_TYPES)}, got {each!r}")
     if not isinstance(input_type, str) and len(input_type) != count:
         raise InputError(f"input_type: {len(input_type)} of them for {count} texts")
-
-
-def is_unicode(text: str) -> bool:
-    """Return whether a text can be written as UTF-8; it cannot if it has half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _select(texts: Sequence[str], rows: range | np.ndarray) -> Sequence[str]:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from simcse.console import InputError, as_input_error
+from simcse.console import InputError, as_input_error, is_unicode
 from simcse.encoder.hugging_face import read_weight_file
 from simcse.files import read_json
 from simcse.hub_layout import MODULES_FILE, find_encoder, read_modules
@@ -209,7 +209,7 @@ def _read_prompts(folder: str) -> Prefixes:
     if not isinstance(prompts, Mapping) or not all(isinstance(prompt, str) for prompt in prompts.values()):
         raise InputError(f"{path}: prompts: expected an object of strings")
     for name, prompt in prompts.items():
-        if not _is_unicode(prompt):
+        if not is_unicode(prompt):
             raise InputError(f"{path}: the prompt {name} is not valid Unicode")
     default_name = config.get("default_prompt_name")
     if default_name is not None and default_name not in list(prompts):
@@ -218,8 +218,3 @@ def _read_prompts(folder: str) -> Prefixes:
     query, document = (next((prompts[name] for name in names if name in prompts), default)
                        for names in (QUERY_PROMPTS, DOCUMENT_PROMPTS))
     return Prefixes(query, document)
-
-
-def _is_unicode(text: str) -> bool:
-    """Return whether a text can be written as UTF-8; JSON's escapes can be halves of characters."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)

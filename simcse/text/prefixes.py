@@ -84,6 +84,8 @@ class PrefixedTexts(NamedTuple):
             ids: the token ids of the texts.
         """
         counts = np.zeros(len(ids), "int64")
+        if not self.ids_of_prefix:
+            return counts
         types = np.array(self.input_types)
         for input_type, prefix_ids in self.ids_of_prefix.items():
             rows = np.flatnonzero(types == input_type)
