@@ -21,7 +21,7 @@ from conftest import ROOT, command, succeed
 
 # In the order in which their commands are run.
 PAGES = ["training", "better-recall", "experiments", "index", "python", "milvus", "deployment", "integrations",
-         "benchmarks", "reliability"]
+         "benchmarks", "sizing", "reliability"]
 CHINESE = ["README.md", *(f"docs/zh/{page}.md" for page in PAGES)]
 ENGLISH = ["README_en.md", *(f"docs/en/{page}.md" for page in PAGES)]
 
