@@ -61,7 +61,7 @@ from paddle import nn
 
 INT8_REQUIREMENTS = "requirements-openvino.txt"
 # The fixed cost of a forward and backward pass, as a number of tokens of ERNIE-base that take as long: measured on a
-# CPU; on GPUs, by precision, the least time of its kernels (docs/en/benchmarks.md, "From one card to many").
+# CPU; on GPUs, by precision, the least time of its kernels (docs/en/sizing.md, "Padding").
 PASS_TOKENS = {"cpu": 256, "fp32": 256, "tf32": 512, "fp16": 256, "bf16": 1000}
 
 
