@@ -1,6 +1,8 @@
-"""The pages: punctuation of the Chinese ones, and the flags that they name."""
+"""The pages: punctuation of the Chinese ones, and the flags and defaults that they name."""
 
+import ast
 import re
+from collections import defaultdict
 
 import pytest
 from conftest import ROOT
@@ -40,11 +42,43 @@ FOREIGN_FLAGS = {"gpus", "nnodes", "master", "nproc_per_node", "backend", "log_d
                  "dist", "help", "version"}
 
 
+def code_files():
+    return [path for pattern in ("*.py", "simcse/**/*.py", "scripts/*", "deploy/**/*.py", "benchmarks/*.py")
+            for path in ROOT.glob(pattern) if path.is_file()]
+
+
 @pytest.fixture(scope="module")
 def words_of_the_code():
-    paths = [path for pattern in ("*.py", "simcse/**/*.py", "scripts/*", "deploy/**/*.py", "benchmarks/*.py")
-             for path in ROOT.glob(pattern) if path.is_file()]
-    return set(re.findall(r"\w+", " ".join(path.read_text(encoding="utf-8") for path in paths)))
+    return set(re.findall(r"\w+", " ".join(path.read_text(encoding="utf-8") for path in code_files())))
+
+
+# A flag, and in brackets after it the default that the page gives: a number, or code.
+DEFAULT = re.compile(r"`(--\w+)`[^`|\n]{0,40}?[（(](?:默认|default:?)\s*(\d[\d. ]*|`[^`]+`)[）)]")
+
+
+@pytest.fixture(scope="module")
+def defaults():
+    """The defaults of each flag, as argparse's calls in the code write them; several scripts may have the flag."""
+    found = defaultdict(set)
+    for path in code_files():
+        if path.suffix != ".py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+                for keyword in node.keywords:
+                    if keyword.arg == "default" and isinstance(keyword.value, (ast.Constant, ast.List, ast.Tuple)):
+                        value = ast.literal_eval(keyword.value)
+                        several = value if isinstance(value, (list, tuple)) else [value]
+                        found[node.args[0].value].add(" ".join(map(str, several)))
+    return found
+
+
+@pytest.mark.parametrize("language", [CHINESE, ENGLISH])
+def test_defaults_that_pages_give_are_those_of_the_code(language, defaults):
+    given = [(page, flag, value.strip("` ")) for page in language
+             for flag, value in DEFAULT.findall((ROOT / page).read_text(encoding="utf-8"))]
+    assert len(given) >= 6
+    assert [entry for entry in given if entry[2] not in defaults[entry[1]]] == []
 
 
 @pytest.mark.parametrize("page", CHINESE + ENGLISH)
