@@ -314,6 +314,9 @@ Run these commands in $PWD:
 More queries:
   $recall --distinct --top_k $TOP_K --query 'TEXT'
 
+After a change of the file (encodes new texts only; a running search page takes the new index by itself):
+  $recall --distinct --top_k $TOP_K --query 'TEXT' --corpus_file $file
+
 The search page of these documents, at http://127.0.0.1:8000:
   .venv/bin/pip install -r requirements-serving.txt
   PYTHON=.venv/bin/python PARAMS_PATH=$model OUTPUT_DIR=$output sh scripts/export_model.sh

@@ -366,6 +366,14 @@ def test_quickstart_with_documents_of_the_user(installed, tmp_path):
     asked = subprocess.run(["bash", "-c", f"{more} --query 糖尿病"], cwd=installed, capture_output=True, text=True)
     assert asked.stdout.count("\n") == 5, asked.stderr
 
+    with file.open("a", encoding="utf-8") as changed:
+        changed.write("new\t无人机在山上运茶叶的试验\n")
+    update = re.search(r"^After a change of the file .*:\n  (.*)$", result.stdout, re.M)[1]
+    updated = subprocess.run(["bash", "-c", update.replace("TEXT", "无人机运茶叶")], cwd=installed,
+                             capture_output=True, text=True)
+    assert "1 new, 0 gone" in updated.stderr
+    assert updated.stdout.split("\t")[1] == "无人机在山上运茶叶的试验"
+
 
 def test_quickstart_with_few_documents(installed, tmp_path):
     """Which are too few to train on; file and folder of the user's are both relative to the user's own folder."""
