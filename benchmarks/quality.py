@@ -61,7 +61,7 @@ TRAIN_POOLER = (f"train.py {ENCODER} {PLAIN} --train_set_file {{0}} --max_seq_le
                 "--learning_rate 3e-4 --dropout 0 --output_dropout 0")
 SEEN = 62  # characters of a document that an encoder of 64 tokens sees, roughly
 SHORT = {f", first {SEEN} characters": "--corpus_file {corpus_seen} --similar_text_pair {queries_seen}"}
-HYBRID = {f"{cut} + BM25": f"{flags} --hybrid_bm25" for cut, flags in {"": "", **SHORT}.items()}
+HYBRID = {f"{suffix} + BM25": f"{options} --hybrid_bm25" for suffix, options in {"": "", **SHORT}.items()}
 
 
 LONG = "--max_seq_length 512"
