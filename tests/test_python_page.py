@@ -23,14 +23,16 @@ def notebook_folder(checkpoint, sample, tmp_path_factory):
     folder = tmp_path_factory.mktemp("notebook")
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "model_20000").symlink_to(checkpoint)
+    (folder / "my_model").mkdir()
+    (folder / "my_model" / "model_0_whitened").symlink_to(checkpoint)
     succeed("recall.py", "--device", "cpu", "--params_path", checkpoint, "--corpus_file", sample / "corpus.csv",
             "--query", "语义", "--index_path", folder / "my_index")
     return folder
 
 
 def run_blocks(name, folder):
-    """Run the blocks of a page in one process and one namespace, after each other."""
-    program = "\n".join(blocks(name))
+    """Run the blocks of a page in one process and one namespace, but those that need a service."""
+    program = "\n".join(block for block in blocks(name) if "from openai" not in block)
     return subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=300,
                           encoding="utf-8", env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"})
 

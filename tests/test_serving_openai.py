@@ -1,5 +1,7 @@
 """POST /v1/embeddings by OpenAI's own client."""
 
+import re
+
 from deploy.serving.openai_api import check_input
 
 import numpy as np
@@ -31,6 +33,16 @@ def test_strings_and_lists_as_floats_and_as_base64(service):
     np.testing.assert_allclose(one.data[0].embedding, found.data[0].embedding, atol=1e-6)
     assert one.usage.prompt_tokens == one.usage.total_tokens == len(TEXTS[0]) + 2  # [CLS], a token a character, [SEP]
     assert found.usage.total_tokens == sum(len(text) + 2 for text in TEXTS)
+
+
+@pytest.mark.parametrize("page", ["README.md", "README_en.md", "docs/zh/deployment.md", "docs/en/deployment.md"])
+def test_the_code_of_the_pages(service, page, capsys):
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.S | re.M)
+    block, = [block for block in blocks if "from openai" in block]
+    address = "http://127.0.0.1:8000"
+    assert address in block
+    exec(block.replace(address, service.address), {})
+    assert capsys.readouterr().out
 
 
 TOKEN_IDS = "holds token ids, of a tokenizer that is not this model's; send texts"
