@@ -1,12 +1,11 @@
 """POST /v1/embeddings by OpenAI's own client."""
 
-import re
-
 from deploy.serving.openai_api import check_input
 
 import numpy as np
 import pytest
 from conftest import FP32, ROOT, succeed
+from test_python_page import blocks
 
 openai = pytest.importorskip("openai", reason="requirements-dev.txt is not installed")
 
@@ -37,8 +36,7 @@ def test_strings_and_lists_as_floats_and_as_base64(service):
 
 @pytest.mark.parametrize("page", ["README.md", "README_en.md", "docs/zh/deployment.md", "docs/en/deployment.md"])
 def test_the_code_of_the_pages(service, page, capsys):
-    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.S | re.M)
-    block, = [block for block in blocks if "from openai" in block]
+    block, = [block for block in blocks(page) if "from openai" in block]
     address = "http://127.0.0.1:8000"
     assert address in block
     exec(block.replace(address, service.address), {})
